@@ -1,0 +1,201 @@
+"""diffusers pipelines in: teacher and student networks, text and image encoders. The one file that imports diffusers models.
+
+The built-in miniatures, a local folder and a hub id all come through `Backbone`: there is no second path for the toy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .schedule import NoiseSchedule, Predicts
+from .types import Context
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+BUILTIN = {"builtin": "shapes", "builtin/shapes": "shapes", "builtin/digits": "digits"}
+W_EMBEDDING = 256
+PREDICTS: dict[str, Predicts] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+
+
+def pipeline_folder(path: str | Path) -> Path | None:
+    """The folder behind `path`: a built-in name, or a local pipeline folder; None where it can only be a hub id.
+
+    Raises ValueError for a folder that holds no pipeline with a U-Net, and for a path that looks local but does not exist.
+    """
+    if str(path) in BUILTIN:
+        return Path(str(resources.files("ddil_lightning"))) / "miniature" / "weights" / BUILTIN[str(path)]
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
+            raise ValueError(f"no pipeline at {path}: give a diffusers folder, a hub id such as owner/name, or one of {', '.join(BUILTIN)}")
+        return None
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{folder} is no pipeline folder: it has no model_index.json")
+    if "unet" not in json.loads((folder / "model_index.json").read_text()) or not (folder / "unet").is_dir():
+        raise ValueError(f"the pipeline {folder} has no U-Net (folder unet/): distillation needs a Stable Diffusion class pipeline")
+    return folder
+
+
+def load_pipeline(path: str | Path, dtype: torch.dtype = torch.float32, **kwargs: Any) -> DiffusionPipeline:
+    """A diffusers pipeline from a built-in name, a folder or a hub id; safetensors only, no safety checker, quiet."""
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    folder = pipeline_folder(path)
+    kwargs = {"use_safetensors": True, **kwargs}
+    if folder is not None:
+        # Components that a folder stores as null must be passed as None, or loading raises.
+        index = json.loads((folder / "model_index.json").read_text())
+        kwargs.update({name: None for name, value in index.items() if isinstance(value, list) and value[0] is None})
+    try:
+        pipe = DiffusionPipeline.from_pretrained(str(folder or path), dtype=dtype, **kwargs)
+    except OSError as error:
+        raise ValueError(f"the pipeline {path} could not be loaded: {str(error).splitlines()[0]}") from error
+    if not hasattr(pipe, "unet") or pipe.unet is None:
+        raise ValueError(f"the pipeline {path} has no U-Net: distillation needs a Stable Diffusion class pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def recommended(path: str | Path) -> dict[str, Any]:
+    """What a pipeline folder says of itself in ddil.json (guidance, dataset, steps, box, ...); empty without that file."""
+    folder = pipeline_folder(path)
+    file = folder / "ddil.json" if folder else None
+    return json.loads(file.read_text()) if file and file.is_file() else {}
+
+
+def w_embedding(w: Tensor, dim: int = W_EMBEDDING) -> Tensor:
+    """[B, dim] sinusoids of guidance w [B]: sin then cos of 1000 w 10000^(-j / (dim / 2 - 1)) (LCM's embedding, METHODS 0.4)."""
+    rate = torch.exp(torch.arange(dim // 2, device=w.device, dtype=torch.float32) * (-torch.log(torch.tensor(10000.0)) / (dim // 2 - 1)))
+    angle = 1000.0 * w.float()[:, None] * rate
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class UNet(nn.Module):
+    """A UNet2DConditionModel as a network `(x_t, t, c) -> output`."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    @property
+    def w_conditioned(self) -> bool:
+        """Whether it is told the guidance."""
+        return cast(Any, self.unet).config.time_cond_proj_dim is not None
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
+        """[B, C, H, W] in the unet's prediction space. Raises ValueError when a w-conditioned U-Net is not told w."""
+        kwargs: dict[str, Any] = {}
+        if self.w_conditioned:
+            if c.w is None:
+                raise ValueError("this U-Net is conditioned on guidance, but the context carries no w: give it guidance g (w = g - 1)")
+            kwargs["timestep_cond"] = w_embedding(c.w, cast(Any, self.unet).config.time_cond_proj_dim).to(x_t.dtype)
+        if c.pooled is not None:
+            kwargs["added_cond_kwargs"] = {"text_embeds": c.pooled, "time_ids": c.ids}
+        return self.unet(x_t, t, encoder_hidden_states=c.text.to(x_t.dtype), encoder_attention_mask=c.mask, return_dict=False, **kwargs)[0]
+
+
+class Backbone:
+    """A teacher pipeline and what a method needs of it. Loaded once; `unet` stays frozen in eval mode.
+
+    `path`: built-in name, folder or hub id. `dtype`: of the frozen parts (the student is always made in float32).
+    """
+
+    def __init__(self, path: str = "builtin", dtype: torch.dtype = torch.float32) -> None:
+        self.path, self.dtype = str(path), dtype
+        self.pipe: Any = load_pipeline(path, dtype)
+        self.about = recommended(path)
+        for part in self.pipe.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval()
+        config = self.pipe.scheduler.config
+        self.schedule = NoiseSchedule.from_scheduler(self.pipe.scheduler)
+        kind = config.get("prediction_type", "epsilon")
+        if kind not in PREDICTS:
+            raise ValueError(f"the pipeline {path} predicts {kind!r}: known are {', '.join(PREDICTS)}")
+        self.predicts = PREDICTS[kind]
+        unet = self.pipe.unet.config
+        self.latent_shape = (unet.in_channels, unet.sample_size, unet.sample_size)
+
+    def to(self, device: torch.device) -> Backbone:
+        """The frozen encoders and the teacher on `device`."""
+        self.pipe.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the frozen parts are."""
+        return next(self.pipe.unet.parameters()).device
+
+    @property
+    def guidance(self) -> float:
+        """The guidance g that the pipeline's own card recommends (7.5, Stable Diffusion's, without one)."""
+        return float(self.about.get("guidance", 7.5))
+
+    def teacher(self) -> UNet:
+        """The frozen network itself, shared, not copied."""
+        return UNet(self.pipe.unet)
+
+    def student(self, w_conditioned: bool = False, gradient_checkpointing: bool = False) -> UNet:
+        """A trainable float32 copy. With `w_conditioned` it has an embedding of w behind a bias-free linear layer that starts at zero,
+        so that the copy equals its source at every w."""
+        source = self.pipe.unet
+        extra = {"time_cond_proj_dim": W_EMBEDDING} if w_conditioned and source.config.time_cond_proj_dim is None else {}
+        unet = type(source).from_config({**source.config, **extra})
+        missing, unexpected = unet.load_state_dict({k: v.float() for k, v in source.state_dict().items()}, strict=False)
+        if unexpected or set(missing) - {"time_embedding.cond_proj.weight"}:
+            raise ValueError(f"the U-Net of {self.path} could not be copied: missing {missing}, unexpected {unexpected}")
+        if extra:
+            nn.init.zeros_(unet.time_embedding.cond_proj.weight)
+        if gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        return UNet(unet.requires_grad_(True).train())
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str], truncate: bool = False) -> Context:
+        """The text states of `prompts`, unguided. Raises ValueError for a prompt over the tokenizer's limit, unless `truncate`."""
+        if not truncate:
+            self.check_length(prompts)
+        made = self.pipe.encode_prompt(prompt=list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+        if len(made) == 2:
+            return Context(made[0].float())
+        text, _, pooled, _ = made
+        side = float(self.latent_shape[1] * self.pipe.vae_scale_factor)
+        ids = torch.tensor([side, side, 0.0, 0.0, side, side], device=self.device).repeat(len(prompts), 1)
+        return Context(text.float(), pooled=pooled.float(), ids=ids)
+
+    def check_length(self, prompts: Sequence[str]) -> None:
+        """Raises ValueError, naming the first prompt that the tokenizer would cut."""
+        tokenizer = self.pipe.tokenizer
+        limit = tokenizer.model_max_length
+        for prompt, ids in zip(prompts, tokenizer(list(prompts)).input_ids, strict=True):
+            if len(ids) > limit:
+                shown = prompt if len(prompt) < 80 else prompt[:77] + "..."
+                raise ValueError(f"the prompt {shown!r} has {len(ids)} tokens and the text encoder reads {limit}: shorten it, or allow truncation")
+
+    def null(self) -> Context:
+        """The context of the empty prompt, one sample: the unconditional branch of guidance."""
+        return self.encode_text([""])
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Scaled latents [B, C, h, w] of images [B, 3, H, W] in [-1, 1]: the mean of the VAE's posterior, so that a cache is reproducible."""
+        vae = self.pipe.vae
+        mean = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.mode()
+        return ((mean.float() - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor).contiguous()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, chunk: int = 64) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] of scaled latents."""
+        vae = self.pipe.vae
+        parts = [part / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0) for part in latents.to(self.device, vae.dtype).split(chunk)]
+        return torch.cat([vae.decode(part, return_dict=False)[0].float().clamp(-1, 1) for part in parts])

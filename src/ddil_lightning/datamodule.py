@@ -1,0 +1,231 @@
+"""DDILDataModule: captions in, mixed roll-out latents out. It asks the method for its policies and grid, and imports no method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+from .buffer import ReplayBuffer
+from .captions import Captions, Encoded, RawBatch, builtin, encode, encode_batch
+from .prior import SamplingPrior
+from .reflect import estimate_box
+from .rollout import Granularity, Learner, Streams, collect, draw
+from .types import CaptionBatch, LatentBatch, take
+
+
+class CounterSampler(DistributedSampler):
+    """Lists of rows by a counter: batch i is a slice of the permutation of (seed, epoch), so "batches done" is all there is to resume.
+
+    A DistributedSampler, because Lightning then leaves it alone under DDP and FSDP.
+    """
+
+    def __init__(self, size: int, batch: int, seed: int, world: int, rank: int, done: int) -> None:
+        self.batches = size // (batch * world)
+        if self.batches == 0:
+            raise ValueError(f"the data set has {size} captions, fewer than one batch of {batch} on {world} process(es): lower data.batch_size")
+        self.size, self.batch, self.seed, self.world, self.rank, self.done = size, batch, seed, world, rank, done
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, start = divmod(self.done, self.batches)
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+        for i in range(start, self.batches):
+            first = (i * self.world + self.rank) * self.batch
+            yield order[first : first + self.batch].tolist()
+        self.done = (epoch + 1) * self.batches
+
+    def set_epoch(self, epoch: int) -> None:
+        """Nothing: the counter says the epoch."""
+
+
+class DDILDataModule(LightningDataModule):
+    """Data, prior, roll-outs and buffer of DDIL, for any method.
+
+    `captions`: a data set (default: the built-in one that the pipeline names). `prior`: shares of forward, student and teacher latents
+    (annealed by the AnnealPrior callback). `batch_size`: per process. `collect_every`: student updates between two roll-outs of
+    `trajectories` (default batch_size) trajectories, whose interior states all go to the buffer. `capacity`: states kept per process; 0
+    rolls out afresh for every batch. `max_age`, `priority`: of the buffer. `granularity`: `sample` splits every batch by the shares,
+    `step` gives each batch one source. `pure_noise`: forward latents at the first node carry no signal. `cache`: encode everything once
+    (`true`), keep it in a file (a path), or encode on the fly (`false`). `truncate`: cut long prompts instead of refusing them.
+    """
+
+    def __init__(
+        self,
+        captions: Captions | None = None,
+        prior: SamplingPrior = SamplingPrior(),  # noqa: B008 (frozen)
+        batch_size: int = 32,
+        collect_every: int = 10,
+        trajectories: int | None = None,
+        capacity: int = 2048,
+        max_age: int = 500,
+        priority: float = 0.0,
+        granularity: Granularity = "sample",
+        pure_noise: bool = False,
+        cache: bool | str = True,
+        truncate: bool = False,
+        workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or collect_every < 1 or capacity < 0:
+            raise ValueError(f"batch_size and collect_every are at least 1 and capacity at least 0, got {batch_size}, {collect_every} and {capacity}")
+        self.captions, self.prior, self.batch_size = captions, prior, batch_size
+        self.collect_every, self.trajectories = collect_every, min(trajectories or batch_size, batch_size)
+        self.granularity, self.pure_noise, self.seed = granularity, pure_noise, seed
+        self.cache, self.truncate, self.workers = cache, truncate, workers
+        self.buffer = ReplayBuffer(capacity, max_age=max_age, priority=priority) if capacity else None
+        self.done = 0
+        self._collected_at: int | None = None
+
+    # The learner ---------------------------------------------------------------------------------------------------------------
+
+    @property
+    def learner(self) -> Learner:
+        """The method in training."""
+        if self.trainer is None or self.trainer.lightning_module is None:
+            raise RuntimeError("the DataModule meets its method in Trainer.fit(method, datamodule); outside it, call rollout.draw")
+        return self.trainer.lightning_module  # type: ignore[return-value]
+
+    @property
+    def clock(self) -> int:
+        """Student updates of the present stage, the clock of cadence and age."""
+        return getattr(self.learner, "stage_updates", 0)
+
+    @property
+    def streams(self) -> Streams:
+        """The random streams of the next batch."""
+        trainer = self.trainer
+        return Streams(self.seed, self.done, getattr(self.learner, "stage", 0), trainer.global_rank if trainer else 0)
+
+    # Data ------------------------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Encode the captions (or read the cache) and show the method the box of its latents."""
+        if stage != "fit":
+            return
+        backbone: Any = self.learner.backbone  # type: ignore[attr-defined]
+        if self.captions is None:
+            self.captions = builtin(backbone.about.get("dataset", "shapes"))
+        if isinstance(self.cache, str) and Path(self.cache).is_file():
+            self.captions = Encoded.load(Path(self.cache))
+        elif self.cache and not isinstance(self.captions, Encoded):
+            self.captions = encode(self.captions, backbone, truncate=self.truncate)
+            if isinstance(self.cache, str) and self.trainer is not None and self.trainer.is_global_zero:
+                self.captions.save(Path(self.cache))
+
+    def box(self) -> tuple[list[float], list[float]] | None:
+        """The latent box of the data (reflect.estimate_box) from at most 8192 of them; None without encoded images."""
+        if isinstance(self.captions, Encoded) and self.captions.latents is not None:
+            return estimate_box(self.captions.latents[:8192])
+        return None
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of rows from where the counter stands."""
+        trainer = self.trainer
+        world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+        assert self.captions is not None  # noqa: S101 (setup ran)
+        sampler = CounterSampler(len(self.captions), self.batch_size, self.seed, world, rank, self.done)
+        return DataLoader(self.captions, batch_size=None, sampler=sampler, num_workers=self.workers)
+
+    # Algorithm 1 -----------------------------------------------------------------------------------------------------------------
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> CaptionBatch | LatentBatch:
+        """Captions to latents, on the device, with the student as it is now.
+
+        Lightning calls this with gradients on, outside autocast and with the student in train mode; roll-outs want none of these.
+        """
+        if self.trainer is None or not self.trainer.training:
+            return batch
+        learner = self.learner
+        with torch.no_grad(), evaluating(learner.policies.student), self.trainer.precision_plugin.forward_context():
+            backbone: Any = learner.backbone  # type: ignore[attr-defined]
+            encoded = encode_batch(batch, backbone, self.truncate) if isinstance(batch, RawBatch) else batch
+            self._collect(encoded)
+            return draw(
+                encoded,
+                learner,
+                self.prior,
+                self.streams,
+                shape=backbone.latent_shape,
+                buffer=self.buffer,
+                clock=self.clock,
+                granularity=self.granularity,
+                pure_noise=self.pure_noise,
+                progress=getattr(learner, "progress", 0.0),
+            )
+
+    def _collect(self, batch: CaptionBatch) -> None:
+        """Algorithm 2 at its cadence."""
+        if self.buffer is None or self.prior.rollouts == 0:
+            return
+        if self._collected_at is not None and self.clock - self._collected_at < self.collect_every:
+            return
+        learner = self.learner
+        shape = learner.backbone.latent_shape  # type: ignore[attr-defined]
+        made = collect(take(batch, slice(self.trajectories)), learner, self.prior, self.streams, shape)
+        self.buffer.expire(self.clock, getattr(learner, "stage", 0))
+        self.buffer.add(made.x_t, made.t, made.c, made.row, made.source, made.actors, self.clock, getattr(learner, "stage", 0))
+        self._collected_at = self.clock
+
+    def observe(self, batch: LatentBatch, loss: Tensor) -> None:
+        """Per-sample losses [B] of a batch: the buffer's priorities."""
+        if self.buffer is not None and self.buffer.priority > 0:
+            kept = batch.slot >= 0
+            self.buffer.update(batch.slot[kept].cpu(), loss[kept].detach().float().cpu(), batch.t[kept].cpu())
+
+    def commit(self) -> None:
+        """The step that used the last batch is complete. Called by the Commit callback, before checkpoints are written."""
+        self.done += 1
+
+    def statistics(self) -> dict[str, float]:
+        """What the run's curves show of the prior and the buffer."""
+        shares = {f"prior/{name}": getattr(self.prior, name) for name in ("forward", "student", "teacher")}
+        stats = self.buffer.stats(self.clock) if self.buffer is not None and len(self.buffer) else {}
+        return shares | {f"buffer/{name}": value for name, value in stats.items()}
+
+    def flush(self) -> None:
+        """Forget every roll-out (a new stage)."""
+        self._collected_at = None
+        if self.buffer is not None:
+            self.buffer.flush()
+
+    # State -----------------------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counter and every rank's buffer (Lightning keeps rank 0's return only, so they are gathered here)."""
+        mine: Any = self.buffer.state_dict() if self.buffer is not None else None
+        every = [mine]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            every = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(every, mine)
+        return {"done": self.done, "collected_at": self._collected_at, "buffers": every}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore. With another number of processes the counter no longer means the same rows, and that is refused."""
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        if len(state["buffers"]) != world:
+            raise ValueError(f"the checkpoint was written by {len(state['buffers'])} process(es) and this run has {world}: resume with the same number")
+        self.done, self._collected_at = state["done"], state["collected_at"]
+        if self.buffer is not None and state["buffers"][rank] is not None:
+            self.buffer.load_state_dict(state["buffers"][rank])
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside (no dropout in roll-outs), every submodule's own flag restored afterwards."""
+    flags = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, flag in flags:
+            m.training = flag

@@ -1,0 +1,264 @@
+"""The benchmark: every sampler gets the same prompts and seeds, and its images are scored against held-out real ones.
+
+A *sampler* is any function (prompts, seed) -> images [N, 3, H, W] in [-1, 1], one per prompt, that draws its noise from the seed
+alone. Images are scored as an 8-bit file would hold them.
+
+    suite = Suite.builtin("shapes")
+    timed = Timed(sample)
+    rows = [make_row("lcm", steps=4, guidance=7.5, n=512, nfe=4, seconds_per_image=..., metrics=suite.score(timed))]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddil_lightning.metrics.alignment import attribute_accuracy
+from ddil_lightning.metrics.base import Features, as_saved, chunked
+from ddil_lightning.metrics.diversity import Distance, seed_diversity
+from ddil_lightning.metrics.frechet import frechet_distance
+from ddil_lightning.metrics.pairs import choose, load_images, read_pairs, resize
+from ddil_lightning.metrics.prdc import density_coverage
+
+Sampler = Callable[[list[str], int], Tensor]
+Scorer = Callable[[Tensor, Sequence[str]], Tensor]
+HELD_OUT = 0x7E57_5EED
+"""Seed of the built-in test data, which no training configuration uses."""
+KEYS = ("frechet", "clip", "density", "coverage", "lpips_diversity", "attribute_accuracy", "all_right", "mode_coverage", "sharpness")
+
+
+class Timed:
+    """A sampler that measures itself: `seconds_per_image` over all calls."""
+
+    def __init__(self, sample: Sampler) -> None:
+        self.sample, self.seconds, self.images = sample, 0.0, 0
+
+    def __call__(self, prompts: list[str], seed: int) -> Tensor:
+        """The sampler's images."""
+        start = time.perf_counter()
+        images = self.sample(prompts, seed)
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+        self.seconds += time.perf_counter() - start
+        self.images += len(images)
+        return images
+
+    @property
+    def seconds_per_image(self) -> float | None:
+        """None before the first call."""
+        return self.seconds / self.images if self.images else None
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A data set's benchmark. Everything that is None leaves its metrics None."""
+
+    name: str
+    prompts: Sequence[str]  # N held-out captions, one image each
+    real: Tensor | None = None  # [N, D] features of real images
+    features: Features | None = None
+    clip: Scorer | None = None  # (images, prompts) -> cosine [B]
+    distance: Distance | None = None
+    probes: Sequence[str] = ()  # prompts drawn with `seeds` seeds each: diversity and mode coverage
+    seeds: int = 12
+    judge: Callable[[Tensor, Sequence[str]], Any] | None = None  # -> .correct {attribute: [B]}, .residual [B]
+    modes: Callable[[Tensor, Sequence[str]], float] | None = None
+    size: int | None = None  # edge to which images are resized before `features`; CLIP and LPIPS see them as they are
+    seed: int = 0
+    batch: int = 128  # images asked of the sampler at a time
+    protocol: Mapping[str, Any] = field(default_factory=dict)  # what a number must be quoted with
+
+    @classmethod
+    def builtin(cls, data: str = "shapes", n: int = 512, seed: int = HELD_OUT, batch: int = 128) -> Suite:
+        """The suite of the built-in data "shapes" or "digits": `n` held-out prompts and about 3/8 n images more of partial prompts."""
+        from ddil_lightning.miniature.evaluator import load_evaluator
+
+        raise NotImplementedError
+
+    @classmethod
+    def from_folder(
+        cls,
+        source: str | Path,
+        images: str | Path | None = None,
+        n: int | None = None,
+        seed: int = 0,
+        size: int = 256,
+        probes: int = 50,
+        seeds: int = 10,
+        features: Features | str | None = "inception",
+        clip: Scorer | str | None = "open_clip",
+        distance: Distance | str | None = "lpips",
+        batch: int = 16,
+        device: str | torch.device = "cpu",
+    ) -> Suite:
+        """A suite of the user's own images and captions: `source` and `images` as in `metrics.pairs.read_pairs`.
+
+        COCO-2017 5k is `from_folder("annotations/captions_val2017.json", "val2017")`. A network is a callable, None to skip its
+        metrics, or the default's name; loading a default may download its weights once. Raises as `read_pairs` and `choose`.
+        """
+        from ddil_lightning.metrics.clip import open_clip_net
+        from ddil_lightning.metrics.diversity import lpips_distance
+        from ddil_lightning.metrics.frechet import inception_features
+
+        chosen = choose(read_pairs(source, images), n, seed)
+        names = {k: v if isinstance(v, str) else None for k, v in (("features", features), ("clip", clip), ("distance", distance))}
+        feature_net = _default(features, "inception", lambda: inception_features(device=device))
+        parts = [p.image for p in chosen]
+        real = [chunked(feature_net, load_images(parts[i : i + 64], size)) for i in range(0, len(parts), 64)] if feature_net else None
+        return cls(
+            name=Path(source).stem,
+            prompts=[p.caption for p in chosen],
+            real=None if real is None else torch.cat(real),
+            features=feature_net,
+            clip=_default(clip, "open_clip", lambda: open_clip_net(device=device).score),
+            distance=_default(distance, "lpips", lambda: lpips_distance(device=device)),
+            probes=[p.caption for p in choose(chosen, min(probes, len(chosen)), seed)] if probes else [],
+            seeds=seeds,
+            size=size,
+            seed=seed,
+            batch=batch,
+            protocol={"source": str(source), "n": len(chosen), "resize": f"centre crop, Lanczos {size}", "seeds": seeds, **names},
+        )
+
+    @torch.no_grad()
+    def score(self, sample: Sampler) -> dict[str, Any]:
+        """All metrics of a sampler: floats under `KEYS` (None where undefined) and the dict `per_attribute`.
+
+        Two samplers get the same calls, so their noise is paired if it depends on the seed only. Raises ValueError where the
+        sampler returns another number of images or values that are not finite.
+        """
+        features, cosines, verdicts, residuals = [], [], [], []
+        for x, prompts in self._draw(sample, list(self.prompts), self.batch, self.seed):
+            if self.features is not None:
+                features.append(chunked(self.features, resize(x, self.size)))
+            if self.clip is not None:
+                cosines.append(self.clip(x, prompts).double().cpu())
+            if self.judge is not None:
+                seen = self.judge(x, prompts)
+                verdicts.append(seen.correct)
+                residuals.append(seen.residual.double().cpu())
+        out: dict[str, Any] = dict.fromkeys(KEYS)
+        if features and self.real is not None:
+            fake = torch.cat(features)
+            out["frechet"] = frechet_distance(self.real, fake)
+            out["density"], out["coverage"] = density_coverage(self.real, fake)
+        if cosines:
+            out["clip"] = float(torch.cat(cosines).mean())
+        out["per_attribute"] = {}
+        if verdicts:
+            out |= attribute_accuracy({k: torch.cat([v[k] for v in verdicts]) for k in verdicts[0]})
+            out["sharpness"] = float(torch.cat(residuals).mean())
+        return out | self._probe(sample)
+
+    def _probe(self, sample: Sampler) -> dict[str, float]:
+        """Diversity and mode coverage of the same extra images, `seeds` of each probe."""
+        if not self.probes or (self.distance is None and self.modes is None):
+            return {}
+        asked = [p for p in self.probes for _ in range(self.seeds)]
+        group = self.seeds * max(1, self.batch // self.seeds)  # whole prompts, so that pairs stay within a batch
+        diversity, kept = [], []
+        for x, _ in self._draw(sample, asked, group, self.seed + len(self.prompts)):
+            if self.distance is not None:
+                diversity.append(seed_diversity(x.unflatten(0, (-1, self.seeds)), self.distance))
+            if self.modes is not None:
+                kept.append(x)
+        out = {"lpips_diversity": float(torch.cat(diversity).mean())} if diversity else {}
+        return out | ({"mode_coverage": float(self.modes(torch.cat(kept), asked))} if self.modes is not None else {})
+
+    def _draw(self, sample: Sampler, prompts: list[str], batch: int, seed: int) -> Iterator[tuple[Tensor, list[str]]]:
+        """Batches of checked images with their prompts; the seed of a batch is `seed` plus the number of its first prompt."""
+        for i in range(0, len(prompts), batch):
+            part = prompts[i : i + batch]
+            images = sample(part, seed + i)
+            if len(images) != len(part):
+                raise ValueError(f"sampler: {len(images)} images for {len(part)} prompts")
+            yield as_saved(images), part
+
+
+def _default(given: Any, name: str, load: Callable[[], Any]) -> Any:
+    """What was given, or the loaded default if its name was. Raises ValueError for another name."""
+    if isinstance(given, str):
+        if given != name:
+            raise ValueError(f"{given!r}: the only network with a name here is {name!r}; pass a callable for another, None to skip")
+        return load()
+    return given
+
+
+def paired_distance(a: Tensor, b: Tensor) -> float:
+    """Mean squared difference of images [N, 3, H, W] that two samplers made from the same noise. Raises ValueError if unpaired."""
+    if a.shape != b.shape or not len(a):
+        raise ValueError(f"paired_distance: {tuple(a.shape)} and {tuple(b.shape)}; the images must be paired")
+    return float((a.double().cpu() - b.double().cpu()).square().mean())
+
+
+def make_row(
+    name: str,
+    steps: int | None,
+    guidance: float | None,
+    n: int,
+    nfe: int | None,
+    seconds_per_image: float | None,
+    metrics: Mapping[str, Any],
+) -> dict[str, Any]:
+    """One line of a results table. `nfe`: network evaluations per image, two per guided step."""
+    return {
+        "name": name,
+        "steps": steps,
+        "guidance": guidance,
+        "n": n,
+        "nfe": nfe,
+        "seconds_per_image": seconds_per_image,
+        "metrics": dict(metrics),
+    }
+
+
+def table(rows: Sequence[Mapping[str, Any]], width: int = 160) -> str:
+    """The rows as text for a terminal: the columns that at least one row has, arrows for what is better."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ddil_lightning.results import cell, present, values_of
+
+    shown = present(rows)
+    grid = Table("name", box=None, header_style="bold", pad_edge=False)
+    for head in ("steps", "w", "NFE", *(f"{m.label} {m.better}".strip() for m in shown), "s/image"):
+        grid.add_column(head, justify="right")
+    for row in rows:
+        cells = [row["steps"], row["guidance"], row["nfe"], *(values_of(row).get(m.key) for m in shown), row["seconds_per_image"]]
+        grid.add_row(str(row["name"]), *map(cell, cells))
+    console = Console(width=width, color_system=None, file=open(os.devnull, "w"))
+    with console.capture() as text:
+        console.print(grid)
+    return text.get()
+
+
+def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the rows as JSON, whole or not at all; NaN and infinity, which JSON does not have, become null."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(json.dumps(_plain(rows), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _plain(x: Any) -> Any:
+    """`x` of JSON's types only."""
+    if isinstance(x, Mapping):
+        return {str(k): _plain(v) for k, v in x.items()}
+    if isinstance(x, Tensor):
+        return _plain(x.tolist())
+    if isinstance(x, list | tuple):
+        return [_plain(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x

@@ -1,0 +1,247 @@
+"""What all methods share: the frozen pipeline, one clock, optimisation by hand, averages, and what inference needs to know."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from torch import Tensor, nn
+
+from ..backbones import Backbone
+from ..denoiser import Denoiser
+from ..reflect import Mode, Reflection
+from ..schedule import Grid
+from ..solver import Policy
+from ..types import SOURCES, LatentBatch
+from .losses import lerp_
+
+
+class Distillation(LightningModule):
+    """Base of every method. A method builds `student`, `policies` and `grid` and writes `training_step`.
+
+    `pipeline`: built-in name, folder, hub id, or a loaded Backbone. `guidance`: g or a range [g_min, g_max] (default: what the pipeline
+    recommends). `updates`: student updates in all, the one clock. `lr` rises over `warmup` updates and falls linearly to `final_lr * lr`.
+    `clip`: gradient norm. `accumulate`: micro-batches per update. `ema`: decay of the average that is evaluated and exported (0: the online
+    student). `reflect`, `box`: thresholding of x0 estimates; the box (lo, hi per channel) is estimated from the data if it is not given.
+    """
+
+    backbone: Backbone
+    student: Denoiser
+    teacher: Denoiser
+
+    sources: tuple[str, ...] = ("forward", "student", "teacher")
+    """The sources on which the method's targets are defined (METHODS 1.4)."""
+
+    def __init__(
+        self,
+        pipeline: str | Backbone = "builtin",
+        guidance: float | list[float] | None = None,
+        updates: int = 1000,
+        lr: float = 1e-5,
+        final_lr: float = 0.05,
+        warmup: int = 0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        clip: float = 1.0,
+        accumulate: int = 1,
+        ema: float = 0.0,
+        reflect: Mode = "off",
+        box: list[list[float]] | None = None,
+        gradient_checkpointing: bool = False,
+        log_every: int = 10,
+    ) -> None:
+        super().__init__()
+        if updates < 1 or accumulate < 1 or not 0 <= ema < 1:
+            raise ValueError(f"updates and accumulate are at least 1 and 0 <= ema < 1, got {updates}, {accumulate} and {ema}")
+        self.automatic_optimization = False
+        # Frozen networks stay out of parameters(), state_dict and DDP: they live behind the module's back.
+        self.__dict__["backbone"] = pipeline if isinstance(pipeline, Backbone) else Backbone(pipeline)
+        g = self.backbone.guidance if guidance is None else guidance
+        self.guidance: tuple[float, float] = (float(g[0]), float(g[-1])) if isinstance(g, list | tuple) else (float(g), float(g))
+        self.updates, self.lr, self.final_lr, self.warmup = updates, lr, final_lr, warmup
+        self.betas, self.weight_decay, self.clip, self.accumulate, self.ema = betas, weight_decay, clip, accumulate, ema
+        self.gradient_checkpointing, self.log_every = gradient_checkpointing, log_every
+        channels = self.backbone.latent_shape[0]
+        self.has_box = box is not None or reflect == "off"
+        lo, hi = box if box is not None else ([-4.5] * channels, [4.5] * channels)
+        self.reflection = Reflection(lo, hi, reflect)
+        self.student_updates, self.stage, self._micro = 0, 0, 0
+        self.average: nn.Module | None = None
+        self._sums: dict[str, tuple[Tensor, int]] = {}
+
+    # What the draw and inference ask -----------------------------------------------------------------------------------------
+
+    @property
+    def stage_updates(self) -> int:
+        """Student updates of the present stage."""
+        return self.student_updates
+
+    @property
+    def progress(self) -> float:
+        """The share of the run that is done, 0 to 1."""
+        return min(self.student_updates / self.updates, 1.0)
+
+    @property
+    def evaluations(self) -> dict[str, int]:
+        """Network evaluations of one sample each so far, by role."""
+        return {name: d.evaluations for name, d in self.denoisers().items()}
+
+    def denoisers(self) -> dict[str, Denoiser]:
+        """The networks by role."""
+        return {"student": self.student, "teacher": self.teacher}
+
+    def deployed(self) -> nn.Module:
+        """The student network (a backbones.UNet) that is evaluated and exported: the average if there is one."""
+        return self.average if self.average is not None else self.student.network
+
+    def with_average(self) -> None:
+        """Called by a method once its student exists."""
+        if self.ema:
+            self.average = copy.deepcopy(self.student.network).requires_grad_(False).eval()
+
+    def sampler(self, steps: int) -> tuple[Policy, Grid]:
+        """How the student is deployed in `steps` steps; the same object serves previews, tests and the check of the export."""
+        raise TypeError(f"{type(self).__name__} does not say how it samples")
+
+    def scheduler(self) -> Any:
+        """The diffusers scheduler that holds the trained times, for the exported pipeline."""
+        raise TypeError(f"{type(self).__name__} does not say its scheduler")
+
+    # Optimisation ----------------------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over what the student trains."""
+        return self.adamw(self.student, self.lr)
+
+    def adamw(self, net: nn.Module, lr: float) -> torch.optim.AdamW:
+        """AdamW over the trainable parameters of `net`; `base_lr` is what the clock's schedule multiplies."""
+        groups = [{"params": [p for p in net.parameters() if p.requires_grad], "base_lr": lr}]
+        return torch.optim.AdamW(groups, lr=lr, betas=self.betas, weight_decay=self.weight_decay, fused=True)
+
+    def descend(self, optimizer: Any, loss: Tensor, name: str = "loss") -> bool:
+        """One micro-batch of `loss`; True when it completed an update. Clips, follows the lr schedule, refuses a loss that is not finite."""
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the {name} is {float(loss)} at student update {self.student_updates}")
+        self.record(**{name: loss})
+        self.manual_backward(loss / self.accumulate)
+        self._micro += 1
+        if self._micro % self.accumulate:
+            return False
+        if self.clip:
+            self.clip_gradients(optimizer, gradient_clip_val=self.clip, gradient_clip_algorithm="norm")
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * self.lr_factor()
+        optimizer.step()
+        optimizer.zero_grad()
+        return True
+
+    def lr_factor(self) -> float:
+        """The learning rate's multiple at the present clock: linear warm-up, then linear to `final_lr`."""
+        u = self.student_updates
+        if u < self.warmup:
+            return (u + 1) / self.warmup
+        return 1 - (1 - self.final_lr) * (u - self.warmup) / max(self.updates - self.warmup, 1)
+
+    def advance(self) -> None:
+        """The student was updated: the clock and the averages follow."""
+        self.student_updates += 1
+        if self.average is not None:
+            # A young average follows faster, or the first previews would show the initial weights.
+            lerp_(self.average, self.student.network, min(self.ema, (1 + self.student_updates) / (10 + self.student_updates)))
+
+    # Reports ---------------------------------------------------------------------------------------------------------------------
+
+    def record(self, **values: Tensor | float) -> None:
+        """Add to the running means that the Clock callback writes to the loggers every `log_every` student updates."""
+        for name, value in values.items():
+            total, n = self._sums.get(name, (torch.zeros((), device=self.device), 0))
+            self._sums[name] = (total + torch.as_tensor(value, device=self.device).detach().float().mean(), n + 1)
+
+    def means(self) -> dict[str, float]:
+        """The running means, emptied."""
+        sums, self._sums = self._sums, {}
+        return {name: float(total) / n for name, (total, n) in sums.items()}
+
+    def feedback(self, b: LatentBatch, loss: Tensor) -> Tensor:
+        """The scalar loss of per-sample losses [B]; the buffer's priorities and the per-source means hear of it on the way."""
+        for tag, name in enumerate(SOURCES):
+            of = b.source == tag
+            if bool(of.any()):
+                self.record(**{f"loss/{name}": loss[of]})
+        observe = getattr(getattr(self.trainer, "datamodule", None), "observe", None)
+        if observe is not None:
+            observe(b, loss)
+        return (b.weight * loss).mean()
+
+    # Lightning -------------------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Check the prior against the method, and take the box from the data if none was given."""
+        data = getattr(self.trainer, "datamodule", None)
+        prior = getattr(data, "prior", None)
+        if prior is not None:
+            self.check_prior(prior)
+
+    def check_prior(self, prior: Any) -> None:
+        """Raises ValueError when `prior` gives a share to a source on which this method has no target."""
+        for name in ("forward", "student", "teacher"):
+            if getattr(prior, name) > 0 and name not in self.sources:
+                raise ValueError(
+                    f"the prior gives {getattr(prior, name):g} to {name} latents, on which {type(self).__name__} has no target: "
+                    f"its sources are {', '.join(self.sources)}"
+                )
+
+    def on_fit_start(self) -> None:
+        """The box from the data, once it is encoded."""
+        if not self.has_box:
+            found = self.trainer.datamodule.box() if hasattr(getattr(self.trainer, "datamodule", None), "box") else None
+            if found is not None:
+                self.reflection.lo.copy_(torch.tensor(found[0])), self.reflection.hi.copy_(torch.tensor(found[1]))
+            self.has_box = True
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The clock travels with the method, so that a bare Trainer gets it too."""
+        return [Clock()]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The clock and the counts."""
+        checkpoint["ddil"] = {"student_updates": self.student_updates, "stage": self.stage, "micro": self._micro, "has_box": self.has_box}
+        checkpoint["ddil"]["evaluations"] = self.evaluations
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore them."""
+        state = checkpoint["ddil"]
+        self.student_updates, self.stage, self._micro, self.has_box = state["student_updates"], state["stage"], state["micro"], state["has_box"]
+        for name, denoiser in self.denoisers().items():
+            denoiser.evaluations = state["evaluations"][name]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Distillation:
+        super()._apply(fn, recurse)
+        for part in self.backbone.pipe.components.values():
+            if isinstance(part, nn.Module):
+                part._apply(fn)
+        return self
+
+
+class Clock(Callback):
+    """After every batch: commit the data position, write the running means, stop at `updates`.
+
+    A callback and not a module hook, because checkpoint callbacks run before the module's own hook and would save a stale counter.
+    """
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Commit, log, stop."""
+        data = getattr(trainer, "datamodule", None)
+        if hasattr(data, "commit"):
+            data.commit()
+        clock = pl_module.student_updates
+        if clock % pl_module.log_every == 0 or clock >= pl_module.updates:
+            values = {"student_updates": clock, "lr": pl_module.lr * pl_module.lr_factor(), **pl_module.means()}
+            if hasattr(data, "statistics"):
+                values |= data.statistics()
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=clock)
+        if clock >= pl_module.updates:
+            trainer.should_stop = True

@@ -1,0 +1,96 @@
+"""Latent consistency distillation (Luo et al. 2023, Alg. 1; METHODS 3) as a feedback loss of DDIL."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..denoiser import Consistency, Denoiser
+from ..schedule import Grid
+from ..solver import Policies, Policy, ddim
+from ..types import LatentBatch
+from .base import Distillation
+from .losses import Distance, distance, lerp_
+
+
+class LCM(Distillation):
+    """f(x_t, t, c, w) should equal f of the point that one guided teacher step reaches: d(f_theta(x_t, t), R f_target(x_s, s)).
+
+    A latent needs no x0, so forward and student roll-outs are both legal; the teacher is no consistency model, so mixed roll-outs are not
+    the paper's (they are possible: its DDIM steps). Reflection acts on the guided teacher's x0 and on the target's, never on the student's.
+
+    `w_conditioned`: the student is told w (zero-initialised embedding); without it, the guidance is baked in and only the teacher sees w.
+    `solver_steps`: nodes of the training grid. `rollouts`: the step counts of student roll-outs. `target_decay`: EMA of the target (0: the
+    online student without gradient). `loss`, `huber`: the distance and its width. `scaling`, `sigma_data`: of the boundary conditions.
+    """
+
+    def __init__(
+        self,
+        *,
+        w_conditioned: bool = True,
+        solver_steps: int = 50,
+        rollouts: tuple[int, ...] = (3, 4, 5),
+        target_decay: float = 0.95,
+        loss: Distance = "huber",
+        huber: float = 1e-3,
+        scaling: float = 10.0,
+        sigma_data: float = 0.5,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if not 0 <= target_decay < 1:
+            raise ValueError(f"target_decay is in [0, 1), got {target_decay}")
+        self.distance, self.huber, self.target_decay = loss, huber, target_decay
+        self.boundary = {"scaling": scaling, "sigma_data": sigma_data}
+        backbone, schedule, predicts = self.backbone, self.backbone.schedule, self.backbone.predicts
+        self.grid = Grid.consistency(solver_steps, schedule.steps, rollouts)
+        self.student = Denoiser(backbone.student(w_conditioned, self.gradient_checkpointing), schedule, predicts)
+        self.target = Denoiser(copy.deepcopy(self.student.network), schedule, predicts).requires_grad_(False).eval()
+        self.__dict__["teacher"] = Denoiser(backbone.teacher(), schedule, predicts, null=backbone.null(), reflection=self.reflection)
+        self.__dict__["policies"] = Policies(self._policy(self.student), Policy(self.teacher, "ddim"))
+        self.with_average()
+
+    def training_step(self, b: LatentBatch, i: int) -> None:
+        """One consistency update."""
+        y = self.f(self.student, b.x_t, b.t, b)
+
+        with torch.no_grad():
+            p = self.teacher(b.x_t, b.t, b.c)                                   # CFG, then reflection
+            x_s = ddim(self.teacher.schedule, b.x_t, p, b.t, b.s)               # t -> s along the guided flow
+            target = self.f(self.target, x_s, b.s, b, reflect=True)
+
+        loss = distance(self.distance, y, target, self.huber)
+        if self.descend(self.optimizers(), self.feedback(b, loss)):
+            self.advance()
+            lerp_(self.target, self.student, self.target_decay)
+
+    def f(self, denoiser: Denoiser, x: Tensor, t: Tensor, b: LatentBatch, reflect: bool = False) -> Tensor:
+        """The consistency function's value [B, C, H, W]: c_skip x + c_out x0, with x0 reflected on the target's side."""
+        p = denoiser(x, t, b.c)
+        if reflect:
+            self.record(**{"reflect/saturated": self.reflection.saturation(p.x0)})
+            p = denoiser.reflected(x, t, p, self.reflection)
+        return Consistency(denoiser, **self.boundary).bounded(x, t, p).x0
+
+    def denoisers(self) -> dict[str, Denoiser]:
+        """Student, teacher and target."""
+        return {"student": self.student, "teacher": self.teacher, "target": self.target}
+
+    def sampler(self, steps: int) -> tuple[Policy, Grid]:
+        """Multistep consistency sampling on the nodes of LCMScheduler."""
+        deployed = Denoiser(self.deployed(), self.student.schedule, self.student.predicts)
+        return self._policy(deployed), Grid.named("lcm", steps, self.student.schedule.steps, solver_steps=len(self.grid))
+
+    def scheduler(self) -> Any:
+        """LCMScheduler on the training grid."""
+        from diffusers import LCMScheduler
+
+        config = dict(self.backbone.pipe.scheduler.config)
+        own = {"original_inference_steps": len(self.grid), "timestep_scaling": self.boundary["scaling"], "set_alpha_to_one": True}
+        return LCMScheduler.from_config(config, clip_sample=False, thresholding=False, **own)
+
+    def _policy(self, denoiser: Denoiser) -> Policy:
+        return Policy(Consistency(denoiser, **self.boundary), "renoise")

@@ -1,0 +1,228 @@
+"""Pretraining of the built-in teachers: a whole Stable Diffusion in miniature, from nothing, on two CPU cores."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+
+from . import networks
+from .card import guided, measure, save_teacher
+from .sources import load_source
+from .stages import AutoencoderStage, Denoiser, DenoiserStage, FreshImages, FreshLatents, Stage, loader, token_ids
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+
+def pretrain(
+    *,
+    dataset: Literal["shapes", "digits"] = "shapes",
+    images: int = 750_000,
+    batch_size: int = 64,
+    lr: float = 2e-3,
+    seed: int = 0,
+    devices: int = 2,
+    out: str = "runs/pretrain/shapes",
+    autoencoder_steps: int = 1000,
+    decoder_steps: int = 1300,
+    hold: float = 0.6,
+    ema: float = 0.998,
+    guidance: tuple[float, ...] = (2.0, 3.0, 4.0),
+    prompts: int = 1000,
+    interim: str | None = "runs/pretrain/interim",
+    interim_every: int = 60_000,
+    resume: str | None = None,
+    progress: bool = True,
+) -> Path:
+    """Train a teacher and write it to `out` as a diffusers folder with a model card -> that folder.
+
+    Args:
+        dataset: the built-in data set.
+        images: images that the U-Net sees; the learning rate decays over the last `1 - hold` of them.
+        batch_size: of the U-Net, over all devices.
+        lr: peak learning rate of the U-Net (AdamW).
+        seed: of weights, data and noise; the result is the same for the same `devices`.
+        devices: CPU processes of one thread each for the U-Net, since convolutions this small gain little from threads.
+        out: folder to write; a folder of that name is replaced.
+        autoencoder_steps: batches of 16 for the autoencoder.
+        decoder_steps: batches of 16 for its decoder alone, afterwards; the latents stay the same.
+        hold: share of the training at the peak learning rate.
+        ema: decay of the averaged weights, which are the ones that ship.
+        guidance: scales to choose from by the judge, on held-out prompts.
+        prompts: held-out prompts of the final measurement.
+        interim: folder of a snapshot that is replaced while the U-Net trains (None: no snapshots).
+        interim_every: images between snapshots.
+        resume: folder of an earlier run's snapshots; its autoencoder and last weights are trained on, with a fresh decay.
+        progress: show progress bars.
+    """
+    started, source, sizes = time.time(), load_source(dataset), networks.SIZES[dataset]
+    seed_everything(seed, verbose=False)
+    tokenizer = networks.build_tokenizer(source.words, sizes.tokens)
+    pipeline = networks.assemble(
+        networks.build_autoencoder(sizes),
+        networks.build_text_encoder(len(tokenizer), sizes),
+        tokenizer,
+        networks.build_unet(sizes),
+    )
+    state = torch.load(Path(resume) / "state.pt") if resume else None
+    if state is None:
+        train_autoencoder(pipeline, dataset, steps=autoencoder_steps, seed=seed, progress=progress)
+    else:
+        _restore(pipeline, state)
+    snapshots = None if interim is None else Snapshots(pipeline, interim, max(1, interim_every // batch_size), batch_size)
+    train_denoiser(
+        pipeline, dataset, steps=max(1, images // batch_size), batch_size=batch_size, lr=lr, seed=seed + (state is not None),
+        devices=devices, hold=hold, ema=ema, snapshots=snapshots, progress=progress,
+    )  # fmt: skip
+    train_autoencoder(pipeline, dataset, steps=decoder_steps, seed=seed + 1, progress=progress, decoder_only=True)
+    best, scores = guided(pipeline, dataset, guidance, n=min(256, prompts))
+    table = {steps: measure(pipeline, dataset, n=prompts, steps=steps, guidance=best) for steps in (32, 4, 2, 1)}
+    facts = {
+        "dataset": dataset, "guidance": best, "seed": seed, "devices": devices, "batch_size": batch_size, "lr": lr,
+        "images": images + (state["images"] if state else 0), "guidance_scores": scores,
+        "minutes": round((time.time() - started) / 60, 1),
+    }  # fmt: skip
+    return save_teacher(pipeline, out, facts, table)
+
+
+def train_autoencoder(
+    pipeline: StableDiffusionPipeline, dataset: str, *, steps: int, seed: int, progress: bool = False, decoder_only: bool = False
+) -> None:
+    """Train `pipeline.vae` in place and set its scaling factor, so that the latents have standard deviation one."""
+    if steps == 0:
+        return
+    torch.set_num_threads(os.cpu_count() or 1)
+    source, lr = load_source(dataset), 1.5e-3 if decoder_only else 3e-3
+    stage = AutoencoderStage(live=pipeline.vae, decoder_only=decoder_only, steps=steps, lr=lr, hold=0.3, ema=0.98, seed=seed)
+    fit(stage, loader(FreshImages(source=source.draw, batch_size=16, seed=seed)), devices=1, progress=progress)
+    pipeline.vae.load_state_dict(stage.average.state_dict())
+    pipeline.vae.requires_grad_(False).eval()
+    if not decoder_only:
+        with torch.no_grad():
+            latents = pipeline.vae.encode(source.draw(1024, seed)[0]).latent_dist.mean
+        pipeline.vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 4))
+
+
+def train_denoiser(
+    pipeline: StableDiffusionPipeline, dataset: str, *, steps: int, batch_size: int, lr: float, seed: int, devices: int,
+    hold: float, ema: float, snapshots: Callback | None = None, progress: bool = False,
+) -> None:  # fmt: skip
+    """Train U-Net and text encoder of `pipeline` in place on latents of fresh images."""
+    stage = DenoiserStage(
+        live=Denoiser(pipeline.unet.train(), pipeline.text_encoder.train()),
+        scheduler=pipeline.scheduler,
+        empty=token_ids(pipeline.tokenizer, [""]),
+        steps=steps, lr=lr, hold=hold, ema=ema, seed=seed,
+    )  # fmt: skip
+    data = FreshLatents(source=load_source(dataset).draw, pipeline=pipeline, batch_size=batch_size // devices, seed=seed)
+    fit(stage, loader(data), devices=devices, progress=progress, callbacks=[snapshots] if snapshots else [])
+    put_average(pipeline, stage.average)
+
+
+def put_average(pipeline: StableDiffusionPipeline, average: Any) -> None:
+    """Copy averaged weights into the pipeline and make it ready for sampling."""
+    pipeline.unet.load_state_dict(average.unet.state_dict())
+    pipeline.text_encoder.load_state_dict(average.text_encoder.state_dict())
+    pipeline.unet.eval()
+    pipeline.text_encoder.eval()
+
+
+def _restore(pipeline: StableDiffusionPipeline, state: dict[str, Any]) -> None:
+    pipeline.vae.load_state_dict(state["vae"])
+    pipeline.vae.register_to_config(scaling_factor=state["scaling_factor"])
+    pipeline.vae.requires_grad_(False).eval()
+    Denoiser(pipeline.unet, pipeline.text_encoder).load_state_dict(state["live"])
+
+
+def fit(stage: Stage, data: Any, *, devices: int, progress: bool, callbacks: Sequence[Callback] = ()) -> None:
+    """One pass of Lightning's Trainer over `stage.steps` batches, on `devices` CPU processes."""
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp_spawn" if devices > 1 else "auto",
+        max_epochs=1,
+        limit_train_batches=stage.steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=progress,
+        use_distributed_sampler=False,
+        callbacks=[*callbacks],
+    )
+    trainer.fit(stage, data)
+
+
+class Snapshots(Callback):
+    """Every so many steps: a line of progress, the averaged pipeline under `folder`, and all weights in its `state.pt`.
+
+    `folder` is a link that is switched to the finished snapshot, so a reader never sees half of one.
+    """
+
+    def __init__(self, pipeline: StableDiffusionPipeline, folder: str, every: int, batch_size: int) -> None:
+        self.pipeline, self.folder, self.every, self.batch_size = pipeline, Path(folder), every, batch_size
+        self.started, self.loss = time.time(), 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.started = time.time()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = batch_idx + 1
+        self.loss += (float(outputs["loss"]) - self.loss) / min(step, 200)
+        if not trainer.is_global_zero:
+            return
+        if step % 200 == 0:
+            rate = step * self.batch_size / (time.time() - self.started)
+            print(f"{step * self.batch_size:>8} images  loss {self.loss:.4f}  {rate:.0f} images/s", flush=True)
+        if step % self.every == 0 or step == pl_module.steps:
+            self.write(pl_module, step * self.batch_size)
+
+    def write(self, stage: Any, images: int) -> None:
+        """Save, then switch the link; the snapshot before the last is deleted."""
+        put_average(self.pipeline, stage.average)
+        target = self.folder.with_name(f"{self.folder.name}-{images:08d}")
+        self.pipeline.save_pretrained(target)
+        vae = self.pipeline.vae
+        torch.save(
+            {"live": stage.live.state_dict(), "vae": vae.state_dict(), "scaling_factor": vae.config.scaling_factor, "images": images},
+            target / "state.pt",
+        )  # fmt: skip
+        link = self.folder.with_name(self.folder.name + ".new")
+        link.unlink(missing_ok=True)
+        link.symlink_to(target.name)
+        os.replace(link, self.folder)
+        for old in sorted(self.folder.parent.glob(f"{self.folder.name}-????????"))[:-2]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Console script: ddil-pretrain --config pretrain.yaml [--images 1000000 ...]."""
+    from jsonargparse import CLI
+
+    args = _packaged_configs(list(argv) if argv is not None else None)
+    print(CLI(pretrain, args=args, as_positional=False))
+
+
+def _packaged_configs(argv: list[str] | None) -> list[str]:
+    """Replace bare config names by the files of that name inside the package."""
+    import sys
+
+    args = sys.argv[1:] if argv is None else argv
+    configs = Path(__file__).parent.parent / "configs"
+    found = []
+    for word in args:
+        head, _, value = word.rpartition("=")
+        packaged = configs / value
+        bare = value.endswith(".yaml") and not Path(value).is_file() and packaged.is_file()
+        found.append(f"{head}={packaged}" if bare and head else str(packaged) if bare else word)
+    return found
+
+
+if __name__ == "__main__":
+    main()

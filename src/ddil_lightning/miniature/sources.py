@@ -1,0 +1,45 @@
+"""The built-in data sets under one interface: streams of images with captions, held-out prompts, an exact judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from . import digits, shapes
+
+HELD_OUT = 1 << 50  # seeds from here on are never used in training
+
+
+class Source(NamedTuple):
+    """One built-in data set."""
+
+    draw: Callable[[int, int], tuple[Tensor, list[str]]]  # (n, seed) -> images [n, 3, H, W] in [-1, 1], captions
+    prompts: Callable[[int, int], list[str]]  # (n, seed) -> held-out prompts with every attribute
+    judge: Callable[..., shapes.Judgement]  # (images, captions) -> Judgement
+    words: tuple[str, ...]  # the vocabulary of the captions
+
+
+def draw_shapes(n: int, seed: int) -> tuple[Tensor, list[str]]:
+    """`n` newly drawn scenes with their captions."""
+    scenes = shapes.draw_scenes(n, seed)
+    return shapes.render(scenes), shapes.captions(scenes, seed)
+
+
+def shapes_prompts(n: int, seed: int) -> list[str]:
+    """`n` held-out prompts that mention every attribute."""
+    return shapes.captions(shapes.draw_scenes(n, HELD_OUT + seed), seed, full=True)
+
+
+def load_source(name: str) -> Source:
+    """The data set called "shapes" or "digits".
+
+    Raises:
+        ValueError: another name.
+    """
+    if name == "shapes":
+        return Source(draw_shapes, shapes_prompts, shapes.judge, shapes.WORDS)
+    if name == "digits":
+        return Source(digits.draw, digits.prompts, digits.judge, digits.WORDS)
+    raise ValueError(f"unknown built-in data set {name!r}; choose shapes or digits")

@@ -1,0 +1,214 @@
+"""Algorithms 1 and 2: where the latents of a training step come from.
+
+`draw` mixes forward-diffused data with roll-outs by the shares of a prior; `roll` walks the student's grid with student, teacher or both.
+Every decision that changes the sequence of network calls (source, grid, stop, actors) comes from a stateless generator that is the same on
+every rank; noise, guidance and buffer picks are rank-local. Both are pure functions of (seed, stage, step), so a resumed run repeats them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .buffer import ReplayBuffer
+from .prior import SamplingPrior
+from .schedule import Grid
+from .solver import Policies
+from .types import FORWARD, MIXED, STUDENT, TEACHER, CaptionBatch, Context, LatentBatch, cat, take
+
+Granularity = Literal["sample", "step"]
+
+
+class Learner(Protocol):
+    """What the draw needs to know of a method. Every method has it; the DataModule imports no method."""
+
+    @property
+    def policies(self) -> Policies:
+        """The student and the teacher as they act at inference."""
+        ...
+
+    @property
+    def grid(self) -> Grid:
+        """The times the student trains on, with the grids that inference walks."""
+        ...
+
+    @property
+    def guidance(self) -> tuple[float, float]:
+        """The range of guidance g = 1 + w from which every sample's w is drawn, uniform."""
+        ...
+
+
+class Streams(NamedTuple):
+    """Random numbers as a function of (seed, stage, step, purpose): nothing to save, nothing to restore."""
+
+    seed: int
+    step: int
+    stage: int = 0
+    rank: int = 0
+
+    def shared(self, purpose: str) -> random.Random:
+        """The same on every rank: plans."""
+        return random.Random(self._hash(purpose))
+
+    def local(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
+        """Different on every rank: noise, guidance, picks."""
+        return torch.Generator(device).manual_seed(self._hash(purpose, self.rank))
+
+    def _hash(self, *words: Any) -> int:
+        text = ":".join(map(str, (self.seed, self.stage, self.step, *words)))
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+class Rollout(NamedTuple):
+    """All interior states of R trajectories over N nodes: M = N R states, nodes in order of time."""
+
+    x_t: Tensor  # [M, C, H, W]
+    t: Tensor  # [M]
+    row: Tensor  # [M] the trajectory, a row of `c`
+    source: Tensor  # [M]
+    actors: Tensor  # [M] bit i is set where the student took transition i
+    c: Context  # [R]
+
+
+def plan(prior: SamplingPrior, grid: Grid, rng: random.Random) -> tuple[Grid, list[bool]]:
+    """One roll-out: the inference grid it walks, and for every interval whether the student acts (else the teacher)."""
+    walk, p = grid.rollout(rng), prior.p_student
+    if prior.mix == "trajectory":
+        return walk, [rng.random() < p] * len(walk)
+    return walk, [rng.random() < p for _ in range(len(walk))]
+
+
+@torch.no_grad()
+def roll(policies: Policies, walk: Grid, actors: Sequence[bool], c: Context, shape: Sequence[int], generator: torch.Generator, upto: int | None = None) -> Rollout:
+    """Algorithm 2: from pure noise down `walk`, every state recorded before its transition.
+
+    `c` [R] with guidance; `shape`: of one latent; `upto`: the last node recorded (default: the last of the grid). Node 0, pure noise, is
+    recorded too: it is what the deployed student sees, while forward latents at T still hold some signal.
+    """
+    last = len(walk) - 1 if upto is None else upto
+    device, count = c.text.device, len(c.text)
+    x = torch.randn((count, *shape), generator=generator, device=device)
+    times = walk.times.tolist()
+    states, bits = [x], [0]
+    for i in range(last):
+        actor = policies.student if actors[i] else policies.teacher
+        if actor is None:
+            raise ValueError("the prior gives roll-outs to a teacher, but this method has no teacher policy: give that share to the student")
+        x = actor(x, times[i], times[i + 1], c, generator)
+        states.append(x)
+        bits.append(bits[-1] | (int(actors[i]) << i))
+    tags = [_tag(actors[: max(i, 1)]) for i in range(last + 1)]
+
+    def column(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, device=device).repeat_interleave(count)
+
+    rows = torch.arange(count, device=device).repeat(last + 1)
+    return Rollout(torch.cat(states), column(times[: last + 1]), rows, column(tags), column(bits), c)
+
+
+def _tag(actors: Sequence[bool]) -> int:
+    """Whose latent it is by who acted so far; at node 0, by who will act first."""
+    return STUDENT if all(actors) else MIXED if any(actors) else TEACHER
+
+
+def guided(c: Context, guidance: tuple[float, float], generator: torch.Generator) -> Context:
+    """`c` with w ~ U[g_min - 1, g_max - 1] per sample: the one place where g = 1 + w is converted for training."""
+    low, high = guidance
+    u = torch.rand(len(c.text), generator=generator, device=generator.device)
+    return c.guided((low - 1 + (high - low) * u).to(c.text.device))
+
+
+def counts(prior: SamplingPrior, batch: int, granularity: Granularity, rng: random.Random) -> int:
+    """How many of a batch are roll-outs: a fixed share of every batch (`sample`) or all or none by a coin (`step`)."""
+    if prior.rollouts == 0:
+        return 0
+    if granularity == "step":
+        return batch if rng.random() < prior.rollouts else 0
+    whole = prior.rollouts * batch
+    # Rounding by a shared coin keeps the mean share right for small batches.
+    return int(whole) + (rng.random() < whole - int(whole))
+
+
+def forward(batch: CaptionBatch, learner: Learner, streams: Streams, pure_noise: bool = False) -> LatentBatch:
+    """The forward source: data noised to uniform nodes, x_t = alpha x0 + sigma eps. `pure_noise`: node 0 is noise without signal (DMD2)."""
+    if batch.latent is None:
+        raise ValueError("the prior has a forward share but the data set has no images: give that share to the teacher, or give images")
+    x0, grid, schedule = batch.latent, learner.grid, learner.policies.student.schedule
+    device = x0.device
+    node = grid.draw(len(x0), streams.local("node")).to(device)
+    t, s = grid.times.to(device)[node], grid.times.to(device)[node + 1]
+    eps = torch.randn(x0.shape, generator=streams.local("noise", device), device=device, dtype=x0.dtype)
+    x_t = schedule.add_noise(x0, eps, t)
+    if pure_noise:
+        x_t = torch.where((node == 0).view(-1, *(1,) * (x0.ndim - 1)), eps, x_t)
+    c = guided(batch.c, learner.guidance, streams.local("guidance"))
+    tag = torch.full_like(t, FORWARD)
+    return LatentBatch(x_t, t, s, node, c, x0, tag, torch.ones(len(t), device=device), torch.full_like(t, -1))
+
+
+def collect(batch: CaptionBatch, learner: Learner, prior: SamplingPrior, streams: Streams, shape: Sequence[int]) -> Rollout:
+    """One batch of trajectories for the buffer, by the batch's captions: all interior states of one roll-out."""
+    walk, actors = plan(prior, learner.grid, streams.shared("rollout"))
+    c = guided(batch.c, learner.guidance, streams.local("rollout-guidance"))
+    return roll(learner.policies, walk, actors, c, shape, streams.local("rollout-noise", c.text.device))
+
+
+def fresh(batch: CaptionBatch, learner: Learner, prior: SamplingPrior, streams: Streams, shape: Sequence[int]) -> LatentBatch:
+    """Roll-out latents made on the spot, all at one node: what a run without a buffer trains on."""
+    rng = streams.shared("rollout")
+    walk, actors = plan(prior, learner.grid, rng)
+    stop = rng.randrange(len(walk))
+    c = guided(batch.c, learner.guidance, streams.local("rollout-guidance"))
+    made = roll(learner.policies, walk, actors, c, shape, streams.local("rollout-noise", c.text.device), upto=stop)
+    final = slice(stop * len(c.text), None)
+    slot = torch.full_like(made.t[final], -1)
+    return _rolled(learner, made.x_t[final], made.t[final], c, made.source[final], torch.ones_like(slot, dtype=torch.float32), slot)
+
+
+def _rolled(learner: Learner, x_t: Tensor, t: Tensor, c: Context, source: Tensor, weight: Tensor, slot: Tensor) -> LatentBatch:
+    node = learner.grid.rows(t)
+    return LatentBatch(x_t, t, learner.grid.times.to(t.device)[node + 1], node, c, None, source, weight, slot)
+
+
+def draw(
+    batch: CaptionBatch,
+    learner: Learner,
+    prior: SamplingPrior,
+    streams: Streams,
+    *,
+    shape: Sequence[int],
+    buffer: ReplayBuffer | None = None,
+    clock: int = 0,
+    granularity: Granularity = "sample",
+    pure_noise: bool = False,
+    progress: float = 0.0,
+) -> LatentBatch:
+    """Algorithm 1: one training batch of latents.
+
+    `batch` [B] encoded captions; `shape` of one latent; `buffer`: a filled replay buffer (None: roll out on the spot); `clock` and
+    `progress` in [0, 1] date the buffer's priorities. With `prior.forward == 1`, or while the buffer holds too little, this is `forward`.
+    """
+    size = len(batch.index)
+    k = counts(prior, size, granularity, streams.shared("source"))
+    if buffer is not None and len(buffer) < k:
+        if batch.latent is None:
+            raise ValueError("the buffer is still empty and there is no data to start from: collect a roll-out before the first draw")
+        k = 0
+    if k == 0:
+        return forward(batch, learner, streams, pure_noise)
+    if buffer is None:
+        rolled = fresh(take(batch, slice(size - k, None)), learner, prior, streams, shape)
+    else:
+        got = buffer.sample(k, clock=clock, generator=streams.local("buffer"), progress=progress)
+        device = batch.c.text.device
+        c = Context(*(None if x is None else x.to(device) for x in got.c))
+        rolled = _rolled(learner, got.x_t.to(device), got.t.to(device), c, got.source.to(device), got.weight.to(device), got.slot.to(device))
+    if k == size:
+        return rolled._replace(real=batch.latent)
+    noised = forward(take(batch, slice(size - k)), learner, streams, pure_noise)
+    return cat([noised._replace(real=None), rolled])._replace(real=batch.latent)

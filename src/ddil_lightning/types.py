@@ -1,0 +1,103 @@
+"""The records that the parts of the library hand to each other: NamedTuples of tensors, a shape beside each field.
+
+NamedTuples and not frozen dataclasses, because Lightning's collection utilities move and copy tuples and raise on frozen dataclasses.
+`B` is the batch, `C, H, W` a latent, `L, D` the text states. Times are integer training timesteps; `END` is the clean end of a grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T", bound=tuple)
+
+END = -1
+"""The node after the last one: alpha = 1, sigma = 0. An index of -1 reads the last row of a schedule's table."""
+
+FORWARD, STUDENT, TEACHER, MIXED = range(4)
+SOURCES = ("forward", "student", "teacher", "mixed")
+"""Names of the tags in `LatentBatch.source`."""
+
+
+class Context(NamedTuple):
+    """What a policy is told besides (x_t, t). Guidance lives here, so that every signature stays (x_t, t, c)."""
+
+    text: Tensor  # [B, L, D] states of the text encoder (toy: one-hot class, L = 1)
+    mask: Tensor | None = None  # [B, L] attention mask of the text
+    pooled: Tensor | None = None  # [B, P] pooled text (SDXL)
+    ids: Tensor | None = None  # [B, 6] size and crop conditioning (SDXL)
+    w: Tensor | None = None  # [B] guidance in the convention out = out_c + w (out_c - out_u), so g = 1 + w
+
+    def guided(self, w: Tensor | float | None) -> Context:
+        """The same context at guidance `w` ([B], a number for all, or None for unguided)."""
+        if isinstance(w, int | float):
+            w = torch.full((len(self.text),), float(w), device=self.text.device)
+        return self._replace(w=w)
+
+    def expand(self, n: int) -> Context:
+        """A context of one sample repeated to `n` (the null context of guidance)."""
+        return _map(lambda x: x.expand(n, *x.shape[1:]), self)
+
+
+class Prediction(NamedTuple):
+    """One network answer in all three spaces, consistent with alpha x0 + sigma eps = x_t. Made only by `NoiseSchedule`."""
+
+    x0: Tensor  # [B, C, H, W]
+    eps: Tensor  # [B, C, H, W]
+    v: Tensor  # [B, C, H, W]
+
+
+class CaptionBatch(NamedTuple):
+    """What a data set hands over: the data side of a step, encoded."""
+
+    latent: Tensor | None  # [B, C, H, W] scaled latents of the images, None without data
+    c: Context  # unguided (w is None)
+    index: Tensor  # [B] row of the data set
+
+
+class LatentBatch(NamedTuple):
+    """Latents drawn by Algorithm 1: what every feedback loss is given."""
+
+    x_t: Tensor  # [B, C, H, W]
+    t: Tensor  # [B] time of x_t
+    s: Tensor  # [B] next node of the grid, END after the last
+    node: Tensor  # [B] index of t in the grid
+    c: Context  # the caption and guidance under which x_t was made
+    real: Tensor | None  # [B, C, H, W] the batch's data latents; NOT the clean version of a rolled-out x_t
+    source: Tensor  # [B] FORWARD, STUDENT, TEACHER or MIXED
+    weight: Tensor  # [B] importance weight of the loss, 1 unless the buffer is prioritised
+    slot: Tensor  # [B] where the buffer keeps the state (for priorities), -1 if it does not
+
+
+def _map(f: Callable[..., Tensor], *records: T) -> T:
+    first = records[0]
+    fields = []
+    for column in zip(*records, strict=True):
+        if isinstance(column[0], tuple):
+            fields.append(_map(f, *column))
+        else:
+            fields.append(None if column[0] is None else f(*column))
+    return type(first)(*fields)
+
+
+def take(record: T, index: Tensor | slice | Sequence[int]) -> T:
+    """The rows `index` of every tensor of a record."""
+    return _map(lambda x: x[index], record)
+
+
+def cat(records: Sequence[T]) -> T:
+    """Records of the same fields, one after the other."""
+    return records[0] if len(records) == 1 else _map(lambda *xs: torch.cat(xs), *records)
+
+
+def to(record: T, *args: Any, **kwargs: Any) -> T:
+    """Every floating tensor of a record through `Tensor.to`; integer tensors only change device."""
+
+    def move(x: Tensor) -> Tensor:
+        y = x.to(*args, **kwargs)
+        return y if x.is_floating_point() else y.to(x.dtype)
+
+    return _map(move, record)

@@ -1,0 +1,44 @@
+"""Fixtures: a random miniature pipeline on disk (seconds to make, the same layout as Stable Diffusion's) and small encoded data."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+WORDS = "a an handwritten digit zero one two three four five six seven eight nine small large red blue circle square left of above".split()
+
+
+def make_pipeline(folder: Path, prediction_type: str = "v_prediction") -> Path:
+    """An untrained Stable Diffusion in miniature: 8 x 8 latents, 60 k parameters."""
+    from ddil_lightning.miniature import networks
+
+    torch.manual_seed(0)
+    sizes = networks.Sizes(image=16, tokens=16, text=16, autoencoder=(8, 8), unet=(16, 32))
+    tokenizer = networks.build_tokenizer(WORDS, sizes.tokens)
+    text = networks.build_text_encoder(len(tokenizer), sizes)
+    pipe = networks.assemble(networks.build_autoencoder(sizes), text, tokenizer, networks.build_unet(sizes))
+    pipe.scheduler = type(pipe.scheduler).from_config({**pipe.scheduler.config, "prediction_type": prediction_type})
+    pipe.save_pretrained(folder)
+    (folder / "ddil.json").write_text(json.dumps({"guidance": 2.0, "dataset": "digits"}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random miniature pipeline (v-prediction)."""
+    return make_pipeline(tmp_path_factory.mktemp("pipelines") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_eps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with eps-prediction, as Stable Diffusion 1.5."""
+    return make_pipeline(tmp_path_factory.mktemp("pipelines") / "tiny-eps", "epsilon")
