@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddil_lightning.metrics.alignment import AttributeAccuracy, attribute_accuracy, mode_coverage
+from ddil_lightning.metrics.alignment import AttributeAccuracy, ModeCoverage, attribute_accuracy
 from ddil_lightning.metrics.base import as_saved, chunked
 from ddil_lightning.metrics.clip import ClipNet, CLIPScore, cosine, open_clip_net
 from ddil_lightning.metrics.diversity import LPIPSDiversity, MapDistance, check_range, lpips_distance, seed_diversity
@@ -220,7 +220,7 @@ def test_open_clip_local_checkpoint(tmp_path):
     (tmp_path / "ddil-tiny-clip.json").write_text(json.dumps(config))
     open_clip.add_model_config(tmp_path)
     torch.manual_seed(0)
-    model, _, preprocess = open_clip.create_model_and_transforms("ddil-tiny-clip", pretrained=None)
+    model, _, preprocess = open_clip.create_model_and_transforms("ddil-tiny-clip", pretrained=None)  # the third is the evaluation one
     torch.save(model.state_dict(), tmp_path / "w.pt")
     x = pictures(2, 3, 20, 20)
     from torchvision.transforms.functional import to_pil_image
@@ -229,7 +229,6 @@ def test_open_clip_local_checkpoint(tmp_path):
     with torch.no_grad():
         text = model.eval().encode_text(open_clip.get_tokenizer("ddil-tiny-clip")(["a cat", "two dogs"]))
         expected = torch.cosine_similarity(model.encode_image(pixels), text)
-    _, _, val = open_clip.create_model_and_transforms("ddil-tiny-clip", pretrained=None)
     got = open_clip_net("ddil-tiny-clip", str(tmp_path / "w.pt")).score(x, ["a cat", "two dogs"])
     torch.testing.assert_close(got.float(), expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
@@ -298,29 +297,35 @@ def test_range_check():
 
 
 def test_attribute_accuracy_by_hand():
+    """Mean over images of the mean over what was asked; the last image was asked nothing."""
     nan = math.nan
-    v = {"colour": torch.tensor([1.0, 0, 1, nan]), "shape": torch.tensor([1.0, 1, nan, nan]), "size": torch.full((4,), nan)}
+    v = {"colour": torch.tensor([1.0, 0.5, 1, nan]), "shape": torch.tensor([1.0, 1, nan, nan]), "size": torch.full((4,), nan)}
     out = attribute_accuracy(v)
-    assert out["attribute_accuracy"] == pytest.approx(4 / 5) and out["all_right"] == pytest.approx(3 / 4)
-    assert out["per_attribute"] == {"colour": pytest.approx(2 / 3), "shape": 1.0, "size": None}
+    assert out["attribute_accuracy"] == pytest.approx((1 + 0.75 + 1) / 3) and out["all_right"] == pytest.approx(2 / 3)
+    assert out["per_attribute"] == {"colour": pytest.approx(2.5 / 3), "shape": 1.0, "size": None}
     m = AttributeAccuracy(list(v))
-    m.update({k: x[:3] for k, x in v.items()})
-    m.update({k: x[3:] for k, x in v.items()})
+    m.update({k: x[:1] for k, x in v.items()})
+    m.update({k: x[1:] for k, x in v.items()})
     assert m.compute() == out
     with pytest.raises(ValueError, match="expected"):
         m.update({"colour": torch.ones(1)})
-    with pytest.raises(ValueError, match="NaN"):
-        attribute_accuracy({"colour": torch.tensor([0.5])})
+    with pytest.raises(ValueError, match="share right"):
+        attribute_accuracy({"colour": torch.tensor([1.5])})
+    assert attribute_accuracy({"size": v["size"]})["attribute_accuracy"] is None
 
 
-def test_mode_coverage_closed_form():
-    """S uniform draws of K modes hit 1 - (1 - 1/K)^S of them on average."""
-    draws = torch.randint(8, (4000, 12), generator=torch.Generator().manual_seed(0))
-    got = mode_coverage(draws, 8)
-    assert abs(float(got.mean()) - (1 - (7 / 8) ** 12)) < 4 * float(got.std()) / 4000**0.5
-    assert mode_coverage(torch.tensor([[0, 0, -1], [2, 1, 0]]), [2, 3]).tolist() == [0.5, 1.0]
-    with pytest.raises(ValueError, match="number them from 0"):
-        mode_coverage(torch.tensor([[3]]), 3)
+def brightness(images: Tensor, captions) -> float:
+    """A stand-in for a judge: depends on every image and on which caption it belongs to."""
+    return float((images.mean((1, 2, 3)) * torch.tensor([len(c) for c in captions])).mean())
+
+
+def test_mode_coverage_sees_all_images_and_their_prompts():
+    x, m = pictures(5, 3, 4, 4), ModeCoverage(["a", "a red", "a large"], brightness)
+    m.update(x[:2], torch.tensor([0, 1]))
+    m.update(x[2:], torch.tensor([2, 2, 1]))
+    assert float(m.compute()) == pytest.approx(brightness(as_saved(x), ["a", "a red", "a large", "a large", "a red"]))
+    with pytest.raises(ValueError, match="one number below 3"):
+        m.update(x[:1], torch.tensor([3]))
 
 
 # all of them
@@ -333,6 +338,7 @@ def metrics() -> dict[str, object]:
         "clip": CLIPScore(encoders().score),
         "diversity": LPIPSDiversity(MapDistance(trunk())),
         "alignment": AttributeAccuracy(["colour", "shape"]),
+        "modes": ModeCoverage(["a", "a red", "a large"], brightness),
     }
 
 
@@ -348,6 +354,7 @@ def fill(rank: int, world: int) -> dict[str, object]:
     m["clip"].update(y[rank::world], prompts[rank::world])
     m["diversity"].update(pictures(3, 3, 3, 12, 12)[rank::world])
     m["alignment"].update({"colour": right[0, rank::world], "shape": right[1, rank::world]})
+    m["modes"].update(y[rank::world], torch.arange(13)[rank::world] % 3)
     return {name: metric.compute() for name, metric in m.items()}
 
 
@@ -365,7 +372,7 @@ def flat(values: dict) -> dict[str, float]:
 def test_two_processes_equal_one(tmp_path: Path):
     torch.multiprocessing.start_processes(worker, (str(tmp_path),), nprocs=2, start_method="fork")
     one, both = flat(fill(0, 1)), [flat(torch.load(tmp_path / f"{r}.pt")) for r in (0, 1)]
-    assert set(one) >= {"frechet.", "prdc.density", "prdc.coverage", "clip.", "diversity.", "alignment.all_right"}
+    assert set(one) >= {"frechet.", "prdc.density", "prdc.coverage", "clip.", "diversity.", "alignment.all_right", "modes."}
     for got in both:
         torch.testing.assert_close(got, one, rtol=1e-6, atol=1e-9)
 
@@ -374,7 +381,8 @@ def test_no_metric_owns_a_network():
     holder = nn.Module()
     for name, metric in metrics().items():
         setattr(holder, name, metric)
-    assert not list(holder.parameters()) and not holder.state_dict() and not [n for n, c in holder.named_modules() if isinstance(c, nn.Conv2d)]
+    assert not list(holder.parameters()) and not holder.state_dict()
+    assert not any(isinstance(c, nn.Conv2d) for c in holder.modules())
 
 
 def test_features_and_images_are_not_mixed_up():

@@ -48,8 +48,10 @@ def load_pipeline(path: str | Path, dtype: torch.dtype = torch.float32, **kwargs
     """A diffusers pipeline from a built-in name, a folder or a hub id; safetensors only, no safety checker, quiet."""
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     folder = pipeline_folder(path)
     kwargs = {"use_safetensors": True, **kwargs}
     if folder is not None:

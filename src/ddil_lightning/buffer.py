@@ -101,10 +101,11 @@ class ReplayBuffer:
         stage: int,
         expected: Tensor | None = None,
     ) -> Tensor:
-        """Stores a roll-out: states x_t [M, ...] of times t [M], whose contexts are the rows `row` [M] of c. Returns slots [M], -1 if not kept.
+        """Stores a roll-out and returns its slots [M], -1 for a state that was not kept.
 
-        `clock`: student updates so far; `stage`: of the method. States that are not finite, or whose mean square leaves [0.25, 4] times `expected` [M]
-        (that of forward latents), are rejected and counted. Raises ValueError for lengths or shapes that do not fit, and for a roll-out that is larger than the capacity.
+        `x_t` [M, ...] states of times `t` [M], whose contexts are the rows `row` [M] of `c`; `clock`: student updates so far; `stage`: of
+        the method. States that are not finite, or whose mean square leaves [0.25, 4] times `expected` [M] (that of forward latents), are
+        rejected and counted. Raises ValueError for lengths or shapes that do not fit, and for a roll-out larger than the capacity.
         """
         slots = torch.full((len(x_t),), -1)
         if self.capacity == 0:
@@ -168,8 +169,8 @@ class ReplayBuffer:
         return (1 - self.uniform) * p / p.sum() + self.uniform / size
 
     def update(self, slot: Tensor, loss: Tensor, t: Tensor) -> None:
-        """Takes per-sample losses [n] (v space) of the states in `slot` [n] at times t [n]; ignores dead slots, -1 and non-finite losses."""
-        slot, loss, t = slot.detach().cpu(), loss.detach().to("cpu", torch.float64), t.detach().cpu()
+        """Takes per-sample losses [n] (v space) of the states `slot` [n] at times t [n]; ignores dead slots, -1 and non-finite losses."""
+        slot, loss, t = slot.detach().cpu().contiguous(), loss.detach().to("cpu", torch.float64), t.detach().cpu()
         if not slot.shape == loss.shape == t.shape:
             raise ValueError(f"update needs a slot, a loss and a time per sample, got {[tuple(x.shape) for x in (slot, loss, t)]}")
         chunk, local = self._locate(slot)
@@ -260,7 +261,7 @@ class ReplayBuffer:
         ends = self._sizes().cumsum(0)
         chunk = torch.searchsorted(ends, index, right=True)
         parts, places = [], []
-        for k in chunk.unique().tolist():
+        for k in chunk.unique().tolist() or [0]:  # one empty part where nothing was asked for
             place = (chunk == k).nonzero()[:, 0]
             part = self._chunks[k]
             local = index[place] - (ends[k] - len(part.states.t))

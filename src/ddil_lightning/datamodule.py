@@ -17,7 +17,7 @@ from .captions import Captions, Encoded, RawBatch, builtin, encode, encode_batch
 from .prior import SamplingPrior
 from .reflect import estimate_box
 from .rollout import Granularity, Learner, Streams, collect, draw
-from .types import CaptionBatch, LatentBatch, take
+from .types import SOURCES, CaptionBatch, LatentBatch, take
 
 
 class CounterSampler(DistributedSampler):
@@ -84,6 +84,7 @@ class DDILDataModule(LightningDataModule):
         self.cache, self.truncate, self.workers = cache, truncate, workers
         self.buffer = ReplayBuffer(capacity, max_age=max_age, priority=priority) if capacity else None
         self.done = 0
+        self._examples: list[str] = []
         self._collected_at: int | None = None
 
     # The learner ---------------------------------------------------------------------------------------------------------------
@@ -115,12 +116,18 @@ class DDILDataModule(LightningDataModule):
         backbone: Any = self.learner.backbone  # type: ignore[attr-defined]
         if self.captions is None:
             self.captions = builtin(backbone.about.get("dataset", "shapes"))
+        if not isinstance(self.captions, Encoded):
+            self._examples = self.captions.prompts(range(min(16, len(self.captions))))
         if isinstance(self.cache, str) and Path(self.cache).is_file():
             self.captions = Encoded.load(Path(self.cache))
         elif self.cache and not isinstance(self.captions, Encoded):
             self.captions = encode(self.captions, backbone, truncate=self.truncate)
             if isinstance(self.cache, str) and self.trainer is not None and self.trainer.is_global_zero:
                 self.captions.save(Path(self.cache))
+
+    def examples(self, n: int) -> list[str]:
+        """A few captions of the data, for previews; none from a set that was given encoded."""
+        return self._examples[:n]
 
     def box(self) -> tuple[list[float], list[float]] | None:
         """The latent box of the data (reflect.estimate_box) from at most 8192 of them; None without encoded images."""
@@ -172,6 +179,10 @@ class DDILDataModule(LightningDataModule):
         learner = self.learner
         shape = learner.backbone.latent_shape  # type: ignore[attr-defined]
         made = collect(take(batch, slice(self.trajectories)), learner, self.prior, self.streams, shape)
+        if not bool(torch.isfinite(made.x_t).all()):
+            first = int(made.t[~torch.isfinite(made.x_t.flatten(1)).all(1)].max())
+            actors = SOURCES[int(made.source[made.t == first][0])]
+            raise FloatingPointError(f"a roll-out by the {actors} policy is not finite at t = {first}, student update {self.clock}")
         self.buffer.expire(self.clock, getattr(learner, "stage", 0))
         self.buffer.add(made.x_t, made.t, made.c, made.row, made.source, made.actors, self.clock, getattr(learner, "stage", 0))
         self._collected_at = self.clock

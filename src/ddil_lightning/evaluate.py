@@ -10,6 +10,7 @@ alone. Images are scored as an 8-bit file would hold them.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -24,15 +25,13 @@ from torch import Tensor
 
 from ddil_lightning.metrics.alignment import attribute_accuracy
 from ddil_lightning.metrics.base import Features, as_saved, chunked
-from ddil_lightning.metrics.diversity import Distance, seed_diversity
+from ddil_lightning.metrics.diversity import Distance, MapDistance, seed_diversity
 from ddil_lightning.metrics.frechet import frechet_distance
 from ddil_lightning.metrics.pairs import choose, load_images, read_pairs, resize
 from ddil_lightning.metrics.prdc import density_coverage
 
 Sampler = Callable[[list[str], int], Tensor]
 Scorer = Callable[[Tensor, Sequence[str]], Tensor]
-HELD_OUT = 0x7E57_5EED
-"""Seed of the built-in test data, which no training configuration uses."""
 KEYS = ("frechet", "clip", "density", "coverage", "lpips_diversity", "attribute_accuracy", "all_right", "mode_coverage", "sharpness")
 
 
@@ -58,7 +57,7 @@ class Timed:
         return self.seconds / self.images if self.images else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Suite:
     """A data set's benchmark. Everything that is None leaves its metrics None."""
 
@@ -78,11 +77,34 @@ class Suite:
     protocol: Mapping[str, Any] = field(default_factory=dict)  # what a number must be quoted with
 
     @classmethod
-    def builtin(cls, data: str = "shapes", n: int = 512, seed: int = HELD_OUT, batch: int = 128) -> Suite:
-        """The suite of the built-in data "shapes" or "digits": `n` held-out prompts and about 3/8 n images more of partial prompts."""
+    def builtin(cls, data: str = "shapes", n: int = 512, seed: int = 0, extra: int | None = None, batch: int = 128) -> Suite:
+        """The suite of the built-in data "shapes" or "digits": `n` held-out prompts against held-out images.
+
+        `extra` (default 3n/8): images of prompts that leave something open, for diversity and mode coverage. Raises ValueError for
+        another name or n < 16.
+        """
         from ddil_lightning.miniature.evaluator import load_evaluator
 
-        raise NotImplementedError
+        if n < 16:
+            raise ValueError(f"n={n}: at least 16 prompts, and some hundreds for numbers that mean something")
+        prompts, real, probes, module = _held_out(data, n, seed)
+        evaluator = load_evaluator()
+        seeds = max(2, round((3 * n / 8 if extra is None else extra) / len(probes)))
+        return cls(
+            name=data,
+            prompts=prompts,
+            real=chunked(evaluator.image_features, as_saved(real)),
+            features=evaluator.image_features,
+            clip=evaluator.clip_score,
+            distance=MapDistance(evaluator.image_feature_maps),
+            probes=probes,
+            seeds=seeds,
+            judge=module.judge,
+            modes=module.mode_coverage,
+            seed=seed,
+            batch=batch,
+            protocol={"data": data, "n": n, "real": len(real), "features": "builtin", "probes": len(probes), "seeds": seeds},
+        )
 
     @classmethod
     def from_folder(
@@ -103,30 +125,25 @@ class Suite:
         """A suite of the user's own images and captions: `source` and `images` as in `metrics.pairs.read_pairs`.
 
         COCO-2017 5k is `from_folder("annotations/captions_val2017.json", "val2017")`. A network is a callable, None to skip its
-        metrics, or the default's name; loading a default may download its weights once. Raises as `read_pairs` and `choose`.
+        metrics, or the name of a default, whose weights may be downloaded once. Raises as `read_pairs` and `choose`.
         """
-        from ddil_lightning.metrics.clip import open_clip_net
-        from ddil_lightning.metrics.diversity import lpips_distance
-        from ddil_lightning.metrics.frechet import inception_features
-
         chosen = choose(read_pairs(source, images), n, seed)
-        names = {k: v if isinstance(v, str) else None for k, v in (("features", features), ("clip", clip), ("distance", distance))}
-        feature_net = _default(features, "inception", lambda: inception_features(device=device))
-        parts = [p.image for p in chosen]
-        real = [chunked(feature_net, load_images(parts[i : i + 64], size)) for i in range(0, len(parts), 64)] if feature_net else None
+        nets = {"features": features, "clip": clip, "distance": distance}
+        feature_net = _network(features, device)
         return cls(
             name=Path(source).stem,
             prompts=[p.caption for p in chosen],
-            real=None if real is None else torch.cat(real),
+            real=None if feature_net is None else _features_of(feature_net, [p.image for p in chosen], size),
             features=feature_net,
-            clip=_default(clip, "open_clip", lambda: open_clip_net(device=device).score),
-            distance=_default(distance, "lpips", lambda: lpips_distance(device=device)),
+            clip=_network(clip, device),
+            distance=_network(distance, device),
             probes=[p.caption for p in choose(chosen, min(probes, len(chosen)), seed)] if probes else [],
             seeds=seeds,
             size=size,
             seed=seed,
             batch=batch,
-            protocol={"source": str(source), "n": len(chosen), "resize": f"centre crop, Lanczos {size}", "seeds": seeds, **names},
+            protocol={"source": str(source), "n": len(chosen), "resize": f"centre crop, Lanczos {size}", "seeds": seeds}
+            | {k: v if isinstance(v, str) else None if v is None else "given" for k, v in nets.items()},
         )
 
     @torch.no_grad()
@@ -184,13 +201,40 @@ class Suite:
             yield as_saved(images), part
 
 
-def _default(given: Any, name: str, load: Callable[[], Any]) -> Any:
-    """What was given, or the loaded default if its name was. Raises ValueError for another name."""
-    if isinstance(given, str):
-        if given != name:
-            raise ValueError(f"{given!r}: the only network with a name here is {name!r}; pass a callable for another, None to skip")
-        return load()
-    return given
+def _held_out(data: str, n: int, seed: int) -> tuple[list[str], Tensor, list[str], Any]:
+    """Prompts, real images of the held-out law, prompts that leave something open, and the module with judge and mode coverage."""
+    from ddil_lightning.miniature import digits, shapes
+    from ddil_lightning.miniature.sources import HELD_OUT, load_source
+
+    prompts = load_source(data).prompts(n, seed)
+    if data == "shapes":
+        return prompts, shapes.render(shapes.draw_scenes(n, HELD_OUT + seed)), shapes.partial_prompts(), shapes
+    # one open prompt only: five times, so that the ten digits can show; and the ten digits, whose diversity is the writers'
+    return prompts, digits.split("held_out")[0], digits.partial_prompts() * 5 + digits.prompts(10, 0), digits
+
+
+def _network(given: Any, device: str | torch.device) -> Any:
+    """What was given, or the network that a name stands for. Raises ValueError for another name."""
+    if not isinstance(given, str):
+        return given
+    if given == "inception":
+        from ddil_lightning.metrics.frechet import inception_features
+
+        return inception_features(device=device)
+    if given == "open_clip":
+        from ddil_lightning.metrics.clip import open_clip_net
+
+        return open_clip_net(device=device).score
+    if given == "lpips":
+        from ddil_lightning.metrics.diversity import lpips_distance
+
+        return lpips_distance(device=device)
+    raise ValueError(f"no network {given!r}: choose inception, open_clip or lpips, pass a callable, or None to skip its metrics")
+
+
+def _features_of(net: Features, paths: Sequence[Path], size: int) -> Tensor:
+    """Features [N, D] of image files, 64 images in memory at a time."""
+    return torch.cat([chunked(net, load_images(paths[i : i + 64], size)) for i in range(0, len(paths), 64)])
 
 
 def paired_distance(a: Tensor, b: Tensor) -> float:
@@ -210,15 +254,8 @@ def make_row(
     metrics: Mapping[str, Any],
 ) -> dict[str, Any]:
     """One line of a results table. `nfe`: network evaluations per image, two per guided step."""
-    return {
-        "name": name,
-        "steps": steps,
-        "guidance": guidance,
-        "n": n,
-        "nfe": nfe,
-        "seconds_per_image": seconds_per_image,
-        "metrics": dict(metrics),
-    }
+    row = {"name": name, "steps": steps, "guidance": guidance, "n": n, "nfe": nfe, "seconds_per_image": seconds_per_image}
+    return row | {"metrics": dict(metrics)}
 
 
 def table(rows: Sequence[Mapping[str, Any]], width: int = 160) -> str:
@@ -235,10 +272,9 @@ def table(rows: Sequence[Mapping[str, Any]], width: int = 160) -> str:
     for row in rows:
         cells = [row["steps"], row["guidance"], row["nfe"], *(values_of(row).get(m.key) for m in shown), row["seconds_per_image"]]
         grid.add_row(str(row["name"]), *map(cell, cells))
-    console = Console(width=width, color_system=None, file=open(os.devnull, "w"))
-    with console.capture() as text:
-        console.print(grid)
-    return text.get()
+    console = Console(width=width, color_system=None, file=(text := io.StringIO()))
+    console.print(grid)
+    return text.getvalue()
 
 
 def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -50,7 +50,8 @@ class Reflection(nn.Module):
         if self.mode == "off":
             return x0
         inside = self._reflect(x0.detach() if self.straight_through else x0)
-        return x0 + (inside - x0).detach() if self.straight_through else inside
+        # In this order the value is exactly `inside`: x0 + (inside - x0) would round, and leave the box.
+        return inside + (x0 - x0.detach()) if self.straight_through else inside
 
     def saturation(self, x0: Tensor) -> Tensor:
         """[B] fraction of entries of every sample outside the box. A healthy run stays below 1 % for t < 500."""

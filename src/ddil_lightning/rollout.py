@@ -131,7 +131,7 @@ def counts(prior: SamplingPrior, batch: int, granularity: Granularity, rng: rand
         return batch if rng.random() < prior.rollouts else 0
     whole = prior.rollouts * batch
     # Rounding by a shared coin keeps the mean share right for small batches.
-    return int(whole) + (rng.random() < whole - int(whole))
+    return min(int(whole) + (rng.random() < whole - int(whole)), batch)
 
 
 def forward(batch: CaptionBatch, learner: Learner, streams: Streams, pure_noise: bool = False) -> LatentBatch:

@@ -88,10 +88,13 @@ class NoiseSchedule:
         dtype = torch.promote_types(like.dtype, torch.float32)
         key = (like.device, dtype)
         if key not in self._tables:
-            self._tables[key] = (self.alphas.to(like.device, dtype), self.sigmas.to(like.device, dtype))
+            # A preview under inference_mode must not leave tables behind that training cannot differentiate through.
+            with torch.inference_mode(False):
+                self._tables[key] = (self.alphas.to(like.device, dtype), self.sigmas.to(like.device, dtype))
         alphas, sigmas = self._tables[key]
         if isinstance(t, int):
-            return alphas[t], sigmas[t]
+            # Not 0-dimensional: such a tensor does not raise the type of a half-precision `like`.
+            return alphas[t].view((1,) * like.ndim), sigmas[t].view((1,) * like.ndim)
         shape = (-1,) + (1,) * (like.ndim - 1)
         return alphas[t].view(shape), sigmas[t].view(shape)
 
@@ -206,10 +209,11 @@ class Grid:
         """
         if not 1 <= steps <= total:
             raise ValueError(f"a grid has between 1 and {total} steps, got {steps}")
+        # The order of the operations is numpy's in diffusers: where a node falls on a half, rounding decides between 499 and 500.
         if rule == "linspace":
-            times = [round(k * (total - 1) / steps) for k in range(steps, 0, -1)]
+            times = [round(k * ((total - 1) / steps)) for k in range(steps, 0, -1)]
         elif rule == "trailing":
-            times = [round(total - k * total / steps) - 1 for k in range(steps)]
+            times = [round(total + k * ((total - total / steps) - total)) - 1 for k in range(steps)]
         elif rule == "leading":
             times = [k * (total // steps) + 1 for k in reversed(range(steps))]
         elif rule == "lcm":
@@ -220,6 +224,8 @@ class Grid:
             times = [fine[int(k * solver_steps / steps)] for k in range(steps)]
         else:
             raise ValueError(f"no grid rule is called {rule!r}: known are linspace, trailing, leading, lcm")
+        if times[0] >= total or len(set(times)) < steps:
+            raise ValueError(f"the grid rule {rule!r} has no {steps} different times below {total}: take fewer steps")
         return cls([*times, END], rule=rule)
 
     @classmethod

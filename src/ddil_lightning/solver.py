@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -50,7 +51,7 @@ class DPMSolver2M:
             estimate = p.x0 + h / (2 * (lam_t - lam_last)) * (p.x0 - x0_last)
         self._last = (p.x0, lam_t)
         (_, sigma_t), (alpha_s, sigma_s) = self.schedule.at(t, x_t), self.schedule.at(s, x_t)
-        return sigma_s / sigma_t * x_t - alpha_s * torch.expm1(torch.tensor(-h)) * estimate
+        return sigma_s / sigma_t * x_t - alpha_s * math.expm1(-h) * estimate
 
 
 class Policy(nn.Module):
@@ -107,7 +108,8 @@ class Policy(nn.Module):
         if self.fine is not None:
             inside = [x for x in self.fine.nodes.tolist() if s < x < t]
             return [t, *inside, s]
-        return [t, *(round(t + (s - t) * k / self.substeps) for k in range(1, self.substeps)), s]
+        # A set: an interval shorter than its substeps must not visit a time twice, nor call the network at END.
+        return sorted({t, s, *(round(t + (s - t) * k / self.substeps) for k in range(1, self.substeps))}, reverse=True)
 
 
 class Policies(NamedTuple):

@@ -97,7 +97,7 @@ def to(record: T, *args: Any, **kwargs: Any) -> T:
     """Every floating tensor of a record through `Tensor.to`; integer tensors only change device."""
 
     def move(x: Tensor) -> Tensor:
-        y = x.to(*args, **kwargs)
-        return y if x.is_floating_point() else y.to(x.dtype)
+        # A time must not pass through the float type on its way: bf16(999) is 1000.
+        return x.to(*args, **kwargs) if x.is_floating_point() else x.to(torch.empty(0, device=x.device).to(*args, **kwargs).device)
 
     return _map(move, record)

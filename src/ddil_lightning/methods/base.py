@@ -69,6 +69,8 @@ class Distillation(LightningModule):
         self.reflection = Reflection(lo, hi, reflect)
         self.student_updates, self.stage, self._micro = 0, 0, 0
         self.average: nn.Module | None = None
+        self.source_losses: dict[str, Tensor] = {}
+        self._last: Tensor | None = None
         self._sums: dict[str, tuple[Tensor, int]] = {}
 
     # What the draw and inference ask -----------------------------------------------------------------------------------------
@@ -101,6 +103,23 @@ class Distillation(LightningModule):
         if self.ema:
             self.average = copy.deepcopy(self.student.network).requires_grad_(False).eval()
 
+    @property
+    def eval_guidance(self) -> float:
+        """The guidance g of previews and tests: what the pipeline recommends, if it was trained, else the middle of the range."""
+        low, high = self.guidance
+        g = self.backbone.guidance
+        return g if low <= g <= high else (low + high) / 2
+
+    @property
+    def last_loss(self) -> float | None:
+        """The loss of the last micro-batch."""
+        return None if self._last is None else float(self._last)
+
+    def teacher_sampler(self, steps: int) -> tuple[Policy, Grid]:
+        """The frozen pipeline with DDIM on trailing nodes, without reflection: the baseline of every table."""
+        teacher = Denoiser(self.backbone.teacher(), self.teacher.schedule, self.teacher.predicts, null=self.teacher.null)
+        return Policy(teacher, "ddim"), Grid.named("trailing", steps, self.teacher.schedule.steps)
+
     def sampler(self, steps: int) -> tuple[Policy, Grid]:
         """How the student is deployed in `steps` steps; the same object serves previews, tests and the check of the export."""
         raise TypeError(f"{type(self).__name__} does not say how it samples")
@@ -124,6 +143,7 @@ class Distillation(LightningModule):
         """One micro-batch of `loss`; True when it completed an update. Clips, follows the lr schedule, refuses a loss that is not finite."""
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the {name} is {float(loss)} at student update {self.student_updates}")
+        self._last = loss.detach()
         self.record(**{name: loss})
         self.manual_backward(loss / self.accumulate)
         self._micro += 1
@@ -166,10 +186,9 @@ class Distillation(LightningModule):
 
     def feedback(self, b: LatentBatch, loss: Tensor) -> Tensor:
         """The scalar loss of per-sample losses [B]; the buffer's priorities and the per-source means hear of it on the way."""
-        for tag, name in enumerate(SOURCES):
-            of = b.source == tag
-            if bool(of.any()):
-                self.record(**{f"loss/{name}": loss[of]})
+        rows = {name: b.source == tag for tag, name in enumerate(SOURCES)}
+        self.source_losses = {name: loss.detach()[of].mean() for name, of in rows.items() if bool(of.any())}
+        self.record(**{f"loss/{name}": value for name, value in self.source_losses.items()})
         observe = getattr(getattr(self.trainer, "datamodule", None), "observe", None)
         if observe is not None:
             observe(b, loss)

@@ -117,8 +117,8 @@ def lpips_distance(net: str = "alex", device: str | torch.device = "cpu", random
         from lpips import LPIPS
     except ModuleNotFoundError as e:
         raise ModuleNotFoundError("lpips_distance: lpips is missing; pip install lpips") from e
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*pretrained.*|.*weight enum.*", category=UserWarning)  # lpips uses torchvision's old names
+    with warnings.catch_warnings():  # lpips calls torchvision by names of old
+        warnings.filterwarnings("ignore", message=".*pretrained.*|.*weight enum.*", category=UserWarning)
         model = LPIPS(net=net, pnet_rand=random_trunk, verbose=False).eval().requires_grad_(False).to(device)
 
     @torch.no_grad()

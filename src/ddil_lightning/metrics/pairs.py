@@ -51,7 +51,7 @@ def read_pairs(source: str | Path, images: str | Path | None = None) -> list[Pai
         raise ValueError(f"{source}: no image with a caption was found")
     missing = [p.image for p in pairs if not p.image.is_file()]
     if missing:
-        raise FileNotFoundError(f"{source}: {len(missing)} of {len(pairs)} images are missing, first {missing[0]}; where are they? (images=)")
+        raise FileNotFoundError(f"{source}: {len(missing)} of {len(pairs)} images are missing, first {missing[0]}; say where with images=")
     return pairs
 
 

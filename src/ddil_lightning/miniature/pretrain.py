@@ -98,7 +98,6 @@ def train_autoencoder(
     """Train `pipeline.vae` in place and set its scaling factor, so that the latents have standard deviation one."""
     if steps == 0:
         return
-    torch.set_num_threads(os.cpu_count() or 1)
     source, lr = load_source(dataset), 1.5e-3 if decoder_only else 3e-3
     stage = AutoencoderStage(live=pipeline.vae, decoder_only=decoder_only, steps=steps, lr=lr, hold=0.3, ema=0.98, seed=seed)
     fit(stage, loader(FreshImages(source=source.draw, batch_size=16, seed=seed)), devices=1, progress=progress)
@@ -202,26 +201,10 @@ class Snapshots(Callback):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Console script: ddil-pretrain --config pretrain.yaml [--images 1000000 ...]."""
+    """Console script: ddil-pretrain --config pretrain.yaml [--images 1000000 ...]; prints the folder."""
     from jsonargparse import CLI
 
-    args = _packaged_configs(list(argv) if argv is not None else None)
-    print(CLI(pretrain, args=args, as_positional=False))
-
-
-def _packaged_configs(argv: list[str] | None) -> list[str]:
-    """Replace bare config names by the files of that name inside the package."""
-    import sys
-
-    args = sys.argv[1:] if argv is None else argv
-    configs = Path(__file__).parent.parent / "configs"
-    found = []
-    for word in args:
-        head, _, value = word.rpartition("=")
-        packaged = configs / value
-        bare = value.endswith(".yaml") and not Path(value).is_file() and packaged.is_file()
-        found.append(f"{head}={packaged}" if bare and head else str(packaged) if bare else word)
-    return found
+    print(CLI(pretrain, args=None if argv is None else list(argv), as_positional=False))
 
 
 if __name__ == "__main__":

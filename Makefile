@@ -1,0 +1,41 @@
+# Needs CPython >= 3.10 with pip and make; everything else is installed into .venv, again only after pyproject.toml has changed.
+PYTHON ?= python3
+CONFIG ?= lcm_ddil.yaml
+ARGS ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help fit test lint format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  Options: make fit CONFIG=lcm.yaml ARGS='--updates 100 --seed 1';  make test ARGS='tests/test_report.py -x'"
+
+fit: $(READY) ## install, then train a few-step student of the built-in pipeline (CONFIG, ARGS)
+	$(BIN)/ddil-fit --config $(CONFIG) $(ARGS)
+
+test: $(READY) ## install, then run the tests (ARGS)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY) ## check style and types
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+format: $(READY) ## sort imports and format the code
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## remove caches and built packages; .venv and runs/ stay
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache
+	find src tests benchmarks notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("ddil-lightning needs Python 3.10 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+	@echo 'installing into .venv; the first time this takes some minutes, PyTorch is large'
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,83 @@
+"""DAgger scheduling: the prior, the cadence and the buffer as functions of the clock.
+
+They act in `on_train_start` and `on_train_batch_end`: the DataModule draws a batch before `on_train_batch_start`, so any later hook would
+be one batch late.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from ..prior import Gated, SamplingPrior, Schedule
+
+
+class OnClock(Callback):
+    """Calls `apply(trainer, method, clock)` before the first batch and after every one."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The clock as it stands, also after a resume."""
+        self.apply(trainer, pl_module, int(pl_module.stage_updates))  # type: ignore[arg-type]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """The clock after the step."""
+        self.apply(trainer, pl_module, int(pl_module.stage_updates))  # type: ignore[arg-type]
+
+    def apply(self, trainer: Any, method: Any, clock: int) -> None:
+        """What to do at `clock`."""
+
+
+class AnnealPrior(OnClock):
+    """Sets the DataModule's prior to `schedule(clock)`. Every prior is checked against the method's sources before it is used."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+
+    def apply(self, trainer: Any, method: Any, clock: int) -> None:
+        """The prior of this clock; a gated schedule first hears the last losses."""
+        losses = method.source_losses
+        rolled = [value for name, value in losses.items() if name != "forward"]
+        if isinstance(self.schedule, Gated) and rolled and "forward" in losses:
+            self.schedule.observe(float(sum(rolled) / len(rolled)), float(losses["forward"]))
+        prior: SamplingPrior = self.schedule(clock)
+        if prior != trainer.datamodule.prior:
+            method.check_prior(prior)
+            trainer.datamodule.prior = prior
+
+    def state_dict(self) -> dict[str, Any]:
+        """The level of a gated schedule; other schedules have no memory."""
+        return {"level": self.schedule.level, "passed": self.schedule.passed} if isinstance(self.schedule, Gated) else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore it."""
+        if isinstance(self.schedule, Gated) and state_dict:
+            self.schedule.level, self.schedule.passed = state_dict["level"], state_dict["passed"]
+
+
+class Cadence(OnClock):
+    """Student updates between two roll-outs: `every[k]` from clock `starts[k]` on."""
+
+    def __init__(self, every: Sequence[int], starts: Sequence[int]) -> None:
+        if len(every) != len(starts) or not starts or starts[0] != 0 or list(starts) != sorted(set(starts)) or min(every) < 1:
+            raise ValueError(f"a cadence needs as many starts as values >= 1, starts rising from 0; got every={list(every)}, starts={list(starts)}")
+        self.every, self.starts = list(every), list(starts)
+
+    def apply(self, trainer: Any, method: Any, clock: int) -> None:
+        """The cadence of this clock."""
+        trainer.datamodule.collect_every = next(e for e, s in zip(reversed(self.every), reversed(self.starts), strict=True) if clock >= s)
+
+
+class FlushBuffer(OnClock):
+    """Forgets all roll-outs at the given clocks (and, by the Stages callback, at every stage)."""
+
+    def __init__(self, at: Sequence[int]) -> None:
+        self.at = sorted(at)
+        self._last: int | None = None
+
+    def apply(self, trainer: Any, method: Any, clock: int) -> None:
+        """Flush once when a clock of `at` is passed."""
+        if self._last is not None and any(self._last < a <= clock for a in self.at):
+            trainer.datamodule.flush()
+        self._last = clock

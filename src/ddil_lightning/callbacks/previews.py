@@ -1,0 +1,67 @@
+"""Pictures during training: the same prompts and the same noise, teacher and student side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from .. import sampling
+
+
+class Previews(Callback):
+    """`samples/NNNNNN.png` every `every` student updates (0: never), at the start and at the end.
+
+    Rows: the teacher at `teacher_steps`, the student at `student_steps`; columns: `count` prompts (`prompts`, or the first of the data).
+    The teacher is sampled once. Loggers that take images get the sheet too.
+    """
+
+    def __init__(
+        self,
+        every: int = 100,
+        count: int = 8,
+        prompts: list[str] | None = None,
+        teacher_steps: Sequence[int] = (32, 4, 2),
+        student_steps: Sequence[int] = (4, 2, 1),
+        seed: int = 20_000,
+    ) -> None:
+        self.every, self.count, self.prompts, self.seed = every, count, prompts, seed
+        self.teacher_steps, self.student_steps = list(teacher_steps), list(student_steps)
+        self._teacher: list[Tensor] = []
+        self._drawn: int | None = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """The first sheet: a student equal to its teacher."""
+        if self.every:
+            self.draw(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """A sheet when the clock says so."""
+        clock = pl_module.student_updates
+        if self.every and clock != self._drawn and (clock % self.every == 0 or clock >= pl_module.updates):
+            self.draw(trainer, pl_module)
+
+    def draw(self, trainer: Any, method: Any) -> None:
+        """Sample, write the PNG, hand it to the loggers. Rank 0 draws alone: nothing here is a collective call under DDP."""
+        self._drawn = method.student_updates
+        if not trainer.is_global_zero:
+            return
+        backbone, g = method.backbone, method.eval_guidance
+        prompts = self.prompts or backbone.about.get("previews") or trainer.datamodule.examples(self.count)
+        prompts = list(prompts)[: self.count]
+        with trainer.precision_plugin.forward_context():
+            if not self._teacher:
+                self._teacher = [sampling.images(backbone, *method.teacher_sampler(n), prompts, g, self.seed) for n in self.teacher_steps]
+            student = [sampling.images(backbone, *method.sampler(n), prompts, g, self.seed) for n in self.student_steps]
+        labels = [f"teacher@{n}" for n in self.teacher_steps] + [f"student@{n}" for n in self.student_steps]
+        side = student[0].shape[-1]
+        picture = sampling.sheet([*self._teacher, *student], labels, prompts, scale=max(1, 96 // side))
+        path = Path(trainer.default_root_dir) / "samples" / f"{method.student_updates:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):
+                logger.log_image("samples", [picture], step=method.student_updates)

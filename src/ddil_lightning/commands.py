@@ -1,0 +1,160 @@
+"""ddil-test, ddil-sample, ddil-export: what is done with a run or a pipeline folder afterwards."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .main import Refusal
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that answers on one line."""
+
+    def error(self, message: str) -> Any:
+        """Bad usage is bad input like any other."""
+        raise Refusal(f"{message}; {self.prog} --help shows the usage")
+
+
+def test(argv: list[str]) -> int:
+    """Metrics of a run, a checkpoint or a pipeline folder, as a table and in metrics.json."""
+    parser = _Parser("ddil-test", description=test.__doc__)
+    parser.add_argument("run", nargs="?", help="a run folder (its exported pipeline is tested)")
+    parser.add_argument("--ckpt_path", help="a checkpoint file of a run, beside or below its config.yaml")
+    parser.add_argument("--pipeline", help="any pipeline folder, a hub id, builtin or builtin/digits")
+    parser.add_argument("--steps", type=_steps, nargs="+", help="step counts (default: 4 2 1 for a student, 32 for a teacher)")
+    parser.add_argument("--guidance", type=float, help="guidance g (default: what the pipeline recommends)")
+    parser.add_argument("--n", type=int, default=1000, help="held-out prompts")
+    parser.add_argument("--seed", type=int, default=0, help="of prompts and noise")
+    parser.add_argument("--data", help="shapes, digits (default: what the pipeline names), or a caption file of your own (COCO json, jsonl)")
+    parser.add_argument("--images", help="the folder of the images that a caption file names")
+    parser.add_argument("--out", type=Path, help="the JSON file (default: metrics.json in the run folder, else here)")
+    args = parser.parse_args(argv)
+    if sum(x is not None for x in (args.run, args.ckpt_path, args.pipeline)) != 1:
+        raise Refusal("give one of: a run folder, --ckpt_path FILE, --pipeline DIR")
+    from . import evaluate
+
+    rows = _checkpoint_rows(args) if args.ckpt_path else _pipeline_rows(args)
+    out = args.out or (Path(args.run) if args.run else Path.cwd()) / "metrics.json"
+    evaluate.write_rows(out, {"rows": rows, "n": args.n, "seed": args.seed})  # type: ignore[arg-type]
+    print(evaluate.table(rows), end="")
+    print(f"written to {out}")
+    return 0
+
+
+def _pipeline_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from . import scoring
+    from .backbones import Backbone
+
+    if args.run and not (Path(args.run) / "pipeline").is_dir():
+        raise Refusal(f"{args.run} holds no exported pipeline (pipeline/): give a finished run, or --ckpt_path for one that is not")
+    backbone = Backbone(str(Path(args.run) / "pipeline") if args.run else args.pipeline)
+    suite = _suite(args, backbone)
+    steps = args.steps or ([4, 2, 1] if "method" in backbone.about else [32])
+    g = _guidance(backbone, args.guidance)
+    return [scoring.pipeline_row(suite, backbone, n, g) for n in steps]
+
+
+def _checkpoint_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from . import scoring
+
+    method = restore(args.ckpt_path)
+    suite = _suite(args, method.backbone)
+    g = method.eval_guidance if args.guidance is None else args.guidance
+    return [scoring.policy_row(suite, method.backbone, f"student@{n}", *method.sampler(n), g) for n in args.steps or [4, 2, 1]]
+
+
+def _suite(args: argparse.Namespace, backbone: Any) -> Any:
+    from .evaluate import Suite
+
+    data = args.data or backbone.about.get("dataset")
+    if data is None:
+        raise Refusal(f"the pipeline {backbone.path} names no data set: say --data shapes, --data digits or --data CAPTIONS --images DIR")
+    if data in ("shapes", "digits"):
+        return Suite.builtin(data, n=args.n, seed=args.seed)
+    return Suite.from_folder(data, args.images, n=args.n, seed=args.seed, device=backbone.device)
+
+
+def _guidance(backbone: Any, given: float | None) -> float:
+    """The guidance_scale to call a pipeline with: as given, or as its card says (1 where guidance is baked in)."""
+    if given is not None:
+        return given
+    return float(backbone.about.get("guidance_scale", backbone.guidance))
+
+
+def restore(ckpt_path: str | Path) -> Any:
+    """The method of a checkpoint, rebuilt from the config.yaml of its run. Raises ValueError where either is missing or they do not fit."""
+    from . import cli, runs
+
+    path = runs.checkpoint(str(ckpt_path), None, "")
+    config = next((folder / "config.yaml" for folder in (path.parent, path.parent.parent) if (folder / "config.yaml").is_file()), None)
+    if config is None:
+        raise ValueError(f"no config.yaml beside {path} or above it: a checkpoint is rebuilt from the config of its run")
+    state = runs.load_checkpoint(path)
+    cli.quiet()
+    method = cli.rebuild(config)
+    try:
+        method.load_state_dict(state["state_dict"])
+    except RuntimeError as error:
+        raise ValueError(f"the checkpoint {path} does not fit {config}: {str(error).splitlines()[0]}") from error
+    method.on_load_checkpoint(state)
+    return method.eval()
+
+
+def sample(argv: list[str]) -> int:
+    """Images of prompts from a pipeline folder."""
+    parser = _Parser("ddil-sample", description=sample.__doc__)
+    parser.add_argument("--pipeline", required=True, help="a pipeline folder, a hub id, builtin or builtin/digits")
+    parser.add_argument("--prompt", required=True, nargs="+", help="one or more prompts")
+    parser.add_argument("--steps", type=_steps, help="default: what the pipeline recommends, else 32")
+    parser.add_argument("--guidance", type=float, help="default: what the pipeline recommends")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--n", type=int, default=1, help="images per prompt")
+    parser.add_argument("--scale", type=int, help="enlarge every pixel (default: to at least 256)")
+    parser.add_argument("--out", type=Path, required=True, help="the PNG; several images make a sheet")
+    args = parser.parse_args(argv)
+    from . import sampling
+    from .backbones import Backbone
+
+    backbone = Backbone(args.pipeline)
+    prompts = [p for p in args.prompt for _ in range(args.n)]
+    backbone.check_length(prompts)
+    steps = args.steps or int(backbone.about.get("steps", 32))
+    made = backbone.decode(sampling.pipeline_latents(backbone.pipe, prompts, steps, _guidance(backbone, args.guidance), args.seed)).cpu()
+    scale = args.scale or max(1, 256 // made.shape[-1])
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    sampling.tiles(made, scale, columns=args.n if args.n > 1 else len(made)).save(args.out)
+    print(f"{len(made)} image(s), {steps} steps: {args.out}")
+    return 0
+
+
+def export(argv: list[str]) -> int:
+    """The student of a checkpoint as a diffusers pipeline folder, reloaded and compared."""
+    parser = _Parser("ddil-export", description=export.__doc__)
+    parser.add_argument("--ckpt_path", required=True, help="a checkpoint file or a run folder")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--steps", type=_steps, default=4, help="the step count that the folder recommends")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    args = parser.parse_args(argv)
+    if args.out.exists() and any(args.out.iterdir()):
+        raise Refusal(f"{args.out} is not empty: choose another --out")
+    import torch
+
+    from . import export as exporting
+
+    method = restore(args.ckpt_path)
+    exporting.export(method, args.out, args.steps, getattr(torch, args.dtype))
+    prompts = ["", *(method.backbone.about.get("previews") or [])][:4]
+    # Half-precision weights are rounded, so their samples only have to be near.
+    tolerance = 1e-3 if args.dtype == "float32" else 0.5
+    difference = exporting.verify(method, args.out, prompts, args.steps, tolerance=tolerance)
+    print(f"pipeline written and checked: {args.out} (latents differ by {difference:.1e})")
+    return 0
+
+
+def _steps(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} is no step count from 1 to 1000")
+    return int(text)
+

@@ -1,0 +1,115 @@
+"""Student out: a diffusers pipeline folder with the scheduler its method declares, checked against the trainer's own samples."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import sampling
+from .backbones import UNet, load_pipeline
+
+if TYPE_CHECKING:
+    from .methods.base import Distillation
+
+
+def scale(method: Distillation, g: float) -> float:
+    """The `guidance_scale` to call the exported pipeline with: g for a w-conditioned student, 1 (no guidance pass) for one with g baked in."""
+    return g if _network(method).w_conditioned else 1.0
+
+
+def export(method: Distillation, folder: Path, steps: int = 4, dtype: torch.dtype = torch.float32) -> Path:
+    """Write the deployed student as a pipeline folder: the teacher's encoders, the student's U-Net, the trained scheduler, a card.
+
+    Everything is written beside `folder` first and moved there when complete, so a full disk leaves no half a pipeline.
+    """
+    backbone, network = method.backbone, _network(method)
+    unet = network.unet if dtype == torch.float32 else copy.deepcopy(network.unet).to(dtype)
+    parts = {**backbone.pipe.components, "unet": unet, "scheduler": method.scheduler()}
+    extra = {"requires_safety_checker": False} if "safety_checker" in parts else {}
+    pipe = type(backbone.pipe)(**parts, **extra)
+    temporary = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        pipe.save_pretrained(temporary, safe_serialization=True)
+        about = about_student(method, steps)
+        (temporary / "ddil.json").write_text(json.dumps(about, indent=2) + "\n")
+        (temporary / "README.md").write_text(card(about, backbone.path))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def about_student(method: Distillation, steps: int) -> dict[str, Any]:
+    """ddil.json: what a folder says of itself."""
+    g = method.eval_guidance
+    _, grid = method.sampler(steps)
+    return {
+        "method": type(method).__name__,
+        "student_updates": method.student_updates,
+        "steps": steps,
+        "guidance": g,
+        "guidance_scale": scale(method, g),
+        "guidance_range": list(method.guidance),
+        "timesteps": grid.nodes.tolist(),
+        "dataset": method.backbone.about.get("dataset"),
+        "teacher": method.backbone.path,
+    }
+
+
+def card(about: dict[str, Any], teacher: str) -> str:
+    """The model card of a student."""
+    return f"""---
+library_name: diffusers
+tags: [text-to-image, distillation, ddil]
+---
+# A {about["steps"]}-step student of `{teacher}`
+
+Distilled with {about["method"]} by [ddil-lightning](https://pypi.org/project/ddil-lightning/), {about["student_updates"]} student updates.
+
+```python
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(".")
+image = pipe("a prompt", num_inference_steps={about["steps"]}, guidance_scale={about["guidance_scale"]:g}).images[0]
+```
+
+The scheduler holds the timesteps it was trained for ({", ".join(map(str, about["timesteps"]))} at {about["steps"]} steps); another scheduler
+or a "leading" spacing fails in silence. `guidance_scale` {about["guidance_scale"]:g} is {"within the trained range" if about["guidance_scale"] > 1 else "right because guidance is part of the weights"} \
+({about["guidance_range"][0]:g} to {about["guidance_range"][1]:g}).
+"""
+
+
+def verify(method: Distillation, folder: Path, prompts: list[str], steps: int, seed: int = 0, tolerance: float = 1e-3) -> float:
+    """The largest difference between latents of the reloaded folder and of the trainer's own sampler, relative to their size.
+
+    Raises ValueError above `tolerance`: then the folder's scheduler, timesteps or guidance are not the trained ones.
+    """
+    policy, grid = method.sampler(steps)
+    g = method.eval_guidance
+    mine = sampling.latents(method.backbone, policy, grid, prompts, g, seed).cpu()
+    theirs = sampling.pipeline_latents(load_pipeline(folder).to(method.backbone.device), prompts, steps, scale(method, g), seed).cpu()
+    difference = relative(mine, theirs)
+    if not difference <= tolerance:
+        raise ValueError(f"the exported pipeline {folder} does not sample as the trainer does: latents differ by {difference:.2e} of their size at {steps} steps")
+    return difference
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """max |a - b| / rms(a)."""
+    return float((a - b).abs().max() / a.square().mean().sqrt())
+
+
+def _network(method: Distillation) -> UNet:
+    network = method.deployed()
+    if not isinstance(network, UNet):
+        raise ValueError(f"only diffusers U-Nets can be exported, and this student is a {type(network).__name__}")
+    return network

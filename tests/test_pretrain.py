@@ -1,0 +1,155 @@
+"""Pretraining: the parts of a miniature, a tiny run from nothing to a pipeline folder, and the teachers that ship."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddil_lightning.miniature import networks, shapes, weights_path
+from ddil_lightning.miniature.card import measure, sample
+from ddil_lightning.miniature.pretrain import main
+from ddil_lightning.miniature.sources import HELD_OUT, load_source
+from ddil_lightning.miniature.stages import DenoiserStage, FreshLatents, Stage, held_then_cosine, token_ids
+
+TINY = [
+    "--dataset", "digits", "--images", "48", "--batch_size", "8", "--devices", "1", "--autoencoder_steps", "3",
+    "--decoder_steps", "2", "--prompts", "4", "--guidance", "[2.0]", "--interim_every", "32", "--progress", "false",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrain")
+    main([*TINY, "--out", str(folder / "a"), "--interim", str(folder / "interim")])
+    return folder
+
+
+def load(folder: Path) -> Any:
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+
+
+def test_a_tiny_run_writes_a_pipeline_that_samples(tiny: Path) -> None:
+    pipeline = load(tiny / "a")
+    assert {p.dtype for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder) for p in part.parameters()} == {torch.float32}
+    images = sample(pipeline, ["a handwritten one", "a handwritten two"], steps=2, guidance=2.0, seed=0)
+    assert images.shape == (2, 3, 16, 16) and images.isfinite().all()
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert pipeline.scheduler.config.timestep_spacing == "trailing"
+
+
+def test_a_tiny_run_says_what_it_did(tiny: Path) -> None:
+    facts = json.loads((tiny / "a" / "ddil.json").read_text())
+    assert facts["dataset"] == "digits" and facts["guidance"] == 2.0 and facts["images"] == 48
+    assert set(facts["figures"]) == {"32", "4", "2", "1"}
+    card = (tiny / "a" / "README.md").read_text()
+    assert "ddil-pretrain --dataset digits --seed 0" in card and "| 32 |" in card
+
+
+def test_latents_have_unit_scale(tiny: Path) -> None:
+    vae = load(tiny / "a").vae
+    with torch.no_grad():
+        latents = vae.encode(load_source("digits").draw(512, 3)[0]).latent_dist.mean * vae.config.scaling_factor
+    assert abs(float(latents.std()) - 1) < 0.05
+
+
+def test_snapshots_are_pipelines_with_all_weights(tiny: Path) -> None:
+    assert (tiny / "interim").is_symlink()
+    assert load(tiny / "interim").unet.config.sample_size == 8
+    state = torch.load(tiny / "interim" / "state.pt")
+    assert state["images"] == 48 and any(k.startswith("unet.") for k in state["live"])
+
+
+def test_the_same_seed_gives_the_same_weights_and_resume_goes_on(tiny: Path) -> None:
+    main([*TINY, "--out", str(tiny / "b"), "--interim", "null"])
+    main([*TINY, "--out", str(tiny / "c"), "--interim", "null", "--resume", str(tiny / "interim")])
+    first, again, more = ((tiny / name / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() for name in "abc")
+    assert first == again and first != more
+    assert json.loads((tiny / "c" / "ddil.json").read_text())["images"] == 96
+
+
+def test_byte_pairs_keep_every_word_whole() -> None:
+    tokenizer = networks.build_tokenizer(shapes.WORDS, 16)
+    for word in shapes.WORDS:
+        assert len(tokenizer.tokenize(word)) == 1, word
+    ids = token_ids(tokenizer, ["a red circle", ""])
+    assert ids.shape == (2, 16) and ids[:, 0].tolist() == [0, 0]
+    assert ids[0, 4:].unique().tolist() == [1] == ids[1, 1:].unique().tolist()
+
+
+def test_learning_rate_is_held_and_then_falls() -> None:
+    factors = [held_then_cosine(step, 1000, 0.6, 50) for step in range(1000)]
+    assert factors[0] == pytest.approx(1 / 50) and factors[50:600] == [1.0] * 550
+    assert factors[800] == pytest.approx(0.505, abs=0.01) and factors[-1] < 0.011
+    assert all(a >= b for a, b in zip(factors[600:], factors[601:], strict=False))
+
+
+def test_pool_of_latents_is_renewed_and_matches_its_captions() -> None:
+    sizes = networks.SIZES["shapes"]
+    tokenizer = networks.build_tokenizer(shapes.WORDS, 16)
+    parts = networks.build_autoencoder(sizes), networks.build_text_encoder(len(tokenizer), sizes)
+    pipeline = networks.assemble(parts[0], parts[1], tokenizer, networks.build_unet(networks.SIZES["digits"]))
+    data = FreshLatents(source=load_source("shapes").draw, pipeline=pipeline, batch_size=8, seed=0, pool=8)
+    stream = iter(data)
+    (first, ids), (second, _) = next(stream), next(stream)
+    assert first.shape == (8, 4, 16, 16) and ids.shape == (8, 16)
+    kept = sum(any(torch.equal(a, b) for b in second) for a in first)
+    assert kept == 4  # half of the pool is new, the other half is used a second time
+
+
+def test_average_follows_and_starts_from_the_weights_not_from_noise() -> None:
+    layer = torch.nn.Linear(2, 2)
+    stage = Stage(live=layer, steps=10, lr=1e-3, hold=0.5, ema=0.5)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+    for _ in range(30):
+        stage.on_train_batch_end(None, None, 0)
+    assert torch.allclose(stage.average.weight, torch.ones(2, 2), atol=1e-5)
+    assert not any(p.requires_grad for p in stage.average.parameters())
+
+
+def test_v_loss_is_zero_for_the_true_v() -> None:
+    class Oracle(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, x_t: Any, t: Any, ids: Any) -> Any:
+            x0, alpha, sigma = self.x0, stage.alpha[t], stage.sigma[t]
+            return alpha * (x_t - alpha * x0) / sigma - sigma * x0
+
+    stage = DenoiserStage(
+        live=Oracle(), scheduler=networks.build_scheduler(), empty=torch.zeros(1, 4, dtype=torch.int64),
+        steps=1, lr=1e-3, hold=0.5, ema=0.9,
+    )  # fmt: skip
+    x0 = torch.randn(6, 4, 8, 8)
+    stage.live.x0 = x0
+    assert float(stage.training_step((x0, torch.ones(6, 4, dtype=torch.int64)), 1)) < 1e-4
+
+
+def test_sources() -> None:
+    source = load_source("shapes")
+    assert source.prompts(5, 1) == shapes.captions(shapes.draw_scenes(5, HELD_OUT + 1), 1, full=True)
+    with pytest.raises(ValueError, match="unknown built-in data set 'cats'"):
+        load_source("cats")
+    with pytest.raises(FileNotFoundError, match="no built-in weights 'cats'"):
+        weights_path("cats")
+
+
+@pytest.mark.parametrize(("name", "accuracy", "all_right"), [("shapes", 0.94, 0.8), ("digits", 0.95, 0.95)])
+def test_the_teachers_that_ship_do_what_they_are_told(name: str, accuracy: float, all_right: float) -> None:
+    folder = weights_path(name)
+    facts = json.loads((folder / "ddil.json").read_text())
+    assert facts["dataset"] == name
+    found = measure(load(folder), name, n=96, steps=8, guidance=facts["guidance"])
+    assert found["attribute accuracy"] > accuracy and found["all right"] > all_right
+
+
+def test_built_in_weights_stay_small() -> None:
+    folder = weights_path("shapes").parent
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 10 * 2**20
