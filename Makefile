@@ -21,12 +21,12 @@ test: $(READY) ## install, then run the tests (ARGS)
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(READY) ## check style and types
-	$(BIN)/ruff check
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m mypy
 
 format: $(READY) ## sort imports and format the code
-	$(BIN)/ruff check --fix
-	$(BIN)/ruff format
+	$(BIN)/python -m ruff check --fix
+	$(BIN)/python -m ruff format
 
 clean: ## remove caches and built packages; .venv and runs/ stay
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache

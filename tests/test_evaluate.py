@@ -317,7 +317,8 @@ def truth(data: str):
                 # geometry is matched; shape, colour and background are independent of it and set, colours never equal
                 geometry = [(getattr(said, k)[i], getattr(pool, k)) for k in ("count", "relation", "position", "size")]
                 fits = [((have == want) | (want < 0)).reshape(len(have), -1).all(1) for want, have in geometry]
-                given = {k: torch.where(getattr(said, k)[i] < 0, getattr(pool, k), getattr(said, k)[i]) for k in ("shape", "colour", "background")}
+                free = {k: (getattr(said, k)[i], getattr(pool, k)) for k in ("shape", "colour", "background")}
+                given = {k: torch.where(want < 0, have, want) for k, (want, have) in free.items()}
                 fits.append(given["colour"][:, 0] != given["colour"][:, 1])
                 rows = torch.nonzero(torch.stack(fits).all(0))[:, 0]
                 row = rows[i % len(rows)]
@@ -325,3 +326,60 @@ def truth(data: str):
             return shapes.render(shapes.Scenes(*(torch.stack(f) for f in zip(*drawn, strict=True))))
 
     return sample
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """A fresh evaluator in place of the one that ships: enough for everything but what its features mean."""
+    from ddil_lightning.miniature import evaluator
+
+    torch.manual_seed(0)
+    monkeypatch.setattr(evaluator, "load_evaluator", lambda: evaluator.Evaluator().requires_grad_(False).eval())
+
+
+@pytest.mark.parametrize("data", ["shapes", "digits"])
+def test_builtin_suite(untrained, data):
+    s = Suite.builtin(data, n=48, extra=60)
+    assert len(s.prompts) == 48 and s.protocol["seeds"] * s.protocol["probes"] == 60
+    true, constant = s.score(truth(data)), s.score(lambda p, seed: truth(data)(p[:1], 0).expand(len(p), -1, -1, -1))
+    assert set(true) == {*KEYS, "per_attribute"} and all(isinstance(true[k], float) for k in KEYS)
+    assert true["attribute_accuracy"] > 0.97 and true["all_right"] > 0.9 and true["sharpness"] < 0.05
+    assert true["mode_coverage"] > 0.6 and constant["mode_coverage"] < 0.1
+    assert constant["lpips_diversity"] == pytest.approx(0, abs=1e-6) < true["lpips_diversity"]
+    assert constant["coverage"] < 0.5 * true["coverage"] and constant["frechet"] > 3 * true["frechet"]
+    assert s.score(truth(data)) == true
+
+
+def test_builtin_prompts_and_images_are_one_held_out_set(untrained):
+    """The reference's own captions say what its images show, and another seed is other data."""
+    from ddil_lightning.miniature import shapes
+    from ddil_lightning.miniature.sources import HELD_OUT
+
+    s = Suite.builtin("shapes", n=48, seed=3)
+    reference = shapes.render(shapes.draw_scenes(48, HELD_OUT + 3))
+    assert float(shapes.judge(reference, s.prompts).all_right.mean()) == 1
+    out = Suite.builtin("shapes", n=48, seed=3, batch=48).score(lambda p, seed: reference.repeat(9, 1, 1, 1)[: len(p)])
+    assert out["frechet"] == pytest.approx(0, abs=1e-6) and (out["density"], out["coverage"]) == (1, 1)
+    assert Suite.builtin("shapes", n=48).prompts != s.prompts
+    with pytest.raises(ValueError, match="choose shapes or digits"):
+        Suite.builtin("faces")
+    with pytest.raises(ValueError, match="at least 16"):
+        Suite.builtin("shapes", n=4)
+
+
+@pytest.mark.parametrize("data", ["shapes", "digits"])
+def test_the_evaluator_that_ships_tells_right_from_wrong(data):
+    s = Suite.builtin(data, n=64, extra=30)
+    true = s.score(truth(data))
+    swapped = s.score(lambda p, seed: truth(data)(p, seed).roll(1, 0))
+    noise = s.score(lambda p, seed: truth(data)(p, seed) * 0.3 + 0.3 * torch.randn(len(p), 3, 1, 1))
+    assert true["clip"] > swapped["clip"] + 0.2
+    assert noise["frechet"] > 3 * true["frechet"] and noise["coverage"] < true["coverage"]
+
+
+def test_text_needs_features():
+    with pytest.raises(ValueError, match="give both"):
+        suite(features=None, text=lambda p: torch.zeros(len(p), 3))
+    out = suite(text=lambda p: levels(list(p))[:, None].expand(-1, 3), probes=[], prompts=["level 9"] * 20).score(sampler())
+    by_hand = torch.cosine_similarity(colours(sampler()(["level 9"] * 20, 0)), torch.full((20, 3), 0.4))
+    assert out["clip"] == pytest.approx(float(by_hand.mean()), abs=0.01)

@@ -97,13 +97,15 @@ class UNet(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
         """[B, C, H, W] in the unet's prediction space. Raises ValueError when a w-conditioned U-Net is not told w."""
         kwargs: dict[str, Any] = {}
+        dtype = next(self.unet.parameters()).dtype  # a teacher may be in half precision; its answer is upcast by the schedule
         if self.w_conditioned:
             if c.w is None:
                 raise ValueError("this U-Net is conditioned on guidance, but the context carries no w: give it guidance g (w = g - 1)")
-            kwargs["timestep_cond"] = w_embedding(c.w, cast(Any, self.unet).config.time_cond_proj_dim).to(x_t.dtype)
+            kwargs["timestep_cond"] = w_embedding(c.w, cast(Any, self.unet).config.time_cond_proj_dim).to(dtype)
         if c.pooled is not None:
-            kwargs["added_cond_kwargs"] = {"text_embeds": c.pooled, "time_ids": c.ids}
-        return self.unet(x_t, t, encoder_hidden_states=c.text.to(x_t.dtype), encoder_attention_mask=c.mask, return_dict=False, **kwargs)[0]
+            kwargs["added_cond_kwargs"] = {"text_embeds": c.pooled.to(dtype), "time_ids": c.ids}
+        text = c.text.to(dtype)
+        return self.unet(x_t.to(dtype), t, encoder_hidden_states=text, encoder_attention_mask=c.mask, return_dict=False, **kwargs)[0]
 
 
 class Backbone:
@@ -119,6 +121,8 @@ class Backbone:
         for part in self.pipe.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
+        for part in (self.pipe.unet, self.pipe.vae):
+            part.to(memory_format=torch.channels_last)  # convolutions run faster so, on CPUs and on tensor cores
         config = self.pipe.scheduler.config
         self.schedule = NoiseSchedule.from_scheduler(self.pipe.scheduler)
         kind = config.get("prediction_type", "epsilon")
@@ -160,7 +164,7 @@ class Backbone:
             nn.init.zeros_(unet.time_embedding.cond_proj.weight)
         if gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-        return UNet(unet.requires_grad_(True).train())
+        return UNet(unet.to(memory_format=torch.channels_last).requires_grad_(True).train())
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str], truncate: bool = False) -> Context:
@@ -182,15 +186,20 @@ class Backbone:
         for prompt, ids in zip(prompts, tokenizer(list(prompts)).input_ids, strict=True):
             if len(ids) > limit:
                 shown = prompt if len(prompt) < 80 else prompt[:77] + "..."
-                raise ValueError(f"the prompt {shown!r} has {len(ids)} tokens and the text encoder reads {limit}: shorten it, or allow truncation")
+                raise ValueError(
+                    f"the prompt {shown!r} has {len(ids)} tokens and the text encoder reads {limit}: shorten it, or allow truncation"
+                )
 
     def null(self) -> Context:
-        """The context of the empty prompt, one sample: the unconditional branch of guidance."""
-        return self.encode_text([""])
+        """The context of the empty prompt, one sample: the unconditional branch of guidance. Zeros where the pipeline says so (SDXL)."""
+        c = self.encode_text([""])
+        if not self.pipe.config.get("force_zeros_for_empty_prompt"):
+            return c
+        return c._replace(text=torch.zeros_like(c.text), pooled=None if c.pooled is None else torch.zeros_like(c.pooled))
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Scaled latents [B, C, h, w] of images [B, 3, H, W] in [-1, 1]: the mean of the VAE's posterior, so that a cache is reproducible."""
+        """Scaled latents [B, C, h, w] of images [B, 3, H, W] in [-1, 1]: the VAE's posterior mean, so that a cache is reproducible."""
         vae = self.pipe.vae
         mean = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.mode()
         return ((mean.float() - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor).contiguous()
@@ -199,5 +208,8 @@ class Backbone:
     def decode(self, latents: Tensor, chunk: int = 64) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] of scaled latents."""
         vae = self.pipe.vae
-        parts = [part / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0) for part in latents.to(self.device, vae.dtype).split(chunk)]
+        parts = [
+            part / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+            for part in latents.to(self.device, vae.dtype).split(chunk)
+        ]
         return torch.cat([vae.decode(part, return_dict=False)[0].float().clamp(-1, 1) for part in parts])

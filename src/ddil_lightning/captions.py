@@ -80,13 +80,16 @@ class Images(Captions):
     `size`: side in pixels; images are resized by their short side and cropped at the centre. `image`, `caption`: the columns.
     """
 
-    def __init__(self, path: str, size: int = 512, image: str = "image", caption: str = "text", split: str = "train", limit: int | None = None) -> None:
+    def __init__(
+        self, path: str, size: int = 512, image: str = "image", caption: str = "text", split: str = "train", limit: int | None = None
+    ) -> None:
         self.size, self._image, self._caption = size, image, caption
         self._rows = _load_dataset(path, split)
         missing = {image, caption} - set(self._rows.column_names)
         if missing:
             raise ValueError(
-                f"the data set {path} has no column {' or '.join(sorted(missing))}: it has {', '.join(self._rows.column_names)}; name them with image= and caption="
+                f"the data set {path} has no column {' or '.join(sorted(missing))}: it has {', '.join(self._rows.column_names)}; "
+                "name them with image= and caption="
             )
         if limit is not None:
             self._rows = self._rows.select(range(min(limit, len(self._rows))))
@@ -205,5 +208,3 @@ def builtin(name: str) -> Captions:
     if name not in sets:
         raise ValueError(f"no built-in data set is called {name!r}: known are {', '.join(sets)}; or give `captions` your own")
     return sets[name]()
-
-

@@ -53,7 +53,11 @@ class FitCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             trainer_defaults={"max_epochs": -1, "enable_model_summary": False, "num_sanity_val_steps": 0, "log_every_n_steps": 1},
-            parser_kwargs={"exit_on_error": False, "prog": "ddil-fit", "usage": "ddil-fit --config NAME [--updates N] [--seed N] [any.key=value ...]"},
+            parser_kwargs={
+                "exit_on_error": False,
+                "prog": "ddil-fit",
+                "usage": "ddil-fit --config NAME [--updates N] [--seed N] [any.key=value ...]",
+            },
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -118,8 +122,12 @@ def wandb_logger(folder: Path, name: str, mode: Wandb, config: dict[str, Any]) -
     from lightning.pytorch.loggers import WandbLogger
 
     if mode == "online" and not (os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").is_file()):
-        raise Refusal("--wandb online needs a key: run `wandb login` once or set WANDB_API_KEY, or use --wandb offline and `wandb sync` later")
-    return WandbLogger(project="ddil-lightning", name=f"{name}/{folder.name}", save_dir=str(folder), offline=mode == "offline", config=config)
+        raise Refusal(
+            "--wandb online needs a key: run `wandb login` once or set WANDB_API_KEY, or use --wandb offline and `wandb sync` later"
+        )
+    return WandbLogger(
+        project="ddil-lightning", name=f"{name}/{folder.name}", save_dir=str(folder), offline=mode == "offline", config=config
+    )
 
 
 def config_name(config: Namespace) -> str:
@@ -141,7 +149,10 @@ def explain(message: str, words: list[str]) -> str:
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
     text = " ".join(lines)
     # The innermost reason stands last; what precedes it are the types that were tried.
-    key = re.search(r'(?:Option|Key) [\'"]([\w.]+)[\'"] is not accepted|key "([\w.]+)"|Unrecognized arguments: --([\w.+]+)|No action for key "([\w.]+)"', text)
+    key = re.search(
+        r'(?:Option|Key) [\'"]([\w.]+)[\'"] is not accepted|key "([\w.]+)"|Unrecognized arguments: --([\w.+]+)',
+        text,
+    )
     if "is not accepted" in text or "Unrecognized arguments" in text or "not expected" in text:
         wrong = next((g for g in (key.groups() if key else ()) if g), None)
         if wrong:
@@ -158,12 +169,36 @@ def known_keys() -> list[str]:
 
     classes: list[Any] = [Distillation, *Distillation.__subclasses__(), DDILDataModule, Trainer, Checkpoints, Previews, Test]
     names = {name for cls in classes for name in inspect.signature(cls.__init__).parameters if name not in ("self", "kwargs")}
-    return sorted(names | {"run_dir", "ckpt_path", "wandb", "updates", "seed", "checkpoint_every", "forward", "student", "teacher", "mix", "model", "data", "trainer"})
+    return sorted(
+        names
+        | {
+            "run_dir",
+            "ckpt_path",
+            "wandb",
+            "updates",
+            "seed",
+            "checkpoint_every",
+            "forward",
+            "student",
+            "teacher",
+            "mix",
+            "model",
+            "data",
+            "trainer",
+        }
+    )
 
 
 def quiet() -> None:
     """Silence, by message, what says nothing to a user of this library; whole categories stay heard."""
-    for message in ("isinstance.treespec", "does not have many workers", "module.s. in eval mode", "exists and is not empty", "Experiment logs directory", "You are using the plain ModelCheckpoint"):
+    for message in (
+        "isinstance.treespec",
+        "does not have many workers",
+        "module.s. in eval mode",
+        "exists and is not empty",
+        "Experiment logs directory",
+        "You are using the plain ModelCheckpoint",
+    ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")
     tips = ("Tip:", "available:", "LOCAL_RANK", "Trainer.fit` stopped", "Restor", "`weights_only` was not set")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero", "lightning.fabric.utilities.seed"):
@@ -183,7 +218,9 @@ def fit(words: list[str]) -> int:
     try:
         trainer.fit(method, datamodule=data, ckpt_path=cli.resumed, weights_only=True if cli.resumed else None)
     except FloatingPointError as error:
-        raise FloatingPointError(f"{error}; the last good checkpoint is {checkpoints.last or cli.resumed or 'none'}; lower model.lr or look at model.reflect") from error
+        raise FloatingPointError(
+            f"{error}; the last good checkpoint is {checkpoints.last or cli.resumed or 'none'}; lower model.lr or look at model.reflect"
+        ) from error
     except RuntimeError as error:
         if cli.resumed and "state_dict" in str(error):
             raise Refusal(f"the checkpoint {cli.resumed} does not fit this config: {str(error).splitlines()[0]}") from error

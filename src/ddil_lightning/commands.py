@@ -27,7 +27,9 @@ def test(argv: list[str]) -> int:
     parser.add_argument("--guidance", type=float, help="guidance g (default: what the pipeline recommends)")
     parser.add_argument("--n", type=int, default=1000, help="held-out prompts")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and noise")
-    parser.add_argument("--data", help="shapes, digits (default: what the pipeline names), or a caption file of your own (COCO json, jsonl)")
+    parser.add_argument(
+        "--data", help="shapes, digits (default: what the pipeline names), or a caption file of your own (COCO json, jsonl)"
+    )
     parser.add_argument("--images", help="the folder of the images that a caption file names")
     parser.add_argument("--out", type=Path, help="the JSON file (default: metrics.json in the run folder, else here)")
     args = parser.parse_args(argv)
@@ -157,4 +159,3 @@ def _steps(text: str) -> int:
     if not text.isdigit() or not 1 <= int(text) <= 1000:
         raise argparse.ArgumentTypeError(f"{text!r} is no step count from 1 to 1000")
     return int(text)
-

@@ -29,7 +29,9 @@ class CounterSampler(DistributedSampler):
     def __init__(self, size: int, batch: int, seed: int, world: int, rank: int, done: int) -> None:
         self.batches = size // (batch * world)
         if self.batches == 0:
-            raise ValueError(f"the data set has {size} captions, fewer than one batch of {batch} on {world} process(es): lower data.batch_size")
+            raise ValueError(
+                f"the data set has {size} captions, fewer than one batch of {batch} on {world} process(es): lower data.batch_size"
+            )
         self.size, self.batch, self.seed, self.world, self.rank, self.done = size, batch, seed, world, rank, done
 
     def __len__(self) -> int:
@@ -77,7 +79,9 @@ class DDILDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         if batch_size < 1 or collect_every < 1 or capacity < 0:
-            raise ValueError(f"batch_size and collect_every are at least 1 and capacity at least 0, got {batch_size}, {collect_every} and {capacity}")
+            raise ValueError(
+                f"batch_size and collect_every are at least 1 and capacity at least 0, got {batch_size}, {collect_every} and {capacity}"
+            )
         self.captions, self.prior, self.batch_size = captions, prior, batch_size
         self.collect_every, self.trajectories = collect_every, min(trajectories or batch_size, batch_size)
         self.granularity, self.pure_noise, self.seed = granularity, pure_noise, seed
@@ -129,17 +133,23 @@ class DDILDataModule(LightningDataModule):
         """A few captions of the data, for previews; none from a set that was given encoded."""
         return self._examples[:n]
 
-    def box(self) -> tuple[list[float], list[float]] | None:
-        """The latent box of the data (reflect.estimate_box) from at most 8192 of them; None without encoded images."""
-        if isinstance(self.captions, Encoded) and self.captions.latents is not None:
-            return estimate_box(self.captions.latents[:8192])
-        return None
+    def box(self, images: int = 5120) -> tuple[list[float], list[float]] | None:
+        """The latent box of the data (reflect.estimate_box) from the first `images` of them; None for data without images."""
+        captions = self.captions
+        if captions is not None and not isinstance(captions, Encoded):
+            rows = range(min(images, len(captions)))
+            if captions.pixels(rows[:1]) is None:
+                return None
+            parts = [self.learner.backbone.encode_images(captions.pixels(rows[i : i + 64])) for i in rows[::64]]  # type: ignore[attr-defined]
+            return estimate_box(torch.cat(parts).cpu())
+        latents = captions.latents if captions is not None else None
+        return None if latents is None else estimate_box(latents[:images])
 
     def train_dataloader(self) -> DataLoader:
         """Batches of rows from where the counter stands."""
         trainer = self.trainer
         world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
-        assert self.captions is not None  # noqa: S101 (setup ran)
+        assert self.captions is not None  # setup ran
         sampler = CounterSampler(len(self.captions), self.batch_size, self.seed, world, rank, self.done)
         return DataLoader(self.captions, batch_size=None, sampler=sampler, num_workers=self.workers)
 
@@ -224,7 +234,9 @@ class DDILDataModule(LightningDataModule):
         """Restore. With another number of processes the counter no longer means the same rows, and that is refused."""
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if len(state["buffers"]) != world:
-            raise ValueError(f"the checkpoint was written by {len(state['buffers'])} process(es) and this run has {world}: resume with the same number")
+            raise ValueError(
+                f"the checkpoint was written by {len(state['buffers'])} process(es) and this run has {world}: resume with the same number"
+            )
         self.done, self._collected_at = state["done"], state["collected_at"]
         if self.buffer is not None and state["buffers"][rank] is not None:
             self.buffer.load_state_dict(state["buffers"][rank])

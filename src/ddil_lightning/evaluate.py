@@ -25,8 +25,9 @@ from torch import Tensor
 
 from ddil_lightning.metrics.alignment import attribute_accuracy
 from ddil_lightning.metrics.base import Features, as_saved, chunked
-from ddil_lightning.metrics.diversity import Distance, MapDistance, seed_diversity
-from ddil_lightning.metrics.frechet import frechet_distance
+from ddil_lightning.metrics.clip import cosine, open_clip_net
+from ddil_lightning.metrics.diversity import Distance, MapDistance, lpips_distance, seed_diversity
+from ddil_lightning.metrics.frechet import frechet_distance, inception_features
 from ddil_lightning.metrics.pairs import choose, load_images, read_pairs, resize
 from ddil_lightning.metrics.prdc import density_coverage
 
@@ -66,6 +67,7 @@ class Suite:
     real: Tensor | None = None  # [N, D] features of real images
     features: Features | None = None
     clip: Scorer | None = None  # (images, prompts) -> cosine [B]
+    text: Callable[[Sequence[str]], Tensor] | None = None  # instead of `clip`: prompts -> [B, D] to compare with `features`
     distance: Distance | None = None
     probes: Sequence[str] = ()  # prompts drawn with `seeds` seeds each: diversity and mode coverage
     seeds: int = 12
@@ -75,6 +77,10 @@ class Suite:
     seed: int = 0
     batch: int = 128  # images asked of the sampler at a time
     protocol: Mapping[str, Any] = field(default_factory=dict)  # what a number must be quoted with
+
+    def __post_init__(self) -> None:
+        if self.text is not None and self.features is None:
+            raise ValueError("Suite: `text` is compared with `features`, which is None; give both, or `clip`")
 
     @classmethod
     def builtin(cls, data: str = "shapes", n: int = 512, seed: int = 0, extra: int | None = None, batch: int = 128) -> Suite:
@@ -95,7 +101,7 @@ class Suite:
             prompts=prompts,
             real=chunked(evaluator.image_features, as_saved(real)),
             features=evaluator.image_features,
-            clip=evaluator.clip_score,
+            text=evaluator.text_features,
             distance=MapDistance(evaluator.image_feature_maps),
             probes=probes,
             seeds=seeds,
@@ -157,7 +163,9 @@ class Suite:
         for x, prompts in self._draw(sample, list(self.prompts), self.batch, self.seed):
             if self.features is not None:
                 features.append(chunked(self.features, resize(x, self.size)))
-            if self.clip is not None:
+            if self.text is not None:
+                cosines.append(cosine(features[-1], self.text(prompts).cpu()))
+            elif self.clip is not None:
                 cosines.append(self.clip(x, prompts).double().cpu())
             if self.judge is not None:
                 seen = self.judge(x, prompts)
@@ -218,16 +226,10 @@ def _network(given: Any, device: str | torch.device) -> Any:
     if not isinstance(given, str):
         return given
     if given == "inception":
-        from ddil_lightning.metrics.frechet import inception_features
-
         return inception_features(device=device)
     if given == "open_clip":
-        from ddil_lightning.metrics.clip import open_clip_net
-
         return open_clip_net(device=device).score
     if given == "lpips":
-        from ddil_lightning.metrics.diversity import lpips_distance
-
         return lpips_distance(device=device)
     raise ValueError(f"no network {given!r}: choose inception, open_clip or lpips, pass a callable, or None to skip its metrics")
 
@@ -267,7 +269,7 @@ def table(rows: Sequence[Mapping[str, Any]], width: int = 160) -> str:
 
     shown = present(rows)
     grid = Table("name", box=None, header_style="bold", pad_edge=False)
-    for head in ("steps", "w", "NFE", *(f"{m.label} {m.better}".strip() for m in shown), "s/image"):
+    for head in ("steps", "g", "NFE", *(f"{m.label} {m.better}".strip() for m in shown), "s/image"):
         grid.add_column(head, justify="right")
     for row in rows:
         cells = [row["steps"], row["guidance"], row["nfe"], *(values_of(row).get(m.key) for m in shown), row["seconds_per_image"]]

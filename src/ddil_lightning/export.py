@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def scale(method: Distillation, g: float) -> float:
-    """The `guidance_scale` to call the exported pipeline with: g for a w-conditioned student, 1 (no guidance pass) for one with g baked in."""
+    """The `guidance_scale` to call the exported pipeline with: g for a w-conditioned student, 1 for one with g baked in."""
     return g if _network(method).w_conditioned else 1.0
 
 
@@ -68,6 +68,8 @@ def about_student(method: Distillation, steps: int) -> dict[str, Any]:
 
 def card(about: dict[str, Any], teacher: str) -> str:
     """The model card of a student."""
+    nodes, g, (low, high) = ", ".join(map(str, about["timesteps"])), about["guidance_scale"], about["guidance_range"]
+    why = "within the trained range" if g > 1 else "right because guidance is part of the weights"
     return f"""---
 library_name: diffusers
 tags: [text-to-image, distillation, ddil]
@@ -79,12 +81,11 @@ Distilled with {about["method"]} by [ddil-lightning](https://pypi.org/project/dd
 ```python
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained(".")
-image = pipe("a prompt", num_inference_steps={about["steps"]}, guidance_scale={about["guidance_scale"]:g}).images[0]
+image = pipe("a prompt", num_inference_steps={about["steps"]}, guidance_scale={g:g}).images[0]
 ```
 
-The scheduler holds the timesteps it was trained for ({", ".join(map(str, about["timesteps"]))} at {about["steps"]} steps); another scheduler
-or a "leading" spacing fails in silence. `guidance_scale` {about["guidance_scale"]:g} is {"within the trained range" if about["guidance_scale"] > 1 else "right because guidance is part of the weights"} \
-({about["guidance_range"][0]:g} to {about["guidance_range"][1]:g}).
+The scheduler holds the timesteps it was trained for ({nodes} at {about["steps"]} steps); another scheduler or a "leading" spacing
+fails in silence. `guidance_scale` {g:g} is {why} ({low:g} to {high:g}).
 """
 
 
@@ -99,7 +100,9 @@ def verify(method: Distillation, folder: Path, prompts: list[str], steps: int, s
     theirs = sampling.pipeline_latents(load_pipeline(folder).to(method.backbone.device), prompts, steps, scale(method, g), seed).cpu()
     difference = relative(mine, theirs)
     if not difference <= tolerance:
-        raise ValueError(f"the exported pipeline {folder} does not sample as the trainer does: latents differ by {difference:.2e} of their size at {steps} steps")
+        raise ValueError(
+            f"the exported pipeline {folder} does not sample as the trainer does: at {steps} steps its latents differ by {difference:.2e} of their size"
+        )
     return difference
 
 

@@ -13,7 +13,7 @@ from importlib import metadata, resources
 from pathlib import Path
 
 
-class Refusal(Exception):  # noqa: N818 (it is what the user is told, not a fault of the code)
+class Refusal(Exception):
     """Bad input: one line that names the thing and the remedy; exit code 2."""
 
 
@@ -91,7 +91,11 @@ def run(command: Callable[[list[str]], int | None], argv: Sequence[str] | None =
 
 def one_line(error: BaseException) -> str:
     """An error's message on one line."""
-    text = str(error) if not isinstance(error, OSError) or error.strerror is None else f"{error.strerror}" + (f": {error.filename}" if error.filename else "")
+    text = (
+        str(error)
+        if not isinstance(error, OSError) or error.strerror is None
+        else f"{error.strerror}" + (f": {error.filename}" if error.filename else "")
+    )
     return " ".join(text.split()) or type(error).__name__
 
 

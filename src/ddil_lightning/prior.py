@@ -76,7 +76,9 @@ class Piecewise(Schedule):
 
     def __init__(self, priors: Sequence[SamplingPrior], starts: Sequence[int]) -> None:
         if len(priors) != len(starts) or not starts or starts[0] != 0 or any(a >= b for a, b in zip(starts, starts[1:], strict=False)):
-            raise ValueError(f"piecewise priors need as many starts as priors, rising from 0; got {len(priors)} priors and starts {list(starts)}")
+            raise ValueError(
+                f"piecewise priors need as many starts as priors, rising from 0; got {len(priors)} priors and starts {list(starts)}"
+            )
         self.priors, self.starts = list(priors), list(starts)
 
     def __call__(self, clock: int) -> SamplingPrior:
@@ -138,7 +140,9 @@ class Gated(Schedule):
             raise ValueError(f"a gated schedule needs steps >= 1, ratio > 0 and patience >= 1, got {steps}, {ratio} and {patience}")
         self.first, self.last = first, last
         if self.first.rollouts == 0:
-            raise ValueError("a gated schedule compares losses on roll-outs and on forward latents: give its first prior a student or teacher share")
+            raise ValueError(
+                "a gated schedule compares losses on roll-outs and on forward latents: give its first prior a student or teacher share"
+            )
         self.ratio, self.steps, self.patience = ratio, steps, patience
         self.level, self.passed = 0, 0
 

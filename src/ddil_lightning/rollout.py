@@ -84,7 +84,15 @@ def plan(prior: SamplingPrior, grid: Grid, rng: random.Random) -> tuple[Grid, li
 
 
 @torch.no_grad()
-def roll(policies: Policies, walk: Grid, actors: Sequence[bool], c: Context, shape: Sequence[int], generator: torch.Generator, upto: int | None = None) -> Rollout:
+def roll(
+    policies: Policies,
+    walk: Grid,
+    actors: Sequence[bool],
+    c: Context,
+    shape: Sequence[int],
+    generator: torch.Generator,
+    upto: int | None = None,
+) -> Rollout:
     """Algorithm 2: from pure noise down `walk`, every state recorded before its transition.
 
     `c` [R] with guidance; `shape`: of one latent; `upto`: the last node recorded (default: the last of the grid). Node 0, pure noise, is
@@ -98,7 +106,9 @@ def roll(policies: Policies, walk: Grid, actors: Sequence[bool], c: Context, sha
     for i in range(last):
         actor = policies.student if actors[i] else policies.teacher
         if actor is None:
-            raise ValueError("the prior gives roll-outs to a teacher, but this method has no teacher policy: give that share to the student")
+            raise ValueError(
+                "the prior gives roll-outs to a teacher, but this method has no teacher policy: give that share to the student"
+            )
         x = actor(x, times[i], times[i + 1], c, generator)
         states.append(x)
         bits.append(bits[-1] | (int(actors[i]) << i))
@@ -207,7 +217,9 @@ def draw(
         got = buffer.sample(k, clock=clock, generator=streams.local("buffer"), progress=progress)
         device = batch.c.text.device
         c = Context(*(None if x is None else x.to(device) for x in got.c))
-        rolled = _rolled(learner, got.x_t.to(device), got.t.to(device), c, got.source.to(device), got.weight.to(device), got.slot.to(device))
+        rolled = _rolled(
+            learner, got.x_t.to(device), got.t.to(device), c, got.source.to(device), got.weight.to(device), got.slot.to(device)
+        )
     if k == size:
         return rolled._replace(real=batch.latent)
     noised = forward(take(batch, slice(size - k)), learner, streams, pure_noise)

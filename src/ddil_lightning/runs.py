@@ -76,7 +76,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def old_metrics(folder: Path, upto: int) -> list[dict[str, float]]:
-    """The rows of metrics.csv up to a clock. The CSV logger starts its file anew, so a resumed run logs them again; the file is kept aside."""
+    """The rows of metrics.csv up to a clock. The CSV logger starts anew, so a resumed run logs them again; the old file is kept aside."""
     path = folder / "metrics.csv"
     if not path.is_file():
         return []

@@ -21,7 +21,9 @@ def noise(n: int, shape: Sequence[int], seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def latents(backbone: Backbone, policy: Policy, grid: Grid, prompts: Sequence[str], g: float | None, seed: int = 0, chunk: int = 128) -> Tensor:
+def latents(
+    backbone: Backbone, policy: Policy, grid: Grid, prompts: Sequence[str], g: float | None, seed: int = 0, chunk: int = 128
+) -> Tensor:
     """Final latents [N, C, h, w] of `prompts` at guidance `g` (None: unguided). A chunk's re-noising is seeded by its first sample."""
     out = []
     x_T = noise(len(prompts), backbone.latent_shape, seed)
@@ -32,7 +34,9 @@ def latents(backbone: Backbone, policy: Policy, grid: Grid, prompts: Sequence[st
     return torch.cat(out)
 
 
-def images(backbone: Backbone, policy: Policy, grid: Grid, prompts: Sequence[str], g: float | None, seed: int = 0, chunk: int = 128) -> Tensor:
+def images(
+    backbone: Backbone, policy: Policy, grid: Grid, prompts: Sequence[str], g: float | None, seed: int = 0, chunk: int = 128
+) -> Tensor:
     """Images [N, 3, H, W] in [-1, 1], on the CPU."""
     return backbone.decode(latents(backbone, policy, grid, prompts, g, seed, chunk)).cpu()
 

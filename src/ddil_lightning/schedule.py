@@ -38,14 +38,16 @@ class NoiseSchedule:
 
     @classmethod
     def from_betas(cls, betas: Tensor, *, zero_terminal_snr: bool = False) -> NoiseSchedule:
-        """VP tables of `betas` [T]. `zero_terminal_snr` shifts and scales sqrt(alpha_bar) so that alpha_{T-1} = 0 (Lin et al. 2023, Alg. 1)."""
+        """VP tables of `betas` [T]. `zero_terminal_snr` shifts and scales sqrt(alpha_bar) to alpha_{T-1} = 0 (Lin et al. 2023, Alg. 1)."""
         root = (1 - betas.double()).cumprod(0).sqrt()
         if zero_terminal_snr:
             root = (root - root[-1]) * root[0] / (root[0] - root[-1])
         return cls(root, (1 - root.square()).sqrt())
 
     @classmethod
-    def scaled_linear(cls, steps: int = 1000, start: float = 0.00085, end: float = 0.012, *, zero_terminal_snr: bool = False) -> NoiseSchedule:
+    def scaled_linear(
+        cls, steps: int = 1000, start: float = 0.00085, end: float = 0.012, *, zero_terminal_snr: bool = False
+    ) -> NoiseSchedule:
         """Stable Diffusion's schedule: betas linear in their square root."""
         betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64).square()
         return cls.from_betas(betas, zero_terminal_snr=zero_terminal_snr)
@@ -80,7 +82,9 @@ class NoiseSchedule:
             bar = ((torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * torch.pi / 2).cos().square()
             betas = (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
         else:
-            raise ValueError(f"the scheduler's beta_schedule is {kind!r}: known are linear, scaled_linear, squaredcos_cap_v2 and trained_betas")
+            raise ValueError(
+                f"the scheduler's beta_schedule is {kind!r}: known are linear, scaled_linear, squaredcos_cap_v2 and trained_betas"
+            )
         return cls.from_betas(betas, zero_terminal_snr=bool(config.get("rescale_betas_zero_snr", False)))
 
     def at(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +127,9 @@ class NoiseSchedule:
             return self.from_x0(x_t, t, out)
         if kind == "eps":
             if self.alphas.min() == 0 and bool((alpha == 0).any()):
-                raise ValueError("an eps prediction does not determine x0 where alpha_t = 0 (zero terminal SNR): convert the network to v first (eps_to_v)")
+                raise ValueError(
+                    "an eps prediction does not determine x0 where alpha_t = 0 (zero terminal SNR): convert the network to v first"
+                )
             x0, eps = (x_t - sigma * out) / alpha, out
         elif kind == "v":
             norm = 1.0 if self.variance_preserving else alpha.square() + sigma.square()
@@ -136,7 +142,7 @@ class NoiseSchedule:
         return Prediction(x0, eps, alpha * eps - sigma * x0)
 
     def from_x0(self, x_t: Tensor, t: Tensor | int, x0: Tensor) -> Prediction:
-        """eps and v re-derived from an x0 estimate, so that alpha x0 + sigma eps = x_t. At END, where sigma is 0: eps = x_t (METHODS 0.6)."""
+        """eps and v re-derived from an x0 estimate, alpha x0 + sigma eps = x_t. At END, where sigma is 0: eps = x_t (METHODS 0.6)."""
         alpha, sigma = self.at(t, x_t)
         safe = torch.where(sigma == 0, torch.ones_like(sigma), sigma)
         eps = torch.where(sigma == 0, x_t, (x_t - alpha * x0) / safe)
@@ -230,7 +236,7 @@ class Grid:
 
     @classmethod
     def consistency(cls, solver_steps: int = 50, total: int = 1000, rollouts: Sequence[int] = (3, 4, 5)) -> Grid:
-        """LCM's training grid 999, 979, ..., 19 whose last interval ends at t = 0 (not at END: the solver's table stops there, METHODS 3)."""
+        """LCM's training grid 999, 979, ..., 19 whose last interval ends at t = 0, where the solver's table stops, not at END."""
         skip = total // solver_steps
         times = [k * skip - 1 for k in range(solver_steps, 0, -1)]
         walks = [cls.named("lcm", n, total, solver_steps=solver_steps) for n in rollouts]

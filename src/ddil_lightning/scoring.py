@@ -64,4 +64,6 @@ def pipeline_row(suite: Suite, backbone: Backbone, steps: int, guidance_scale: f
     finally:
         handle.remove()
     name = "student" if "method" in backbone.about else "teacher"
-    return make_row(f"{name}@{steps}", steps, guidance_scale, len(suite.prompts), round(calls[0] / timed.images), timed.seconds_per_image, metrics)
+    return make_row(
+        f"{name}@{steps}", steps, guidance_scale, len(suite.prompts), round(calls[0] / timed.images), timed.seconds_per_image, metrics
+    )

@@ -16,7 +16,7 @@ Transition = Literal["ddim", "renoise"]
 
 
 def ddim(schedule: NoiseSchedule, x_t: Tensor, p: Prediction, t: Tensor, s: Tensor) -> Tensor:
-    """The deterministic step (Song et al. 2021, eta = 0). For VP the rotation cos x_t - sin v: no division, safe at alpha_t = 0 (METHODS 0.2)."""
+    """The deterministic step (Song et al. 2021, eta = 0). For VP as the rotation cos x_t - sin v: no division, safe at alpha_t = 0."""
     if schedule.variance_preserving:
         cos, sin = schedule.rotation(t, s, x_t)
         return cos * x_t - sin * p.v
@@ -30,7 +30,7 @@ def renoise(schedule: NoiseSchedule, p: Prediction, s: Tensor, noise: Tensor) ->
 
 
 class DPMSolver2M:
-    """DPM-Solver++ 2M in data prediction (Lu et al. 2022; METHODS 0.2), for evaluation: it remembers the last x0, so it cannot be interleaved.
+    """DPM-Solver++ 2M in data prediction (Lu et al. 2022; METHODS 0.2), for evaluation: it remembers x0, so it cannot be interleaved.
 
     The first and the last interval are first order, as in diffusers' default for few steps.
     """

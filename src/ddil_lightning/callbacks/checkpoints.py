@@ -61,7 +61,10 @@ class Checkpoints(Checkpoint):
         except OSError as error:
             if trainer.is_global_zero:
                 temporary.unlink(missing_ok=True)
-            raise OSError(error.errno, f"the checkpoint {path} could not be written ({error.strerror or error}); the last good one is {self.last or 'none'}") from error
+            raise OSError(
+                error.errno,
+                f"the checkpoint {path} could not be written ({error.strerror or error}); the last good one is {self.last or 'none'}",
+            ) from error
         self.last, self._saved_at = path, clock
         if trainer.is_global_zero:
             for old in sorted_checkpoints(folder)[: -self.keep]:

@@ -61,7 +61,9 @@ class Cadence(OnClock):
 
     def __init__(self, every: Sequence[int], starts: Sequence[int]) -> None:
         if len(every) != len(starts) or not starts or starts[0] != 0 or list(starts) != sorted(set(starts)) or min(every) < 1:
-            raise ValueError(f"a cadence needs as many starts as values >= 1, starts rising from 0; got every={list(every)}, starts={list(starts)}")
+            raise ValueError(
+                f"a cadence needs as many starts as values >= 1, starts rising from 0; got every={list(every)}, starts={list(starts)}"
+            )
         self.every, self.starts = list(every), list(starts)
 
     def apply(self, trainer: Any, method: Any, clock: int) -> None:

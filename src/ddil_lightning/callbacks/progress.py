@@ -34,7 +34,9 @@ class Progress(ProgressBar):
         self._console = Console()
         columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"))
         # TimeRemaining is estimated from the last updates only: the first ones also pay for warm-up.
-        self._bar = Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self._console, refresh_per_second=2)
+        self._bar = Progress(
+            *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self._console, refresh_per_second=2
+        )
         self._task = self._bar.add_task(type(pl_module).__name__, total=pl_module.updates, completed=pl_module.student_updates, loss="")
         if self._console.is_terminal:
             self._bar.start()

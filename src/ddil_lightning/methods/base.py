@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -25,6 +25,7 @@ class Distillation(LightningModule):
     recommends). `updates`: student updates in all, the one clock. `lr` rises over `warmup` updates and falls linearly to `final_lr * lr`.
     `clip`: gradient norm. `accumulate`: micro-batches per update. `ema`: decay of the average that is evaluated and exported (0: the online
     student). `reflect`, `box`: thresholding of x0 estimates; the box (lo, hi per channel) is estimated from the data if it is not given.
+    `teacher_dtype`: of the frozen networks (the student's weights are float32; `trainer.precision` says what it computes in).
     """
 
     backbone: Backbone
@@ -50,6 +51,7 @@ class Distillation(LightningModule):
         reflect: Mode = "off",
         box: list[list[float]] | None = None,
         gradient_checkpointing: bool = False,
+        teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         log_every: int = 10,
     ) -> None:
         super().__init__()
@@ -57,7 +59,7 @@ class Distillation(LightningModule):
             raise ValueError(f"updates and accumulate are at least 1 and 0 <= ema < 1, got {updates}, {accumulate} and {ema}")
         self.automatic_optimization = False
         # Frozen networks stay out of parameters(), state_dict and DDP: they live behind the module's back.
-        self.__dict__["backbone"] = pipeline if isinstance(pipeline, Backbone) else Backbone(pipeline)
+        self.__dict__["backbone"] = pipeline if isinstance(pipeline, Backbone) else Backbone(pipeline, getattr(torch, teacher_dtype))
         g = self.backbone.guidance if guidance is None else guidance
         self.guidance: tuple[float, float] = (float(g[0]), float(g[-1])) if isinstance(g, list | tuple) else (float(g), float(g))
         self.updates, self.lr, self.final_lr, self.warmup = updates, lr, final_lr, warmup
@@ -140,7 +142,7 @@ class Distillation(LightningModule):
         return torch.optim.AdamW(groups, lr=lr, betas=self.betas, weight_decay=self.weight_decay, fused=True)
 
     def descend(self, optimizer: Any, loss: Tensor, name: str = "loss") -> bool:
-        """One micro-batch of `loss`; True when it completed an update. Clips, follows the lr schedule, refuses a loss that is not finite."""
+        """One micro-batch of `loss`; True when it completed an update. Clips, sets the learning rate, refuses a loss that is not finite."""
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the {name} is {float(loss)} at student update {self.student_updates}")
         self._last = loss.detach()
@@ -232,7 +234,8 @@ class Distillation(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore them."""
         state = checkpoint["ddil"]
-        self.student_updates, self.stage, self._micro, self.has_box = state["student_updates"], state["stage"], state["micro"], state["has_box"]
+        self.student_updates, self.stage, self._micro = state["student_updates"], state["stage"], state["micro"]
+        self.has_box = state["has_box"]
         for name, denoiser in self.denoisers().items():
             denoiser.evaluations = state["evaluations"][name]
 

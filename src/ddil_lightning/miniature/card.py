@@ -38,9 +38,7 @@ def sample(
     return torch.cat(parts)
 
 
-def measure(
-    pipeline: StableDiffusionPipeline, dataset: str, *, n: int, steps: int, guidance: float, seed: int = 0
-) -> dict[str, float]:
+def measure(pipeline: StableDiffusionPipeline, dataset: str, *, n: int, steps: int, guidance: float, seed: int = 0) -> dict[str, float]:
     """Means of the judge over `n` held-out prompts that mention every attribute."""
     source = load_source(dataset)
     prompts = source.prompts(n, seed)
@@ -58,9 +56,7 @@ def guided(
     return float(best), scores
 
 
-def save_teacher(
-    pipeline: StableDiffusionPipeline, out: str | Path, facts: dict[str, Any], table: dict[int, dict[str, float]]
-) -> Path:
+def save_teacher(pipeline: StableDiffusionPipeline, out: str | Path, facts: dict[str, Any], table: dict[int, dict[str, float]]) -> Path:
     """Write the pipeline in half precision with `ddil.json` and a model card -> the folder, which is replaced."""
     target, work = Path(out), Path(f"{out}.new")
     shutil.rmtree(work, ignore_errors=True)

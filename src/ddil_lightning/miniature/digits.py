@@ -43,7 +43,7 @@ def split(name: str = "train") -> tuple[Tensor, Tensor]:
 
 
 def caption(label: int, bare: bool = False) -> str:
-    """"a handwritten seven"; `bare` leaves the number open: "a handwritten digit"."""
+    """The caption of a digit, "a handwritten seven"; `bare` leaves the number open: "a handwritten digit"."""
     return f"a handwritten {'digit' if bare else NUMBERS[label]}"
 
 

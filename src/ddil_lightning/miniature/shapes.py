@@ -43,9 +43,7 @@ RADII = ((3.9, 4.8), (6.1, 7.0))
 SIZE_SPLIT = 5.45
 THIRDS = (13.0, 19.0)
 # the values in [0, 1]: no colour lies on a mixing line of another colour with a background
-PALETTE = torch.tensor(
-    [[0.9, 0.1, 0.1], [0.1, 0.65, 0.15], [0.1, 0.2, 0.95], [0.95, 0.85, 0.1], [0.7, 0.1, 0.75], [0.1, 0.8, 0.9]]
-)
+PALETTE = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.65, 0.15], [0.1, 0.2, 0.95], [0.95, 0.85, 0.1], [0.7, 0.1, 0.75], [0.1, 0.8, 0.9]])
 BACKDROPS = torch.tensor([[0.03, 0.03, 0.03], [0.5, 0.5, 0.5], [0.97, 0.97, 0.97]])
 CHUNK = 64  # rendering is seven times slower in chunks of 1024, which leave the cache
 

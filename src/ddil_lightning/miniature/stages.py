@@ -109,9 +109,7 @@ class Stage(LightningModule):
         trained = [p for p in self.live.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, self.lr, betas=(0.9, 0.99), weight_decay=self.weight_decay, fused=True)
         warmup = min(200, max(1, self.steps // 20))
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: held_then_cosine(step, self.steps, self.hold, warmup)
-        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: held_then_cosine(step, self.steps, self.hold, warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -1,0 +1,211 @@
+"""Data sets in: Hugging Face folders and files, prompts alone, the square crop, and the encoded form with its cache file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from ddil_lightning.backbones import Backbone
+from ddil_lightning.captions import Captions, Digits, Encoded, Images, Prompts, RawBatch, builtin, encode, encode_batch, square
+from ddil_lightning.types import Context
+
+COLOURS = ["red", "lime", "blue", "white", "black"]
+CAPTIONS = [f"a {name} square" for name in ("red", "green", "blue", "white", "black")]
+RGB = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, 1], [-1, -1, -1]])
+
+
+def pictures() -> list[Image.Image]:
+    """Five flat pictures, wider than high."""
+    return [Image.new("RGB", (24, 16), colour) for colour in COLOURS]
+
+
+def table(**columns: Any) -> Any:
+    from datasets import Dataset
+    from datasets import Image as ImageFeature
+
+    made = Dataset.from_dict({"image": pictures(), "text": CAPTIONS, **columns})
+    return made.cast_column("image", ImageFeature())
+
+
+def saved(kind: str, folder: Path) -> str:
+    """The five pictures in one of the ways that people keep them."""
+    from datasets import DatasetDict
+
+    if kind == "save_to_disk":
+        table().save_to_disk(str(folder / "set"))
+    elif kind == "save_to_disk, splits":
+        DatasetDict({"train": table()}).save_to_disk(str(folder / "set"))
+    elif kind == "parquet":
+        table().to_parquet(str(folder / "set.parquet"))
+        return str(folder / "set.parquet")
+    else:
+        (folder / "set").mkdir()
+        for i, picture in enumerate(pictures()):
+            picture.save(folder / "set" / f"{i}.png")
+        lines = [json.dumps({"file_name": f"{i}.png", "text": text}) for i, text in enumerate(CAPTIONS)]
+        (folder / "set" / "metadata.jsonl").write_text("\n".join(lines))
+    return str(folder / "set")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny: Path) -> Backbone:
+    return Backbone(str(tiny))
+
+
+class Few(Captions):
+    """Six pictures in memory; `images=False`: their captions alone."""
+
+    def __init__(self, images: bool = True) -> None:
+        noise = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        self._pixels = noise if images else None
+
+    def __len__(self) -> int:
+        return 6
+
+    def prompts(self, index: Any) -> list[str]:
+        return [f"a {('red', 'blue')[i % 2]} {('circle', 'square', 'digit')[i % 3]}" for i in index]
+
+    def pixels(self, index: Any) -> torch.Tensor | None:
+        return None if self._pixels is None else self._pixels[list(index)]
+
+
+# Files ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["save_to_disk", "save_to_disk, splits", "parquet", "imagefolder"])
+def test_a_data_set_is_read_from_where_it_lies(kind: str, tmp_path: Path) -> None:
+    images = Images(saved(kind, tmp_path), size=8)
+    assert len(images) == 5
+    batch = images[[4, 0, 2]]
+    assert isinstance(batch, RawBatch) and batch.pixels is not None
+    assert batch.prompts == [CAPTIONS[i] for i in (4, 0, 2)] and batch.index.tolist() == [4, 0, 2]
+    assert torch.equal(batch.pixels, RGB[[4, 0, 2], :, None, None].expand(-1, -1, 8, 8))
+
+
+def test_columns_limits_and_several_captions(tmp_path: Path) -> None:
+    table(many=[[text, "another"] for text in CAPTIONS], number=[1, 2, 3, 4, 5]).save_to_disk(str(tmp_path / "set"))
+    images = Images(str(tmp_path / "set"), size=8, caption="many", limit=3)
+    assert len(images) == 3 and images.prompts([2, 1]) == [CAPTIONS[2], CAPTIONS[1]]
+    assert len(Images(str(tmp_path / "set"), limit=99)) == 5
+
+
+def test_a_missing_column_is_named_with_those_that_exist(tmp_path: Path) -> None:
+    path = saved("save_to_disk", tmp_path)
+    with pytest.raises(ValueError, match=r"has no column caption or picture: it has image, text; name them with image= and caption="):
+        Images(path, image="picture", caption="caption")
+
+
+def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    splits = saved("save_to_disk, splits", tmp_path)
+    for path, split in ((str(tmp_path / "empty"), "train"), ("owner/there-is-no-such-set", "train"), (splits, "validation")):
+        with pytest.raises(ValueError, match=f"the data set {path} could not be read") as error:
+            Images(path, split=split)
+        assert "\n" not in str(error.value)
+
+
+def test_prompts_are_lines(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red circle\n\n  a blue square \n")
+    prompts = Prompts(str(file))
+    assert len(prompts) == 2 and prompts[[1, 0]].prompts == ["a blue square", "a red circle"] and prompts[[0]].pixels is None
+    file.write_text("\n \n")
+    with pytest.raises(ValueError, match=r"prompts\.txt has no line"):
+        Prompts(str(file))
+
+
+def test_builtin_sets_by_name() -> None:
+    digits = builtin("digits")
+    assert isinstance(digits, Digits) and len(digits) == 1400
+    batch = digits[[0, 7]]
+    assert batch.pixels is not None and batch.pixels.shape == (2, 3, 16, 16) and batch.prompts[0].startswith("a handwritten ")
+    with pytest.raises(ValueError, match="no built-in data set is called 'coco': known are shapes, digits"):
+        builtin("coco")
+
+
+def test_a_set_that_says_nothing_of_itself_is_refused() -> None:
+    with pytest.raises(TypeError, match="Captions does not say its length"):
+        len(Captions())
+    with pytest.raises(TypeError, match="Captions has no captions"):
+        Captions()[[0]]
+
+
+# The square crop ------------------------------------------------------------------------------------------------------------------
+
+
+def test_square_cuts_the_centre() -> None:
+    """Left third red, middle third lime, right third blue: a wide picture keeps its middle, a high one too."""
+    wide = Image.new("RGB", (30, 10), "lime")
+    wide.paste("red", (0, 0, 10, 10)), wide.paste("blue", (20, 0, 30, 10))
+    for picture in (wide, wide.transpose(Image.Transpose.ROTATE_90)):
+        got = square(picture, 10)
+        assert got.shape == (3, 10, 10) and got.dtype == torch.float32
+        assert torch.equal(got, RGB[1][:, None, None].expand(-1, 10, 10))
+
+
+@pytest.mark.parametrize("size", [(7, 9), (16, 16), (33, 50), (100, 8)])
+def test_square_is_square_whatever_comes(size: tuple[int, int]) -> None:
+    for mode in ("RGB", "L", "RGBA", "P", "1"):
+        got = square(Image.new(mode, size), 16)
+        assert got.shape == (3, 16, 16) and got.min() >= -1 and got.max() <= 1
+
+
+def test_square_keeps_grey_values() -> None:
+    assert square(Image.new("L", (8, 8), 0), 4).eq(-1).all() and square(Image.new("L", (8, 8), 255), 4).eq(1).all()
+    torch.testing.assert_close(square(Image.new("L", (8, 8), 128), 4), torch.full((3, 4, 4), 128 / 127.5 - 1))
+
+
+# Encoded --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_encoding_at_once_is_encoding_batch_by_batch(backbone: Backbone) -> None:
+    few = Few()
+    whole = encode(few, backbone, chunk=4)  # an uneven last chunk
+    assert len(whole) == 6 and whole.latents is not None
+    rows = [5, 0, 3]
+    batch, direct = whole[rows], encode_batch(few[rows], backbone)
+    assert batch.latent is not None and direct.latent is not None
+    torch.testing.assert_close(batch.latent, direct.latent, rtol=0, atol=1e-5)
+    torch.testing.assert_close(batch.c.text, direct.c.text, rtol=0, atol=1e-5)
+    assert batch.index.tolist() == direct.index.tolist() == rows
+
+
+def test_captions_alone_have_no_latents(backbone: Backbone) -> None:
+    whole = encode(Few(images=False), backbone)
+    assert whole.latents is None and whole[[1, 2]].latent is None
+    assert encode_batch(Few(images=False)[[0]], backbone).latent is None
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_a_cache_file_gives_back_every_bit(images: bool, tmp_path: Path) -> None:
+    g = torch.Generator().manual_seed(0)
+    c = Context(torch.randn(6, 5, 3, generator=g), pooled=torch.randn(6, 7, generator=g), ids=torch.arange(36.0).view(6, 6))
+    made = Encoded(torch.randn(6, 4, 8, 8, generator=g) if images else None, c)
+    made.save(tmp_path / "deep" / "cache.safetensors")
+    again = Encoded.load(tmp_path / "deep" / "cache.safetensors")
+    assert len(again) == 6
+    batch, other = made[[4, 1]], again[[4, 1]]
+    assert (batch.latent is None) == (other.latent is None) == (not images)
+    assert batch.latent is None or torch.equal(batch.latent, other.latent)
+    assert other.c.mask is other.c.w is None
+    assert all(torch.equal(a, b) for a, b in zip(batch.c, other.c, strict=True) if a is not None)
+
+
+def test_long_captions_are_refused_or_cut(backbone: Backbone) -> None:
+    class Long(Few):
+        def prompts(self, index: Any) -> list[str]:
+            return ["blue " * 30 for _ in index]
+
+    with pytest.raises(ValueError, match="has 32 tokens and the text encoder reads 16"):
+        encode(Long(), backbone)
+    assert len(encode(Long(), backbone, truncate=True)) == 6
