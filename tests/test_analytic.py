@@ -225,6 +225,14 @@ def test_uniform_box_at_extreme_arguments(alpha: float, sigma: float, x: float):
     assert 1 - abs(got) == pytest.approx(1 - abs(want), rel=1e-9)
 
 
+def test_uniform_box_far_outside_decays_like_an_exponential_law():
+    # The posterior falls off from the border with rate alpha (x - alpha) / sigma^2; the next term is 2 / z^2, 1e-11 here.
+    alpha, sigma, x = 1e-3, 1e-4, 30.0
+    schedule = NoiseSchedule(torch.tensor([alpha], dtype=torch.float64), torch.tensor([sigma], dtype=torch.float64))
+    got = float(UniformBox(-1.0, 1.0, schedule)(torch.tensor([[x]], dtype=torch.float64), ts(0), context(1)))
+    assert 1 - got == pytest.approx(sigma**2 / (alpha * (x - alpha)), rel=1e-8)
+
+
 def test_uniform_box_is_continuous_across_its_regimes():
     x = torch.linspace(-40, 40, 20001, dtype=torch.float64)[:, None]
     for t in (0, 100, 400, 600, 800, 999):

@@ -1,4 +1,4 @@
-"""Pipelines in: loading and its errors, students that start as their teacher, text of both kinds of Stable Diffusion, guidance as diffusers does it."""
+"""Pipelines in: loading and its errors, students that start as their teacher, text, images, and guidance as diffusers does it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS
 
+from conftest import WORDS
 from ddil_lightning.backbones import BUILTIN, W_EMBEDDING, Backbone, UNet, load_pipeline, pipeline_folder, recommended, w_embedding
 from ddil_lightning.denoiser import Denoiser
 from ddil_lightning.schedule import Grid

@@ -108,9 +108,9 @@ def test_a_missing_column_is_named_with_those_that_exist(tmp_path: Path) -> None
 def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     splits = saved("save_to_disk, splits", tmp_path)
-    for path, split in ((str(tmp_path / "empty"), "train"), ("owner/there-is-no-such-set", "train"), (splits, "validation")):
-        with pytest.raises(ValueError, match=f"the data set {path} could not be read") as error:
-            Images(path, split=split)
+    for path, why in ((str(tmp_path / "empty"), ""), ("owner/there-is-no-such-set", ""), (splits, "it has no split 'test', only train")):
+        with pytest.raises(ValueError, match=f"the data set {path} could not be read: {why}") as error:
+            Images(path, split="test")
         assert "\n" not in str(error.value)
 
 

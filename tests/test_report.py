@@ -85,7 +85,7 @@ def test_page_stands_alone_and_shows_everything(run: Path) -> None:
     assert "<script>alert(1)</script>" in page.text  # as text, in the configuration
     assert "closes 90% of the Fréchet gap, 90% of the all-right gap" in page.text
     assert html.count("<figure class=") == 6  # two by steps, loss, lr, prior, buffer/size
-    assert re.findall(r"<figcaption>update ([\d,]+)<", html) == ["0", "600", "100"]
+    assert re.findall(r"<figcaption>update ([\d,]+)<", html) == ["600", "0", "100"]
     assert 'class="pixels" width="272" height="204"' in html
 
 
@@ -93,6 +93,8 @@ def test_prior_is_one_chart_with_each_actors_colour(run: Path) -> None:
     html = write_report(run).read_text()
     chart = next(f for f in re.findall(r'<figure class="chart">.*?</figure>', html, re.S) if "<b>prior</b>" in f)
     assert re.findall(r"var\(--c(\d)\)\"></i>(\w+)", chart) == [("3", "forward"), ("1", "student")]
+    shares = line_chart([Series(f"buffer/share_{k}", [0, 1], [0, 1]) for k in ("a", "teacher")], title="t", x_label="u")
+    assert re.findall(r"var\(--c(\d)\)\"></i>(\w+)", shares) == [("1", "a"), ("2", "teacher")]
     assert "prior/student: 0.2 share at 8 student updates" in chart
 
 
@@ -126,7 +128,7 @@ def test_many_sheets_are_thinned_evenly(run: Path) -> None:
         (run / "samples" / f"{update:06d}.png").write_bytes(PNG)
     html = write_report(run).read_text()
     shown = [int(u.replace(",", "")) for u in re.findall(r"<figcaption>update ([\d,]+)<", html)]
-    assert shown[:2] == [0, 3000] and len(shown) == 12 and shown[2:] == sorted(set(shown[2:]))
+    assert shown[:2] == [3000, 0] and len(shown) == 12 and shown[2:] == sorted(set(shown[2:]))
     assert max(b - a for a, b in pairwise(shown[2:])) <= 300
     assert "10 of the 29 sheets" in html
 
@@ -181,10 +183,10 @@ def test_families_share_a_chart_only_with_like_quantities() -> None:
     groups = families({k: Series(k, [0, 1], [0.0, v]) for k, v in tops.items()})
     assert [[s.name for s in g] for g in groups] == [
         ["loss"],
-        ["buffer/size"],
-        ["buffer/age"],
         ["loss/a", "loss/b"],
         ["loss/c"],
+        ["buffer/size"],
+        ["buffer/age"],
         ["prior/x", "prior/y"],
         ["shift/node_999", "shift/node_499"],
     ]

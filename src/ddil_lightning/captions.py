@@ -193,12 +193,16 @@ def _load_dataset(path: str, split: str) -> Any:
         if folder.is_dir():
             if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
                 loaded = load_from_disk(str(folder))
-                return loaded if isinstance(loaded, Dataset) else loaded[split]
+                if isinstance(loaded, Dataset):
+                    return loaded
+                if split not in loaded:
+                    raise ValueError(f"it has no split {split!r}, only {', '.join(loaded)}")
+                return loaded[split]
             return load_dataset("imagefolder", data_dir=str(folder), split=split)
         if folder.is_file():
             return load_dataset(folder.suffix.lstrip(".").replace("jsonl", "json"), data_files=str(folder), split=split)
         return load_dataset(path, split=split)
-    except (FileNotFoundError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"the data set {path} could not be read: {str(error).splitlines()[0]}") from error
 
 

@@ -7,6 +7,7 @@ Every drawn point carries a `<title>`, which browsers show on hover.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from html import escape
 from itertools import pairwise
@@ -171,7 +172,8 @@ def _grid(x_axis: Axis, y_axis: Axis, x_label: str, x_ticks: Sequence[float] | N
         parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{number(v)}</text>')
     base = HEIGHT - BOTTOM
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
-    for v in x_ticks or (log_ticks(x_axis.lo, x_axis.hi) if x_axis.log else ticks(x_axis.lo, x_axis.hi, 6)):
+    counts = log_ticks(x_axis.lo, x_axis.hi) if x_axis.log else ticks(x_axis.lo, x_axis.hi, 6)
+    for v in x_ticks or [v for v in counts if v == int(v)]:  # there is no half an update
         parts.append(f'<text class="tick" x="{x_axis(v):.1f}" y="{base + 16}" text-anchor="middle">{number(v)}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
@@ -219,13 +221,18 @@ def _path(s: Series, x_axis: Axis, y_axis: Axis) -> str:
 
 def _colours(series: Sequence[Series]) -> list[int]:
     """Colour numbers 1..8: an actor's own colour if the name ends in its name, else the next one that no actor of this chart uses."""
-    roles = [ROLE_COLOURS.get(s.name.rsplit("/", 1)[-1].split("@")[0]) for s in series]
+    roles = [ROLE_COLOURS.get(re.split("[/_]", s.name)[-1]) for s in series]
     free = iter([c for c in range(1, 9) if c not in roles] * len(series))
     return [role or next(free, 8) for role in roles]
+
+
+def short(name: str) -> str:
+    """`student` for prior/student and buffer/share_student."""
+    return name.rsplit("/", 1)[-1].removeprefix("share_").removeprefix("fraction_")
 
 
 def _legend(series: Sequence[Series], colours: Sequence[int]) -> str:
     if len(series) < 2:
         return ""
-    keys = (f'<i style="background:var(--c{c})"></i>{escape(s.name.rsplit("/", 1)[-1])} ' for s, c in zip(series, colours, strict=True))
+    keys = (f'<i style="background:var(--c{c})"></i>{escape(short(s.name))} ' for s, c in zip(series, colours, strict=True))
     return f'<span class="legend">{"".join(f"<span>{key}</span>" for key in keys)}</span>'

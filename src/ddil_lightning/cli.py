@@ -32,7 +32,7 @@ class Test:
     """What a run is measured by when it ends: `n` held-out prompts, the rows, the suite's seed. n = 0: no test."""
 
     n: int = 512
-    teacher_steps: list[int] = field(default_factory=lambda: [32, 4, 2])
+    teacher_steps: list[int] = field(default_factory=lambda: [32, 4, 2, 1])
     student_steps: list[int] = field(default_factory=lambda: [4, 2, 1])
     seed: int = 0
 

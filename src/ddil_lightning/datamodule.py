@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from .types import SOURCES, CaptionBatch, LatentBatch, take
 class CounterSampler(DistributedSampler):
     """Lists of rows by a counter: batch i is a slice of the permutation of (seed, epoch), so "batches done" is all there is to resume.
 
+    `done` is asked at the start of every epoch, so that one cut short (limit_train_batches) goes on where it stopped.
     A DistributedSampler, because Lightning then leaves it alone under DDP and FSDP.
     """
 
-    def __init__(self, size: int, batch: int, seed: int, world: int, rank: int, done: int) -> None:
+    def __init__(self, size: int, batch: int, seed: int, world: int, rank: int, done: Callable[[], int]) -> None:
         self.batches = size // (batch * world)
         if self.batches == 0:
             raise ValueError(
@@ -38,12 +39,11 @@ class CounterSampler(DistributedSampler):
         return self.batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch, start = divmod(self.done, self.batches)
+        epoch, start = divmod(self.done(), self.batches)
         order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
         for i in range(start, self.batches):
             first = (i * self.world + self.rank) * self.batch
             yield order[first : first + self.batch].tolist()
-        self.done = (epoch + 1) * self.batches
 
     def set_epoch(self, epoch: int) -> None:
         """Nothing: the counter says the epoch."""
@@ -118,6 +118,9 @@ class DDILDataModule(LightningDataModule):
         if stage != "fit":
             return
         backbone: Any = self.learner.backbone  # type: ignore[attr-defined]
+        if self.trainer is not None:
+            # Lightning moves the method only after this hook, and no data set should be encoded on a CPU beside an idle GPU.
+            backbone.to(self.trainer.strategy.root_device)
         if self.captions is None:
             self.captions = builtin(backbone.about.get("dataset", "shapes"))
         if not isinstance(self.captions, Encoded):
@@ -150,7 +153,7 @@ class DDILDataModule(LightningDataModule):
         trainer = self.trainer
         world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
         assert self.captions is not None  # setup ran
-        sampler = CounterSampler(len(self.captions), self.batch_size, self.seed, world, rank, self.done)
+        sampler = CounterSampler(len(self.captions), self.batch_size, self.seed, world, rank, lambda: self.done)
         return DataLoader(self.captions, batch_size=None, sampler=sampler, num_workers=self.workers)
 
     # Algorithm 1 -----------------------------------------------------------------------------------------------------------------

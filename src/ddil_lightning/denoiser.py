@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .reflect import Reflection
 from .schedule import NoiseSchedule, Predicts
-from .types import Context, Prediction, cat
+from .types import Context, Prediction, cat, to
 
 Network = Callable[[Tensor, Tensor, Context], Tensor]
 """(x_t [B, ...], t [B], c) -> raw output [B, ...]."""
@@ -57,6 +57,7 @@ class Denoiser(nn.Module):
             return self.network(x_t, t, c)
         self.evaluations += 2 * len(x_t)
         w = c.w.view(-1, *(1,) * (x_t.ndim - 1))
+        self.null = to(self.null, x_t.device)
         both = cat([c.guided(None), _like(self.null, c).expand(len(x_t)).guided(None)])
         out = self.network(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
         # Upcast before the extrapolation: w multiplies the rounding of a half-precision network.
@@ -66,7 +67,6 @@ class Denoiser(nn.Module):
 
 def _like(null: Context, c: Context) -> Context:
     """The null context with the micro-conditioning of `c` where it has none (SDXL's size ids are the same in both branches)."""
-    null = Context(*(None if x is None else x.to(c.text.device) for x in null))
     return null._replace(ids=c.ids[:1] if null.ids is None and c.ids is not None else null.ids)
 
 

@@ -3,9 +3,9 @@
 A *sampler* is any function (prompts, seed) -> images [N, 3, H, W] in [-1, 1], one per prompt, that draws its noise from the seed
 alone. Images are scored as an 8-bit file would hold them.
 
-    suite = Suite.builtin("shapes")
-    timed = Timed(sample)
-    rows = [make_row("lcm", steps=4, guidance=7.5, n=512, nfe=4, seconds_per_image=..., metrics=suite.score(timed))]
+    suite, timed = Suite.builtin("shapes"), Timed(sample)
+    metrics = suite.score(timed)
+    rows = [make_row("lcm", 4, 3.0, len(suite.prompts), 4, timed.seconds_per_image, metrics)]
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Suite:
             modes=module.mode_coverage,
             seed=seed,
             batch=batch,
-            protocol={"data": data, "n": n, "real": len(real), "features": "builtin", "probes": len(probes), "seeds": seeds},
+            protocol={"data": data, "n": n, "real": len(real), "probes": len(probes), "seeds": seeds, "batch": batch},
         )
 
     @classmethod
@@ -135,21 +135,15 @@ class Suite:
         """
         chosen = choose(read_pairs(source, images), n, seed)
         nets = {"features": features, "clip": clip, "distance": distance}
-        feature_net = _network(features, device)
+        loaded = {k: _network(v, device) for k, v in nets.items()}
+        protocol = {"source": str(source), "n": len(chosen), "resize": f"centre crop, Lanczos {size}", "seeds": seeds, "batch": batch}
         return cls(
             name=Path(source).stem,
             prompts=[p.caption for p in chosen],
-            real=None if feature_net is None else _features_of(feature_net, [p.image for p in chosen], size),
-            features=feature_net,
-            clip=_network(clip, device),
-            distance=_network(distance, device),
+            real=_features_of(loaded["features"], [p.image for p in chosen], size),
             probes=[p.caption for p in choose(chosen, min(probes, len(chosen)), seed)] if probes else [],
-            seeds=seeds,
-            size=size,
-            seed=seed,
-            batch=batch,
-            protocol={"source": str(source), "n": len(chosen), "resize": f"centre crop, Lanczos {size}", "seeds": seeds}
-            | {k: v if isinstance(v, str) else None if v is None else "given" for k, v in nets.items()},
+            **dict(seeds=seeds, size=size, seed=seed, batch=batch, **loaded),
+            protocol=protocol | {k: v if isinstance(v, str | None) else "given" for k, v in nets.items()},
         )
 
     @torch.no_grad()
@@ -225,18 +219,19 @@ def _network(given: Any, device: str | torch.device) -> Any:
     """What was given, or the network that a name stands for. Raises ValueError for another name."""
     if not isinstance(given, str):
         return given
-    if given == "inception":
-        return inception_features(device=device)
-    if given == "open_clip":
-        return open_clip_net(device=device).score
-    if given == "lpips":
-        return lpips_distance(device=device)
+    known: dict[str, Callable[..., Any]] = {
+        "inception": inception_features,
+        "open_clip": lambda device: open_clip_net(device=device).score,
+        "lpips": lpips_distance,
+    }
+    if given in known:
+        return known[given](device=device)
     raise ValueError(f"no network {given!r}: choose inception, open_clip or lpips, pass a callable, or None to skip its metrics")
 
 
-def _features_of(net: Features, paths: Sequence[Path], size: int) -> Tensor:
-    """Features [N, D] of image files, 64 images in memory at a time."""
-    return torch.cat([chunked(net, load_images(paths[i : i + 64], size)) for i in range(0, len(paths), 64)])
+def _features_of(net: Features | None, paths: Sequence[Path], size: int) -> Tensor | None:
+    """Features [N, D] of image files, 64 images in memory at a time; None without a network."""
+    return None if net is None else torch.cat([chunked(net, load_images(paths[i : i + 64], size)) for i in range(0, len(paths), 64)])
 
 
 def paired_distance(a: Tensor, b: Tensor) -> float:

@@ -31,7 +31,7 @@ class SamplingPrior:
                 raise ValueError(f"the prior's share {name} = {share} is not between 0 and 1")
         if abs(sum(shares.values()) - 1) > 1e-6:
             said = " + ".join(f"{name} {share:g}" for name, share in shares.items())
-            raise ValueError(f"the prior's shares sum to {sum(shares.values()):g}, not 1: {said}")
+            raise ValueError(f"the prior's shares sum to {sum(shares.values()):.9g}, not 1: {said}")
         if self.mix not in ("trajectory", "interval"):
             raise ValueError(f"the prior's mix is 'trajectory' or 'interval', not {self.mix!r}")
 

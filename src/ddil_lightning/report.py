@@ -176,7 +176,7 @@ def _samples(folder: Path) -> str:
     chosen = between if len(between) <= STRIP else [between[round((i + 0.5) * len(between) / STRIP - 0.5)] for i in range(STRIP)]
     if len(chosen) < len(between):
         notes.append(f"{len(chosen)} of the {len(between)} sheets between the first and the last one are shown; all are in samples/.")
-    large = "".join(_sheet(path, data) for path, data in ends)
+    large = "".join(_sheet(path, data) for path, data in reversed(ends))
     strip = f'<div class="strip">{"".join(_sheet(path, data) for path, data in chosen)}</div>' if chosen else ""
     return f'<h2>Samples</h2><div class="pair">{large}</div>{strip}' + "".join(f'<p class="note">{note}</p>' for note in notes)
 
@@ -204,7 +204,8 @@ def _curves(path: Path) -> str:
     charts = []
     for group in families(drawable):
         first, values = group[0].name, [v for s in group for v in s.y if math.isfinite(v)]
-        title = first if len(group) == 1 else first.split("/")[0]
+        prefix = first.split("/")[0]
+        title = first if len(group) == 1 else f"{prefix}, by part" if prefix in drawable else prefix
         wide = "loss" in first and min(values) > 0 and max(values) > 30 * min(values)
         y_range = (0.0, 1.0) if unit(first) == "share" and min(values) >= 0 and 0.3 < max(values) <= 1 else None
         charts.append(line_chart(group, title=title, unit=unit(first), x_label=axis.replace("_", " "), log_y=wide, y_range=y_range))
@@ -240,7 +241,8 @@ def _config(path: Path) -> str:
 def _facts(values: Mapping[str, Any]) -> str:
     """Small facts in a line; nested ones (versions) by their inner names."""
     flat = {k: v for k, v in _flat(values).items() if not isinstance(v, (list, tuple))}
-    spans = "".join(f"<span><b>{escape(k.rsplit('/', 1)[-1])}</b>{escape(str(v))}</span>" for k, v in flat.items())
+    named = {k.rsplit("/", 1)[-1].replace("_", " "): cell(v) for k, v in flat.items()}
+    spans = "".join(f"<span><b>{escape(k)}</b>{escape(v)}</span>" for k, v in named.items())
     return f'<p class="facts" style="max-width:none">{spans}</p>' if spans else ""
 
 

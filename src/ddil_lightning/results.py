@@ -44,7 +44,7 @@ METRICS = (
 """The metrics of a results row, in the order of the columns."""
 
 UNITS = (
-    (r"^buffer/size$", "states"),
+    (r"^buffer/(size|ess|rejected)$", "states"),
     (r"age", "updates"),
     (r"^prior/|fraction|share|saturated", "share"),
     (r"seconds|time", "s"),
@@ -145,7 +145,9 @@ def families(series: Mapping[str, Series]) -> list[list[Series]]:
             groups.append([s])
         else:
             group.append(s)
-    return sorted(groups, key=lambda g: (g[0].name != "loss", "/" in g[0].name, g[0].name.split("/")[0]))
+    prefixes = [g[0].name.split("/")[0] for g in groups]
+    order = sorted(range(len(groups)), key=lambda i: (prefixes[i] != "loss", "/" in groups[i][0].name, prefixes[i]))
+    return [groups[i] for i in order]
 
 
 def unit(name: str) -> str:

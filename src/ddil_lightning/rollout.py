@@ -19,7 +19,7 @@ from .buffer import ReplayBuffer
 from .prior import SamplingPrior
 from .schedule import Grid
 from .solver import Policies
-from .types import FORWARD, MIXED, STUDENT, TEACHER, CaptionBatch, Context, LatentBatch, cat, take
+from .types import FORWARD, MIXED, STUDENT, TEACHER, CaptionBatch, Context, LatentBatch, cat, take, to
 
 Granularity = Literal["sample", "step"]
 
@@ -215,11 +215,8 @@ def draw(
         rolled = fresh(take(batch, slice(size - k, None)), learner, prior, streams, shape)
     else:
         got = buffer.sample(k, clock=clock, generator=streams.local("buffer"), progress=progress)
-        device = batch.c.text.device
-        c = Context(*(None if x is None else x.to(device) for x in got.c))
-        rolled = _rolled(
-            learner, got.x_t.to(device), got.t.to(device), c, got.source.to(device), got.weight.to(device), got.slot.to(device)
-        )
+        # Looked up while still on the CPU: reading times back from a GPU would wait for it.
+        rolled = to(_rolled(learner, got.x_t, got.t, got.c, got.source, got.weight, got.slot), batch.c.text.device)
     if k == size:
         return rolled._replace(real=batch.latent)
     noised = forward(take(batch, slice(size - k)), learner, streams, pure_noise)

@@ -34,7 +34,7 @@ def policy_row(suite: Suite, backbone: Backbone, name: str, policy: Policy, grid
 def method_rows(
     suite: Suite,
     method: Distillation,
-    teacher_steps: Sequence[int] = (32, 4, 2),
+    teacher_steps: Sequence[int] = (32, 4, 2, 1),
     student_steps: Sequence[int] = (4, 2, 1),
     say: Callable[[str], None] = lambda name: None,
 ) -> list[dict[str, Any]]:

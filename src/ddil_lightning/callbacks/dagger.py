@@ -37,10 +37,11 @@ class AnnealPrior(OnClock):
 
     def apply(self, trainer: Any, method: Any, clock: int) -> None:
         """The prior of this clock; a gated schedule first hears the last losses."""
-        losses = method.source_losses
-        rolled = [value for name, value in losses.items() if name != "forward"]
-        if isinstance(self.schedule, Gated) and rolled and "forward" in losses:
-            self.schedule.observe(float(sum(rolled) / len(rolled)), float(losses["forward"]))
+        if isinstance(self.schedule, Gated):
+            losses = method.source_losses
+            rolled = [value for name, value in losses.items() if name != "forward"]
+            if rolled and "forward" in losses:
+                self.schedule.observe(sum(rolled) / len(rolled), losses["forward"])
         prior: SamplingPrior = self.schedule(clock)
         if prior != trainer.datamodule.prior:
             method.check_prior(prior)

@@ -71,9 +71,9 @@ class Distillation(LightningModule):
         self.reflection = Reflection(lo, hi, reflect)
         self.student_updates, self.stage, self._micro = 0, 0, 0
         self.average: nn.Module | None = None
-        self.source_losses: dict[str, Tensor] = {}
+        self._by_source: dict[str, tuple[Tensor, Tensor]] = {}
         self._last: Tensor | None = None
-        self._sums: dict[str, tuple[Tensor, int]] = {}
+        self._sums: dict[str, tuple[Tensor, Tensor | int]] = {}
 
     # What the draw and inference ask -----------------------------------------------------------------------------------------
 
@@ -178,19 +178,29 @@ class Distillation(LightningModule):
     def record(self, **values: Tensor | float) -> None:
         """Add to the running means that the Clock callback writes to the loggers every `log_every` student updates."""
         for name, value in values.items():
-            total, n = self._sums.get(name, (torch.zeros((), device=self.device), 0))
-            self._sums[name] = (total + torch.as_tensor(value, device=self.device).detach().float().mean(), n + 1)
+            self._add(name, torch.as_tensor(value, device=self.device).detach().float().mean(), 1)
+
+    def _add(self, name: str, value: Tensor, n: Tensor | int) -> None:
+        total, count = self._sums.get(name, (0, 0))
+        self._sums[name] = (total + value, count + n)
 
     def means(self) -> dict[str, float]:
-        """The running means, emptied."""
+        """The running means, emptied; a source that gave no latents has none."""
         sums, self._sums = self._sums, {}
-        return {name: float(total) / n for name, (total, n) in sums.items()}
+        return {name: float(total) / int(n) for name, (total, n) in sums.items() if int(n)}
+
+    @property
+    def source_losses(self) -> dict[str, float]:
+        """The mean loss of the last batch by the source of its latents."""
+        return {name: float(total) / int(n) for name, (total, n) in self._by_source.items() if int(n)}
 
     def feedback(self, b: LatentBatch, loss: Tensor) -> Tensor:
         """The scalar loss of per-sample losses [B]; the buffer's priorities and the per-source means hear of it on the way."""
+        # Sums and counts stay on the device: asking which sources are there would wait for it at every step.
         rows = {name: b.source == tag for tag, name in enumerate(SOURCES)}
-        self.source_losses = {name: loss.detach()[of].mean() for name, of in rows.items() if bool(of.any())}
-        self.record(**{f"loss/{name}": value for name, value in self.source_losses.items()})
+        self._by_source = {name: ((loss.detach() * of).sum(), of.sum()) for name, of in rows.items()}
+        for name, (total, n) in self._by_source.items():
+            self._add(f"loss/{name}", total, n)
         observe = getattr(getattr(self.trainer, "datamodule", None), "observe", None)
         if observe is not None:
             observe(b, loss)
@@ -253,13 +263,20 @@ class Clock(Callback):
     A callback and not a module hook, because checkpoint callbacks run before the module's own hook and would save a stale counter.
     """
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Nothing is left to do in a run that resumes from its end."""
+        self._logged = pl_module.student_updates
+        if pl_module.student_updates >= pl_module.updates:
+            trainer.should_stop = True
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Commit, log, stop."""
         data = getattr(trainer, "datamodule", None)
         if hasattr(data, "commit"):
             data.commit()
         clock = pl_module.student_updates
-        if clock % pl_module.log_every == 0 or clock >= pl_module.updates:
+        if clock != self._logged and (clock % pl_module.log_every == 0 or clock >= pl_module.updates):
+            self._logged = clock
             values = {"student_updates": clock, "lr": pl_module.lr * pl_module.lr_factor(), **pl_module.means()}
             if hasattr(data, "statistics"):
                 values |= data.statistics()

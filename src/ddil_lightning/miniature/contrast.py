@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from . import shapes
-from .evaluator import Evaluator, tokenise
+from .evaluator import Evaluator, load_evaluator, tokenise
 from .sources import HELD_OUT, load_source
 from .stages import Stage, loader, stream_seed
 
@@ -119,15 +119,16 @@ def _digits(evaluator: Evaluator) -> float:
 
 def train_evaluator(
     *, out: str = "runs/pretrain/evaluator", steps: int = 700, batch_size: int = 128, lr: float = 1.5e-3, seed: int = 0,
-    progress: bool = True,
+    start: str | None = None, progress: bool = True,
 ) -> dict[str, float]:  # fmt: skip
-    """Train the evaluator on CPU, write it to `out` with a README.md of its figures -> the figures."""
+    """Train the evaluator on CPU (on from the one in folder `start`), write it to `out` with its figures -> the figures."""
     from lightning.pytorch import seed_everything
 
     from .pretrain import fit
 
     seed_everything(seed, verbose=False)
-    stage = EvaluatorStage(live=Evaluator(), steps=steps, lr=lr, hold=0.2, ema=0.98, seed=seed, weight_decay=0.05)
+    live = Evaluator() if start is None else load_evaluator(start).requires_grad_(True).train()
+    stage = EvaluatorStage(live=live, steps=steps, lr=lr, hold=0.2, ema=0.98, seed=seed, weight_decay=0.05)
     fit(stage, loader(Pairs(batch_size=batch_size, seed=seed)), devices=1, progress=progress)
     evaluator = stage.average.eval()
     found = {name: round(value, 4) for name, value in scores(evaluator).items()}

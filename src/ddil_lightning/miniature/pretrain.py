@@ -76,7 +76,8 @@ def pretrain(
         train_autoencoder(pipeline, dataset, steps=autoencoder_steps, seed=seed, progress=progress)
     else:
         _restore(pipeline, state)
-    snapshots = None if interim is None else Snapshots(pipeline, interim, max(1, interim_every // batch_size), batch_size)
+    before = state["images"] if state else 0
+    snapshots = None if interim is None else Snapshots(pipeline, interim, max(1, interim_every // batch_size), batch_size, before)
     train_denoiser(
         pipeline, dataset, steps=max(1, images // batch_size), batch_size=batch_size, lr=lr, seed=seed + (state is not None),
         devices=devices, hold=hold, ema=ema, snapshots=snapshots, progress=progress,
@@ -86,7 +87,7 @@ def pretrain(
     table = {steps: measure(pipeline, dataset, n=prompts, steps=steps, guidance=best) for steps in (32, 4, 2, 1)}
     facts = {
         "dataset": dataset, "guidance": best, "seed": seed, "devices": devices, "batch_size": batch_size, "lr": lr,
-        "images": images + (state["images"] if state else 0), "guidance_scores": scores,
+        "images": images + before, "guidance_scores": scores,
         "minutes": round((time.time() - started) / 60, 1),
     }  # fmt: skip
     return save_teacher(pipeline, out, facts, table)
@@ -164,8 +165,8 @@ class Snapshots(Callback):
     `folder` is a link that is switched to the finished snapshot, so a reader never sees half of one.
     """
 
-    def __init__(self, pipeline: StableDiffusionPipeline, folder: str, every: int, batch_size: int) -> None:
-        self.pipeline, self.folder, self.every, self.batch_size = pipeline, Path(folder), every, batch_size
+    def __init__(self, pipeline: StableDiffusionPipeline, folder: str, every: int, batch_size: int, before: int = 0) -> None:
+        self.pipeline, self.folder, self.every, self.batch_size, self.before = pipeline, Path(folder), every, batch_size, before
         self.started, self.loss = time.time(), 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -180,7 +181,7 @@ class Snapshots(Callback):
             rate = step * self.batch_size / (time.time() - self.started)
             print(f"{step * self.batch_size:>8} images  loss {self.loss:.4f}  {rate:.0f} images/s", flush=True)
         if step % self.every == 0 or step == pl_module.steps:
-            self.write(pl_module, step * self.batch_size)
+            self.write(pl_module, self.before + step * self.batch_size)
 
     def write(self, stage: Any, images: int) -> None:
         """Save, then switch the link; the snapshot before the last is deleted."""

@@ -1,0 +1,158 @@
+"""Two processes against one, for every method of suite.METHODS: forked, gloo, on the CPU."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+from ddil_lightning.callbacks import Checkpoints
+from suite import ALL, BATCH, METHODS, MIXED, Entry, Gradients, Run, build, captions, equal, fit, pictures, state
+
+WORLD, UPDATES = 2, 4
+
+
+def forked(job: Callable[[int], None], timeout: float = 240) -> None:
+    """Runs `job(rank)` in WORLD children of this process, started as torchrun would: seconds, not the half minute of new imports."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [_child(job, rank, port) for rank in range(WORLD)]
+    deadline, codes = time.monotonic() + timeout, dict.fromkeys(children, -1)
+    while -1 in codes.values() and time.monotonic() < deadline and not any(code > 0 for code in codes.values()):
+        for pid in (pid for pid, code in codes.items() if code == -1):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status) % 256
+        time.sleep(0.02)
+    for pid, code in codes.items():
+        if code == -1:  # the other one failed, or time is up
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    assert list(codes.values()) == [0] * WORLD, f"exit codes of the processes: {list(codes.values())}"
+
+
+def _child(job: Callable[[int], None], rank: int, port: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD, "GROUP_RANK": 0, "MASTER_PORT": port}
+        os.environ.update({"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test", **{k: str(v) for k, v in names.items()}})
+        job(rank)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def ddp(entry: Entry) -> dict[str, Any]:
+    strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=entry.unused)
+    return {"strategy": strategy, "devices": WORLD, "num_nodes": 1}
+
+
+class Pretend(SingleDeviceStrategy):
+    """One process that takes itself for rank `rank` of WORLD: the same data, noise and plan, and nobody to average with."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__("cpu")
+        self.global_rank, self.world_size = rank, WORLD
+
+
+def settings(entry: Entry, folder: Path, **kwargs: Any) -> tuple[Any, Any]:
+    return build(entry, folder, updates=UPDATES, **kwargs), captions(folder, MIXED)
+
+
+def report(run: Run, gradients: Gradients) -> dict[str, Any]:
+    return {"state": state(run), "steps": gradients.steps, "done": run.data.done, "mine": run.data.buffer.state_dict()}
+
+
+@pytest.fixture(scope="module", **{"params": METHODS, "ids": ALL["ids"]})
+def ranks(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Entry, list[Any], list[Any]]:
+    """(method, what the ranks of a run report, what they report when the run is resumed from its middle)."""
+    entry, folder = request.param, tmp_path_factory.mktemp(request.param.name)
+    pictures(tiny)  # encoded once, before the fork
+
+    def job(rank: int) -> None:
+        seen = Gradients()
+        save = Checkpoints(every=2, keep=9, folder=str(folder))
+        run = fit(*settings(entry, tiny, clip=0.0), seen, save, **ddp(entry))
+        torch.save(report(run, seen), folder / f"straight{rank}.pt")
+        resumed = fit(*settings(entry, tiny, clip=0.0), ckpt=folder / "updates=2.ckpt", **ddp(entry))
+        torch.save(report(resumed, Gradients()), folder / f"resumed{rank}.pt")
+
+    forked(job)
+    found = [[torch.load(folder / f"{kind}{rank}.pt") for rank in range(WORLD)] for kind in ("straight", "resumed")]
+    return entry, found[0], found[1]
+
+
+def test_ranks_stay_equal(ranks: Any) -> None:
+    _, (a, b), _ = ranks
+    assert a["state"]["clock"] == UPDATES and a["done"] == b["done"]
+    assert equal(a["state"]["weights"], b["state"]["weights"]) and equal(a["state"]["optimizers"], b["state"]["optimizers"])
+
+
+def test_ranks_make_the_same_calls_on_their_own_samples(ranks: Any) -> None:
+    """The plan is shared (times, actors, number of network calls), noise and captions are not."""
+    _, (a, b), _ = ranks
+    assert a["state"]["evaluations"] == b["state"]["evaluations"]
+    mine, theirs = a["mine"]["chunks"], b["mine"]["chunks"]
+    assert len(mine) == len(theirs) > 1
+    for x, y in zip(mine, theirs, strict=True):
+        assert all(torch.equal(x["states"][name], y["states"][name]) for name in ("t", "source", "actors"))
+        assert x["at"] == y["at"] and not torch.equal(x["states"]["x_t"], y["states"]["x_t"])
+
+
+def test_the_gradient_is_the_mean_over_the_ranks(ranks: Any, tiny: Path) -> None:
+    """The first averaged gradient against two single processes, each of which takes itself for one of the ranks."""
+    entry, (a, b), _ = ranks
+    alone = []
+    for rank in range(WORLD):
+        seen = Gradients()
+        fit(*settings(entry, tiny, clip=0.0), seen, limit_train_batches=1, max_epochs=1, strategy=Pretend(rank))
+        alone.append(seen.steps[0])
+    scale = max(float(x.abs().max()) for x in alone[0].values())
+    for name, grad in a["steps"][0].items():
+        assert torch.equal(grad, b["steps"][0][name])
+        torch.testing.assert_close(grad, (alone[0][name] + alone[1][name]) / WORLD, rtol=1e-5, atol=1e-5 * scale)
+    assert any(not torch.allclose(alone[0][name], alone[1][name], atol=1e-3 * scale) for name in alone[0])
+
+
+def test_resuming_is_exact_on_every_rank(ranks: Any) -> None:
+    _, straight, resumed = ranks
+    for a, b in zip(straight, resumed, strict=True):
+        assert equal(a["state"], b["state"]) and equal(a["mine"], b["mine"]) and a["done"] == b["done"]
+
+
+def test_both_ranks_buffers_are_in_the_checkpoint(ranks: Any) -> None:
+    _, straight, _ = ranks
+    kept = straight[0]["state"]["data"]["buffers"]
+    assert len(kept) == WORLD and all(equal(kept[rank], straight[rank]["mine"]) for rank in range(WORLD))
+
+
+def test_another_number_of_processes_is_refused(tiny: Path, tmp_path: Path) -> None:
+    fit(*settings(METHODS[0], tiny), Checkpoints(every=2, keep=9, folder=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"written by 1 process\(es\) and this run has 2"):
+        fit(*settings(METHODS[0], tiny), ckpt=tmp_path / "updates=2.ckpt", strategy=Pretend(0))
+
+
+def test_ranks_share_out_an_epoch(tiny: Path) -> None:
+    """Two processes with half the batch see the rows of one process, batch by batch."""
+    rows: list[list[list[int]]] = []
+    for rank, world, size in ((0, 1, BATCH), (0, 2, BATCH // 2), (1, 2, BATCH // 2)):
+        made = captions(tiny, batch_size=size)
+        fit(build(METHODS[0], tiny, updates=1), made, strategy=Pretend(rank) if world > 1 else "auto")
+        made.done = 0
+        rows.append([batch.index.tolist() for batch in made.train_dataloader()])
+    assert rows[0] == [a + b for a, b in zip(rows[1], rows[2], strict=True)]
