@@ -187,6 +187,8 @@ def test_mixture_rejects_what_does_not_fit():
         mixture(classes=[0, 2, 2])
     with pytest.raises(ValueError, match="needs means"):
         mixture(classes=[0, 1])
+    with pytest.raises(ValueError, match="do not fit"):
+        mixture(stds=torch.ones(3, 5))
     with pytest.raises(ValueError, match="positive"):
         mixture(weights=[1.0, 0.0, 1.0])
     with pytest.raises(ValueError, match=r"c\.text"):

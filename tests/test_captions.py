@@ -88,7 +88,7 @@ def test_a_data_set_is_read_from_where_it_lies(kind: str, tmp_path: Path) -> Non
     assert len(images) == 5
     batch = images[[4, 0, 2]]
     assert isinstance(batch, RawBatch) and batch.pixels is not None
-    assert batch.prompts == [CAPTIONS[i] for i in (4, 0, 2)] and batch.index.tolist() == [4, 0, 2]
+    assert batch.prompts == [CAPTIONS[i] for i in (4, 0, 2)] and batch.rows.tolist() == [4, 0, 2]
     assert torch.equal(batch.pixels, RGB[[4, 0, 2], :, None, None].expand(-1, -1, 8, 8))
 
 
@@ -177,7 +177,7 @@ def test_encoding_at_once_is_encoding_batch_by_batch(backbone: Backbone) -> None
     assert batch.latent is not None and direct.latent is not None
     torch.testing.assert_close(batch.latent, direct.latent, rtol=0, atol=1e-5)
     torch.testing.assert_close(batch.c.text, direct.c.text, rtol=0, atol=1e-5)
-    assert batch.index.tolist() == direct.index.tolist() == rows
+    assert batch.rows.tolist() == direct.rows.tolist() == rows
 
 
 def test_captions_alone_have_no_latents(backbone: Backbone) -> None:

@@ -154,5 +154,5 @@ def test_ranks_share_out_an_epoch(tiny: Path) -> None:
         made = captions(tiny, batch_size=size)
         fit(build(METHODS[0], tiny, updates=1), made, strategy=Pretend(rank) if world > 1 else "auto")
         made.done = 0
-        rows.append([batch.index.tolist() for batch in made.train_dataloader()])
+        rows.append([batch.rows.tolist() for batch in made.train_dataloader()])
     assert rows[0] == [a + b for a, b in zip(rows[1], rows[2], strict=True)]

@@ -50,7 +50,7 @@ def test_to_converts_floats_only():
         assert torch.equal(moved.t, b.t) and moved.t.dtype == torch.long
         assert moved.c.mask.dtype == torch.bool and moved.real is None
     batch = CaptionBatch(None, context(2), torch.tensor([1_000_003, 257]))
-    assert torch.equal(to(batch, torch.float16).index, batch.index)  # float16 ends at 65504
+    assert torch.equal(to(batch, torch.float16).rows, batch.rows)  # float16 ends at 65504
 
 
 def test_to_moves_integers_to_the_device():

@@ -115,7 +115,10 @@ class Mixture(Analytic):
         self.weights /= self.weights.sum()
         if self.stds.ndim <= 1:
             self.stds = self.stds.expand(k).reshape(-1, *(1,) * (self.means.ndim - 1)).clone()
-        torch.broadcast_shapes(self.means.shape, self.stds.shape)
+        try:  # not broadcast_shapes: its first call imports half a second of symbolic shapes
+            self._shape = torch.broadcast_tensors(self.means, self.stds)[0].shape[1:]
+        except RuntimeError:
+            raise ValueError(f"a mixture's stds {tuple(self.stds.shape)} do not fit its means {tuple(self.means.shape)}") from None
         self.register_buffer("classes", labels)
 
     def posterior_mean(self, x: Tensor, alpha: Tensor, sigma: Tensor, c: Context) -> Tensor:
@@ -153,8 +156,7 @@ class Mixture(Analytic):
                 raise ValueError(f"a mixture of {self.num_classes} classes cannot sample class {wanted.unique().tolist()}")
             weights = weights * (self.classes == wanted[:, None])
         k = torch.multinomial(weights.to(generator.device), 1, generator=generator)[:, 0].to(self.means.device)
-        shape = torch.broadcast_shapes(self.means.shape, self.stds.shape)[1:]
-        noise = torch.randn(n, *shape, generator=generator, device=generator.device, dtype=torch.float32).to(self.means.device)
+        noise = torch.randn(n, *self._shape, generator=generator, device=generator.device, dtype=torch.float32).to(self.means.device)
         return (self.means[k] + self.stds[k] * noise).to(torch.get_default_dtype())
 
 

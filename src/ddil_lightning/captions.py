@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .backbones import Backbone
-from .types import CaptionBatch, Context, cat, take
+from .types import CaptionBatch, Context, cat, take, to
 
 
 class RawBatch(NamedTuple):
@@ -19,7 +19,7 @@ class RawBatch(NamedTuple):
 
     pixels: Tensor | None  # [B, 3, H, W] in [-1, 1]
     prompts: list[str]
-    index: Tensor  # [B]
+    rows: Tensor  # [B]
 
 
 class Captions:
@@ -162,7 +162,7 @@ def encode(captions: Captions, backbone: Backbone, chunk: int = 256, truncate: b
     for start in range(0, len(captions), chunk):
         raw = captions[range(start, min(start + chunk, len(captions)))]
         batch = encode_batch(raw, backbone, truncate)
-        contexts.append(Context(*(None if x is None else x.cpu() for x in batch.c)))
+        contexts.append(to(batch.c, "cpu"))
         if batch.latent is not None:
             latents.append(batch.latent.cpu())
     return Encoded(torch.cat(latents) if latents else None, cat(contexts))
@@ -171,7 +171,7 @@ def encode(captions: Captions, backbone: Backbone, chunk: int = 256, truncate: b
 def encode_batch(raw: RawBatch, backbone: Backbone, truncate: bool = False) -> CaptionBatch:
     """One raw batch on the backbone's device."""
     latent = None if raw.pixels is None else backbone.encode_images(raw.pixels)
-    return CaptionBatch(latent, backbone.encode_text(raw.prompts, truncate), raw.index.to(backbone.device))
+    return CaptionBatch(latent, backbone.encode_text(raw.prompts, truncate), raw.rows.to(backbone.device))
 
 
 def square(image: Any, size: int) -> Tensor:

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-import difflib
+import errno
 import logging
 import os
-import re
+import signal
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentError, Namespace
-from lightning.pytorch import Trainer
+from jsonargparse import ArgumentError, ArgumentParser
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from . import runs
-from .callbacks import AnnealPrior, Cadence, Checkpoints, FlushBuffer, Previews, Progress  # noqa: F401 (short names in configs)
-from .captions import Digits, Images, Prompts, Shapes  # noqa: F401
+from .callbacks import AnnealPrior, Cadence, Checkpoints, FlushBuffer, Previews, Progress, ShiftProbe  # noqa: F401 (short names in configs)
+from .captions import Captions, Digits, Images, Prompts, Shapes  # noqa: F401
 from .datamodule import DDILDataModule
-from .main import Refusal
+from .explain import explain, parameters, subclasses
+from .main import FIT_SHORT, Refusal, configs_folder
 from .methods import LCM, Distillation  # noqa: F401
-from .prior import Constant, Cosine, Exponential, Gated, Linear, Piecewise  # noqa: F401
+from .prior import Constant, Cosine, Exponential, Gated, Linear, Piecewise, Schedule  # noqa: F401
 
 Wandb = Literal["off", "offline", "online"]
+BASES = (Distillation, Captions, Schedule, Callback, Logger)
+RUN_DIR = "DDIL_RUN_DIR"  # tells the processes that Lightning launches where the run is
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass
@@ -38,10 +46,14 @@ class Test:
 
 
 class FitCLI(LightningCLI):
-    """Parses, makes the run folder, builds trainer, method and data. `fit` below runs them."""
+    """Parses, builds method and data, takes a run folder, builds the trainer. `fit` below runs them.
 
-    def __init__(self, args: list[str], rebuild: bool = False) -> None:
-        self.rebuild = rebuild
+    Nothing is written before training starts, so that no error of the config, the data or a checkpoint leaves half a run behind.
+    """
+
+    def __init__(self, args: list[str]) -> None:
+        self.folder, self.started = Path(), False
+        self._made: list[Path] = []
         super().__init__(
             Distillation,
             DDILDataModule,
@@ -56,12 +68,13 @@ class FitCLI(LightningCLI):
             parser_kwargs={
                 "exit_on_error": False,
                 "prog": "ddil-fit",
-                "usage": "ddil-fit --config NAME [--updates N] [--seed N] [any.key=value ...]",
+                "usage": "ddil-fit --config NAME [--updates N] [--seed N] [--run_dir DIR] [--ckpt_path PATH|last] [any.key=value ...]",
             },
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The run folder, the checkpoint, W&B, and the callbacks that every run has."""
+        parser.add_argument("--name", type=str | None, default=None, help="the run's name in runs/NAME/ (default: the first config's)")
         parser.add_argument("--run_dir", type=str | None, default=None, help="the run folder (default: runs/<config>/<time>)")
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="go on from a checkpoint file, a run folder, or `last`")
         parser.add_argument("--wandb", type=Wandb, default="off", help="log to Weights & Biases too")
@@ -72,121 +85,123 @@ class FitCLI(LightningCLI):
         parser.add_class_arguments(Test, "test")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse. Raises Refusal with one line for every fault of the command line or the config."""
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            methods = sorted({f"model.{name}" for cls in subclasses([Distillation]) for name in parameters(cls)})
+            short = [name.lstrip("-") for name in FIT_SHORT]
+            raise Refusal(explain(str(error), [*short, *methods, *parser.get_defaults(skip_validation=True)], BASES)) from error
+        refuse_data_seed(args)
+        self.name = self.config.name or config_name([str(c) for c in self.config.get("config") or [] if c])
+
     def before_instantiate_classes(self) -> None:
-        """The run folder exists, with the exact config in it, before anything heavy is loaded."""
-        self.name = config_name(self.config)
-        if self.rebuild:
-            return
-        first = not os.environ.get("DDIL_RUN_DIR")
+        """The checkpoint is found and read, and W&B can be reached, before anything heavy is loaded."""
         self.resumed: Path | None = None
+        self.state: dict[str, Any] = {}
+        self._source: Path | None = None  # the run that is resumed
         if self.config.ckpt_path:
             self.resumed = runs.checkpoint(self.config.ckpt_path, self.config.run_dir, self.name)
-            runs.load_checkpoint(self.resumed)
-        self.folder = Path(os.environ.get("DDIL_RUN_DIR") or self._folder())
-        os.environ["DDIL_RUN_DIR"] = str(self.folder.resolve())  # ranks that Lightning launches run this command again
-        if first:
-            self.parser.save(self.config, str(self.folder / "config.yaml"), overwrite=True, skip_none=False)
-            runs.point_latest(self.folder, self.name)
-
-    def _folder(self) -> Path:
+            self.state, self._source = runs.load_checkpoint(self.resumed), runs.folder_of(self.resumed)
+            if self._goes_on():
+                runs.check_newest(self.resumed)
+        elif self.config.run_dir and rank_zero_only.rank == 0 and RUN_DIR not in os.environ:
+            runs.check_free(Path(self.config.run_dir))
+        if self.config.wandb == "online":
+            runs.check_wandb_key()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not self.config.run_dir:
             raise Refusal("launched on several processes: give --run_dir, so that all of them write to the same folder")
-        if self.resumed is not None and self.resumed.parent.name == "checkpoints" and not self.config.run_dir:
-            return self.resumed.parent.parent
-        if self.resumed is not None and self.config.run_dir and (Path(self.config.run_dir) / "checkpoints") == self.resumed.parent:
-            return Path(self.config.run_dir)
-        return runs.new_folder(self.config.run_dir, self.name)
+
+    def _goes_on(self) -> bool:
+        """Whether a resumed run goes on in its own folder; else it branches off into a new one."""
+        given = self.config.run_dir
+        return self._source is not None and (given is None or Path(given).resolve() == self._source.resolve())
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer, writing to the run folder."""
-        if self.rebuild:
-            return super().instantiate_trainer(logger=False, **kwargs)
-        return super().instantiate_trainer(default_root_dir=str(self.folder), logger=self._loggers(), **kwargs)
+        """Check what the parts ask of each other, take the run folder, and make the trainer that writes to it."""
+        self.model.check_prior(self.datamodule.prior)
+        if self.resumed is not None:
+            runs.check_fits(self.resumed, self.state, self.model)
+        self._take_folder()
+        try:
+            trainer = super().instantiate_trainer(default_root_dir=str(self.folder), logger=self._loggers(), **kwargs)
+        except BaseException as error:
+            self.close()
+            raise Refusal(f"trainer: {error}") from error if isinstance(error, MisconfigurationException) else error
+        trainer.callbacks.insert(0, Start(self))  # type: ignore[attr-defined]
+        return trainer
+
+    def _take_folder(self) -> None:
+        if self._goes_on():
+            self.folder = self._source or Path()
+        elif RUN_DIR in os.environ or rank_zero_only.rank > 0:
+            self.folder = Path(os.environ.get(RUN_DIR) or self.config.run_dir)
+        else:
+            self.folder, self._made = runs.reserve(self.config.run_dir, self.name)
+        os.environ[RUN_DIR] = str(self.folder.resolve())
 
     def _loggers(self) -> list[Any]:
-        from lightning.pytorch.loggers import CSVLogger
-
         given = self.config_init.trainer.logger
         loggers = given if isinstance(given, list) else [given] if given not in (None, True, False) else []
-        old = runs.old_metrics(self.folder, runs.load_checkpoint(self.resumed)["ddil"]["student_updates"]) if self.resumed else []
-        csv = CSVLogger(str(self.folder), name="", version="", flush_logs_every_n_steps=1)
-        for row in old:
-            csv.log_metrics(row, step=int(row["student_updates"]))
+        metrics = runs.MetricsFile(self.folder, self._source, self.clock)
         if self.config.wandb != "off":
-            loggers.append(wandb_logger(self.folder, self.name, self.config.wandb, self.config.as_dict()))
-        return [csv, *loggers]
+            loggers.append(runs.wandb_logger(self.folder, self.name, self.config.wandb, self.config.as_dict()))
+        return [metrics, *loggers]
+
+    @property
+    def clock(self) -> int:
+        """The student updates of the checkpoint that is resumed, 0 for a fresh run."""
+        return self.state["ddil"]["student_updates"] if self.state else 0
+
+    def start(self) -> None:
+        """Training begins: config.yaml, which can be given to --config again, and the link to the newest run."""
+        config = self.config.clone()
+        config.update({"name": self.name, "run_dir": None, "ckpt_path": None})
+        path, text = self.folder / "config.yaml", self.parser.dump(config, skip_none=False)
+        if path.is_file() and path.read_text(encoding="utf-8") != text:
+            os.replace(path, self.folder / f"config.before-{self.clock}.yaml")
+        runs.write_text(path, text)
+        runs.point_latest(self.folder, self.name)
+        self.started = True
+        print(f"run folder {self.folder}", flush=True)
+
+    def close(self) -> None:
+        """After the run, however it ended: a folder in which nothing started is removed."""
+        os.environ.pop(RUN_DIR, None)
+        if not self.started:
+            runs.discard(self._made)
 
 
-def wandb_logger(folder: Path, name: str, mode: Wandb, config: dict[str, Any]) -> Any:
-    """A W&B logger that never asks for a key: offline, or online with the key of the environment."""
-    from lightning.pytorch.loggers import WandbLogger
+class Start(Callback):
+    """Tells the CLI that training begins, before any other callback writes."""
 
-    if mode == "online" and not (os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").is_file()):
-        raise Refusal(
-            "--wandb online needs a key: run `wandb login` once or set WANDB_API_KEY, or use --wandb offline and `wandb sync` later"
-        )
-    return WandbLogger(
-        project="ddil-lightning", name=f"{name}/{folder.name}", save_dir=str(folder), offline=mode == "offline", config=config
-    )
+    def __init__(self, cli: FitCLI) -> None:
+        self.cli = cli
 
-
-def config_name(config: Namespace) -> str:
-    """The name of a run's config: the last --config file's stem, with its folder below configs/ (toy2d/pd)."""
-    files = [str(c) for c in config.get("config") or []]
-    return Path(files[-1]).stem if files else "custom"
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Rank 0 writes."""
+        if trainer.is_global_zero:
+            self.cli.start()
 
 
-def parse(words: list[str]) -> FitCLI:
-    """Parse and build. Raises Refusal with one line for every fault of the command line or the config."""
-    try:
-        return FitCLI(words)
-    except ArgumentError as error:
-        raise Refusal(explain(str(error), words)) from error
+def config_name(files: Sequence[str]) -> str:
+    """The name of a run: the first config's, with its folder below configs/ (toy2d/pd); `custom` without a file."""
+    if not files:
+        return "custom"
+    path, packaged = Path(files[0]).resolve(), configs_folder().resolve()
+    return str(path.relative_to(packaged).with_suffix("")) if path.is_relative_to(packaged) else path.stem
 
 
-def explain(message: str, words: list[str]) -> str:
-    """jsonargparse's message on one line: the key, what is wrong, the nearest key that exists."""
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-    text = " ".join(lines)
-    # The innermost reason stands last; what precedes it are the types that were tried.
-    key = re.search(
-        r'(?:Option|Key) [\'"]([\w.]+)[\'"] is not accepted|key "([\w.]+)"|Unrecognized arguments: --([\w.+]+)',
-        text,
-    )
-    if "is not accepted" in text or "Unrecognized arguments" in text or "not expected" in text:
-        wrong = next((g for g in (key.groups() if key else ()) if g), None)
-        if wrong:
-            last = wrong.split(".")[-1]
-            near = difflib.get_close_matches(last, known_keys(), n=1, cutoff=0.6)
-            return f"unknown key {wrong}" + (f": did you mean {near[0]}?" if near else "; `ddil-fit --help` lists the keys")
-    text = re.sub(r"Does not validate against any of the Union subtypes.*?Errors:", "", text)
-    return text if len(text) < 400 else text[:200] + " ... " + text[-200:]
+def refuse_data_seed(words: Sequence[str]) -> None:
+    """Raises Refusal for a data.seed in a config: it is linked to the run's seed, and jsonargparse would ignore it in silence."""
+    import yaml
 
-
-def known_keys() -> list[str]:
-    """Every parameter name of the classes that a config can hold."""
-    import inspect
-
-    classes: list[Any] = [Distillation, *Distillation.__subclasses__(), DDILDataModule, Trainer, Checkpoints, Previews, Test]
-    names = {name for cls in classes for name in inspect.signature(cls.__init__).parameters if name not in ("self", "kwargs")}
-    return sorted(
-        names
-        | {
-            "run_dir",
-            "ckpt_path",
-            "wandb",
-            "updates",
-            "seed",
-            "checkpoint_every",
-            "forward",
-            "student",
-            "teacher",
-            "mix",
-            "model",
-            "data",
-            "trainer",
-        }
-    )
+    for value in (b for a, b in zip(words, words[1:], strict=False) if a == "--config"):
+        text = value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8")
+        data = (yaml.safe_load(text) or {}).get("data")
+        if isinstance(data, dict) and "seed" in data:
+            raise Refusal("data.seed follows the seed of the run: set seed_everything, or --seed on the command line")
 
 
 def quiet() -> None:
@@ -196,42 +211,84 @@ def quiet() -> None:
         "does not have many workers",
         "module.s. in eval mode",
         "exists and is not empty",
-        "Experiment logs directory",
         "You are using the plain ModelCheckpoint",
     ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")
-    tips = ("Tip:", "available:", "LOCAL_RANK", "Trainer.fit` stopped", "Restor", "`weights_only` was not set")
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).addFilter(lambda record: not any(tip in record.getMessage() for tip in tips))
+    tips = ("Tip:", "available:", "LOCAL_RANK", "Trainer.fit` stopped", "Restor", "`weights_only` was not set", "KeyboardInterrupt")
+    names = ["lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero", "lightning.fabric.utilities.seed"]
+    for name in [*names, "lightning.pytorch.trainer.connectors.checkpoint_connector"]:
+        logger = logging.getLogger(name)
+        if not any(isinstance(f, _Tips) for f in logger.filters):
+            logger.addFilter(_Tips(tips))
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
 
 
+class _Tips(logging.Filter):
+    def __init__(self, tips: Sequence[str]) -> None:
+        super().__init__()
+        self.tips = tips
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not any(tip in record.getMessage() for tip in self.tips)
+
+
 def fit(words: list[str]) -> int:
-    """Train, export, check, test, report. Returns the exit code: 0, or 130 after Ctrl-C (with a checkpoint)."""
+    """Train, export, check, test, report. Returns 0; after Ctrl-C raises KeyboardInterrupt that says how to go on."""
     quiet()
     start = time.time()
-    cli = parse(words)
-    trainer, method, data = cli.trainer, cli.model, cli.datamodule
-    if trainer.is_global_zero:
-        print(f"run folder {cli.folder}", flush=True)
+    cli = FitCLI(words)
+    try:
+        if cli.clock < cli.model.updates:
+            train(cli)
+        else:
+            reload(cli)
+        if cli.trainer.is_global_zero:
+            finish(cli, start)
+    finally:
+        cli.close()
+    return 0
+
+
+def train(cli: FitCLI) -> None:
+    """Trainer.fit, with every expected failure in one line that names the last good checkpoint."""
+    trainer, method = cli.trainer, cli.model
     checkpoints = next(c for c in trainer.callbacks if isinstance(c, Checkpoints))  # type: ignore[attr-defined]
     try:
-        trainer.fit(method, datamodule=data, ckpt_path=cli.resumed, weights_only=True if cli.resumed else None)
-    except FloatingPointError as error:
-        raise FloatingPointError(
-            f"{error}; the last good checkpoint is {checkpoints.last or cli.resumed or 'none'}; lower model.lr or look at model.reflect"
-        ) from error
-    except RuntimeError as error:
-        if cli.resumed and "state_dict" in str(error):
-            raise Refusal(f"the checkpoint {cli.resumed} does not fit this config: {str(error).splitlines()[0]}") from error
+        trainer.fit(method, datamodule=cli.datamodule, ckpt_path=cli.resumed, weights_only=True if cli.resumed else None)
+    except (FloatingPointError, OSError) as error:
+        last = checkpoints.last or cli.resumed or "none yet"
+        if isinstance(error, FloatingPointError):
+            raise FloatingPointError(f"{error}; the last good checkpoint is {last}: go on from it with a lower model.lr") from error
+        if error.errno in FULL and "last good" not in str(error):
+            raise OSError(error.errno, f"{error.strerror} ({cli.folder}); the last good checkpoint is {last}") from error
         raise
+    except MisconfigurationException as error:
+        raise Refusal(str(error)) from error
+    except SystemExit as stop:  # what Lightning makes of a KeyboardInterrupt
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        raise KeyboardInterrupt(how_to_go_on(cli, checkpoints.last or cli.resumed)) from stop
     if checkpoints.interrupted:
-        if trainer.is_global_zero:
-            print(f"stopped at {method.student_updates} updates; go on with: ddil-fit --config {cli.name} --ckpt_path {checkpoints.last}")
-        return 130
-    if trainer.is_global_zero:
-        finish(cli, start)
-    return 0
+        raise KeyboardInterrupt(how_to_go_on(cli, checkpoints.last))
+
+
+def how_to_go_on(cli: FitCLI, checkpoint: Path | None) -> str:
+    """What Ctrl-C answers."""
+    where = f"stopped at {cli.model.student_updates} of {cli.model.updates} student updates"
+    if checkpoint is None:
+        return f"{where}, before the first checkpoint"
+    return f"{where}; go on with: ddil-fit --config {cli.folder / 'config.yaml'} --ckpt_path {checkpoint}"
+
+
+def reload(cli: FitCLI) -> None:
+    """A run whose updates were all done when it was stopped: only its results are missing. Raises Refusal where they are not."""
+    if (cli.folder / "summary.json").is_file():
+        raise Refusal(
+            f"the run {cli.folder} is complete, all its {cli.clock} updates are done: raise --updates to go on, or try ddil-test {cli.folder}"
+        )
+    cli.model.load_state_dict(cli.state["state_dict"])
+    cli.model.on_load_checkpoint(cli.state)
+    if cli.trainer.is_global_zero:
+        cli.start()
 
 
 def finish(cli: FitCLI, start: float) -> None:
@@ -281,8 +338,12 @@ def machine() -> dict[str, Any]:
 
 
 def rebuild(config: Path) -> Distillation:
-    """The method that a run's config.yaml describes, with fresh weights and no run folder."""
+    """The method that a run's config.yaml describes, with fresh weights; data, callbacks and trainer are not made."""
+    import yaml
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Distillation, "model", required=True)
     try:
-        return FitCLI(["--config", str(config)], rebuild=True).model
+        return parser.instantiate_classes(parser.parse_object({"model": (yaml.safe_load(config.read_text()) or {}).get("model")})).model
     except ArgumentError as error:
-        raise Refusal(f"{config}: {explain(str(error), [])}") from error
+        raise Refusal(f"{config}: {explain(str(error), [], BASES)}") from error

@@ -17,7 +17,7 @@ from .captions import Captions, Encoded, RawBatch, builtin, encode, encode_batch
 from .prior import SamplingPrior
 from .reflect import estimate_box
 from .rollout import Granularity, Learner, Streams, collect, draw
-from .types import SOURCES, CaptionBatch, LatentBatch, take
+from .types import SOURCES, CaptionBatch, LatentBatch, take, to
 
 
 class CounterSampler(DistributedSampler):
@@ -58,6 +58,7 @@ class DDILDataModule(LightningDataModule):
     rolls out afresh for every batch. `max_age`, `priority`: of the buffer. `granularity`: `sample` splits every batch by the shares,
     `step` gives each batch one source. `pure_noise`: forward latents at the first node carry no signal. `cache`: encode everything once
     (`true`), keep it in a file (a path), or encode on the fly (`false`). `truncate`: cut long prompts instead of refusing them.
+    `control`: the same-timestep control; every roll-out is replaced by data noised to its times, without a network call (`stand_in`).
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class DDILDataModule(LightningDataModule):
         truncate: bool = False,
         workers: int = 0,
         seed: int = 0,
+        control: bool = False,
     ) -> None:
         super().__init__()
         if batch_size < 1 or collect_every < 1 or capacity < 0:
@@ -85,7 +87,7 @@ class DDILDataModule(LightningDataModule):
         self.captions, self.prior, self.batch_size = captions, prior, batch_size
         self.collect_every, self.trajectories = collect_every, min(trajectories or batch_size, batch_size)
         self.granularity, self.pure_noise, self.seed = granularity, pure_noise, seed
-        self.cache, self.truncate, self.workers = cache, truncate, workers
+        self.cache, self.truncate, self.workers, self.control = cache, truncate, workers, control
         self.buffer = ReplayBuffer(capacity, max_age=max_age, priority=priority) if capacity else None
         self.done = 0
         self._examples: list[str] = []
@@ -136,6 +138,13 @@ class DDILDataModule(LightningDataModule):
         """A few captions of the data, for previews; none from a set that was given encoded."""
         return self._examples[:n]
 
+    def reference(self, n: int) -> CaptionBatch:
+        """The first `n` captions and images, encoded and on the method's device: the same rows every time, for probes."""
+        assert self.captions is not None  # setup ran
+        batch: Any = self.captions[range(min(n, len(self.captions)))]
+        backbone: Any = self.learner.backbone  # type: ignore[attr-defined]
+        return encode_batch(batch, backbone, self.truncate) if isinstance(batch, RawBatch) else to(batch, backbone.device)
+
     def box(self, images: int = 5120) -> tuple[list[float], list[float]] | None:
         """The latent box of the data (reflect.estimate_box) from the first `images` of them; None for data without images."""
         captions = self.captions
@@ -181,6 +190,7 @@ class DDILDataModule(LightningDataModule):
                 granularity=self.granularity,
                 pure_noise=self.pure_noise,
                 progress=getattr(learner, "progress", 0.0),
+                control=self.control,
             )
 
     def _collect(self, batch: CaptionBatch) -> None:
@@ -191,7 +201,7 @@ class DDILDataModule(LightningDataModule):
             return
         learner = self.learner
         shape = learner.backbone.latent_shape  # type: ignore[attr-defined]
-        made = collect(take(batch, slice(self.trajectories)), learner, self.prior, self.streams, shape)
+        made = collect(take(batch, slice(self.trajectories)), learner, self.prior, self.streams, shape, self.control)
         if not bool(torch.isfinite(made.x_t).all()):
             first = int(made.t[~torch.isfinite(made.x_t.flatten(1)).all(1)].max())
             actors = SOURCES[int(made.source[made.t == first][0])]

@@ -101,7 +101,8 @@ def verify(method: Distillation, folder: Path, prompts: list[str], steps: int, s
     difference = relative(mine, theirs)
     if not difference <= tolerance:
         raise ValueError(
-            f"the exported pipeline {folder} does not sample as the trainer does: at {steps} steps its latents differ by {difference:.2e} of their size"
+            f"the exported pipeline {folder} does not sample as the trainer does: "
+            f"at {steps} steps its latents differ by {difference:.2e} of their size"
         )
     return difference
 

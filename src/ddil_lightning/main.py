@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata, resources
@@ -50,83 +52,84 @@ def find_config(name: str) -> Path:
 def expand(argv: Sequence[str], short: dict[str, str]) -> list[str]:
     """The command line in full: `a.b=1` becomes `--a.b=1`, `--updates 5` what `short` says it is, config names become paths."""
     out: list[str] = []
-    words = list(argv)
+    words, value_follows = list(argv), False
     while words:
         word = words.pop(0)
+        if value_follows:
+            out.append(word)  # as it is: a value may well look like updates=12.ckpt
+            value_follows = False
+            continue
+        if OVERRIDE.fullmatch(word):
+            word = f"--{word}"
         key, equals, value = word.partition("=")
         if key in ("-c", "--config"):
             if not equals:
                 if not words:
-                    raise Refusal("--config needs a name or a file, such as --config lcm_ddil.yaml")
+                    raise Refusal("--config needs a name or a file, such as --config lcm_ddil")
                 value = words.pop(0)
             out += ["--config", value if value.lstrip().startswith("{") else str(find_config(value))]
-        elif key in short:
-            out.append(short[key] + equals + value)
-        elif equals and not word.startswith("-") and key.replace(".", "").replace("_", "").replace("+", "").isalnum():
-            out.append(f"--{word}")
-        else:
-            out.append(word)
+            continue
+        out.append(short.get(key, key) + equals + value)
+        value_follows = word.startswith("--") and not equals and key not in FLAGS
     return out
 
 
-def run(command: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> None:
-    """Run a command and exit: 0, 2 with one line for bad input, 130 for Ctrl-C. `DDIL_DEBUG=1` shows the traceback as well."""
+def run(command: Callable[[list[str]], int | None], name: str, argv: Sequence[str] | None = None) -> None:
+    """Run a command and exit: 0, 2 with one line for bad input, 130 for Ctrl-C. `DDIL_DEBUG=1` shows the traceback instead."""
     words = list(sys.argv[1:] if argv is None else argv)
     if "--version" in words:
         print(f"ddil-lightning {metadata.version('ddil-lightning')}")
         raise SystemExit(0)
     try:
         code = command(words) or 0
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"\n{name}: {one_line(stop) if stop.args else 'stopped'}", file=sys.stderr)
         code = 130
     except (Refusal, ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("DDIL_DEBUG"):
             raise
-        print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
+        print(f"{name}: {one_line(error)}", file=sys.stderr)
         code = 2
     sys.stdout.flush()
     raise SystemExit(code)
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message on one line."""
-    text = (
-        str(error)
-        if not isinstance(error, OSError) or error.strerror is None
-        else f"{error.strerror}" + (f": {error.filename}" if error.filename else "")
-    )
+    """An error's message on one line; of an OSError what happened, then to which file."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror is not None:
+        text = error.strerror + (f": {error.filename}" if error.filename else "")
     return " ".join(text.split()) or type(error).__name__
 
 
 def fit() -> None:
     """ddil-fit."""
-    run(_fit)
+    run(_fit, "ddil-fit")
 
 
 def test() -> None:
     """ddil-test."""
-    run(_test)
+    run(_test, "ddil-test")
 
 
 def sample() -> None:
     """ddil-sample."""
-    run(_sample)
+    run(_sample, "ddil-sample")
 
 
 def export() -> None:
     """ddil-export."""
-    run(_export)
+    run(_export, "ddil-export")
 
 
 def pretrain() -> None:
     """ddil-pretrain."""
-    run(_pretrain)
+    run(_pretrain, "ddil-pretrain")
 
 
 def _fit(argv: list[str]) -> int | None:
     words = expand(argv, FIT_SHORT)
-    if "--config" not in words and "--help" not in words and "-h" not in words:
+    if "--config" not in words and not any(word == "-h" or word.partition("=")[0].endswith("help") for word in words):
         raise Refusal(f"ddil-fit needs --config NAME; packaged are {', '.join(config_names())}")
     from . import cli
 
@@ -153,11 +156,20 @@ def _export(argv: list[str]) -> int | None:
 
 def _pretrain(argv: list[str]) -> int | None:
     words = expand(argv, {})
+    from jsonargparse import ArgumentError
+
+    from .explain import explain
     from .miniature import pretrain
 
-    return pretrain.main(words)
+    try:
+        pretrain.main(words)
+    except ArgumentError as error:
+        raise Refusal(explain(str(error), list(inspect.signature(pretrain.pretrain).parameters))) from error
+    return 0
 
 
+OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*\+?=.*", re.DOTALL)
+FLAGS = ("--help", "--print_config")  # options without a value of their own
 FIT_SHORT = {
     "--updates": "--model.init_args.updates",
     "--seed": "--seed_everything",

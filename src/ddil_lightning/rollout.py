@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .buffer import ReplayBuffer
 from .prior import SamplingPrior
-from .schedule import Grid
+from .schedule import Grid, NoiseSchedule
 from .solver import Policies
 from .types import FORWARD, MIXED, STUDENT, TEACHER, CaptionBatch, Context, LatentBatch, cat, take, to
 
@@ -121,6 +121,21 @@ def roll(
     return Rollout(torch.cat(states), column(times[: last + 1]), rows, column(tags), column(bits), c)
 
 
+@torch.no_grad()
+def stand_in(x0: Tensor, schedule: NoiseSchedule, walk: Grid, c: Context, generator: torch.Generator, upto: int | None = None) -> Rollout:
+    """The same-timestep control of Algorithm 2: data x0 [R, ...] noised to the very nodes that `roll` would visit, independent noise each.
+
+    Times, contexts, guidance, reuse and age are those of a roll-out; only the latents are the forward process's. What DDIL wins over it
+    is the correction of the shift, what it wins by itself is the emphasis on these times (METHODS, preface 4).
+    """
+    last = len(walk) - 1 if upto is None else upto
+    t = walk.nodes[: last + 1].to(x0.device).repeat_interleave(len(x0))
+    clean = x0.repeat(last + 1, *(1,) * (x0.ndim - 1))
+    noise = torch.randn(clean.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+    rows = torch.arange(len(x0), device=x0.device).repeat(last + 1)
+    return Rollout(schedule.add_noise(clean, noise, t), t, rows, torch.full_like(t, FORWARD), torch.zeros_like(t), c)
+
+
 def _tag(actors: Sequence[bool]) -> int:
     """Whose latent it is by who acted so far; at node 0, by who will act first."""
     return STUDENT if all(actors) else MIXED if any(actors) else TEACHER
@@ -161,23 +176,44 @@ def forward(batch: CaptionBatch, learner: Learner, streams: Streams, pure_noise:
     return LatentBatch(x_t, t, s, node, c, x0, tag, torch.ones(len(t), device=device), torch.full_like(t, -1))
 
 
-def collect(batch: CaptionBatch, learner: Learner, prior: SamplingPrior, streams: Streams, shape: Sequence[int]) -> Rollout:
-    """One batch of trajectories for the buffer, by the batch's captions: all interior states of one roll-out."""
+def collect(
+    batch: CaptionBatch, learner: Learner, prior: SamplingPrior, streams: Streams, shape: Sequence[int], control: bool = False
+) -> Rollout:
+    """One batch of trajectories for the buffer, by the batch's captions: all interior states of one roll-out (or its `stand_in`)."""
     walk, actors = plan(prior, learner.grid, streams.shared("rollout"))
-    c = guided(batch.c, learner.guidance, streams.local("rollout-guidance"))
-    return roll(learner.policies, walk, actors, c, shape, streams.local("rollout-noise", c.text.device))
+    return _made(batch, learner, walk, actors, streams, shape, control)
 
 
-def fresh(batch: CaptionBatch, learner: Learner, prior: SamplingPrior, streams: Streams, shape: Sequence[int]) -> LatentBatch:
+def fresh(
+    batch: CaptionBatch, learner: Learner, prior: SamplingPrior, streams: Streams, shape: Sequence[int], control: bool = False
+) -> LatentBatch:
     """Roll-out latents made on the spot, all at one node: what a run without a buffer trains on."""
     rng = streams.shared("rollout")
     walk, actors = plan(prior, learner.grid, rng)
     stop = rng.randrange(len(walk))
-    c = guided(batch.c, learner.guidance, streams.local("rollout-guidance"))
-    made = roll(learner.policies, walk, actors, c, shape, streams.local("rollout-noise", c.text.device), upto=stop)
-    final = slice(stop * len(c.text), None)
+    made = _made(batch, learner, walk, actors, streams, shape, control, upto=stop)
+    final = slice(stop * len(batch.rows), None)
     slot = torch.full_like(made.t[final], -1)
-    return _rolled(learner, made.x_t[final], made.t[final], c, made.source[final], torch.ones_like(slot, dtype=torch.float32), slot)
+    return _rolled(learner, made.x_t[final], made.t[final], made.c, made.source[final], torch.ones_like(slot, dtype=torch.float32), slot)
+
+
+def _made(
+    batch: CaptionBatch,
+    learner: Learner,
+    walk: Grid,
+    actors: Sequence[bool],
+    streams: Streams,
+    shape: Sequence[int],
+    control: bool,
+    upto: int | None = None,
+) -> Rollout:
+    c = guided(batch.c, learner.guidance, streams.local("rollout-guidance"))
+    generator = streams.local("rollout-noise", c.text.device)
+    if not control:
+        return roll(learner.policies, walk, actors, c, shape, generator, upto)
+    if batch.latent is None:
+        raise ValueError("the same-timestep control noises data, but the data set has no images: set data.control to false")
+    return stand_in(batch.latent, learner.policies.student.schedule, walk, c, generator, upto)
 
 
 def _rolled(learner: Learner, x_t: Tensor, t: Tensor, c: Context, source: Tensor, weight: Tensor, slot: Tensor) -> LatentBatch:
@@ -197,13 +233,14 @@ def draw(
     granularity: Granularity = "sample",
     pure_noise: bool = False,
     progress: float = 0.0,
+    control: bool = False,
 ) -> LatentBatch:
     """Algorithm 1: one training batch of latents.
 
     `batch` [B] encoded captions; `shape` of one latent; `buffer`: a filled replay buffer (None: roll out on the spot); `clock` and
-    `progress` in [0, 1] date the buffer's priorities. With `prior.forward == 1`, or while the buffer holds too little, this is `forward`.
+    `progress` in [0, 1] date the buffer's priorities; `control`: see `stand_in`, for draws without a buffer. With `prior.forward == 1`, or while the buffer holds too little, this is `forward`.
     """
-    size = len(batch.index)
+    size = len(batch.rows)
     k = counts(prior, size, granularity, streams.shared("source"))
     if buffer is not None and len(buffer) < k:
         if batch.latent is None:
@@ -212,7 +249,7 @@ def draw(
     if k == 0:
         return forward(batch, learner, streams, pure_noise)
     if buffer is None:
-        rolled = fresh(take(batch, slice(size - k, None)), learner, prior, streams, shape)
+        rolled = fresh(take(batch, slice(size - k, None)), learner, prior, streams, shape, control)
     else:
         got = buffer.sample(k, clock=clock, generator=streams.local("buffer"), progress=progress)
         # Looked up while still on the CPU: reading times back from a GPU would wait for it.

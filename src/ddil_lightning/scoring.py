@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from . import sampling
+from .denoiser import Denoiser
 from .evaluate import Suite, Timed, make_row
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def policy_row(suite: Suite, backbone: Backbone, name: str, policy: Policy, grid: Grid, g: float) -> dict[str, Any]:
     """One sampler of this library; its NFE are counted, not assumed."""
-    denoiser = next(m for m in policy.modules() if hasattr(m, "evaluations"))
+    denoiser = next(m for m in policy.modules() if isinstance(m, Denoiser))
 
     def sample(prompts: list[str], seed: int) -> Tensor:
         return sampling.images(backbone, policy, grid, prompts, g, seed)
@@ -27,7 +28,7 @@ def policy_row(suite: Suite, backbone: Backbone, name: str, policy: Policy, grid
     before = denoiser.evaluations
     timed = Timed(sample)
     metrics = suite.score(timed)
-    nfe = round((denoiser.evaluations - before) / timed.images)  # type: ignore[operator]
+    nfe = round((denoiser.evaluations - before) / timed.images)
     return make_row(name, len(grid), g, len(suite.prompts), nfe, timed.seconds_per_image, metrics)
 
 
@@ -43,7 +44,8 @@ def method_rows(
     rows = []
     for role, steps, sampler in wanted:
         say(f"{role}@{steps}")
-        rows.append(policy_row(suite, method.backbone, f"{role}@{steps}", *sampler(steps), method.eval_guidance))
+        policy, grid = sampler(steps)
+        rows.append(policy_row(suite, method.backbone, f"{role}@{steps}", policy, grid, method.eval_guidance))
     return rows
 
 

@@ -55,7 +55,7 @@ class CaptionBatch(NamedTuple):
 
     latent: Tensor | None  # [B, C, H, W] scaled latents of the images, None without data
     c: Context  # unguided (w is None)
-    index: Tensor  # [B] row of the data set
+    rows: Tensor  # [B] row of the data set
 
 
 class LatentBatch(NamedTuple):

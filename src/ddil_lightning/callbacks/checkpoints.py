@@ -6,10 +6,13 @@ import os
 import re
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import Checkpoint
+
+AGREE = 10  # batches between two looks at whether any of several processes was interrupted
 
 
 class Checkpoints(Checkpoint):
@@ -17,7 +20,8 @@ class Checkpoints(Checkpoint):
 
     A checkpoint holds the student, its averages, the optimiser, the buffer and the clocks, never the frozen teacher. Lightning's own
     ModelCheckpoint counts the steps of every optimiser, which is another clock. `folder` defaults to the trainer's root.
-    Ctrl-C ends the run after the step in progress, with a checkpoint; a second one stops at once.
+    Ctrl-C ends the run after the update in progress, with a checkpoint; a second one stops at once. Weights that are not finite are not
+    saved (FloatingPointError), so that the last checkpoint is a good one.
     """
 
     def __init__(self, every: int = 200, keep: int = 2, folder: str | None = None) -> None:
@@ -26,33 +30,44 @@ class Checkpoints(Checkpoint):
         self.every, self.keep, self.folder = every, keep, folder
         self.last: Path | None = None
         self.interrupted = False
+        self.seconds = 0.0  # of training, over all the resumes of a run
         self._previous: Any = None
+        self._saved_at: int | None = None
+        self._stop = False
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Listen for Ctrl-C."""
-        self._saved_at = pl_module.student_updates
+        self._saved_at, self._since = pl_module.student_updates, time.perf_counter() - self.seconds
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGINT, self._interrupt)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save when the clock has moved on by `every`, when it is done, and when Ctrl-C was pressed."""
+        self.seconds = time.perf_counter() - self._since
         clock = pl_module.student_updates
-        due = self.every and clock % self.every == 0
-        if clock != self._saved_at and (due or self.interrupted or clock >= pl_module.updates):
-            self.save(trainer, clock)
-        if self.interrupted:
+        if self._agreed(trainer, batch_idx) and not halfway(pl_module):
+            self.save(trainer, pl_module)
             trainer.should_stop = True
+        elif clock != self._saved_at and ((self.every and clock % self.every == 0) or clock >= pl_module.updates):
+            self.save(trainer, pl_module)
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """A run that something else ended (a time limit, another callback) is saved too."""
+        self._listen_no_more()
+        if pl_module.student_updates != self._saved_at and not halfway(pl_module):
+            self.save(trainer, pl_module)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Give Ctrl-C back."""
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+        self._listen_no_more()
 
-    def save(self, trainer: Any, clock: int) -> Path:
+    def save(self, trainer: Any, method: Any) -> Path:
         """Write to a temporary name, then rename: a full disk leaves the older checkpoints as they were."""
+        clock = method.student_updates
         folder = Path(self.folder or Path(trainer.default_root_dir) / "checkpoints")
         path = folder / f"updates={clock}.ckpt"
+        if not trainer.strategy.reduce_boolean_decision(finite(method)):
+            raise FloatingPointError(f"weights of the student are not finite at student update {clock}, so they are not saved")
         temporary = path.with_suffix(".part")
         try:
             trainer.save_checkpoint(temporary)
@@ -61,23 +76,61 @@ class Checkpoints(Checkpoint):
         except OSError as error:
             if trainer.is_global_zero:
                 temporary.unlink(missing_ok=True)
+            reason = error.strerror or str(error)
             raise OSError(
-                error.errno,
-                f"the checkpoint {path} could not be written ({error.strerror or error}); the last good one is {self.last or 'none'}",
+                error.errno, f"the checkpoint {path} could not be written ({reason}); the last good one is {self.last or 'none'}"
             ) from error
         self.last, self._saved_at = path, clock
         if trainer.is_global_zero:
-            for old in sorted_checkpoints(folder)[: -self.keep]:
+            for old in [p for p in sorted_checkpoints(folder) if (clock_of(p) or 0) < clock][: -(self.keep - 1) or None]:
                 old.unlink(missing_ok=True)
         return path
+
+    def state_dict(self) -> dict[str, Any]:
+        """The time spent so far."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.seconds = state_dict.get("seconds", 0.0)
+
+    def _agreed(self, trainer: Any, batch_idx: int) -> bool:
+        if trainer.world_size == 1:
+            return self.interrupted
+        if (batch_idx + 1) % AGREE == 0:
+            # A signal reaches the processes in different batches: all must stop after the same one, or some would wait for ever.
+            self._stop = trainer.strategy.reduce_boolean_decision(self.interrupted, all=False)
+            self.interrupted = self.interrupted or self._stop
+        return self._stop
 
     def _interrupt(self, number: int, frame: Any) -> None:
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
 
+    def _listen_no_more(self) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+
+def halfway(method: Any) -> bool:
+    """Whether an update is under way: accumulated gradients are in no checkpoint."""
+    return bool(method._micro % method.accumulate)
+
+
+def finite(method: Any) -> bool:
+    """Whether all parameters of a module are finite (of a sharded one, those of this process)."""
+    local = (p.to_local() if hasattr(p, "to_local") else p for p in method.parameters())
+    return all(bool(p.isfinite().all()) for p in local)
+
+
+def clock_of(path: Path) -> int | None:
+    """The clock in a checkpoint's name, None for another name."""
+    found = re.fullmatch(r"updates=(\d+)\.ckpt", path.name)
+    return int(found[1]) if found else None
+
 
 def sorted_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a folder by their clock, oldest first."""
-    found = [(int(m.group(1)), p) for p in folder.glob("updates=*.ckpt") if (m := re.fullmatch(r"updates=(\d+)\.ckpt", p.name))]
-    return [p for _, p in sorted(found)]
+    return sorted((p for p in folder.glob("updates=*.ckpt") if clock_of(p) is not None), key=lambda p: clock_of(p) or 0)

@@ -35,6 +35,12 @@ class AnnealPrior(OnClock):
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Check the whole schedule now: a prior that comes after days of training must not be the one that stops it."""
+        ends = [self.schedule.first, self.schedule.last] if isinstance(self.schedule, Gated) else []
+        for prior in ends or [self.schedule(round(k / 100 * pl_module.updates)) for k in range(101)]:
+            pl_module.check_prior(prior)
+
     def apply(self, trainer: Any, method: Any, clock: int) -> None:
         """The prior of this clock; a gated schedule first hears the last losses."""
         if isinstance(self.schedule, Gated):

@@ -10,6 +10,8 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from .. import sampling
+from ..schedule import Grid
+from ..solver import Policy
 
 
 class Previews(Callback):
@@ -49,13 +51,13 @@ class Previews(Callback):
         self._drawn = method.student_updates
         if not trainer.is_global_zero:
             return
-        backbone, g = method.backbone, method.eval_guidance
+        backbone = method.backbone
         prompts = self.prompts or backbone.about.get("previews") or trainer.datamodule.examples(self.count)
         prompts = list(prompts)[: self.count]
         with trainer.precision_plugin.forward_context():
             if not self._teacher:
-                self._teacher = [sampling.images(backbone, *method.teacher_sampler(n), prompts, g, self.seed) for n in self.teacher_steps]
-            student = [sampling.images(backbone, *method.sampler(n), prompts, g, self.seed) for n in self.student_steps]
+                self._teacher = [self._row(method, method.teacher_sampler(n), prompts) for n in self.teacher_steps]
+            student = [self._row(method, method.sampler(n), prompts) for n in self.student_steps]
         labels = [f"teacher@{n}" for n in self.teacher_steps] + [f"student@{n}" for n in self.student_steps]
         side = student[0].shape[-1]
         picture = sampling.sheet([*self._teacher, *student], labels, prompts, scale=max(1, 96 // side))
@@ -65,3 +67,7 @@ class Previews(Callback):
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):
                 logger.log_image("samples", [picture], step=method.student_updates)
+
+    def _row(self, method: Any, sampler: tuple[Policy, Grid], prompts: list[str]) -> Tensor:
+        policy, grid = sampler
+        return sampling.images(method.backbone, policy, grid, prompts, method.eval_guidance, self.seed)

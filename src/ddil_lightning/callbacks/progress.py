@@ -8,10 +8,12 @@ from lightning.pytorch.callbacks import ProgressBar
 
 
 class Progress(ProgressBar):
-    """A Rich bar over student updates with the loss and an estimate of the time left; plain lines where there is no terminal."""
+    """A Rich bar over student updates with the loss and an estimate of the time left; about `lines` plain lines without a terminal."""
 
     def __init__(self, lines: int = 10) -> None:
         super().__init__()
+        if lines < 1:
+            raise ValueError(f"progress: lines >= 1, got {lines}")
         self.lines = lines
         self._bar: Any = None
         self._enabled = True
@@ -38,25 +40,24 @@ class Progress(ProgressBar):
             *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self._console, refresh_per_second=2
         )
         self._task = self._bar.add_task(type(pl_module).__name__, total=pl_module.updates, completed=pl_module.student_updates, loss="")
+        self._printed = self._part(pl_module)
         if self._console.is_terminal:
             self._bar.start()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Move the bar; without a terminal print about `lines` lines in all."""
+        """Move the bar; without a terminal print a line for each of `lines` parts of the run."""
         if self._bar is None:
             return
-        clock = pl_module.student_updates
-        if clock % pl_module.log_every and clock < pl_module.updates:
-            self._bar.update(self._task, completed=clock)  # reading the loss would wait for the device
-            return
-        loss = pl_module.last_loss
-        self._bar.update(self._task, completed=clock, loss=f"{loss:.4f}" if loss is not None else "")
-        every = max(pl_module.updates // self.lines, 1)
-        if not self._console.is_terminal and clock % every == 0 and clock != getattr(self, "_printed", None):
-            self._printed = clock
-            task = self._bar.tasks[0]
-            left = f", about {task.time_remaining:.0f} s left" if task.time_remaining else ""
-            self._console.print(f"{clock}/{pl_module.updates} updates, loss {loss:.4f}{left}" if loss is not None else f"{clock} updates")
+        clock, part = pl_module.student_updates, self._part(pl_module)
+        self._bar.update(self._task, completed=clock)
+        if self._console.is_terminal:
+            if clock % pl_module.log_every == 0:  # reading the loss waits for the device
+                self._bar.update(self._task, loss=self._loss(pl_module))
+        elif part != self._printed:
+            self._printed = part
+            remaining = self._bar.tasks[0].time_remaining
+            left = f", about {remaining:.0f} s left" if remaining else ""
+            self._console.print(f"{clock}/{pl_module.updates} updates, loss {self._loss(pl_module)}{left}", highlight=False)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Stop the bar."""
@@ -66,7 +67,14 @@ class Progress(ProgressBar):
         """Leave the terminal as it was."""
         self._stop()
 
+    def _part(self, method: Any) -> int:
+        return method.student_updates * self.lines // method.updates
+
+    @staticmethod
+    def _loss(method: Any) -> str:
+        return "?" if method.last_loss is None else f"{method.last_loss:.4f}"
+
     def _stop(self) -> None:
-        if self._bar is not None:
+        if self._bar is not None and self._console.is_terminal:
             self._bar.stop()
-            self._bar = None
+        self._bar = None

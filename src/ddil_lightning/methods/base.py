@@ -73,6 +73,7 @@ class Distillation(LightningModule):
         self.average: nn.Module | None = None
         self._by_source: dict[str, tuple[Tensor, Tensor]] = {}
         self._last: Tensor | None = None
+        self._batch: LatentBatch | None = None
         self._sums: dict[str, tuple[Tensor, Tensor | int]] = {}
 
     # What the draw and inference ask -----------------------------------------------------------------------------------------
@@ -144,7 +145,7 @@ class Distillation(LightningModule):
     def descend(self, optimizer: Any, loss: Tensor, name: str = "loss") -> bool:
         """One micro-batch of `loss`; True when it completed an update. Clips, sets the learning rate, refuses a loss that is not finite."""
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the {name} is {float(loss)} at student update {self.student_updates}")
+            raise FloatingPointError(f"the {name} is {float(loss)} at student update {self.student_updates}{self._suspects()}")
         self._last = loss.detach()
         self.record(**{name: loss})
         self.manual_backward(loss / self.accumulate)
@@ -196,6 +197,7 @@ class Distillation(LightningModule):
 
     def feedback(self, b: LatentBatch, loss: Tensor) -> Tensor:
         """The scalar loss of per-sample losses [B]; the buffer's priorities and the per-source means hear of it on the way."""
+        self._batch = b
         # Sums and counts stay on the device: asking which sources are there would wait for it at every step.
         rows = {name: b.source == tag for tag, name in enumerate(SOURCES)}
         self._by_source = {name: ((loss.detach() * of).sum(), of.sum()) for name, of in rows.items()}
@@ -205,6 +207,17 @@ class Distillation(LightningModule):
         if observe is not None:
             observe(b, loss)
         return (b.weight * loss).mean()
+
+    @torch.no_grad()
+    def _suspects(self) -> str:
+        """Which networks answer the last batch with values that are not finite, in words."""
+        b = self._batch
+        if b is None:
+            return ""
+        if not bool(b.x_t.isfinite().all()):
+            return ": the latents themselves are not finite"
+        bad = [name for name, d in self.denoisers().items() if not bool(d(b.x_t, b.t, b.c).x0.isfinite().all())]
+        return f": not finite is the output of the {' and the '.join(bad)} network" if bad else ": the outputs of all networks are finite"
 
     # Lightning -------------------------------------------------------------------------------------------------------------------
 
@@ -227,7 +240,8 @@ class Distillation(LightningModule):
     def on_fit_start(self) -> None:
         """The box from the data, once it is encoded."""
         if not self.has_box:
-            found = self.trainer.datamodule.box() if hasattr(getattr(self.trainer, "datamodule", None), "box") else None
+            data: Any = getattr(self.trainer, "datamodule", None)
+            found = data.box() if hasattr(data, "box") else None
             if found is not None:
                 self.reflection.lo.copy_(torch.tensor(found[0])), self.reflection.hi.copy_(torch.tensor(found[1]))
             self.has_box = True
@@ -271,7 +285,7 @@ class Clock(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Commit, log, stop."""
-        data = getattr(trainer, "datamodule", None)
+        data: Any = getattr(trainer, "datamodule", None)
         if hasattr(data, "commit"):
             data.commit()
         clock = pl_module.student_updates

@@ -35,7 +35,7 @@ def distance(kind: Distance, a: Tensor, b: Tensor, h: float = 1e-3) -> Tensor:
 @torch.no_grad()
 def lerp_(average: torch.nn.Module, online: torch.nn.Module, decay: float) -> None:
     """average <- decay average + (1 - decay) online, all parameters in one fused call; buffers are copied."""
-    mine, theirs = list(average.parameters()), [p.detach() for p in online.parameters()]
+    mine, theirs = [p.detach() for p in average.parameters()], [p.detach() for p in online.parameters()]
     torch._foreach_lerp_(mine, theirs, 1 - decay)
     for a, b in zip(average.buffers(), online.buffers(), strict=True):
         a.copy_(b)

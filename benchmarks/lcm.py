@@ -1,0 +1,303 @@
+"""LCM with and without DDIL, reflection and roll-outs: the reproduction table, over seeds, with the paired differences that decide.
+
+Every variant is a shipped config trained by the library with its default budget, and sampled in 4, 2 and 1 steps from the same noise as
+the teacher. `same_times` is the control: as lcm_ddil, but every roll-out is replaced by data noised to its times, so that an emphasis on
+timesteps is not mistaken for the correction of a shift. `+R` has reflection. Finished runs are kept under --cache and not repeated.
+
+    python benchmarks/lcm.py [--seeds 3] [--jobs 2] [--n 1000] [--updates N] [--variants lcm lcm_ddil+R ...] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from torch import Tensor
+
+from ddil_lightning.evaluate import KEYS, Suite, paired_distance, write_rows
+from ddil_lightning.metrics.base import as_saved
+from ddil_lightning.results import gap_closed
+
+OFF, STATIC = "model.init_args.reflect=off", "model.init_args.reflect=static"
+VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "lcm": ("lcm.yaml", (OFF,)),
+    "lcm+R": ("lcm.yaml", (STATIC,)),
+    "lcm_ddil": ("lcm_ddil.yaml", (OFF,)),
+    "lcm_ddil+R": ("lcm_ddil.yaml", (STATIC,)),
+    "same_times": ("lcm_ddil.yaml", (OFF, "data.control=true")),
+    "same_times+R": ("lcm_ddil.yaml", (STATIC, "data.control=true")),
+}
+SHIPPED = "lcm_ddil+R"  # what `ddil-fit --config lcm_ddil.yaml` trains, and the targets are about
+DEFAULT = [name for name in VARIANTS if name != "same_times"]
+AGAINST = [(name, "lcm") for name in VARIANTS if name != "lcm"] + [
+    ("lcm_ddil+R", "lcm+R"),
+    ("lcm_ddil", "same_times"),
+    ("lcm_ddil+R", "same_times+R"),
+]
+TEACHER_STEPS, STUDENT_STEPS = (32, 4, 2, 1), (4, 2, 1)
+GAPS = ("frechet", "all_right")
+MEASURES = (*KEYS[:8], "paired", *(f"gap_{k}" for k in GAPS))
+HEADINGS = ("Fréchet ↓", "CLIP ↑", "density", "coverage ↑", "LPIPS div.", "attributes ↑", "all right ↑", "modes ↑", "paired ↓")
+COLUMNS = (("variant", ""), ("name", ""), *zip(MEASURES, (*HEADINGS, "gap Fréchet ↑", "gap all right ↑"), strict=True))
+
+
+class Paired:
+    """A suite that also compares a sampler's images with `reference` [N, 3, H, W], images of the same prompts from the same noise."""
+
+    def __init__(self, suite: Suite, reference: Tensor | None = None) -> None:
+        self.suite, self.prompts, self.reference = suite, suite.prompts, reference
+
+    def score(self, sample: Callable[[list[str], int], Tensor]) -> dict[str, Any]:
+        """The suite's metrics and `paired`, the mean squared difference of 8-bit images in [-1, 1]."""
+        kept: list[Tensor] = []
+
+        def keep(prompts: list[str], seed: int) -> Tensor:
+            kept.append(sample(prompts, seed))
+            return kept[-1]
+
+        metrics = self.suite.score(keep)
+        self.images = as_saved(torch.cat(kept)[: len(self.prompts)])
+        metrics["paired"] = None if self.reference is None else paired_distance(self.images, self.reference)
+        return metrics
+
+
+# Workers -------------------------------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def suite(dataset: str, n: int) -> Suite:
+    """The held-out prompts and images, once per process."""
+    return Suite.builtin(dataset, n=n)
+
+
+@functools.lru_cache(maxsize=1)
+def encoded(pipeline: str, n: int | None) -> Any:
+    """The training data after the frozen encoders, once per process; `n`: only so many captions."""
+    from ddil_lightning.backbones import Backbone
+    from ddil_lightning.captions import Shapes, builtin, encode
+
+    backbone = Backbone(pipeline)
+    dataset = backbone.about.get("dataset", "shapes")
+    return encode(Shapes(n) if n and dataset == "shapes" else builtin(dataset), backbone)
+
+
+def teacher(task: dict[str, Any]) -> dict[str, Any]:
+    """The teacher's rows; its images in 32 steps are kept as the reference of every paired distance."""
+    from ddil_lightning.scoring import policy_row
+
+    trainer, method, _ = built(task)
+    method = method.to(trainer.strategy.root_device).eval()
+    held_out, rows, reference = suite(method.backbone.about["dataset"], task["n"]), [], None
+    for steps in TEACHER_STEPS:
+        paired = Paired(held_out, reference)
+        rows.append(policy_row(paired, method.backbone, f"teacher@{steps}", *method.teacher_sampler(steps), method.eval_guidance))  # type: ignore[arg-type]
+        reference = paired.images if reference is None else reference
+    torch.save(reference, task["reference"])
+    return {"variant": "teacher", "seed": None, "rows": rows}
+
+
+def student(task: dict[str, Any]) -> dict[str, Any]:
+    """One run: trained and scored."""
+    from ddil_lightning.scoring import policy_row
+
+    trainer, method, data = built(task)
+    data.captions = encoded(task["pipeline"], task["captions"])
+    start = time.perf_counter()
+    trainer.fit(method, datamodule=data)
+    seconds = time.perf_counter() - start
+    method = method.to(trainer.strategy.root_device).eval()
+    paired = Paired(suite(method.backbone.about["dataset"], task["n"]), torch.load(task["reference"], weights_only=True))
+    g = method.eval_guidance
+    rows = [policy_row(paired, method.backbone, f"student@{k}", *method.sampler(k), g) for k in STUDENT_STEPS]  # type: ignore[arg-type]
+    counts = {"updates": method.student_updates, "network_evaluations": method.evaluations}
+    return {"variant": task["variant"], "seed": task["seed"], "seconds": seconds, **counts, "rows": rows}
+
+
+def built(task: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Trainer, method and data of a task."""
+    return common.build(task["config"], pipeline=task["pipeline"], seed=task["seed"] or 0, overrides=task["overrides"])
+
+
+def work(task: dict[str, Any]) -> dict[str, Any]:
+    """A task's record, from the cache if it is there."""
+    file = Path(task["file"])
+    if file.is_file():
+        return json.loads(file.read_text())
+    torch.set_num_threads(task["threads"])
+    common.quiet()
+    record = (student if task["variant"] else teacher)(task)
+    write_rows(file, record)  # type: ignore[arg-type]
+    return record
+
+
+# The benchmark -------------------------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(pipeline: str) -> str:
+    """A hash of all weights of a pipeline."""
+    from ddil_lightning.backbones import Backbone
+
+    digest = hashlib.sha256()
+    for name, part in sorted(Backbone(pipeline).pipe.components.items()):
+        for key, value in (part.state_dict() if isinstance(part, torch.nn.Module) else {}).items():
+            digest.update(f"{name}.{key}".encode() + value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def tasks(args: argparse.Namespace, pipeline: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The teacher's task and one per variant and seed. A task's file is named by all that its result depends on."""
+    from ddil_lightning.main import find_config
+
+    weights, folder = fingerprint(pipeline), Path(args.cache)
+    updates = [f"model.init_args.updates={args.updates}"] if args.updates else []
+
+    def task(variant: str, seed: int | None, config: str, own: Sequence[str]) -> dict[str, Any]:
+        overrides = [*own, *updates, *args.set]
+        said: list[Any] = [variant, seed, find_config(config).read_text(), overrides, args.captions]
+        depends = [weights, args.n, KEYS] + (said if variant else [args.set])
+        key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]
+        what = {"variant": variant, "seed": seed, "config": config, "overrides": overrides, "pipeline": pipeline, "n": args.n}
+        return {**what, "captions": args.captions, "threads": args.threads, "file": str(folder / f"{variant or 'teacher'}-{seed}-{key}.json")}
+
+    first = task("", None, "lcm.yaml", [])
+    reference = first["file"].replace(".json", ".pt")
+    seeds = range(args.seed, args.seed + args.seeds)
+    runs = [task(name, seed, *VARIANTS[name]) for seed in seeds for name in args.variants]
+    return {**first, "reference": reference}, [{**run, "reference": reference} for run in runs]
+
+
+def done(jobs: int, todo: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The records of `todo` as they become ready, by `jobs` processes (1: this one)."""
+    if jobs == 1:
+        yield from map(work, todo)
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(work, task) for task in todo]):
+            yield future.result()
+
+
+def measure(args: argparse.Namespace) -> common.Report:
+    """The report."""
+    if args.quick:
+        args.updates, args.n, args.seeds, args.captions = args.updates or 2, min(args.n, 16), 1, 64
+    Path(args.cache).mkdir(parents=True, exist_ok=True)
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # read by the workers when they import torch
+    pipeline = common.pipeline_at(args.pipeline)
+    first, runs = tasks(args, pipeline)
+    if not Path(first["reference"]).is_file():
+        Path(first["file"]).unlink(missing_ok=True)
+    start = time.time()
+    baseline = next(done(1, [first]))
+    records = []
+    for record in done(args.jobs, runs):
+        records.append(record)
+        at = f"{len(records)}/{len(runs)}, {time.time() - start:.0f} s"
+        print(f"[{at}] {record['variant']} seed {record['seed']}: trained in {record['seconds']:.0f} s", flush=True)
+    return report(baseline, records, args)
+
+
+def report(baseline: dict[str, Any], records: list[dict[str, Any]], args: argparse.Namespace) -> common.Report:
+    """Rows of the teacher, means over seeds (shown), every run (in the JSON), and the paired differences."""
+    order = {name: i for i, name in enumerate(args.variants)}
+    records = sorted(records, key=lambda r: (order[r["variant"]], r["seed"]))
+    teachers = {row["steps"]: row for row in baseline["rows"]}
+    each = [{"variant": r["variant"], "seed": r["seed"], **with_gaps(row, teachers)} for r in records for row in r["rows"]]
+    means = [mean_row(name, f"student@{k}", each) for name in order for k in STUDENT_STEPS]
+    top = [{"variant": "teacher", "seed": None, **row} for row in baseline["rows"]]
+    differences = [
+        difference(a, b, f"student@{k}", each) for a, b in AGAINST if a in order and b in order for k in STUDENT_STEPS
+    ]
+    shown = [("variant", ""), ("against", "minus"), *COLUMNS[1:]]
+    return {
+        "benchmark": "lcm",
+        "columns": COLUMNS,
+        "rows": top + means,
+        "parts": [{"title": "Paired differences over seeds", "columns": shown, "rows": differences}] if differences else [],
+        "runs": each,
+        "seconds_training": {f"{r['variant']}/{r['seed']}": r["seconds"] for r in records},
+        "targets": targets(teachers, {row["name"]: row["metrics"] for row in means if row["variant"] == SHIPPED}),
+        "notes": [
+            f"{args.seeds} seed(s), ± is the standard error of the mean; {args.n} prompts; {records[0]['updates']} updates a run",
+            "paired: mean squared difference to the teacher's images in 32 steps from the same noise; gap: share of the way from the "
+            "teacher at the same steps to the teacher at 32",
+        ],
+    }
+
+
+def with_gaps(row: dict[str, Any], teachers: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """A student's row with the shares of the gaps that it closes."""
+    m, same, full = row["metrics"], teachers[row["steps"]]["metrics"], teachers[TEACHER_STEPS[0]]["metrics"]
+    known = {k: None not in (m[k], same[k], full[k]) for k in GAPS}
+    return {**row, "metrics": {**m, **{f"gap_{k}": gap_closed(m[k], same[k], full[k]) if known[k] else None for k in GAPS}}}
+
+
+def mean_row(variant: str, name: str, each: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean over seeds with its standard error."""
+    rows = [row for row in each if row["variant"] == variant and row["name"] == name]
+    found = {k: common.mean_se([row["metrics"].get(k) for row in rows]) for k in MEASURES}
+    return {
+        **{k: v for k, v in rows[0].items() if k != "metrics"},
+        "seed": "mean",
+        "metrics": {k: mean for k, (mean, _) in found.items()},
+        "se": {k: se for k, (_, se) in found.items()},
+    }
+
+
+def difference(a: str, b: str, name: str, each: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean over seeds of `a` minus `b` at the same seed."""
+    values = {(row["variant"], row["seed"]): row["metrics"] for row in each if row["name"] == name}
+    seeds = sorted({seed for _, seed in values})
+
+    def minus(key: str) -> list[float | None]:
+        pairs = [(values[a, s].get(key), values[b, s].get(key)) for s in seeds]
+        return [None if x is None or y is None else x - y for x, y in pairs]
+
+    found = {k: common.mean_se(minus(k)) for k in MEASURES}
+    return {
+        **{"variant": a, "against": b, "name": name, "seeds": len(seeds)},
+        "metrics": {k: mean for k, (mean, _) in found.items()},
+        "se": {k: se for k, (_, se) in found.items()},
+    }
+
+
+def targets(teachers: dict[int, dict[str, Any]], shipped: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the shipped config must reach."""
+    if not shipped:
+        return []
+    full, four = teachers[TEACHER_STEPS[0]]["metrics"], shipped["student@4"]
+    made = [common.target("Fréchet distance, 4 steps against the teacher's 32", four["frechet"], full["frechet"], at_most=True)]
+    if full["attribute_accuracy"] is not None:
+        limit = full["attribute_accuracy"] - 0.03
+        made.append(common.target("attributes right, 4 steps against the teacher's 32 less 0.03", four["attribute_accuracy"], limit))
+    for steps, limit in ((2, 0.85), (1, 0.70)):
+        made += [common.target(f"gap closed in {k}, {steps} step(s)", shipped[f"student@{steps}"][f"gap_{k}"], limit) for k in GAPS]
+    return made
+
+
+def main(argv: list[str] | None = None) -> common.Report:
+    """The command."""
+    parser = common.parser(__doc__)
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=DEFAULT)
+    parser.add_argument("--seeds", type=int, default=3, help="runs of every variant, from --seed on")
+    parser.add_argument("--updates", type=int, help="student updates (default: the config's)")
+    parser.add_argument("--n", type=int, default=1000, help="held-out prompts")
+    parser.add_argument("--jobs", type=int, default=2, help="processes; each takes one run at a time")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads of each")
+    parser.add_argument("--captions", type=int, help="train on so many captions only (default: the whole built-in set)")
+    parser.add_argument("--cache", default="runs/benchmarks/lcm", help="where finished runs are kept")
+    return common.main(measure, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""What DDIL costs on top of plain distillation: roll-outs and their draw, in seconds and in network evaluations, beside the formula.
+
+One Lightning run whose prior, cadence and buffer change from block to block, so that all settings meet the same machine and networks.
+A formula for the overhead over a plain step of C forwards per sample (LCM: 3 student, 2 teacher, 1 target): q c / (u C), with q the share
+of roll-out latents, c forwards per stored state, u uses of a stored state. On N nodes, c = (N - 1) / N (p_S + g (1 - p_S)) with p_S the
+student's share of the roll-outs and g = 2 for a guided teacher: the last state is stored, not evaluated. Without a buffer u = 1 and a
+trajectory stops at a random node: c = (N - 1) / 2 (p_S + g (1 - p_S)).
+
+    python benchmarks/overhead.py [--pipeline DIR|builtin|random] [--rounds 12] [--threads 1] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import common
+import torch
+from lightning.pytorch import Callback
+
+from ddil_lightning.buffer import ReplayBuffer
+from ddil_lightning.captions import encode
+from ddil_lightning.prior import SamplingPrior
+
+PLAIN_COST = 6  # forwards of one sample in a plain LCM step; a backward counts as two
+GUIDED = 2
+COLUMNS = (
+    ("name", ""),
+    ("uses", "uses / state"),
+    ("formula", "formula"),
+    ("counted", "counted"),
+    ("seconds_per_step", "seconds / step"),
+    ("measured", "measured"),
+)
+
+
+@dataclass
+class Setting:
+    """A prior with its cadence (0: no buffer), and what was seen of it."""
+
+    name: str
+    prior: SamplingPrior
+    every: int
+    buffer: ReplayBuffer | None = None
+    seconds: list[float] = field(default_factory=list)
+    evaluations: list[float] = field(default_factory=list)  # weighted, of one sample each, per block
+
+
+def settings(data: Any) -> list[Setting]:
+    """Plain, the config's own, and what one would change first: shares, teacher, reuse, no buffer."""
+    own = data.prior if data.prior.rollouts else SamplingPrior(0.75, 0.25, 0.0)
+    every, q = data.collect_every, own.rollouts
+    wanted = [
+        ("plain", SamplingPrior(), every),
+        (f"default: {q:g} student, every {every}", own, every),
+        (f"{q:g} student, every {2 * every}", own, 2 * every),
+        (f"{q:g} student, every {max(every // 2, 1)}", own, max(every // 2, 1)),
+        (f"0.5 student, every {every}", SamplingPrior(0.5, 0.5, 0.0), every),
+        (f"0.25 student + 0.25 teacher, every {every}", SamplingPrior(0.5, 0.25, 0.25), every),
+        (f"0.25 teacher, every {every}", SamplingPrior(0.75, 0.0, 0.25), every),
+        (f"{q:g} student, no buffer", own, 0),
+    ]
+    return [Setting(name, prior, n, copy.deepcopy(data.buffer) if n else None) for name, prior, n in wanted]
+
+
+class Blocks(Callback):
+    """Gives every setting a block of updates in turn and times it whole; the first round warms up and fills the buffers."""
+
+    def __init__(self, settings: list[Setting], block: int, rounds: int) -> None:
+        self.settings, self.block, self.rounds = settings, block, rounds
+        self.updates = block * len(settings) * (rounds + 1)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """The first block."""
+        self._begin(trainer, pl_module, self.settings[0])
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Close a block that is full and begin the next."""
+        clock = pl_module.student_updates
+        if clock % self.block:
+            return
+        common.synchronize(pl_module.device)
+        done, index = time.perf_counter() - self._since, clock // self.block - 1
+        setting = self.settings[index % len(self.settings)]
+        if index >= len(self.settings):
+            setting.seconds.append(done / self.block)
+            setting.evaluations.append(self._weighted(pl_module) - self._before)
+        self._begin(trainer, pl_module, self.settings[(index + 1) % len(self.settings)])
+
+    def _begin(self, trainer: Any, method: Any, setting: Setting) -> None:
+        data = trainer.datamodule
+        data.prior, data.collect_every, data.buffer = setting.prior, setting.every or 1, setting.buffer
+        self._before, self._since = self._weighted(method), time.perf_counter()
+
+    def _weighted(self, method: Any) -> float:
+        """Forwards of one sample so far; the student's backward in every update counts as two more."""
+        return sum(method.evaluations.values()) + 2 * method.student_updates * method.trainer.datamodule.batch_size
+
+
+def predicted(s: Setting, batch: int, trajectories: int, nodes: float) -> tuple[float, float]:
+    """(uses of a stored state, overhead by the formula)."""
+    q, per_transition = s.prior.rollouts, s.prior.p_student + GUIDED * (1 - s.prior.p_student)
+    if q == 0:
+        return 0.0, 0.0
+    if s.buffer is None:
+        return 1.0, q * (nodes - 1) / 2 * per_transition / PLAIN_COST
+    uses = q * batch * s.every / (nodes * trajectories)
+    return uses, q * (nodes - 1) / nodes * per_transition / (uses * PLAIN_COST)
+
+
+def measure(args: argparse.Namespace) -> common.Report:
+    """The report."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    trainer, method, data = common.build(args.config, pipeline=common.pipeline_at(args.pipeline), seed=args.seed, overrides=args.set)
+    cases = settings(data)
+    # A block holds a whole number of collections of every setting, or the cheap half of a cycle would be compared with the dear one.
+    blocks = Blocks(cases, block=2 * data.collect_every, rounds=1 if args.quick else args.rounds)
+    method.updates = blocks.updates
+    trainer.callbacks.append(blocks)
+    data.captions = encode(common.few_captions(method, 64 if args.quick else 512), method.backbone)
+    trainer.fit(method, datamodule=data)
+    walks = method.grid.rollouts
+    return report(cases, data, sum(map(len, walks)) / len(walks), blocks.block)
+
+
+def report(cases: list[Setting], data: Any, nodes: float, block: int) -> common.Report:
+    """Ratios to the plain block of the same round, median over the rounds; counts are means."""
+    plain, rows = cases[0], []
+    for s in cases:
+        uses, formula = predicted(s, data.batch_size, data.trajectories, nodes)
+        ratios = [a / b for a, b in zip(s.seconds, plain.seconds, strict=True)]
+        rows.append(
+            {
+                "name": s.name,
+                "prior": [s.prior.forward, s.prior.student, s.prior.teacher],
+                "collect_every": s.every,
+                "uses": uses,
+                "formula": formula,
+                "counted": sum(s.evaluations) / sum(plain.evaluations) - 1,
+                "seconds_per_step": statistics.median(s.seconds),
+                "measured": statistics.median(ratios) - 1,
+            }
+        )
+    return {
+        "benchmark": "overhead",
+        "columns": COLUMNS,
+        "rows": rows,
+        "targets": [common.target("overhead of the default buffer", rows[1]["measured"], 0.15, at_most=True)],
+        "notes": [
+            f"batch {data.batch_size}, {data.trajectories} trajectories a collection, {nodes:g} nodes on average, "
+            f"{len(plain.seconds)} rounds of {block} updates",
+            "counted weighs a student update's backward as two forwards; roll-out lengths are drawn, so few rounds scatter around the formula",
+        ],
+    }
+
+
+def main(argv: list[str] | None = None) -> common.Report:
+    """The command."""
+    parser = common.parser(__doc__)
+    parser.add_argument("--config", default="lcm_ddil.yaml")
+    parser.add_argument("--rounds", type=int, default=12, help="blocks of every setting")
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
+    return common.main(measure, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The covariate shift, measured while training: a number that moves when the loss does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from ..denoiser import Denoiser
+from ..schedule import Grid
+from ..shift import shift_report
+from ..solver import Policy
+
+
+class ShiftProbe(Callback):
+    """Every `every` student updates: how far the student's own latents are from the teacher's and from forward latents, node by node.
+
+    `count` captions of the data, the student's `steps`-step sampler; the teacher walks `teacher_steps` DDIM steps under the same guidance
+    and is recorded at the student's nodes, from independent noise. Forward latents alone are the wrong yard-stick under guidance: the
+    guided teacher is shifted against them itself. Writes shift/teacher and shift/forward (energy distance, mean over nodes), and the same
+    with a node's time. Node 0 is pure noise for both and is left out.
+    """
+
+    def __init__(self, every: int = 100, count: int = 128, steps: int = 4, teacher_steps: int = 32, seed: int = 30_000) -> None:
+        if every < 1 or count < 8 or steps < 2:
+            raise ValueError(f"a shift probe needs every >= 1, count >= 8 and steps >= 2, got {every}, {count} and {steps}")
+        self.every, self.count, self.steps, self.teacher_steps, self.seed = every, count, steps, teacher_steps, seed
+        self._references: dict[str, dict[int, Tensor]] = {}
+        self._probed: int | None = None
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Probe when the clock says so. Rank 0 alone: nothing here is a collective call under DDP."""
+        clock = pl_module.student_updates
+        if clock == self._probed or clock == 0 or clock % self.every or not trainer.is_global_zero:
+            return
+        self._probed = clock
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            values = self.measure(pl_module, trainer.datamodule)
+        for logger in trainer.loggers:
+            logger.log_metrics({"student_updates": clock, **values}, step=clock)
+
+    def measure(self, method: Any, data: Any) -> dict[str, float]:
+        """The measures now; the references are made once."""
+        batch = data.reference(self.count)
+        policy, grid = method.sampler(self.steps)
+        if not self._references:
+            walker = Policy(self._teacher(method), "ddim", fine=Grid.named("trailing", self.teacher_steps, method.teacher.schedule.steps))
+            self._references["teacher"] = self._states(walker, grid, method, batch, self.seed + 1)
+            if batch.latent is not None:
+                noise = self._noise(batch, method, self.seed + 2)
+                schedule = method.teacher.schedule
+                self._references["forward"] = {t: schedule.add_noise(batch.latent, noise, t) for t in grid.nodes.tolist()[1:]}
+        mine = self._states(policy, grid, method, batch, self.seed)
+        values = {}
+        for name, reference in self._references.items():
+            for node, row in shift_report(mine, reference).items():
+                values[f"shift/{name}" + ("" if node == "mean" else f"@{node}")] = row["energy_distance"]
+        return values
+
+    def _states(self, policy: Policy, grid: Grid, method: Any, batch: Any, seed: int) -> dict[int, Tensor]:
+        generator = torch.Generator(method.device).manual_seed(seed)
+        c = batch.c.guided(method.eval_guidance - 1)
+        walk = policy.walk(self._noise(batch, method, seed), grid, c, generator)
+        return dict(zip(grid.nodes.tolist()[1:], walk, strict=False))
+
+    def _noise(self, batch: Any, method: Any, seed: int) -> Tensor:
+        shape = (len(batch.rows), *method.backbone.latent_shape)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(method.device)
+
+    def _teacher(self, method: Any) -> Denoiser:
+        teacher = method.teacher
+        return Denoiser(teacher.network, teacher.schedule, teacher.predicts, null=teacher.null)

@@ -1,0 +1,127 @@
+"""jsonargparse's messages on one line: the key, what is wrong with it, and the nearest that exists."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterator, Sequence
+
+LEAVES = (  # what went wrong, in the order in which a message is searched for it
+    r"(?:Option|option) '(?P<option>[^']+)'(?: is not accepted)?$",
+    r"unrecognized arguments: (?P<word>.*)",
+    r"Expected a dot import path string: (?P<unknown>.+)",
+    r"Import path (?P<unknown>\S+) does not correspond to a subclass",
+    r"(?P<missing>No module named .*|.*has no attribute .*|.*not an? (?:sub)?class of.*)",
+    r"the following arguments are required: (?P<required>.*)",
+    r"Expected a (?P<type>.*?)\. Got value: (?P<value>.*)",
+    r"Subtypes: \[(?P<types>.*)\]$",
+)
+
+
+def explain(message: str, keys: Sequence[str], bases: Sequence[type] = ()) -> str:
+    """One line for a message of an ArgumentError.
+
+    `keys`: all dotted keys that exist; `bases`: classes whose subclasses a config may name; both for the did-you-mean.
+    """
+    lines = [line for line in message.splitlines() if line.strip(" -")]
+    for pattern in LEAVES:
+        for i, line in enumerate(lines):
+            found = re.search(pattern, line)
+            if found:
+                return _say(found.groupdict(), lines, i, keys, bases)
+    return shorten(" ".join(line.strip(" -") for line in lines))
+
+
+def shorten(text: str, limit: int = 300) -> str:
+    """`text` with its middle left out where it is too long."""
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The known dotted name that `name` was probably meant to be, or nothing: by the whole name, else by its last part."""
+    whole = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    if whole:
+        return whole[0]
+    by_last = {key.split(".")[-1]: key for key in reversed(known)}
+    last = difflib.get_close_matches(name.split(".")[-1], list(by_last), n=1, cutoff=0.6)
+    return by_last[last[0]] if last else ""
+
+
+def parameters(cls: type) -> list[str]:
+    """The names that the constructors of a class and of its bases accept."""
+    found = {name: None for c in cls.__mro__ for name, p in inspect.signature(c.__init__).parameters.items() if p.kind not in (2, 4)}
+    return [name for name in found if name != "self"]
+
+
+def subclasses(bases: Sequence[type]) -> Iterator[type]:
+    """The classes below `bases`, and these themselves."""
+    for base in bases:
+        yield base
+        yield from subclasses(base.__subclasses__())
+
+
+def _say(found: dict[str, str | None], lines: list[str], i: int, keys: Sequence[str], bases: Sequence[type]) -> str:
+    where, cls = _place(lines, i, bases)
+    if found.get("word"):
+        word = (found["word"] or "").split()[0]
+        if not word.startswith("-"):
+            return f"{word} is neither an option nor an override: write key=value"
+        return _unknown_key(word.lstrip("-").partition("=")[0], keys)
+    if found.get("option"):
+        group = re.search(r"Group '([^']+)'", lines[i])
+        option = found["option"] or ""
+        if cls is not None:
+            return _unknown_key(f"{where}.{option}", [f"{where}.{name}" for name in parameters(cls)])
+        return _unknown_key(f"{group[1]}.{option}" if group else option, keys)
+    if found.get("unknown"):
+        return _unknown_class(where, found["unknown"] or "", lines, bases)
+    if found.get("required"):
+        return f"{where or 'the command'} needs {found['required']}"
+    if found.get("type"):
+        return f"{where} takes {_types(found['type'] or '')}, not {found['value']}"
+    if found.get("types"):
+        given = next((line.partition("Given value:")[2].strip() for line in lines[i:] if "Given value:" in line), "")
+        return f"{where} takes {_types(found['types'] or '')}, not {shorten(given, 80)}"
+    return shorten(f"{where}: {found.get('missing')}")
+
+
+def _place(lines: list[str], i: int, bases: Sequence[type]) -> tuple[str, type | None]:
+    """The dotted key that line `i` is about, and the class whose argument it is: read from the less indented lines above."""
+    keys: list[str] = []
+    cls, depth = None, _indent(lines[i]) + 1
+    for line in reversed(lines[: i + 1]):
+        if _indent(line) >= depth:
+            continue
+        depth = _indent(line)
+        key, path = re.search(r'Parser key "([^"]+)"', line), re.search(r"class_path '([^']+)'", line)
+        if key:
+            keys.insert(0, key[1])
+        elif path and cls is None and not keys:
+            cls = next((c for c in subclasses(bases) if c.__name__ == path[1].split(".")[-1]), None)
+    return ".".join(keys), cls
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def _unknown_key(key: str, known: Sequence[str]) -> str:
+    near = nearest(key, known)
+    return f"unknown key {key}" + (f": did you mean {near}?" if near else "; --help lists the keys")
+
+
+def _unknown_class(where: str, name: str, lines: list[str], bases: Sequence[type]) -> str:
+    wanted = re.search(r"Subtypes: \[.*?<class '[\w.]*?(\w+)'>", "\n".join(lines))
+    base = [b for b in bases if wanted and b.__name__ == wanted[1]]
+    known = sorted({c.__name__ for c in subclasses(base or bases)} - {b.__name__ for b in bases})
+    near = difflib.get_close_matches(name.split(".")[-1], known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}" if base else "give its import path"
+    return f"{where}: no class is called {shorten(name, 80)}; {hint}"
+
+
+def _types(text: str) -> str:
+    """Types as a user writes them: <class 'int'> is int, typing.Literal['a', 'b'] is a or b, NoneType is null."""
+    text = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text).replace("NoneType", "null")
+    text = re.sub(r"typing\.Literal\[([^\]]*)\]", lambda m: m[1].replace("'", "").replace(", ", " or "), text)
+    return shorten(" or ".join(re.split(r", (?![^\[]*\])", text)), 160)
