@@ -42,3 +42,33 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_eps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with eps-prediction, as Stable Diffusion 1.5."""
     return make_pipeline(tmp_path_factory.mktemp("pipelines") / "tiny-eps", "epsilon")
+
+
+TINY_RUN = """
+model:
+  class_path: LCM
+  init_args: {{pipeline: {pipeline}, guidance: [1.0, 3.0], updates: 12, lr: 1.0e-3, reflect: static, ema: 0.9, log_every: 1}}
+data: {{batch_size: 8, prior: {{forward: 0.75, student: 0.25}}, collect_every: 4}}
+test: {{n: 0}}
+previews: {{every: 6, count: 2, teacher_steps: [4], student_steps: [2, 1]}}
+checkpoints: {{every: 4}}
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config of ddil-fit, tiny.yaml: twelve updates on the random pipeline."""
+    path = tmp_path_factory.mktemp("configs") / "tiny.yaml"
+    path.write_text(TINY_RUN.format(pipeline=tiny))
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete run of it: the run folder runs/tiny/<time> below a folder of its own. Nobody may change it."""
+    from ddil_lightning import cli
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("finished"))
+        assert cli.fit(["--config", str(tiny_config)]) == 0
+        return (Path("runs") / "tiny" / "latest").resolve()

@@ -191,7 +191,13 @@ def test_students_of_half_precision_teachers_are_float32(tiny: Path) -> None:
     student = half.student(w_conditioned=True)
     assert next(half.pipe.unet.parameters()).dtype == torch.bfloat16
     assert {p.dtype for p in student.parameters()} == {torch.float32}
-    assert half.encode_text(PROMPTS).text.dtype == half.encode_images(torch.zeros(1, 3, 16, 16)).dtype == torch.float32
+    c = half.encode_text(PROMPTS)
+    assert c.text.dtype == half.encode_images(torch.zeros(1, 3, 16, 16)).dtype == torch.float32
+    x, t = states(3)
+    exact = Backbone(str(tiny)).teacher()(x, t, c)
+    rounded = half.teacher()(x, t, c)
+    assert rounded.dtype == torch.bfloat16 and student(x, t, c.guided(1.0)).dtype == torch.float32
+    torch.testing.assert_close(rounded.float(), exact, rtol=0.1, atol=0.05)
 
 
 def test_w_embedding_is_lcms(backbone: Backbone) -> None:

@@ -105,8 +105,9 @@ def test_schedulers_that_are_not_known():
     theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
     assert torch.allclose(NoiseSchedule.from_scheduler(theirs).sigmas[:-1].flip(0), theirs.sigmas[:1000].double(), atol=1e-6)
     assert NoiseSchedule.from_scheduler(EulerDiscreteScheduler(**SD_CONFIG)).steps == 1000  # the process, not the sampler
+    sigmoid = {"num_train_timesteps": 9, "beta_start": 0, "beta_end": 1, "beta_schedule": "sigmoid"}
     with pytest.raises(ValueError, match="beta_schedule is 'sigmoid': known are linear"):
-        NoiseSchedule.from_scheduler(SimpleNamespace(config={"num_train_timesteps": 9, "beta_start": 0, "beta_end": 1, "beta_schedule": "sigmoid"}))
+        NoiseSchedule.from_scheduler(SimpleNamespace(config=sigmoid))
     with pytest.raises(ValueError, match="neither betas nor a flow"):
         NoiseSchedule.from_scheduler(SimpleNamespace(config={}))
     with pytest.raises(ValueError, match="same length"):
@@ -186,7 +187,8 @@ def test_rotation_is_for_variance_preserving_paths():
     x = torch.zeros(1, 1, dtype=torch.float64)
     cos, sin = SD.rotation(torch.tensor([749]), torch.tensor([500]), x)
     angle = torch.atan2(SD.sigmas, SD.alphas)
-    assert torch.allclose(torch.stack([cos, sin]).flatten(), torch.stack([(angle[749] - angle[500]).cos(), (angle[749] - angle[500]).sin()]), atol=1e-12)
+    turn = angle[749] - angle[500]
+    assert torch.allclose(torch.stack([cos, sin]).flatten(), torch.stack([turn.cos(), turn.sin()]), atol=1e-12)
     with pytest.raises(ValueError, match="variance-preserving"):
         FLOW.rotation(749, 500, x)
 

@@ -103,7 +103,7 @@ def test_ddim_is_stateless():
     p = SD.prediction("v", x, t, out)
     middle = ddim(SD, x, p, t, m)
     assert torch.allclose(ddim(SD, middle, SD.from_x0(middle, m, p.x0), m, s), ddim(SD, x, p, t, s), atol=1e-9)
-    one = [ddim(SD, x[i : i + 1], SD.prediction("v", x[i : i + 1], t[i : i + 1], out[i : i + 1]), t[i : i + 1], s[i : i + 1]) for i in range(3)]
+    one = [ddim(SD, a, SD.prediction("v", a, b, d), b, e) for a, b, d, e in zip(*(y.split(1) for y in (x, t, out, s)), strict=True)]
     assert torch.equal(torch.cat(one), ddim(SD, x, p, t, s))
 
 
@@ -190,7 +190,7 @@ def test_dpm_solver_is_diffusers(prediction_type: str, steps: int):
     for (t, s), theirs_s in zip(zip(grid.times.tolist(), grid.times[1:].tolist(), strict=False), want, strict=True):
         now = torch.full((3,), t)
         x = solver(x, SD.prediction(KINDS[prediction_type], x, now, network(x, now, C)), t, s)
-        assert torch.allclose(x, theirs_s, rtol=2e-5, atol=2e-6 * float(theirs_s.abs().max()))
+        assert float((x - theirs_s).abs().max() / theirs_s.abs().max()) < 2e-6  # float32 tables and arithmetic: 8e-7 was seen
 
 
 @pytest.mark.parametrize(("t", "s"), [(999, 749), (250, 19)])
@@ -241,7 +241,10 @@ def test_substeps_are_a_finer_walk():
     assert torch.equal(policy.sample(noise(), coarse, C), teacher.sample(noise(), fine, C))
 
 
-@pytest.mark.parametrize(("t", "s", "substeps", "times"), [(999, 499, 2, [999, 749]), (250, END, 2, [250, 124]), (600, 200, 4, [600, 500, 400, 300])])
+@pytest.mark.parametrize(
+    ("t", "s", "substeps", "times"),
+    [(999, 499, 2, [999, 749]), (250, END, 2, [250, 124]), (600, 200, 4, [600, 500, 400, 300])],
+)
 def test_substeps_without_a_grid_divide_time(t: int, s: int, substeps: int, times: list[int]):
     network = Curved()
     Policy(Denoiser(network, SD, "v"), substeps=substeps)(noise(), t, s, C)

@@ -5,7 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ddil_lightning.types import END, FORWARD, MIXED, SOURCES, STUDENT, TEACHER, CaptionBatch, Context, LatentBatch, Prediction, cat, take, to
+from ddil_lightning.types import (
+    END,
+    FORWARD,
+    MIXED,
+    SOURCES,
+    STUDENT,
+    TEACHER,
+    CaptionBatch,
+    Context,
+    LatentBatch,
+    Prediction,
+    cat,
+    take,
+    to,
+)
 
 
 def context(n: int, first: float = 0.0) -> Context:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import signal
 import time
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers.logger import Logger
@@ -24,8 +21,9 @@ from . import runs
 from .callbacks import AnnealPrior, Cadence, Checkpoints, FlushBuffer, Previews, Progress, ShiftProbe  # noqa: F401 (short names in configs)
 from .captions import Captions, Digits, Images, Prompts, Shapes  # noqa: F401
 from .datamodule import DDILDataModule
-from .explain import explain, parameters, subclasses
+from .finish import Test, finish, machine  # noqa: F401
 from .main import FIT_SHORT, Refusal, configs_folder
+from .messages import explain, parameters, quiet, subclasses
 from .methods import LCM, Distillation  # noqa: F401
 from .prior import Constant, Cosine, Exponential, Gated, Linear, Piecewise, Schedule  # noqa: F401
 
@@ -35,24 +33,15 @@ RUN_DIR = "DDIL_RUN_DIR"  # tells the processes that Lightning launches where th
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-@dataclass
-class Test:
-    """What a run is measured by when it ends: `n` held-out prompts, the rows, the suite's seed. n = 0: no test."""
-
-    n: int = 512
-    teacher_steps: list[int] = field(default_factory=lambda: [32, 4, 2, 1])
-    student_steps: list[int] = field(default_factory=lambda: [4, 2, 1])
-    seed: int = 0
-
-
 class FitCLI(LightningCLI):
     """Parses, builds method and data, takes a run folder, builds the trainer. `fit` below runs them.
 
     Nothing is written before training starts, so that no error of the config, the data or a checkpoint leaves half a run behind.
+    `rebuild`: the parts alone, without a folder and loggers (for benchmarks).
     """
 
-    def __init__(self, args: list[str]) -> None:
-        self.folder, self.started = Path(), False
+    def __init__(self, args: list[str], rebuild: bool = False) -> None:
+        self.folder, self.started, self.rebuild = Path(), False, rebuild
         self._made: list[Path] = []
         super().__init__(
             Distillation,
@@ -92,7 +81,7 @@ class FitCLI(LightningCLI):
         except ArgumentError as error:
             methods = sorted({f"model.{name}" for cls in subclasses([Distillation]) for name in parameters(cls)})
             short = [name.lstrip("-") for name in FIT_SHORT]
-            raise Refusal(explain(str(error), [*short, *methods, *parser.get_defaults(skip_validation=True)], BASES)) from error
+            raise Refusal(explain(str(error), [*short, *methods, *parser.get_defaults(skip_validation=True).keys()], BASES)) from error
         refuse_data_seed(args)
         self.name = self.config.name or config_name([str(c) for c in self.config.get("config") or [] if c])
 
@@ -101,6 +90,8 @@ class FitCLI(LightningCLI):
         self.resumed: Path | None = None
         self.state: dict[str, Any] = {}
         self._source: Path | None = None  # the run that is resumed
+        if self.rebuild:
+            return
         if self.config.ckpt_path:
             self.resumed = runs.checkpoint(self.config.ckpt_path, self.config.run_dir, self.name)
             self.state, self._source = runs.load_checkpoint(self.resumed), runs.folder_of(self.resumed)
@@ -121,14 +112,19 @@ class FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Check what the parts ask of each other, take the run folder, and make the trainer that writes to it."""
         self.model.check_prior(self.datamodule.prior)
+        if self.rebuild:
+            return super().instantiate_trainer(logger=False, **kwargs)
         if self.resumed is not None:
             runs.check_fits(self.resumed, self.state, self.model)
         self._take_folder()
         try:
             trainer = super().instantiate_trainer(default_root_dir=str(self.folder), logger=self._loggers(), **kwargs)
-        except BaseException as error:
+        except MisconfigurationException as error:
             self.close()
-            raise Refusal(f"trainer: {error}") from error if isinstance(error, MisconfigurationException) else error
+            raise Refusal(f"trainer: {error}") from error
+        except BaseException:
+            self.close()
+            raise
         trainer.callbacks.insert(0, Start(self))  # type: ignore[attr-defined]
         return trainer
 
@@ -157,7 +153,7 @@ class FitCLI(LightningCLI):
     def start(self) -> None:
         """Training begins: config.yaml, which can be given to --config again, and the link to the newest run."""
         config = self.config.clone()
-        config.update({"name": self.name, "run_dir": None, "ckpt_path": None})
+        config.name, config.run_dir, config.ckpt_path = self.name, None, None
         path, text = self.folder / "config.yaml", self.parser.dump(config, skip_none=False)
         if path.is_file() and path.read_text(encoding="utf-8") != text:
             os.replace(path, self.folder / f"config.before-{self.clock}.yaml")
@@ -204,146 +200,81 @@ def refuse_data_seed(words: Sequence[str]) -> None:
             raise Refusal("data.seed follows the seed of the run: set seed_everything, or --seed on the command line")
 
 
-def quiet() -> None:
-    """Silence, by message, what says nothing to a user of this library; whole categories stay heard."""
-    for message in (
-        "isinstance.treespec",
-        "does not have many workers",
-        "module.s. in eval mode",
-        "exists and is not empty",
-        "You are using the plain ModelCheckpoint",
-    ):
-        warnings.filterwarnings("ignore", message=f".*{message}.*")
-    tips = ("Tip:", "available:", "LOCAL_RANK", "Trainer.fit` stopped", "Restor", "`weights_only` was not set", "KeyboardInterrupt")
-    names = ["lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero", "lightning.fabric.utilities.seed"]
-    for name in [*names, "lightning.pytorch.trainer.connectors.checkpoint_connector"]:
-        logger = logging.getLogger(name)
-        if not any(isinstance(f, _Tips) for f in logger.filters):
-            logger.addFilter(_Tips(tips))
-    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
-
-
-class _Tips(logging.Filter):
-    def __init__(self, tips: Sequence[str]) -> None:
-        super().__init__()
-        self.tips = tips
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not any(tip in record.getMessage() for tip in self.tips)
-
-
 def fit(words: list[str]) -> int:
     """Train, export, check, test, report. Returns 0; after Ctrl-C raises KeyboardInterrupt that says how to go on."""
     quiet()
-    start = time.time()
+    begun = time.time()
     cli = FitCLI(words)
+    checkpoints = next(c for c in cli.trainer.callbacks if isinstance(c, Checkpoints))  # type: ignore[attr-defined]
     try:
         if cli.clock < cli.model.updates:
-            train(cli)
+            train(cli, checkpoints)
         else:
-            reload(cli)
+            reload(cli, checkpoints)
         if cli.trainer.is_global_zero:
-            finish(cli, start)
+            conclude(cli, checkpoints, begun)
     finally:
         cli.close()
     return 0
 
 
-def train(cli: FitCLI) -> None:
+def train(cli: FitCLI, checkpoints: Checkpoints) -> None:
     """Trainer.fit, with every expected failure in one line that names the last good checkpoint."""
-    trainer, method = cli.trainer, cli.model
-    checkpoints = next(c for c in trainer.callbacks if isinstance(c, Checkpoints))  # type: ignore[attr-defined]
+    trainer = cli.trainer
     try:
-        trainer.fit(method, datamodule=cli.datamodule, ckpt_path=cli.resumed, weights_only=True if cli.resumed else None)
-    except (FloatingPointError, OSError) as error:
-        last = checkpoints.last or cli.resumed or "none yet"
-        if isinstance(error, FloatingPointError):
-            raise FloatingPointError(f"{error}; the last good checkpoint is {last}: go on from it with a lower model.lr") from error
+        trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.resumed, weights_only=True if cli.resumed else None)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error}; {last_good(cli, checkpoints)}: go on from it with a lower model.lr") from error
+    except OSError as error:
         if error.errno in FULL and "last good" not in str(error):
-            raise OSError(error.errno, f"{error.strerror} ({cli.folder}); the last good checkpoint is {last}") from error
+            raise OSError(error.errno, f"{error.strerror} ({error.filename or cli.folder}); {last_good(cli, checkpoints)}") from error
         raise
     except MisconfigurationException as error:
         raise Refusal(str(error)) from error
     except SystemExit as stop:  # what Lightning makes of a KeyboardInterrupt
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        raise KeyboardInterrupt(how_to_go_on(cli, checkpoints.last or cli.resumed)) from stop
+        raise KeyboardInterrupt(how_to_go_on(cli, checkpoints)) from stop
     if checkpoints.interrupted:
-        raise KeyboardInterrupt(how_to_go_on(cli, checkpoints.last))
+        raise KeyboardInterrupt(how_to_go_on(cli, checkpoints)) if trainer.is_global_zero else SystemExit(130)
 
 
-def how_to_go_on(cli: FitCLI, checkpoint: Path | None) -> str:
+def last_good(cli: FitCLI, checkpoints: Checkpoints) -> str:
+    """Where the run can go on."""
+    last = checkpoints.last or cli.resumed
+    return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+
+
+def how_to_go_on(cli: FitCLI, checkpoints: Checkpoints) -> str:
     """What Ctrl-C answers."""
     where = f"stopped at {cli.model.student_updates} of {cli.model.updates} student updates"
-    if checkpoint is None:
-        return f"{where}, before the first checkpoint"
-    return f"{where}; go on with: ddil-fit --config {cli.folder / 'config.yaml'} --ckpt_path {checkpoint}"
+    last = checkpoints.last or cli.resumed
+    if not last:
+        return f"{where}, nothing was saved"
+    return f"{where}; go on with: ddil-fit --config {cli.folder / 'config.yaml'} --ckpt_path {last}"
 
 
-def reload(cli: FitCLI) -> None:
+def reload(cli: FitCLI, checkpoints: Checkpoints) -> None:
     """A run whose updates were all done when it was stopped: only its results are missing. Raises Refusal where they are not."""
     if (cli.folder / "summary.json").is_file():
-        raise Refusal(
-            f"the run {cli.folder} is complete, all its {cli.clock} updates are done: raise --updates to go on, or try ddil-test {cli.folder}"
-        )
+        raise Refusal(f"the run {cli.folder} is complete, with all its {cli.clock} updates: raise --updates to go on, or try ddil-test")
     cli.model.load_state_dict(cli.state["state_dict"])
     cli.model.on_load_checkpoint(cli.state)
+    checkpoints.load_state_dict(cli.state["callbacks"].get(checkpoints.state_key, {}))
     if cli.trainer.is_global_zero:
         cli.start()
 
 
-def finish(cli: FitCLI, start: float) -> None:
+def conclude(cli: FitCLI, checkpoints: Checkpoints, begun: float) -> None:
     """What a complete run leaves behind: pipeline/, summary.json, report.html, and the table on the terminal."""
-    from . import evaluate, export, scoring
+    from .evaluate import write_rows
     from .report import write_report
 
-    method, test, folder = cli.model.eval(), cli.config_init.test, cli.folder
-    trained = time.time()
-    export.export(method, folder / "pipeline", cli.config.export_steps)
-    prompts = (cli.datamodule.examples(4) or ["", ""])[:4]
-    difference = export.verify(method, folder / "pipeline", prompts, cli.config.export_steps)
-    print(f"pipeline written and checked: {folder / 'pipeline'} (latents differ by {difference:.1e})", flush=True)
-    summary: dict[str, Any] = {
-        "config": cli.name,
-        "seed": cli.config.seed_everything,
-        "student_updates": method.student_updates,
-        "network_evaluations": method.evaluations,
-        "export_difference": difference,
-        "machine": machine(),
-        "rows": [],
-    }
-    dataset = method.backbone.about.get("dataset")
-    if test.n and dataset:
-        suite = evaluate.Suite.builtin(dataset, n=test.n, seed=test.seed)
-        say = lambda name: print(f"testing {name} on {test.n} prompts", flush=True)  # noqa: E731
-        summary["rows"] = scoring.method_rows(suite, method, test.teacher_steps, test.student_steps, say)
-    summary |= {"seconds": round(time.time() - start, 1), "seconds_training": round(trained - start, 1)}
-    evaluate.write_rows(folder / "summary.json", summary)  # type: ignore[arg-type]
-    page = write_report(folder)
-    if summary["rows"]:
-        print(evaluate.table(summary["rows"]), end="")
-    print(f"{method.student_updates} updates, {summary['seconds']:.0f} s; report {page}")
-
-
-def machine() -> dict[str, Any]:
-    """What figures must be quoted with."""
-    import platform
-    from importlib import metadata
-
-    import torch
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    packages = ("ddil-lightning", "torch", "lightning", "diffusers", "transformers")
-    versions = {name: metadata.version(name) for name in packages}
-    return {"device": device, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"), **versions}
-
-
-def rebuild(config: Path) -> Distillation:
-    """The method that a run's config.yaml describes, with fresh weights; data, callbacks and trainer are not made."""
-    import yaml
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(Distillation, "model", required=True)
-    try:
-        return parser.instantiate_classes(parser.parse_object({"model": (yaml.safe_load(config.read_text()) or {}).get("model")})).model
-    except ArgumentError as error:
-        raise Refusal(f"{config}: {explain(str(error), [], BASES)}") from error
+    # Lightning has moved the method to the CPU by now.
+    method = cli.model.to(cli.trainer.strategy.root_device).eval()
+    facts = {"config": cli.name, "seed": cli.config.seed_everything}
+    summary = finish(method, cli.folder, cli.config_init.test, cli.config.export_steps, cli.datamodule.examples(4), facts)
+    # A resumed run has also taken the time that its checkpoint knows of.
+    before = cli.state["callbacks"].get(checkpoints.state_key, {}).get("seconds", 0.0) if cli.state else 0.0
+    summary |= {"seconds": round(time.time() - begun + before, 1), "seconds_training": round(checkpoints.seconds, 1)}
+    write_rows(cli.folder / "summary.json", summary)  # type: ignore[arg-type]
+    print(f"{method.student_updates} updates, {summary['seconds']:.0f} s; report {write_report(cli.folder)}")

@@ -35,10 +35,13 @@ def test(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if sum(x is not None for x in (args.run, args.ckpt_path, args.pipeline)) != 1:
         raise Refusal("give one of: a run folder, --ckpt_path FILE, --pipeline DIR")
+    if args.n < 16:
+        raise Refusal(f"--n {args.n}: at least 16 prompts, and some hundreds for numbers that mean something")
     from . import evaluate
 
     rows = _checkpoint_rows(args) if args.ckpt_path else _pipeline_rows(args)
-    out = args.out or (Path(args.run) if args.run else Path.cwd()) / "metrics.json"
+    home = Path(args.run) if args.run else _config_of(args.ckpt_path).parent if args.ckpt_path else Path.cwd()
+    out = args.out or home / "metrics.json"
     evaluate.write_rows(out, {"rows": rows, "n": args.n, "seed": args.seed})  # type: ignore[arg-type]
     print(evaluate.table(rows), end="")
     print(f"written to {out}")
@@ -51,7 +54,7 @@ def _pipeline_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     if args.run and not (Path(args.run) / "pipeline").is_dir():
         raise Refusal(f"{args.run} holds no exported pipeline (pipeline/): give a finished run, or --ckpt_path for one that is not")
-    backbone = Backbone(str(Path(args.run) / "pipeline") if args.run else args.pipeline)
+    backbone = Backbone(str(Path(args.run) / "pipeline") if args.run else args.pipeline).to(_device())
     suite = _suite(args, backbone)
     steps = args.steps or ([4, 2, 1] if "method" in backbone.about else [32])
     g = _guidance(backbone, args.guidance)
@@ -61,7 +64,7 @@ def _pipeline_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 def _checkpoint_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     from . import scoring
 
-    method = restore(args.ckpt_path)
+    method = restore(args.ckpt_path).to(_device())
     suite = _suite(args, method.backbone)
     g = method.eval_guidance if args.guidance is None else args.guidance
     return [scoring.policy_row(suite, method.backbone, f"student@{n}", *method.sampler(n), g) for n in args.steps or [4, 2, 1]]
@@ -87,21 +90,32 @@ def _guidance(backbone: Any, given: float | None) -> float:
 
 def restore(ckpt_path: str | Path) -> Any:
     """The method of a checkpoint, rebuilt from the config.yaml of its run. Raises ValueError where either is missing or they do not fit."""
-    from . import cli, runs
+    from . import finish, messages, runs
 
-    path = runs.checkpoint(str(ckpt_path), None, "")
-    config = next((folder / "config.yaml" for folder in (path.parent, path.parent.parent) if (folder / "config.yaml").is_file()), None)
-    if config is None:
-        raise ValueError(f"no config.yaml beside {path} or above it: a checkpoint is rebuilt from the config of its run")
+    path, config = runs.checkpoint(str(ckpt_path), None, ""), _config_of(ckpt_path)
     state = runs.load_checkpoint(path)
-    cli.quiet()
-    method = cli.rebuild(config)
-    try:
-        method.load_state_dict(state["state_dict"])
-    except RuntimeError as error:
-        raise ValueError(f"the checkpoint {path} does not fit {config}: {str(error).splitlines()[0]}") from error
+    messages.quiet()
+    method = finish.rebuild(config)
+    runs.check_fits(path, state, method)
+    method.load_state_dict(state["state_dict"])
     method.on_load_checkpoint(state)
     return method.eval()
+
+
+def _config_of(ckpt_path: str | Path) -> Path:
+    from . import runs
+
+    path = runs.checkpoint(str(ckpt_path), None, "")
+    for folder in (path.parent, path.parent.parent):
+        if (folder / "config.yaml").is_file():
+            return folder / "config.yaml"
+    raise ValueError(f"no config.yaml beside {path} or above it: a checkpoint is rebuilt from the config of its run")
+
+
+def _device() -> Any:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def sample(argv: list[str]) -> int:
@@ -116,10 +130,14 @@ def sample(argv: list[str]) -> int:
     parser.add_argument("--scale", type=int, help="enlarge every pixel (default: to at least 256)")
     parser.add_argument("--out", type=Path, required=True, help="the PNG; several images make a sheet")
     args = parser.parse_args(argv)
+    if args.n < 1 or (args.scale is not None and args.scale < 1):
+        raise Refusal("--n and --scale are at least 1")
+    if args.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise Refusal(f"--out {args.out}: give a picture's name, such as x.png")
     from . import sampling
     from .backbones import Backbone
 
-    backbone = Backbone(args.pipeline)
+    backbone = Backbone(args.pipeline).to(_device())
     prompts = [p for p in args.prompt for _ in range(args.n)]
     backbone.check_length(prompts)
     steps = args.steps or int(backbone.about.get("steps", 32))
@@ -139,18 +157,17 @@ def export(argv: list[str]) -> int:
     parser.add_argument("--steps", type=_steps, default=4, help="the step count that the folder recommends")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     args = parser.parse_args(argv)
-    if args.out.exists() and any(args.out.iterdir()):
-        raise Refusal(f"{args.out} is not empty: choose another --out")
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise Refusal(f"{args.out} is there and not an empty folder: choose another --out")
     import torch
 
     from . import export as exporting
 
-    method = restore(args.ckpt_path)
-    exporting.export(method, args.out, args.steps, getattr(torch, args.dtype))
+    method = restore(args.ckpt_path).to(_device())
     prompts = ["", *(method.backbone.about.get("previews") or [])][:4]
     # Half-precision weights are rounded, so their samples only have to be near.
     tolerance = 1e-3 if args.dtype == "float32" else 0.5
-    difference = exporting.verify(method, args.out, prompts, args.steps, tolerance=tolerance)
+    difference = exporting.deliver(method, args.out, prompts, args.steps, getattr(torch, args.dtype), tolerance)
     print(f"pipeline written and checked: {args.out} (latents differ by {difference:.1e})")
     return 0
 

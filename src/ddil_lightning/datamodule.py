@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,9 @@ class DDILDataModule(LightningDataModule):
         if self.trainer is None or not self.trainer.training:
             return batch
         learner = self.learner
-        with torch.no_grad(), evaluating(learner.policies.student), self.trainer.precision_plugin.forward_context():
+        # Switching some hundred submodules costs more than the draw itself, so only where a network will be called.
+        acting = evaluating(learner.policies.student) if self._rolls() else nullcontext()
+        with torch.no_grad(), acting, self.trainer.precision_plugin.forward_context():
             backbone: Any = learner.backbone  # type: ignore[attr-defined]
             encoded = encode_batch(batch, backbone, self.truncate) if isinstance(batch, RawBatch) else batch
             self._collect(encoded)
@@ -193,11 +195,15 @@ class DDILDataModule(LightningDataModule):
                 control=self.control,
             )
 
+    def _rolls(self) -> bool:
+        """Whether the next batch needs a roll-out: at the buffer's cadence, or for every batch without one."""
+        if self.prior.rollouts == 0:
+            return False
+        return self.buffer is None or self._collected_at is None or self.clock - self._collected_at >= self.collect_every
+
     def _collect(self, batch: CaptionBatch) -> None:
         """Algorithm 2 at its cadence."""
-        if self.buffer is None or self.prior.rollouts == 0:
-            return
-        if self._collected_at is not None and self.clock - self._collected_at < self.collect_every:
+        if self.buffer is None or not self._rolls():
             return
         learner = self.learner
         shape = learner.backbone.latent_shape  # type: ignore[attr-defined]

@@ -107,6 +107,21 @@ def verify(method: Distillation, folder: Path, prompts: list[str], steps: int, s
     return difference
 
 
+def deliver(
+    method: Distillation, folder: Path, prompts: list[str], steps: int, dtype: torch.dtype = torch.float32, tolerance: float = 1e-3
+) -> float:
+    """`export`, `verify`, and only then the name `folder` -> the difference. Raises as they do, and then leaves no folder."""
+    temporary = folder.with_name(f".{folder.name}.unverified")
+    try:
+        export(method, temporary, steps, dtype)
+        difference = verify(method, temporary, prompts, steps, tolerance=tolerance)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return difference
+
+
 def relative(a: Tensor, b: Tensor) -> float:
     """max |a - b| / rms(a)."""
     return float((a - b).abs().max() / a.square().mean().sqrt())

@@ -158,7 +158,7 @@ def _pretrain(argv: list[str]) -> int | None:
     words = expand(argv, {})
     from jsonargparse import ArgumentError
 
-    from .explain import explain
+    from .messages import explain
     from .miniature import pretrain
 
     try:

@@ -23,12 +23,8 @@ def reserve(run_dir: str | None, config: str) -> tuple[Path, list[Path]]:
     Raises ValueError when `run_dir` already holds a run: nothing is overwritten.
     """
     if run_dir is not None:
-        folder = Path(run_dir)
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--run_dir {folder} is a file: give a folder")
-        if any((folder / name).exists() for name in ("config.yaml", "checkpoints", "metrics.csv", "summary.json")):
-            raise ValueError(f"{folder} already holds a run: choose another --run_dir, or go on with it by --ckpt_path last")
-        return folder, _make(folder)
+        check_free(Path(run_dir))
+        return Path(run_dir), _make(Path(run_dir))
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
     for suffix in ("", *(f"-{k}" for k in range(2, 1000))):
         folder = Path("runs") / config / f"{stamp}{suffix}"
@@ -36,6 +32,14 @@ def reserve(run_dir: str | None, config: str) -> tuple[Path, list[Path]]:
         if made:  # a folder that exists belongs to a run that was started in the same second
             return folder, made
     raise ValueError(f"no free name for a run in {folder.parent}: give --run_dir")
+
+
+def check_free(folder: Path) -> None:
+    """Raises ValueError when a fresh run in `folder` would overwrite something."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--run_dir {folder} is a file: give a folder")
+    if any((folder / name).exists() for name in ("config.yaml", "checkpoints", "metrics.csv", "summary.json")):
+        raise ValueError(f"{folder} already holds a run: choose another --run_dir, or go on with it by --ckpt_path last")
 
 
 def _make(folder: Path) -> list[Path]:
@@ -199,3 +203,27 @@ class MetricsFile(Logger):
             os.replace(temporary, self.path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def wandb_logger(folder: Path, name: str, mode: str, config: dict[str, Any]) -> Any:
+    """A W&B logger that writes below the run folder and never asks for a key."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    title = f"{name}/{folder.name}"
+    return WandbLogger(project="ddil-lightning", name=title, save_dir=str(folder), offline=mode == "offline", config=config)
+
+
+def check_wandb_key() -> None:
+    """Raises ValueError where W&B would have to ask for a key."""
+    import netrc
+    from urllib.parse import urlparse
+
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        known = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        known = None
+    if not known and not os.environ.get("WANDB_API_KEY"):
+        raise ValueError(
+            "--wandb online needs a key: run `wandb login` or set WANDB_API_KEY, or use --wandb offline and `wandb sync` later"
+        )

@@ -14,7 +14,8 @@ from ..denoiser import Denoiser
 from ..reflect import Mode, Reflection
 from ..schedule import Grid
 from ..solver import Policy
-from ..types import SOURCES, LatentBatch
+from ..types import LatentBatch
+from .clock import Clock, Means
 from .losses import lerp_
 
 
@@ -74,7 +75,7 @@ class Distillation(LightningModule):
         self._by_source: dict[str, tuple[Tensor, Tensor]] = {}
         self._last: Tensor | None = None
         self._batch: LatentBatch | None = None
-        self._sums: dict[str, tuple[Tensor, Tensor | int]] = {}
+        self.means = Means()
 
     # What the draw and inference ask -----------------------------------------------------------------------------------------
 
@@ -179,16 +180,7 @@ class Distillation(LightningModule):
     def record(self, **values: Tensor | float) -> None:
         """Add to the running means that the Clock callback writes to the loggers every `log_every` student updates."""
         for name, value in values.items():
-            self._add(name, torch.as_tensor(value, device=self.device).detach().float().mean(), 1)
-
-    def _add(self, name: str, value: Tensor, n: Tensor | int) -> None:
-        total, count = self._sums.get(name, (0, 0))
-        self._sums[name] = (total + value, count + n)
-
-    def means(self) -> dict[str, float]:
-        """The running means, emptied; a source that gave no latents has none."""
-        sums, self._sums = self._sums, {}
-        return {name: float(total) / int(n) for name, (total, n) in sums.items() if int(n)}
+            self.means.add(name, value.detach().float().mean() if isinstance(value, Tensor) else value)
 
     @property
     def source_losses(self) -> dict[str, float]:
@@ -198,11 +190,7 @@ class Distillation(LightningModule):
     def feedback(self, b: LatentBatch, loss: Tensor) -> Tensor:
         """The scalar loss of per-sample losses [B]; the buffer's priorities and the per-source means hear of it on the way."""
         self._batch = b
-        # Sums and counts stay on the device: asking which sources are there would wait for it at every step.
-        rows = {name: b.source == tag for tag, name in enumerate(SOURCES)}
-        self._by_source = {name: ((loss.detach() * of).sum(), of.sum()) for name, of in rows.items()}
-        for name, (total, n) in self._by_source.items():
-            self._add(f"loss/{name}", total, n)
+        self._by_source = self.means.by_source(loss.detach(), b.source)
         observe = getattr(getattr(self.trainer, "datamodule", None), "observe", None)
         if observe is not None:
             observe(b, loss)
@@ -269,32 +257,3 @@ class Distillation(LightningModule):
             if isinstance(part, nn.Module):
                 part._apply(fn)
         return self
-
-
-class Clock(Callback):
-    """After every batch: commit the data position, write the running means, stop at `updates`.
-
-    A callback and not a module hook, because checkpoint callbacks run before the module's own hook and would save a stale counter.
-    """
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Nothing is left to do in a run that resumes from its end."""
-        self._logged = pl_module.student_updates
-        if pl_module.student_updates >= pl_module.updates:
-            trainer.should_stop = True
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Commit, log, stop."""
-        data: Any = getattr(trainer, "datamodule", None)
-        if hasattr(data, "commit"):
-            data.commit()
-        clock = pl_module.student_updates
-        if clock != self._logged and (clock % pl_module.log_every == 0 or clock >= pl_module.updates):
-            self._logged = clock
-            values = {"student_updates": clock, "lr": pl_module.lr * pl_module.lr_factor(), **pl_module.means()}
-            if hasattr(data, "statistics"):
-                values |= data.statistics()
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=clock)
-        if clock >= pl_module.updates:
-            trainer.should_stop = True

@@ -1,10 +1,12 @@
-"""jsonargparse's messages on one line: the key, what is wrong with it, and the nearest that exists."""
+"""What a user is told: jsonargparse's messages on one line, with the nearest key that exists; no tips that say nothing."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import logging
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 
 LEAVES = (  # what went wrong, in the order in which a message is searched for it
@@ -125,3 +127,31 @@ def _types(text: str) -> str:
     text = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text).replace("NoneType", "null")
     text = re.sub(r"typing\.Literal\[([^\]]*)\]", lambda m: m[1].replace("'", "").replace(", ", " or "), text)
     return shorten(" or ".join(re.split(r", (?![^\[]*\])", text)), 160)
+
+
+def quiet() -> None:
+    """Silence, by message, what says nothing to a user of this library; whole categories stay heard."""
+    for message in (
+        "isinstance.treespec",
+        "does not have many workers",
+        "module.s. in eval mode",
+        "exists and is not empty",
+        "You are using the plain ModelCheckpoint",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{message}.*")
+    tips = ("Tip:", "available:", "LOCAL_RANK", "Trainer.fit` stopped", "Restor", "`weights_only` was not set", "KeyboardInterrupt")
+    names = ["lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero", "lightning.fabric.utilities.seed"]
+    for name in [*names, "lightning.pytorch.trainer.connectors.checkpoint_connector"]:
+        logger = logging.getLogger(name)
+        if not any(isinstance(f, _Tips) for f in logger.filters):
+            logger.addFilter(_Tips(tips))
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+
+
+class _Tips(logging.Filter):
+    def __init__(self, tips: Sequence[str]) -> None:
+        super().__init__()
+        self.tips = tips
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not any(tip in record.getMessage() for tip in self.tips)
