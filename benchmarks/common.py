@@ -1,4 +1,4 @@
-"""What the benchmarks share: the shipped configs as trainer, method and data; a random pipeline; means over seeds; the table of a report."""
+"""What the benchmarks share: the shipped configs as trainer, method and data, a random pipeline, means over seeds, a report's table."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import logging
 import statistics
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,8 +26,26 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     made.add_argument("--json", type=Path, help="write the table as JSON")
     made.add_argument("--pipeline", default="builtin", help="a pipeline folder, hub id, builtin, or `random`: builtin's size, untrained")
     made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the config, as on ddil-fit's command line")
+    made.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the config, as on ddil-fit's command line"
+    )
     return made
+
+
+def speed_parser(doc: str | None, config: str) -> argparse.ArgumentParser:
+    """The options of a benchmark of speed."""
+    made = parser(doc)
+    made.add_argument("--config", default=config)
+    made.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
+    made.add_argument("--cpu_time", action="store_true", help="read the CPU clock of this process: for a busy machine, with --threads 1")
+    return made
+
+
+def clock(args: argparse.Namespace) -> Callable[[], float]:
+    """The clock that --cpu_time asks for, in seconds; sets the threads, too."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return time.process_time if args.cpu_time else time.perf_counter
 
 
 def quiet() -> None:

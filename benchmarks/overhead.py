@@ -14,12 +14,11 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import common
-import torch
 from lightning.pytorch import Callback
 
 from ddil_lightning.buffer import ReplayBuffer
@@ -70,8 +69,8 @@ def settings(data: Any) -> list[Setting]:
 class Blocks(Callback):
     """Gives every setting a block of updates in turn and times it whole; the first round warms up and fills the buffers."""
 
-    def __init__(self, settings: list[Setting], block: int, rounds: int) -> None:
-        self.settings, self.block, self.rounds = settings, block, rounds
+    def __init__(self, settings: list[Setting], now: Callable[[], float], block: int, rounds: int) -> None:
+        self.settings, self.now, self.block = settings, now, block
         self.updates = block * len(settings) * (rounds + 1)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -84,7 +83,7 @@ class Blocks(Callback):
         if clock % self.block:
             return
         common.synchronize(pl_module.device)
-        done, index = time.perf_counter() - self._since, clock // self.block - 1
+        done, index = self.now() - self._since, clock // self.block - 1
         setting = self.settings[index % len(self.settings)]
         if index >= len(self.settings):
             setting.seconds.append(done / self.block)
@@ -94,7 +93,7 @@ class Blocks(Callback):
     def _begin(self, trainer: Any, method: Any, setting: Setting) -> None:
         data = trainer.datamodule
         data.prior, data.collect_every, data.buffer = setting.prior, setting.every or 1, setting.buffer
-        self._before, self._since = self._weighted(method), time.perf_counter()
+        self._before, self._since = self._weighted(method), self.now()
 
     def _weighted(self, method: Any) -> float:
         """Forwards of one sample so far; the student's backward in every update counts as two more."""
@@ -114,12 +113,11 @@ def predicted(s: Setting, batch: int, trajectories: int, nodes: float) -> tuple[
 
 def measure(args: argparse.Namespace) -> common.Report:
     """The report."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    now = common.clock(args)
     trainer, method, data = common.build(args.config, pipeline=common.pipeline_at(args.pipeline), seed=args.seed, overrides=args.set)
     cases = settings(data)
     # A block holds a whole number of collections of every setting, or the cheap half of a cycle would be compared with the dear one.
-    blocks = Blocks(cases, block=2 * data.collect_every, rounds=1 if args.quick else args.rounds)
+    blocks = Blocks(cases, now, block=2 * data.collect_every, rounds=1 if args.quick else args.rounds)
     method.updates = blocks.updates
     trainer.callbacks.append(blocks)
     data.captions = encode(common.few_captions(method, 64 if args.quick else 512), method.backbone)
@@ -154,17 +152,15 @@ def report(cases: list[Setting], data: Any, nodes: float, block: int) -> common.
         "notes": [
             f"batch {data.batch_size}, {data.trajectories} trajectories a collection, {nodes:g} nodes on average, "
             f"{len(plain.seconds)} rounds of {block} updates",
-            "counted weighs a student update's backward as two forwards; roll-out lengths are drawn, so few rounds scatter around the formula",
+            "counted: a backward is two forwards; the lengths of roll-outs are drawn, so few rounds scatter about the formula",
         ],
     }
 
 
 def main(argv: list[str] | None = None) -> common.Report:
     """The command."""
-    parser = common.parser(__doc__)
-    parser.add_argument("--config", default="lcm_ddil.yaml")
+    parser = common.speed_parser(__doc__, "lcm_ddil.yaml")
     parser.add_argument("--rounds", type=int, default=12, help="blocks of every setting")
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     return common.main(measure, parser.parse_args(argv))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +25,13 @@ from ddil_lightning.solver import ddim
 from ddil_lightning.types import LatentBatch, take
 
 PARTS = ("student forward + backward, B", "teacher forward, 2 B", "target forward, B")
-COLUMNS = (("name", ""), ("evaluations", "network evaluations / sample"), ("seconds", "seconds"), ("units", "forwards of B"), ("ratio", "x floor"))
+COLUMNS = (
+    ("name", ""),
+    ("evaluations", "network evaluations / sample"),
+    ("seconds", "seconds"),
+    ("units", "forwards of B"),
+    ("ratio", "x floor"),
+)
 
 
 def floor_calls(method: Any, b: LatentBatch) -> dict[str, Callable[[], None]]:
@@ -93,8 +98,8 @@ class BareLoop:
 class Beside(Callback):
     """Times every whole Lightning step, data, logging and callbacks included, and runs the others between two steps."""
 
-    def __init__(self, bare: BareLoop, warmup: int = 3) -> None:
-        self.bare, self.warmup = bare, warmup
+    def __init__(self, bare: BareLoop, now: Callable[[], float], warmup: int = 3) -> None:
+        self.bare, self.now, self.warmup = bare, now, warmup
         self.seconds: dict[str, list[float]] = {}
         self.counted: dict[str, float] = {}
         self._since: float | None = None
@@ -104,21 +109,20 @@ class Beside(Callback):
         common.synchronize(pl_module.device)
         keep = pl_module.student_updates > self.warmup
         if self._since is not None and keep:
-            self.seconds.setdefault("Lightning step", []).append(time.perf_counter() - self._since)
+            self.seconds.setdefault("Lightning step", []).append(self.now() - self._since)
         self.counted = {name: n / (pl_module.student_updates * len(batch.t)) for name, n in pl_module.evaluations.items()}
         for name, call in {**floor_calls(pl_module, batch), "bare loop": self.bare.step}.items():
-            start = time.perf_counter()
+            start = self.now()
             call()
             common.synchronize(pl_module.device)
             if keep:
-                self.seconds.setdefault(name, []).append(time.perf_counter() - start)
-        self._since = time.perf_counter()
+                self.seconds.setdefault(name, []).append(self.now() - start)
+        self._since = self.now()
 
 
 def measure(args: argparse.Namespace) -> common.Report:
     """The report."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    now = common.clock(args)
     repeats = 3 if args.quick else args.repeats
     pipeline = common.pipeline_at(args.pipeline)
     updates = [f"model.init_args.updates={repeats + 3}", *args.set]
@@ -126,7 +130,7 @@ def measure(args: argparse.Namespace) -> common.Report:
     _, other, _ = common.build(args.config, pipeline=pipeline, seed=args.seed, overrides=updates)
     data.captions = encode(common.few_captions(method, 64 if args.quick else 512), method.backbone)
     bare = BareLoop(other.to(trainer.strategy.root_device), data.captions, data.batch_size)
-    beside = Beside(bare)
+    beside = Beside(bare, now)
     trainer.callbacks.append(beside)
     trainer.fit(method, datamodule=data)
     return report(beside, data.batch_size)
@@ -167,10 +171,8 @@ def report(beside: Beside, batch: int) -> common.Report:
 
 def main(argv: list[str] | None = None) -> common.Report:
     """The command."""
-    parser = common.parser(__doc__)
-    parser.add_argument("--config", default="lcm.yaml")
+    parser = common.speed_parser(__doc__, "lcm.yaml")
     parser.add_argument("--repeats", type=int, default=30, help="rounds of floor, bare loop and step")
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     return common.main(measure, parser.parse_args(argv))
 
 

@@ -37,9 +37,7 @@ def test_version_and_a_wrong_config_name_are_answered_without_torch() -> None:
     assert done.stdout.startswith("ddil-lightning ") and "loaded []" in done.stdout
     assert [line for line in done.stdout.splitlines() if line.startswith("code")] == ["code 0", "code 2", "code 2", "code 2"]
     unknown, bare, none = done.stderr.splitlines()
-    assert unknown == "ddil-fit: no config lcm_dill.yaml: it is neither a file nor a packaged config; did you mean lcm_ddil.yaml?" or (
-        "lcm_dill.yaml" in unknown and "did you mean lcm_ddil.yaml" in unknown
-    )
+    assert unknown.startswith("ddil-fit: no config lcm_dill.yaml: it is neither") and "did you mean lcm_ddil.yaml" in unknown
     assert "--config needs a name" in bare
     assert "ddil-fit needs --config NAME" in none and "lcm_ddil.yaml" in none
 

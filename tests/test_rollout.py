@@ -98,7 +98,7 @@ def test_teacher_roll_outs_are_its_own_states_at_shared_nodes():
     assert m.times("student") == [] and m.times("teacher")[:6] == FINE.nodes.tolist()[:6]
 
 
-@pytest.mark.parametrize("actors", itertools.product([True, False], repeat=4), ids=lambda a: "".join("TS"[x] for x in a))
+@pytest.mark.parametrize("actors", list(itertools.product([True, False], repeat=4)), ids=lambda a: "".join("TS"[x] for x in a))
 def test_every_pattern_of_actors(actors: tuple[bool, ...]):
     """Data at one point, student and teacher exact: every state is alpha mu + sigma e with the same e, whoever acts."""
     mu = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
@@ -107,7 +107,7 @@ def test_every_pattern_of_actors(actors: tuple[bool, ...]):
     x, _ = start(3, 0)
     e = (x - SD.alphas[999] * mu) / SD.sigmas[999]
     want = torch.cat([SD.alphas[t] * mu + SD.sigmas[t] * e for t in GRID.nodes.tolist()])
-    assert torch.allclose(made.x_t.double(), want, atol=1e-5) and torch.equal(made.x_t[:3], x)
+    assert torch.allclose(made.x_t, want, atol=1e-5) and torch.equal(made.x_t[:3], x)
     assert made.t.tolist() == GRID.nodes.repeat_interleave(3).tolist() and made.row.tolist() == [0, 1, 2] * 4
     bits = [sum(1 << j for j in range(i) if actors[j]) for i in range(4)]
     assert made.actors.view(4, 3)[:, 0].tolist() == bits
@@ -210,7 +210,7 @@ def test_a_method_without_a_teacher_policy_says_so():
 
 def test_every_rung_is_drawn_and_walked_no_further():
     """FastVideo 743: the wrong rung trained, the pure-noise rung lost, every rung simulated whatever rung is drawn."""
-    seen, n = [], 400
+    seen, n = [], 240
     for step in range(n):
         m = method()
         b = fresh(batch(2), m, STUDENTS, Streams(0, step), SHAPE)

@@ -91,6 +91,7 @@ class DDILDataModule(LightningDataModule):
         self.buffer = ReplayBuffer(capacity, max_age=max_age, priority=priority) if capacity else None
         self.done = 0
         self._examples: list[str] = []
+        self._moment: float | None = None
         self._collected_at: int | None = None
 
     # The learner ---------------------------------------------------------------------------------------------------------------
@@ -213,8 +214,19 @@ class DDILDataModule(LightningDataModule):
             actors = SOURCES[int(made.source[made.t == first][0])]
             raise FloatingPointError(f"a roll-out by the {actors} policy is not finite at t = {first}, student update {self.clock}")
         self.buffer.expire(self.clock, getattr(learner, "stage", 0))
-        self.buffer.add(made.x_t, made.t, made.c, made.row, made.source, made.actors, self.clock, getattr(learner, "stage", 0))
+        stage = getattr(learner, "stage", 0)
+        self.buffer.add(made.x_t, made.t, made.c, made.row, made.source, made.actors, self.clock, stage, self._expected(made.t))
         self._collected_at = self.clock
+
+    def _expected(self, t: Tensor) -> Tensor | None:
+        """[M] mean square of forward latents at `t`, alpha^2 E|x0|^2 / d + sigma^2: the buffer refuses states far from it. None without data."""
+        latents = self.captions.latents if isinstance(self.captions, Encoded) else None
+        if latents is None:
+            return None
+        if self._moment is None:
+            self._moment = float(latents[:2048].square().mean())
+        schedule = self.learner.policies.student.schedule
+        return (schedule.alphas[t.cpu()].square() * self._moment + schedule.sigmas[t.cpu()].square()).float()
 
     def observe(self, batch: LatentBatch, loss: Tensor) -> None:
         """Per-sample losses [B] of a batch: the buffer's priorities."""

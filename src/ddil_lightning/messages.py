@@ -116,9 +116,14 @@ def _unknown_key(key: str, known: Sequence[str]) -> str:
 def _unknown_class(where: str, name: str, lines: list[str], bases: Sequence[type]) -> str:
     wanted = re.search(r"Subtypes: \[.*?<class '[\w.]*?(\w+)'>", "\n".join(lines))
     base = [b for b in bases if wanted and b.__name__ == wanted[1]]
-    known = sorted({c.__name__ for c in subclasses(base or bases)} - {b.__name__ for b in bases})
-    near = difflib.get_close_matches(name.split(".")[-1], known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}" if base else "give its import path"
+    # Of two names as near as each other, this library's own was meant, not one of Lightning's many.
+    own, others = [
+        sorted({c.__name__ for c in subclasses(bases) if c.__module__.startswith("lightning.") is lightning} - {b.__name__ for b in bases})
+        for lightning in (False, True)
+    ]
+    near = [n for known in (own, others) for n in difflib.get_close_matches(name.split(".")[-1], known, n=1, cutoff=0.6)]
+    known = [n for n in own if n in {c.__name__ for c in subclasses(base)}]
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}" if known else "give its import path"
     return f"{where}: no class is called {shorten(name, 80)}; {hint}"
 
 

@@ -238,7 +238,8 @@ def draw(
     """Algorithm 1: one training batch of latents.
 
     `batch` [B] encoded captions; `shape` of one latent; `buffer`: a filled replay buffer (None: roll out on the spot); `clock` and
-    `progress` in [0, 1] date the buffer's priorities; `control`: see `stand_in`, for draws without a buffer. With `prior.forward == 1`, or while the buffer holds too little, this is `forward`.
+    `progress` in [0, 1] date the buffer's priorities; `control`: see `stand_in`, for draws without a buffer.
+    With `prior.forward == 1`, or while the buffer holds too little, this is `forward`.
     """
     size = len(batch.rows)
     k = counts(prior, size, granularity, streams.shared("source"))

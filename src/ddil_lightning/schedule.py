@@ -236,7 +236,14 @@ class Grid:
 
     @classmethod
     def consistency(cls, solver_steps: int = 50, total: int = 1000, rollouts: Sequence[int] = (3, 4, 5)) -> Grid:
-        """LCM's training grid 999, 979, ..., 19 whose last interval ends at t = 0, where the solver's table stops, not at END."""
+        """LCM's training grid 999, 979, ..., 19 whose last interval ends at t = 0, where the solver's table stops, not at END.
+
+        Raises ValueError when `solver_steps` does not divide `total`.
+        """
+        if solver_steps < 1 or total % solver_steps:
+            near = min((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - solver_steps))
+            # Such a grid would start below the noisiest time, at which sampling starts, and fail in silence.
+            raise ValueError(f"solver_steps = {solver_steps} does not divide the schedule's {total} times: take {near}")
         skip = total // solver_steps
         times = [k * skip - 1 for k in range(solver_steps, 0, -1)]
         walks = [cls.named("lcm", n, total, solver_steps=solver_steps) for n in rollouts]

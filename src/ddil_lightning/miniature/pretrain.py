@@ -202,10 +202,10 @@ class Snapshots(Callback):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Console script: ddil-pretrain --config pretrain.yaml [--images 1000000 ...]; prints the folder."""
+    """ddil-pretrain --config pretrain.yaml [--images 1000000 ...]; prints the folder. Raises jsonargparse.ArgumentError."""
     from jsonargparse import CLI
 
-    print(CLI(pretrain, args=None if argv is None else list(argv), as_positional=False))
+    print(CLI(pretrain, args=None if argv is None else list(argv), as_positional=False, exit_on_error=False, prog="ddil-pretrain"))
 
 
 if __name__ == "__main__":
