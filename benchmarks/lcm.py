@@ -177,8 +177,12 @@ def done(jobs: int, todo: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield from map(work, todo)
         return
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(work, task) for task in todo]):
-            yield future.result()
+        try:
+            for future in as_completed([pool.submit(work, task) for task in todo]):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # what is finished is kept; what has not begun need not begin
+            raise
 
 
 def measure(args: argparse.Namespace) -> common.Report:
@@ -192,7 +196,7 @@ def measure(args: argparse.Namespace) -> common.Report:
     if not Path(first["reference"]).is_file():
         Path(first["file"]).unlink(missing_ok=True)
     start = time.time()
-    baseline = next(done(1, [first]))
+    baseline = work({**first, "threads": args.threads * args.jobs})
     records = []
     for record in done(args.jobs, runs):
         records.append(record)

@@ -7,8 +7,7 @@ from typing import Any
 
 import common
 
-from ddil_lightning.evaluate import KEYS
-from ddil_lightning.results import gap_closed
+from ddil_lightning.results import METRICS, gap_closed
 
 SHIPPED = "lcm_ddil+R"  # what `ddil-fit --config lcm_ddil.yaml` trains, and the targets are about
 AGAINST = [(name, "lcm") for name in ("lcm+R", "lcm_ddil", "lcm_ddil+R", "same_times", "same_times+R")] + [
@@ -18,7 +17,7 @@ AGAINST = [(name, "lcm") for name in ("lcm+R", "lcm_ddil", "lcm_ddil+R", "same_t
 ]
 TEACHER_STEPS, STUDENT_STEPS = (32, 4, 2, 1), (4, 2, 1)
 GAPS = ("frechet", "all_right")
-MEASURES = (*KEYS[:8], "paired", *(f"gap_{k}" for k in GAPS))
+MEASURES = (*(m.key for m in METRICS), "paired", *(f"gap_{k}" for k in GAPS))
 HEADINGS = ("Fréchet ↓", "CLIP ↑", "density", "coverage ↑", "LPIPS div.", "attributes ↑", "all right ↑", "modes ↑", "paired ↓")
 COLUMNS = (("variant", ""), ("name", ""), *zip(MEASURES, (*HEADINGS, "gap Fréchet ↑", "gap all right ↑"), strict=True))
 
@@ -42,7 +41,7 @@ def report(baseline: dict[str, Any], records: list[dict[str, Any]], variants: Se
         "seconds_training": {f"{r['variant']}/{r['seed']}": r["seconds"] for r in records},
         "targets": targets(teachers, {row["name"]: row["metrics"] for row in means if row["variant"] == SHIPPED}),
         "notes": [
-            f"{size['seeds']} seed(s), ± is the standard error of the mean; {size['prompts']} prompts; {records[0]['updates']} updates a run",
+            f"{size['seeds']} seed(s), ± is the standard error of their mean; {size['prompts']} prompts; {records[0]['updates']} updates",
             "paired: mean squared difference to the teacher's images in 32 steps from the same noise; gap: share of the way from the "
             "teacher at the same steps to the teacher at 32",
         ],

@@ -133,7 +133,8 @@ def captions(folder: Path, prior: SamplingPrior = MIXED, **kwargs: Any) -> DDILD
 def fit(method: Any, data: LightningDataModule, *callbacks: Callback, ckpt: Path | None = None, **kwargs: Any) -> Run:
     """One fit. The global generator starts anywhere: results may hang on the seeds of method and data alone."""
     torch.manual_seed(next(_fits))
-    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    saves = any(isinstance(callback, Checkpoint) for callback in callbacks)
+    quiet = {"enable_checkpointing": saves, "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
     log = Log()
     trainer = Trainer(**{"max_epochs": -1, "accelerator": "cpu", "logger": log, "callbacks": list(callbacks), **quiet, **kwargs})
     trainer.fit(method, data, ckpt_path=None if ckpt is None else str(ckpt))

@@ -126,8 +126,8 @@ VALUES = {
         "tokens and the text encoder reads 16",
     ),
     "no images": (
-        ["--config", "{data: {captions: {class_path: Prompts, init_args: {path: short.txt}}, batch_size: 1, prior: {student: 0.0}}}"],
-        "forward",
+        ["--config", "{data: {captions: {class_path: Prompts, init_args: {path: short.txt}}, batch_size: 1}}"],
+        "the prior has a forward share but the data set has no images",
     ),
     "few captions": (
         ["--config", "{data: {captions: {class_path: Prompts, init_args: {path: short.txt}}, batch_size: 8}}"],
@@ -276,17 +276,18 @@ def press(monkeypatch: pytest.MonkeyPatch, clock: int, times: int = 1) -> None:
 
 
 def test_ctrl_c_saves_and_the_run_goes_on_exactly(finished: Path, tiny_config: Path, here: Path, capsys: Any, monkeypatch: Any) -> None:
+    listener = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         press(patch, 5)
-        code, out, err = fit(capsys, "--config", str(tiny_config))
+        code, _, err = fit(capsys, "--config", str(tiny_config))
     folder = Path("runs/tiny/latest").resolve()
     last = f"runs/tiny/{folder.name}/checkpoints/updates=6.ckpt"
     said = f"stopped at 6 of 12 student updates; go on with: ddil-fit --config runs/tiny/{folder.name}/config.yaml --ckpt_path {last}"
-    assert (code, err) == (130, f"\nddil-fit: {said}\n") and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert (code, err) == (130, f"\nddil-fit: {said}\n") and signal.getsignal(signal.SIGINT) is listener
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["updates=4.ckpt", "updates=6.ckpt"]
     assert not (folder / "summary.json").exists() and not (folder / "pipeline").exists()
 
-    code, out, err = fit(capsys, *said.split("ddil-fit ")[1].split())  # as it said
+    code, _, err = fit(capsys, *said.split("ddil-fit ")[1].split())  # as it said
     assert code == 0, err
     assert Path("runs/tiny/latest").resolve() == folder and len(list(folder.parent.iterdir())) == 2
     same(checkpoint(folder, 12), checkpoint(finished, 12))
@@ -298,10 +299,11 @@ def test_ctrl_c_saves_and_the_run_goes_on_exactly(finished: Path, tiny_config: P
 
 
 def test_a_second_ctrl_c_stops_at_once(tiny_config: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    listener = signal.getsignal(signal.SIGINT)
     press(monkeypatch, 5, times=2)
     code, _, err = fit(capsys, "--config", str(tiny_config), "--run_dir", "r", "previews.every=0")
     assert code == 130 and err.count("\n") == 2 and "stopped at 5 of 12" in err and "updates=4.ckpt" in err
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is listener
     assert [p.name for p in runs.sorted_checkpoints(Path("r/checkpoints"))] == ["updates=4.ckpt"]
 
 
@@ -328,7 +330,7 @@ def test_a_run_that_lacks_only_its_results_gets_them_and_a_complete_one_is_refus
     mine, theirs = (json.loads((folder / "summary.json").read_text()) for folder in (Path("r"), finished))
     assert mine["student_updates"] == 12 and mine["seconds_training"] == theirs["seconds_training"]
     assert mine["network_evaluations"] == theirs["network_evaluations"]
-    assert "the run r is complete, with all its 12 updates: raise --updates to go on" in refused(capsys, *words)
+    assert "/r is complete, with all its 12 updates: raise --updates to go on" in refused(capsys, *words)
 
 
 # Full disks and NaN ------------------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ SD_CONFIG: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.0
 def seed() -> None:
     torch.manual_seed(0)
 
+
 # t: alpha, sigma, lambda of Stable Diffusion's schedule in float64 (METHODS 0.3)
 GOLDEN = {
     999: (0.068265, 0.997667, -2.68202),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,7 +144,9 @@ class Encoded(Captions):
 
         parts = {"latents": self.latents, **self.c._asdict()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in parts.items() if v is not None}, path, metadata={"rows": json.dumps(len(self))})
+        temporary = path.with_name(f".{path.name}.part")  # half a cache would be read by the next run
+        save_file({k: v.contiguous() for k, v in parts.items() if v is not None}, temporary, metadata={"rows": json.dumps(len(self))})
+        os.replace(temporary, path)
 
     @classmethod
     def load(cls, path: Path) -> Encoded:

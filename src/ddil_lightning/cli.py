@@ -119,7 +119,10 @@ class FitCLI(LightningCLI):
         self._take_folder()
         try:
             trainer = super().instantiate_trainer(default_root_dir=str(self.folder), logger=self._loggers(), **kwargs)
-        except MisconfigurationException as error:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, AnnealPrior):
+                    callback.setup(trainer, self.model, "fit")  # now, and not after the data have been encoded
+        except (MisconfigurationException, ImportError, RuntimeError) as error:
             self.close()
             raise Refusal(f"trainer: {error}") from error
         except BaseException:
@@ -220,7 +223,7 @@ def fit(words: list[str]) -> int:
 
 def train(cli: FitCLI, checkpoints: Checkpoints) -> None:
     """Trainer.fit, with every expected failure in one line that names the last good checkpoint."""
-    trainer = cli.trainer
+    trainer, listener = cli.trainer, signal.getsignal(signal.SIGINT)
     try:
         trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.resumed, weights_only=True if cli.resumed else None)
     except FloatingPointError as error:
@@ -231,8 +234,8 @@ def train(cli: FitCLI, checkpoints: Checkpoints) -> None:
         raise
     except MisconfigurationException as error:
         raise Refusal(str(error)) from error
-    except SystemExit as stop:  # what Lightning makes of a KeyboardInterrupt
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    except SystemExit as stop:  # what Lightning makes of a KeyboardInterrupt, ignoring all later ones
+        signal.signal(signal.SIGINT, listener)
         raise KeyboardInterrupt(how_to_go_on(cli, checkpoints)) from stop
     if checkpoints.interrupted:
         raise KeyboardInterrupt(how_to_go_on(cli, checkpoints)) if trainer.is_global_zero else SystemExit(130)

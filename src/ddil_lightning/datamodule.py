@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from .buffer import ReplayBuffer
-from .captions import Captions, Encoded, RawBatch, builtin, encode, encode_batch
+from .captions import Captions, Encoded, Prompts, RawBatch, builtin, encode, encode_batch
 from .prior import SamplingPrior
 from .reflect import estimate_box
 from .rollout import Granularity, Learner, Streams, collect, draw
@@ -134,6 +134,9 @@ class DDILDataModule(LightningDataModule):
             self.captions = encode(self.captions, backbone, truncate=self.truncate)
             if isinstance(self.cache, str) and self.trainer is not None and self.trainer.is_global_zero:
                 self.captions.save(Path(self.cache))
+        no_images = self.captions.latents is None if isinstance(self.captions, Encoded) else isinstance(self.captions, Prompts)
+        if self.prior.forward > 0 and no_images:
+            raise ValueError("the prior has a forward share but the data set has no images: give that share to the teacher, or give images")
 
     def examples(self, n: int) -> list[str]:
         """A few captions of the data, for previews; none from a set that was given encoded."""

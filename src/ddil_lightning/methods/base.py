@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from ..backbones import Backbone
@@ -141,7 +142,9 @@ class Distillation(LightningModule):
     def adamw(self, net: nn.Module, lr: float) -> torch.optim.AdamW:
         """AdamW over the trainable parameters of `net`; `base_lr` is what the clock's schedule multiplies."""
         groups = [{"params": [p for p in net.parameters() if p.requires_grad], "base_lr": lr}]
-        return torch.optim.AdamW(groups, lr=lr, betas=self.betas, weight_decay=self.weight_decay, fused=True)
+        # Lightning refuses to clip for fused optimisers under mixed precision, because those may unscale by themselves.
+        fused = not isinstance(self.trainer.precision_plugin, MixedPrecision)
+        return torch.optim.AdamW(groups, lr=lr, betas=self.betas, weight_decay=self.weight_decay, fused=fused)
 
     def descend(self, optimizer: Any, loss: Tensor, name: str = "loss") -> bool:
         """One micro-batch of `loss`; True when it completed an update. Clips, sets the learning rate, refuses a loss that is not finite."""
@@ -154,7 +157,10 @@ class Distillation(LightningModule):
         if self._micro % self.accumulate:
             return False
         if self.clip:
-            self.clip_gradients(optimizer, gradient_clip_val=self.clip, gradient_clip_algorithm="norm")
+            # By hand, gradients are clipped before a gradient scaler (16-mixed) has unscaled them.
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            limit = self.clip if scaler is None else self.clip * scaler.get_scale()
+            self.clip_gradients(optimizer, gradient_clip_val=limit, gradient_clip_algorithm="norm")
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * self.lr_factor()
         optimizer.step()

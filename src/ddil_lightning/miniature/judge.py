@@ -21,7 +21,7 @@ ATTRIBUTES = ("count", "shape", "colour", "size", "relation", "position", "backg
 _CORE = 0.3  # RGB distance (of [0, 1] values) within which a pixel counts as a palette colour
 _LEAST_CORE = 6  # pixels: the smallest object has 13
 _LOOSEST_FIT = 0.5  # RMS of mask minus template over the object's area, above which it is none of the four shapes
-_AREA = torch.tensor([math.pi, 4 * 0.86**2, 1.75, 4 * 0.6 - 0.36])  # of each shape at radius 1
+_AREA = torch.tensor([math.pi, 4.0, 1.75, 4 * 0.6 - 0.36])  # of each shape at radius 1
 _SINK = torch.tensor([0.0, 0.0, 1 / 6, 0.0])  # centroid below the centre at radius 1: triangles
 
 

@@ -34,6 +34,7 @@ def pretrain(
     decoder_steps: int = 1300,
     hold: float = 0.6,
     ema: float = 0.998,
+    focus: float = 0.0,
     guidance: tuple[float, ...] = (2.0, 3.0, 4.0),
     prompts: int = 1000,
     interim: str | None = "runs/pretrain/interim",
@@ -55,6 +56,7 @@ def pretrain(
         decoder_steps: batches of 16 for its decoder alone, afterwards; the latents stay the same.
         hold: share of the training at the peak learning rate.
         ema: decay of the averaged weights, which are the ones that ship.
+        focus: share of the timesteps drawn from .5 to .95 alone, where the caption decides about shapes.
         guidance: scales to choose from by the judge, on held-out prompts.
         prompts: held-out prompts of the final measurement.
         interim: folder of a snapshot that is replaced while the U-Net trains (None: no snapshots).
@@ -79,8 +81,8 @@ def pretrain(
     before = state["images"] if state else 0
     snapshots = None if interim is None else Snapshots(pipeline, interim, max(1, interim_every // batch_size), batch_size, before)
     train_denoiser(
-        pipeline, dataset, steps=max(1, images // batch_size), batch_size=batch_size, lr=lr, seed=seed + (state is not None),
-        devices=devices, hold=hold, ema=ema, snapshots=snapshots, progress=progress,
+        pipeline, dataset, steps=max(1, images // batch_size), batch_size=batch_size, lr=lr, seed=seed + before,
+        devices=devices, hold=hold, ema=ema, focus=focus, snapshots=snapshots, progress=progress,
     )  # fmt: skip
     train_autoencoder(pipeline, dataset, steps=decoder_steps, seed=seed + 1, progress=progress, decoder_only=True)
     best, scores = guided(pipeline, dataset, guidance, n=min(256, prompts))
@@ -112,14 +114,14 @@ def train_autoencoder(
 
 def train_denoiser(
     pipeline: StableDiffusionPipeline, dataset: str, *, steps: int, batch_size: int, lr: float, seed: int, devices: int,
-    hold: float, ema: float, snapshots: Callback | None = None, progress: bool = False,
+    hold: float, ema: float, focus: float = 0.0, snapshots: Callback | None = None, progress: bool = False,
 ) -> None:  # fmt: skip
     """Train U-Net and text encoder of `pipeline` in place on latents of fresh images."""
     stage = DenoiserStage(
         live=Denoiser(pipeline.unet.train(), pipeline.text_encoder.train()),
         scheduler=pipeline.scheduler,
         empty=token_ids(pipeline.tokenizer, [""]),
-        steps=steps, lr=lr, hold=hold, ema=ema, seed=seed,
+        steps=steps, lr=lr, hold=hold, ema=ema, focus=focus, seed=seed,
     )  # fmt: skip
     data = FreshLatents(source=load_source(dataset).draw, pipeline=pipeline, batch_size=batch_size // devices, seed=seed)
     fit(stage, loader(data), devices=devices, progress=progress, callbacks=[snapshots] if snapshots else [])

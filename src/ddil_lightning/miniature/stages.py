@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionPipeline
 
+MIDDLE = (0.5, 0.95)  # where a wrong shape in the caption costs most, measured on a trained miniature
 # (n, seed) -> (images [n, 3, H, W] in [-1, 1], n captions)
 Source = Callable[[int, int], tuple[Tensor, list[str]]]
 
@@ -156,8 +157,11 @@ class Denoiser(nn.Module):
 class DenoiserStage(Stage):
     """v-prediction with caption dropout; eps would amplify the error of x0 fifteen-fold at t = 999, where layout is decided."""
 
-    def __init__(self, *, live: Denoiser, scheduler: Any, empty: Tensor, caption_dropout: float = 0.1, **options: Any) -> None:
+    def __init__(
+        self, *, live: Denoiser, scheduler: Any, empty: Tensor, caption_dropout: float = 0.1, focus: float = 0.0, **options: Any
+    ) -> None:
         super().__init__(live=live, **options)
+        self.focus = focus  # share of the timesteps drawn from `MIDDLE` alone
         alpha_bar = scheduler.alphas_cumprod.float()
         self.register_buffer("alpha", alpha_bar.sqrt()[:, None, None, None])
         self.register_buffer("sigma", (1 - alpha_bar).sqrt()[:, None, None, None])
@@ -169,7 +173,11 @@ class DenoiserStage(Stage):
         b = len(x0)
         ids = torch.where(torch.rand(b, 1, device=ids.device) < self.caption_dropout, self.empty, ids)
         # stratified over the batch: the loss varies by orders of magnitude with t, so this is most of its variance
-        t = ((torch.arange(b, device=x0.device) + torch.rand(b, device=x0.device)) * (len(self.alpha) / b)).long()
+        u = (torch.arange(b, device=x0.device) + torch.rand(b, device=x0.device)) / b
+        u = torch.where(
+            u < self.focus, MIDDLE[0] + u / max(self.focus, 1e-6) * (MIDDLE[1] - MIDDLE[0]), (u - self.focus) / (1 - self.focus)
+        )
+        t = (u * len(self.alpha)).long()
         alpha, sigma, noise = self.alpha[t], self.sigma[t], torch.randn_like(x0)
         v = self.live(alpha * x0 + sigma * noise, t, ids)
         loss = F.mse_loss(v, alpha * noise - sigma * x0)

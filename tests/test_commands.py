@@ -1,0 +1,132 @@
+"""ddil-test, ddil-sample and ddil-export on a finished run of the random pipeline."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from ddil_lightning import commands, evaluate, main
+from ddil_lightning.miniature import digits
+
+KEYS = {"name", "steps", "guidance", "n", "nfe", "seconds_per_image", "metrics"}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The built-in suite without its evaluator: the judge alone, which needs no weights."""
+
+    def builtin(data: str, n: int, seed: int) -> evaluate.Suite:
+        assert data == "digits"
+        return evaluate.Suite(data, digits.prompts(n, seed), judge=digits.judge, seed=seed, batch=8)
+
+    monkeypatch.setattr(evaluate.Suite, "builtin", staticmethod(builtin))
+
+
+def call(capsys: Any, command: Any, *words: Any) -> tuple[int, str, str]:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main.run(command, "ddil-x", [str(word) for word in words])
+    return (stop.value.code, *capsys.readouterr())
+
+
+def refused(capsys: Any, command: Any, *words: Any) -> str:
+    code, _, err = call(capsys, command, *words)
+    assert code == 2 and err.count("\n") == 1 and err.startswith("ddil-x: "), err
+    return err
+
+
+def scored(capsys: Any, *words: Any, out: str = "metrics.json") -> list[dict[str, Any]]:
+    code, shown, err = call(capsys, main._test, *words, "--n", 16)
+    assert code == 0 and f"written to {out}" in shown, err
+    rows = json.loads(Path(out).read_text())["rows"]
+    assert all(set(row) == KEYS and row["name"] in shown and row["n"] == 16 and row["seconds_per_image"] > 0 for row in rows)
+    assert all(set(evaluate.KEYS) <= set(row["metrics"]) and 0 <= row["metrics"]["attribute_accuracy"] <= 1 for row in rows)
+    return rows
+
+
+def test_a_run_and_its_checkpoint_score_alike(finished: Path, here: Path, judged: None, capsys: Any) -> None:
+    shutil.copytree(finished, here / "r")
+    from_run = scored(capsys, "r", out="r/metrics.json")
+    (here / "r" / "metrics.json").unlink()
+    from_checkpoint = scored(capsys, "--ckpt_path", "r/checkpoints/updates=12.ckpt", out="r/metrics.json")
+    for rows in (from_run, from_checkpoint):
+        assert [(row["name"], row["steps"], row["nfe"]) for row in rows] == [("student@4", 4, 4), ("student@2", 2, 2), ("student@1", 1, 1)]
+        assert {row["guidance"] for row in rows} == {2.0}
+    assert [row["metrics"]["all_right"] for row in from_run] == [row["metrics"]["all_right"] for row in from_checkpoint]
+
+
+def test_any_pipeline_with_steps_and_guidance(tiny: Path, judged: None, capsys: Any) -> None:
+    rows = scored(capsys, "--pipeline", tiny, "--steps", 2, 3, "--guidance", 3.5, "--out", "here.json", out="here.json")
+    assert [(row["name"], row["nfe"], row["guidance"]) for row in rows] == [("teacher@2", 4, 3.5), ("teacher@3", 6, 3.5)]
+
+
+def test_what_cannot_be_tested(tiny: Path, here: Path, finished: Path, capsys: Any) -> None:
+    assert "give one of: a run folder, --ckpt_path FILE, --pipeline DIR" in refused(capsys, main._test)
+    assert "nowhere holds no exported pipeline" in refused(capsys, main._test, "nowhere")
+    assert "no pipeline at nowhere: give a diffusers folder" in refused(capsys, main._test, "--pipeline", "nowhere")
+    assert "does not exist" in refused(capsys, main._test, "--ckpt_path", "nowhere")
+    shutil.copytree(tiny, here / "plain")
+    (here / "plain" / "ddil.json").unlink()
+    assert "names no data set: say --data shapes" in refused(capsys, main._test, "--pipeline", "plain")
+    shutil.copy(finished / "checkpoints" / "updates=12.ckpt", here / "alone.ckpt")
+    assert "no config.yaml beside alone.ckpt or above it" in refused(capsys, main._export, "--ckpt_path", "alone.ckpt", "--out", "out")
+    text = (finished / "config.yaml").read_text()
+    for old, new, said in (
+        ("w_conditioned: true", "w_conditioned: false", "does not fit this config: it has "),
+        ("updates: 12", "updatez: 12", "unknown key model.updatez: did you mean model.updates?"),
+        ("ddil_lightning.LCM", "LCMM", "no class is called LCMM; did you mean LCM?"),
+    ):
+        (here / "config.yaml").write_text(text.replace(old, new))
+        assert said in refused(capsys, main._export, "--ckpt_path", "alone.ckpt", "--out", "out")
+    assert not (here / "out").exists()
+
+
+def test_samples(tiny: Path, finished: Path, here: Path, capsys: Any) -> None:
+    words = ["--prompt", "a handwritten two", "a handwritten one", "--out"]
+    assert call(capsys, main._sample, "--pipeline", tiny, "--steps", 2, *words, "new/x.png")[0] == 0
+    assert Image.open("new/x.png").size == (2 * 256 + 3 * 4, 256 + 2 * 4)  # a row of two
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        code, out, _ = call(
+            capsys, main._sample, "--pipeline", finished / "pipeline", *words, f"{name}.png", "--seed", seed, "--n", 3, "--scale", 1
+        )
+        assert code == 0 and "6 image(s), 4 steps" in out  # as the folder recommends
+    assert Image.open("a.png").size == (3 * 16 + 4 * 4, 2 * 16 + 3 * 4)
+    a, b, c = (Path(f"{name}.png").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_a_prompt_that_is_too_long(tiny: Path, here: Path, capsys: Any) -> None:
+    said = refused(capsys, main._sample, "--pipeline", tiny, "--prompt", "a " * 30, "--out", "x.png")
+    assert "tokens and the text encoder reads 16: shorten it" in said and list(here.iterdir()) == []
+
+
+def test_export_writes_what_the_run_itself_exported(finished: Path, here: Path, capsys: Any) -> None:
+    code, out, err = call(capsys, main._export, "--ckpt_path", finished, "--out", "out")
+    assert code == 0 and "pipeline written and checked: out" in out, err
+    for path in (p for p in (finished / "pipeline").rglob("*") if p.is_file()):
+        assert (here / "out" / path.relative_to(finished / "pipeline")).read_bytes() == path.read_bytes(), path
+    assert "is there and not an empty folder" in refused(capsys, main._export, "--ckpt_path", finished, "--out", "out")
+    (here / "empty").mkdir()
+    words = ["--ckpt_path", finished, "--out", "empty", "--steps", 2, "--dtype", "float16"]
+    assert call(capsys, main._export, *words)[0] == 0
+    assert json.loads((here / "empty" / "ddil.json").read_text())["steps"] == 2
+
+
+def test_a_restored_method_knows_where_it_was(finished: Path) -> None:
+    method = commands.restore(finished)
+    summary = json.loads((finished / "summary.json").read_text())
+    assert method.student_updates == 12 and method.evaluations["teacher"] <= summary["network_evaluations"]["teacher"]
+    state = torch.load(finished / "checkpoints" / "updates=12.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, state[name]) for name, value in method.state_dict().items()) and not method.training

@@ -1,0 +1,56 @@
+"""Every shipped config runs: ddil-fit's for two updates on a random pipeline, ddil-pretrain's for a few steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ddil_lightning import cli
+from ddil_lightning.main import config_names, configs_folder, find_config
+from ddil_lightning.miniature import pretrain
+
+PRETRAIN = [name for name in config_names() if name.startswith("pretrain")]
+FIT = [name for name in config_names() if name not in PRETRAIN]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", FIT)
+def test_fit(name: str, tiny: Path, here: Path) -> None:
+    small = "{data: {captions: {class_path: Digits}, batch_size: 4, trajectories: 4, cache: true, workers: 0}}"
+    words = ["--config", str(find_config(name)), "--config", small, f"--model.pipeline={tiny}", "--model.updates=2", "--test.n=0"]
+    words += ["--previews.every=0", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--run_dir=r"]
+    assert cli.fit(words) == 0
+    assert json.loads((here / "r" / "summary.json").read_text())["student_updates"] == 2
+    assert (here / "r" / "pipeline" / "model_index.json").is_file()
+    assert (here / "runs" / name.removesuffix(".yaml") / "latest").resolve() == here / "r"
+
+
+@pytest.mark.parametrize("name", PRETRAIN)
+def test_pretrain(name: str, here: Path) -> None:
+    words = ["--config", str(find_config(name)), "--images=32", "--batch_size=8", "--devices=1", "--autoencoder_steps=2"]
+    words += ["--decoder_steps=2", "--prompts=4", "--guidance=[2.0]", "--interim=null", "--progress=false", "--out=out"]
+    pretrain.main(words)
+    about = json.loads((here / "out" / "ddil.json").read_text())
+    assert about["dataset"] == yaml.safe_load(find_config(name).read_text())["dataset"] and about["images"] == 32
+
+
+def test_lcm_and_lcm_ddil_differ_in_one_line() -> None:
+    plain, ddil = ((configs_folder() / name).read_text().splitlines() for name in ("lcm.yaml", "lcm_ddil.yaml"))
+    different = [(a, b) for a, b in zip(plain, ddil, strict=True) if a != b]
+    assert len(different) == 1 and all("prior:" in line for line in different[0])
+    assert all(line.startswith("#") for line in (plain[0], ddil[0]))  # the first line says what it is
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_configs_are_short_and_named(name: str) -> None:
+    text = find_config(name).read_text()
+    assert text.startswith("# ") and len(text.splitlines()) <= 60
+    assert isinstance(yaml.safe_load(text), dict)
