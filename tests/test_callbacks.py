@@ -125,9 +125,7 @@ def test_the_buffer_is_flushed_once_when_the_clock_comes_by() -> None:
 # Checkpoints -------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("every", "keep", "left"), [(2, 2, [4, 6]), (2, 1, [6]), (0, 2, [6]), (4, 3, [4, 6]), (1, 3, [4, 5, 6])]
-)
+@pytest.mark.parametrize(("every", "keep", "left"), [(2, 2, [4, 6]), (2, 1, [6]), (0, 2, [6]), (4, 3, [4, 6]), (1, 3, [4, 5, 6])])
 def test_the_newest_checkpoints_are_kept(every: int, keep: int, left: list[int], tiny: Path, tmp_path: Path) -> None:
     fit(build(LCM, tiny), captions(tiny), Checkpoints(every, keep, str(tmp_path)))
     assert names(tmp_path) == [f"updates={clock}.ckpt" for clock in left]

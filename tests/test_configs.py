@@ -25,7 +25,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("name", FIT)
 def test_fit(name: str, tiny: Path, here: Path) -> None:
     small = "{data: {captions: {class_path: Digits}, batch_size: 4, trajectories: 4, cache: true, workers: 0}}"
-    words = ["--config", str(find_config(name)), "--config", small, f"--model.pipeline={tiny}", "--model.updates=2", "--test.n=0"]
+    words = ["--config", str(find_config(name)), "--config", small, f"--model.pipeline={tiny}", "--trainer.fast_dev_run=2", "--test.n=0"]
     words += ["--previews.every=0", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--run_dir=r"]
     assert cli.fit(words) == 0
     assert json.loads((here / "r" / "summary.json").read_text())["student_updates"] == 2
