@@ -60,8 +60,8 @@ class BareLoop:
 
     def __init__(self, method: Any, data: Encoded, batch: int) -> None:
         self.method, self.data, self.batch = method, data, batch
-        self.optimizer = method.adamw(method.student, method.lr)
         self.parameters = [p for p in method.student.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=method.lr, betas=method.betas, fused=True)
         self.times = method.grid.times.to(method.backbone.device)
 
     def step(self) -> None:

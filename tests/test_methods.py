@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule
-from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
 from ddil_lightning.datamodule import CounterSampler
@@ -22,7 +21,6 @@ from suite import (
     Entry,
     Gradients,
     Run,
-    backbone,
     build,
     captions,
     digest,
@@ -33,8 +31,6 @@ from suite import (
     state,
     train,
 )
-
-FIRST = METHODS[0]
 
 
 class Watch(Gradients):
@@ -160,12 +156,6 @@ def test_a_source_without_a_target_is_refused(entry: Entry, tiny: Path, monkeypa
         train(entry, tiny, prior=MIXED)
 
 
-@pytest.mark.parametrize("kwargs", [{"updates": 0}, {"accumulate": 0}, {"ema": 1.0}, {"reflect": "twice"}])
-def test_settings_outside_their_range_are_refused(kwargs: dict[str, Any], tiny: Path) -> None:
-    with pytest.raises(ValueError, match=str(next(iter(kwargs.values())))):
-        build(FIRST, tiny, **kwargs)
-
-
 # Precision and memory -------------------------------------------------------------------------------------------------------------
 
 
@@ -191,73 +181,3 @@ def test_gradient_checkpointing_changes_memory_only(entry: Entry, tiny: Path) ->
     assert runs[0].rows[0][entry.falls] == runs[1].rows[0][entry.falls]
     for name, grad in seen[0].steps[-1].items():
         torch.testing.assert_close(seen[1].steps[-1][name], grad, rtol=1e-4, atol=1e-7)
-
-
-# The base class -------------------------------------------------------------------------------------------------------------------
-
-
-def test_accumulation_averages_the_gradients(tiny: Path) -> None:
-    """Two micro-batches at the same weights (a learning rate of zero keeps them) against one update of both."""
-    single, double = Gradients(), Gradients()
-    train(FIRST, tiny, single, prior=FORWARD, updates=2, lr=0.0, clip=0.0)
-    run = train(FIRST, tiny, double, prior=FORWARD, updates=1, lr=0.0, clip=0.0, accumulate=2)
-    assert run.data.done == 2 and len(double.steps) == 1 and len(run.rows) == 1
-    for name, grad in double.steps[0].items():
-        torch.testing.assert_close(grad, (single.steps[0][name] + single.steps[1][name]) / 2, rtol=1e-4, atol=1e-7)
-
-
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-def test_clipping_bounds_the_norm(precision: str, tiny: Path) -> None:
-    """In every precision; a gradient scaler multiplies the limit too, as gradients are clipped before they are unscaled."""
-    norms = []
-    for clip in (0.0, 1e-3):
-        seen, kwargs = Gradients(), {"precision": precision}
-        if precision == "16-mixed":  # Lightning would take bf16 on a CPU
-            kwargs = {"plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))}
-        fit(build(FIRST, tiny, updates=1, clip=clip), captions(tiny), seen, **kwargs)
-        norms.append(float(torch.cat([x.flatten() for x in seen.steps[0].values()]).norm()))
-    assert norms[0] > 1e-2 and norms[1] == pytest.approx(1e-3, rel=1e-2)
-
-
-def test_the_learning_rate_warms_up_and_falls(tiny: Path) -> None:
-    method = build(FIRST, tiny, updates=12, warmup=4, final_lr=0.2)
-    factors = []
-    for method.student_updates in range(13):
-        factors.append(method.lr_factor())
-    assert factors == pytest.approx([0.25, 0.5, 0.75, 1.0, *(1 - 0.1 * k for k in range(9))])
-
-
-def test_every_update_is_logged_once_however_many_batches_it_takes(tiny: Path) -> None:
-    run = train(FIRST, tiny, updates=5, accumulate=3, log_every=2)
-    assert [row["student_updates"] for row in run.rows] == [2, 4, 5] and run.data.done == 15
-
-
-def test_the_average_follows_the_student(tiny: Path) -> None:
-    """average <- d average + (1 - d) student with d = min(ema, (1 + n) / (10 + n)) after update n."""
-    weights = []
-
-    class Keep(Callback):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-            weights.append(next(pl_module.student.network.parameters()).detach().clone())
-
-    method = build(FIRST, tiny, ema=0.3, updates=5)
-    expected = next(method.student.network.parameters()).detach().clone()
-    fit(method, captions(tiny), Keep())
-    for n, w in enumerate(weights, 1):
-        d = min(0.3, (1 + n) / (10 + n))
-        expected = d * expected + (1 - d) * w
-    torch.testing.assert_close(next(method.average.parameters()), expected)
-    assert method.deployed() is method.average and build(FIRST, tiny, ema=0.0).deployed() is not None
-
-
-def test_the_box_comes_from_the_data_unless_it_is_given(tiny: Path) -> None:
-    run = train(FIRST, tiny, updates=1)
-    found, box = run.data.box(), run.method.reflection
-    assert found is not None and box.lo.tolist() == pytest.approx(found[0]) and box.hi.tolist() == pytest.approx(found[1])
-    box = train(FIRST, tiny, updates=1, box=[[-1.0] * 4, [2.0] * 4]).method.reflection
-    assert box.lo.tolist() == [-1.0] * 4 and box.hi.tolist() == [2.0] * 4
-
-
-def test_guidance_is_what_the_pipeline_recommends_unless_it_is_given(tiny: Path) -> None:
-    assert build(FIRST, tiny, guidance=None).guidance == (backbone(tiny).guidance,) * 2 == (2.0, 2.0)
-    assert build(FIRST, tiny, guidance=5).guidance == (5.0, 5.0) and build(FIRST, tiny, guidance=[1, 3]).guidance == (1.0, 3.0)

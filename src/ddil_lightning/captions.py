@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from .backbones import Backbone
 from .types import CaptionBatch, Context, cat, take, to
@@ -23,7 +24,7 @@ class RawBatch(NamedTuple):
     rows: Tensor  # [B]
 
 
-class Captions:
+class Captions(Dataset[Any]):
     """A map-style set of captioned images. A new one overrides `__len__`, `prompts` and `pixels` (None: a set without images)."""
 
     def __len__(self) -> int:

@@ -165,9 +165,7 @@ def export(argv: list[str]) -> int:
 
     method = restore(args.ckpt_path).to(_device())
     prompts = ["", *(method.backbone.about.get("previews") or [])][:4]
-    # Half-precision weights are rounded, so their samples only have to be near.
-    tolerance = 1e-3 if args.dtype == "float32" else 0.5
-    difference = exporting.deliver(method, args.out, prompts, args.steps, getattr(torch, args.dtype), tolerance)
+    difference = exporting.deliver(method, args.out, prompts, args.steps, getattr(torch, args.dtype))
     print(f"pipeline written and checked: {args.out} (latents differ by {difference:.1e})")
     return 0
 

@@ -222,7 +222,7 @@ class DDILDataModule(LightningDataModule):
         self._collected_at = self.clock
 
     def _expected(self, t: Tensor) -> Tensor | None:
-        """[M] mean square of forward latents at `t`, alpha^2 E|x0|^2 / d + sigma^2: the buffer refuses states far from it. None without data."""
+        """[M] mean square of forward latents at `t`: the buffer refuses states far from it. None without data in memory."""
         latents = self.captions.latents if isinstance(self.captions, Encoded) else None
         if latents is None:
             return None

@@ -76,6 +76,8 @@ def _map(f: Callable[..., Tensor], *records: T) -> T:
     first = records[0]
     fields = []
     for column in zip(*records, strict=True):
+        if any(x is None for x in column) and any(x is not None for x in column):
+            raise ValueError(f"records of {type(first).__name__} cannot be joined: some have a field that others lack (None)")
         if isinstance(column[0], tuple):
             fields.append(_map(f, *column))
         else:

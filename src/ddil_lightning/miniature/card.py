@@ -50,10 +50,13 @@ def measure(pipeline: StableDiffusionPipeline, dataset: str, *, n: int, steps: i
 def guided(
     pipeline: StableDiffusionPipeline, dataset: str, scales: tuple[float, ...], *, n: int
 ) -> tuple[float, dict[str, dict[str, float]]]:
-    """The guidance scale with the most all-right images, by 32 steps on prompts that the final figures do not use."""
-    scores = {f"{g:g}": measure(pipeline, dataset, n=n, steps=32, guidance=g, seed=1) for g in scales}
-    best = max(scores, key=lambda g: (scores[g]["all right"], scores[g]["attribute accuracy"]))
-    return float(best), scores
+    """The smallest guidance scale that comes within .01 of the most all-right images: more guidance costs diversity.
+
+    By 32 steps on prompts that the final figures do not use.
+    """
+    scores = {f"{g:g}": measure(pipeline, dataset, n=n, steps=32, guidance=g, seed=1) for g in sorted(scales)}
+    best = max(row["all right"] for row in scores.values())
+    return next(float(g) for g, row in scores.items() if row["all right"] >= best - 0.01), scores
 
 
 def save_teacher(pipeline: StableDiffusionPipeline, out: str | Path, facts: dict[str, Any], table: dict[int, dict[str, float]]) -> Path:
