@@ -79,8 +79,9 @@ def test_feature_maps_are_unit_vectors_and_measure_distance(evaluator: Evaluator
 def test_other_sizes_and_wrong_input(evaluator: Evaluator) -> None:
     images, labels = digits.split("held_out")
     assert evaluator.image_features(images[:3]).shape == (3, 64)
-    best = torch.stack([evaluator.clip_score(images, [digits.caption(k)] * len(images)) for k in range(10)])
-    assert (best.argmax(0) == labels).float().mean() > 0.8
+    texts = torch.nn.functional.normalize(evaluator.text_features([digits.caption(k) for k in range(10)]))
+    best = (evaluator.image_features(images) @ texts.T).argmax(1)
+    assert (best == labels).float().mean() > 0.8
     with pytest.raises(ValueError, match=r"needs images \[N, 3, H, W\]"):
         evaluator.image_features(torch.zeros(1, 1, 32, 32))
 

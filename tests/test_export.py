@@ -83,6 +83,15 @@ def test_half_precision_is_checked_as_strictly_and_leaves_the_method_as_it_was(d
     assert (half / WEIGHTS).stat().st_size < 0.6 * (whole / WEIGHTS).stat().st_size
 
 
+def test_frozen_parts_in_half_precision_are_exported_as_they_came(tiny: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    method = METHODS[0].method(pipeline=str(tiny), guidance=2.0, teacher_dtype="bfloat16").eval()
+    assert export.deliver(method, tmp_path / "out", PROMPTS, 4) < 1e-4
+    for part in (Path("text_encoder") / "model.safetensors", Path("vae") / "diffusion_pytorch_model.safetensors"):
+        mine, theirs = load_file(tmp_path / "out" / part), load_file(tiny / part)
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], x) for name, x in theirs.items())
+
+
 def test_a_folder_that_does_not_sample_as_trained_is_not_kept(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusers import LCMScheduler
 

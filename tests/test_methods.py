@@ -95,7 +95,7 @@ def test_only_the_student_side_is_trained(long: tuple[Entry, Run, str], tiny: Pa
 
 @pytest.mark.parametrize("entry", **ALL)
 def test_a_seed_is_a_run(entry: Entry, tiny: Path) -> None:
-    runs = [state(train(entry, tiny, seed=seed, updates=3)) for seed in (0, 0, 1)]
+    runs = [state(train(entry, tiny, seed=seed, updates=2)) for seed in (0, 0, 1)]
     assert equal(runs[0], runs[1])
     assert not equal(runs[0]["weights"], runs[2]["weights"])
 
@@ -121,8 +121,8 @@ class Plain(LightningDataModule):
 @pytest.mark.parametrize("entry", **ALL)
 def test_prior_1_0_0_is_the_method_without_ddil(entry: Entry, tiny: Path) -> None:
     box = [[-0.2] * 4, [0.2] * 4]
-    plain = fit(build(entry, tiny, box=box, updates=4), Plain(tiny))
-    with_ddil = fit(build(entry, tiny, box=box, updates=4), captions(tiny, FORWARD, collect_every=1, priority=0.6))
+    plain = fit(build(entry, tiny, box=box, updates=3), Plain(tiny))
+    with_ddil = fit(build(entry, tiny, box=box, updates=3), captions(tiny, FORWARD, collect_every=1, priority=0.6))
     assert equal(state(plain)["weights"], state(with_ddil)["weights"])
     assert equal(state(plain)["optimizers"], state(with_ddil)["optimizers"])
     assert plain.method.evaluations == with_ddil.method.evaluations
@@ -162,13 +162,13 @@ def test_a_source_without_a_target_is_refused(entry: Entry, tiny: Path, monkeypa
 @pytest.mark.parametrize("entry", **ALL)
 def test_bf16_mixed_runs_networks_in_bf16_and_the_rest_in_float32(entry: Entry, tiny: Path) -> None:
     kinds: set[tuple[torch.dtype, bool]] = set()
-    method = build(entry, tiny, updates=3)
+    method = build(entry, tiny, updates=2)
     method.student.network.register_forward_hook(lambda net, args, out: kinds.add((out.dtype, torch.is_grad_enabled())))
     run = fit(method, captions(tiny), precision="bf16-mixed")
     assert kinds == {(torch.bfloat16, True), (torch.bfloat16, False)}  # in training and in roll-outs
     assert {p.dtype for p in method.parameters()} == {torch.float32}
-    exact = train(entry, tiny, updates=3)
-    assert run.method.student_updates == 3
+    exact = train(entry, tiny, updates=2)
+    assert run.method.student_updates == 2
     for a, b in zip(run.rows, exact.rows, strict=True):
         assert a[entry.falls] != b[entry.falls] and a[entry.falls] == pytest.approx(b[entry.falls], rel=0.1)
 

@@ -33,7 +33,9 @@ def export(method: Distillation, folder: Path, steps: int = 4, dtype: torch.dtyp
     """
     backbone, network = method.backbone, _network(method)
     unet = network.unet if dtype == torch.float32 else copy.deepcopy(network.unet).to(dtype)
-    parts = {**backbone.pipe.components, "unet": unet, "scheduler": method.scheduler()}
+    # Frozen parts that were trained with in half precision are exported as they came.
+    frozen = backbone.pipe if backbone.dtype == torch.float32 else load_pipeline(backbone.path)
+    parts = {**frozen.components, "unet": unet, "scheduler": method.scheduler()}
     extra = {"requires_safety_checker": False} if "safety_checker" in parts else {}
     pipe = type(backbone.pipe)(**parts, **extra)
     temporary = folder.with_name(f".{folder.name}.part")
@@ -97,9 +99,12 @@ def verify(method: Distillation, folder: Path, prompts: list[str], steps: int, s
     Raises ValueError above `tolerance`: then the folder's scheduler, timesteps or guidance are not the trained ones.
     """
     policy, grid = method.sampler(steps)
-    g = method.eval_guidance
-    mine = sampling.latents(method.backbone, policy, grid, prompts, g, seed).cpu()
-    theirs = sampling.pipeline_latents(load_pipeline(folder).to(method.backbone.device), prompts, steps, scale(method, g), seed).cpu()
+    g, backbone, pipe = method.eval_guidance, method.backbone, load_pipeline(folder).to(method.backbone.device)
+    if backbone.dtype != torch.float32:
+        backbone = copy.copy(backbone)
+        backbone.pipe = pipe  # the encoders are exported in full precision, so both sides read their text states
+    mine = sampling.latents(backbone, policy, grid, prompts, g, seed).cpu()
+    theirs = sampling.pipeline_latents(pipe, prompts, steps, scale(method, g), seed).cpu()
     difference = relative(mine, theirs)
     if not difference <= tolerance:
         raise ValueError(

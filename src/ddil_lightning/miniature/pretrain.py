@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import time
@@ -168,7 +169,8 @@ class Snapshots(Callback):
     """
 
     def __init__(self, pipeline: StableDiffusionPipeline, folder: str, every: int, batch_size: int, before: int = 0) -> None:
-        self.pipeline, self.folder, self.every, self.batch_size, self.before = pipeline, Path(folder), every, batch_size, before
+        self.pipeline = copy.deepcopy(pipeline)  # the average goes into it, while the weights of the original are in training
+        self.folder, self.every, self.batch_size, self.before = Path(folder), every, batch_size, before
         self.started, self.loss = time.time(), 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:

@@ -113,6 +113,7 @@ class Stage(LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: held_then_cosine(step, self.steps, self.hold, warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    @torch.no_grad()  # else the average would become part of an ever longer graph
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.seen += 1
         decay = min(self.ema, (1 + self.seen) / (10 + self.seen))  # the first average would otherwise be the initial weights
@@ -174,9 +175,8 @@ class DenoiserStage(Stage):
         ids = torch.where(torch.rand(b, 1, device=ids.device) < self.caption_dropout, self.empty, ids)
         # stratified over the batch: the loss varies by orders of magnitude with t, so this is most of its variance
         u = (torch.arange(b, device=x0.device) + torch.rand(b, device=x0.device)) / b
-        u = torch.where(
-            u < self.focus, MIDDLE[0] + u / max(self.focus, 1e-6) * (MIDDLE[1] - MIDDLE[0]), (u - self.focus) / (1 - self.focus)
-        )
+        middle = MIDDLE[0] + u / max(self.focus, 1e-6) * (MIDDLE[1] - MIDDLE[0])
+        u = torch.where(u < self.focus, middle, (u - self.focus) / (1 - self.focus))
         t = (u * len(self.alpha)).long()
         alpha, sigma, noise = self.alpha[t], self.sigma[t], torch.randn_like(x0)
         v = self.live(alpha * x0 + sigma * noise, t, ids)
