@@ -130,7 +130,7 @@ VALUES = {
         "the prior has a forward share but the data set has no images",
     ),
     "few captions": (
-        ["--config", "{data: {captions: {class_path: Prompts, init_args: {path: short.txt}}, batch_size: 8}}"],
+        ["--config", "{data: {captions: {class_path: Prompts, init_args: {path: short.txt}}}}", "data.prior={forward: 0.0, student: 1.0}"],
         "fewer than one batch of 8",
     ),
     "source": (

@@ -97,12 +97,17 @@ class FitCLI(LightningCLI):
             self.state, self._source = runs.load_checkpoint(self.resumed), runs.folder_of(self.resumed)
             if self._goes_on():
                 runs.check_newest(self.resumed)
-        elif self.config.run_dir and rank_zero_only.rank == 0 and RUN_DIR not in os.environ:
+        elif self.config.run_dir and self._first():
             runs.check_free(Path(self.config.run_dir))
         if self.config.wandb == "online":
             runs.check_wandb_key()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not self.config.run_dir:
             raise Refusal("launched on several processes: give --run_dir, so that all of them write to the same folder")
+
+    @staticmethod
+    def _first() -> bool:
+        """Whether this is the one process that takes a folder."""
+        return rank_zero_only.rank == 0 and RUN_DIR not in os.environ  # type: ignore[attr-defined]
 
     def _goes_on(self) -> bool:
         """Whether a resumed run goes on in its own folder; else it branches off into a new one."""
@@ -134,7 +139,7 @@ class FitCLI(LightningCLI):
     def _take_folder(self) -> None:
         if self._goes_on():
             self.folder = self._source or Path()
-        elif RUN_DIR in os.environ or rank_zero_only.rank > 0:
+        elif not self._first():
             self.folder = Path(os.environ.get(RUN_DIR) or self.config.run_dir)
         else:
             self.folder, self._made = runs.reserve(self.config.run_dir, self.name)

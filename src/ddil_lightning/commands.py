@@ -67,7 +67,8 @@ def _checkpoint_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     method = restore(args.ckpt_path).to(_device())
     suite = _suite(args, method.backbone)
     g = method.eval_guidance if args.guidance is None else args.guidance
-    return [scoring.policy_row(suite, method.backbone, f"student@{n}", *method.sampler(n), g) for n in args.steps or [4, 2, 1]]
+    samplers = {n: method.sampler(n) for n in args.steps or [4, 2, 1]}
+    return [scoring.policy_row(suite, method.backbone, f"student@{n}", policy, grid, g) for n, (policy, grid) in samplers.items()]
 
 
 def _suite(args: argparse.Namespace, backbone: Any) -> Any:

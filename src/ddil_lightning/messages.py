@@ -52,8 +52,8 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 def parameters(cls: type) -> list[str]:
     """The names that the constructors of a class and of its bases accept."""
-    found = {name: None for c in cls.__mro__ for name, p in inspect.signature(c.__init__).parameters.items() if p.kind not in (2, 4)}
-    return [name for name in found if name != "self"]
+    signatures = [inspect.signature(c).parameters.values() for c in cls.__mro__[:-1]]
+    return list(dict.fromkeys(p.name for found in signatures for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)))
 
 
 def subclasses(bases: Sequence[type]) -> Iterator[type]:

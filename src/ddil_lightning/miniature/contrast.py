@@ -130,7 +130,7 @@ def train_evaluator(
     live = Evaluator() if start is None else load_evaluator(start).requires_grad_(True).train()
     stage = EvaluatorStage(live=live, steps=steps, lr=lr, hold=0.2, ema=0.98, seed=seed, weight_decay=0.05)
     fit(stage, loader(Pairs(batch_size=batch_size, seed=seed)), devices=1, progress=progress)
-    evaluator = stage.average.eval()
+    evaluator: Evaluator = stage.average.eval()
     found = {name: round(value, 4) for name, value in scores(evaluator).items()}
     folder = evaluator.save(Path(out))
     lines = [f"| {name} | {value:.3f} |" for name, value in found.items()]

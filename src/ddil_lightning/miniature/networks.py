@@ -148,6 +148,12 @@ def assemble(
     )
 
 
+def build_pipeline(words: Sequence[str], sizes: Sizes) -> StableDiffusionPipeline:
+    """A whole pipeline with fresh weights for captions of these words."""
+    tokenizer = build_tokenizer(words, sizes.tokens)
+    return assemble(build_autoencoder(sizes), build_text_encoder(len(tokenizer), sizes), tokenizer, build_unet(sizes))
+
+
 def parameters(module: torch.nn.Module) -> int:
     """Number of parameters."""
     return sum(p.numel() for p in module.parameters())

@@ -65,21 +65,14 @@ def pretrain(
         resume: folder of an earlier run's snapshots; its autoencoder and last weights are trained on, with a fresh decay.
         progress: show progress bars.
     """
-    started, source, sizes = time.time(), load_source(dataset), networks.SIZES[dataset]
+    started = time.time()
     seed_everything(seed, verbose=False)
-    tokenizer = networks.build_tokenizer(source.words, sizes.tokens)
-    pipeline = networks.assemble(
-        networks.build_autoencoder(sizes),
-        networks.build_text_encoder(len(tokenizer), sizes),
-        tokenizer,
-        networks.build_unet(sizes),
-    )
-    state = torch.load(Path(resume) / "state.pt") if resume else None
-    if state is None:
-        train_autoencoder(pipeline, dataset, steps=autoencoder_steps, seed=seed, progress=progress)
+    pipeline = networks.build_pipeline(load_source(dataset).words, networks.SIZES[dataset])
+    if resume:
+        before = _restore(pipeline, Path(resume) / "state.pt")
     else:
-        _restore(pipeline, state)
-    before = state["images"] if state else 0
+        before = 0
+        train_autoencoder(pipeline, dataset, steps=autoencoder_steps, seed=seed, progress=progress)
     snapshots = None if interim is None else Snapshots(pipeline, interim, max(1, interim_every // batch_size), batch_size, before)
     train_denoiser(
         pipeline, dataset, steps=max(1, images // batch_size), batch_size=batch_size, lr=lr, seed=seed + before,
@@ -90,8 +83,7 @@ def pretrain(
     table = {steps: measure(pipeline, dataset, n=prompts, steps=steps, guidance=best) for steps in (32, 4, 2, 1)}
     facts = {
         "dataset": dataset, "guidance": best, "seed": seed, "devices": devices, "batch_size": batch_size, "lr": lr,
-        "images": images + before, "guidance_scores": scores,
-        "minutes": round((time.time() - started) / 60, 1),
+        "images": images + before, "guidance_scores": scores, "minutes": round((time.time() - started) / 60, 1),
     }  # fmt: skip
     return save_teacher(pipeline, out, facts, table)
 
@@ -137,11 +129,14 @@ def put_average(pipeline: StableDiffusionPipeline, average: Any) -> None:
     pipeline.text_encoder.eval()
 
 
-def _restore(pipeline: StableDiffusionPipeline, state: dict[str, Any]) -> None:
+def _restore(pipeline: StableDiffusionPipeline, file: Path) -> int:
+    """Put a snapshot's autoencoder and last weights into the pipeline -> images that they have seen."""
+    state = torch.load(file)
     pipeline.vae.load_state_dict(state["vae"])
     pipeline.vae.register_to_config(scaling_factor=state["scaling_factor"])
     pipeline.vae.requires_grad_(False).eval()
     Denoiser(pipeline.unet, pipeline.text_encoder).load_state_dict(state["live"])
+    return int(state["images"])
 
 
 def fit(stage: Stage, data: Any, *, devices: int, progress: bool, callbacks: Sequence[Callback] = ()) -> None:

@@ -51,7 +51,7 @@ CHUNK = 64  # rendering is seven times slower in chunks of 1024, which leave the
 class Scenes(NamedTuple):
     """N scenes, or what a judge read or a caption says of them; in integer fields -1 means "not there" or "not said"."""
 
-    count: Tensor  # [N] int64, objects: 1 or 2
+    count: Tensor  # type: ignore[assignment]  # [N] int64, objects: 1 or 2; hides tuple.count, which nobody needs here
     shape: Tensor  # [N, 2] int64, index into SHAPES
     colour: Tensor  # [N, 2] int64, index into COLOURS; the two objects never share one
     size: Tensor  # [N, 2] int64, index into SIZES

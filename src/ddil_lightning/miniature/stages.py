@@ -91,6 +91,9 @@ def held_then_cosine(step: int, total: int, hold: float, warmup: int) -> float:
 class Stage(LightningModule):
     """A stage trains `live` and keeps an exponential moving average of it in `average`, which is what ships."""
 
+    live: Any
+    average: Any
+
     def __init__(
         self, *, live: nn.Module, steps: int, lr: float, hold: float, ema: float, seed: int = 0, weight_decay: float = 0.01
     ) -> None:
@@ -157,6 +160,10 @@ class Denoiser(nn.Module):
 
 class DenoiserStage(Stage):
     """v-prediction with caption dropout; eps would amplify the error of x0 fifteen-fold at t = 999, where layout is decided."""
+
+    alpha: Tensor
+    sigma: Tensor
+    empty: Tensor
 
     def __init__(
         self, *, live: Denoiser, scheduler: Any, empty: Tensor, caption_dropout: float = 0.1, focus: float = 0.0, **options: Any
