@@ -74,10 +74,10 @@ class BareLoop:
         c = guided(c, m.guidance, torch.default_generator)
         t, s = self.times[node], self.times[node + 1]
         x_t = m.student.schedule.add_noise(x0, torch.randn_like(x0), t)
-        y = self.f(m.student, x_t, t, c)
         with torch.no_grad():
             x_s = ddim(m.teacher.schedule, x_t, m.teacher(x_t, t, c), t, s)
             target = self.f(m.target, x_s, s, c, reflect=True)
+        y = self.f(m.student, x_t, t, c)
         distance(m.distance, y, target, m.huber).mean().backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, m.clip)
         self.optimizer.step()

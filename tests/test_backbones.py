@@ -276,3 +276,13 @@ def test_networks_take_contexts_of_any_record(backbone: Backbone) -> None:
     net: UNet = backbone.teacher()
     torch.testing.assert_close(net(x, t, Context(noisy, mask=mask)), net(x, t, Context(text, mask=mask)))
     assert not torch.allclose(net(x, t, Context(noisy)), net(x, t, Context(text)), atol=1e-6)
+
+
+def test_the_student_of_a_half_precision_teacher_starts_from_the_stored_weights(tiny: Path) -> None:
+    stored, half = Backbone(str(tiny)).student(), Backbone(str(tiny), torch.bfloat16)
+    assert next(half.teacher().parameters()).dtype == torch.bfloat16
+    rounded = False
+    for (name, a), b in zip(stored.named_parameters(), half.student().parameters(), strict=True):
+        assert b.dtype == torch.float32 and torch.equal(a, b), name
+        rounded |= not torch.equal(a, a.bfloat16().float())
+    assert rounded

@@ -92,7 +92,7 @@ def test_forward_latents_leave_a_bias_that_grows_and_own_latents_remove_it(steps
 
 
 def test_on_forward_latents_the_drifting_student_looks_right():
-    """Its mean error there is 0: the shift cannot be seen in the forward loss (PEERS: "the loss says nothing")."""
+    """Its mean error there is 0: the shift cannot be seen in the forward loss."""
     student, teacher, grid = trained(6, SamplingPrior())
     for t, s in zip(grid.times.tolist(), grid.times[1:].tolist(), strict=False):
         x_t = SD.add_noise(MU + NOISE.flip(0).roll(1, 0), NOISE, t)

@@ -49,7 +49,7 @@ class Watch(Gradients):
 def long(request: pytest.FixtureRequest, tiny: Path) -> tuple[Entry, Run, str]:
     """Sixty updates on roll-outs and forward latents, and the hash of the frozen networks before them."""
     before = digest(*frozen(build(request.param, tiny)))
-    return request.param, train(request.param, tiny, Watch(), updates=60, lr=2e-3), before
+    return request.param, fit(build(request.param, tiny, updates=60, lr=2e-3), captions(tiny, collect_every=10), Watch()), before
 
 
 # A run ----------------------------------------------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ class Backbone:
         source = self.pipe.unet
         extra = {"time_cond_proj_dim": W_EMBEDDING} if w_conditioned and source.config.time_cond_proj_dim is None else {}
         unet = type(source).from_config({**source.config, **extra})
-        missing, unexpected = unet.load_state_dict({k: v.float() for k, v in source.state_dict().items()}, strict=False)
+        missing, unexpected = unet.load_state_dict(self._weights(), strict=False)
         if unexpected or set(missing) - {"time_embedding.cond_proj.weight"}:
             raise ValueError(f"the U-Net of {self.path} could not be copied: missing {missing}, unexpected {unexpected}")
         if extra:
@@ -165,6 +165,13 @@ class Backbone:
         if gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         return UNet(unet.to(memory_format=torch.channels_last).requires_grad_(True).train())
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The U-Net's weights in float32, as they are stored: a half-precision teacher has rounded its own."""
+        unet = self.pipe.unet
+        if self.dtype != torch.float32:
+            unet = type(unet).from_pretrained(str(pipeline_folder(self.path) or self.path), subfolder="unet", use_safetensors=True)
+        return {name: value.float() for name, value in unet.state_dict().items()}
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str], truncate: bool = False) -> Context:

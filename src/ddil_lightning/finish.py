@@ -20,7 +20,7 @@ from .methods import Distillation
 class Test:
     """What a run is measured by when it ends: `n` held-out prompts, the rows, the suite's seed. n = 0: no test."""
 
-    n: int = 512
+    n: int = 384
     teacher_steps: list[int] = field(default_factory=lambda: [32, 4, 2, 1])
     student_steps: list[int] = field(default_factory=lambda: [4, 2, 1])
     seed: int = 0

@@ -149,7 +149,7 @@ class Distillation(LightningModule):
     def descend(self, optimizer: Any, loss: Tensor, name: str = "loss") -> bool:
         """One micro-batch of `loss`; True when it completed an update. Clips, sets the learning rate, refuses a loss that is not finite."""
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the {name} is {float(loss)} at student update {self.student_updates}{self._suspects()}")
+            raise FloatingPointError(f"the {name} is {float(loss.detach())} at student update {self.student_updates}{self._suspects()}")
         self._last = loss.detach()
         self.record(**{name: loss})
         self.manual_backward(loss / self.accumulate)

@@ -55,13 +55,13 @@ class LCM(Distillation):
 
     def training_step(self, b: LatentBatch, i: int) -> None:
         """One consistency update."""
-        y = self.f(self.student, b.x_t, b.t, b)
-
         with torch.no_grad():
             p = self.teacher(b.x_t, b.t, b.c)                                   # CFG, then reflection
             x_s = ddim(self.teacher.schedule, b.x_t, p, b.t, b.s)               # t -> s along the guided flow
             target = self.f(self.target, x_s, b.s, b, reflect=True)
 
+        # The student comes last: its activations do not lie in memory, and out of the cache, while the other two work.
+        y = self.f(self.student, b.x_t, b.t, b)
         loss = distance(self.distance, y, target, self.huber)
         if self.descend(self.optimizers(), self.feedback(b, loss)):
             self.advance()
