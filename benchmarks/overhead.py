@@ -58,7 +58,7 @@ def settings(data: Any) -> list[Setting]:
         (f"default: {q:g} student, every {every}", own, every),
         (f"{q:g} student, every {2 * every}", own, 2 * every),
         (f"{q:g} student, every {max(every // 2, 1)}", own, max(every // 2, 1)),
-        (f"0.5 student, every {every}", SamplingPrior(0.5, 0.5, 0.0), every),
+        (f"0.25 student, every {every}", SamplingPrior(0.75, 0.25, 0.0), every),
         (f"0.25 student + 0.25 teacher, every {every}", SamplingPrior(0.5, 0.25, 0.25), every),
         (f"0.25 teacher, every {every}", SamplingPrior(0.75, 0.0, 0.25), every),
         (f"{q:g} student, no buffer", own, 0),
