@@ -216,8 +216,8 @@ class DDILDataModule(LightningDataModule):
             first = int(made.t[~torch.isfinite(made.x_t.flatten(1)).all(1)].max())
             actors = SOURCES[int(made.source[made.t == first][0])]
             raise FloatingPointError(f"a roll-out by the {actors} policy is not finite at t = {first}, student update {self.clock}")
-        self.buffer.expire(self.clock, getattr(learner, "stage", 0))
-        stage = getattr(learner, "stage", 0)
+        stage = self.streams.stage
+        self.buffer.expire(self.clock, stage)
         self.buffer.add(made.x_t, made.t, made.c, made.row, made.source, made.actors, self.clock, stage, self._expected(made.t))
         self._collected_at = self.clock
 
@@ -238,7 +238,7 @@ class DDILDataModule(LightningDataModule):
             self.buffer.update(batch.slot[kept].cpu(), loss[kept].detach().float().cpu(), batch.t[kept].cpu())
 
     def commit(self) -> None:
-        """The step that used the last batch is complete. Called by the Commit callback, before checkpoints are written."""
+        """The step that used the last batch is complete. Called by the method's Clock callback, before checkpoints are written."""
         self.done += 1
 
     def statistics(self) -> dict[str, float]:
