@@ -45,7 +45,7 @@ class Checkpoints(Checkpoint):
         """Save when the clock has moved on by `every`, when it is done, and when Ctrl-C was pressed."""
         self.seconds = time.perf_counter() - self._since
         clock = pl_module.student_updates
-        if self._agreed(trainer, batch_idx) and not halfway(pl_module):
+        if self._agreed(trainer, batch_idx) and not pl_module.halfway():
             self.save(trainer, pl_module)
             trainer.should_stop = True
         elif clock != self._saved_at and ((self.every and clock % self.every == 0) or clock >= pl_module.updates):
@@ -54,7 +54,7 @@ class Checkpoints(Checkpoint):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """A run that something else ended (a time limit, another callback) is saved too."""
         self._listen_no_more()
-        if pl_module.student_updates != self._saved_at and not halfway(pl_module):
+        if pl_module.student_updates != self._saved_at and not pl_module.halfway():
             self.save(trainer, pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -112,11 +112,6 @@ class Checkpoints(Checkpoint):
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
             self._previous = None
-
-
-def halfway(method: Any) -> bool:
-    """Whether an update is under way: accumulated gradients are in no checkpoint."""
-    return bool(method._micro % method.accumulate)
 
 
 def finite(method: Any) -> bool:

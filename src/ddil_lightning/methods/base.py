@@ -71,7 +71,8 @@ class Distillation(LightningModule):
         self.has_box = box is not None or reflect == "off"
         lo, hi = box if box is not None else ([-4.5] * channels, [4.5] * channels)
         self.reflection = Reflection(lo, hi, reflect)
-        self.student_updates, self.stage, self._micro = 0, 0, 0
+        self.student_updates, self.stage, self.stage_start = 0, 0, 0
+        self._micro: dict[str, int] = {}
         self.average: nn.Module | None = None
         self._by_source: dict[str, tuple[Tensor, Tensor]] = {}
         self._last: Tensor | None = None
@@ -82,8 +83,13 @@ class Distillation(LightningModule):
 
     @property
     def stage_updates(self) -> int:
-        """Student updates of the present stage."""
-        return self.student_updates
+        """Student updates of the present stage, of which it has `stage_length`."""
+        return self.student_updates - self.stage_start
+
+    @property
+    def stage_length(self) -> int:
+        """Student updates that the present stage has; a method without stages has one."""
+        return self.updates
 
     @property
     def progress(self) -> float:
@@ -153,8 +159,8 @@ class Distillation(LightningModule):
         self._last = loss.detach()
         self.record(**{name: loss})
         self.manual_backward(loss / self.accumulate)
-        self._micro += 1
-        if self._micro % self.accumulate:
+        self._micro[name] = (self._micro.get(name, 0) + 1) % self.accumulate
+        if self._micro[name]:
             return False
         if self.clip:
             # By hand, gradients are clipped before a gradient scaler (16-mixed) has unscaled them.
@@ -167,19 +173,23 @@ class Distillation(LightningModule):
         optimizer.zero_grad()
         return True
 
+    def halfway(self) -> bool:
+        """Whether an update is under way: accumulated gradients are in no checkpoint."""
+        return any(self._micro.values())
+
     def lr_factor(self) -> float:
-        """The learning rate's multiple at the present clock: linear warm-up, then linear to `final_lr`."""
-        u = self.student_updates
+        """The learning rate's multiple at the present clock: linear warm-up, then linear to `final_lr`, in every stage anew."""
+        u = self.stage_updates
         if u < self.warmup:
             return (u + 1) / self.warmup
-        return 1 - (1 - self.final_lr) * (u - self.warmup) / max(self.updates - self.warmup, 1)
+        return 1 - (1 - self.final_lr) * (u - self.warmup) / max(self.stage_length - self.warmup, 1)
 
     def advance(self) -> None:
         """The student was updated: the clock and the averages follow."""
         self.student_updates += 1
         if self.average is not None:
             # A young average follows faster, or the first previews would show the initial weights.
-            lerp_(self.average, self.student.network, min(self.ema, (1 + self.student_updates) / (10 + self.student_updates)))
+            lerp_(self.average, self.student.network, min(self.ema, (1 + self.stage_updates) / (10 + self.stage_updates)))
 
     # Reports ---------------------------------------------------------------------------------------------------------------------
 
@@ -246,14 +256,15 @@ class Distillation(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The clock and the counts."""
-        checkpoint["ddil"] = {"student_updates": self.student_updates, "stage": self.stage, "micro": self._micro, "has_box": self.has_box}
-        checkpoint["ddil"]["evaluations"] = self.evaluations
+        names = ("student_updates", "stage", "stage_start", "has_box", "evaluations")
+        checkpoint["ddil"] = {**{name: getattr(self, name) for name in names}, "micro": dict(self._micro)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore them."""
         state = checkpoint["ddil"]
-        self.student_updates, self.stage, self._micro = state["student_updates"], state["stage"], state["micro"]
-        self.has_box = state["has_box"]
+        for name in ("student_updates", "stage", "stage_start", "has_box"):
+            setattr(self, name, state[name])
+        self._micro = dict(state["micro"])
         for name, denoiser in self.denoisers().items():
             denoiser.evaluations = state["evaluations"][name]
 
