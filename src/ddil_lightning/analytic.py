@@ -56,6 +56,7 @@ class PointMass(Analytic):
         super().__init__(schedule, mu=mu)
 
     def posterior_mean(self, x: Tensor, alpha: Tensor, sigma: Tensor, c: Context) -> Tensor:
+        """The point, wherever x is."""
         # 0 * x keeps the answer in the graph of x (a zero gradient, not a missing one).
         return self.mu.to(x.dtype) + 0 * x
 
@@ -72,6 +73,7 @@ class Gaussian(Analytic):
             raise ValueError("a Gaussian's std must not be negative")
 
     def posterior_mean(self, x: Tensor, alpha: Tensor, sigma: Tensor, c: Context) -> Tensor:
+        """One Gaussian's posterior mean, `_shrink`."""
         return _shrink(x, alpha, sigma, self.mu, self.std)
 
     def flow(self, x_t: Tensor, t: Tensor | int, s: Tensor | int) -> Tensor:
@@ -122,6 +124,7 @@ class Mixture(Analytic):
         self.register_buffer("classes", labels)
 
     def posterior_mean(self, x: Tensor, alpha: Tensor, sigma: Tensor, c: Context) -> Tensor:
+        """The components' posterior means, weighted by their responsibilities."""
         r = self._responsibilities(x, alpha, sigma, c)
         means = _shrink(x[:, None], alpha[:, None], sigma[:, None], self.means, self.stds)
         return (r.view(*r.shape, *(1,) * (x.ndim - 1)) * means).sum(1)
@@ -175,6 +178,7 @@ class UniformBox(Analytic):
             raise ValueError("a box needs lo < hi in every dimension")
 
     def posterior_mean(self, x: Tensor, alpha: Tensor, sigma: Tensor, c: Context) -> Tensor:
+        """The mean of the truncated normal posterior, inside the box."""
         centre, half = (self.lo + self.hi) / 2, (self.hi - self.lo) / 2
         noisy = sigma > 0
         safe = torch.where(noisy, sigma, torch.ones_like(sigma))

@@ -40,6 +40,7 @@ class Axis(NamedTuple):
     log: bool = False
 
     def __call__(self, value: float) -> float:
+        """The position of `value` between start and stop."""
         lo, hi = (math.log10(self.lo), math.log10(self.hi)) if self.log else (self.lo, self.hi)
         share = ((math.log10(value) if self.log else value) - lo) / (hi - lo)
         return self.start + share * (self.stop - self.start)

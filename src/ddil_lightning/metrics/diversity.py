@@ -18,7 +18,9 @@ from torchmetrics import Metric
 class Distance(Protocol):
     """Paired images [B, 3, H, W] in [-1, 1] to distances [B]."""
 
-    def __call__(self, a: Tensor, b: Tensor) -> Tensor: ...
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """The distances [B]."""
+        ...
 
 
 def check_range(images: Tensor, who: str = "LPIPS") -> Tensor:

@@ -62,6 +62,7 @@ class EvaluatorStage(Stage):
     live: Evaluator
 
     def training_step(self, batch: tuple[Tensor, list[str], list[str]], batch_idx: int) -> Tensor:
+        """The contrastive loss of one batch of images, captions and spoiled captions."""
         images, captions, spoiled = batch
         clip = self.live.clip
         a = F.normalize(self.live.image_features(images), dim=1)

@@ -169,9 +169,11 @@ class Snapshots(Callback):
         self.started, self.loss = time.time(), 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """The time begins."""
         self.started = time.time()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """A progress line, and a checkpoint when it is due."""
         step = batch_idx + 1
         self.loss += (float(outputs["loss"]) - self.loss) / min(step, 200)
         if not trainer.is_global_zero:

@@ -104,12 +104,14 @@ class Stage(LightningModule):
         self.seed, self.seen = seed, 0
 
     def on_train_start(self) -> None:
+        """Different noise on every process."""
         # Lightning gives every process the same seed, and then both would train on the same noise
         torch.manual_seed(stream_seed(self.seed, self.global_rank + 1, 0))
         if self.trainer.world_size > 1:
             torch.set_num_threads(1)
 
     def configure_optimizers(self) -> Any:
+        """AdamW, warmed up, held, then decayed."""
         trained = [p for p in self.live.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, self.lr, betas=(0.9, 0.99), weight_decay=self.weight_decay, fused=True)
         warmup = min(200, max(1, self.steps // 20))
@@ -118,6 +120,7 @@ class Stage(LightningModule):
 
     @torch.no_grad()  # else the average would become part of an ever longer graph
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """The average follows."""
         self.seen += 1
         decay = min(self.ema, (1 + self.seen) / (10 + self.seen))  # the first average would otherwise be the initial weights
         torch._foreach_lerp_([*self.average.parameters()], [*self.live.parameters()], 1 - decay)
@@ -134,6 +137,7 @@ class AutoencoderStage(Stage):
                 part.requires_grad_(False)
 
     def training_step(self, batch: tuple[Tensor, list[str]], batch_idx: int) -> Tensor:
+        """The autoencoder's reconstruction and KL loss."""
         images = batch[0]
         with torch.set_grad_enabled(not self.decoder_only):
             posterior = self.live.encode(images).latent_dist
@@ -154,6 +158,7 @@ class Denoiser(nn.Module):
         self.unet, self.text_encoder = unet, text_encoder
 
     def forward(self, x_t: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        """v [B, C, H, W] from noised latents, times [B] and token ids [B, L]."""
         v: Tensor = self.unet(x_t, t, self.text_encoder(ids)[0]).sample
         return v
 
@@ -177,6 +182,7 @@ class DenoiserStage(Stage):
         self.caption_dropout = caption_dropout
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The v loss on stratified times, captions dropped for guidance."""
         x0, ids = batch
         b = len(x0)
         ids = torch.where(torch.rand(b, 1, device=ids.device) < self.caption_dropout, self.empty, ids)
