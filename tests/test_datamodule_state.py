@@ -127,9 +127,36 @@ def test_a_cache_file_is_written_once_and_then_read(real: Toy, tmp_path: Path) -
     assert file.is_file() and counted.asked == 12 and made.examples(2) == ["a red circle", "a blue circle"]
     unread = again.captions
     again.setup("fit")
-    assert isinstance(again.captions, Encoded) and isinstance(unread, Counted) and unread.asked == 0
+    assert isinstance(again.captions, Encoded) and isinstance(unread, Counted) and unread.asked == 3
     assert equal(again.captions[[3, 1]], made.captions[[3, 1]])
     assert made.box() == again.box() and made.box() is not None
+
+
+def test_a_cache_of_another_data_set_is_refused(real: Toy, tmp_path: Path) -> None:
+    file = tmp_path / "set.safetensors"
+    attach(DDILDataModule(Counted(), cache=str(file), batch_size=4), real).setup("fit")
+
+    class Swapped(Counted):
+        def prompts(self, index: Any) -> list[str]:
+            return super().prompts([len(self) - 1 - i for i in index])
+
+    class Longer(Counted):
+        def __len__(self) -> int:
+            return super().__len__() + 1
+
+    for other in (Swapped(), Longer()):
+        with pytest.raises(ValueError, match="was made from another data set or pipeline: delete it"):
+            attach(DDILDataModule(other, cache=str(file), batch_size=4), real).setup("fit")
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_images_of_another_size_are_refused_before_training(cache: bool, real: Toy) -> None:
+    class Large(Counted):
+        def pixels(self, index: Any) -> Tensor:
+            return super().pixels(index).repeat(1, 1, 2, 2)
+
+    with pytest.raises(ValueError, match=r"latents are \[\d+, (\d+), \1\] and the pipeline .* denoises .*: give images of the size"):
+        attach(DDILDataModule(Large(), batch_size=4, cache=cache), real).setup("fit")
 
 
 @pytest.mark.parametrize("cache", [True, False])

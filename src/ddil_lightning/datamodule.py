@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from .buffer import ReplayBuffer
-from .captions import Captions, Encoded, Prompts, RawBatch, builtin, encode, encode_batch
+from .captions import Captions, Encoded, Prompts, RawBatch, builtin, encode, encode_batch, reread
 from .prior import SamplingPrior
 from .reflect import estimate_box
 from .rollout import Granularity, Learner, Streams, collect, draw
@@ -129,7 +129,7 @@ class DDILDataModule(LightningDataModule):
         if not isinstance(self.captions, Encoded):
             self._examples = self.captions.prompts(range(min(16, len(self.captions))))
         if isinstance(self.cache, str) and Path(self.cache).is_file():
-            self.captions = Encoded.load(Path(self.cache))
+            self.captions = reread(Path(self.cache), self.captions, backbone, self.truncate)
         elif self.cache and not isinstance(self.captions, Encoded):
             self.captions = encode(self.captions, backbone, truncate=self.truncate)
             if isinstance(self.cache, str) and self.trainer is not None and self.trainer.is_global_zero:
@@ -137,6 +137,12 @@ class DDILDataModule(LightningDataModule):
         no_images = self.captions.latents is None if isinstance(self.captions, Encoded) else isinstance(self.captions, Prompts)
         if self.prior.forward > 0 and no_images:
             raise ValueError("the prior has a forward share but the data set has no images: give that share to the teacher, or give images")
+        latent = self.reference(1).latent
+        if latent is not None and latent.shape[1:] != tuple(backbone.latent_shape):
+            raise ValueError(
+                f"the data's latents are {list(latent.shape[1:])} and the pipeline {backbone.path} denoises {list(backbone.latent_shape)}: "
+                "give images of the size that the pipeline was trained for"
+            )
 
     def examples(self, n: int) -> list[str]:
         """A few captions of the data, for previews; none from a set that was given encoded."""
