@@ -1,0 +1,106 @@
+"""Stages: carries out the plan of a method that trains in stages (progressive distillation)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+
+from ..datamodule import evaluating
+from ..prior import SamplingPrior
+from .dagger import AnnealPrior, OnClock
+
+
+class Stages(Callback):
+    """At a stage's end: its pipeline is written, the student becomes the teacher, the grid is halved, roll-outs are forgotten.
+
+    Every stage and every part of it gets its prior: that of the part, else the DataModule's own for halvings and forward latents for
+    preliminary stages. `pipelines`: write `stages/NN-K-steps/` below `folder` (default: the trainer's root), exported and verified, for
+    students that can be exported. The run's last update ends its stage too, but begins no other: a run that is made longer begins it then.
+    Does nothing for a method without stages.
+    """
+
+    def __init__(self, pipelines: bool = True, folder: str | None = None) -> None:
+        self.pipelines, self.folder = pipelines, folder
+        self._own = SamplingPrior()
+        self._annealed = False
+        self._clock = 0
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Check every prior of the plan now: one that comes after days of training must not be the one that stops it."""
+        if stage != "fit" or not staged(pl_module):
+            return
+        data = getattr(trainer, "datamodule", None)  # None when the command line asks before anything is encoded
+        self._own = getattr(data, "prior", self._own)
+        self._annealed = any(isinstance(c, AnnealPrior) for c in trainer.callbacks)
+        parts = [part for s in pl_module.stages for part in s.parts]
+        if parts and self._annealed:
+            raise ValueError("the plan's parts and AnnealPrior both set the prior: give the priors in one place")
+        for part in parts:
+            pl_module.check_prior(self._of(part))
+        forward = [s for s in pl_module.stages if any(part.forward > 0 for part in s.parts) or (s.preliminary and not s.parts)]
+        if forward and hasattr(data, "reference") and data.reference(1).latent is None:
+            raise ValueError(f"the plan's stage {forward[0]} has a forward share but the data set has no images: give it parts without one")
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin; a checkpoint may have been written between the end of a stage and the next one's beginning."""
+        if staged(pl_module):
+            self._clock = pl_module.student_updates
+            self._go_on(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """The boundary, once, and the prior of the next batch."""
+        if not staged(pl_module):
+            return
+        moved, self._clock = pl_module.student_updates != self._clock, pl_module.student_updates
+        if moved and pl_module.stage_updates == pl_module.now.length and self.pipelines and trainer.is_global_zero:
+            self.deliver(trainer, pl_module)
+        self._go_on(trainer, pl_module)
+
+    def _go_on(self, trainer: Any, method: Any) -> None:
+        more = method.stage + 1 < len(method.stages) and method.student_updates < method.updates
+        if more and method.stage_updates >= method.stage_length:
+            self.next_stage(trainer, method)
+        prior = self.prior(method)
+        if prior is not None and hasattr(trainer.datamodule, "prior"):
+            trainer.datamodule.prior = prior
+
+    def next_stage(self, trainer: Any, method: Any) -> None:
+        """Swap, halve, restart, forget. Whatever else hangs on the clock of the stage is told of its new beginning."""
+        method.next_stage()
+        if hasattr(trainer.datamodule, "flush"):
+            trainer.datamodule.flush()
+        for callback in trainer.callbacks:
+            if isinstance(callback, OnClock):
+                callback.apply(trainer, method, 0)
+
+    def prior(self, method: Any) -> SamplingPrior | None:
+        """The prior of the present stage and part; None where an annealing sets it."""
+        part = method.now.part(method.stage_updates)
+        if part is not None:
+            return self._of(part)
+        if method.now.preliminary:
+            return SamplingPrior()
+        return None if self._annealed else self._own
+
+    def deliver(self, trainer: Any, method: Any) -> Path | None:
+        """The stage's student as a pipeline folder; None for one that cannot be exported."""
+        from .. import export
+
+        if not export.exportable(method):
+            return None
+        name = method.now.kind if method.now.preliminary else f"{method.steps[0]}-steps"
+        folder = Path(self.folder or Path(trainer.default_root_dir) / "stages") / f"{method.stage + 1:02d}-{name}"
+        prompts = export.check_prompts(method, trainer.datamodule.examples(4))
+        with evaluating(method.deployed()):
+            export.deliver(method, folder, prompts, method.steps[0])
+        return folder
+
+    def _of(self, part: Any) -> SamplingPrior:
+        return SamplingPrior(part.forward, part.student, part.teacher, self._own.mix)
+
+
+def staged(method: Any) -> bool:
+    """Whether a method has a plan of stages."""
+    return bool(getattr(method, "stages", None))

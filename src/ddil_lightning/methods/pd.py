@@ -1,0 +1,216 @@
+"""Progressive distillation (Salimans & Ho 2022, Alg. 2) with guidance conditioning (Meng et al. 2023): Eq. 3 and Alg. 3 of DDIL."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..denoiser import Denoiser
+from ..schedule import Grid, NoiseSchedule
+from ..solver import Policies, Policy, ddim
+from ..types import END, LatentBatch
+from .base import Distillation
+from .losses import lerp_, mse
+from .plan import Stage, check_plan
+
+Weight = Literal["snr+1", "truncated-snr", "snr", "x0"]
+
+
+class PD(Distillation):
+    """One student step = two teacher steps: N nodes are halved stage by stage, and the former student is the next teacher.
+
+    The target needs no x0, so every source is legal: forward latents at the student's N nodes, its own DDIM roll-outs, the teacher's DDIM
+    steps on 2N nodes, and mixtures of both. Reflection acts on the teacher's x0, after guidance, and so on the target: its x0 is the mean
+    of the teacher's two, weighted by the growth of alpha / sigma in each step, and a mean stays in the box. The student predicts v.
+
+    `stages`: the plan (methods.plan), carried out by the callback Stages. `eps_to_v` turns a copy of an eps teacher into a v network;
+    `guidance` teaches it guidance; both train on all times. Without a guidance stage the first halving does both: its teacher is the guided
+    pipeline, at twice the evaluations. `updates` (default: the sum of the stages) cuts the plan short, or lengthens its last stage.
+    `teacher_steps`: the first teacher's grid. `w_conditioned`: the student is told w (zero-initialised embedding); without it, the guidance
+    is baked in and only the pipeline sees w. `rule`: of all grids, `trailing` (DDIM) or `linspace` (DPM-Solver++). `weight`: of the squared
+    error in x0, SNR + 1 (the squared error in v), max(SNR, 1), SNR or 1.
+    """
+
+    former: Denoiser | None
+    """The former student; None while the plan never needs one."""
+
+    def __init__(
+        self,
+        *,
+        stages: list[Stage],
+        teacher_steps: int = 32,
+        w_conditioned: bool = True,
+        weight: Weight = "snr+1",
+        rule: Literal["trailing", "linspace"] = "trailing",
+        updates: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # At least 1: a plan without updates is refused below, by name.
+        super().__init__(updates=max(sum(stage.length for stage in stages), 1) if updates is None else updates, **kwargs)
+        backbone, schedule = self.backbone, self.backbone.schedule
+        check_plan(stages, teacher_steps, rule, schedule.steps, backbone.predicts)
+        self.stages, self.teacher_steps, self.rule = stages, teacher_steps, rule
+        self.weight, self._own = weight, (self.lr, self.warmup)
+        self.student = Denoiser(backbone.student(w_conditioned, self.gradient_checkpointing), schedule, "v")
+        self.__dict__["teacher"] = Denoiser(
+            backbone.teacher(), schedule, backbone.predicts, null=backbone.null(), reflection=self.reflection
+        )
+        self.former = None
+        if any(self._inherits(k) for k in range(len(stages))):
+            network = copy.deepcopy(self.student.network).requires_grad_(False).eval()
+            self.former = Denoiser(network, schedule, "v", reflection=self.reflection)
+        self.with_average()
+        self._begin()
+
+    def training_step(self, b: LatentBatch, i: int) -> None:
+        """One update of the present stage."""
+        with torch.no_grad():
+            target = self.target(b)
+        v = self.student(b.x_t, b.t, b.c).v
+        loss = v_weight(self.weight, self.student.schedule, b.t, b.x_t) * mse(v, target)
+        if self.descend(self.optimizers(), self.feedback(b, loss)):
+            self.advance()
+
+    def target(self, b: LatentBatch) -> Tensor:
+        """v* [B, C, H, W] (DDIL Eq. 3): what the student must say at x_t to land, in one step, where the teacher lands in two."""
+        T, schedule, x_t, t, s = self.expert, self.student.schedule, b.x_t, b.t, b.s
+        if self.now.preliminary:                                                # a network for all times: no steps to match
+            return T(x_t, t, b.c if self.now.kind == "guidance" else b.c.guided(None)).v
+
+        m = self.fine.times.to(t.device)[2 * b.node + 1]                        # the teacher's node between t and s
+        p = T(x_t, t, b.c)
+        x_m = ddim(schedule, x_t, p, t, m)
+        x_s = ddim(schedule, x_m, T(x_m, m, b.c), m, s)
+        self.record(**{"reflect/saturated": self.reflection.saturation(p.x0)})
+        return one_step(schedule, x_t, x_s, t, s)
+
+    # Stages ----------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def now(self) -> Stage:
+        """The present stage of the plan."""
+        return self.stages[self.stage]
+
+    @property
+    def expert(self) -> Denoiser:
+        """The present stage's teacher: the guided pipeline, then the former student."""
+        return self.former if self.former is not None and self._inherits(self.stage) else self.teacher
+
+    @property
+    def stage_length(self) -> int:
+        """Student updates of the present stage; the last one lasts to the end of the run."""
+        last = self.stage == len(self.stages) - 1
+        return max(self.now.length, self.updates - self.stage_start) if last else self.now.length
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The one step count that the present student is made for."""
+        return (self.teacher_steps if self.now.preliminary else len(self.grid),)
+
+    def _inherits(self, stage: int) -> bool:
+        """Whether the teacher of stage number `stage` is the former student: of a halving, once one of guidance or halving has been."""
+        return self.stages[stage].kind == "halve" and any(before.kind != "eps_to_v" for before in self.stages[:stage])
+
+    def _begin(self) -> None:
+        """Grids, policies and learning rate of the present stage: a function of its number, so that nothing of it needs saving."""
+        own_lr, own_warmup = self._own
+        self.lr = own_lr if self.now.lr is None else self.now.lr
+        self.warmup = own_warmup if self.now.warmup is None else self.now.warmup
+        total = self.student.schedule.steps
+        n = self.now.steps or self.teacher_steps // 2
+        self.fine = Grid.named(self.rule, 2 * n, total)
+        self.grid = Grid([*range(total - 1, -1, -1), END], rule="all") if self.now.preliminary else Grid.named(self.rule, n, total)
+        self.__dict__["policies"] = Policies(Policy(self.student, "ddim"), Policy(self.expert, "ddim", fine=self.fine))
+
+    def next_stage(self) -> None:
+        """The deployed student becomes the teacher and starts anew as its copy, in place; optimiser, learning rate and average restart."""
+        deployed = self.deployed()
+        if self.former is not None:
+            lerp_(self.former.network, deployed, 0.0)
+        if deployed is not self.student.network:
+            lerp_(self.student.network, deployed, 0.0)
+        self.stage, self.stage_start = self.stage + 1, self.student_updates
+        self._begin()
+        for optimizer in self.trainer.optimizers:
+            optimizer.state.clear()
+            for group in optimizer.param_groups:
+                group["base_lr"] = self.lr
+
+    # What the rest of the library asks -------------------------------------------------------------------------------------------
+
+    def denoisers(self) -> dict[str, Denoiser]:
+        """Student, teacher and, where the plan has one, the former student."""
+        return {"student": self.student, "teacher": self.teacher} | ({} if self.former is None else {"former": self.former})
+
+    def sampler(self, steps: int) -> tuple[Policy, Grid]:
+        """DDIM on the nodes of the rule."""
+        deployed = Denoiser(self.deployed(), self.student.schedule, "v")
+        return Policy(deployed, "ddim"), Grid.named(self.rule, steps, self.student.schedule.steps)
+
+    def scheduler(self) -> Any:
+        """DDIMScheduler on trailing nodes; where it would leave them, DPM-Solver++ of first order, which is DDIM between any nodes."""
+        from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+        config = {**self.backbone.pipe.scheduler.config, "prediction_type": "v_prediction", "thresholding": False}
+        config["timestep_spacing"] = self.rule
+        # DDIMScheduler steps down by T // N, whatever the next node is.
+        if self.rule == "trailing" and self.student.schedule.steps % self.steps[0] == 0:
+            return DDIMScheduler.from_config({**config, "clip_sample": False, "set_alpha_to_one": True})
+        own = {"algorithm_type": "dpmsolver++", "solver_order": 1, "final_sigmas_type": "zero"}
+        return DPMSolverMultistepScheduler.from_config({**config, **own})
+
+    def setup(self, stage: str) -> None:
+        """Raises ValueError where nothing would carry out the plan."""
+        super().setup(stage)
+        if stage == "fit" and not any(hasattr(callback, "next_stage") for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError("PD trains in stages and nothing moves it from one to the next: give the Trainer the callback Stages()")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The plan up to the present stage, too."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["ddil"]["plan"] = self._plan(self.stage)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises ValueError for a checkpoint that another plan has led to."""
+        super().on_load_checkpoint(checkpoint)
+        theirs = checkpoint["ddil"]["plan"]
+        mine = self._plan(self.stage) if self.stage < len(self.stages) else []
+        if mine != theirs:
+            raise ValueError(f"the checkpoint has followed the plan {', '.join(theirs)}; this config's is {', '.join(self._plan())}")
+        self._begin()
+
+    def _plan(self, upto: int | None = None) -> list[str]:
+        """The plan in words: the grid, the stages before number `upto` with their updates, and that one (all without a number)."""
+        upto = len(self.stages) if upto is None else upto
+        past = [f"{stage} in {stage.length} updates" for stage in self.stages[:upto]]
+        return [f"{self.teacher_steps} {self.rule} steps", *past, *(str(stage) for stage in self.stages[upto : upto + 1])]
+
+
+def one_step(schedule: NoiseSchedule, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """The v [B, C, H, W] at x_t whose single DDIM step t -> s ends in x_s (METHODS 2.3).
+
+    For VP the rotation solved for v, (cos x_t - x_s) / sin: finite at END and where alpha_t is 0. Else from
+    x0* = (x_s - (sigma_s / sigma_t) x_t) / (alpha_s - (sigma_s / sigma_t) alpha_t), which is the same for VP.
+    """
+    if schedule.variance_preserving:
+        cos, sin = schedule.rotation(t, s, x_t)
+        return (cos * x_t - x_s) / sin
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t, x_t), schedule.at(s, x_t)
+    ratio = sigma_s / sigma_t
+    return schedule.from_x0(x_t, t, (x_s - ratio * x_t) / (alpha_s - ratio * alpha_t)).v
+
+
+def v_weight(kind: Weight, schedule: NoiseSchedule, t: Tensor, like: Tensor) -> Tensor:
+    """[B] the factor on |dv|^2 that makes it |dx0|^2 times SNR + 1, max(SNR, 1), SNR or 1: |dv| = (alpha^2 + sigma^2) / sigma |dx0|.
+
+    For VP these are 1, max(alpha^2, sigma^2), alpha^2 and sigma^2: no division, per sample (METHODS 2.3). Raises ValueError otherwise.
+    """
+    a2, s2 = (x.square().flatten() for x in schedule.at(t, like))
+    norm = torch.ones_like(a2) if schedule.variance_preserving else a2 + s2
+    found = {"snr+1": norm, "truncated-snr": torch.maximum(a2, s2), "snr": a2, "x0": s2}
+    if kind not in found:
+        raise ValueError(f"a loss weight is one of {', '.join(found)}, not {kind!r}")
+    return found[kind] / norm.square()
