@@ -71,7 +71,8 @@ def rolled(m: Method, actors: Any, n: int = 3, seed: int = 0, **kwargs: Any) -> 
 
 
 def same(a: LatentBatch, b: LatentBatch) -> bool:
-    pairs = zip((*a._replace(c=None), *a.c), (*b._replace(c=None), *b.c), strict=True)
+    flat = [(*x._replace(c=None, real_c=None), *x.c, *(x.real_c or ())) for x in (a, b)]
+    pairs = zip(*flat, strict=True)
     return all(x is y is None or torch.equal(x, y) for x, y in pairs)
 
 

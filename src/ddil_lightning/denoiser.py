@@ -47,6 +47,17 @@ class Denoiser(nn.Module):
         p = self.schedule.prediction(self.predicts, x_t, t, out)
         return p if self.reflection is None else self.reflected(x_t, t, p, self.reflection)
 
+    def features(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
+        """The network's bottleneck features [B, ...], unguided, without its output; counted as an evaluation."""
+        self.evaluations += len(x_t)
+        return self.network.features(x_t, t, c)  # type: ignore[operator]
+
+    def with_features(self, x_t: Tensor, t: Tensor, c: Context) -> tuple[Prediction, Tensor]:
+        """The prediction, unguided and not reflected, and the features, from one forward."""
+        self.evaluations += len(x_t)
+        out, features = self.network.with_features(x_t, t, c)  # type: ignore[operator]
+        return self.schedule.prediction(self.predicts, x_t, t, out), features
+
     def reflected(self, x_t: Tensor, t: Tensor, p: Prediction, reflection: Reflection) -> Prediction:
         """`p` with its x0 inside the box and eps, v re-derived, so that alpha x0 + sigma eps = x_t still holds."""
         return p if reflection.mode == "off" else self.schedule.from_x0(x_t, t, reflection(p.x0))

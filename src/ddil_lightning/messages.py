@@ -35,6 +35,14 @@ def explain(message: str, keys: Sequence[str], bases: Sequence[type] = ()) -> st
     return shorten(" ".join(line.strip(" -") for line in lines))
 
 
+def plain(message: str) -> str:
+    """What a constructor said, without the attempts of all types that jsonargparse reports around it."""
+    words = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    around = ("Does not validate", "Subtypes:", "Errors:", "Expected a", "Given value")
+    own = [line for line in words if line and not line.startswith(around)]
+    return own[0] if own and words[0].startswith("Does not validate") else message
+
+
 def shorten(text: str, limit: int = 300) -> str:
     """`text` with its middle left out where it is too long."""
     return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"

@@ -7,10 +7,9 @@ every rank; noise, guidance and buffer picks are rank-local. Both are pure funct
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from .buffer import ReplayBuffer
 from .prior import SamplingPrior
 from .schedule import Grid, NoiseSchedule
 from .solver import Policies
+from .streams import Streams
 from .types import FORWARD, MIXED, STUDENT, TEACHER, CaptionBatch, Context, LatentBatch, cat, take, to
 
 Granularity = Literal["sample", "step"]
@@ -41,27 +41,6 @@ class Learner(Protocol):
     def guidance(self) -> tuple[float, float]:
         """The range of guidance g = 1 + w from which every sample's w is drawn, uniform."""
         ...
-
-
-class Streams(NamedTuple):
-    """Random numbers as a function of (seed, stage, step, purpose): nothing to save, nothing to restore."""
-
-    seed: int
-    step: int
-    stage: int = 0
-    rank: int = 0
-
-    def shared(self, purpose: str) -> random.Random:
-        """The same on every rank: plans."""
-        return random.Random(self._hash(purpose))
-
-    def local(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
-        """Different on every rank: noise, guidance, picks."""
-        return torch.Generator(device).manual_seed(self._hash(purpose, self.rank))
-
-    def _hash(self, *words: Any) -> int:
-        text = ":".join(map(str, (self.seed, self.stage, self.step, *words)))
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 class Rollout(NamedTuple):
@@ -173,7 +152,7 @@ def forward(batch: CaptionBatch, learner: Learner, streams: Streams, pure_noise:
         x_t = torch.where((node == 0).view(-1, *(1,) * (x0.ndim - 1)), eps, x_t)
     c = guided(batch.c, learner.guidance, streams.local("guidance"))
     tag = torch.full_like(t, FORWARD)
-    return LatentBatch(x_t, t, s, node, c, x0, tag, torch.ones(len(t), device=device), torch.full_like(t, -1))
+    return LatentBatch(x_t, t, s, node, c, x0, tag, torch.ones(len(t), device=device), torch.full_like(t, -1), batch.c)
 
 
 def collect(
@@ -256,6 +235,6 @@ def draw(
         # Looked up while still on the CPU: reading times back from a GPU would wait for it.
         rolled = to(_rolled(learner, got.x_t, got.t, got.c, got.source, got.weight, got.slot), batch.c.text.device)
     if k == size:
-        return rolled._replace(real=batch.latent)
+        return rolled._replace(real=batch.latent, real_c=batch.c)
     noised = forward(take(batch, slice(size - k)), learner, streams, pure_noise)
-    return cat([noised._replace(real=None), rolled])._replace(real=batch.latent)
+    return cat([noised._replace(real=None, real_c=None), rolled])._replace(real=batch.latent, real_c=batch.c)

@@ -141,6 +141,12 @@ class NoiseSchedule:
             raise ValueError(f"a network predicts 'eps', 'v', 'x0' or 'flow', not {kind!r}")
         return Prediction(x0, eps, alpha * eps - sigma * x0)
 
+    def target(self, kind: Predicts, x0: Tensor, eps: Tensor, t: Tensor | int) -> Tensor:
+        """What a network of `kind` should answer at x_t = alpha x0 + sigma eps: the target of a denoising loss."""
+        alpha, sigma = self.at(t, x0)
+        known = {"x0": lambda: x0, "eps": lambda: eps, "v": lambda: alpha * eps - sigma * x0, "flow": lambda: eps - x0}
+        return known[kind]()
+
     def from_x0(self, x_t: Tensor, t: Tensor | int, x0: Tensor) -> Prediction:
         """eps and v re-derived from an x0 estimate, alpha x0 + sigma eps = x_t. At END, where sigma is 0: eps = x_t (METHODS 0.6)."""
         alpha, sigma = self.at(t, x_t)

@@ -70,6 +70,7 @@ class LatentBatch(NamedTuple):
     source: Tensor  # [B] FORWARD, STUDENT, TEACHER or MIXED
     weight: Tensor  # [B] importance weight of the loss, 1 unless the buffer is prioritised
     slot: Tensor  # [B] where the buffer keeps the state (for priorities), -1 if it does not
+    real_c: Context | None = None  # the captions of `real`, unguided; those of a rolled-out x_t are others
 
 
 def _map(f: Callable[..., Tensor], *records: T) -> T:
