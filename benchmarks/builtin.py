@@ -1,10 +1,11 @@
-"""LCM with and without DDIL, reflection and roll-outs: the reproduction table, over seeds, with the paired differences that decide.
+"""PD, LCM and DMD2 on the built-in pipeline, each with and without DDIL and reflection: the reproduction tables, over seeds.
 
-Every variant is a shipped config trained by the library with its default budget, and sampled in 4, 2 and 1 steps from the same noise as
-the teacher. `same_times` is the control: as lcm_ddil, but every roll-out is replaced by data noised to its times, so that an emphasis on
-timesteps is not mistaken for the correction of a shift. `+R` has reflection. Finished runs are kept under --cache and not repeated.
+Every variant is a shipped config trained by the library with its default budget, and sampled in few steps from the same noise as the
+teacher; paired differences over seeds decide. `base` is the method alone, `reflected` has reflection, `ddil` roll-outs, `both` the two: the
+shipped config. `same_times` is the control: as `ddil`, but every roll-out is replaced by data noised to its times, so that an emphasis on
+timesteps is not mistaken for the correction of a shift. Finished runs are kept under --cache and not repeated.
 
-    python benchmarks/lcm.py [--seeds 3] [--jobs 2] [--n 1000] [--updates N] [--variants lcm lcm_ddil+R ...] [--json FILE]
+    python benchmarks/builtin.py [--method lcm] [--seeds 3] [--jobs 2] [--n 1000] [--updates N] [--variants base both ...] [--json FILE]
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -23,7 +25,7 @@ from typing import Any
 
 import common
 import torch
-from lcm_table import STUDENT_STEPS, TEACHER_STEPS, report
+from builtin_table import STUDENT_STEPS, TEACHER_STEPS, report
 from torch import Tensor
 
 from ddil_lightning.evaluate import KEYS, Suite, paired_distance, write_rows
@@ -31,14 +33,14 @@ from ddil_lightning.metrics.base import as_saved
 
 OFF, STATIC = "model.init_args.reflect=off", "model.init_args.reflect=static"
 VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "lcm": ("lcm.yaml", (OFF,)),
-    "lcm+R": ("lcm.yaml", (STATIC,)),
-    "lcm_ddil": ("lcm_ddil.yaml", (OFF,)),
-    "lcm_ddil+R": ("lcm_ddil.yaml", (STATIC,)),
-    "same_times": ("lcm_ddil.yaml", (OFF, "data.control=true")),
-    "same_times+R": ("lcm_ddil.yaml", (STATIC, "data.control=true")),
+    "base": ("{}.yaml", (OFF,)),
+    "reflected": ("{}.yaml", (STATIC,)),
+    "ddil": ("{}_ddil.yaml", (OFF,)),
+    "both": ("{}_ddil.yaml", (STATIC,)),
+    "same_times": ("{}_ddil.yaml", (OFF, "data.control=true")),
+    "same_times_reflected": ("{}_ddil.yaml", (STATIC, "data.control=true")),
 }
-DEFAULT = [name for name in VARIANTS if name != "same_times"]
+DEFAULT = ["base", "reflected", "ddil", "both", "same_times_reflected"]
 
 
 class Paired:
@@ -98,24 +100,25 @@ def teacher(task: dict[str, Any]) -> dict[str, Any]:
 
 def student(task: dict[str, Any]) -> dict[str, Any]:
     """One run: trained and scored."""
-    from ddil_lightning.scoring import policy_row
+    from ddil_lightning.runs import stage_pipelines
+    from ddil_lightning.scoring import method_rows
 
-    trainer, method, data = built(task)
-    data.captions = encoded(task["pipeline"], task["captions"])
-    start = time.perf_counter()
-    trainer.fit(method, datamodule=data)
-    seconds = time.perf_counter() - start
-    method = method.to(trainer.strategy.root_device).eval()
-    paired = Paired(suite(method.backbone.about["dataset"], task["n"]), torch.load(task["reference"], weights_only=True))
-    g = method.eval_guidance
-    rows = [policy_row(paired, method.backbone, f"student@{k}", *method.sampler(k), g) for k in STUDENT_STEPS]  # type: ignore[arg-type]
+    with tempfile.TemporaryDirectory() as folder:  # where a method in stages leaves the students of each
+        trainer, method, data = built(task, f"trainer.default_root_dir={folder}")
+        data.captions = encoded(task["pipeline"], task["captions"])
+        start = time.perf_counter()
+        trainer.fit(method, datamodule=data)
+        seconds = time.perf_counter() - start
+        method = method.to(trainer.strategy.root_device).eval()
+        paired = Paired(suite(method.backbone.about["dataset"], task["n"]), torch.load(task["reference"], weights_only=True))
+        rows = method_rows(paired, method, (), STUDENT_STEPS[task["method"]], stages=stage_pipelines(Path(folder)))  # type: ignore[arg-type]
     counts = {"updates": method.student_updates, "network_evaluations": method.evaluations}
     return {"variant": task["variant"], "seed": task["seed"], "seconds": seconds, **counts, "rows": rows}
 
 
-def built(task: dict[str, Any]) -> tuple[Any, Any, Any]:
+def built(task: dict[str, Any], *more: str) -> tuple[Any, Any, Any]:
     """Trainer, method and data of a task."""
-    return common.build(task["config"], pipeline=task["pipeline"], seed=task["seed"] or 0, overrides=task["overrides"])
+    return common.build(task["config"], pipeline=task["pipeline"], seed=task["seed"] or 0, overrides=[*task["overrides"], *more])
 
 
 def work(task: dict[str, Any]) -> dict[str, Any]:
@@ -157,17 +160,19 @@ def tasks(args: argparse.Namespace, pipeline: str) -> tuple[dict[str, Any], list
         depends = [weights, args.n, KEYS] + (said if variant else [args.set])
         key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]
         what = {"variant": variant, "seed": seed, "config": config, "overrides": overrides, "pipeline": pipeline, "n": args.n}
+        name = f"{args.method}-{variant}-{seed}" if variant else "teacher"
         return {
             **what,
+            "method": args.method,
             "captions": args.captions,
             "threads": args.threads,
-            "file": str(folder / f"{variant or 'teacher'}-{seed}-{key}.json"),
+            "file": str(folder / f"{name}-{key}.json"),
         }
 
-    first = task("", None, "lcm.yaml", [])
+    first = task("", None, "lcm.yaml", [])  # the teacher's rows are the same for every method
     reference = first["file"].replace(".json", ".pt")
     seeds = range(args.seed, args.seed + args.seeds)
-    runs = [task(name, seed, *VARIANTS[name]) for seed in seeds for name in args.variants]
+    runs = [task(name, seed, VARIANTS[name][0].format(args.method), VARIANTS[name][1]) for seed in seeds for name in args.variants]
     return {**first, "reference": reference}, [{**run, "reference": reference} for run in runs]
 
 
@@ -202,12 +207,13 @@ def measure(args: argparse.Namespace) -> common.Report:
         records.append(record)
         at = f"{len(records)}/{len(runs)}, {time.time() - start:.0f} s"
         print(f"[{at}] {record['variant']} seed {record['seed']}: trained in {record['seconds']:.0f} s", flush=True)
-    return report(baseline, records, args.variants, {"prompts": args.n, "seeds": args.seeds})
+    return report(args.method, baseline, records, args.variants, {"prompts": args.n, "seeds": args.seeds})
 
 
 def main(argv: list[str] | None = None) -> common.Report:
     """The command."""
     parser = common.parser(__doc__)
+    parser.add_argument("--method", choices=list(STUDENT_STEPS), default="lcm")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=DEFAULT)
     parser.add_argument("--seeds", type=int, default=3, help="runs of every variant, from --seed on")
     parser.add_argument("--updates", type=int, help="student updates (default: the config's)")
@@ -215,7 +221,7 @@ def main(argv: list[str] | None = None) -> common.Report:
     parser.add_argument("--jobs", type=int, default=2, help="processes; each takes one run at a time")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of each")
     parser.add_argument("--captions", type=int, help="train on so many captions only (default: the whole built-in set)")
-    parser.add_argument("--cache", default="runs/benchmarks/lcm", help="where finished runs are kept")
+    parser.add_argument("--cache", default="runs/benchmarks/builtin", help="where finished runs are kept")
     return common.main(measure, parser.parse_args(argv))
 
 
