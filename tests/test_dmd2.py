@@ -72,11 +72,12 @@ def noise(n: int, seed: int = 3) -> LatentBatch:
 
 
 @pytest.mark.parametrize("normaliser", ["sample", "batch"])
-@pytest.mark.parametrize("reflect", ["off", "static"])
+@pytest.mark.parametrize("reflect", ["off", "real", "both"])
 def test_the_pseudo_losss_gradient_is_g_over_numel(normaliser: str, reflect: str, tiny: Path) -> None:
     """With everything written out by hand from the networks' raw outputs: guidance, conversion, reflection, normaliser."""
     box = [[-0.3, -0.2, -0.25, -0.1], [0.2, 0.3, 0.15, 0.2]]
-    method = build(ENTRY, tiny, normaliser=normaliser, reflect=reflect, box=box, guidance=3.0, real_guidance=2.5)
+    clamped = {"reflect": "off" if reflect == "off" else "static", "reflect_critic": reflect == "both", "box": box}
+    method = build(ENTRY, tiny, normaliser=normaliser, guidance=3.0, real_guidance=2.5, **clamped)
     with torch.no_grad():
         for p in method.critic.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -94,10 +95,10 @@ def test_the_pseudo_losss_gradient_is_g_over_numel(normaliser: str, reflect: str
         unet, null = method.backbone.teacher(), method.backbone.null().expand(3)
         given, free = unet(y, tau, c.guided(None)), unet(y, tau, null)
         real, fake = a * y - s * (given + 1.5 * (given - free)), a * y - s * method.critic.network(y, tau, c)
-        if reflect == "static":
-            lo, hi = (torch.tensor(side).view(1, -1, 1, 1) for side in box)
-            assert ((real < lo) | (real > hi)).double().mean() > 0.1
-            real, fake = real.clamp(lo, hi), fake.clamp(lo, hi)
+        lo, hi = (torch.tensor(side).view(1, -1, 1, 1) for side in box)
+        assert all(((z < lo) | (z > hi)).double().mean() > 0.1 for z in (real, fake))
+        real = real if reflect == "off" else real.clamp(lo, hi)
+        fake = fake.clamp(lo, hi) if reflect == "both" else fake
         scale = (x - real).abs().mean((1, 2, 3) if normaliser == "sample" else (0, 1), keepdim=True)
         expected = (fake - real) / scale / x.numel()
     assert x.grad is not None and float((x.grad - expected).abs().max()) < 1e-7

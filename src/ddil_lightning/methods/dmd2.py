@@ -33,8 +33,9 @@ class DMD2(Distillation):
     teacher's DDIM roll-outs, on the whole grid. `critic_lr`: default `lr`. `real_guidance`: g of the real score (default: `guidance`).
     `gan_weight`, `critic_gan_weight`: lambda_g and lambda_d, 0 and 0 for no GAN. `gan_features`: whose bottleneck the head reads.
     `normaliser`: of the gradient, per sample or over the batch (`direction`). `tau`: range of the scores' times as shares of T.
-    `reflect_real`, `reflect_critic`, `reflect_student`: which estimates are thresholded where `reflect` is not off, the student's straight-
-    through and in training alone: no diffusers scheduler holds a box per channel, and roll-outs are as the student is deployed.
+    `reflect_real`, `reflect_critic`, `reflect_student`: which estimates are thresholded where `reflect` is not off. The critic's is not by
+    default: with both scores in one box nothing pulls an output back that has left it. The student's is straight-through and in training
+    alone: no diffusers scheduler holds a box per channel, and roll-outs are as the student is deployed.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class DMD2(Distillation):
         normaliser: Normaliser = "sample",
         tau: tuple[float, float] = (0.02, 0.98),
         reflect_real: bool = True,
-        reflect_critic: bool = True,
+        reflect_critic: bool = False,
         reflect_student: bool = True,
         **kwargs: Any,
     ) -> None:
