@@ -273,4 +273,6 @@ def test_features_are_the_bottlenecks_and_cost_no_decoder(tiny: Path) -> None:
     assert len(called) == 1 and torch.equal(features, same) and torch.equal(out, net(x, t, c))
     handle.remove()
     assert not net.unet.mid_block._forward_hooks
+    net.unet.mid_block = None  # as in U-Nets that were pruned: then the last block of the encoder is the bottleneck
+    assert net.features(x, t, c).shape == features.shape and not torch.equal(net.features(x, t, c), features)
     assert backbone(tiny).head()(features).shape == (2, 1, 1, 1) and features.shape[1] == net.unet.config.block_out_channels[-1]
