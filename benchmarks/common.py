@@ -19,12 +19,13 @@ Report = dict[str, Any]
 """What a benchmark writes as JSON and prints: `rows`, `columns` (key, heading) of its table, `targets`, `notes`, `settings`, `machine`."""
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
-    """The options of every benchmark."""
+def parser(doc: str | None, pipeline: bool = True) -> argparse.ArgumentParser:
+    """The options of every benchmark; `pipeline`: whether it can be given one."""
     made = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     made.add_argument("--quick", action="store_true", help="a few steps only: shows that it runs, the numbers mean nothing")
     made.add_argument("--json", type=Path, help="write the table as JSON")
-    made.add_argument("--pipeline", default="builtin", help="a pipeline folder, hub id, builtin, or `random`: builtin's size, untrained")
+    if pipeline:
+        made.add_argument("--pipeline", default="builtin", help="a pipeline folder, hub id, builtin, or `random`: untrained")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the config, as on ddil-fit's command line"
@@ -58,15 +59,17 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def build(config: str, *, pipeline: str, seed: int, overrides: Sequence[str] = ()) -> tuple[Any, Any, Any]:
+def build(config: str, *, pipeline: str | None, seed: int, overrides: Sequence[str] = ()) -> tuple[Any, Any, Any]:
     """(trainer, method, data) of a shipped config, parsed as ddil-fit does, without what a run writes and shows.
 
-    `overrides`: "model.init_args.lr=1e-3" and the like. The trainer keeps the callbacks that decide what is trained on.
+    `pipeline`: None for the config's own. `overrides`: "model.init_args.lr=1e-3" and the like. The trainer keeps the callbacks that decide
+    what is trained on.
     """
     from ddil_lightning import cli
     from ddil_lightning.main import FIT_SHORT, expand
 
-    words = ["--config", config, f"model.init_args.pipeline={pipeline}", "--seed", str(seed), *overrides]
+    chosen = [] if pipeline is None else [f"model.init_args.pipeline={pipeline}"]
+    words = ["--config", config, *chosen, "--seed", str(seed), *overrides]
     made = cli.FitCLI(expand(words, FIT_SHORT), rebuild=True)
     kept = [c for c in made.trainer.callbacks if not isinstance(c, (cli.Checkpoints, cli.Previews, cli.Progress))]  # type: ignore[attr-defined]
     made.trainer.callbacks = kept  # type: ignore[attr-defined]
@@ -123,6 +126,9 @@ def cell(value: Any, se: float | None = None) -> str:
     """A value of a table, with its standard error if it has one."""
     from ddil_lightning.results import cell as plain
 
+    if isinstance(value, Mapping):  # a measured mean, or a paired difference: {mean, se, paired: {mean, t, p}}
+        t = (value.get("paired") or value).get("t")
+        return cell(value["mean"], value.get("se")) + ("" if t is None else f" [{t:+.1f}]")
     return f"{plain(value)} ± {plain(se)}" if value is not None and se is not None else plain(value)
 
 

@@ -15,9 +15,10 @@ from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 
 from ddil_lightning.backbones import Backbone
+from ddil_lightning.callbacks import Stages
 from ddil_lightning.captions import Captions, Encoded, encode
 from ddil_lightning.datamodule import DDILDataModule
-from ddil_lightning.methods import LCM
+from ddil_lightning.methods import DMD2, LCM, PD, Stage
 from ddil_lightning.methods.base import Distillation
 from ddil_lightning.prior import SamplingPrior
 
@@ -32,10 +33,13 @@ class Entry(NamedTuple):
     unused: bool = False  # some step leaves parameters of the method without a gradient (two optimisers): DDP must be told
 
 
+PLAN = [Stage(steps=8, updates=3), Stage(steps=4, updates=4, warmup=2)]  # the last stage lasts to the end of a run
 METHODS = [
     Entry("lcm", LCM),
     Entry("lcm-fixed-guidance", LCM, {"w_conditioned": False, "guidance": 2.0}),
     Entry("lcm-online-target", LCM, {"target_decay": 0.0, "ema": 0.0, "loss": "mse"}),
+    Entry("pd", PD, {"stages": PLAN, "teacher_steps": 16}),
+    Entry("dmd2", DMD2, {"guidance": 2.0, "critic_steps": 2}, falls="critic_loss", unused=True),
 ]
 ALL = {"argvalues": METHODS, "ids": [entry.name for entry in METHODS]}
 """pytest.mark.parametrize("entry", **ALL)."""
@@ -135,8 +139,8 @@ def fit(method: Any, data: LightningDataModule, *callbacks: Callback, ckpt: Path
     torch.manual_seed(next(_fits))
     saves = any(isinstance(callback, Checkpoint) for callback in callbacks)
     quiet = {"enable_checkpointing": saves, "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
-    log = Log()
-    trainer = Trainer(**{"max_epochs": -1, "accelerator": "cpu", "logger": log, "callbacks": list(callbacks), **quiet, **kwargs})
+    log, every = Log(), [Stages(pipelines=False), *callbacks]
+    trainer = Trainer(**{"max_epochs": -1, "accelerator": "cpu", "logger": log, "callbacks": every, **quiet, **kwargs})
     trainer.fit(method, data, ckpt_path=None if ckpt is None else str(ckpt))
     return Run(method, data, trainer, log.rows)
 

@@ -49,6 +49,21 @@ def test_step_cost(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.Captu
     assert goal["value"] == rows["Lightning step"]["ratio"] and goal["met"] is (goal["value"] <= goal["limit"])
 
 
+def test_dmd2_cost(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The published sequence in closed form for k = 5: 2.5 k student, k + 1 critic and 2 teacher forwards, 2 k + 1 encoder passes."""
+    report = run(script("dmd2_cost"), tiny, tmp_path, capsys, "--set", "data.collect_every=1")
+    base, plain, ddil = report["rows"]
+    assert [base[key] for key in ("student", "critic", "teacher", "encoder")] == [12.5, 6, 2, 11]
+    assert (plain["critic"], plain["teacher"], plain["encoder"]) == (6, 2, 6) and ddil["critic"] == 6 and ddil["teacher"] > 2
+    assert plain["student"] == 5 + 3  # a roll-out of three transitions
+    share = (base["forwards"] - 20.5) / 11
+    assert 0.1 < share < 0.7 and plain["forwards"] == pytest.approx(16 + 6 * share)
+    # Backwards: the student's 2, the critic's 2 k, the input's for the GAN 1, the encoder's 2 for every side of the discriminator.
+    assert base["units"] == pytest.approx(20.5 + 2 + 10 + share * (11 + 1 + 20))
+    assert plain["units"] == pytest.approx(16 + 2 + 10 + share * (6 + 1 + 10))
+    assert [t["value"] for t in report["targets"]] == [plain["ratio"], ddil["ratio"]]
+
+
 def test_overhead(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ["--set", "data.collect_every=2", "--set", "data.batch_size=8"]
     report = run(script("overhead"), tiny, tmp_path, capsys, "--threads", "1", *more)
@@ -84,9 +99,9 @@ def evaluator(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("evaluator")
-def test_lcm(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    module = script("lcm")
-    options = ["--jobs", "1", "--cache", str(tmp_path / "cache"), "--variants", "lcm", "lcm_ddil+R", "same_times+R"]
+def test_builtin(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("builtin")
+    options = ["--jobs", "1", "--cache", str(tmp_path / "cache"), "--variants", "base", "both", "same_times_reflected"]
     report = run(module, tiny, tmp_path, capsys, *options)
     teachers = [row for row in report["rows"] if row["variant"] == "teacher"]
     assert [row["name"] for row in teachers] == ["teacher@32", "teacher@4", "teacher@2", "teacher@1"]
@@ -97,21 +112,21 @@ def test_lcm(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         keys = ("frechet", "clip", "density", "coverage", "lpips_diversity", "attribute_accuracy", "all_right", "mode_coverage", "paired")
         assert set(keys) <= {k for k, v in row["metrics"].items() if v is not None}
     assert {(d["variant"], d["against"]) for d in report["parts"][0]["rows"]} == {
-        ("lcm_ddil+R", "lcm"),
-        ("same_times+R", "lcm"),
-        ("lcm_ddil+R", "same_times+R"),
+        ("both", "base"),
+        ("same_times_reflected", "base"),
+        ("both", "same_times_reflected"),
     }
     records = [json.loads(p.read_text()) for p in (tmp_path / "cache").glob("*-0-*.json")]
     shares = {r["variant"]: r["network_evaluations"] for r in records}
     # The control calls no network for its stand-ins, the roll-outs do.
-    assert shares["same_times+R"] == shares["lcm"] and shares["lcm_ddil+R"]["student"] > shares["lcm"]["student"]
+    assert shares["same_times_reflected"] == shares["base"] and shares["both"]["student"] > shares["base"]["student"]
     monkeypatch.setattr(module, "student", None)  # a second call reads the cache alone
     again = run(module, tiny, tmp_path, capsys, *options)
     assert again["rows"] == report["rows"]
 
 
 def test_paired_differences_and_gaps_in_closed_form(script: Any) -> None:
-    module = script("lcm_table")
+    module = script("builtin_table")
     rest = dict.fromkeys(module.MEASURES)
 
     def rows(values: dict[int, float], name: str) -> list[dict[str, Any]]:
@@ -119,17 +134,17 @@ def test_paired_differences_and_gaps_in_closed_form(script: Any) -> None:
         return [{"name": f"{name}@{k}", "steps": k, "metrics": metrics} for k, metrics in known.items()]
 
     baseline = {"rows": rows({32: 1.0, 4: 2.0, 2: 5.0, 1: 9.0}, "teacher")}
-    made = {("lcm", 0): 4.0, ("lcm", 1): 5.0, ("lcm_ddil+R", 0): 2.0, ("lcm_ddil+R", 1): 4.0}
+    made = {("base", 0): 4.0, ("base", 1): 5.0, ("both", 0): 2.0, ("both", 1): 4.0}
     records = [
         {"variant": v, "seed": s, "seconds": 1.0, "updates": 7, "rows": rows({4: 0.9, 2: x, 1: x}, "student")} for (v, s), x in made.items()
     ]
-    report = module.report(baseline, records, ["lcm", "lcm_ddil+R"], {"seeds": 2, "prompts": 16})
-    mean = next(r for r in report["rows"] if (r["variant"], r["name"]) == ("lcm_ddil+R", "student@2"))
+    report = module.report("lcm", baseline, records, ["base", "both"], {"seeds": 2, "prompts": 16})
+    mean = next(r for r in report["rows"] if (r["variant"], r["name"]) == ("both", "student@2"))
     assert mean["metrics"]["frechet"] == 3 and mean["se"]["frechet"] == pytest.approx(1.0)
     assert mean["metrics"]["gap_frechet"] == pytest.approx(((5 - 2) / 4 + (5 - 4) / 4) / 2)
     (part,) = report["parts"]
     minus = next(r for r in part["rows"] if r["name"] == "student@2")
-    assert (minus["variant"], minus["against"]) == ("lcm_ddil+R", "lcm")
+    assert (minus["variant"], minus["against"]) == ("both", "base")
     assert minus["metrics"]["frechet"] == pytest.approx(-1.5) and minus["se"]["frechet"] == pytest.approx(0.5)
     met = {t["name"]: t["met"] for t in report["targets"]}
     assert met["Fréchet distance, 4 steps against the teacher's 32"] is True  # 0.9 against 1.0
@@ -137,7 +152,7 @@ def test_paired_differences_and_gaps_in_closed_form(script: Any) -> None:
 
 
 def test_paired_scores_the_images_of_the_prompts_alone(script: Any) -> None:
-    module = script("lcm")
+    module = script("builtin")
     pictures = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
     def score(sample: Any) -> dict[str, Any]:
@@ -152,3 +167,60 @@ def test_paired_scores_the_images_of_the_prompts_alone(script: Any) -> None:
     metrics = second.score(lambda prompts, seed: (first.images.repeat(2, 1, 1, 1)[seed : seed + len(prompts)] * 0).add(0.0))
     zero = round(127.5) / 127.5 - 1  # zero as an 8-bit file holds it
     assert metrics["paired"] == pytest.approx(float((first.images.double() - zero).square().mean()), rel=1e-5)
+
+
+def test_toy2d(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module, file, picture = script("toy2d"), tmp_path / "out.json", tmp_path / "toy.png"
+    options = ["--methods", "pd", "lcm", "--variants", "both", "ddil", "longer_base", "same_times", "--jobs", "1", "--seed", "7"]
+    threads = torch.get_num_threads()
+    module.main(["--quick", "--json", str(file), "--plot", str(picture), *options])
+    torch.set_num_threads(threads)
+    report = json.loads(file.read_text())
+    assert capsys.readouterr().out.rstrip().endswith(sys.modules["common"].markdown(report))
+    rows = {(r["method"], r["variant"]): r for r in report["rows"]}
+    assert [v for m, v in rows if m == "pd"] == ["base", "ddil", "both", "longer_base", "same_times"]
+    for method in ("pd", "lcm"):
+        base, ddil, longer = (rows[method, v] for v in ("base", "ddil", "longer_base"))
+        assert base["energy_distance"]["paired"] is None and base["seeds"] == 2
+        for key in ("energy_distance", "coverage", "density", "mode_kl", "high_quality", "teacher_rmse", "shift"):
+            pair = ddil[key]["paired"]
+            assert pair["mean"] == pytest.approx(ddil[key]["mean"] - base[key]["mean"])
+            assert pair["p"] is None or 0 <= pair["p"] <= 1
+        assert rows[method, "same_times"]["evaluations"] == base["evaluations"] < ddil["evaluations"]
+        # Whole updates can only come near the evaluations that ddil has spent.
+        assert longer["updates"] > base["updates"] and longer["evaluations"] == pytest.approx(ddil["evaluations"], rel=0.35)
+    from PIL import Image
+
+    assert Image.open(picture).size[0] > 1000
+
+
+def test_paired_t_against_scipy_and_a_table(script: Any) -> None:
+    from scipy import stats
+
+    paired = script("toy2d_table").paired
+    a, b = torch.randn(2, 12, generator=torch.Generator().manual_seed(0)).tolist()
+    found, known = paired(a, b), stats.ttest_rel(a, b)
+    assert found["t"] == pytest.approx(known.statistic) and found["p"] == pytest.approx(known.pvalue)
+    # Differences 1, 2, 3: mean 2, standard error 1 / sqrt 3, t = 3.4641; with 2 degrees of freedom p = 1 - t / sqrt(t^2 + 2).
+    pair = paired([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
+    assert pair["mean"] == 2 and pair["t"] == pytest.approx(12**0.5) and pair["p"] == pytest.approx(1 - (12 / 14) ** 0.5)
+    assert paired([1.0, 1.0], [0.5, 0.5]) == {"mean": 0.5, "t": None, "p": None} and paired([1.0], [0.0])["p"] is None
+
+
+def test_toy2d_targets_know_their_direction(script: Any) -> None:
+    table = script("toy2d_table")
+
+    def records(both: float) -> list[dict[str, Any]]:
+        scores = {"base": [0.0, 0.1, 0.2, 0.1], "both": [both + x for x in (0.0, 0.1, 0.21, 0.1)]}
+        made = []
+        for variant, values in scores.items():
+            for k in (0, 2):
+                each = dict.fromkeys(table.MEASURES, values[k : k + 2])
+                rest = {"seconds": 1.0, "updates": 1, "evaluations": 10}
+                made.append({"method": "pd", "variant": variant, "seeds": [k, k + 1], "scores": each, **rest})
+        return made
+
+    size = {"seeds": 4, "members": 2, "n": 8}
+    worse, better = (table.report(records(d), size)["targets"] for d in (0.5, -0.5))
+    # An energy distance should fall and a coverage rise: the same shift can only please one of them.
+    assert [t["met"] for t in worse] == [False, True] and [t["met"] for t in better] == [True, False]

@@ -13,7 +13,8 @@ from ddil_lightning.main import config_names, configs_folder, find_config
 from ddil_lightning.miniature import pretrain
 
 PRETRAIN = [name for name in config_names() if name.startswith("pretrain")]
-FIT = [name for name in config_names() if name not in PRETRAIN]
+TOY = [name for name in config_names() if name.startswith("toy2d/")]
+FIT = [name for name in config_names() if name not in (*PRETRAIN, *TOY)]
 
 
 @pytest.fixture(autouse=True)
@@ -27,10 +28,33 @@ def test_fit(name: str, tiny: Path, here: Path) -> None:
     small = "{data: {captions: {class_path: Digits}, batch_size: 4, trajectories: 4, cache: true, workers: 0}}"
     words = ["--config", str(find_config(name)), "--config", small, f"--model.pipeline={tiny}", "--trainer.fast_dev_run=2", "--test.n=0"]
     words += ["--previews.every=0", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--run_dir=r"]
+    if name.startswith("dmd2"):  # every batch is the student's, and takes two steps of Lightning's
+        words += ["--model.critic_steps=1", "--trainer.fast_dev_run=4"]
     assert cli.fit(words) == 0
     assert json.loads((here / "r" / "summary.json").read_text())["student_updates"] == 2
     assert (here / "r" / "pipeline" / "model_index.json").is_file()
     assert (here / "runs" / name.removesuffix(".yaml") / "latest").resolve() == here / "r"
+
+
+@pytest.mark.parametrize("name", TOY)
+def test_toy(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--config", str(find_config(name)), "--model.pipeline.init_args.width=8", "--model.pipeline.init_args.members=1"]
+    assert cli.fit([*words, "--trainer.fast_dev_run=2", "--test.n=64", "--test.teacher_steps=[4]", "--run_dir=r"]) == 0
+    assert "no pipeline is written" in capsys.readouterr().out
+    summary = json.loads((here / "r" / "summary.json").read_text())
+    roles = [row["name"].split("@")[0] for row in summary["rows"]]
+    assert roles[:2] == ["teacher", "student"] and set(roles[1:]) == {"student"}
+    assert all(row["metrics"]["energy_distance"] is not None for row in summary["rows"])
+    assert (
+        (here / "r" / "student.safetensors").is_file() and (here / "r" / "report.html").is_file() and not (here / "r" / "pipeline").exists()
+    )
+    assert (here / "runs" / name.removesuffix(".yaml") / "latest").resolve() == here / "r"
+
+
+@pytest.mark.parametrize("name", [name for name in TOY if "_ddil" in name])
+def test_toy_configs_differ_in_the_prior_alone(name: str) -> None:
+    plain, ddil = (yaml.safe_load(find_config(n).read_text()) for n in (name.replace("_ddil", ""), name))
+    assert plain["data"].pop("prior") != ddil["data"].pop("prior") and plain == ddil
 
 
 @pytest.mark.parametrize("name", PRETRAIN)
@@ -42,8 +66,9 @@ def test_pretrain(name: str, here: Path) -> None:
     assert about["dataset"] == yaml.safe_load(find_config(name).read_text())["dataset"] and about["images"] == 32
 
 
-def test_lcm_and_lcm_ddil_differ_in_one_line() -> None:
-    plain, ddil = ((configs_folder() / name).read_text().splitlines() for name in ("lcm.yaml", "lcm_ddil.yaml"))
+@pytest.mark.parametrize("name", ["dmd2", "lcm", "pd"])
+def test_a_method_with_and_without_ddil_differs_in_one_line(name: str) -> None:
+    plain, ddil = ((configs_folder() / file).read_text().splitlines() for file in (f"{name}.yaml", f"{name}_ddil.yaml"))
     different = [(a, b) for a, b in zip(plain, ddil, strict=True) if a != b]
     assert len(different) == 1 and all("prior:" in line for line in different[0])
     assert all(line.startswith("#") for line in (plain[0], ddil[0]))  # the first line says what it is

@@ -53,8 +53,8 @@ def test_a_folder_says_what_it_is(tiny: Path, tmp_path: Path) -> None:
     method.student_updates = 123
     export.export(method, tmp_path / "a", steps=3)
     assert json.loads((tmp_path / "a" / "ddil.json").read_text()) == {
-        "method": "LCM", "student_updates": 123, "steps": 3, "guidance": 2.0, "guidance_scale": 2.0, "guidance_range": [1.0, 4.0],
-        "timesteps": [999, 679, 339], "dataset": "digits", "teacher": str(tiny),
+        "method": "LCM", "student_updates": 123, "steps": 3, "made_for": [4, 2, 1], "guidance": 2.0,
+        "guidance_scale": 2.0, "guidance_range": [1.0, 4.0], "timesteps": [999, 679, 339], "dataset": "digits", "teacher": str(tiny),
     }  # fmt: skip
     card = (tmp_path / "a" / "README.md").read_text()
     assert "A 3-step student" in card and "123 student updates" in card and "guidance_scale=2)" in card and "999, 679, 339" in card

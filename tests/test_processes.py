@@ -108,7 +108,7 @@ def test_ranks_make_the_same_calls_on_their_own_samples(ranks: Any) -> None:
     _, (a, b), _ = ranks
     assert a["state"]["evaluations"] == b["state"]["evaluations"]
     mine, theirs = a["mine"]["chunks"], b["mine"]["chunks"]
-    assert len(mine) == len(theirs) > 1
+    assert len(mine) == len(theirs) > 0
     for x, y in zip(mine, theirs, strict=True):
         assert all(torch.equal(x["states"][name], y["states"][name]) for name in ("t", "source", "actors"))
         assert x["at"] == y["at"] and not torch.equal(x["states"]["x_t"], y["states"]["x_t"])

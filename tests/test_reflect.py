@@ -166,7 +166,7 @@ def test_dynamic_mode_scales_about_the_centre_of_the_box():
 
 def test_saturation_counts_entries_outside():
     x = torch.zeros(2, 2, 2, 2)
-    x[1, 0, 0, 0], x[1, 1, 1, 1], x[0, 1] = 1.5, -9.0, 1.0  # the border itself is inside
+    x[1, 0, 0, 0], x[1, 1, 1, 1], x[0, 1] = 1.5, -9.0, 1.0  # 1.0 is inside the second channel's box
     assert Reflection([-1.0, -2.0], [1.0, 2.0]).saturation(x).tolist() == [0.0, 0.25]
 
 

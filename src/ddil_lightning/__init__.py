@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .backbones import Backbone
     from .buffer import ReplayBuffer
-    from .callbacks import AnnealPrior, Cadence, Checkpoints, FlushBuffer, Previews, Progress
+    from .callbacks import AnnealPrior, Cadence, Checkpoints, FlushBuffer, Previews, Progress, Stages
     from .captions import Captions, Digits, Images, Prompts, Shapes
     from .datamodule import DDILDataModule
     from .denoiser import Denoiser
-    from .methods import LCM, Distillation
+    from .methods import DMD2, LCM, PD, Distillation, Part, Stage
     from .prior import SamplingPrior
     from .reflect import Reflection
     from .rollout import draw, roll
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 _HOME = {
     "backbones": ("Backbone",),
     "buffer": ("ReplayBuffer",),
-    "callbacks": ("AnnealPrior", "Cadence", "Checkpoints", "FlushBuffer", "Previews", "Progress"),
+    "callbacks": ("AnnealPrior", "Cadence", "Checkpoints", "FlushBuffer", "Previews", "Progress", "Stages"),
     "captions": ("Captions", "Digits", "Images", "Prompts", "Shapes"),
     "datamodule": ("DDILDataModule",),
     "denoiser": ("Denoiser",),
-    "methods": ("LCM", "Distillation"),
+    "methods": ("DMD2", "LCM", "PD", "Distillation", "Part", "Stage"),
     "prior": ("SamplingPrior",),
     "reflect": ("Reflection",),
     "rollout": ("draw", "roll"),
@@ -39,7 +39,9 @@ _HOME = {
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "DMD2",
     "LCM",
+    "PD",
     "AnnealPrior",
     "Backbone",
     "Cadence",
@@ -53,6 +55,7 @@ __all__ = [
     "Grid",
     "Images",
     "NoiseSchedule",
+    "Part",
     "Policy",
     "Previews",
     "Progress",
@@ -61,6 +64,8 @@ __all__ = [
     "ReplayBuffer",
     "SamplingPrior",
     "Shapes",
+    "Stage",
+    "Stages",
     "draw",
     "roll",
 ]

@@ -82,6 +82,10 @@ def w_embedding(w: Tensor, dim: int = W_EMBEDDING) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
+class _Bottleneck(Exception):
+    """Ends a U-Net's forward once the features are there."""
+
+
 class UNet(nn.Module):
     """A UNet2DConditionModel as a network `(x_t, t, c) -> output`."""
 
@@ -93,6 +97,33 @@ class UNet(nn.Module):
     def w_conditioned(self) -> bool:
         """Whether it is told the guidance."""
         return cast(Any, self.unet).config.time_cond_proj_dim is not None
+
+    def features(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
+        """[B, F, h, w] what leaves the bottleneck; the decoder is not run."""
+        return self._watched(x_t, t, c, encoder_only=True)[1]
+
+    def with_features(self, x_t: Tensor, t: Tensor, c: Context) -> tuple[Tensor, Tensor]:
+        """(output, features) from one forward."""
+        return self._watched(x_t, t, c)
+
+    def _watched(self, x_t: Tensor, t: Tensor, c: Context, encoder_only: bool = False) -> tuple[Tensor, Tensor]:
+        kept: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, out: Any) -> None:
+            kept.append(out[0] if isinstance(out, tuple) else out)  # a down block also returns what its skips carry
+            if encoder_only:
+                raise _Bottleneck  # the one way out of diffusers' forward that does not repeat its first half here
+
+        unet = cast(Any, self.unet)
+        handle = (unet.down_blocks[-1] if unet.mid_block is None else unet.mid_block).register_forward_hook(keep)
+        out = x_t
+        try:
+            out = self(x_t, t, c)
+        except _Bottleneck:
+            pass
+        finally:
+            handle.remove()
+        return out, kept[0]
 
     def forward(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
         """[B, C, H, W] in the unet's prediction space. Raises ValueError when a w-conditioned U-Net is not told w."""
@@ -118,9 +149,8 @@ class Backbone:
         self.path, self.dtype = str(path), dtype
         self.pipe: Any = load_pipeline(path, dtype)
         self.about = recommended(path)
-        for part in self.pipe.components.values():
-            if isinstance(part, nn.Module):
-                part.requires_grad_(False).eval()
+        for part in self.parts():
+            part.requires_grad_(False).eval()
         for part in (self.pipe.unet, self.pipe.vae):
             part.to(memory_format=torch.channels_last)  # convolutions run faster so, on CPUs and on tensor cores
         config = self.pipe.scheduler.config
@@ -128,9 +158,16 @@ class Backbone:
         kind = config.get("prediction_type", "epsilon")
         if kind not in PREDICTS:
             raise ValueError(f"the pipeline {path} predicts {kind!r}: known are {', '.join(PREDICTS)}")
-        self.predicts = PREDICTS[kind]
+        self.predicts: Predicts = PREDICTS[kind]
         unet = self.pipe.unet.config
-        self.latent_shape = (unet.in_channels, unet.sample_size, unet.sample_size)
+        self.latent_shape: tuple[int, ...] = (unet.in_channels, unet.sample_size, unet.sample_size)
+
+    captions: Any = None
+    """The data set that comes with the backbone itself (the analytic toy's)."""
+
+    def parts(self) -> list[nn.Module]:
+        """The frozen modules."""
+        return [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
 
     def to(self, device: torch.device) -> Backbone:
         """The frozen encoders and the teacher on `device`."""
@@ -147,11 +184,11 @@ class Backbone:
         """The guidance g that the pipeline's own card recommends (7.5, Stable Diffusion's, without one)."""
         return float(self.about.get("guidance", 7.5))
 
-    def teacher(self) -> UNet:
+    def teacher(self) -> nn.Module:
         """The frozen network itself, shared, not copied."""
         return UNet(self.pipe.unet)
 
-    def student(self, w_conditioned: bool = False, gradient_checkpointing: bool = False) -> UNet:
+    def student(self, w_conditioned: bool = False, gradient_checkpointing: bool = False) -> nn.Module:
         """A trainable float32 copy. With `w_conditioned` it has an embedding of w behind a bias-free linear layer that starts at zero,
         so that the copy equals its source at every w."""
         source = self.pipe.unet
@@ -165,6 +202,20 @@ class Backbone:
         if gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         return UNet(unet.to(memory_format=torch.channels_last).requires_grad_(True).train())
+
+    def critic(self, gradient_checkpointing: bool = False) -> nn.Module:
+        """A trainable float32 copy that follows the student's outputs, and whose features a GAN reads."""
+        return self.student(gradient_checkpointing=gradient_checkpointing)
+
+    def head(self) -> nn.Module:
+        """DMD2's discriminator: bottleneck features [B, F, h, w] -> logits [B, 1, 1, 1] (convolution, group norm, SiLU, stride 2)."""
+        config = self.pipe.unet.config
+        width, side = config.block_out_channels[-1], config.sample_size >> (len(config.block_out_channels) - 1)
+        layers: list[nn.Module] = []
+        while side > 1:
+            layers += [nn.Conv2d(width, width, 4, 2, 1), nn.GroupNorm(config.norm_num_groups or 1, width), nn.SiLU()]
+            side //= 2
+        return nn.Sequential(*layers, nn.Conv2d(width, 1, 1)).to(memory_format=torch.channels_last)
 
     def _weights(self) -> dict[str, Tensor]:
         """The U-Net's weights in float32, as they are stored: a half-precision teacher has rounded its own."""

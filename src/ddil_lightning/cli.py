@@ -18,17 +18,18 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from . import runs
-from .callbacks import AnnealPrior, Cadence, Checkpoints, FlushBuffer, Previews, Progress, ShiftProbe  # noqa: F401 (short names in configs)
+from .callbacks import AnnealPrior, Cadence, Checkpoints, FlushBuffer, Previews, Progress, ShiftProbe, Stages  # noqa: F401 (short names in configs)
 from .captions import Captions, Digits, Images, Prompts, Shapes  # noqa: F401
 from .datamodule import DDILDataModule
 from .finish import Test, finish, machine  # noqa: F401
 from .main import FIT_SHORT, Refusal, configs_folder
-from .messages import explain, parameters, quiet, subclasses
-from .methods import LCM, Distillation  # noqa: F401
+from .messages import explain, parameters, plain, quiet, subclasses
+from .methods import DMD2, LCM, PD, Distillation, Part, Stage  # noqa: F401
 from .prior import Constant, Cosine, Exponential, Gated, Linear, Piecewise, Schedule  # noqa: F401
+from .toy import Toy  # noqa: F401
 
 Wandb = Literal["off", "offline", "online"]
-BASES = (Distillation, Captions, Schedule, Callback, Logger)
+BASES = (Distillation, Stage, Part, Captions, Schedule, Callback, Logger)
 RUN_DIR = "DDIL_RUN_DIR"  # tells the processes that Lightning launches where the run is
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -67,10 +68,11 @@ class FitCLI(LightningCLI):
         parser.add_argument("--run_dir", type=str | None, default=None, help="the run folder (default: runs/<config>/<time>)")
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="go on from a checkpoint file, a run folder, or `last`")
         parser.add_argument("--wandb", type=Wandb, default="off", help="log to Weights & Biases too")
-        parser.add_argument("--export_steps", type=int, default=4, help="the step count that the exported pipeline recommends")
+        parser.add_argument("--export_steps", type=int | None, default=None, help="the step count that the exported pipeline recommends")
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.add_lightning_class_args(Previews, "previews")
         parser.add_lightning_class_args(Progress, "progress")
+        parser.add_lightning_class_args(Stages, "stages")
         parser.add_class_arguments(Test, "test")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
@@ -104,6 +106,13 @@ class FitCLI(LightningCLI):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not self.config.run_dir:
             raise Refusal("launched on several processes: give --run_dir, so that all of them write to the same folder")
 
+    def instantiate_classes(self) -> None:
+        """Make method, data and trainer; what a constructor refuses, it says in its own words."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise ValueError(plain(str(error))) from error
+
     @staticmethod
     def _first() -> bool:
         """Whether this is the one process that takes a folder."""
@@ -125,7 +134,7 @@ class FitCLI(LightningCLI):
         try:
             trainer = super().instantiate_trainer(default_root_dir=str(self.folder), logger=self._loggers(), **kwargs)
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, AnnealPrior):
+                if isinstance(callback, (AnnealPrior, Stages)):
                     callback.setup(trainer, self.model, "fit")  # now, and not after the data have been encoded
         except (MisconfigurationException, ImportError, RuntimeError) as error:
             self.close()

@@ -20,11 +20,12 @@ class _Parser(argparse.ArgumentParser):
 def test(argv: list[str]) -> int:
     """Metrics of a run, a checkpoint or a pipeline folder, as a table and in metrics.json."""
     parser = _Parser("ddil-test", description=test.__doc__)
-    parser.add_argument("run", nargs="?", help="a run folder (its exported pipeline is tested)")
+    parser.add_argument("run", nargs="?", help="a run folder (its exported pipelines are tested)")
     parser.add_argument("--ckpt_path", help="a checkpoint file of a run, beside or below its config.yaml")
     parser.add_argument("--pipeline", help="any pipeline folder, a hub id, builtin or builtin/digits")
-    parser.add_argument("--steps", type=_steps, nargs="+", help="step counts (default: 4 2 1 for a student, 32 for a teacher)")
+    parser.add_argument("--steps", type=_steps, nargs="+", help="step counts (default: those a student is made for, 32 for a teacher)")
     parser.add_argument("--guidance", type=float, help="guidance g (default: what the pipeline recommends)")
+    parser.add_argument("--dpm", action="store_true", help="rows with DPM-Solver++ 2M too, for students that step by DDIM")
     parser.add_argument("--n", type=int, default=1000, help="held-out prompts")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and noise")
     parser.add_argument(
@@ -49,16 +50,27 @@ def test(argv: list[str]) -> int:
 
 
 def _pipeline_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    from . import scoring
+    from . import runs, scoring
     from .backbones import Backbone
 
     if args.run and not (Path(args.run) / "pipeline").is_dir():
         raise Refusal(f"{args.run} holds no exported pipeline (pipeline/): give a finished run, or --ckpt_path for one that is not")
     backbone = Backbone(str(Path(args.run) / "pipeline") if args.run else args.pipeline).to(_device())
     suite = _suite(args, backbone)
-    steps = args.steps or ([4, 2, 1] if "method" in backbone.about else [32])
+    stages = runs.stage_pipelines(Path(args.run)) if args.run else {}
+    own = backbone.about.get("made_for", [4, 2, 1] if "method" in backbone.about else [32])
     g = _guidance(backbone, args.guidance)
-    return [scoring.pipeline_row(suite, backbone, n, g) for n in steps]
+    rows = []
+    for n in args.steps or sorted({*stages, *own}, reverse=True):
+        tested = Backbone(str(stages[n])).to(_device()) if n in stages else backbone
+        rows += [scoring.pipeline_row(suite, tested, n, g, dpm) for dpm in _solvers(args, tested)]
+    return rows
+
+
+def _solvers(args: argparse.Namespace, backbone: Any) -> list[bool]:
+    """Whether DPM-Solver++ 2M, for each row of a step count."""
+    ddim = type(backbone.pipe.scheduler).__name__ in ("DDIMScheduler", "DPMSolverMultistepScheduler")
+    return [False, True] if args.dpm and ddim else [False]
 
 
 def _checkpoint_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -67,8 +79,7 @@ def _checkpoint_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     method = restore(args.ckpt_path).to(_device())
     suite = _suite(args, method.backbone)
     g = method.eval_guidance if args.guidance is None else args.guidance
-    samplers = {n: method.sampler(n) for n in args.steps or [4, 2, 1]}
-    return [scoring.policy_row(suite, method.backbone, f"student@{n}", policy, grid, g) for n, (policy, grid) in samplers.items()]
+    return scoring.student_rows(suite, method.backbone, {n: method.sampler(n) for n in args.steps or method.steps}, g, args.dpm)
 
 
 def _suite(args: argparse.Namespace, backbone: Any) -> Any:
@@ -155,7 +166,7 @@ def export(argv: list[str]) -> int:
     parser = _Parser("ddil-export", description=export.__doc__)
     parser.add_argument("--ckpt_path", required=True, help="a checkpoint file or a run folder")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--steps", type=_steps, default=4, help="the step count that the folder recommends")
+    parser.add_argument("--steps", type=_steps, help="the step count that the folder recommends (default: what the student is made for)")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     args = parser.parse_args(argv)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
@@ -166,7 +177,7 @@ def export(argv: list[str]) -> int:
 
     method = restore(args.ckpt_path).to(_device())
     prompts = ["", *(method.backbone.about.get("previews") or [])][:4]
-    difference = exporting.deliver(method, args.out, prompts, args.steps, getattr(torch, args.dtype))
+    difference = exporting.deliver(method, args.out, prompts, args.steps or method.steps[0], getattr(torch, args.dtype))
     print(f"pipeline written and checked: {args.out} (latents differ by {difference:.1e})")
     return 0
 

@@ -16,7 +16,8 @@ from .buffer import ReplayBuffer
 from .captions import Captions, Encoded, Prompts, RawBatch, builtin, encode, encode_batch, reread
 from .prior import SamplingPrior
 from .reflect import estimate_box
-from .rollout import Granularity, Learner, Streams, collect, draw
+from .rollout import Granularity, Learner, collect, draw
+from .streams import Streams
 from .types import SOURCES, CaptionBatch, LatentBatch, take, to
 
 
@@ -125,7 +126,7 @@ class DDILDataModule(LightningDataModule):
             # Lightning moves the method only after this hook, and no data set should be encoded on a CPU beside an idle GPU.
             backbone.to(self.trainer.strategy.root_device)
         if self.captions is None:
-            self.captions = builtin(backbone.about.get("dataset", "shapes"))
+            self.captions = getattr(backbone, "captions", None) or builtin(backbone.about.get("dataset", "shapes"))
         if not isinstance(self.captions, Encoded):
             self._examples = self.captions.prompts(range(min(16, len(self.captions))))
         if isinstance(self.cache, str) and Path(self.cache).is_file():
@@ -221,7 +222,8 @@ class DDILDataModule(LightningDataModule):
         if not bool(torch.isfinite(made.x_t).all()):
             first = int(made.t[~torch.isfinite(made.x_t.flatten(1)).all(1)].max())
             actors = SOURCES[int(made.source[made.t == first][0])]
-            raise FloatingPointError(f"a roll-out by the {actors} policy is not finite at t = {first}, student update {self.clock}")
+            now = getattr(learner, "student_updates", self.clock)  # the clock of the run, not of its stage
+            raise FloatingPointError(f"a roll-out by the {actors} policy is not finite at t = {first}, student update {now}")
         stage = self.streams.stage
         self.buffer.expire(self.clock, stage)
         self.buffer.add(made.x_t, made.t, made.c, made.row, made.source, made.actors, self.clock, stage, self._expected(made.t))

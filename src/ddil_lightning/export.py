@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,16 @@ if TYPE_CHECKING:
 def scale(method: Distillation, g: float) -> float:
     """The `guidance_scale` to call the exported pipeline with: g for a w-conditioned student, 1 for one with g baked in."""
     return g if _network(method).w_conditioned else 1.0
+
+
+def exportable(method: Distillation) -> bool:
+    """Whether the student is a network that a diffusers pipeline can hold."""
+    return isinstance(method.deployed(), UNet)
+
+
+def check_prompts(method: Distillation, examples: Sequence[str]) -> list[str]:
+    """The prompts by which an exported pipeline is compared: the card's previews, else `examples` of the data, else empty ones."""
+    return (list(method.backbone.about.get("previews") or examples) or ["", ""])[:4]
 
 
 def export(method: Distillation, folder: Path, steps: int = 4, dtype: torch.dtype = torch.float32) -> Path:
@@ -61,6 +71,7 @@ def about_student(method: Distillation, steps: int) -> dict[str, Any]:
         "method": type(method).__name__,
         "student_updates": method.student_updates,
         "steps": steps,
+        "made_for": list(method.steps),
         "guidance": g,
         "guidance_scale": scale(method, g),
         "guidance_range": list(method.guidance),

@@ -14,45 +14,72 @@ from jsonargparse import ArgumentError, ArgumentParser
 from .main import Refusal
 from .messages import explain
 from .methods import Distillation
+from .toy import Toy
 
 
 @dataclass
 class Test:
-    """What a run is measured by when it ends: `n` held-out prompts, the rows, the suite's seed. n = 0: no test."""
+    """What a run is measured by when it ends: `n` held-out prompts, the rows, the suite's seed. n = 0: no test.
+
+    `student_steps` (default: all that the run has made students for): a count that a stage of the run has ended with is tested on that
+    stage's student. `dpm`: rows with DPM-Solver++ 2M too, for students that step by DDIM.
+    """
 
     n: int = 384
     teacher_steps: list[int] = field(default_factory=lambda: [32, 4, 2, 1])
-    student_steps: list[int] = field(default_factory=lambda: [4, 2, 1])
+    student_steps: list[int] | None = None
     seed: int = 0
+    dpm: bool = False
 
 
 def finish(
-    method: Distillation, folder: Path, test: Test, export_steps: int, examples: Sequence[str], facts: dict[str, Any]
+    method: Distillation, folder: Path, test: Test, export_steps: int | None, examples: Sequence[str], facts: dict[str, Any]
 ) -> dict[str, Any]:
     """Write pipeline/ (and compare it with the trainer's own samples), test teacher and student -> the content of summary.json.
 
     `facts` come first in it: the config's name, the seed and so on.
     """
-    from . import evaluate, export, scoring
+    from . import evaluate, export, runs, scoring
 
-    prompts = (list(method.backbone.about.get("previews") or examples) or ["", ""])[:4]
-    difference = export.deliver(method, folder / "pipeline", prompts, export_steps)
-    print(f"pipeline written and checked: {folder / 'pipeline'} (latents differ by {difference:.1e})", flush=True)
     summary: dict[str, Any] = {
         **facts,
         "student_updates": method.student_updates,
         "network_evaluations": method.evaluations,
-        "export_difference": difference,
         "machine": machine(),
         "rows": [],
     }
+    if isinstance(method.backbone, Toy):
+        summary["rows"] = _finish_toy(method, folder, test)
+        return summary
+    prompts = export.check_prompts(method, examples)
+    summary["export_difference"] = difference = export.deliver(method, folder / "pipeline", prompts, export_steps or method.steps[0])
+    print(f"pipeline written and checked: {folder / 'pipeline'} (latents differ by {difference:.1e})", flush=True)
     dataset = method.backbone.about.get("dataset")
     if test.n and dataset:
         suite = evaluate.Suite.builtin(dataset, n=test.n, seed=test.seed)
         say = lambda name: print(f"testing {name} on {test.n} prompts", flush=True)  # noqa: E731
-        summary["rows"] = scoring.method_rows(suite, method, test.teacher_steps, test.student_steps, say)
+        summary["rows"] = scoring.method_rows(
+            suite, method, test.teacher_steps, test.student_steps, say, runs.stage_pipelines(folder), test.dpm
+        )
         print(evaluate.table(summary["rows"]), end="")
     return summary
+
+
+def _finish_toy(method: Distillation, folder: Path, test: Test) -> list[dict[str, Any]]:
+    """The weights of the toy's students, which no pipeline can hold, and rows of results in the plane."""
+    from safetensors.torch import save_file
+
+    from . import evaluate
+    from .toy.scores import method_rows
+
+    save_file({k: v.contiguous() for k, v in method.deployed().state_dict().items()}, folder / "student.safetensors")
+    print(f"no pipeline is written, the toy's student is an MLP; its weights: {folder / 'student.safetensors'}", flush=True)
+    if not test.n:
+        return []
+    say = lambda name: print(f"testing {name}", flush=True)  # noqa: E731
+    rows = method_rows(method, test.teacher_steps, test.student_steps or method.steps, test.n, test.seed, say)
+    print(evaluate.table(rows), end="")
+    return rows
 
 
 def machine() -> dict[str, Any]:

@@ -49,14 +49,17 @@ class Reflection(nn.Module):
         """The estimate inside the box; the shape of `x0`."""
         if self.mode == "off":
             return x0
-        inside = self._reflect(x0.detach() if self.straight_through else x0)
-        # In this order the value is exactly `inside`: x0 + (inside - x0) would round, and leave the box.
-        return inside + (x0 - x0.detach()) if self.straight_through else inside
+        return self.through(x0) if self.straight_through else self._reflect(x0)
+
+    def through(self, x0: Tensor) -> Tensor:
+        """The same with the gradient passed unchanged, whatever `straight_through` says."""
+        # In this order the value is exactly the reflected one: x0 + (inside - x0) would round, and leave the box.
+        return x0 if self.mode == "off" else self._reflect(x0.detach()) + (x0 - x0.detach())
 
     def saturation(self, x0: Tensor) -> Tensor:
-        """[B] fraction of entries of every sample outside the box. A healthy run stays below 1 % for t < 500."""
+        """[B] fraction of entries of every sample outside or on the edge of the box. A healthy run stays below 1 % for t < 500."""
         lo, hi = self._box(x0)
-        return ((x0 < lo) | (x0 > hi)).float().flatten(1).mean(1)
+        return ((x0 <= lo) | (x0 >= hi)).float().flatten(1).mean(1)
 
     def _box(self, x0: Tensor) -> tuple[Tensor, Tensor]:
         shape = (-1,) + (1,) * (x0.ndim - 2)

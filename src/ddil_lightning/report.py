@@ -106,6 +106,7 @@ def _tiles(rows: Sequence[Row]) -> str:
         text = [f"{escape(r['name'])} {cell(v)}" for r in (same, best) if r and _number(v := values_of(r).get("frechet"))]
         closed = _closed(row, same, best)
         steps = "1 step" if row.get("steps") == 1 else f"{cell(row.get('steps'))} steps"
+        steps += "".join(f", {solver}" for solver in str(row["name"]).split()[1:])  # student@4 dpm++
         tiles.append(
             f'<div class="tile"><h3>Student, {escape(steps)}</h3><div class="big">{cell(value)}<small>Fréchet distance</small></div>'
             f"<p>{' · '.join(dict.fromkeys(text))}</p>{closed}</div>"

@@ -43,6 +43,15 @@ METRICS = (
 )
 """The metrics of a results row, in the order of the columns."""
 
+POINTS = (
+    Metric("energy_distance", "Energy distance", "↓", "between the samples and the true law, unbiased, so 0 or less for a perfect sampler"),
+    Metric("energy_teacher", "to the teacher", "↓", "energy distance between the samples and the 32-step teacher's under guidance"),
+    Metric("mode_kl", "Mode KL", "↓", "KL divergence of the modes' true weights from their shares of the samples; large where one is lost"),
+    Metric("high_quality", "High quality", "↑", "share of samples within four standard deviations of a mode of their class"),
+    Metric("shift", "Shift", "↓", "energy distance between the student's own latents at its nodes and the teacher's, mean over nodes"),
+)
+"""Further metrics of the analytic toy's rows."""
+
 UNITS = (
     (r"^buffer/(size|ess|rejected)$", "states"),
     (r"age", "updates"),
@@ -65,7 +74,7 @@ def results_table(rows: Sequence[Row]) -> str:
 
 def present(rows: Sequence[Row]) -> list[Metric]:
     """The metrics that at least one row has."""
-    return [m for m in METRICS if any(values_of(row).get(m.key) is not None for row in rows)]
+    return [m for m in (*METRICS, *POINTS) if any(values_of(row).get(m.key) is not None for row in rows)]
 
 
 def values_of(row: Row) -> Mapping[str, Any]:

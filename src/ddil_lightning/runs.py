@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -125,6 +126,12 @@ def check_fits(path: Path, state: Mapping[str, Any], method: Any) -> None:
 def folder_of(path: Path) -> Path | None:
     """The run folder that a checkpoint file lies in, None for a file elsewhere."""
     return path.parent.parent if path.parent.name == "checkpoints" and (path.parent.parent / "config.yaml").is_file() else None
+
+
+def stage_pipelines(folder: Path) -> dict[int, Path]:
+    """The pipelines that the halvings of a run in stages have left in `folder`, by their step count."""
+    found = [(re.fullmatch(r"\d+-(\d+)-steps", p.name), p) for p in sorted((folder / "stages").glob("*-steps"))]
+    return {int(name[1]): p for name, p in found if name and (p / "model_index.json").is_file()}
 
 
 def check_newest(path: Path) -> None:

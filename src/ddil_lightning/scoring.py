@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from . import sampling
+from .backbones import Backbone
 from .denoiser import Denoiser
 from .evaluate import Suite, Timed, make_row
+from .schedule import Grid
+from .solver import Multistep, Policy
+from .types import END
 
 if TYPE_CHECKING:
-    from .backbones import Backbone
     from .methods.base import Distillation
-    from .schedule import Grid
-    from .solver import Policy
 
 
 def policy_row(suite: Suite, backbone: Backbone, name: str, policy: Policy, grid: Grid, g: float) -> dict[str, Any]:
@@ -36,22 +40,52 @@ def method_rows(
     suite: Suite,
     method: Distillation,
     teacher_steps: Sequence[int] = (32, 4, 2, 1),
-    student_steps: Sequence[int] = (4, 2, 1),
+    student_steps: Sequence[int] | None = None,
     say: Callable[[str], None] = lambda name: None,
+    stages: Mapping[int, Path] | None = None,
+    dpm: bool = False,
 ) -> list[dict[str, Any]]:
-    """teacher@N and student@N rows at the method's evaluation guidance, all from the same noise. `say` hears of each before it starts."""
-    wanted = [("teacher", n, method.teacher_sampler) for n in teacher_steps] + [("student", n, method.sampler) for n in student_steps]
-    rows = []
-    for role, steps, sampler in wanted:
-        say(f"{role}@{steps}")
-        policy, grid = sampler(steps)
-        rows.append(policy_row(suite, method.backbone, f"{role}@{steps}", policy, grid, method.eval_guidance))
+    """teacher@N and student@N rows at the method's evaluation guidance, all from the same noise. `say` hears of each before it starts.
+
+    `stages`: pipeline folders of earlier students by their step counts, which are tested instead of the present student at these counts.
+    `student_steps`: default all of `stages` and of the present student. `dpm`: see `finish.Test`.
+    """
+    stages, g, rows = stages or {}, method.eval_guidance, []
+    for n in teacher_steps:
+        say(f"teacher@{n}")
+        rows.append(policy_row(suite, method.backbone, f"teacher@{n}", *method.teacher_sampler(n), g))
+    for n in sorted({*stages, *method.steps}, reverse=True) if student_steps is None else student_steps:
+        say(f"student@{n}")
+        sampler = folder_sampler(stages[n], method.device) if n in stages else method.sampler(n)
+        rows += student_rows(suite, method.backbone, {n: sampler}, g, dpm)
     return rows
 
 
-def pipeline_row(suite: Suite, backbone: Backbone, steps: int, guidance_scale: float) -> dict[str, Any]:
-    """A diffusers pipeline, called as its users call it, with its own scheduler."""
-    pipe, calls = backbone.pipe, [0]
+def student_rows(
+    suite: Suite, backbone: Backbone, samplers: Mapping[int, tuple[Policy, Grid]], g: float, dpm: bool = False
+) -> list[dict[str, Any]]:
+    """student@N rows of samplers by step count; with `dpm`, another of each that steps by DDIM."""
+    rows = []
+    for n, (policy, grid) in samplers.items():
+        rows.append(policy_row(suite, backbone, f"student@{n}", policy, grid, g))
+        if dpm and policy.transition == "ddim":
+            rows.append(policy_row(suite, backbone, f"student@{n} dpm++", Multistep(policy.denoiser), grid, g))
+    return rows
+
+
+def folder_sampler(folder: Path, device: torch.device) -> tuple[Policy, Grid]:
+    """The student of an exported pipeline that steps by DDIM, on the nodes that its card names."""
+    backbone = Backbone(str(folder)).to(device)
+    return Policy(Denoiser(backbone.teacher(), backbone.schedule, backbone.predicts), "ddim"), Grid([*backbone.about["timesteps"], END])
+
+
+def pipeline_row(suite: Suite, backbone: Backbone, steps: int, guidance_scale: float, dpm: bool = False) -> dict[str, Any]:
+    """A diffusers pipeline, called as its users call it, with its own scheduler, or (`dpm`) DPM-Solver++ 2M made from it."""
+    pipe, calls = copy.copy(backbone.pipe), [0]
+    if dpm:
+        from diffusers import DPMSolverMultistepScheduler
+
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, solver_order=2)
 
     def count(module: Any, args: Any, kwargs: Any) -> None:
         calls[0] += len(args[0] if args else kwargs["sample"])
@@ -66,6 +100,5 @@ def pipeline_row(suite: Suite, backbone: Backbone, steps: int, guidance_scale: f
     finally:
         handle.remove()
     name = "student" if "method" in backbone.about else "teacher"
-    return make_row(
-        f"{name}@{steps}", steps, guidance_scale, len(suite.prompts), round(calls[0] / timed.images), timed.seconds_per_image, metrics
-    )
+    title = f"{name}@{steps} dpm++" if dpm else f"{name}@{steps}"
+    return make_row(title, steps, guidance_scale, len(suite.prompts), round(calls[0] / timed.images), timed.seconds_per_image, metrics)

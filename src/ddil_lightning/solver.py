@@ -112,6 +112,17 @@ class Policy(nn.Module):
         return sorted({t, s, *(round(t + (s - t) * k / self.substeps) for k in range(1, self.substeps))}, reverse=True)
 
 
+class Multistep(Policy):
+    """A DDIM policy evaluated with DPM-Solver++ 2M: a walk remembers x0; one interval by itself is first order, which is DDIM."""
+
+    def walk(self, x_t: Tensor, grid: Grid, c: Context, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+        """The states after every interval of `grid`, the last at its end."""
+        solver, times = DPMSolver2M(self.schedule), grid.times.tolist()
+        for t, s in zip(times, times[1:], strict=False):
+            x_t = solver(x_t, self.denoiser(x_t, torch.full((len(x_t),), t, device=x_t.device), c), t, s)
+            yield x_t
+
+
 class Policies(NamedTuple):
     """Who can act in a roll-out."""
 

@@ -17,8 +17,8 @@ from ..solver import Policy
 class Previews(Callback):
     """`samples/NNNNNN.png` every `every` student updates (0: never), at the start and at the end.
 
-    Rows: the teacher at `teacher_steps`, the student at `student_steps`; columns: `count` prompts (`prompts`, or the first of the data).
-    The teacher is sampled once. Loggers that take images get the sheet too.
+    Rows: the teacher at `teacher_steps`, the student at `student_steps` (default: those it is made for); columns: `count` prompts
+    (`prompts`, or the first of the data). The teacher is sampled once. Loggers that take images get the sheet too.
     """
 
     def __init__(
@@ -27,11 +27,11 @@ class Previews(Callback):
         count: int = 8,
         prompts: list[str] | None = None,
         teacher_steps: Sequence[int] = (32, 4, 2),
-        student_steps: Sequence[int] = (4, 2, 1),
+        student_steps: Sequence[int] | None = None,
         seed: int = 20_000,
     ) -> None:
         self.every, self.count, self.prompts, self.seed = every, count, prompts, seed
-        self.teacher_steps, self.student_steps = list(teacher_steps), list(student_steps)
+        self.teacher_steps, self.student_steps = list(teacher_steps), student_steps
         self._teacher: list[Tensor] = []
         self._drawn: int | None = None
 
@@ -54,11 +54,12 @@ class Previews(Callback):
         backbone = method.backbone
         prompts = self.prompts or backbone.about.get("previews") or trainer.datamodule.examples(self.count)
         prompts = list(prompts)[: self.count]
+        steps = list(self.student_steps or method.steps)
         with trainer.precision_plugin.forward_context():
             if not self._teacher:
                 self._teacher = [self._row(method, method.teacher_sampler(n), prompts) for n in self.teacher_steps]
-            student = [self._row(method, method.sampler(n), prompts) for n in self.student_steps]
-        labels = [f"teacher@{n}" for n in self.teacher_steps] + [f"student@{n}" for n in self.student_steps]
+            student = [self._row(method, method.sampler(n), prompts) for n in steps]
+        labels = [f"teacher@{n}" for n in self.teacher_steps] + [f"student@{n}" for n in steps]
         side = student[0].shape[-1]
         picture = sampling.sheet([*self._teacher, *student], labels, prompts, scale=max(1, 96 // side))
         path = Path(trainer.default_root_dir) / "samples" / f"{method.student_updates:06d}.png"

@@ -92,6 +92,11 @@ class Distillation(LightningModule):
         return self.updates
 
     @property
+    def steps(self) -> tuple[int, ...]:
+        """The step counts that the present student is made for, the one that its pipeline recommends first."""
+        return (4, 2, 1)
+
+    @property
     def progress(self) -> float:
         """The share of the run that is done, 0 to 1."""
         return min(self.student_updates / self.updates, 1.0)
@@ -270,7 +275,6 @@ class Distillation(LightningModule):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Distillation:
         super()._apply(fn, recurse)
-        for part in self.backbone.pipe.components.values():
-            if isinstance(part, nn.Module):
-                part._apply(fn)
+        for part in self.backbone.parts():
+            part._apply(fn)
         return self

@@ -1,0 +1,174 @@
+"""The toy behind the interface of Backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..analytic import Mixture
+from ..backbones import Backbone
+from ..captions import Captions
+from ..schedule import NoiseSchedule
+from ..types import Context
+from .networks import Ensemble, Exact, Head
+from .problems import PROBLEMS, sample
+
+PRETRAIN_STEPS, PRETRAIN_BATCH, PRETRAIN_LR = 800, 256, 3e-3
+
+
+class Toy(Backbone):
+    """A problem of PROBLEMS as a pipeline: its exact teacher, students, prompts "class 0", "class 1", ..., and data.
+
+    `scale` in units of the prior's standard deviation; `members`: seeds trained at once, `seed`, `seed` + 1, ... (default: the run's seed);
+    `guidance`: what the pipeline recommends; `width`, `depth`: of the students' MLPs; `size`: points of every member's data set.
+    A student starts from the exact unguided teacher, as far as an MLP learns it in 800 steps.
+    """
+
+    def __init__(
+        self,
+        problem: str = "ring8c",
+        scale: float = 2.0,
+        members: int = 3,
+        guidance: float = 3.0,
+        width: int = 48,
+        depth: int = 3,
+        size: int = 16384,
+        seed: int | None = None,
+    ) -> None:
+        if problem not in PROBLEMS:
+            raise ValueError(f"no toy problem is called {problem!r}: known are {', '.join(PROBLEMS)}")
+        if min(members, width, depth, size) < 1 or scale <= 0:
+            raise ValueError(f"a toy has scale > 0 and members, width, depth, size >= 1, got {scale}, {members}, {width}, {depth}, {size}")
+        self.path, self.dtype, self.about = f"toy2d/{problem}", torch.float32, {"guidance": guidance}
+        first = torch.initial_seed() % 2**31 if seed is None else seed
+        self.seeds = tuple(range(first, first + members))
+        self.problem, self.schedule, self.predicts = PROBLEMS[problem](scale), NoiseSchedule.scaled_linear(), "v"
+        self.latent_shape: tuple[int, ...] = (2, members)
+        self.mixture = Mixture(self.problem.weights, self.problem.means, self.problem.sd, self.problem.classes, self.schedule)
+        self.exact = Exact(self.mixture, self.schedule).requires_grad_(False).eval()
+        self.about["previews"] = [f"class {k}" for k in range(self.mixture.num_classes)]
+        self._shape, self._size = (problem, scale, width, depth), size
+
+    def parts(self) -> list[nn.Module]:
+        """The exact teacher."""
+        return [self.exact]
+
+    def to(self, device: torch.device) -> Toy:
+        """The exact teacher on `device`."""
+        self.exact.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the exact teacher is."""
+        return self.mixture.means.device
+
+    @property
+    def captions(self) -> Captions:
+        """The members' data."""
+        return Points(self, self._size)
+
+    def teacher(self) -> nn.Module:
+        """The exact posterior mean, as v."""
+        return self.exact
+
+    def student(self, w_conditioned: bool = False, gradient_checkpointing: bool = False) -> nn.Module:
+        """A trainable copy of the members' common start; checkpointing would save nothing here and is not done."""
+        made = self.ensemble(w_conditioned)
+        made.load_state_dict(_pretrained(self.seeds, *self._shape), strict=False)
+        return made.requires_grad_(True).train()
+
+    def critic(self, gradient_checkpointing: bool = False) -> nn.Module:
+        """Another copy of the students' start, with `with_features`."""
+        return self.student()
+
+    def head(self) -> nn.Module:
+        """A discriminator's head on the critic's last hidden layer."""
+        return Head(self.seeds, self._shape[2])
+
+    def ensemble(self, w_conditioned: bool = False) -> Ensemble:
+        """MLPs of the students' shape with random weights."""
+        _, _, width, depth = self._shape
+        return Ensemble(self.seeds, self.mixture.num_classes, self.problem.second_moment, self.schedule, width, depth, w_conditioned)
+
+    def encode_text(self, prompts: Sequence[str], truncate: bool = False) -> Context:
+        """One-hot classes of the prompts "class 0" ..., and zeros for the empty prompt. Raises ValueError for another prompt."""
+        names = ["", *self.about["previews"]]
+        unknown = [p for p in prompts if p not in names]
+        if unknown:
+            raise ValueError(f"the toy has the prompts {', '.join(names[1:])} and the empty one, not {unknown[0]!r}")
+        rows = torch.tensor([names.index(p) for p in prompts], device=self.device)
+        return Context(F.one_hot(rows, len(names))[:, None, 1:].float())
+
+    def check_length(self, prompts: Sequence[str]) -> None:
+        """No prompt is too long."""
+
+    def null(self) -> Context:
+        """All classes."""
+        return self.encode_text([""])
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Points are latents."""
+        return pixels.to(self.device)
+
+    def decode(self, latents: Tensor, chunk: int = 64) -> Tensor:
+        """Raises ValueError: points are no pictures."""
+        raise ValueError("the toy's samples are points, not images: set previews.every to 0")
+
+
+class Points(Captions):
+    """`n` classes, drawn by the problem's weights and common to all members, and every member's own points of these classes."""
+
+    def __init__(self, toy: Toy, n: int) -> None:
+        problem, generator = toy.problem, torch.Generator().manual_seed(toy.seeds[0])
+        self._names = toy.about["previews"]
+        self.classes = problem.classes[torch.multinomial(problem.weights, n, replacement=True, generator=generator)]
+        self.points = sample(toy.mixture, self.classes, [seed + 7_000_000 for seed in toy.seeds])
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def prompts(self, index: Sequence[int]) -> list[str]:
+        """The classes of the rows `index`."""
+        return [self._names[k] for k in self.classes[list(index)].tolist()]
+
+    def pixels(self, index: Sequence[int]) -> Tensor:
+        """The points of the rows `index`, [B, 2, S]."""
+        return self.points[list(index)]
+
+
+@lru_cache(maxsize=8)
+def _pretrained(seeds: tuple[int, ...], problem: str, scale: float, width: int, depth: int) -> dict[str, Tensor]:
+    """The members' common start: Adam on |v - v_exact|^2 / E v^2 over all times, unguided. Depends on each member's seed alone."""
+    toy = Toy(problem, scale, len(seeds), width=width, depth=depth, size=1, seed=seeds[0])
+    network = toy.ensemble()
+    adam = torch.optim.Adam(network.parameters(), lr=PRETRAIN_LR, fused=True)
+    shared = torch.Generator().manual_seed(11)  # times and classes: the same for every member, and for every group of members
+    own = [torch.Generator().manual_seed(seed + 9_000_000) for seed in seeds]
+    chunk = 50  # steps whose data are made in one go
+    for step in range(PRETRAIN_STEPS):
+        if step % chunk == 0:
+            batches = _unguided(toy, chunk * PRETRAIN_BATCH, shared, own)
+        x_t, t, c, v = (x[step % chunk :: chunk] for x in batches)
+        error = (network(x_t, t, Context(c)) - v) / network.scales[t, 1].view(-1, 1, 1)
+        for group in adam.param_groups:
+            group["lr"] = PRETRAIN_LR * (1 - step / PRETRAIN_STEPS)
+        adam.zero_grad()
+        error.square().mean((0, 1)).sum().backward()
+        adam.step()
+    return {name: value.detach() for name, value in network.state_dict().items()}
+
+
+def _unguided(toy: Toy, n: int, shared: torch.Generator, own: Sequence[torch.Generator]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x_t [n, 2, S], t [n], classes [n, 1, C], exact v [n, 2, S]) at uniform times."""
+    problem, schedule = toy.problem, toy.schedule
+    t = torch.randint(schedule.steps, (n,), generator=shared)
+    mode = torch.multinomial(problem.weights, n, replacement=True, generator=shared)
+    noise = torch.stack([torch.randn(2, n, 2, generator=g) for g in own], 3)
+    x_t = schedule.add_noise(problem.means[mode][..., None] + problem.sd * noise[0], noise[1], t)
+    c = F.one_hot(problem.classes[mode], toy.mixture.num_classes)[:, None].float()
+    return x_t, t, c, toy.exact(x_t, t, Context(c))
