@@ -31,7 +31,7 @@ class Stages(Callback):
         """Check every prior of the plan now: one that comes after days of training must not be the one that stops it."""
         if stage != "fit" or not staged(pl_module):
             return
-        data = getattr(trainer, "datamodule", None)  # None when the command line asks before anything is encoded
+        data: Any = getattr(trainer, "datamodule", None)  # None when the command line asks before anything is encoded
         self._own = getattr(data, "prior", self._own)
         self._annealed = any(isinstance(c, AnnealPrior) for c in trainer.callbacks)
         parts = [part for s in pl_module.stages for part in s.parts]
