@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
+import json
 import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
@@ -86,6 +88,21 @@ def quick(method: str) -> list[str]:
 
 
 def work(task: dict[str, Any]) -> list[dict[str, Any]]:
+    """A task's records, from the cache if they are there."""
+    if not task["cache"]:
+        return train(task)
+    from ddil_lightning.evaluate import write_rows
+    from ddil_lightning.main import find_config
+
+    configs = [find_config(t.format(task["method"])).read_text() for t in (PLAIN, DDIL)]
+    key = hashlib.sha256(json.dumps([{k: v for k, v in task.items() if k != "cache"}, configs]).encode()).hexdigest()[:16]
+    file = Path(task["cache"]) / f"{task['method']}-{task['seeds'][0]}-{key}.json"
+    if not file.is_file():
+        write_rows(file, train(task))
+    return json.loads(file.read_text())
+
+
+def train(task: dict[str, Any]) -> list[dict[str, Any]]:
     """All variants of one method for one group of seeds: a record each, with one value per seed of every measure."""
     torch.set_num_threads(1)
     common.quiet()
@@ -126,7 +143,8 @@ def tasks(args: argparse.Namespace) -> list[dict[str, Any]]:
         if "longer_base" in wanted and "ddil" not in wanted:
             raise ValueError("--variants longer_base needs ddil, whose network evaluations it is given")
         words = [*(quick(name) if args.quick else []), *args.set]
-        made += [{"method": name, "seeds": group, "variants": wanted, "words": words, "n": args.n} for group in groups]
+        task = {"method": name, "variants": wanted, "words": words, "n": args.n, "cache": args.cache}
+        made += [{**task, "seeds": group} for group in groups]
     return made
 
 
@@ -168,6 +186,7 @@ def main(argv: list[str] | None = None) -> common.Report:
     parser.add_argument("--variants", nargs="+", choices=list(COMMON), help="default: all; base is always among them")
     parser.add_argument("--n", type=int, default=2000, help="samples per seed")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--cache", help="a folder that keeps finished groups, so that a run that was stopped can go on (same code)")
     parser.add_argument("--plot", type=Path, help="draw the energy distances as a PNG")
     return common.main(measure, parser.parse_args(argv))
 
