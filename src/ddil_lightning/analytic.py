@@ -40,7 +40,7 @@ class Analytic(nn.Module):
 
     def posterior_mean(self, x: Tensor, alpha: Tensor, sigma: Tensor, c: Context) -> Tensor:
         """The closed form at x [B, ...], with `alpha`, `sigma` [B, 1, ...]."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has no closed form: give it a posterior_mean(x, alpha, sigma, c)")
 
     def _wide(self, x_t: Tensor) -> Tensor:
         law = next(x for x in self.buffers() if x.is_floating_point())

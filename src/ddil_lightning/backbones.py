@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -118,9 +119,8 @@ class UNet(nn.Module):
         handle = (unet.down_blocks[-1] if unet.mid_block is None else unet.mid_block).register_forward_hook(keep)
         out = x_t
         try:
-            out = self(x_t, t, c)
-        except _Bottleneck:
-            pass
+            with suppress(_Bottleneck):
+                out = self(x_t, t, c)
         finally:
             handle.remove()
         return out, kept[0]

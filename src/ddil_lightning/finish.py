@@ -35,11 +35,11 @@ class Test:
 def finish(
     method: Distillation, folder: Path, test: Test, export_steps: int | None, examples: Sequence[str], facts: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write pipeline/ (and compare it with the trainer's own samples), test teacher and student -> the content of summary.json.
+    """Write pipeline/ (compared with the trainer's own samples), test teacher and student -> the content of summary.json.
 
-    `facts` come first in it: the config's name, the seed and so on.
+    `facts` come first in it: the config's name, the seed and so on. Of a student that no pipeline can hold, the weights are written.
     """
-    from . import evaluate, export, runs, scoring
+    from . import evaluate, export
 
     summary: dict[str, Any] = {
         **facts,
@@ -48,38 +48,40 @@ def finish(
         "machine": machine(),
         "rows": [],
     }
-    if isinstance(method.backbone, Toy):
-        summary["rows"] = _finish_toy(method, folder, test)
-        return summary
-    prompts = export.check_prompts(method, examples)
-    summary["export_difference"] = difference = export.deliver(method, folder / "pipeline", prompts, export_steps or method.steps[0])
-    print(f"pipeline written and checked: {folder / 'pipeline'} (latents differ by {difference:.1e})", flush=True)
-    dataset = method.backbone.about.get("dataset")
-    if test.n and dataset:
-        suite = evaluate.Suite.builtin(dataset, n=test.n, seed=test.seed)
-        say = lambda name: print(f"testing {name} on {test.n} prompts", flush=True)  # noqa: E731
-        summary["rows"] = scoring.method_rows(
-            suite, method, test.teacher_steps, test.student_steps, say, runs.stage_pipelines(folder), test.dpm
-        )
-        print(evaluate.table(summary["rows"]), end="")
+    if export.exportable(method):
+        prompts = export.check_prompts(method, examples)
+        summary["export_difference"] = difference = export.deliver(method, folder / "pipeline", prompts, export_steps or method.steps[0])
+        print(f"pipeline written and checked: {folder / 'pipeline'} (latents differ by {difference:.1e})", flush=True)
+    else:
+        print(f"no pipeline can hold this student; its weights: {_save_weights(method, folder)}", flush=True)
+    if test.n:
+        summary["rows"] = _rows(method, folder, test)
+        print(evaluate.table(summary["rows"]) if summary["rows"] else "", end="")
     return summary
 
 
-def _finish_toy(method: Distillation, folder: Path, test: Test) -> list[dict[str, Any]]:
-    """The weights of the toy's students, which no pipeline can hold, and rows of results in the plane."""
+def _save_weights(method: Distillation, folder: Path) -> Path:
     from safetensors.torch import save_file
 
-    from . import evaluate
-    from .toy.scores import method_rows
+    path = folder / "student.safetensors"
+    save_file({k: v.contiguous() for k, v in method.deployed().state_dict().items()}, path)
+    return path
 
-    save_file({k: v.contiguous() for k, v in method.deployed().state_dict().items()}, folder / "student.safetensors")
-    print(f"no pipeline is written, the toy's student is an MLP; its weights: {folder / 'student.safetensors'}", flush=True)
-    if not test.n:
+
+def _rows(method: Distillation, folder: Path, test: Test) -> list[dict[str, Any]]:
+    """The rows of what there is to measure by: points in the plane, the built-in suite, or nothing."""
+    from . import evaluate, runs, scoring
+    from .toy import scores
+
+    if isinstance(method.backbone, Toy):
+        say = lambda name: print(f"testing {name}", flush=True)  # noqa: E731
+        return scores.method_rows(method, test.teacher_steps, test.student_steps or method.steps, test.n, test.seed, say)
+    dataset = method.backbone.about.get("dataset")
+    if not dataset:
         return []
-    say = lambda name: print(f"testing {name}", flush=True)  # noqa: E731
-    rows = method_rows(method, test.teacher_steps, test.student_steps or method.steps, test.n, test.seed, say)
-    print(evaluate.table(rows), end="")
-    return rows
+    suite = evaluate.Suite.builtin(dataset, n=test.n, seed=test.seed)
+    say = lambda name: print(f"testing {name} on {test.n} prompts", flush=True)  # noqa: E731
+    return scoring.method_rows(suite, method, test.teacher_steps, test.student_steps, say, runs.stage_pipelines(folder), test.dpm)
 
 
 def machine() -> dict[str, Any]:

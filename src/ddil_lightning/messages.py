@@ -167,4 +167,5 @@ class _Tips(logging.Filter):
         self.tips = tips
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is none of the tips."""
         return not any(tip in record.getMessage() for tip in self.tips)
