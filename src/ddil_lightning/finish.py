@@ -25,7 +25,7 @@ class Test:
     stage's student. `dpm`: rows with DPM-Solver++ 2M too, for students that step by DDIM.
     """
 
-    n: int = 384
+    n: int = 256
     teacher_steps: list[int] = field(default_factory=lambda: [32, 4, 2, 1])
     student_steps: list[int] | None = None
     seed: int = 0
