@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from ddil_lightning.callbacks import Checkpoints
-from suite import ALL, BATCH, METHODS, MIXED, Entry, Gradients, Run, build, captions, equal, fit, pictures, state
+from suite import ALL, BATCH, FORWARD, METHODS, MIXED, Entry, Gradients, Run, build, captions, equal, fit, pictures, state
 
 WORLD, UPDATES = 2, 4
 
@@ -156,3 +157,27 @@ def test_ranks_share_out_an_epoch(tiny: Path) -> None:
         made.done = 0
         rows.append([batch.rows.tolist() for batch in made.train_dataloader()])
     assert rows[0] == [a + b for a, b in zip(rows[1], rows[2], strict=True)]
+
+
+class PoisonOne(Callback):
+    """Breaks the student of the second process, before an update or before a roll-out."""
+
+    def __init__(self, update: int) -> None:
+        self.update = update
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if trainer.global_rank == 1 and pl_module.student_updates == self.update:
+            next(pl_module.student.parameters()).data.fill_(float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("prior", "words"), [(FORWARD, ("the loss is not finite on another", "the loss is nan")), (MIXED, ("of another", "policy"))]
+)
+def test_all_processes_stop_when_one_meets_a_number_that_is_not_finite(prior: Any, words: tuple[str, str], tiny: Path) -> None:
+    pictures(tiny)
+
+    def job(rank: int) -> None:
+        with pytest.raises(FloatingPointError, match=words[rank]):
+            fit(build(METHODS[0], tiny, updates=UPDATES), captions(tiny, prior, collect_every=1), PoisonOne(2), **ddp(METHODS[0]))
+
+    forked(job, timeout=60)

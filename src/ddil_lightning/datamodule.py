@@ -219,11 +219,15 @@ class DDILDataModule(LightningDataModule):
         learner = self.learner
         shape = learner.backbone.latent_shape  # type: ignore[attr-defined]
         made = collect(take(batch, slice(self.trajectories)), learner, self.prior, self.streams, shape, self.control)
-        if not bool(torch.isfinite(made.x_t).all()):
-            first = int(made.t[~torch.isfinite(made.x_t.flatten(1)).all(1)].max())
-            actors = SOURCES[int(made.source[made.t == first][0])]
+        fine = bool(torch.isfinite(made.x_t).all())
+        # All processes stop together: one that left alone would leave the others waiting for its gradients.
+        if not (fine if self.trainer is None else self.trainer.strategy.reduce_boolean_decision(fine)):
+            found = "a roll-out of another process is not finite"
+            if not fine:
+                first = int(made.t[~torch.isfinite(made.x_t.flatten(1)).all(1)].max())
+                found = f"a roll-out by the {SOURCES[int(made.source[made.t == first][0])]} policy is not finite at t = {first}"
             now = getattr(learner, "student_updates", self.clock)  # the clock of the run, not of its stage
-            raise FloatingPointError(f"a roll-out by the {actors} policy is not finite at t = {first}, student update {now}")
+            raise FloatingPointError(f"{found}, student update {now}")
         stage = self.streams.stage
         self.buffer.expire(self.clock, stage)
         self.buffer.add(made.x_t, made.t, made.c, made.row, made.source, made.actors, self.clock, stage, self._expected(made.t))

@@ -159,8 +159,11 @@ class Distillation(LightningModule):
 
     def descend(self, optimizer: Any, loss: Tensor, name: str = "loss") -> bool:
         """One micro-batch of `loss`; True when it completed an update. Clips, sets the learning rate, refuses a loss that is not finite."""
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the {name} is {float(loss.detach())} at student update {self.student_updates}{self._suspects()}")
+        fine = bool(torch.isfinite(loss))
+        # All processes stop together: one that left alone would leave the others waiting for its gradients.
+        if not self.trainer.strategy.reduce_boolean_decision(fine):
+            found = f"the {name} is not finite on another process" if fine else f"the {name} is {float(loss.detach())}"
+            raise FloatingPointError(f"{found} at student update {self.student_updates}{'' if fine else self._suspects()}")
         self._last = loss.detach()
         self.record(**{name: loss})
         self.manual_backward(loss / self.accumulate)

@@ -98,8 +98,8 @@ A StableDiffusionPipeline in miniature (v-prediction, trailing DDIM steps), trai
 
 Means over held-out prompts, by `ddil_lightning.miniature.{facts["dataset"]}.judge`.
 
-- command: `ddil-pretrain --dataset {facts["dataset"]} --seed {facts["seed"]} --devices {facts["devices"]}`
-  `--images {facts["images"]} --batch_size {facts["batch_size"]} --lr {facts["lr"]:g}`
-- images seen by the U-Net: {facts["images"]}; wall clock of the last run: {facts["minutes"]} minutes
+- command: `ddil-pretrain {" ".join(f"--{key} {value}" for key, value in facts["settings"].items())}`
+- images seen by the U-Net: {facts["images"]}{", those of the resumed run included" if facts["resumed"] else ", in one run"}
+- wall clock: {facts["minutes"]} minutes
 - date: {datetime.date.today().isoformat()}; machine: {os.cpu_count()} x {platform.machine()}, torch {torch.__version__}
 """

@@ -81,9 +81,13 @@ def pretrain(
     train_autoencoder(pipeline, dataset, steps=decoder_steps, seed=seed + 1, progress=progress, decoder_only=True)
     best, scores = guided(pipeline, dataset, guidance, n=min(256, prompts))
     table = {steps: measure(pipeline, dataset, n=prompts, steps=steps, guidance=best) for steps in (32, 4, 2, 1)}
+    settings = {
+        "dataset": dataset, "seed": seed, "devices": devices, "images": images, "batch_size": batch_size, "lr": lr, "hold": hold,
+        "ema": ema, "focus": focus, "autoencoder_steps": autoencoder_steps, "decoder_steps": decoder_steps,
+    }  # fmt: skip
     facts = {
-        "dataset": dataset, "guidance": best, "seed": seed, "devices": devices, "batch_size": batch_size, "lr": lr,
-        "images": images + before, "guidance_scores": scores, "minutes": round((time.time() - started) / 60, 1),
+        "dataset": dataset, "guidance": best, "settings": settings, "images": images + before, "resumed": resume is not None,
+        "minutes": round((time.time() - started) / 60, 1), "guidance_scores": scores,
     }  # fmt: skip
     return save_teacher(pipeline, out, facts, table)
 
