@@ -2,8 +2,9 @@
 
 Every variant is a shipped config trained by the library with its default budget, and sampled in few steps from the same noise as the
 teacher; paired differences over seeds decide. `base` is the method alone, `reflected` has reflection, `ddil` roll-outs, `both` the two: the
-shipped config. `same_times` is the control: as `ddil`, but every roll-out is replaced by data noised to its times, so that an emphasis on
-timesteps is not mistaken for the correction of a shift. Finished runs are kept under --cache and not repeated.
+shipped config; `both_critic`, of DMD2, reflects its critic as well. `same_times` is the control: as `ddil`, but every roll-out is replaced
+by data noised to its times, so that an emphasis on timesteps is not mistaken for the correction of a shift. PD's students are also sampled
+with DPM-Solver++ 2M. Finished runs are kept under --cache and not repeated.
 
     python benchmarks/builtin.py [--method lcm] [--seeds 3] [--jobs 2] [--n 1000] [--updates N] [--variants base both ...] [--json FILE]
 """
@@ -37,6 +38,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "reflected": ("{}.yaml", (STATIC,)),
     "ddil": ("{}_ddil.yaml", (OFF,)),
     "both": ("{}_ddil.yaml", (STATIC,)),
+    "both_critic": ("{}_ddil.yaml", (STATIC, "model.init_args.reflect_critic=true")),  # of DMD2 alone
     "same_times": ("{}_ddil.yaml", (OFF, "data.control=true")),
     "same_times_reflected": ("{}_ddil.yaml", (STATIC, "data.control=true")),
 }
@@ -111,7 +113,8 @@ def student(task: dict[str, Any]) -> dict[str, Any]:
         seconds = time.perf_counter() - start
         method = method.to(trainer.strategy.root_device).eval()
         paired = Paired(suite(method.backbone.about["dataset"], task["n"]), torch.load(task["reference"], weights_only=True))
-        rows = method_rows(paired, method, (), STUDENT_STEPS[task["method"]], stages=stage_pipelines(Path(folder)))  # type: ignore[arg-type]
+        steps, dpm = STUDENT_STEPS[task["method"]], task["method"] == "pd"
+        rows = method_rows(paired, method, (), steps, stages=stage_pipelines(Path(folder)), dpm=dpm)  # type: ignore[arg-type]
     counts = {"updates": method.student_updates, "network_evaluations": method.evaluations}
     return {"variant": task["variant"], "seed": task["seed"], "seconds": seconds, **counts, "rows": rows}
 

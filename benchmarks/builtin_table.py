@@ -14,6 +14,7 @@ AGAINST = [(name, "base") for name in ("reflected", "ddil", "both", "same_times"
     ("both", "reflected"),
     ("ddil", "same_times"),
     ("both", "same_times_reflected"),
+    ("both_critic", "both"),
 ]
 TEACHER_STEPS = (32, 4, 2, 1)
 STUDENT_STEPS: dict[str, tuple[int, ...]] = {"lcm": (4, 2, 1), "pd": (4, 2), "dmd2": (4, 2)}
@@ -42,7 +43,7 @@ def report(
     records = sorted(records, key=lambda r: (order[r["variant"]], r["seed"]))
     teachers = {row["steps"]: row for row in baseline["rows"]}
     each = [{"variant": r["variant"], "seed": r["seed"], **with_gaps(row, teachers)} for r in records for row in r["rows"]]
-    means = [mean_row(name, f"student@{k}", each) for name in order for k in STUDENT_STEPS[method]]
+    means = [mean_row(name, title, each) for name in order for title in dict.fromkeys(row["name"] for row in each)]
     top = [{"variant": "teacher", "seed": None, **row} for row in baseline["rows"]]
     differences = [difference(a, b, f"student@{k}", each) for a, b in AGAINST if a in order and b in order for k in STUDENT_STEPS[method]]
     shown = [("variant", ""), ("against", "minus"), *COLUMNS[1:]]

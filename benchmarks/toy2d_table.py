@@ -62,6 +62,7 @@ def report(records: Sequence[dict[str, Any]], size: dict[str, int], quick: bool 
         for m in NAMES
         if any(r["method"] == m for r in rows)
     ]
+    parts += [part for m in NAMES if (part := by_node(m, [r for r in rows if r["method"] == m]))]
     shown = [("method", "method"), ("variant", ""), ("against", "minus"), *((f"{k}/paired", head) for k, head in MEASURES.items())]
     flat = [{**{k: r[k] for k in ("method", "variant", "against")}, **{f"{k}/paired": r[k]["paired"] for k in MEASURES}} for r in others]
     if flat:
@@ -83,23 +84,40 @@ def report(records: Sequence[dict[str, Any]], size: dict[str, int], quick: bool 
     }
 
 
+def by_node(method: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The table of the shift at every node of a method's sampler; None without a row that has it."""
+    times = sorted({t for r in rows for t in r["shift_at"]}, key=int, reverse=True)
+    if not times:
+        return None
+    shown = [{"variant": r["variant"], **r["shift_at"]} for r in rows]
+    return {
+        "title": f"{NAMES[method]}: shift by node",
+        "columns": [("variant", "variant"), *((t, f"t = {t}") for t in times)],
+        "rows": shown,
+    }
+
+
 def join(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
     """The groups of one method and variant together, in the order of their seeds."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     order = {name: i for i, name in enumerate(NAMES)}
     for r in sorted(records, key=lambda r: (order[r["method"]], r["seeds"][0])):
-        both = found.setdefault((r["method"], r["variant"]), {"seeds": [], "counts": [], "groups": [], "scores": {k: [] for k in MEASURES}})
+        fresh = {"seeds": [], "counts": [], "groups": [], "nodes": {}, "scores": {k: [] for k in MEASURES}}
+        both = found.setdefault((r["method"], r["variant"]), fresh)
         both["groups"].append(slice(len(both["seeds"]), len(both["seeds"]) + len(r["seeds"])))
         both["seeds"] += r["seeds"]
         both["counts"].append((r["updates"], r["evaluations"]))
         for k in MEASURES:
             both["scores"][k] += r["scores"][k]
+        for k in r["scores"]:
+            if k.startswith("shift@"):
+                both["nodes"].setdefault(k.removeprefix("shift@"), []).extend(r["scores"][k])
     return found
 
 
 def row(joined: dict[tuple[str, str], dict[str, Any]], method: str, variant: str, against: str) -> dict[str, Any]:
     """Every measure as {mean, se, paired: {mean, t, p}}; `by_group` are t and p of the groups' means, the most careful count of what is
-    independent."""
+    independent. `shift_at` is {mean, se} of the shift by the node's time."""
     mine, other = joined[method, variant], joined[method, against]
     assert mine["seeds"] == other["seeds"]
     out: dict[str, Any] = {"method": method, "variant": variant, "against": against, "seeds": len(mine["seeds"])}
@@ -111,6 +129,7 @@ def row(joined: dict[tuple[str, str], dict[str, Any]], method: str, variant: str
         same = variant == against
         pairs = {"paired": None if same else paired(values, theirs), "by_group": None if same else paired(*groups)}
         out[key] = {"mean": mean, "se": se, **pairs}
+    out["shift_at"] = {t: dict(zip(("mean", "se"), common.mean_se(values), strict=True)) for t, values in mine["nodes"].items()}
     return out
 
 

@@ -149,6 +149,27 @@ def test_an_unknown_prediction_type_is_refused(tiny: Path, tmp_path: Path) -> No
 # Students -------------------------------------------------------------------------------------------------------------------------
 
 
+def test_flow_matching_is_refused_and_not_read_as_noise(tiny: Path, tmp_path: Path) -> None:
+    folder = edited(tiny, tmp_path / "flow", "scheduler/scheduler_config.json")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}))
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="flow-matching scheduler, which is not supported with a U-Net yet"):
+        Backbone(str(folder))
+
+
+def test_the_autoencoder_stays_in_single_precision_where_half_would_overflow(tiny: Path) -> None:
+    """As diffusers does for `force_upcast`; bfloat16 has the range, and a trainer's autocast does not reach the encoders."""
+    half, pixels = Backbone(str(tiny), torch.float16), torch.rand(2, 3, 16, 16) * 2 - 1
+    assert half.pipe.vae.dtype == torch.float32 and half.pipe.unet.dtype == torch.float16
+    assert Backbone(str(tiny), torch.bfloat16).pipe.vae.dtype == torch.bfloat16
+    latents = half.encode_images(pixels)
+    images = half.decode(latents)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(half.encode_images(pixels), latents) and torch.equal(half.decode(latents), images)
+
+
 def test_a_student_starts_as_its_teacher_at_every_w(backbone: Backbone) -> None:
     (x, t), c = states(3), backbone.encode_text(PROMPTS)
     expected = backbone.teacher()(x, t, c)

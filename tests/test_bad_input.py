@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,8 +80,13 @@ VALUES = {
     "grid": (["model.solver_steps=30"], "solver_steps = 30 does not divide the schedule's 1000 times: take 25"),
     "rollouts": (["model.rollouts=[60]"], "an LCM grid of 60 steps does not fit on the 50 nodes of its solver"),
     "no grid": (["model.solver_steps=0"], "solver_steps = 0 does not divide the schedule's 1000 times: take 1"),
+    "range of guidance": (
+        ["model.w_conditioned=false"],
+        "LCM's student is not told the guidance: give one number, not 1.0 to 3.0, or set model.w_conditioned to true",
+    ),
     "pipeline": (["model.pipeline=/nowhere/sd"], "no pipeline at /nowhere/sd"),
     "pipeline without U-Net": (["model.pipeline=no-unet"], "has no U-Net (folder unet/)"),
+    "pipeline without a data set": (["model.pipeline=bare"], "the pipeline bare names no data set of its own: give data.captions=Images"),
     "prompts": (
         ["--config", "{data: {captions: {class_path: Prompts, init_args: {path: long.txt}}, batch_size: 1}}"],
         "tokens and the text encoder reads 16",
@@ -105,8 +111,15 @@ VALUES = {
         ],
         "the prior gives 1 to student latents, on which ForwardOnly has no target",
     ),
+    "steps of the export": (["--export_steps=60"], "export_steps 60: an LCM grid of 60 steps does not fit on the 50 nodes"),
+    "no steps of the export": (["--export_steps=0"], "export_steps 0: "),
+    "steps of the test": (["test.student_steps=[4, 60]"], "test.student_steps 60: an LCM grid of 60 steps does not fit"),
+    "steps of the teacher": (["test.n=16", "test.teacher_steps=[2000]"], "test.teacher_steps 2000: "),
+    "no steps of the test": (["test.student_steps=[0]"], "a step count is at least 1"),
+    "prompts of the test": (["test.n=8"], "test.n 8: at least 16 prompts"),
     "checkpoints": (["checkpoints.every=-1"], "checkpoints: every >= 0 and keep >= 1"),
     "devices": (["trainer.accelerator=tpu"], "trainer: "),
+    "precision": (["trainer.precision=bf16-true"], "bf16-true would round most updates of the student to nothing: take bf16-mixed"),
     "clipping": (["trainer.gradient_clip_val=1.0"], "gradient clipping is not supported for manual optimization"),
     "run_dir is a file": (["--run_dir", "long.txt"], "--run_dir long.txt is a file: give a folder"),
     "no checkpoint": (["--ckpt_path", "last"], "runs/tiny/latest does not exist; give a file, a run folder, or `last`"),
@@ -122,6 +135,7 @@ def test_a_wrong_value_is_answered_in_one_line_and_leaves_no_folder(
     words, said = VALUES[fault]
     (here / "long.txt").write_text("a handwritten " + 30 * "small " + "seven\n")
     (here / "short.txt").write_text("a handwritten seven\n")
+    shutil.copytree(tiny, here / "bare", ignore=shutil.ignore_patterns("ddil.json"))
     (here / "no-unet").mkdir()
     index = json.loads((tiny / "model_index.json").read_text())
     (here / "no-unet" / "model_index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "unet"}))
@@ -148,7 +162,7 @@ def test_checkpoints_that_cannot_be_gone_on_from(finished: Path, tiny_config: Pa
     assert "updates=12.ckpt cannot be read" in half and half.endswith("take another: updates=8.ckpt")
     assert "updates=8.ckpt is not the newest" in refused(capsys, "--config", config, "--ckpt_path", "r/checkpoints/updates=8.ckpt")
     (folder / "updates=12.ckpt").unlink()
-    other = refused(capsys, "--config", config, "--ckpt_path", "r", "model.w_conditioned=false")
+    other = refused(capsys, "--config", config, "--ckpt_path", "r", "model.w_conditioned=false", "model.guidance=2.0")
     assert "does not fit this config: it has " in other and other.endswith("resume with the config.yaml of its run")
 
 

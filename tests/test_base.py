@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 
-from suite import FORWARD, METHODS, Gradients, backbone, build, captions, fit, train
+from ddil_lightning.captions import Encoded
+from ddil_lightning.prior import SamplingPrior
+from suite import FORWARD, METHODS, Gradients, backbone, build, captions, fit, pictures, train
 
 FIRST = METHODS[0]
 
@@ -75,6 +78,43 @@ def test_the_box_comes_from_the_data_unless_it_is_given(tiny: Path) -> None:
     assert found is not None and box.lo.tolist() == pytest.approx(found[0]) and box.hi.tolist() == pytest.approx(found[1])
     box = train(FIRST, tiny, updates=1, box=[[-1.0] * 4, [2.0] * 4]).method.reflection
     assert box.lo.tolist() == [-1.0] * 4 and box.hi.tolist() == [2.0] * 4
+
+
+def test_a_box_that_no_data_gave_is_named(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for kwargs in ({}, {"box": [[-1.0] * 4, [2.0] * 4]}, {"reflect": "off"}):
+        data = captions(tiny, SamplingPrior(0.0, 0.5, 0.5))
+        data.captions = Encoded(None, pictures(tiny).c)
+        method = fit(build(FIRST, tiny, updates=1, **kwargs), data).method
+        assert method.reflection.lo.tolist() == [-1.0 if "box" in kwargs else -4.5] * 4
+    (said,) = [r.getMessage() for r in caplog.records if r.name.startswith("ddil_lightning")]  # only where a box acts and none was given
+    assert said == (
+        "reflect: static without images to take the box from: it is -4.5 to 4.5 in every channel; "
+        "give another by model.box: [[lo, ...], [hi, ...]], a number per channel"
+    )
+
+
+def test_losses_and_shares_of_an_update_are_those_of_all_its_batches(tiny: Path) -> None:
+    method = build(FIRST, tiny, accumulate=2)
+    method._trainer = SimpleNamespace(datamodule=None)
+    b = SimpleNamespace(source=torch.tensor([0, 0, 0, 1]), weight=torch.ones(4))
+    for micro, losses in ((0, [9.0] * 4), (0, [1.0, 2.0, 3.0, 8.0]), (1, [2.0, 2.0, 2.0, 4.0])):
+        method._micro["loss"] = micro
+        method.feedback(b, torch.tensor(losses))
+    assert method.source_losses == {"forward": 2.0, "student": 6.0}
+    rows = method.means.flush()
+    shares = {name: rows[f"drawn/share_{name}"] for name in ("forward", "student", "teacher", "mixed")}
+    assert shares == {"forward": 0.75, "student": 0.25, "teacher": 0.0, "mixed": 0.0}
+
+
+def test_a_range_of_guidance_needs_a_student_that_is_told(tiny: Path) -> None:
+    for entry in METHODS:
+        if "w_conditioned" in entry.kwargs or entry.name == "dmd2":
+            with pytest.raises(ValueError, match="'s student is not told the guidance: give one number, not 2.0 to 4.0"):
+                build(entry, tiny, guidance=[2.0, 4.0])
+    pd = next(entry for entry in METHODS if entry.name == "pd")
+    with pytest.raises(ValueError, match="^PD's student is not told the guidance.*or set model.w_conditioned to true$"):
+        build(pd, tiny, w_conditioned=False, guidance=[2.0, 4.0])
+    assert build(pd, tiny, w_conditioned=False, guidance=[2.0, 2.0]).guidance == (2.0, 2.0)
 
 
 def test_guidance_is_what_the_pipeline_recommends_unless_it_is_given(tiny: Path) -> None:

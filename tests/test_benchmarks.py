@@ -186,6 +186,8 @@ def test_toy2d(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
             pair = ddil[key]["paired"]
             assert pair["mean"] == pytest.approx(ddil[key]["mean"] - base[key]["mean"])
             assert pair["p"] is None or 0 <= pair["p"] <= 1
+        nodes = ddil["shift_at"]  # at few samples an energy distance may be below 0
+        assert len(nodes) == 3 and ddil["shift"]["mean"] == pytest.approx(sum(v["mean"] for v in nodes.values()) / 3)
         assert rows[method, "same_times"]["evaluations"] == base["evaluations"] < ddil["evaluations"]
         # Whole updates can only come near the evaluations that ddil has spent.
         assert longer["updates"] > base["updates"] and longer["evaluations"] == pytest.approx(ddil["evaluations"], rel=0.35)

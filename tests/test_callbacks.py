@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from pathlib import Path
@@ -13,11 +14,13 @@ import torch
 from lightning.pytorch import Callback
 from PIL import Image
 
-from ddil_lightning.callbacks import AnnealPrior, Cadence, Checkpoints, FlushBuffer, Previews, Progress
+from ddil_lightning.callbacks import AnnealPrior, Cadence, Checkpoints, FlushBuffer, Previews, Progress, ShiftProbe
 from ddil_lightning.callbacks.checkpoints import AGREE, clock_of, finite, sorted_checkpoints
+from ddil_lightning.captions import Encoded
 from ddil_lightning.prior import Constant, Gated, Linear, Piecewise, SamplingPrior
+from ddil_lightning.shift import shift_report
 from ddil_lightning.types import FORWARD, STUDENT
-from suite import METHODS, StopAt, build, captions, fit
+from suite import METHODS, StopAt, build, captions, fit, pictures
 
 PLAIN, ROLLED = SamplingPrior(), SamplingPrior(0.0, 1.0)
 LCM = METHODS[0]
@@ -63,8 +66,24 @@ def test_a_schedule_is_checked_before_the_run(tiny: Path, monkeypatch: pytest.Mo
         assert sources.seen == []
 
 
+def test_a_later_forward_share_needs_images(tiny: Path) -> None:
+    """Found before the run, and not by the batch that would need them."""
+    data, sources = captions(tiny, ROLLED), Sources()
+    data.captions = Encoded(None, pictures(tiny).c)
+    for schedule in (Linear(ROLLED, PLAIN, end=900), Piecewise([ROLLED, PLAIN], [0, 5]), Gated(ROLLED, SamplingPrior(0.5, 0.5))):
+        with pytest.raises(ValueError, match="the schedule of AnnealPrior has a forward share but the data set has no images"):
+            fit(build(LCM, tiny), data, AnnealPrior(schedule), sources)
+    assert sources.seen == []
+    fit(build(LCM, tiny, updates=1), data, AnnealPrior(Linear(ROLLED, SamplingPrior(0.0, 0.3, 0.7), end=7)), sources)
+    assert len(sources.seen) == 1
+
+
+_updates = itertools.count(1)
+
+
 def losses(**values: float) -> Any:
-    return SimpleNamespace(source_losses=values, check_prior=lambda prior: None)
+    """A method after one more update."""
+    return SimpleNamespace(source_losses=values, check_prior=lambda prior: None, student_updates=next(_updates))
 
 
 def test_a_gated_schedule_hears_the_losses_and_remembers_its_level() -> None:
@@ -84,6 +103,24 @@ def test_a_gated_schedule_hears_the_losses_and_remembers_its_level() -> None:
     assert again.schedule.level == 2
     again.apply(trainer, losses(forward=1.0, student=1.0, mixed=1.9), 0)  # all roll-outs together
     assert again.schedule.level == 3 and AnnealPrior(Constant(PLAIN)).state_dict() == {}
+
+
+@pytest.mark.parametrize(("entry", "kwargs"), [(LCM, {"accumulate": 3}), (METHODS[-1], {"critic_steps": 3})], ids=["lcm", "dmd2"])
+def test_a_gate_hears_every_update_once(entry: Any, kwargs: dict[str, int], tiny: Path) -> None:
+    """Not once per micro-batch, nor on the turns of a critic; of micro-batches it hears the mean."""
+    half, heard, seen = SamplingPrior(0.5, 0.5), [], []
+
+    class Gate(Gated):
+        def observe(self, on_policy: float, forward: float) -> None:
+            heard.append((on_policy, forward))
+
+    class Losses(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            seen.append((pl_module.student_updates, pl_module.source_losses))
+
+    fit(build(entry, tiny, updates=3, **kwargs), captions(tiny, half, capacity=0), Losses(), AnnealPrior(Gate(half, half)))
+    ends = [after for (n, _), (m, after) in zip([(0, {}), *seen], seen, strict=False) if n != m]
+    assert len(seen) == 9 and heard == [(found["student"], found["forward"]) for found in ends] and len(heard) == 3
 
 
 def test_the_level_of_a_gate_travels_with_the_checkpoint(tiny: Path, tmp_path: Path) -> None:
@@ -219,6 +256,26 @@ def test_the_time_of_training_is_counted_over_resumes(tiny: Path, tmp_path: Path
 def test_settings_of_checkpoints(kwargs: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="checkpoints: every >= 0 and keep >= 1"):
         Checkpoints(**kwargs)
+
+
+# The shift probe ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_shift_probe_is_the_energy_distance_of_the_report(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the measures of a shift report the one that it writes, and no other is computed."""
+    run, probe = fit(build(LCM, tiny, updates=1), captions(tiny)), ShiftProbe(count=12, steps=4, teacher_steps=8)
+    for name in ("frechet_pooled", "mmd_rbf", "probe_auc"):
+        monkeypatch.setattr(f"ddil_lightning.shift.{name}", lambda *args: pytest.fail("computed for nothing"))
+    values = probe.measure(run.method, run.data)
+    monkeypatch.undo()
+    batch, (policy, grid) = run.data.reference(12), run.method.sampler(4)
+    mine = probe._states(policy, grid, run.method, batch, probe.seed)
+    for name, reference in probe._references.items():
+        report = shift_report(mine, reference)
+        assert {f"@{t}": row["energy_distance"] for t, row in report.items()} == {
+            key.removeprefix(f"shift/{name}") or "@mean": value for key, value in values.items() if key.startswith(f"shift/{name}")
+        }
+    assert set(probe._references) == {"teacher", "forward"} and len(values) == 8
 
 
 # Previews and progress ---------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,58 @@ def test_a_missing_column_is_named_with_those_that_exist(tmp_path: Path) -> None
         Images(path, image="picture", caption="caption")
 
 
+def written(kind: str, folder: Path) -> str:
+    """The five pictures in a file whose image column is no column of pictures."""
+    from datasets import Dataset
+
+    for i, picture in enumerate(pictures()):
+        picture.save(folder / f"{i}.png")
+    files = [folder / f"{i}.png" for i in range(5)]
+    column: list[Any] = {
+        "relative": [f.name for f in files],
+        "absolute": [str(f) for f in files],
+        "bytes": [f.read_bytes() for f in files],
+        "bytes and path": [{"bytes": f.read_bytes(), "path": None} for f in files],
+    }[kind.split(", ")[1]]
+    rows = [{"image": x, "text": text} for x, text in zip(column, CAPTIONS, strict=True)]
+    file = folder / f"set.{kind.split(', ')[0]}"
+    if file.suffix == ".parquet":
+        Dataset.from_list(rows).to_parquet(str(file))
+    else:
+        file.write_text(json.dumps(rows) if file.suffix == ".json" else "\n".join(map(json.dumps, rows)))
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    "kind", ["json, relative", "jsonl, absolute", "parquet, relative", "parquet, absolute", "parquet, bytes", "parquet, bytes and path"]
+)
+def test_the_image_column_holds_paths_or_bytes(kind: str, tmp_path: Path) -> None:
+    batch = Images(written(kind, tmp_path), size=8)[[4, 0, 2]]
+    assert batch.prompts == [CAPTIONS[i] for i in (4, 0, 2)] and batch.pixels is not None
+    assert torch.equal(batch.pixels, RGB[[4, 0, 2], :, None, None].expand(-1, -1, 8, 8))
+
+
+def test_a_row_without_caption_or_picture_is_named(tmp_path: Path) -> None:
+    pictures()[0].save(tmp_path / "0.png")
+    (tmp_path / "bad.png").write_text("no picture")
+    rows = [("0.png", "a"), ("0.png", None), ("gone.png", "c"), (None, "d"), ("bad.png", "e")]
+    file = tmp_path / "set.json"
+    file.write_text(json.dumps([{"image": image, "text": text, "number": 5} for image, text in rows]))
+    images = Images(str(file), size=8)
+    assert len(images[[0]].prompts) == 1
+    with pytest.raises(ValueError, match=rf"{file}, row 1 \(from 0\): text is None and no caption"):
+        images.prompts([0, 1])
+    for row, why in ((2, f"no file {tmp_path / 'gone.png'}"), (3, "An image should have"), (4, "cannot identify image file")):
+        with pytest.raises(ValueError, match=rf"{file}, row {row} \(from 0\): image cannot be read: {re.escape(why)}"):
+            images.pixels([0, row])
+    with pytest.raises(ValueError, match=r"column number holds Value\('int64'\) and no images; name another with image="):
+        Images(str(file), image="number")
+    file.write_text('[{"image": "0.png", "text": "a"}, {"image"')
+    with pytest.raises(ValueError, match=f"the data set {file} could not be read: ") as error:
+        Images(str(file))
+    assert "\n" not in str(error.value) and "generating the dataset" not in str(error.value)
+
+
 def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     splits = saved("save_to_disk, splits", tmp_path)
@@ -199,6 +253,32 @@ def test_a_cache_file_gives_back_every_bit(images: bool, tmp_path: Path) -> None
     assert batch.latent is None or torch.equal(batch.latent, other.latent)
     assert other.c.mask is other.c.w is None
     assert all(torch.equal(a, b) for a, b in zip(batch.c, other.c, strict=True) if a is not None)
+
+
+def test_a_cache_that_cannot_be_written_is_an_os_error(tmp_path: Path) -> None:
+    """Of safetensors itself, which raises no OSError: files may not grow here, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError) as error:
+            Encoded(None, Context(torch.zeros(6, 5, 300))).save(tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (error.value.errno, error.value.filename) == (errno.EFBIG, str(tmp_path / "cache")) and list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_cache_says_so(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "cache"
+    Encoded(None, Context(torch.zeros(6, 5, 300))).save(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"the cache {path} is damaged or none of ours .*: delete it, or give another data.cache"):
+        Encoded.load(path)
+    save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="damaged or none of ours"):
+        Encoded.load(path)
 
 
 def test_long_captions_are_refused_or_cut(backbone: Backbone) -> None:

@@ -58,11 +58,13 @@ def test_what_a_run_leaves_behind(finished: Path) -> None:
     assert finished.parent.name == "tiny" and (finished.parent / "latest").resolve() == finished
 
 
-def test_checkpoints_hold_no_teacher(finished: Path) -> None:
+def test_checkpoints_hold_no_teacher(finished: Path, tiny: Path) -> None:
     state = checkpoint(finished, 12)
     assert {name.split(".")[0] for name in state["state_dict"]} == {"student", "target", "average", "reflection"}
-    frozen = sum(p.stat().st_size for p in (finished / "pipeline").rglob("*.safetensors"))
-    assert (finished / "checkpoints" / "updates=12.ckpt").stat().st_size > 0 and frozen > 0
+    teacher, student = (folder / "unet" / "diffusion_pytorch_model.safetensors" for folder in (tiny, finished / "pipeline"))
+    # Student, target, average, and two moments of Adam; the rest is the buffer and the file's own directory.
+    rest = (finished / "checkpoints" / "updates=12.ckpt").stat().st_size - 5 * student.stat().st_size
+    assert 0 < rest < teacher.stat().st_size / 2
 
 
 def test_options_overrides_and_several_configs(tiny_config: Path, here: Path) -> None:
@@ -132,6 +134,35 @@ def test_ctrl_c_saves_and_the_run_goes_on_exactly(finished: Path, tiny_config: P
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["student_updates"] == 12 and summary["seconds"] > summary["seconds_training"]
     assert summary["network_evaluations"] == json.loads((finished / "summary.json").read_text())["network_evaluations"]
+
+
+def test_a_run_goes_on_with_the_settings_it_began_with(tiny_config: Path, here: Path, capsys: Any) -> None:
+    words = ["--config", str(tiny_config), "previews.every=0"]
+    assert fit(capsys, *words, "--updates", "2", "--seed", "5", "model.lr=2e-3", "data.batch_size=4")[0] == 0
+    began = (Path("runs/tiny/latest") / "config.yaml").read_text()
+    code, out, _ = fit(capsys, *words, "--ckpt_path", "last", "--updates", "3")
+    assert code == 0
+    assert "going on as the run began: " in out and "model.init_args.lr 0.002 (not 0.001)" in out and "data.batch_size 4 (not 8)" in out
+    assert "updates 2" not in out and "seed_everything 5 (not 0)" in out
+    assert (Path("runs/tiny/latest") / "config.yaml").read_text() == began.replace("updates: 2\n", "updates: 3\n")
+    assert (
+        "going on as"
+        not in fit(capsys, *words, "--ckpt_path", "last", "--updates", "4", "--seed", "5", "model.lr=2e-3", "data.batch_size=4")[1]
+    )
+    branched = fit(capsys, *words, "--ckpt_path", "runs/tiny/latest", "--run_dir", "branch", "--updates", "5")
+    assert branched[0] == 0 and "lr: 0.001" in Path("branch/config.yaml").read_text()
+
+
+def test_processes_share_one_folder(tiny_config: Path, here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's processes must be told it; those of Lightning's launcher, which sets WORLD_SIZE too, have it from their parent."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = ["--config", str(tiny_config), "previews.every=0", "--updates", "1"]
+    assert "launched on several processes: give --run_dir" in refused(capsys, *words)
+    (here / "theirs").mkdir()
+    monkeypatch.setenv(cli.RUN_DIR, str(here / "theirs"))
+    code, _, err = fit(capsys, *words)
+    assert code == 0, err
+    assert (here / "theirs" / "metrics.csv").is_file() and [p.name for p in Path("runs/tiny").iterdir()] == ["latest"]
 
 
 def test_a_second_ctrl_c_stops_at_once(tiny_config: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

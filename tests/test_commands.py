@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ddil_lightning import commands, evaluate, main
+from ddil_lightning import commands, evaluate, export, main, scoring
+from ddil_lightning.methods import DMD2
 from ddil_lightning.miniature import digits
+from suite import Entry, build
 
 KEYS = {"name", "steps", "guidance", "n", "nfe", "seconds_per_image", "metrics"}
 
@@ -72,6 +75,21 @@ def test_any_pipeline_with_steps_and_guidance(tiny: Path, judged: None, capsys: 
     assert [(row["name"], row["nfe"], row["guidance"]) for row in rows] == [("teacher@2", 4, 3.5), ("teacher@3", 6, 3.5)]
 
 
+def test_guidance_in_the_weights_is_reported_and_not_given_again(tiny: Path, here: Path, judged: None, capsys: Any) -> None:
+    method = build(Entry("dmd2", DMD2, {"guidance": 2.0, "real_guidance": 1.5}), tiny)
+    export.export(method, here / "student", steps=2)
+    about = json.loads((here / "student" / "ddil.json").read_text())
+    assert (about["guidance"], about["guidance_scale"], about["guidance_range"]) == (1.5, 1.0, [1.5, 1.5])
+    assert "right because guidance 1.5 is part of the weights" in (here / "student" / "README.md").read_text()
+    (row,) = scored(capsys, "--pipeline", "student", "--steps", 2, "--out", "metrics.json")
+    assert (row["name"], row["nfe"], row["guidance"]) == ("student@2", 2, 1.5)
+    said = "guidance 1.5 is part of the weights of student, and another would come on top of it: leave --guidance out"
+    assert said in refused(capsys, main._test, "--pipeline", "student", "--guidance", 3)
+    assert said in refused(capsys, main._sample, "--pipeline", "student", "--guidance", 3, "--prompt", "a zero", "--out", "x.png")
+    rows = scoring.method_rows(evaluate.Suite.builtin("digits", n=16, seed=0), method, [2], [2])
+    assert [(row["name"], row["guidance"]) for row in rows] == [("teacher@2", 2.0), ("student@2", 1.5)]
+
+
 def test_what_cannot_be_tested(tiny: Path, here: Path, finished: Path, capsys: Any) -> None:
     assert "give one of: a run folder, --ckpt_path FILE, --pipeline DIR" in refused(capsys, main._test)
     assert "nowhere holds no exported pipeline" in refused(capsys, main._test, "nowhere")
@@ -84,13 +102,38 @@ def test_what_cannot_be_tested(tiny: Path, here: Path, finished: Path, capsys: A
     assert "no config.yaml beside alone.ckpt or above it" in refused(capsys, main._export, "--ckpt_path", "alone.ckpt", "--out", "out")
     text = (finished / "config.yaml").read_text()
     for old, new, said in (
-        ("w_conditioned: true", "w_conditioned: false", "does not fit this config: it has "),
+        ("ema: 0.9", "ema: 0.0", "does not fit this config: it has "),
         ("updates: 12", "updatez: 12", "unknown key model.updatez: did you mean model.updates?"),
         ("ddil_lightning.LCM", "LCMM", "no class is called LCMM; did you mean LCM?"),
     ):
         (here / "config.yaml").write_text(text.replace(old, new))
         assert said in refused(capsys, main._export, "--ckpt_path", "alone.ckpt", "--out", "out")
     assert not (here / "out").exists()
+
+
+def test_a_set_of_one_s_own(tiny: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """All of a set smaller than 1000 without --n; and what is missing is said before anything is drawn."""
+    (here / "set").mkdir()
+    for i in range(17):
+        Image.new("RGB", (16, 16), (15 * i, 0, 0)).save(here / "set" / f"{i}.png")
+        (here / "set" / f"{i}.txt").write_text("a handwritten one")
+    words = ["--pipeline", tiny, "--steps", 1, "--data"]
+    said = "--images set is the folder of a caption file's images: give that file too, by --data FILE"
+    assert said in refused(capsys, main._test, *words[:2], "--images", "set")
+    assert said in refused(capsys, main._test, *words, "digits", "--images", "set")
+    assert "n=18: choose 2 to 17 of the 17 images" in refused(capsys, main._test, *words, "set", "--n", 18)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    assert "need torch-fidelity: pip install 'ddil-lightning[eval]'" in refused(capsys, main._test, *words, "set")
+    whole = evaluate.Suite.from_folder
+    none = {"features": None, "clip": None, "distance": None}
+    monkeypatch.setattr(evaluate.Suite, "from_folder", lambda *args, **kwargs: whole(*args, **kwargs, **none))
+    for given, n in (([], 17), (["--n", 16], 16)):
+        assert call(capsys, main._test, *words, "set", *given)[0] == 0
+        kept = json.loads((here / "metrics.json").read_text())
+        assert kept["n"] == n == kept["rows"][0]["n"]
+    for i in range(2, 17):
+        (here / "set" / f"{i}.png").unlink()
+    assert "set holds 2 images with captions: at least 16" in refused(capsys, main._test, *words, "set")
 
 
 def test_samples(tiny: Path, finished: Path, here: Path, capsys: Any) -> None:

@@ -117,12 +117,25 @@ def test_without_a_buffer_every_batch_is_rolled_out_afresh() -> None:
     assert {int(b.source[-1]) for b in found} == {STUDENT, TEACHER} and len({int(b.t[-1]) for b in found}) > 2
 
 
-def test_forward_latents_stand_in_while_the_buffer_is_small() -> None:
-    found = first(4, module(STUDENT_ONLY, collect_every=2, trajectories=1, batch_size=5))
-    assert [bool(b.source.eq(FORWARD).all()) for b in found] == [True, True, False, False]
-    assert found[2].source.eq(STUDENT).all() and found[2].slot.ge(0).all()
-    with pytest.raises(ValueError, match="the buffer is still empty and there is no data"):
-        first(1, module(STUDENT_ONLY, data(images=False), trajectories=1, batch_size=5))
+@pytest.mark.parametrize("images", [True, False])
+def test_a_small_buffer_gives_the_whole_share(images: bool) -> None:
+    """Four states for a batch of five, and none of them older than an update: with replacement that is enough, from the first batch on."""
+    made = module(STUDENT_ONLY, data(images=images), collect_every=2, max_age=1, trajectories=1, batch_size=5)
+    for b in first(6, made):
+        assert b.source.eq(STUDENT).all() and b.slot.ge(0).all()
+        assert made.buffer is not None and len(made.buffer) == 4
+
+
+def test_roll_outs_that_are_all_rejected_show(caplog: pytest.LogCaptureFixture) -> None:
+    """A student whose states leave the band of the buffer: the run goes on with forward latents, and says that DDIL is off."""
+    made = module(STUDENT_ONLY, toy=Toy(bias=1e4), collect_every=1)
+    made._expected = lambda t: torch.full((len(t),), 1e-6)  # type: ignore[method-assign]
+    assert all(b.source.eq(FORWARD).all() for b in first(2, made))
+    stats = made.statistics()
+    assert stats["buffer/rejected"] == 32 and stats["buffer/size"] == stats["buffer/share_student"] == 0
+    (said,) = [r.getMessage() for r in caplog.records if r.name.startswith("ddil_lightning")]
+    assert said.startswith("all 16 states of a roll-out were rejected: ") and "\n" not in said
+    assert module(FORWARD_ONLY).statistics() == {"prior/forward": 1.0, "prior/student": 0.0, "prior/teacher": 0.0}
 
 
 def test_captions_alone_train_on_rollouts() -> None:

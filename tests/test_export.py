@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ddil_lightning import export, sampling
@@ -111,12 +113,13 @@ def test_a_folder_that_cannot_be_written_is_not_left_in_half(tiny: Path, tmp_pat
 
     def full(self: Any, folder: Any, **kwargs: Any) -> None:
         save(self, folder, **kwargs)
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")  # no OSError
 
     monkeypatch.setattr(type(method.deployed().unet), "save_pretrained", full)
     for write in (lambda: export.export(method, tmp_path / "a"), lambda: export.deliver(method, tmp_path / "b", PROMPTS, 4)):
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match="No space left") as error:
             write()
+        assert error.value.errno == errno.ENOSPC and str(tmp_path) in error.value.filename
     assert list(tmp_path.iterdir()) == []
 
 

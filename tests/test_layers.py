@@ -14,7 +14,7 @@ FILES = [p for p in sorted(ROOT.rglob("*.py")) if p != ROOT / "__init__.py"]
 # A module imports only modules that stand before it; a package counts as one module. `main` is the light front end: it stands first
 # because it imports nothing when it is loaded, and reaches the commands from inside functions.
 ORDER = (
-    "main messages types streams schedule reflect prior denoiser analytic solver buffer rollout shift backbones sampling "
+    "main messages files types streams schedule reflect prior denoiser analytic solver buffer rollout shift backbones sampling "
     "miniature captions datamodule methods metrics charts results evaluate report export callbacks scoring runs toy finish "
     "cli commands "
 ).split()

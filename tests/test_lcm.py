@@ -171,7 +171,7 @@ def test_w_of_a_rollout_is_w_of_its_loss(tiny: Path) -> None:
 
 def test_without_w_the_guidance_is_baked_in(tiny: Path) -> None:
     """The student does not hear w; the teacher does, so the loss depends on it."""
-    method = build(LCM_W, tiny, w_conditioned=False)
+    method = build(LCM_W, tiny, w_conditioned=False, guidance=2.0)
     x, t, c = torch.randn(2, 4, 8, 8), torch.tensor([999, 259]), backbone(tiny).encode_text(["a red circle", "a"])
     assert not method.student.network.w_conditioned
     assert torch.equal(method.student(x, t, c.guided(0.0)).x0, method.student(x, t, c.guided(8.0)).x0)

@@ -128,7 +128,7 @@ def test_frechet_needs_two_images_and_the_declared_size():
 
 def test_inception_without_torch_fidelity_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install torch-fidelity"):
+    with pytest.raises(ValueError, match=r"need torch-fidelity: pip install 'ddil-lightning\[eval\]'"):
         inception_features()
 
 

@@ -269,7 +269,7 @@ def test_the_loss_is_the_algorithm_box(kind: str, request: pytest.FixtureRequest
 
 @pytest.mark.parametrize(("weight", "factor"), [("x0", lambda a, s: s * s), ("truncated-snr", lambda a, s: torch.maximum(a, s).square())])
 def test_the_weighted_loss(weight: str, factor: Any, tiny: Path) -> None:
-    run, b = one_update(tiny, weight=weight, w_conditioned=False)
+    run, b = one_update(tiny, weight=weight, w_conditioned=False, guidance=4.0)
     m = run.method
     with torch.no_grad():
         each = (m.student(b.x_t, b.t, b.c).v - m.target(b)).square().flatten(1).mean(1)
@@ -331,7 +331,8 @@ def test_the_sampler_is_the_schedulers(steps: int, rule: str, tiny: Path) -> Non
     """Also at 16 steps, where DDIMScheduler would leave the nodes; and DPM-Solver++ 2M made from the same configuration."""
     from diffusers import DPMSolverMultistepScheduler
 
-    method = build(PD_W, tiny, stages=[Stage(steps=steps, updates=1)], teacher_steps=2 * steps, rule=rule, w_conditioned=False)
+    plan = {"stages": [Stage(steps=steps, updates=1)], "teacher_steps": 2 * steps, "rule": rule}
+    method = build(PD_W, tiny, **plan, w_conditioned=False, guidance=2.0)
     x, c = torch.randn(2, 4, 8, 8), backbone(tiny).encode_text(["a", "one"])
     policy, grid = method.sampler(steps)
     second = DPMSolverMultistepScheduler.from_config(method.scheduler().config, solver_order=2)

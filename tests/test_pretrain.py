@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from ddil_lightning import main as front
 from ddil_lightning.miniature import networks, shapes, weights_path
-from ddil_lightning.miniature.card import measure, sample
+from ddil_lightning.miniature.card import measure, sample, save_teacher
 from ddil_lightning.miniature.pretrain import main
 from ddil_lightning.miniature.sources import HELD_OUT, load_source
-from ddil_lightning.miniature.stages import DenoiserStage, FreshLatents, Stage, held_then_cosine, token_ids
+from ddil_lightning.miniature.stages import AutoencoderStage, DenoiserStage, FreshLatents, Stage, held_then_cosine, token_ids
 
 TINY = [
     "--dataset", "digits", "--images", "48", "--batch_size", "8", "--devices", "1", "--autoencoder_steps", "3",
@@ -71,6 +73,57 @@ def test_the_same_seed_gives_the_same_weights_and_resume_goes_on(tiny: Path) -> 
     first, again, more = ((tiny / name / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() for name in "abc")
     assert first == again and first != more
     assert json.loads((tiny / "c" / "ddil.json").read_text())["images"] == 96
+
+
+def refused(capsys: Any, *words: str) -> tuple[int, str]:
+    """ddil-pretrain's exit code and last line."""
+    with pytest.raises(SystemExit) as stop:
+        front.run(front._pretrain, "ddil-pretrain", [*TINY, "--interim", "null", *words])
+    return stop.value.code, capsys.readouterr().err.strip().split("\n")[-1]  # type: ignore[return-value]
+
+
+def test_what_cannot_be_trained_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(networks, "build_pipeline", lambda *args: pytest.fail("it began"))
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "a.tex").write_text("years of work")
+    for words, said in (
+        (["--out", "thesis"], "thesis holds other files; give another --out"),
+        (["--out", "thesis/a.tex"], "thesis/a.tex holds other files; give another --out"),
+        (["--out", "new", "--interim", "new/interim"], "interim new/interim lies in out new"),
+        (["--devices", "0"], "devices 0: at least 1"),
+        (["--batch_size", "3", "--devices", "2"], "batch_size 3: give a multiple of devices (2)"),
+        (["--batch_size", "0"], "batch_size 0: give a multiple of devices (1)"),
+        (["--images", "0"], "images 0: at least 1"),
+        (["--decoder_steps", "-1"], "decoder_steps -1: at least 0"),
+        (["--autoencoder_steps", "-1"], "autoencoder_steps -1: at least 0"),
+        (["--prompts", "0"], "prompts 0: at least 1"),
+        (["--guidance", "[]"], "guidance: give at least one scale"),
+    ):
+        code, line = refused(capsys, *words)
+        assert code == 2 and line.startswith(f"ddil-pretrain: {said}"), (words, line)
+    assert [p.name for p in tmp_path.rglob("*")] == ["thesis", "a.tex"]
+
+
+def test_ctrl_c_is_code_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def step(self: Any, batch: Any, batch_idx: int) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(AutoencoderStage, "training_step", step)
+    before = signal.getsignal(signal.SIGINT)
+    assert refused(capsys, "--out", str(tmp_path / "out")) == (130, "ddil-pretrain: stopped")
+    assert signal.getsignal(signal.SIGINT) == before and list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_takes_the_place_of_an_older_one(tiny: Path, tmp_path: Path) -> None:
+    """The folder may be named by a link, and end in a slash."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "ddil.json").write_text("{}")
+    (tmp_path / "link").symlink_to("old")
+    facts = json.loads((tiny / "a" / "ddil.json").read_text())
+    save_teacher(load(tiny / "a"), f"{tmp_path / 'link'}/", facts, facts["figures"])
+    assert json.loads((tmp_path / "old" / "ddil.json").read_text()) == facts and (tmp_path / "link").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "old"]
 
 
 def test_byte_pairs_keep_every_word_whole() -> None:

@@ -159,6 +159,30 @@ def test_ranks_share_out_an_epoch(tiny: Path) -> None:
     assert rows[0] == [a + b for a, b in zip(rows[1], rows[2], strict=True)]
 
 
+class Heard(Callback):
+    """The losses by source that a gated schedule would hear after every update."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        self.seen.append(pl_module.source_losses)
+
+
+def test_all_processes_hear_the_same_losses(tiny: Path, tmp_path: Path) -> None:
+    """Their mean: else a gated prior would change on one process and not on the other, and the two would wait for each other."""
+    pictures(tiny)
+
+    def job(rank: int) -> None:
+        heard = Heard()
+        fit(build(METHODS[0], tiny, updates=UPDATES), captions(tiny, MIXED, capacity=0), heard, **ddp(METHODS[0]))
+        torch.save(heard.seen, tmp_path / f"{rank}.pt")
+
+    forked(job, timeout=60)
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD))
+    assert one == other and len(one) == UPDATES and all(len(found) > 1 for found in one)
+
+
 class PoisonOne(Callback):
     """Breaks the student of the second process, before an update or before a roll-out."""
 

@@ -297,5 +297,9 @@ def test_a_buffer_that_holds_too_little():
     assert same(draw(batch(), m, HALF, Streams(0, 1), shape=SHAPE, buffer=buffer), forward(batch(), m, Streams(0, 1)))
     with pytest.raises(ValueError, match="collect a roll-out before the first draw"):
         draw(batch(images=False), m, STUDENTS, Streams(0, 1), shape=SHAPE, buffer=buffer)
+    one = fresh(batch(1), method(), STUDENTS, Streams(0, 1), SHAPE)
+    buffer.add(one.x_t, one.t, one.c, torch.zeros(1), one.source, torch.zeros(1), clock=0, stage=0)
+    for data in (batch(), batch(images=False)):  # one state is enough: it is drawn with replacement
+        assert draw(data, m, STUDENTS, Streams(0, 1), shape=SHAPE, buffer=buffer).slot.tolist() == [0] * len(data.rows)
     with pytest.raises(ValueError, match="no images: give that share to the teacher"):
         draw(batch(images=False), m, HALF, Streams(0, 1), shape=SHAPE)

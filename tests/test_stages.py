@@ -17,7 +17,7 @@ from ddil_lightning.callbacks import AnnealPrior, Stages
 from ddil_lightning.captions import Prompts
 from ddil_lightning.datamodule import DDILDataModule
 from ddil_lightning.methods import PD, Part, Stage
-from ddil_lightning.prior import Linear, SamplingPrior
+from ddil_lightning.prior import Constant, Linear, SamplingPrior
 from ddil_lightning.runs import stage_pipelines
 from ddil_lightning.schedule import Grid
 from ddil_lightning.scoring import folder_sampler
@@ -167,6 +167,23 @@ def test_annealing_runs_in_every_stage_anew(tiny: Path) -> None:
     assert seen == [(0, 0.0), (1, 0.2), (2, pytest.approx(0.4)), (0, 0.0), (1, 0.2)]
     with pytest.raises(ValueError, match="the plan's parts and AnnealPrior both set the prior"):
         fit(build(PD_3, tiny), captions(tiny), anneal)
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_annealing_leaves_a_preliminary_stage_on_forward_latents(last: bool, tiny: Path) -> None:
+    class Priors(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            seen.append((pl_module.stage, trainer.datamodule.prior.forward))
+
+    seen: list[tuple[int, float]] = []
+    method = build(PD_2, tiny, stages=[Stage(kind="guidance", updates=2), Stage(steps=8, updates=2)], updates=4)
+    anneal = AnnealPrior(Constant(SamplingPrior(0.2, 0.8, 0.0)))
+    trainer = Trainer(
+        max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[*([] if last else [anneal]), Stages(pipelines=False), *([anneal] if last else []), Priors()],
+    )  # fmt: skip
+    trainer.fit(method, captions(tiny))
+    assert seen == [(0, 1.0), (0, 1.0), (1, 0.2), (1, 0.2)]
 
 
 def test_a_share_without_a_target_is_found_before_training(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

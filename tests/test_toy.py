@@ -213,6 +213,8 @@ def test_the_teacher_passes_its_own_exam(toy: Toy) -> None:
         assert abs(scores["energy_distance"][m]) < 0.02 and abs(scores["energy_teacher"][m]) < 0.02 and abs(scores["shift"][m]) < 0.02
         assert scores["teacher_rmse"][m] == 0 and scores["high_quality"][m] > 0.98 and scores["outside"][m] == 0
         assert scores["coverage"][m] > 0.85 and 0.8 < scores["density"][m] < 1.3 and scores["mode_kl"][m] < 0.03
+        nodes = [scores[f"shift@{t}"][m] for t in (749, 499, 249)]
+        assert scores["shift"][m] == pytest.approx(sum(nodes) / 3) and "shift@999" not in scores
     one = exam.score(Policy(teacher, "ddim"), Grid.named("trailing", 1, 1000))
     assert min(one["energy_distance"]) > 0.05 and min(one["teacher_rmse"]) > 0.3 and one["shift"] == [0.0, 0.0]
 

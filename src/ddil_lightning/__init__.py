@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .backbones import Backbone
     from .buffer import ReplayBuffer
-    from .callbacks import AnnealPrior, Cadence, Checkpoints, FlushBuffer, Previews, Progress, Stages
+    from .callbacks import AnnealPrior, Cadence, Checkpoints, FlushBuffer, Previews, Progress, ShiftProbe, Stages
     from .captions import Captions, Digits, Images, Prompts, Shapes
     from .datamodule import DDILDataModule
     from .denoiser import Denoiser
     from .methods import DMD2, LCM, PD, Distillation, Part, Stage
-    from .prior import SamplingPrior
+    from .prior import Cosine, Exponential, Gated, Linear, Piecewise, SamplingPrior, Schedule
     from .reflect import Reflection
     from .rollout import draw, roll
     from .schedule import Grid, NoiseSchedule
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 _HOME = {
     "backbones": ("Backbone",),
     "buffer": ("ReplayBuffer",),
-    "callbacks": ("AnnealPrior", "Cadence", "Checkpoints", "FlushBuffer", "Previews", "Progress", "Stages"),
+    "callbacks": ("AnnealPrior", "Cadence", "Checkpoints", "FlushBuffer", "Previews", "Progress", "ShiftProbe", "Stages"),
     "captions": ("Captions", "Digits", "Images", "Prompts", "Shapes"),
     "datamodule": ("DDILDataModule",),
     "denoiser": ("Denoiser",),
     "methods": ("DMD2", "LCM", "PD", "Distillation", "Part", "Stage"),
-    "prior": ("SamplingPrior",),
+    "prior": ("Cosine", "Exponential", "Gated", "Linear", "Piecewise", "SamplingPrior", "Schedule"),
     "reflect": ("Reflection",),
     "rollout": ("draw", "roll"),
     "schedule": ("Grid", "NoiseSchedule"),
@@ -47,15 +47,20 @@ __all__ = [
     "Cadence",
     "Captions",
     "Checkpoints",
+    "Cosine",
     "DDILDataModule",
     "Denoiser",
     "Digits",
     "Distillation",
+    "Exponential",
     "FlushBuffer",
+    "Gated",
     "Grid",
     "Images",
+    "Linear",
     "NoiseSchedule",
     "Part",
+    "Piecewise",
     "Policy",
     "Previews",
     "Progress",
@@ -63,7 +68,9 @@ __all__ = [
     "Reflection",
     "ReplayBuffer",
     "SamplingPrior",
+    "Schedule",
     "Shapes",
+    "ShiftProbe",
     "Stage",
     "Stages",
     "draw",

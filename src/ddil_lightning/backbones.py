@@ -78,7 +78,10 @@ def recommended(path: str | Path) -> dict[str, Any]:
 
 def w_embedding(w: Tensor, dim: int = W_EMBEDDING) -> Tensor:
     """[B, dim] sinusoids of guidance w [B]: sin then cos of 1000 w 10000^(-j / (dim / 2 - 1)) (LCM's embedding, METHODS 0.4)."""
-    rate = torch.exp(torch.arange(dim // 2, device=w.device, dtype=torch.float32) * (-torch.log(torch.tensor(10000.0)) / (dim // 2 - 1)))
+    rate = torch.exp(
+        torch.arange(dim // 2, device=w.device, dtype=torch.float32)
+        * (-torch.log(torch.tensor(1e4, dtype=torch.float32, device=w.device)) / (dim // 2 - 1))
+    )
     angle = 1000.0 * w.float()[:, None] * rate
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
@@ -153,7 +156,11 @@ class Backbone:
             part.requires_grad_(False).eval()
         for part in (self.pipe.unet, self.pipe.vae):
             part.to(memory_format=torch.channels_last)  # convolutions run faster so, on CPUs and on tensor cores
+        if dtype == torch.float16 and self.pipe.vae.config.get("force_upcast", True):
+            self.pipe.vae.float()  # what diffusers does at every call: the autoencoder's activations overflow in float16
         config = self.pipe.scheduler.config
+        if "beta_schedule" not in config and "Flow" in type(self.pipe.scheduler).__name__:
+            raise ValueError(f"the pipeline {path} has a flow-matching scheduler, which is not supported with a U-Net yet")
         self.schedule = NoiseSchedule.from_scheduler(self.pipe.scheduler)
         kind = config.get("prediction_type", "epsilon")
         if kind not in PREDICTS:
@@ -183,6 +190,11 @@ class Backbone:
     def guidance(self) -> float:
         """The guidance g that the pipeline's own card recommends (7.5, Stable Diffusion's, without one)."""
         return float(self.about.get("guidance", 7.5))
+
+    @property
+    def baked(self) -> bool:
+        """Whether it is a student with its guidance in the weights, to be called with guidance_scale 1."""
+        return "method" in self.about and self.pipe.unet.config.time_cond_proj_dim is None
 
     def teacher(self) -> nn.Module:
         """The frozen network itself, shared, not copied."""
@@ -259,7 +271,8 @@ class Backbone:
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Scaled latents [B, C, h, w] of images [B, 3, H, W] in [-1, 1]: the VAE's posterior mean, so that a cache is reproducible."""
         vae = self.pipe.vae
-        mean = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.mode()
+        with torch.autocast(self.device.type, enabled=False):  # the trainer's precision is the student's
+            mean = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.mode()
         return ((mean.float() - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor).contiguous()
 
     @torch.no_grad()
@@ -270,4 +283,5 @@ class Backbone:
             part / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
             for part in latents.to(self.device, vae.dtype).split(chunk)
         ]
-        return torch.cat([vae.decode(part, return_dict=False)[0].float().clamp(-1, 1) for part in parts])
+        with torch.autocast(self.device.type, enabled=False):
+            return torch.cat([vae.decode(part, return_dict=False)[0].float().clamp(-1, 1) for part in parts])

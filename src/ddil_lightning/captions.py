@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .backbones import Backbone
+from .files import writing
 from .types import CaptionBatch, Context, cat, take, to
 
 
@@ -79,13 +80,14 @@ class Digits(Shapes):
 class Images(Captions):
     """A Hugging Face dataset: a hub id, a folder written by `save_to_disk`, parquet/json files, or an image folder with metadata.
 
+    The image column holds pictures, their bytes, or the paths of files, which are relative to the folder of the json or parquet file.
     `size`: side in pixels; images are resized by their short side and cropped at the centre. `image`, `caption`: the columns.
     """
 
     def __init__(
         self, path: str, size: int = 512, image: str = "image", caption: str = "text", split: str = "train", limit: int | None = None
     ) -> None:
-        self.size, self._image, self._caption = size, image, caption
+        self.size, self._image, self._caption, self._path = size, image, caption, path
         self._rows = _load_dataset(path, split)
         missing = {image, caption} - set(self._rows.column_names)
         if missing:
@@ -93,6 +95,7 @@ class Images(Captions):
                 f"the data set {path} has no column {' or '.join(sorted(missing))}: it has {', '.join(self._rows.column_names)}; "
                 "name them with image= and caption="
             )
+        self._rows = _undecoded(self._rows, image, path)
         if limit is not None:
             self._rows = self._rows.select(range(min(limit, len(self._rows))))
 
@@ -100,14 +103,33 @@ class Images(Captions):
         return len(self._rows)
 
     def prompts(self, index: Sequence[int]) -> list[str]:
-        """The captions of the rows `index`; of several captions for an image the first."""
+        """The captions of the rows `index`; of several captions for an image the first. Raises ValueError for a row without one."""
         values = self._rows.select_columns([self._caption])[list(index)][self._caption]
-        return [value if isinstance(value, str) else value[0] for value in values]
+        texts = [value[0] if isinstance(value, list) and value else value for value in values]
+        for row, text in zip(index, texts, strict=True):
+            if not isinstance(text, str):
+                where = f"the data set {self._path}, row {row} (from 0)"
+                raise ValueError(f"{where}: {self._caption} is {text!r} and no caption; remove the row")
+        return texts
 
     def pixels(self, index: Sequence[int]) -> Tensor:
-        """The images of the rows `index`."""
+        """The images of the rows `index`. Raises ValueError for one that cannot be read."""
         values = self._rows.select_columns([self._image])[list(index)][self._image]
-        return torch.stack([square(value, self.size) for value in values])
+        return torch.stack([square(self._picture(value, row), self.size) for row, value in zip(index, values, strict=True)])
+
+    def _picture(self, value: dict[str, Any] | None, row: int) -> Any:
+        """A PIL image of {bytes, path}."""
+        from datasets import Image
+
+        data, file = (value or {}).get("bytes"), (value or {}).get("path")
+        if data is None and file and "://" not in file:
+            folder = Path(self._path).expanduser()
+            file = str((folder if folder.is_dir() else folder.parent) / file)
+        try:
+            return Image().decode_example({"bytes": data, "path": file})
+        except (OSError, ValueError) as error:
+            reason = f"no file {file}" if isinstance(error, FileNotFoundError) else str(error)
+            raise ValueError(f"the data set {self._path}, row {row} (from 0): {self._image} cannot be read: {reason}") from error
 
 
 class Prompts(Captions):
@@ -140,22 +162,30 @@ class Encoded(Captions):
         return CaptionBatch(None if self.latents is None else self.latents[rows], take(self.c, rows), rows)
 
     def save(self, path: Path) -> None:
-        """One safetensors file with the latents and every part of the context."""
+        """One safetensors file with the latents and every part of the context, whole or not at all. Raises OSError on a full disk."""
         from safetensors.torch import save_file
 
-        parts = {"latents": self.latents, **self.c._asdict()}
+        parts = {k: v.contiguous() for k, v in {"latents": self.latents, **self.c._asdict()}.items() if v is not None}
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.part")  # half a cache would be read by the next run
-        save_file({k: v.contiguous() for k, v in parts.items() if v is not None}, temporary, metadata={"rows": json.dumps(len(self))})
-        os.replace(temporary, path)
+        try:
+            with writing(path):
+                save_file(parts, temporary, metadata={"rows": json.dumps(len(self))})
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> Encoded:
-        """Read what `save` wrote."""
+        """Read what `save` wrote. Raises ValueError for a file that is damaged, or that something else wrote."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        parts = load_file(path)
-        return cls(parts.pop("latents", None), Context(**parts))
+        try:
+            parts = load_file(path)
+            return cls(parts.pop("latents", None), Context(**parts))
+        except (SafetensorError, TypeError) as error:
+            raise ValueError(f"the cache {path} is damaged or none of ours ({error}): delete it, or give another data.cache") from error
 
 
 @torch.no_grad()
@@ -211,8 +241,20 @@ def square(image: Any, size: int) -> Tensor:
     return pil_to_tensor(center_crop(image, [size, size])).float() / 127.5 - 1
 
 
+def _undecoded(rows: Any, column: str, path: str) -> Any:
+    """The set with `column` as {bytes, path}, whether it holds pictures, bytes or paths. Raises ValueError for anything else."""
+    from datasets import Image
+
+    feature = rows.features[column]
+    try:
+        return rows.cast_column(column, Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"the data set {path}: column {column} holds {feature} and no images; name another with image=") from error
+
+
 def _load_dataset(path: str, split: str) -> Any:
     from datasets import Dataset, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetGenerationError
 
     folder = Path(path).expanduser()
     try:
@@ -228,6 +270,8 @@ def _load_dataset(path: str, split: str) -> Any:
         if folder.is_file():
             return load_dataset(folder.suffix.lstrip(".").replace("jsonl", "json"), data_files=str(folder), split=split)
         return load_dataset(path, split=split)
+    except DatasetGenerationError as error:  # says no more than that there was another
+        raise ValueError(f"the data set {path} could not be read: {' '.join(str(error.__cause__ or error).split())}") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"the data set {path} could not be read: {str(error).splitlines()[0]}") from error
 

@@ -78,32 +78,54 @@ class FitCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse. Raises Refusal with one line for every fault of the command line or the config."""
+        self.config = self._parsed(parser, args)
+        refuse_data_seed(args)
+        self.name = self.config.name or config_name([str(c) for c in self.config.get("config") or [] if c])
+        self.resumed: Path | None = None
+        self._source: Path | None = None  # the run that is resumed
+        if self.config.ckpt_path and not self.rebuild:
+            self.resumed = runs.checkpoint(self.config.ckpt_path, self.config.run_dir, self.name)
+            self._source = runs.folder_of(self.resumed)
+            if self._goes_on():
+                self._as_it_began(parser, args)
+
+    def _parsed(self, parser: LightningArgumentParser, args: Any) -> Any:
         try:
-            self.config = parser.parse_args(args)
+            return parser.parse_args(args)
         except ArgumentError as error:
             methods = sorted({f"model.{name}" for cls in subclasses([Distillation]) for name in parameters(cls)})
             short = [name.lstrip("-") for name in FIT_SHORT]
             raise Refusal(explain(str(error), [*short, *methods, *parser.get_defaults(skip_validation=True).keys()], BASES)) from error
-        refuse_data_seed(args)
-        self.name = self.config.name or config_name([str(c) for c in self.config.get("config") or [] if c])
+
+    def _as_it_began(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:
+        """A run goes on with its own settings, whatever was on its command line, and with those of this command line on top."""
+        own = (self._source or Path()) / "config.yaml"
+        began = self._parsed(parser, ["--config", str(own), *overrides(args)])
+        if began.model.class_path != self.config.model.class_path:
+            return  # another method: the checkpoint will not fit, and says so
+        for key in ("config", "name", "run_dir", "ckpt_path"):
+            began[key] = self.config.get(key)
+        other = [f"{key} {began.get(key)} (not {value})" for key, value in self.config.items() if began.get(key) != value]
+        if other and self._first():
+            more = f" and {len(other) - 8} more" if len(other) > 8 else ""
+            print(f"going on as the run began: {', '.join(other[:8])}{more}; what is to change belongs on the command line", flush=True)
+        self.config = began
 
     def before_instantiate_classes(self) -> None:
-        """The checkpoint is found and read, and W&B can be reached, before anything heavy is loaded."""
-        self.resumed: Path | None = None
+        """The checkpoint is read, and W&B can be reached, before anything heavy is loaded."""
         self.state: dict[str, Any] = {}
-        self._source: Path | None = None  # the run that is resumed
         if self.rebuild:
             return
-        if self.config.ckpt_path:
-            self.resumed = runs.checkpoint(self.config.ckpt_path, self.config.run_dir, self.name)
-            self.state, self._source = runs.load_checkpoint(self.resumed), runs.folder_of(self.resumed)
+        if self.resumed is not None:
+            self.state = runs.load_checkpoint(self.resumed)
             if self._goes_on():
                 runs.check_newest(self.resumed)
         elif self.config.run_dir and self._first():
             runs.check_free(Path(self.config.run_dir))
         if self.config.wandb == "online":
             runs.check_wandb_key()
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not self.config.run_dir:
+        # Lightning's own launcher sets WORLD_SIZE too, and tells its processes the folder; torchrun's know of none.
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not self.config.run_dir and RUN_DIR not in os.environ:
             raise Refusal("launched on several processes: give --run_dir, so that all of them write to the same folder")
 
     def instantiate_classes(self) -> None:
@@ -128,11 +150,13 @@ class FitCLI(LightningCLI):
         self.model.check_prior(self.datamodule.prior)
         if self.rebuild:
             return super().instantiate_trainer(logger=False, **kwargs)
+        check_steps(self.model, self.config.export_steps, self.config_init.test)
         if self.resumed is not None:
             runs.check_fits(self.resumed, self.state, self.model)
         self._take_folder()
         try:
             trainer = super().instantiate_trainer(default_root_dir=str(self.folder), logger=self._loggers(), **kwargs)
+            self.model.check_precision(trainer.precision)
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, (AnnealPrior, Stages)):
                     callback.setup(trainer, self.model, "fit")  # now, and not after the data have been encoded
@@ -204,6 +228,30 @@ def config_name(files: Sequence[str]) -> str:
         return "custom"
     path, packaged = Path(files[0]).resolve(), configs_folder().resolve()
     return str(path.relative_to(packaged).with_suffix("")) if path.is_relative_to(packaged) else path.stem
+
+
+def overrides(words: Sequence[str]) -> list[str]:
+    """A command line without its --config words."""
+    rest, words = [], list(words)
+    while words:
+        word = words.pop(0)
+        if word == "--config":
+            words.pop(0)
+        else:
+            rest.append(word)
+    return rest
+
+
+def check_steps(method: Distillation, export_steps: int | None, test: Test) -> None:
+    """Raises ValueError now, and not after the training, for a step count that the student or its teacher cannot take."""
+    asked = [("export_steps", export_steps, method.sampler)] if export_steps is not None else []
+    asked += [("test.student_steps", n, method.sampler) for n in test.student_steps or []]
+    asked += [("test.teacher_steps", n, method.teacher_sampler) for n in test.teacher_steps if test.n]
+    for name, n, sampler in asked:
+        try:
+            sampler(n)
+        except ValueError as error:
+            raise ValueError(f"{name} {n}: {error}") from error
 
 
 def refuse_data_seed(words: Sequence[str]) -> None:

@@ -26,7 +26,7 @@ def test(argv: list[str]) -> int:
     parser.add_argument("--steps", type=_steps, nargs="+", help="step counts (default: those a student is made for, 32 for a teacher)")
     parser.add_argument("--guidance", type=float, help="guidance g (default: what the pipeline recommends)")
     parser.add_argument("--dpm", action="store_true", help="rows with DPM-Solver++ 2M too, for students that step by DDIM")
-    parser.add_argument("--n", type=int, default=1000, help="held-out prompts")
+    parser.add_argument("--n", type=int, help="held-out prompts (default: 1000, or all of a smaller set of your own)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and noise")
     parser.add_argument(
         "--data", help="shapes, digits (default: what the pipeline names), or a caption file of your own (COCO json, jsonl)"
@@ -36,8 +36,9 @@ def test(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if sum(x is not None for x in (args.run, args.ckpt_path, args.pipeline)) != 1:
         raise Refusal("give one of: a run folder, --ckpt_path FILE, --pipeline DIR")
-    if args.n < 16:
-        raise Refusal(f"--n {args.n}: at least 16 prompts, and some hundreds for numbers that mean something")
+    if args.images and args.data in (None, "shapes", "digits"):
+        raise Refusal(f"--images {args.images} is the folder of a caption file's images: give that file too, by --data FILE")
+    args.n = _count(args)
     from . import evaluate
 
     rows = _checkpoint_rows(args) if args.ckpt_path else _pipeline_rows(args)
@@ -49,10 +50,26 @@ def test(argv: list[str]) -> int:
     return 0
 
 
+def _count(args: argparse.Namespace) -> int:
+    """How many prompts: as asked, else 1000, or all of a smaller set of the user's own. Raises Refusal for fewer than 16."""
+    if args.n is not None or args.data in (None, "shapes", "digits"):
+        n, what = 1000 if args.n is None else args.n, f"--n {args.n}"
+    else:
+        from .metrics.pairs import read_pairs
+
+        n = min(1000, len(read_pairs(args.data, args.images)))
+        what = f"{args.data} holds {n} images with captions"
+    if n < 16:
+        raise Refusal(f"{what}: at least 16 prompts, and some hundreds for numbers that mean something")
+    return n
+
+
 def _pipeline_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     from . import runs, scoring
     from .backbones import Backbone
 
+    if args.run and (Path(args.run) / "student.safetensors").is_file():
+        raise Refusal(f"no pipeline can hold the student of {args.run}, so there is none to test: its rows are in summary.json")
     if args.run and not (Path(args.run) / "pipeline").is_dir():
         raise Refusal(f"{args.run} holds no exported pipeline (pipeline/): give a finished run, or --ckpt_path for one that is not")
     backbone = Backbone(str(Path(args.run) / "pipeline") if args.run else args.pipeline).to(_device())
@@ -78,7 +95,9 @@ def _checkpoint_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     method = restore(args.ckpt_path).to(_device())
     suite = _suite(args, method.backbone)
-    g = method.eval_guidance if args.guidance is None else args.guidance
+    if args.guidance is not None and not method.deployed().w_conditioned:
+        raise Refusal(baked(args.ckpt_path, method.student_guidance))
+    g = method.student_guidance if args.guidance is None else args.guidance
     return scoring.student_rows(suite, method.backbone, {n: method.sampler(n) for n in args.steps or method.steps}, g, args.dpm)
 
 
@@ -95,9 +114,14 @@ def _suite(args: argparse.Namespace, backbone: Any) -> Any:
 
 def _guidance(backbone: Any, given: float | None) -> float:
     """The guidance_scale to call a pipeline with: as given, or as its card says (1 where guidance is baked in)."""
-    if given is not None:
-        return given
-    return float(backbone.about.get("guidance_scale", backbone.guidance))
+    if given is not None and backbone.baked:
+        raise Refusal(baked(backbone.path, backbone.guidance))
+    return float(backbone.about.get("guidance_scale", backbone.guidance)) if given is None else given
+
+
+def baked(what: Any, g: float) -> str:
+    """What a student whose guidance is in its weights answers to another."""
+    return f"guidance {g:g} is part of the weights of {what}, and another would come on top of it: leave --guidance out"
 
 
 def restore(ckpt_path: str | Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -94,6 +95,7 @@ class DDILDataModule(LightningDataModule):
         self._examples: list[str] = []
         self._moment: float | None = None
         self._collected_at: int | None = None
+        self._warned = False
 
     # The learner ---------------------------------------------------------------------------------------------------------------
 
@@ -126,7 +128,7 @@ class DDILDataModule(LightningDataModule):
             # Lightning moves the method only after this hook, and no data set should be encoded on a CPU beside an idle GPU.
             backbone.to(self.trainer.strategy.root_device)
         if self.captions is None:
-            self.captions = getattr(backbone, "captions", None) or builtin(backbone.about.get("dataset", "shapes"))
+            self.captions = getattr(backbone, "captions", None) or self._own(backbone)
         if not isinstance(self.captions, Encoded):
             self._examples = self.captions.prompts(range(min(16, len(self.captions))))
         if isinstance(self.cache, str) and Path(self.cache).is_file():
@@ -144,6 +146,17 @@ class DDILDataModule(LightningDataModule):
                 f"the data's latents are {list(latent.shape[1:])} and the pipeline {backbone.path} denoises {list(backbone.latent_shape)}: "
                 "give images of the size that the pipeline was trained for"
             )
+
+    @staticmethod
+    def _own(backbone: Any) -> Captions:
+        """The data set that the pipeline itself names."""
+        name = backbone.about.get("dataset")
+        if name is None:
+            raise ValueError(
+                f"the pipeline {backbone.path} names no data set of its own: give data.captions=Images data.captions.path=PATH, "
+                "or Prompts, Shapes or Digits"
+            )
+        return builtin(name)
 
     def examples(self, n: int) -> list[str]:
         """A few captions of the data, for previews; none from a set that was given encoded."""
@@ -231,6 +244,12 @@ class DDILDataModule(LightningDataModule):
         stage = self.streams.stage
         self.buffer.expire(self.clock, stage)
         self.buffer.add(made.x_t, made.t, made.c, made.row, made.source, made.actors, self.clock, stage, self._expected(made.t))
+        if len(self.buffer) == 0 and not self._warned:
+            self._warned = True
+            logging.getLogger(__name__).warning(
+                f"all {len(made.t)} states of a roll-out were rejected: their mean square is not within a factor of 4 of forward latents'. "
+                "While the buffer is empty, batches are forward latents alone; buffer/rejected counts on"
+            )
         self._collected_at = self.clock
 
     def _expected(self, t: Tensor) -> Tensor | None:
@@ -256,7 +275,9 @@ class DDILDataModule(LightningDataModule):
     def statistics(self) -> dict[str, float]:
         """What the run's curves show of the prior and the buffer."""
         shares = {f"prior/{name}": getattr(self.prior, name) for name in ("forward", "student", "teacher")}
-        stats = self.buffer.stats(self.clock) if self.buffer is not None and len(self.buffer) else {}
+        # Of an empty buffer too, where the prior asks for roll-outs: what it has rejected is then the reason.
+        shown = self.buffer is not None and (len(self.buffer) > 0 or self.buffer.rejected > 0 or self.prior.rollouts > 0)
+        stats = self.buffer.stats(self.clock) if self.buffer is not None and shown else {}
         return shares | {f"buffer/{name}": value for name, value in stats.items()}
 
     def flush(self) -> None:
@@ -268,12 +289,13 @@ class DDILDataModule(LightningDataModule):
     # State -----------------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The counter and every rank's buffer (Lightning keeps rank 0's return only, so they are gathered here)."""
+        """The counter and, on rank 0 (whose return is what Lightning keeps), every rank's buffer."""
         mine: Any = self.buffer.state_dict() if self.buffer is not None else None
         every = [mine]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # To rank 0 alone: a buffer of every rank on every rank could fill the memory of all devices.
             every = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(every, mine)
+            torch.distributed.gather_object(mine, every if torch.distributed.get_rank() == 0 else None)
         return {"done": self.done, "collected_at": self._collected_at, "buffers": every}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

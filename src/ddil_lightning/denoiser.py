@@ -19,6 +19,11 @@ Network = Callable[[Tensor, Tensor, Context], Tensor]
 """(x_t [B, ...], t [B], c) -> raw output [B, ...]."""
 
 
+def to_w(g: float) -> float:
+    """The weight w of guidance g = 1 + w: configs and pipelines say g, contexts and networks w. The one place where it is converted."""
+    return g - 1
+
+
 class Denoiser(nn.Module):
     """A network that speaks `Prediction`.
 

@@ -131,7 +131,8 @@ class Suite:
         """A suite of the user's own images and captions: `source` and `images` as in `metrics.pairs.read_pairs`.
 
         COCO-2017 5k is `from_folder("annotations/captions_val2017.json", "val2017")`. A network is a callable, None to skip its
-        metrics, or the name of a default, whose weights may be downloaded once. Raises as `read_pairs` and `choose`.
+        metrics, or the name of a default, whose weights may be downloaded once. Raises as `read_pairs` and `choose`, and ValueError
+        where the package of a default is not installed.
         """
         chosen = choose(read_pairs(source, images), n, seed)
         nets = {"features": features, "clip": clip, "distance": distance}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import sampling
 from .backbones import UNet, load_pipeline
+from .files import writing
 
 if TYPE_CHECKING:
     from .methods.base import Distillation
@@ -52,7 +53,8 @@ def export(method: Distillation, folder: Path, steps: int = 4, dtype: torch.dtyp
     shutil.rmtree(temporary, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        pipe.save_pretrained(temporary, safe_serialization=True)
+        with writing(folder):
+            pipe.save_pretrained(temporary, safe_serialization=True)
         about = about_student(method, steps)
         (temporary / "ddil.json").write_text(json.dumps(about, indent=2) + "\n")
         (temporary / "README.md").write_text(card(about, backbone.path))
@@ -65,7 +67,7 @@ def export(method: Distillation, folder: Path, steps: int = 4, dtype: torch.dtyp
 
 def about_student(method: Distillation, steps: int) -> dict[str, Any]:
     """ddil.json: what a folder says of itself."""
-    g = method.eval_guidance
+    g = method.student_guidance
     _, grid = method.sampler(steps)
     return {
         "method": type(method).__name__,
@@ -74,7 +76,7 @@ def about_student(method: Distillation, steps: int) -> dict[str, Any]:
         "made_for": list(method.steps),
         "guidance": g,
         "guidance_scale": scale(method, g),
-        "guidance_range": list(method.guidance),
+        "guidance_range": list(method.guidance) if _network(method).w_conditioned else [g, g],
         "timesteps": grid.nodes.tolist(),
         "dataset": method.backbone.about.get("dataset"),
         "teacher": method.backbone.path,
@@ -84,7 +86,7 @@ def about_student(method: Distillation, steps: int) -> dict[str, Any]:
 def card(about: dict[str, Any], teacher: str) -> str:
     """The model card of a student."""
     nodes, g, (low, high) = ", ".join(map(str, about["timesteps"])), about["guidance_scale"], about["guidance_range"]
-    why = "within the trained range" if g > 1 else "right because guidance is part of the weights"
+    why = f"within the trained range ({low:g} to {high:g})" if g > 1 else f"right because guidance {low:g} is part of the weights"
     return f"""---
 library_name: diffusers
 tags: [text-to-image, distillation, ddil]
@@ -100,7 +102,7 @@ image = pipe("a prompt", num_inference_steps={about["steps"]}, guidance_scale={g
 ```
 
 The scheduler holds the timesteps it was trained for ({nodes} at {about["steps"]} steps); another scheduler or a "leading" spacing
-fails in silence. `guidance_scale` {g:g} is {why} ({low:g} to {high:g}).
+fails in silence. `guidance_scale` {g:g} is {why}.
 """
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from .files import writing
 from .main import Refusal
 from .messages import explain
 from .methods import Distillation
@@ -31,6 +32,14 @@ class Test:
     seed: int = 0
     dpm: bool = False
 
+    def __post_init__(self) -> None:
+        if self.n and self.n < 16:
+            raise ValueError(f"test.n {self.n}: at least 16 prompts, some hundreds for numbers that mean something, or 0 for no test")
+        if any(n < 1 for n in [*self.teacher_steps, *(self.student_steps or [])]):
+            raise ValueError(
+                f"test.teacher_steps {self.teacher_steps}, test.student_steps {self.student_steps}: a step count is at least 1"
+            )
+
 
 def finish(
     method: Distillation, folder: Path, test: Test, export_steps: int | None, examples: Sequence[str], facts: dict[str, Any]
@@ -49,8 +58,8 @@ def finish(
         "rows": [],
     }
     if export.exportable(method):
-        prompts = export.check_prompts(method, examples)
-        summary["export_difference"] = difference = export.deliver(method, folder / "pipeline", prompts, export_steps or method.steps[0])
+        prompts, steps = export.check_prompts(method, examples), method.steps[0] if export_steps is None else export_steps
+        summary["export_difference"] = difference = export.deliver(method, folder / "pipeline", prompts, steps)
         print(f"pipeline written and checked: {folder / 'pipeline'} (latents differ by {difference:.1e})", flush=True)
     else:
         print(f"no pipeline can hold this student; its weights: {_save_weights(method, folder)}", flush=True)
@@ -64,7 +73,8 @@ def _save_weights(method: Distillation, folder: Path) -> Path:
     from safetensors.torch import save_file
 
     path = folder / "student.safetensors"
-    save_file({k: v.contiguous() for k, v in method.deployed().state_dict().items()}, path)
+    with writing(path):
+        save_file({k: v.contiguous() for k, v in method.deployed().state_dict().items()}, path)
     return path
 
 

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 Mode = Literal["off", "static", "dynamic"]
 
+BOX = 4.5
+"""Half the width of the box where there are no data to take it from: latents are scaled to variance 1."""
+
 
 class Reflection(nn.Module):
     """The operator R on x0 estimates [B, C, ...].

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .buffer import ReplayBuffer
+from .denoiser import to_w
 from .prior import SamplingPrior
 from .schedule import Grid, NoiseSchedule
 from .solver import Policies
@@ -121,10 +122,10 @@ def _tag(actors: Sequence[bool]) -> int:
 
 
 def guided(c: Context, guidance: tuple[float, float], generator: torch.Generator) -> Context:
-    """`c` with w ~ U[g_min - 1, g_max - 1] per sample: the one place where g = 1 + w is converted for training."""
+    """`c` with w ~ U[g_min - 1, g_max - 1] per sample."""
     low, high = guidance
     u = torch.rand(len(c.text), generator=generator, device=generator.device)
-    return c.guided((low - 1 + (high - low) * u).to(c.text.device))
+    return c.guided((to_w(low) + (high - low) * u).to(c.text.device))
 
 
 def counts(prior: SamplingPrior, batch: int, granularity: Granularity, rng: random.Random) -> int:
@@ -218,13 +219,14 @@ def draw(
 
     `batch` [B] encoded captions; `shape` of one latent; `buffer`: a filled replay buffer (None: roll out on the spot); `clock` and
     `progress` in [0, 1] date the buffer's priorities; `control`: see `stand_in`, for draws without a buffer.
-    With `prior.forward == 1`, or while the buffer holds too little, this is `forward`.
+    With `prior.forward == 1`, or while the buffer is empty, this is `forward`; a buffer that holds any state gives the whole share, because
+    it is drawn from with replacement.
     """
     size = len(batch.rows)
     k = counts(prior, size, granularity, streams.shared("source"))
-    if buffer is not None and len(buffer) < k:
+    if k > 0 and buffer is not None and len(buffer) == 0:
         if batch.latent is None:
-            raise ValueError("the buffer is still empty and there is no data to start from: collect a roll-out before the first draw")
+            raise ValueError("the buffer is empty and there is no data in its place: collect a roll-out before the first draw")
         k = 0
     if k == 0:
         return forward(batch, learner, streams, pure_noise)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .denoiser import to_w
 from .schedule import Grid
 from .solver import Policy
 
@@ -28,7 +29,7 @@ def latents(
     out = []
     x_T = noise(len(prompts), backbone.latent_shape, seed)
     for start in range(0, len(prompts), chunk):
-        c = backbone.encode_text(prompts[start : start + chunk]).guided(None if g is None else g - 1)
+        c = backbone.encode_text(prompts[start : start + chunk]).guided(None if g is None else to_w(g))
         generator = torch.Generator(backbone.device).manual_seed(seed + start)
         out.append(policy.sample(x_T[start : start + chunk].to(backbone.device), grid, c, generator))
     return torch.cat(out)

@@ -57,7 +57,7 @@ def method_rows(
     for n in sorted({*stages, *method.steps}, reverse=True) if student_steps is None else student_steps:
         say(f"student@{n}")
         sampler = folder_sampler(stages[n], method.device) if n in stages else method.sampler(n)
-        rows += student_rows(suite, method.backbone, {n: sampler}, g, dpm)
+        rows += student_rows(suite, method.backbone, {n: sampler}, method.student_guidance, dpm)
     return rows
 
 
@@ -101,4 +101,5 @@ def pipeline_row(suite: Suite, backbone: Backbone, steps: int, guidance_scale: f
         handle.remove()
     name = "student" if "method" in backbone.about else "teacher"
     title = f"{name}@{steps} dpm++" if dpm else f"{name}@{steps}"
-    return make_row(title, steps, guidance_scale, len(suite.prompts), round(calls[0] / timed.images), timed.seconds_per_image, metrics)
+    g = backbone.guidance if backbone.baked else guidance_scale
+    return make_row(title, steps, g, len(suite.prompts), round(calls[0] / timed.images), timed.seconds_per_image, metrics)

@@ -29,25 +29,47 @@ class OnClock(Callback):
         """What to do at `clock`."""
 
 
+def check_images(data: Any, what: str, remedy: str = "give that share to the teacher, or give images") -> None:
+    """Raises ValueError for `what`, which has a forward share, on a DataModule without images; nothing before there is one (None)."""
+    if hasattr(data, "reference") and data.reference(1).latent is None:
+        raise ValueError(f"{what} has a forward share but the data set has no images: {remedy}")
+
+
 class AnnealPrior(OnClock):
     """Sets the DataModule's prior to `schedule(clock)`. Every prior is checked against the method's sources before it is used."""
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
+        self._heard: int | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Check the whole schedule now: a prior that comes after days of training must not be the one that stops it."""
+        if stage != "fit":
+            return
         ends = [self.schedule.first, self.schedule.last] if isinstance(self.schedule, Gated) else []
-        for prior in ends or [self.schedule(round(k / 100 * pl_module.updates)) for k in range(101)]:
+        clocks = {round(k / 100 * pl_module.updates) for k in range(101)} | set(getattr(self.schedule, "starts", []))
+        priors = ends or [self.schedule(clock) for clock in sorted(clocks)]
+        for prior in priors:
             pl_module.check_prior(prior)
+        if max(prior.forward for prior in priors) > 1e-6:  # an interpolation rounds
+            check_images(getattr(trainer, "datamodule", None), "the schedule of AnnealPrior")
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """The clock as it stands; losses from before belong to another run."""
+        self._heard = pl_module.student_updates
+        super().on_train_start(trainer, pl_module)
 
     def apply(self, trainer: Any, method: Any, clock: int) -> None:
-        """The prior of this clock; a gated schedule first hears the last losses."""
-        if isinstance(self.schedule, Gated):
+        """The prior of this clock; a gated schedule first hears the losses of an update, once."""
+        # Called after every batch, also those of a critic and the first ones of an update of several, and once more at a stage's end.
+        moved, self._heard = method.student_updates != self._heard, method.student_updates
+        if isinstance(self.schedule, Gated) and moved:
             losses = method.source_losses
             rolled = [value for name, value in losses.items() if name != "forward"]
             if rolled and "forward" in losses:
                 self.schedule.observe(sum(rolled) / len(rolled), losses["forward"])
+        if getattr(getattr(method, "now", None), "preliminary", False):
+            return  # a stage on forward latents, whichever of the callbacks comes last
         prior: SamplingPrior = self.schedule(clock)
         if prior != trainer.datamodule.prior:
             method.check_prior(prior)

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 
 from ..datamodule import evaluating
 from ..prior import SamplingPrior
-from .dagger import AnnealPrior, OnClock
+from .dagger import AnnealPrior, OnClock, check_images
 
 
 class Stages(Callback):
@@ -40,8 +40,8 @@ class Stages(Callback):
         for part in parts:
             pl_module.check_prior(self._of(part))
         forward = [s for s in pl_module.stages if any(part.forward > 0 for part in s.parts) or (s.preliminary and not s.parts)]
-        if forward and hasattr(data, "reference") and data.reference(1).latent is None:
-            raise ValueError(f"the plan's stage {forward[0]} has a forward share but the data set has no images: give it parts without one")
+        if forward:
+            check_images(data, f"the plan's stage {forward[0]}", "give it parts without one")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin; a checkpoint may have been written between the end of a stage and the next one's beginning."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ..backbones import Backbone
 from ..denoiser import Denoiser
-from ..reflect import Mode, Reflection
+from ..reflect import BOX, Mode, Reflection
 from ..schedule import Grid
 from ..solver import Policy
 from ..types import LatentBatch
@@ -23,11 +24,12 @@ from .losses import lerp_
 class Distillation(LightningModule):
     """Base of every method. A method builds `student`, `policies` and `grid` and writes `training_step`.
 
-    `pipeline`: built-in name, folder, hub id, or a loaded Backbone. `guidance`: g or a range [g_min, g_max] (default: what the pipeline
-    recommends). `updates`: student updates in all, the one clock. `lr` rises over `warmup` updates and falls linearly to `final_lr * lr`.
-    `clip`: gradient norm. `accumulate`: micro-batches per update. `ema`: decay of the average that is evaluated and exported (0: the online
-    student). `reflect`, `box`: thresholding of x0 estimates; the box (lo, hi per channel) is estimated from the data if it is not given.
-    `teacher_dtype`: of the frozen networks (the student's weights are float32; `trainer.precision` says what it computes in).
+    `pipeline`: built-in name, folder, hub id, or a loaded Backbone. `guidance`: g, or a range [g_min, g_max] for a student that is told it
+    (default: what the pipeline recommends). `updates`: student updates in all, the one clock. `lr` rises over `warmup` updates and falls
+    linearly to `final_lr * lr`. `clip`: gradient norm. `accumulate`: micro-batches per update. `ema`: decay of the average that is
+    evaluated and exported (0: the online student). `reflect`, `box`: thresholding of x0 estimates; the box (lo, hi per channel) is
+    estimated from the data if it is not given. `teacher_dtype`: of the frozen networks (the student's weights are float32;
+    `trainer.precision` says what it computes in).
     """
 
     backbone: Backbone
@@ -69,7 +71,7 @@ class Distillation(LightningModule):
         self.gradient_checkpointing, self.log_every = gradient_checkpointing, log_every
         channels = self.backbone.latent_shape[0]
         self.has_box = box is not None or reflect == "off"
-        lo, hi = box if box is not None else ([-4.5] * channels, [4.5] * channels)
+        lo, hi = box if box is not None else ([-BOX] * channels, [BOX] * channels)
         self.reflection = Reflection(lo, hi, reflect)
         self.student_updates, self.stage, self.stage_start = 0, 0, 0
         self._micro: dict[str, int] = {}
@@ -127,6 +129,11 @@ class Distillation(LightningModule):
         return g if low <= g <= high else (low + high) / 2
 
     @property
+    def student_guidance(self) -> float:
+        """The guidance g that the student's samples stand for: what it is asked for, or what was baked into it."""
+        return self.eval_guidance
+
+    @property
     def last_loss(self) -> float | None:
         """The loss of the last micro-batch."""
         return None if self._last is None else float(self._last)
@@ -143,6 +150,13 @@ class Distillation(LightningModule):
     def scheduler(self) -> Any:
         """The diffusers scheduler that holds the trained times, for the exported pipeline."""
         raise TypeError(f"{type(self).__name__} does not say its scheduler")
+
+    def check_guidance(self, told: bool, switch: str = "") -> None:
+        """Raises ValueError for a range of guidance and a student that is not `told` its w; `switch`: the option that would tell it."""
+        low, high = self.guidance
+        if low != high and not told:
+            other = f", or set model.{switch} to true" if switch else ""
+            raise ValueError(f"{type(self).__name__}'s student is not told the guidance: give one number, not {low} to {high}{other}")
 
     # Optimisation ----------------------------------------------------------------------------------------------------------------
 
@@ -208,13 +222,26 @@ class Distillation(LightningModule):
 
     @property
     def source_losses(self) -> dict[str, float]:
-        """The mean loss of the last batch by the source of its latents."""
-        return {name: float(total) / int(n) for name, (total, n) in self._by_source.items() if int(n)}
+        """The mean loss by the source of the latents, over all processes and the micro-batches of the last update or of the one under way.
+
+        All processes must ask together.
+        """
+        if not self._by_source:
+            return {}
+        sums = torch.stack([torch.stack([total.float(), n.float()]) for total, n in self._by_source.values()])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)  # a schedule that hears them must come to the same prior on every process
+        return {name: total / n for name, (total, n) in zip(self._by_source, sums.tolist(), strict=True) if n}
 
     def feedback(self, b: LatentBatch, loss: Tensor) -> Tensor:
         """The scalar loss of per-sample losses [B]; the buffer's priorities and the per-source means hear of it on the way."""
         self._batch = b
-        self._by_source = self.means.by_source(loss.detach(), b.source)
+        sums = self.means.by_source(loss.detach(), b.source)
+        for name, (_, n) in sums.items():
+            self.means.add(f"drawn/share_{name}", n, len(loss))
+        if self._by_source and self._micro.get("loss"):  # an update is under way, to which this micro-batch belongs
+            sums = {name: (total + self._by_source[name][0], n + self._by_source[name][1]) for name, (total, n) in sums.items()}
+        self._by_source = sums
         observe = getattr(getattr(self.trainer, "datamodule", None), "observe", None)
         if observe is not None:
             observe(b, loss)
@@ -234,11 +261,21 @@ class Distillation(LightningModule):
     # Lightning -------------------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Check the prior against the method, and take the box from the data if none was given."""
+        """Check the precision, and the prior against the method. Raises ValueError."""
+        self.check_precision(self.trainer.precision)
         data = getattr(self.trainer, "datamodule", None)
         prior = getattr(data, "prior", None)
         if prior is not None:
             self.check_prior(prior)
+
+    def check_precision(self, precision: str) -> None:
+        """Raises ValueError for a Trainer that would turn the student itself to half precision."""
+        if precision in ("bf16-true", "16-true"):
+            mixed = precision.replace("true", "mixed")
+            raise ValueError(
+                f"trainer.precision {precision} would round most updates of the student to nothing: take {mixed}, which keeps its weights "
+                "in float32, and model.teacher_dtype for the frozen networks"
+            )
 
     def check_prior(self, prior: Any) -> None:
         """Raises ValueError when `prior` gives a share to a source on which this method has no target."""
@@ -256,6 +293,9 @@ class Distillation(LightningModule):
             found = data.box() if hasattr(data, "box") else None
             if found is not None:
                 self.reflection.lo.copy_(torch.tensor(found[0])), self.reflection.hi.copy_(torch.tensor(found[1]))
+            elif self.trainer.is_global_zero:
+                said = f"reflect: {self.reflection.mode} without images to take the box from: it is {-BOX} to {BOX} in every channel"
+                logging.getLogger(__name__).warning(f"{said}; give another by model.box: [[lo, ...], [hi, ...]], a number per channel")
             self.has_box = True
 
     def configure_callbacks(self) -> list[Callback]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from ..denoiser import Denoiser
+from ..denoiser import Denoiser, to_w
 from ..schedule import Grid
 from ..solver import Policies, Policy
 from ..streams import Streams
@@ -60,6 +60,7 @@ class DMD2(Distillation):
         super().__init__(**kwargs)
         backbone, schedule, predicts = self.backbone, self.backbone.schedule, self.backbone.predicts
         total = schedule.steps
+        self.check_guidance(told=False)
         self._check(steps, teacher_steps, critic_steps, (gan_weight, critic_gan_weight), tau)
         self.critic_steps, self.critic_lr, self.real_guidance = critic_steps, self.lr if critic_lr is None else critic_lr, real_guidance
         self.gan_weight, self.critic_gan_weight, self.gan_features = gan_weight, critic_gan_weight, gan_features
@@ -103,7 +104,7 @@ class DMD2(Distillation):
         """[B] pseudo-loss whose gradient in x is `direction` / numel."""
         y, t, _ = self.diffuse(x.detach(), "matching", *self.tau)
         with torch.no_grad():
-            c = b.c if self.real_guidance is None else b.c.guided(self.real_guidance - 1)
+            c = b.c if self.real_guidance is None else b.c.guided(to_w(self.real_guidance))
             real, fake = self.teacher(y, t, c).x0, self.critic(y, t, b.c).x0
             if self.reflect_critic:
                 fake = self.reflection(fake)
@@ -165,6 +166,11 @@ class DMD2(Distillation):
         """The trained step count, and fewer."""
         return tuple(sorted({len(self.grid), *(n for n in (4, 2, 1) if n < len(self.grid))}, reverse=True))
 
+    @property
+    def student_guidance(self) -> float:
+        """That of the real score, which the student's distribution is drawn to."""
+        return self.eval_guidance if self.real_guidance is None else self.real_guidance
+
     def denoisers(self) -> dict[str, Denoiser]:
         """Student, teacher and critic."""
         return {"student": self.student, "teacher": self.teacher, "critic": self.critic}
@@ -210,7 +216,7 @@ class DMD2(Distillation):
         return LCMScheduler.from_config(config, clip_sample=False, thresholding=False, **own)
 
     def _check(self, steps: int, teacher_steps: int, critic_steps: int, weights: tuple[float, float], tau: tuple[float, float]) -> None:
-        total, (low, high) = self.backbone.schedule.steps, self.guidance
+        total = self.backbone.schedule.steps
         if steps < 1 or total % steps:
             raise ValueError(f"steps = {steps} does not divide the schedule's {total} times")
         if teacher_steps % steps:
@@ -224,8 +230,6 @@ class DMD2(Distillation):
             )
         if weights[0] and not weights[1]:
             raise ValueError(f"gan_weight = {weights[0]} needs a discriminator that learns: set critic_gan_weight")
-        if low != high:
-            raise ValueError(f"DMD2's student is not told the guidance: give one number, not {low} to {high}")
 
 
 def direction(x: Tensor, real: Tensor, fake: Tensor, normaliser: Normaliser = "sample") -> Tensor:

@@ -22,7 +22,7 @@ class LCM(Distillation):
     A latent needs no x0, so forward and student roll-outs are both legal; the teacher is no consistency model, so mixed roll-outs are not
     the paper's (they are possible: its DDIM steps). Reflection acts on the guided teacher's x0 and on the target's, never on the student's.
 
-    `w_conditioned`: the student is told w (zero-initialised embedding); without it, the guidance is baked in and only the teacher sees w.
+    `w_conditioned`: the student is told w (zero-initialised embedding); without it, one guidance is baked in; only the teacher sees w.
     `solver_steps`: nodes of the training grid. `rollouts`: the step counts of student roll-outs. `target_decay`: EMA of the target (0: the
     online student without gradient). `loss`, `huber`: the distance and its width. `scaling`, `sigma_data`: of the boundary conditions.
     """
@@ -41,6 +41,7 @@ class LCM(Distillation):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.check_guidance(w_conditioned, "w_conditioned")
         if not 0 <= target_decay < 1:
             raise ValueError(f"target_decay is in [0, 1), got {target_decay}")
         self.distance, self.huber, self.target_decay = loss, huber, target_decay

@@ -50,6 +50,7 @@ class PD(Distillation):
     ) -> None:
         # At least 1: a plan without updates is refused below, by name.
         super().__init__(updates=max(sum(stage.length for stage in stages), 1) if updates is None else updates, **kwargs)
+        self.check_guidance(w_conditioned, "w_conditioned")
         backbone, schedule = self.backbone, self.backbone.schedule
         check_plan(stages, teacher_steps, rule, schedule.steps, backbone.predicts)
         self.stages, self.teacher_steps, self.rule = stages, teacher_steps, rule

@@ -78,13 +78,13 @@ def open_clip_net(
     """An OpenCLIP model by architecture and weights: a tag (downloaded once) or a local checkpoint file.
 
     Images are rounded to 8 bits and go through the model's own PIL preprocessing, as in public evaluators. Raises
-    ModuleNotFoundError without open_clip, FileNotFoundError for a checkpoint path that does not exist.
+    ValueError without open_clip, FileNotFoundError for a checkpoint path that does not exist.
     """
     try:
         import open_clip
         from torchvision.transforms.functional import to_pil_image
     except ModuleNotFoundError as e:
-        raise ModuleNotFoundError("open_clip_net: open_clip is missing; pip install open_clip_torch") from e
+        raise ValueError("the CLIP score needs open_clip: pip install open_clip_torch") from e
     if Path(pretrained).suffix in {".pt", ".pth", ".bin", ".safetensors"} and not Path(pretrained).is_file():
         raise FileNotFoundError(f"open_clip_net: no checkpoint {pretrained}; give a file or a tag of open_clip.list_pretrained()")
     model, preprocess = open_clip.create_model_from_pretrained(name, pretrained, device=device)

@@ -113,12 +113,12 @@ class LPIPSDiversity(Metric):
 def lpips_distance(net: str = "alex", device: str | torch.device = "cpu", random_trunk: bool = False) -> Distance:
     """LPIPS v0.1 with backbone `net` (alex, vgg, squeeze; the trunk's ImageNet weights are downloaded once).
 
-    `random_trunk` needs no download and means nothing perceptual: for tests. Raises ModuleNotFoundError without lpips.
+    `random_trunk` needs no download and means nothing perceptual: for tests. Raises ValueError without lpips.
     """
     try:
         from lpips import LPIPS
     except ModuleNotFoundError as e:
-        raise ModuleNotFoundError("lpips_distance: lpips is missing; pip install lpips") from e
+        raise ValueError("LPIPS needs the package lpips: pip install lpips") from e
     with warnings.catch_warnings():  # lpips calls torchvision by names of old
         warnings.filterwarnings("ignore", message=".*pretrained.*|.*weight enum.*", category=UserWarning)
         model = LPIPS(net=net, pnet_rand=random_trunk, verbose=False).eval().requires_grad_(False).to(device)

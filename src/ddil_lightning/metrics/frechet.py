@@ -95,12 +95,12 @@ def inception_features(weights: str | None = None, device: str | torch.device = 
     """Inception-v3 pool3 features [B, 2048] with the ported TensorFlow FID weights (torch-fidelity), of images in [-1, 1].
 
     The images are rounded to 8 bits and resized to 299 by the network's own TensorFlow-1 bilinear. `weights`: a local file instead
-    of the download. Raises ModuleNotFoundError without torch-fidelity.
+    of the download. Raises ValueError without torch-fidelity.
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ModuleNotFoundError as e:
-        raise ModuleNotFoundError("inception_features: torch-fidelity is missing; pip install torch-fidelity") from e
+        raise ValueError("the Inception features of a Frechet distance need torch-fidelity: pip install 'ddil-lightning[eval]'") from e
     net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights).eval().to(device)
 
     @torch.no_grad()

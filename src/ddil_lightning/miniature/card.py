@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..files import writing
 from .sources import load_source
 
 if TYPE_CHECKING:
@@ -61,11 +62,13 @@ def guided(
 
 def save_teacher(pipeline: StableDiffusionPipeline, out: str | Path, facts: dict[str, Any], table: dict[int, dict[str, float]]) -> Path:
     """Write the pipeline in half precision with `ddil.json` and a model card -> the folder, which is replaced."""
-    target, work = Path(out), Path(f"{out}.new")
+    target = Path(out).resolve()  # of a link, what it points to
+    work = target.with_name(f".{target.name}.part")
     shutil.rmtree(work, ignore_errors=True)
     for part in (pipeline.vae, pipeline.unet, pipeline.text_encoder):
         part.half()
-    pipeline.save_pretrained(work)
+    with writing(target):
+        pipeline.save_pretrained(work)
     for part in (pipeline.vae, pipeline.unet, pipeline.text_encoder):
         part.float()
     # transformers loads in the precision named here, diffusers in single: without this the parts would not fit together
@@ -76,7 +79,7 @@ def save_teacher(pipeline: StableDiffusionPipeline, out: str | Path, facts: dict
     shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(work, target)
-    return target
+    return Path(out)
 
 
 def card(facts: dict[str, Any], table: dict[int, dict[str, float]]) -> str:

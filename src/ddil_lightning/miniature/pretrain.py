@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import os
 import shutil
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,7 +54,7 @@ def pretrain(
         lr: peak learning rate of the U-Net (AdamW).
         seed: of weights, data and noise; the result is the same for the same `devices`.
         devices: CPU processes of one thread each for the U-Net, since convolutions this small gain little from threads.
-        out: folder to write; a folder of that name is replaced.
+        out: folder to write; a pipeline folder of that name is replaced.
         autoencoder_steps: batches of 16 for the autoencoder.
         decoder_steps: batches of 16 for its decoder alone, afterwards; the latents stay the same.
         hold: share of the training at the peak learning rate.
@@ -64,7 +66,13 @@ def pretrain(
         interim_every: images between snapshots.
         resume: folder of an earlier run's snapshots; its autoencoder and last weights are trained on, with a fresh decay.
         progress: show progress bars.
+
+    Raises ValueError before the training for an `out` that holds something else and for numbers that cannot be trained with.
     """
+    check(
+        out, interim, batch_size, devices, images=(images, 1), autoencoder_steps=(autoencoder_steps, 0), decoder_steps=(decoder_steps, 0),
+        prompts=(prompts, 1), guidance=(len(guidance), 1),
+    )  # fmt: skip
     started = time.time()
     seed_everything(seed, verbose=False)
     pipeline = networks.build_pipeline(load_source(dataset).words, networks.SIZES[dataset])
@@ -90,6 +98,20 @@ def pretrain(
         "minutes": round((time.time() - started) / 60, 1), "guidance_scores": scores,
     }  # fmt: skip
     return save_teacher(pipeline, out, facts, table)
+
+
+def check(out: str, interim: str | None, batch_size: int, devices: int, **least: tuple[int, int]) -> None:
+    """Raises ValueError with one line for what would fail after the training, or delete what is not ours. `least`: value, least value."""
+    for name, (value, low) in {"devices": (devices, 1), **least}.items():
+        if value < low:
+            raise ValueError(f"{name} {value}: at least {low}" if name != "guidance" else "guidance: give at least one scale")
+    if batch_size < devices or batch_size % devices:
+        raise ValueError(f"batch_size {batch_size}: give a multiple of devices ({devices}), among which a batch is divided")
+    folder = Path(out).resolve()
+    if interim is not None and Path(interim).absolute().is_relative_to(folder):
+        raise ValueError(f"interim {interim} lies in out {out}, which is replaced at the end: give another --interim")
+    if folder.exists() and not (folder / "ddil.json").is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{out} holds other files; give another --out: an empty or a new folder, or one that ddil-pretrain wrote")
 
 
 def train_autoencoder(
@@ -144,7 +166,8 @@ def _restore(pipeline: StableDiffusionPipeline, file: Path) -> int:
 
 
 def fit(stage: Stage, data: Any, *, devices: int, progress: bool, callbacks: Sequence[Callback] = ()) -> None:
-    """One pass of Lightning's Trainer over `stage.steps` batches, on `devices` CPU processes."""
+    """One pass of Lightning's Trainer over `stage.steps` batches, on `devices` CPU processes. Ctrl-C is a KeyboardInterrupt."""
+    listener, others = signal.getsignal(signal.SIGINT), multiprocessing.active_children()
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
@@ -158,7 +181,14 @@ def fit(stage: Stage, data: Any, *, devices: int, progress: bool, callbacks: Seq
         use_distributed_sampler=False,
         callbacks=[*callbacks],
     )
-    trainer.fit(stage, data)
+    try:
+        trainer.fit(stage, data)
+    except SystemExit as stop:  # what Lightning makes of a KeyboardInterrupt, ignoring all later ones
+        signal.signal(signal.SIGINT, listener)
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.terminate()  # a signal to this process alone has not reached it, and Python would wait for it
+        raise KeyboardInterrupt from stop
 
 
 class Snapshots(Callback):

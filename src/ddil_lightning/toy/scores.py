@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..denoiser import Denoiser
+from ..denoiser import Denoiser, to_w
 from ..evaluate import make_row
 from ..metrics.prdc import density_coverage
 from ..schedule import Grid
@@ -60,11 +60,12 @@ class Exam:
         `energy_distance` to the law, `energy_class` (the mean over classes) and `energy_teacher` (to the 32-step teacher under guidance),
         all unbiased; `density`, `coverage`; `mode_kl` = KL(true weights || shares of the modes), large where a mode is lost;
         `high_quality`: share within 4 sd of a mode of its class; `outside`: share beyond the outermost modes by more than 4 sd;
-        `teacher_rmse` from the same noise; `shift`: mean over the nodes after the first of the energy distance between the latents there
-        and the teacher's own, from independent noise.
+        `teacher_rmse` from the same noise; `shift@t`: energy distance between the latents at node t and the teacher's own there, from
+        independent noise, for every node after the first; `shift`: their mean, 0 where there is none.
         """
         states, reference = self._walk(policy, grid, self.noise, self.classes), self.teacher_states(grid)
-        return merge([self._member(m, [s[..., m] for s in states], [r[..., m] for r in reference]) for m in range(len(self.seeds))])
+        times = grid.nodes.tolist()[1:]
+        return merge([self._member(m, times, [s[..., m] for s in states], [r[..., m] for r in reference]) for m in range(len(self.seeds))])
 
     def teacher_states(self, grid: Grid) -> list[Tensor]:
         """The teacher's latents at the nodes of `grid` after the first and at its end, from noise of its own; made once per grid."""
@@ -74,12 +75,13 @@ class Exam:
             self._reference[key] = self._walk(policy, grid, self._again, self.real_classes)
         return self._reference[key]
 
-    def _member(self, m: int, states: list[Tensor], reference: list[Tensor]) -> dict[str, float]:
+    def _member(self, m: int, times: list[int], states: list[Tensor], reference: list[Tensor]) -> dict[str, float]:
         problem, k = self.toy.problem, self.near
         x, y = states[-1], self.real[..., m]
         classes = [(self.classes == c, self.real_classes == c) for c in range(self.toy.mixture.num_classes)]
         density, coverage = density_coverage(y[:k], x[:k])
-        shifts = [energy_distance(a[:k], b[:k]) for a, b in zip(states[:-1], reference[:-1], strict=True)]
+        pairs = zip(times, states[:-1], reference[:-1], strict=True)
+        shifts = {f"shift@{t}": energy_distance(a[:k], b[:k]) for t, a, b in pairs}
         return {
             "energy_distance": energy_distance(x, y),
             "energy_class": mean([energy_distance(x[i], y[j]) for i, j in classes if min(int(i.sum()), int(j.sum())) >= 4]),
@@ -90,12 +92,13 @@ class Exam:
             "high_quality": high_quality(x, self.classes, problem),
             "outside": outside(x, problem),
             "teacher_rmse": float((x - self.paired[..., m]).square().mean().sqrt()),
-            "shift": mean(shifts) if shifts else 0.0,
+            "shift": mean(list(shifts.values())) if shifts else 0.0,
+            **shifts,
         }
 
     def context(self, classes: Tensor) -> Context:
         """The guided context of classes [N]."""
-        return self.toy.encode_text([self.toy.about["previews"][k] for k in classes.tolist()]).guided(self.g - 1)
+        return self.toy.encode_text([self.toy.about["previews"][k] for k in classes.tolist()]).guided(to_w(self.g))
 
     @torch.no_grad()
     def _walk(self, policy: Policy, grid: Grid, x_T: Tensor, classes: Tensor) -> list[Tensor]:
