@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ddil_lightning.charts import HEIGHT, Series, binned, line_chart, log_ticks, smoothed, ticks
-from ddil_lightning.report import write_benchmark_report, write_report
+from ddil_lightning.report import write_report
 from ddil_lightning.results import cell, families, gap_closed, read_curves, results_table
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + (272).to_bytes(4, "big") + (204).to_bytes(4, "big") + b"rest"
@@ -230,15 +230,3 @@ def test_binning_keeps_the_mean_and_smoothing_takes_the_noise() -> None:
     assert mean is not None and all(abs(v - 0.5) < 0.02 for v in mean.y)
     assert smoothed(Series("b", noisy.x, [i * 0.1 for i in noisy.x])) is None  # nothing to smooth
     assert smoothed(Series("c", [0, 1], [0, 1])) is None
-
-
-def test_benchmark_report(tmp_path: Path) -> None:
-    path = tmp_path / "step_cost.json"
-    path.write_text(json.dumps({"device": "cpu", "rows": [{"method": "lcm", "ratio": {"mean": 1.05}}, {"method": "<pd>", "extra": 1}]}))
-    out = write_benchmark_report(path)
-    text = Page(out.read_text()).text
-    assert out == tmp_path / "step_cost.html"
-    assert all(word in text for word in ("step_cost", "cpu", "ratio/mean", "1.050", "<pd>", "–"))
-    path.write_text("{}")
-    with pytest.raises(ValueError, match="holds no rows"):
-        write_benchmark_report(path)

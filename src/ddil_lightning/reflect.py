@@ -22,7 +22,6 @@ class Reflection(nn.Module):
 
     `lo`, `hi`: the box, a number for every channel or a list of C numbers. `mode`: `static` clamps to the box; `dynamic` first scales a
     sample whose `quantile` of |x0 - centre| / half-width exceeds 1 back by that quantile (Saharia et al. 2022), `off` is the identity.
-    `straight_through` clamps forwards and passes the gradient unchanged: for a student's output that feeds a marginal-matching loss.
     Inside a regression loss the student's own prediction is not reflected at all: a saturated coordinate would never come back.
     """
 
@@ -35,7 +34,6 @@ class Reflection(nn.Module):
         hi: float | list[float] = 1.0,
         mode: Mode = "static",
         quantile: float = 0.995,
-        straight_through: bool = False,
     ) -> None:
         super().__init__()
         if mode not in ("off", "static", "dynamic"):
@@ -43,7 +41,7 @@ class Reflection(nn.Module):
         low, high = torch.as_tensor(lo, dtype=torch.float32), torch.as_tensor(hi, dtype=torch.float32)
         if low.shape != high.shape or not bool((low < high).all()):
             raise ValueError(f"the reflection box needs lo < hi in every channel, got lo={lo}, hi={hi}")
-        self.mode, self.quantile, self.straight_through = mode, quantile, straight_through
+        self.mode, self.quantile = mode, quantile
         # Persistent: a box estimated from data belongs to the checkpoint.
         self.register_buffer("lo", low)
         self.register_buffer("hi", high)
@@ -52,10 +50,10 @@ class Reflection(nn.Module):
         """The estimate inside the box; the shape of `x0`."""
         if self.mode == "off":
             return x0
-        return self.through(x0) if self.straight_through else self._reflect(x0)
+        return self._reflect(x0)
 
     def through(self, x0: Tensor) -> Tensor:
-        """The same with the gradient passed unchanged, whatever `straight_through` says."""
+        """The same with the gradient passed unchanged: for a student's output that feeds a marginal-matching loss."""
         # In this order the value is exactly the reflected one: x0 + (inside - x0) would round, and leave the box.
         return x0 if self.mode == "off" else self._reflect(x0.detach()) + (x0 - x0.detach())
 

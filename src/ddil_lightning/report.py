@@ -7,7 +7,6 @@ the reader's light or dark theme. Whatever is missing in the folder is said on t
 from __future__ import annotations
 
 import base64
-import json
 import math
 import os
 import re
@@ -35,7 +34,7 @@ from .results import (
     values_of,
 )
 
-__all__ = ["results_table", "write_benchmark_report", "write_report"]
+__all__ = ["results_table", "write_report"]
 
 STRIP = 10  # sheets between the first and the last one that are embedded
 SHOWN = {"config", "config_name", "name", "rows", CLOCK, "seconds", "network_evaluations"}
@@ -65,23 +64,6 @@ def write_report(run_dir: Path | str) -> Path:
         f"<footer>ddil-lightning · {escape(run_dir.resolve().name)} · this page is one file and loads nothing</footer>",
     ]
     return _write(run_dir / "report.html", name, body)
-
-
-def write_benchmark_report(json_path: Path | str) -> Path:
-    """Write the table of a benchmark's JSON, `{"rows": [{column: value}], ...}`, as a page beside it; its path.
-
-    Nested values become columns named `outer/inner`. Raises ValueError if the file holds no rows.
-    """
-    json_path = Path(json_path)
-    data = json.loads(json_path.read_text(encoding="utf-8"))
-    data = data if isinstance(data, dict) else {"rows": data}
-    if not data.get("rows"):
-        raise ValueError(f"{json_path} holds no rows: write it with the --json option of a script in benchmarks/")
-    rows = [_flat(row) for row in data["rows"]]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = _table(columns, [[escape(cell(row.get(c))) for c in columns] for row in rows])
-    head = f"<h1>{escape(json_path.stem)}</h1>{_facts({k: v for k, v in data.items() if k != 'rows'})}"
-    return _write(json_path.with_suffix(".html"), json_path.stem, [head, "<h2>Results</h2>", table])
 
 
 def _header(name: str, summary: Mapping[str, Any]) -> str:
