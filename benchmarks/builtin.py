@@ -158,9 +158,9 @@ def tasks(args: argparse.Namespace, pipeline: str) -> tuple[dict[str, Any], list
     updates = [f"model.init_args.updates={args.updates}"] if args.updates else []
 
     def task(variant: str, seed: int | None, config: str, own: Sequence[str]) -> dict[str, Any]:
-        overrides = [*own, *updates, *args.set]
+        overrides = [*own, *updates, *args.set] if variant else []
         said: list[Any] = [variant, seed, find_config(config).read_text(), overrides, args.captions]
-        depends = [weights, args.n, KEYS] + (said if variant else [args.set])
+        depends = [weights, args.n, KEYS, *(said if variant else [])]
         key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]
         what = {"variant": variant, "seed": seed, "config": config, "overrides": overrides, "pipeline": pipeline, "n": args.n}
         name = f"{args.method}-{variant}-{seed}" if variant else "teacher"
@@ -172,7 +172,7 @@ def tasks(args: argparse.Namespace, pipeline: str) -> tuple[dict[str, Any], list
             "file": str(folder / f"{name}-{key}.json"),
         }
 
-    first = task("", None, "lcm.yaml", [])  # the teacher's rows are the same for every method
+    first = task("", None, "lcm.yaml", [])  # the teacher's rows are the same for every method and whatever is set
     reference = first["file"].replace(".json", ".pt")
     seeds = range(args.seed, args.seed + args.seeds)
     runs = [task(name, seed, VARIANTS[name][0].format(args.method), VARIANTS[name][1]) for seed in seeds for name in args.variants]

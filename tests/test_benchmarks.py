@@ -125,6 +125,19 @@ def test_builtin(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.Capture
     assert again["rows"] == report["rows"]
 
 
+def test_builtin_sets_a_method_s_own_options_on_its_students_alone(script: Any, tiny: Path, tmp_path: Path) -> None:
+    module = script("builtin")
+    common = {"cache": str(tmp_path), "n": 16, "updates": None, "captions": None, "threads": 1, "seed": 0, "seeds": 1, "variants": ["both"]}
+
+    def tasks(method: str, *words: str) -> Any:
+        return module.tasks(SimpleNamespace(method=method, set=[*words], **common), str(tiny))
+
+    (teacher, runs), (plain, others) = tasks("pd", "model.init_args.teacher_steps=16"), tasks("lcm")
+    assert runs[0]["overrides"][-1] == "model.init_args.teacher_steps=16" and runs[0]["file"] != others[0]["file"]
+    # The teacher's rows come from lcm.yaml, which would refuse the option; they serve all methods.
+    assert teacher["overrides"] == [] and teacher["file"] == plain["file"]
+
+
 def test_paired_differences_and_gaps_in_closed_form(script: Any) -> None:
     module = script("builtin_table")
     rest = dict.fromkeys(module.MEASURES)

@@ -23,7 +23,7 @@ from ddil_lightning.types import FORWARD, MIXED, STUDENT, TEACHER, CaptionBatch,
 SD = NoiseSchedule.scaled_linear()
 GRID, FINE = Grid.named("linspace", 4), Grid.named("linspace", 8)
 SHAPE = (2, 3, 3)
-STUDENTS, TEACHERS = SamplingPrior(0.0, 1.0, 0.0), SamplingPrior(0.0, 0.0, 1.0)
+STUDENTS = SamplingPrior(0.0, 1.0, 0.0)
 HALF = SamplingPrior(0.5, 0.15, 0.35)
 
 

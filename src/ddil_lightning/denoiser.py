@@ -6,17 +6,12 @@ reflection. Within one x_t the maps eps <-> v <-> x0 are affine and the guidance
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from .reflect import Reflection
 from .schedule import NoiseSchedule, Predicts
 from .types import Context, Prediction, cat, to
-
-Network = Callable[[Tensor, Tensor, Context], Tensor]
-"""(x_t [B, ...], t [B], c) -> raw output [B, ...]."""
 
 
 def to_w(g: float) -> float:
