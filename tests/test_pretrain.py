@@ -67,6 +67,20 @@ def test_snapshots_are_pipelines_with_all_weights(tiny: Path) -> None:
     assert state["images"] == 48 and any(k.startswith("unet.") for k in state["live"])
 
 
+@pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model.safetensors", "state.pt"])
+def test_a_disk_that_is_full_at_a_snapshot(tiny: Path, tmp_path: Path, capsys: Any, part: str) -> None:
+    resource = pytest.importorskip("resource")
+    interim, limits = tmp_path / "interim", resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Files may not grow as large as this part of a snapshot: the first to fail, because it is larger than those written before it.
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tiny / "interim" / part).stat().st_size - 1, limits[1]))
+    try:
+        code, said = refused(capsys, "--out", str(tmp_path / "out"), "--interim", str(interim))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and said.startswith("ddil-pretrain: File too large"), said
+    assert list(tmp_path.iterdir()) == []  # no half-written snapshot, and no link to one
+
+
 def test_the_same_seed_gives_the_same_weights_and_resume_goes_on(tiny: Path) -> None:
     main([*TINY, "--out", str(tiny / "b"), "--interim", "null"])
     main([*TINY, "--out", str(tiny / "c"), "--interim", "null", "--resume", str(tiny / "interim")])

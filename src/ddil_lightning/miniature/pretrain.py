@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
+from ..files import writing
 from . import networks
 from .card import guided, measure, save_teacher
 from .sources import load_source
@@ -219,15 +220,18 @@ class Snapshots(Callback):
             self.write(pl_module, self.before + step * self.batch_size)
 
     def write(self, stage: Any, images: int) -> None:
-        """Save, then switch the link; the snapshot before the last is deleted."""
+        """Save, then switch the link; the snapshot before the last is deleted. Raises OSError, with the older ones as they were."""
         put_average(self.pipeline, stage.average)
-        target = self.folder.with_name(f"{self.folder.name}-{images:08d}")
-        self.pipeline.save_pretrained(target)
-        vae = self.pipeline.vae
-        torch.save(
-            {"live": stage.live.state_dict(), "vae": vae.state_dict(), "scaling_factor": vae.config.scaling_factor, "images": images},
-            target / "state.pt",
-        )  # fmt: skip
+        target, vae = self.folder.with_name(f"{self.folder.name}-{images:08d}"), self.pipeline.vae
+        state = {"live": stage.live.state_dict(), "vae": vae.state_dict(), "scaling_factor": vae.config.scaling_factor, "images": images}
+        try:
+            with writing(target):
+                self.pipeline.save_pretrained(target)
+                with open(target / "state.pt", "wb") as file:  # torch's own writer raises no OSError
+                    torch.save(state, file)
+        except OSError:
+            shutil.rmtree(target, ignore_errors=True)
+            raise
         link = self.folder.with_name(self.folder.name + ".new")
         link.unlink(missing_ok=True)
         link.symlink_to(target.name)
