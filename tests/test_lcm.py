@@ -38,6 +38,19 @@ def one_step(folder: Path, prior: SamplingPrior = MIXED, **kwargs: Any) -> tuple
     return run, batches.seen[0], gradients.steps[0]
 
 
+def test_a_teacher_s_roll_out_walks_the_solver_s_grid(tiny: Path) -> None:
+    """Its latents are samples of the teacher, which a jump over a dozen nodes at once would not be."""
+    run = train(LCM_W, tiny, prior=FORWARD, updates=1)
+    policies, nodes = run.method.policies, run.method.grid.nodes.tolist()
+    t, s = nodes[0], nodes[12]
+    seen: list[int] = []
+    handle = run.method.teacher.network.register_forward_pre_hook(lambda _, inputs: seen.append(int(inputs[1][0])))
+    c = run.method.backbone.encode_text(["a small red circle"]).guided(1.0)
+    policies.teacher(torch.randn(1, *run.method.backbone.latent_shape), t, s, c, torch.Generator())
+    handle.remove()
+    assert seen == nodes[:12]
+
+
 # The algorithm box ----------------------------------------------------------------------------------------------------------------
 
 

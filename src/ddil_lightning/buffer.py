@@ -18,6 +18,12 @@ from .types import SOURCES, Context, cat, take
 FINE = 50
 """Below this time (and at END) sigma is so small that half precision would show: such states are kept in float32."""
 
+BAND = (0.25, 4.0)
+"""A state's mean square as a multiple of that of forward latents at its time; outside, a roll-out has left what the teacher can judge."""
+
+DIMENSIONS = 32
+"""Of a state, from which on `BAND` is asked: the mean square of fewer numbers leaves it by chance (one Gaussian in 1000 at 16)."""
+
 U_MIN, U_MAX = 0.1, 10.0
 WINDOW = 100
 """Losses per node after which their running mean forgets exponentially."""
@@ -104,8 +110,8 @@ class ReplayBuffer:
         """Stores a roll-out and returns its slots [M], -1 for a state that was not kept.
 
         `x_t` [M, ...] states of times `t` [M], whose contexts are the rows `row` [M] of `c`; `clock`: student updates so far; `stage`: of
-        the method. States that are not finite, or whose mean square leaves [0.25, 4] times `expected` [M] (that of forward latents), are
-        rejected and counted. Raises ValueError for lengths or shapes that do not fit, and for a roll-out larger than the capacity.
+        the method. States that are not finite, or whose mean square leaves [0.25, 4] times `expected` [M] (that of forward latents; asked of
+        32 dimensions or more), are rejected and counted. Raises ValueError for lengths or shapes that do not fit, and for a roll-out larger than the capacity.
         """
         slots = torch.full((len(x_t),), -1)
         if self.capacity == 0:
@@ -277,7 +283,7 @@ def _sound(x: Tensor, expected: Tensor | None) -> Tensor:
     """[M] states that are finite as stored and, if `expected` is given, of plausible energy."""
     flat = x.flatten(1).float()
     keep = flat.isfinite().all(1)
-    if expected is None:
+    if expected is None or flat.shape[1] < DIMENSIONS:
         return keep
     ratio = flat.square().mean(1) / expected.detach().to("cpu", torch.float32)
-    return keep & (ratio >= 0.25) & (ratio <= 4)
+    return keep & (ratio >= BAND[0]) & (ratio <= BAND[1])
