@@ -251,6 +251,8 @@ def test_broken_states_are_rejected_and_counted():
     assert buffer.add(**data, clock=0, stage=0).tolist() == [-1, -1, 6, 7]
     assert buffer.stats(0)["rejected"] == 3 + 2 + 1 + 2 and len(buffer) == 8
     assert buffer.sample(40, 0, generator()).x_t.isfinite().all()
+    x[:] = float("inf")
+    assert buffer.add(**data, clock=0, stage=0).tolist() == [-1] * 4 and len(buffer) == 8
 
 
 def test_points_of_few_dimensions_have_no_energy_to_judge():
@@ -260,8 +262,6 @@ def test_points_of_few_dimensions_have_no_energy_to_judge():
         data["x_t"] = torch.tensor([1.0, 0.1, 9.0, float("inf")]).view(4, 1, 1, 1).expand(4, *shape)
         slots = ReplayBuffer(100).add(**data, clock=0, stage=0, expected=expected)
         assert slots[slots >= 0].tolist() == kept
-    x[:] = float("inf")
-    assert buffer.add(**data, clock=0, stage=0).tolist() == [-1] * 4 and len(buffer) == 8
 
 
 def test_stats_count():

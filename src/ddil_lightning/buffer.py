@@ -110,8 +110,9 @@ class ReplayBuffer:
         """Stores a roll-out and returns its slots [M], -1 for a state that was not kept.
 
         `x_t` [M, ...] states of times `t` [M], whose contexts are the rows `row` [M] of `c`; `clock`: student updates so far; `stage`: of
-        the method. States that are not finite, or whose mean square leaves [0.25, 4] times `expected` [M] (that of forward latents; asked of
-        32 dimensions or more), are rejected and counted. Raises ValueError for lengths or shapes that do not fit, and for a roll-out larger than the capacity.
+        the method. States that are not finite, or whose mean square leaves [0.25, 4] times `expected` [M] (that of forward latents; asked
+        of 32 dimensions or more), are rejected and counted. Raises ValueError for lengths or shapes that do not fit, and for a roll-out
+        larger than the capacity.
         """
         slots = torch.full((len(x_t),), -1)
         if self.capacity == 0:

@@ -20,7 +20,8 @@ class LCM(Distillation):
     """f(x_t, t, c, w) should equal f of the point that one guided teacher step reaches: d(f_theta(x_t, t), R f_target(x_s, s)).
 
     A latent needs no x0, so forward and student roll-outs are both legal; the teacher is no consistency model, so mixed roll-outs are not
-    the paper's (they are possible: its DDIM steps down the training grid). Reflection acts on the guided teacher's x0 and on the target's, never on the student's.
+    the paper's (they are possible: its DDIM steps down the training grid). Reflection acts on the guided teacher's x0 and on the target's,
+    never on the student's.
 
     `w_conditioned`: the student is told w (zero-initialised embedding); without it, one guidance is baked in; only the teacher sees w.
     `solver_steps`: nodes of the training grid. `rollouts`: the step counts of student roll-outs. `target_decay`: EMA of the target (0: the
