@@ -193,7 +193,7 @@ def test_snippets(ran: dict[str, Ran], place: Path) -> None:
     space: dict[str, Any] = {}
     exec(PICTURE, space)
     assert space["image"].size == (16, 16)
-    code = LIBRARY.replace("updates=700", "updates=3").replace("max_epochs=-1", "max_epochs=-1, accelerator='cpu'")
+    code = LIBRARY.replace("updates=720", "updates=3").replace("max_epochs=-1", "max_epochs=-1, accelerator='cpu'")
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         exec(code, space)
     assert space["method"].student_updates == 3 and space["method"].backbone.path == "builtin"
