@@ -70,10 +70,10 @@ def test_overhead(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.Captur
     plain, default, *others = report["rows"]
     assert plain["formula"] == plain["counted"] == 0 and plain["prior"] == [1, 0, 0]
     # q c / (u C) with 3.5 nodes on average: 2.5 transitions of 8 trajectories every 2 updates, over 6 forwards of 8 samples.
-    assert default["formula"] == pytest.approx(2.5 / (2 * 6)) and default["uses"] == pytest.approx(0.5 * 8 * 2 / (3.5 * 8))
+    assert default["formula"] == pytest.approx(2.5 / (2 * 6)) and default["uses"] == pytest.approx(0.7 * 8 * 2 / (3.5 * 8))
     by_name = {row["name"]: row for row in others}
     assert by_name["0.25 teacher, every 2"]["formula"] == pytest.approx(2 * default["formula"])
-    assert by_name["0.5 student, no buffer"]["formula"] == pytest.approx(0.5 * 1.25 / 6)
+    assert by_name["0.7 student, no buffer"]["formula"] == pytest.approx(0.7 * 1.25 / 6)
     for row in (default, *others):  # lengths of 2 or 3 transitions are drawn: the count lies between the two
         if row["collect_every"]:
             assert row["formula"] * 0.8 - 1e-9 <= row["counted"] <= row["formula"] * 1.2 + 1e-9
