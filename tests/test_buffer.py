@@ -256,7 +256,7 @@ def test_broken_states_are_rejected_and_counted():
 
 
 def test_points_of_few_dimensions_have_no_energy_to_judge():
-    """A Gaussian in the plane is beyond the band more often than not; that says nothing of a roll-out."""
+    """A Gaussian in the plane is beyond the band one time in four; that says nothing of a roll-out."""
     data, expected = rollout(0, rows=2, nodes=(999, 749)), torch.ones(4)
     for shape, kept in (((2, 1, 1), [0, 1, 2]), ((2, 4, 4), [0])):
         data["x_t"] = torch.tensor([1.0, 0.1, 9.0, float("inf")]).view(4, 1, 1, 1).expand(4, *shape)
