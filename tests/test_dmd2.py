@@ -104,6 +104,23 @@ def test_the_pseudo_losss_gradient_is_g_over_numel(normaliser: str, reflect: str
     assert x.grad is not None and float((x.grad - expected).abs().max()) < 1e-7
 
 
+def test_a_real_score_without_guidance_is_the_teacher_alone_in_one_evaluation(tiny: Path) -> None:
+    method = build(ENTRY, tiny, guidance=3.0, real_guidance=1.0)
+    with torch.no_grad():
+        for p in method.critic.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    c, t = backbone(tiny).encode_text(["a red circle", "a", "a small zero"]).guided(2.0), torch.tensor([999, 749, 249])
+    b = LatentBatch(x.detach(), t, t, t, c, None, t, torch.ones(3), t)
+    method.matching(x, b).mean().backward()
+    assert (method.teacher.evaluations, method.critic.evaluations) == (3, 3)
+    y, tau, _ = method.diffuse(x.detach(), "matching", *method.tau)
+    with torch.no_grad():
+        real, fake = method.teacher(y, tau, c.guided(None)).x0, method.critic(y, tau, c).x0
+        expected = (fake - real) / (x - real).abs().mean((1, 2, 3), keepdim=True) / x.numel()
+    assert x.grad is not None and float((x.grad - expected).abs().max()) < 1e-7
+
+
 def kl(method: DMD2, t: int, n: int = 4096) -> tuple[Tensor, Tensor]:
     """dKL/da and dKL/db at time `t`: the code's gradient with METHODS' weight alpha^2 / sigma^2 in place of the normaliser.
 

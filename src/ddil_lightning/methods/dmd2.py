@@ -30,7 +30,8 @@ class DMD2(Distillation):
     The guidance is baked into the student: it is not told w, and its pipeline is called with guidance_scale 1.
 
     `steps`: nodes of the grid (4: 999, 749, 499, 249). `rollouts`: the step counts that backward simulation walks. `teacher_steps`: of the
-    teacher's DDIM roll-outs, on the whole grid. `critic_lr`: default `lr`. `real_guidance`: g of the real score (default: `guidance`).
+    teacher's DDIM roll-outs, on the whole grid. `critic_lr`: default `lr`. `real_guidance`: g of the real score (default: `guidance`); 1
+    takes one evaluation of the teacher instead of two.
     `gan_weight`, `critic_gan_weight`: lambda_g and lambda_d, 0 and 0 for no GAN. `gan_features`: whose bottleneck the head reads.
     `normaliser`: of the gradient, per sample or over the batch (`direction`). `tau`: range of the scores' times as shares of T.
     `reflect_real`, `reflect_critic`, `reflect_student`: which estimates are thresholded where `reflect` is not off. The critic's is not by
@@ -104,12 +105,13 @@ class DMD2(Distillation):
         """[B] pseudo-loss whose gradient in x is `direction` / numel."""
         y, t, _ = self.diffuse(x.detach(), "matching", *self.tau)
         with torch.no_grad():
-            c = b.c if self.real_guidance is None else b.c.guided(to_w(self.real_guidance))
+            g = self.real_guidance
+            c = b.c if g is None else b.c.guided(None if g == 1 else to_w(g))
             real, fake = self.teacher(y, t, c).x0, self.critic(y, t, b.c).x0
             if self.reflect_critic:
                 fake = self.reflection(fake)
-            g = direction(x, real, fake, self.normaliser)
-        return 0.5 * mse(x, (x - g).detach())
+            d = direction(x, real, fake, self.normaliser)
+        return 0.5 * mse(x, (x - d).detach())
 
     def realism(self, x: Tensor, b: LatentBatch) -> Tensor | float:
         """[B] the student's side of the GAN: softplus(-D)."""
