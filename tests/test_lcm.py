@@ -223,7 +223,9 @@ def test_the_sampler_is_the_rollout_policy_with_the_deployed_weights(tiny: Path)
     assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(("kwargs", "words"), [({"target_decay": 1.0}, "target_decay is in"), ({"loss": "l3"}, "not 'l3'")])
+@pytest.mark.parametrize(
+    ("kwargs", "words"), [({"target_decay": 1.0}, "target_decay is in"), ({"loss": "l3"}, "not 'l3'"), ({"huber": -1.0}, "above 0, got -1")]
+)
 def test_settings_outside_their_range_are_refused(kwargs: dict[str, Any], words: str, tiny: Path) -> None:
     with pytest.raises(ValueError, match=words):
         train(LCM_W, tiny, updates=1, **kwargs)

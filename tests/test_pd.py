@@ -277,6 +277,23 @@ def test_the_weighted_loss(weight: str, factor: Any, tiny: Path) -> None:
     assert run.rows[0]["loss"] == pytest.approx(float(by_hand), rel=1e-4) and float(by_hand) != pytest.approx(float(each.mean()), rel=1e-2)
 
 
+@pytest.mark.parametrize(("weight", "factor"), [("snr+1", lambda a, s: torch.ones_like(a)), ("x0", lambda a, s: s)])
+def test_the_pseudo_huber_loss_of_the_weighted_error(weight: str, factor: Any, tiny: Path) -> None:
+    run, b = one_update(tiny, weight=weight, loss="huber", huber=0.07, w_conditioned=False, guidance=4.0)
+    m = run.method
+    with torch.no_grad():
+        error = factor(SD.alphas[b.t], SD.sigmas[b.t]).view(-1, 1, 1, 1) * (m.student(b.x_t, b.t, b.c).v - m.target(b))
+    by_hand = ((error.square() + 0.07**2).sqrt() - 0.07).mean()
+    assert run.rows[0]["loss"] == pytest.approx(float(by_hand), rel=1e-4)
+    assert float(by_hand) != pytest.approx(float(error.square().mean()), rel=1e-2)
+
+
+@pytest.mark.parametrize(("wrong", "words"), [({"loss": "l3"}, "not 'l3'"), ({"loss": "huber", "huber": 0.0}, "above 0, got 0")])
+def test_a_loss_that_is_none(wrong: dict[str, Any], words: str, tiny: Path) -> None:
+    with pytest.raises(ValueError, match=words):
+        build(PD_W, tiny, stages=PLAN, **wrong)
+
+
 def test_who_teaches_what(tiny_eps: Path, tiny: Path) -> None:
     """The pipeline teaches until guidance is learnt, by a stage of its own or by the first halving; then the former student does."""
     plan = [Stage(kind="eps_to_v", updates=1), Stage(kind="guidance", updates=1), *PLAN]

@@ -13,7 +13,7 @@ from ..schedule import Grid
 from ..solver import Policies, Policy, ddim
 from ..types import LatentBatch
 from .base import Distillation
-from .losses import Distance, distance, lerp_
+from .losses import Distance, check_distance, distance, lerp_
 
 
 class LCM(Distillation):
@@ -43,6 +43,7 @@ class LCM(Distillation):
     ) -> None:
         super().__init__(**kwargs)
         self.check_guidance(w_conditioned, "w_conditioned")
+        check_distance(loss, huber)
         if not 0 <= target_decay < 1:
             raise ValueError(f"target_decay is in [0, 1), got {target_decay}")
         self.distance, self.huber, self.target_decay = loss, huber, target_decay

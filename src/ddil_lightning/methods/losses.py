@@ -25,10 +25,17 @@ def mse(a: Tensor, b: Tensor) -> Tensor:
     return per_sample((a - b).square())
 
 
-def distance(kind: Distance, a: Tensor, b: Tensor, h: float = 1e-3) -> Tensor:
-    """[B] by name: `huber` (with its width h) or `mse`."""
+def check_distance(kind: str, h: float) -> None:
+    """Raises ValueError for a distance that is not known, or has no gradient at 0."""
     if kind not in ("huber", "mse"):
         raise ValueError(f"a loss is 'huber' or 'mse', not {kind!r}")
+    if not h > 0:
+        raise ValueError(f"huber, the width of the pseudo-Huber loss, is above 0, got {h}")
+
+
+def distance(kind: Distance, a: Tensor, b: Tensor, h: float = 1e-3) -> Tensor:
+    """[B] by name: `huber` (with its width h) or `mse`."""
+    check_distance(kind, h)
     return pseudo_huber(a, b, h) if kind == "huber" else mse(a, b)
 
 
