@@ -15,12 +15,10 @@ import argparse
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,20 +177,6 @@ def tasks(args: argparse.Namespace, pipeline: str) -> tuple[dict[str, Any], list
     return {**first, "reference": reference}, [{**run, "reference": reference} for run in runs]
 
 
-def done(jobs: int, todo: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The records of `todo` as they become ready, by `jobs` processes (1: this one)."""
-    if jobs == 1:
-        yield from map(work, todo)
-        return
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        try:
-            for future in as_completed([pool.submit(work, task) for task in todo]):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # what is finished is kept; what has not begun need not begin
-            raise
-
-
 def measure(args: argparse.Namespace) -> common.Report:
     """The report."""
     if args.quick:
@@ -206,7 +190,7 @@ def measure(args: argparse.Namespace) -> common.Report:
     start = time.time()
     baseline = work({**first, "threads": args.threads * args.jobs})
     records = []
-    for record in done(args.jobs, runs):
+    for record in common.parallel(work, runs, args.jobs):
         records.append(record)
         at = f"{len(records)}/{len(runs)}, {time.time() - start:.0f} s"
         print(f"[{at}] {record['variant']} seed {record['seed']}: trained in {record['seconds']:.0f} s", flush=True)

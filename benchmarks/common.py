@@ -5,16 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import multiprocessing
+import os
 import statistics
 import tempfile
+import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+T, R = TypeVar("T"), TypeVar("R")
 Report = dict[str, Any]
 """What a benchmark writes as JSON and prints: `rows`, `columns` (key, heading) of its table, `targets`, `notes`, `settings`, `machine`."""
 
@@ -106,6 +111,32 @@ def synchronize(device: torch.device) -> None:
     """Wait for the device, so that a clock reads what was computed and not what was queued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def parallel(work: Callable[[T], R], todo: Sequence[T], jobs: int) -> Iterator[R]:
+    """The results of `work` on all of `todo` as they become ready, by `jobs` processes (1: this one)."""
+    if jobs == 1:
+        yield from map(work, todo)
+        return
+    context = multiprocessing.get_context("spawn")  # not forked: the parent has threads by now
+    with ProcessPoolExecutor(min(jobs, len(todo)), context, initializer=follow, initargs=(os.getpid(),)) as pool:
+        try:
+            for future in as_completed([pool.submit(work, item) for item in todo]):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # what is finished is kept; what has not begun need not begin
+            raise
+
+
+def follow(parent: int) -> None:
+    """End this process once its parent is gone: one that is killed cannot say so, and its workers would go on for hours."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def mean_se(values: Sequence[float | None]) -> tuple[float | None, float | None]:

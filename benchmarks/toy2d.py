@@ -15,10 +15,7 @@ import argparse
 import functools
 import hashlib
 import json
-import multiprocessing
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -148,24 +145,13 @@ def tasks(args: argparse.Namespace) -> list[dict[str, Any]]:
     return made
 
 
-def run(todo: Sequence[dict[str, Any]], jobs: int) -> Iterator[list[dict[str, Any]]]:
-    """The tasks' records as they are done."""
-    if jobs == 1:
-        yield from map(work, todo)
-        return
-    # Not forked: the parent has threads by now.
-    with ProcessPoolExecutor(min(jobs, len(todo)), mp_context=multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(work, task) for task in todo]):
-            yield future.result()
-
-
 def measure(args: argparse.Namespace) -> common.Report:
     """Train, score, compare."""
     if args.quick:
         args.seeds, args.members, args.n = min(args.seeds, 2), 2, 64
     start, records = time.time(), []
     todo = tasks(args)
-    for i, done in enumerate(run(todo, args.jobs)):
+    for i, done in enumerate(common.parallel(work, todo, args.jobs)):
         records += done
         who, seeds = done[0]["method"], done[0]["seeds"]
         print(f"[{i + 1}/{len(todo)}, {time.time() - start:.0f} s] {who}, seeds {seeds[0]} to {seeds[-1]}", flush=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -239,3 +242,44 @@ def test_toy2d_targets_know_their_direction(script: Any) -> None:
     worse, better = (table.report(records(d), size)["targets"] for d in (0.5, -0.5))
     # An energy distance should fall and a coverage rise: the same shift can only please one of them.
     assert [t["met"] for t in worse] == [False, True] and [t["met"] for t in better] == [True, False]
+
+
+ORPHANS = """
+import os, sys, time
+sys.path.insert(0, {folder!r})
+import common
+
+def work(seconds):
+    print(os.getpid(), flush=True)
+    time.sleep(seconds)
+    return seconds
+
+if __name__ == "__main__":
+    print(list(common.parallel(work, [float(x) for x in sys.argv[1:]], 2)), flush=True)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at other processes by /proc")
+def test_workers_do_their_part_and_end_with_their_parent(tmp_path: Path) -> None:
+    file = tmp_path / "orphans.py"
+    file.write_text(ORPHANS.format(folder=str(BENCHMARKS)))
+    *_, last = subprocess.run([sys.executable, file, "0.1", "0.2", "0.3"], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert sorted(ast.literal_eval(last)) == [0.1, 0.2, 0.3]
+
+    parent = subprocess.Popen([sys.executable, file, "300", "300"], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    workers = [int(parent.stdout.readline()) for _ in range(2)]
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 30
+    while any(map(alive, workers)) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert not any(map(alive, workers))
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs: neither gone nor waiting to be collected."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
