@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +56,18 @@ def exam(config: str, words: tuple[str, ...], n: int, seed: int) -> Any:
     return Exam(method.backbone, method.eval_guidance, n=n, near=n // 2)
 
 
-def prior_words(config: str, who: str) -> list[str]:
-    """Overrides that give all roll-outs of a config to one actor."""
+def prior_words(config: str, actor: str | None, prior: Sequence[float] | None) -> list[str]:
+    """Overrides for the shares of the sources: `prior` or, without one, the config's; with an actor, it takes all roll-outs."""
     import yaml
 
     from ddil_lightning.main import find_config
 
-    forward = 0.0 if who == BACKWARD else yaml.safe_load(find_config(config).read_text())["data"]["prior"]["forward"]
-    shares = {"forward": forward, "student": 0.0, "teacher": 0.0}
-    shares["teacher" if who == TEACHER else "student"] = 1 - forward
+    found = yaml.safe_load(find_config(config).read_text())["data"]["prior"]
+    shares = dict(zip(("forward", "student", "teacher"), prior, strict=True)) if prior else found
+    if actor:
+        forward = 0.0 if actor == BACKWARD else shares["forward"]
+        shares = {"forward": forward, "student": 0.0, "teacher": 0.0}
+        shares["teacher" if actor == TEACHER else "student"] = 1 - forward
     return [f"data.prior.{name}={share}" for name, share in shares.items()]
 
 
@@ -108,8 +112,10 @@ def train(task: dict[str, Any]) -> list[dict[str, Any]]:
     for variant in task["variants"]:
         template, marks = COMMON[variant]
         config, words = template.format(task["method"]), list(group)
-        for mark in marks:
-            words += prior_words(config, mark) if mark in (TEACHER, STUDENT, BACKWARD) else [mark]
+        actor = marks[-1] if marks[-1] in (TEACHER, STUDENT, BACKWARD) else None
+        if template == DDIL and (actor or task["prior"]):
+            words += prior_words(config, actor, task["prior"])
+        words += [mark for mark in marks if mark != actor]
         if variant == "longer_base":
             words += longer(*_ratio(records, config, words, task["seeds"][0]))
         trainer, method, data = common.build(config, pipeline=None, seed=task["seeds"][0], overrides=words)
@@ -140,7 +146,7 @@ def tasks(args: argparse.Namespace) -> list[dict[str, Any]]:
         if "longer_base" in wanted and "ddil" not in wanted:
             raise ValueError("--variants longer_base needs ddil, whose network evaluations it is given")
         words = [*(quick(name) if args.quick else []), *args.set]
-        task = {"method": name, "variants": wanted, "words": words, "n": args.n, "cache": args.cache}
+        task = {"method": name, "variants": wanted, "words": words, "n": args.n, "cache": args.cache, "prior": args.prior}
         made += [{**task, "seeds": group} for group in groups]
     return made
 
@@ -170,6 +176,8 @@ def main(argv: list[str] | None = None) -> common.Report:
     parser.add_argument("--members", type=int, default=3, help="seeds per process")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--variants", nargs="+", choices=list(COMMON), help="default: all; base is always among them")
+    shares = ("FORWARD", "STUDENT", "TEACHER")
+    parser.add_argument("--prior", nargs=3, type=float, metavar=shares, help="shares of the variants with DDIL (default: their config's)")
     parser.add_argument("--n", type=int, default=2000, help="samples per seed")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--cache", help="a folder that keeps finished groups, so that a run that was stopped can go on (same code)")

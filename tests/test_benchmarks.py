@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import json
 import subprocess
@@ -210,6 +211,25 @@ def test_toy2d(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     from PIL import Image
 
     assert Image.open(picture).size[0] > 1000
+
+
+def test_a_prior_of_ones_own_is_of_the_variants_with_ddil(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy2d, seen = script("toy2d"), set()
+    build = toy2d.common.build
+
+    def watched(config: str, *, overrides: list[str], **kwargs: Any) -> Any:
+        trainer, method, data = build(config, overrides=overrides, **kwargs)
+        seen.add((config, "data.control=true" in overrides, dataclasses.astuple(data.prior)[:3]))
+        return trainer, method, data
+
+    monkeypatch.setattr(toy2d.common, "build", watched)
+    variants = ["--variants", "ddil", "same_times", "teacher_rollouts", "student_rollouts"]
+    toy2d.main(
+        ["--quick", "--methods", "dmd2", *variants, "--prior", "0.5", "0.25", "0.25", "--jobs", "1", "--json", str(tmp_path / "x.json")]
+    )
+    ddil = "toy2d/dmd2_ddil.yaml"
+    ours = {(ddil, False, (0.5, 0.25, 0.25)), (ddil, True, (0.5, 0.25, 0.25)), (ddil, False, (0.5, 0, 0.5)), (ddil, False, (0.5, 0.5, 0))}
+    assert seen == {("toy2d/dmd2.yaml", False, (0, 1, 0)), *ours}
 
 
 def test_paired_t_against_scipy_and_a_table(script: Any) -> None:
