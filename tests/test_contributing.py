@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 import commandline
 import suite
 import test_methods
 import test_resume
-from ddil_lightning.prior import SamplingPrior
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 (SOURCE,), (CONFIG,) = (re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.M | re.S) for language in ("python", "yaml"))
@@ -75,8 +73,3 @@ def test_the_loss_of_an_exact_student_is_zero(k: int, exact: bool, entry: Any, t
 def test_a_plan_that_does_not_nest_is_refused(entry: Any, tiny: Path) -> None:
     with pytest.raises(ValueError, match="teacher_steps = 10 is no multiple of steps = 4"):
         suite.build(entry, tiny, teacher_steps=10)
-
-
-def test_its_config_is_of_a_prior_with_roll_outs() -> None:
-    shares = SamplingPrior(**yaml.safe_load(CONFIG)["data"]["prior"])
-    assert shares.student > 0 and shares.teacher > 0

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ddil_lightning.analytic import Gaussian
 from ddil_lightning.denoiser import Consistency, Denoiser
-from ddil_lightning.methods.losses import distance, lerp_, mse, per_sample, pseudo_huber
+from ddil_lightning.methods.losses import check_distance, distance, lerp_, mse, per_sample, pseudo_huber
 from ddil_lightning.schedule import Grid, NoiseSchedule
 from ddil_lightning.solver import Policy
 from ddil_lightning.types import Context
@@ -67,9 +67,10 @@ def test_huber_gradient_is_bounded_and_finite_at_zero():
     assert b.grad is None  # the target is not trained
 
 
-def test_an_unknown_distance():
-    with pytest.raises(ValueError, match="'huber' or 'mse', not 'l1'"):
-        distance("l1", *pair())  # type: ignore[arg-type]
+@pytest.mark.parametrize(("kind", "h", "words"), [("l1", 0.1, "'huber' or 'mse', not 'l1'"), ("huber", 0.0, "above 0, got 0")])
+def test_a_distance_that_is_none(kind: str, h: float, words: str):
+    with pytest.raises(ValueError, match=words):
+        check_distance(kind, h)
 
 
 # Averages -----------------------------------------------------------------------------------------------------------------------
