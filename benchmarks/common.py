@@ -160,7 +160,11 @@ def cell(value: Any, se: float | None = None) -> str:
     if isinstance(value, Mapping):  # a measured mean, or a paired difference: {mean, se, paired: {mean, t, p}}
         t = (value.get("paired") or value).get("t")
         return cell(value["mean"], value.get("se")) + ("" if t is None else f" [{t:+.1f}]")
-    return f"{plain(value)} ± {plain(se)}" if value is not None and se is not None else plain(value)
+    text = plain(value)
+    if value is None or se is None:
+        return text
+    decimals = len(text.partition(".")[2])  # those of the value: an error of 6e-07 behind 0.032 says no more than 0.000
+    return f"{text} ± {se:.{decimals}f}"
 
 
 def markdown(report: Report) -> str:
