@@ -163,6 +163,8 @@ def cell(value: Any, se: float | None = None) -> str:
     text = plain(value)
     if value is None or se is None:
         return text
+    if "e" in text:
+        return f"{text} ± {plain(se)}"
     decimals = len(text.partition(".")[2])  # those of the value: an error of 6e-07 behind 0.032 says no more than 0.000
     return f"{text} ± {se:.{decimals}f}"
 

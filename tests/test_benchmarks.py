@@ -247,8 +247,8 @@ def test_paired_t_against_scipy_and_a_table(script: Any) -> None:
 
 def test_a_standard_error_has_the_decimals_of_its_value(script: Any) -> None:
     cell = script("common").cell
-    shown = [cell(0.0324, 6e-7), cell(24.58, 0.123), cell(0.008178, 7.9e-5), cell(0.5), cell(None, None)]
-    assert shown == ["0.032 ± 0.000", "24.58 ± 0.12", "0.008178 ± 0.000079", "0.500", "–"]
+    shown = [cell(0.0324, 6e-7), cell(24.58, 0.123), cell(0.008178, 7.9e-5), cell(2e-9, 1e-9), cell(0.5), cell(None, None)]
+    assert shown == ["0.032 ± 0.000", "24.58 ± 0.12", "0.008178 ± 0.000079", "2e-09 ± 1e-09", "0.500", "–"]
 
 
 def test_toy2d_targets_know_their_direction(script: Any) -> None:
