@@ -47,6 +47,7 @@ def report(
     top = [{"variant": "teacher", "seed": None, **row} for row in baseline["rows"]]
     differences = [difference(a, b, f"student@{k}", each) for a, b in AGAINST if a in order and b in order for k in STUDENT_STEPS[method]]
     shown = [("variant", ""), ("against", "minus"), *COLUMNS[1:]]
+    spent = {name: common.mean_se([sum(r["network_evaluations"].values()) for r in records if r["variant"] == name])[0] for name in order}
     return {
         "benchmark": f"builtin: {method}",
         "columns": COLUMNS,
@@ -57,6 +58,7 @@ def report(
         "targets": targets(method, teachers, {row["name"]: row["metrics"] for row in means if row["variant"] == SHIPPED}),
         "notes": [
             f"{size['seeds']} seed(s), ± is the standard error of their mean; {size['prompts']} prompts; {records[0]['updates']} updates",
+            "network evaluations of a training, one sample each: " + ", ".join(f"{name} {n:,.0f}" for name, n in spent.items()),
             "blur: residual of the judge's template fit; to teacher: mean squared difference to the teacher's images in 32 steps from "
             "the same noise; gap: share of the way from the teacher at the same steps to the teacher at 32",
         ],

@@ -153,9 +153,12 @@ def test_paired_differences_and_gaps_in_closed_form(script: Any) -> None:
     baseline = {"rows": rows({32: 1.0, 4: 2.0, 2: 5.0, 1: 9.0}, "teacher")}
     made = {("base", 0): 4.0, ("base", 1): 5.0, ("both", 0): 2.0, ("both", 1): 4.0}
     records = [
-        {"variant": v, "seed": s, "seconds": 1.0, "updates": 7, "rows": rows({4: 0.9, 2: x, 1: x}, "student")} for (v, s), x in made.items()
+        {"variant": v, "seed": s, "rows": rows({4: 0.9, 2: x, 1: x}, "student"), "seconds": 1.0, "updates": 7}
+        | {"network_evaluations": {"student": 1000 * (s + 1), "teacher": 500}}
+        for (v, s), x in made.items()
     ]
     report = module.report("lcm", baseline, records, ["base", "both"], {"seeds": 2, "prompts": 16})
+    assert "network evaluations of a training, one sample each: base 2,000, both 2,000" in report["notes"]
     mean = next(r for r in report["rows"] if (r["variant"], r["name"]) == ("both", "student@2"))
     assert mean["metrics"]["frechet"] == 3 and mean["se"]["frechet"] == pytest.approx(1.0)
     assert mean["metrics"]["gap_frechet"] == pytest.approx(((5 - 2) / 4 + (5 - 4) / 4) / 2)
