@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from ..backbones import Backbone
@@ -261,12 +262,21 @@ class Distillation(LightningModule):
     # Lightning -------------------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Check the precision, and the prior against the method. Raises ValueError."""
+        """Check strategy and precision, and the prior against the method. Raises ValueError."""
+        self.check_strategy(self.trainer.strategy)
         self.check_precision(self.trainer.precision)
         data = getattr(self.trainer, "datamodule", None)
         prior = getattr(data, "prior", None)
         if prior is not None:
             self.check_prior(prior)
+
+    def check_strategy(self, strategy: Any) -> None:
+        """Raises ValueError for a strategy that splits networks over processes: roll-outs, averages and the export take them whole."""
+        if isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+            raise ValueError(
+                f"trainer.strategy {type(strategy).__name__} splits the networks over the processes, which is not supported: take ddp; "
+                "memory is saved by model.gradient_checkpointing, model.teacher_dtype and model.accumulate with a smaller batch"
+            )
 
     def check_precision(self, precision: str) -> None:
         """Raises ValueError for a Trainer that would turn the student itself to half precision."""
