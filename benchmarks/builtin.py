@@ -4,7 +4,7 @@ Every variant is a shipped config trained by the library with its default budget
 teacher; paired differences over seeds decide. `base` is the method alone, `reflected` has reflection, `ddil` roll-outs, `both` the two: the
 shipped config; `both_critic`, of DMD2, reflects its critic as well. `same_times` is the control: as `ddil`, but every roll-out is replaced
 by data noised to its times, so that an emphasis on timesteps is not mistaken for the correction of a shift. PD's students are also sampled
-with DPM-Solver++ 2M. Finished runs are kept under --cache and not repeated.
+with DPM-Solver++ 2M. Finished runs are kept under --cache and not repeated, nor is a training whose students are to be scored anew (--n).
 
     python benchmarks/builtin.py [--method lcm] [--seeds 3] [--jobs 2] [--n 1000] [--updates N] [--variants base both ...] [--json FILE]
 """
@@ -16,7 +16,7 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,6 +40,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "same_times": ("{}_ddil.yaml", (OFF, "data.control=true")),
     "same_times_reflected": ("{}_ddil.yaml", (STATIC, "data.control=true")),
 }
+CHECKPOINT = "student.ckpt"
 DEFAULT = ["base", "reflected", "ddil", "both", "same_times_reflected"]
 
 
@@ -99,22 +100,38 @@ def teacher(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def student(task: dict[str, Any]) -> dict[str, Any]:
-    """One run: trained and scored."""
-    from ddil_lightning.runs import stage_pipelines
+    """One run, scored. Its networks are kept, so that other prompts, or more of them, need no second training."""
+    from ddil_lightning.runs import load_checkpoint, stage_pipelines
     from ddil_lightning.scoring import method_rows
 
-    with tempfile.TemporaryDirectory() as folder:  # where a method in stages leaves the students of each
-        trainer, method, data = built(task, f"trainer.default_root_dir={folder}")
-        data.captions = encoded(task["pipeline"], task["captions"])
-        start = time.perf_counter()
-        trainer.fit(method, datamodule=data)
-        seconds = time.perf_counter() - start
-        method = method.to(trainer.strategy.root_device).eval()
-        paired = Paired(suite(method.backbone.about["dataset"], task["n"]), torch.load(task["reference"], weights_only=True))
-        steps, dpm = STUDENT_STEPS[task["method"]], task["method"] == "pd"
-        rows = method_rows(paired, method, (), steps, stages=stage_pipelines(Path(folder)), dpm=dpm)  # type: ignore[arg-type]
+    folder = Path(task["students"])
+    if not (folder / CHECKPOINT).is_file():
+        train(task, folder)
+    trainer, method, _ = built(task)
+    state = load_checkpoint(folder / CHECKPOINT)
+    method.load_state_dict(state["state_dict"])
+    method.on_load_checkpoint(state)
     counts = {"updates": method.student_updates, "network_evaluations": method.evaluations}
-    return {"variant": task["variant"], "seed": task["seed"], "seconds": seconds, **counts, "rows": rows}
+    method = method.to(trainer.strategy.root_device).eval()
+    paired = Paired(suite(method.backbone.about["dataset"], task["n"]), torch.load(task["reference"], weights_only=True))
+    steps, dpm = STUDENT_STEPS[task["method"]], task["method"] == "pd"
+    rows = method_rows(paired, method, (), steps, stages=stage_pipelines(folder), dpm=dpm)  # type: ignore[arg-type]
+    return {"variant": task["variant"], "seed": task["seed"], "seconds": state["seconds"], **counts, "rows": rows}
+
+
+def train(task: dict[str, Any], folder: Path) -> None:
+    """Train one run into `folder`: its last networks, and the students of each stage. What an interrupted run has left there goes."""
+    shutil.rmtree(folder, ignore_errors=True)
+    trainer, method, data = built(task, f"trainer.default_root_dir={folder}")
+    data.captions = encoded(task["pipeline"], task["captions"])
+    start = time.perf_counter()
+    trainer.fit(method, datamodule=data)
+    state: dict[str, Any] = {"state_dict": method.state_dict(), "seconds": time.perf_counter() - start}
+    method.on_save_checkpoint(state)
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{CHECKPOINT}.part"
+    torch.save(state, part)
+    part.replace(folder / CHECKPOINT)
 
 
 def built(task: dict[str, Any], *more: str) -> tuple[Any, Any, Any]:
@@ -141,11 +158,16 @@ def fingerprint(pipeline: str) -> str:
     """A hash of all weights of a pipeline."""
     from ddil_lightning.backbones import Backbone
 
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for name, part in sorted(Backbone(pipeline).pipe.components.items()):
         for key, value in (part.state_dict() if isinstance(part, torch.nn.Module) else {}).items():
-            digest.update(f"{name}.{key}".encode() + value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+            found.update(f"{name}.{key}".encode() + value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def digest(depends: Sequence[Any]) -> str:
+    """A short name of all that something depends on."""
+    return hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]
 
 
 def tasks(args: argparse.Namespace, pipeline: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -158,8 +180,7 @@ def tasks(args: argparse.Namespace, pipeline: str) -> tuple[dict[str, Any], list
     def task(variant: str, seed: int | None, config: str, own: Sequence[str]) -> dict[str, Any]:
         overrides = [*own, *updates, *args.set] if variant else []
         said: list[Any] = [variant, seed, find_config(config).read_text(), overrides, args.captions]
-        depends = [weights, args.n, KEYS, *(said if variant else [])]
-        key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]
+        key, trained = digest([weights, args.n, KEYS, *(said if variant else [])]), digest([weights, *said])
         what = {"variant": variant, "seed": seed, "config": config, "overrides": overrides, "pipeline": pipeline, "n": args.n}
         name = f"{args.method}-{variant}-{seed}" if variant else "teacher"
         return {
@@ -168,6 +189,7 @@ def tasks(args: argparse.Namespace, pipeline: str) -> tuple[dict[str, Any], list
             "captions": args.captions,
             "threads": args.threads,
             "file": str(folder / f"{name}-{key}.json"),
+            "students": str(folder / "students" / f"{name}-{trained}"),
         }
 
     first = task("", None, "lcm.yaml", [])  # the teacher's rows are the same for every method and whatever is set

@@ -124,20 +124,27 @@ def test_builtin(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.Capture
     shares = {r["variant"]: r["network_evaluations"] for r in records}
     # The control calls no network for its stand-ins, the roll-outs do.
     assert shares["same_times_reflected"] == shares["base"] and shares["both"]["student"] > shares["base"]["student"]
-    monkeypatch.setattr(module, "student", None)  # a second call reads the cache alone
+    monkeypatch.setattr(module, "train", None)
+    for file in (tmp_path / "cache").glob("*-0-*.json"):
+        file.unlink()  # what other prompts would ask for is not there either: the students are scored anew, and not trained
+    anew = run(module, tiny, tmp_path, capsys, *options)
+    assert [row["metrics"] for row in anew["rows"]] == [row["metrics"] for row in report["rows"]] and anew["notes"] == report["notes"]
+    monkeypatch.setattr(module, "student", None)  # another call reads the cache alone
     again = run(module, tiny, tmp_path, capsys, *options)
-    assert again["rows"] == report["rows"]
+    assert again["rows"] == anew["rows"]
 
 
 def test_builtin_sets_a_method_s_own_options_on_its_students_alone(script: Any, tiny: Path, tmp_path: Path) -> None:
     module = script("builtin")
-    common = {"cache": str(tmp_path), "n": 16, "updates": None, "captions": None, "threads": 1, "seed": 0, "seeds": 1, "variants": ["both"]}
+    common = {"cache": str(tmp_path), "updates": None, "captions": None, "threads": 1, "seed": 0, "seeds": 1, "variants": ["both"]}
 
-    def tasks(method: str, *words: str) -> Any:
-        return module.tasks(SimpleNamespace(method=method, set=[*words], **common), str(tiny))
+    def tasks(method: str, *words: str, n: int = 16) -> Any:
+        return module.tasks(SimpleNamespace(method=method, set=[*words], n=n, **common), str(tiny))
 
     (teacher, runs), (plain, others) = tasks("pd", "model.init_args.teacher_steps=16"), tasks("lcm")
     assert runs[0]["overrides"][-1] == "model.init_args.teacher_steps=16" and runs[0]["file"] != others[0]["file"]
+    _, (more,) = tasks("pd", "model.init_args.teacher_steps=16", n=32)  # more prompts: other rows of the same student
+    assert more["students"] == runs[0]["students"] != others[0]["students"] and more["file"] != runs[0]["file"]
     # The teacher's rows come from lcm.yaml, which would refuse the option; they serve all methods.
     assert teacher["overrides"] == [] and teacher["file"] == plain["file"]
 
