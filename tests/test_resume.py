@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from ddil_lightning.callbacks import Checkpoints
 from suite import ALL, EPOCH, METHODS, Entry, Run, StopAt, build, captions, equal, fit, frozen, state
@@ -61,6 +62,20 @@ def test_resuming_is_exact(entry: Entry, variant: str, tiny: Path, straight: Any
     run, ckpt = straight(entry, variant)
     resumed = fit(*objects(entry, tiny, variant), ckpt=ckpt)
     same(run, resumed)
+
+
+@pytest.mark.parametrize("entry", **ALL)
+def test_resuming_is_exact_with_dropout(entry: Entry, tiny: Path, tmp_path: Path, straight: Any) -> None:
+    def dropping() -> tuple[Any, Any]:
+        method, data = objects(entry, tiny, "buffer")
+        for part in method.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.3
+        return method, data
+
+    run = fit(*dropping(), Checkpoints(every=CUT, keep=9, folder=str(tmp_path)))
+    same(run, fit(*dropping(), ckpt=tmp_path / f"updates={CUT}.ckpt"))
+    assert run.rows != straight(entry)[0].rows  # it was on
 
 
 @pytest.mark.parametrize("entry", **ALL)

@@ -205,11 +205,14 @@ class DDILDataModule(LightningDataModule):
             backbone: Any = learner.backbone  # type: ignore[attr-defined]
             encoded = encode_batch(batch, backbone, self.truncate) if isinstance(batch, RawBatch) else batch
             self._collect(encoded)
+            streams = self.streams
+            # Dropout in the training step takes torch's own numbers: they follow from the counter too, so that a resumed run repeats them.
+            torch.manual_seed(streams.local("dropout").initial_seed())
             return draw(
                 encoded,
                 learner,
                 self.prior,
-                self.streams,
+                streams,
                 shape=backbone.latent_shape,
                 buffer=self.buffer,
                 clock=self.clock,
