@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
-from ddil_lightning.callbacks import Checkpoints, Stages
+from ddil_lightning.callbacks import Checkpoints
 from suite import ALL, BATCH, FORWARD, METHODS, MIXED, Entry, Gradients, Run, build, captions, equal, fit, pictures, state
 
 WORLD, UPDATES = 2, 4
@@ -149,11 +149,11 @@ def test_another_number_of_processes_is_refused(tiny: Path, tmp_path: Path) -> N
         fit(*settings(METHODS[0], tiny), ckpt=tmp_path / "updates=2.ckpt", strategy=Pretend(0))
 
 
-@pytest.mark.parametrize("entry", METHODS, ids=str)
+@pytest.mark.parametrize("entry", **ALL)
 def test_a_strategy_that_splits_networks_is_refused(entry: Entry, tiny: Path) -> None:
     """Before anything is sharded: in setup, which comes before the strategy's own."""
     method = build(entry, tiny)
-    method.trainer = SimpleNamespace(strategy=ModelParallelStrategy(), precision="32-true", callbacks=[Stages()])  # type: ignore[assignment]
+    method.trainer = SimpleNamespace(strategy=ModelParallelStrategy())  # type: ignore[assignment]
     with pytest.raises(ValueError, match="ModelParallelStrategy splits the networks over the processes, which is not supported: take ddp"):
         method.setup("fit")
 

@@ -207,7 +207,7 @@ class DDILDataModule(LightningDataModule):
             self._collect(encoded)
             streams = self.streams
             # Dropout in the training step takes torch's own numbers: they follow from the counter too, so that a resumed run repeats them.
-            torch.manual_seed(streams.local("dropout").initial_seed())
+            torch.manual_seed(streams.number("dropout"))
             return draw(
                 encoded,
                 learner,

@@ -23,7 +23,11 @@ class Streams(NamedTuple):
 
     def local(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
         """Different on every rank: noise, guidance, picks."""
-        return torch.Generator(device).manual_seed(self._hash(purpose, self.rank))
+        return torch.Generator(device).manual_seed(self.number(purpose))
+
+    def number(self, purpose: str) -> int:
+        """The seed of `local`, for a generator that is already there."""
+        return self._hash(purpose, self.rank)
 
     def _hash(self, *words: Any) -> int:
         text = ":".join(map(str, (self.seed, self.stage, self.step, *words)))
