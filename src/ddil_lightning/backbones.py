@@ -123,7 +123,7 @@ class UNet(nn.Module):
         out = x_t
         try:
             with suppress(_Bottleneck):
-                out = self(x_t, t, c)
+                out = self.forward(x_t, t, c)  # not self(...): under FSDP2 the call of `features` has gathered the weights already
         finally:
             handle.remove()
         return out, kept[0]

@@ -47,10 +47,8 @@ class Previews(Callback):
             self.draw(trainer, pl_module)
 
     def draw(self, trainer: Any, method: Any) -> None:
-        """Sample, write the PNG, hand it to the loggers. Rank 0 draws alone: nothing here is a collective call under DDP."""
+        """Sample, write the PNG, hand it to the loggers. All processes sample, a sharded student answers only then; rank 0 writes."""
         self._drawn = method.student_updates
-        if not trainer.is_global_zero:
-            return
         backbone = method.backbone
         prompts = self.prompts or backbone.about.get("previews") or trainer.datamodule.examples(self.count)
         prompts = list(prompts)[: self.count]
@@ -59,6 +57,8 @@ class Previews(Callback):
             if not self._teacher:
                 self._teacher = [self._row(method, method.teacher_sampler(n), prompts) for n in self.teacher_steps]
             student = [self._row(method, method.sampler(n), prompts) for n in steps]
+        if not trainer.is_global_zero:
+            return
         labels = [f"teacher@{n}" for n in self.teacher_steps] + [f"student@{n}" for n in steps]
         side = student[0].shape[-1]
         picture = sampling.sheet([*self._teacher, *student], labels, prompts, scale=max(1, 96 // side))

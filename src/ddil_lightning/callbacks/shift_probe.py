@@ -38,9 +38,9 @@ class ShiftProbe(Callback):
         pl_module.sampler(self.steps)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Probe when the clock says so. Rank 0 alone: nothing here is a collective call under DDP."""
+        """Probe when the clock says so. All processes sample, a sharded student answers only then."""
         clock = pl_module.student_updates
-        if clock == self._probed or clock == 0 or clock % self.every or not trainer.is_global_zero:
+        if clock == self._probed or clock == 0 or clock % self.every:
             return
         self._probed = clock
         with torch.no_grad(), trainer.precision_plugin.forward_context():

@@ -54,8 +54,10 @@ class Stages(Callback):
         if not staged(pl_module):
             return
         moved, self._clock = pl_module.student_updates != self._clock, pl_module.student_updates
-        if moved and pl_module.stage_updates == pl_module.now.length and self.pipelines and trainer.is_global_zero:
-            self.deliver(trainer, pl_module)
+        if moved and pl_module.stage_updates == pl_module.now.length and self.pipelines:
+            with pl_module.gathered():
+                if trainer.is_global_zero:
+                    self.deliver(trainer, pl_module)
         self._go_on(trainer, pl_module)
 
     def _go_on(self, trainer: Any, method: Any) -> None:

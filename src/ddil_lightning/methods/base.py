@@ -7,9 +7,8 @@ import logging
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from ..backbones import Backbone
@@ -20,9 +19,10 @@ from ..solver import Policy
 from ..types import LatentBatch
 from .clock import Clock, Means
 from .losses import lerp_
+from .sharding import Shardable, check_strategy
 
 
-class Distillation(LightningModule):
+class Distillation(Shardable):
     """Base of every method. A method builds `student`, `policies` and `grid` and writes `training_step`.
 
     `pipeline`: built-in name, folder, hub id, or a loaded Backbone. `guidance`: g, or a range [g_min, g_max] for a student that is told it
@@ -114,7 +114,12 @@ class Distillation(LightningModule):
         return {"student": self.student, "teacher": self.teacher}
 
     def deployed(self) -> nn.Module:
-        """The student network (a backbones.UNet) that is evaluated and exported: the average if there is one."""
+        """The student network (a backbones.UNet) that is evaluated and exported: the average if there is one.
+
+        Under fsdp2 it is sharded while it trains, and all processes must call it together; see `gathered`.
+        """
+        if self.whole is not None:
+            return self.whole
         return self.average if self.average is not None else self.student.network
 
     def with_average(self) -> None:
@@ -178,7 +183,8 @@ class Distillation(LightningModule):
         # All processes stop together: one that left alone would leave the others waiting for its gradients.
         if not self.trainer.strategy.reduce_boolean_decision(fine):
             found = f"the {name} is not finite on another process" if fine else f"the {name} is {float(loss.detach())}"
-            raise FloatingPointError(f"{found} at student update {self.student_updates}{'' if fine else self._suspects()}")
+            suspects = self._suspects()  # on all processes: a sharded network answers only when all ask
+            raise FloatingPointError(f"{found} at student update {self.student_updates}{'' if fine else suspects}")
         self._last = loss.detach()
         self.record(**{name: loss})
         self.manual_backward(loss / self.accumulate)
@@ -254,29 +260,21 @@ class Distillation(LightningModule):
         b = self._batch
         if b is None:
             return ""
+        bad = [name for name, d in self.denoisers().items() if not bool(d(b.x_t, b.t, b.c).x0.isfinite().all())]
         if not bool(b.x_t.isfinite().all()):
             return ": the latents themselves are not finite"
-        bad = [name for name, d in self.denoisers().items() if not bool(d(b.x_t, b.t, b.c).x0.isfinite().all())]
         return f": not finite is the output of the {' and the '.join(bad)} network" if bad else ": the outputs of all networks are finite"
 
     # Lightning -------------------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         """Check strategy and precision, and the prior against the method. Raises ValueError."""
-        self.check_strategy(self.trainer.strategy)
+        check_strategy(self.trainer.strategy, self.trainer.precision)
         self.check_precision(self.trainer.precision)
         data = getattr(self.trainer, "datamodule", None)
         prior = getattr(data, "prior", None)
         if prior is not None:
             self.check_prior(prior)
-
-    def check_strategy(self, strategy: Any) -> None:
-        """Raises ValueError for a strategy that splits networks over processes: roll-outs, averages and the export take them whole."""
-        if isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
-            raise ValueError(
-                f"trainer.strategy {type(strategy).__name__} splits the networks over the processes, which is not supported: take ddp; "
-                "memory is saved by model.gradient_checkpointing, model.teacher_dtype and model.accumulate with a smaller batch"
-            )
 
     def check_precision(self, precision: str) -> None:
         """Raises ValueError for a Trainer that would turn the student itself to half precision."""
@@ -315,7 +313,8 @@ class Distillation(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The clock and the counts."""
         names = ("student_updates", "stage", "stage_start", "has_box", "evaluations")
-        checkpoint["ddil"] = {**{name: getattr(self, name) for name in names}, "micro": dict(self._micro)}
+        own = {"micro": dict(self._micro), "sharded": self.sharded}
+        checkpoint["ddil"] = {**{name: getattr(self, name) for name in names}, **own}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore them."""
@@ -328,6 +327,6 @@ class Distillation(LightningModule):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Distillation:
         super()._apply(fn, recurse)
-        for part in self.backbone.parts():
+        for part in (*self.backbone.parts(), *filter(None, [self.whole])):
             part._apply(fn)
         return self
