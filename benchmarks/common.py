@@ -56,7 +56,7 @@ def clock(args: argparse.Namespace) -> Callable[[], float]:
 
 def quiet() -> None:
     """Only the benchmark speaks."""
-    from ddil_lightning.cli import quiet as silence
+    from ddil_lightning.messages import quiet as silence
 
     silence()
     warnings.filterwarnings("ignore", module="lightning")
@@ -195,8 +195,8 @@ def grid(columns: Sequence[Sequence[str]], rows: Sequence[Mapping[str, Any]]) ->
 
 def publish(report: Report, args: argparse.Namespace) -> Report:
     """Print the report and write it to --json."""
-    from ddil_lightning.cli import machine
     from ddil_lightning.evaluate import write_rows
+    from ddil_lightning.finish import machine
 
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("json",)}
     report = {"settings": settings, "machine": {**machine(), "threads": torch.get_num_threads()}, **report}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ddil_lightning import cli
+from ddil_lightning import fitting
 from ddil_lightning.main import config_names, configs_folder, find_config
 from ddil_lightning.miniature import pretrain
 
@@ -30,7 +30,7 @@ def test_fit(name: str, tiny: Path, here: Path) -> None:
     words += ["--previews.every=0", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--run_dir=r"]
     if name.startswith("dmd2"):  # every batch is the student's, and takes two steps of Lightning's
         words += ["--model.critic_steps=1", "--trainer.fast_dev_run=4"]
-    assert cli.fit(words) == 0
+    assert fitting.fit(words) == 0
     assert json.loads((here / "r" / "summary.json").read_text())["student_updates"] == 2
     assert (here / "r" / "pipeline" / "model_index.json").is_file()
     assert (here / "runs" / name.removesuffix(".yaml") / "latest").resolve() == here / "r"
@@ -39,7 +39,7 @@ def test_fit(name: str, tiny: Path, here: Path) -> None:
 @pytest.mark.parametrize("name", TOY)
 def test_toy(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--config", str(find_config(name)), "--model.pipeline.init_args.width=8", "--model.pipeline.init_args.members=1"]
-    assert cli.fit([*words, "--trainer.fast_dev_run=2", "--test.n=64", "--test.teacher_steps=[4]", "--run_dir=r"]) == 0
+    assert fitting.fit([*words, "--trainer.fast_dev_run=2", "--test.n=64", "--test.teacher_steps=[4]", "--run_dir=r"]) == 0
     assert "no pipeline can hold this student" in capsys.readouterr().out
     summary = json.loads((here / "r" / "summary.json").read_text())
     roles = [row["name"].split("@")[0] for row in summary["rows"]]

@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
-from ddil_lightning.datamodule import CounterSampler, evaluating
+from ddil_lightning.counter import CounterSampler
+from ddil_lightning.datamodule import evaluating
 from ddil_lightning.prior import SamplingPrior
 from ddil_lightning.rollout import Streams, forward
 from ddil_lightning.types import FORWARD, STUDENT, TEACHER

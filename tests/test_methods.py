@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule
 from torch.utils.data import DataLoader
 
-from ddil_lightning.datamodule import CounterSampler
+from ddil_lightning.counter import CounterSampler
 from ddil_lightning.rollout import Streams, forward
 from suite import (
     ALL,

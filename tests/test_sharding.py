@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ddil_lightning import cli
+from ddil_lightning import fitting
 from ddil_lightning.callbacks import Checkpoints
 from ddil_lightning.datamodule import DDILDataModule
 from ddil_lightning.methods.sharding import Sharded
@@ -141,7 +141,7 @@ def test_a_run_by_the_command_line(tiny: Path, tmp_path: Path, monkeypatch: pyte
     path = config(tiny, tmp_path)
 
     def job(rank: int) -> None:
-        assert cli.fit(["--config", str(path), "--run_dir", "run"]) == 0
+        assert fitting.fit(["--config", str(path), "--run_dir", "run"]) == 0
 
     forked(job)
     run = tmp_path / "run"

@@ -270,13 +270,13 @@ previews: {{every: 3, count: 1, teacher_steps: [2]}}
 @pytest.fixture(scope="module")
 def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a complete run."""
-    from ddil_lightning import cli
+    from ddil_lightning import fitting
 
     folder = tmp_path_factory.mktemp("pd")
     (folder / "pd.yaml").write_text(RUN.format(pipeline=tiny))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert cli.fit(["--config", "pd.yaml", "--run_dir", "r"]) == 0
+        assert fitting.fit(["--config", "pd.yaml", "--run_dir", "r"]) == 0
     return folder / "r"
 
 

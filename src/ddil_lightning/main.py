@@ -131,9 +131,9 @@ def _fit(argv: list[str]) -> int | None:
     words = expand(argv, FIT_SHORT)
     if "--config" not in words and not any(word == "-h" or word.partition("=")[0].endswith("help") for word in words):
         raise Refusal(f"ddil-fit needs --config NAME; packaged are {', '.join(config_names())}")
-    from . import cli
+    from . import fitting
 
-    return cli.fit(words)
+    return fitting.fit(words)
 
 
 def _test(argv: list[str]) -> int | None:
