@@ -21,8 +21,8 @@ BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
 class Sharded(ModelParallelStrategy):
     """`trainer.strategy=fsdp2`: every process keeps its share of the weights, gradients, averages and optimiser states.
 
-    The frozen pipeline stays whole on every process (`model.teacher_dtype` halves it): its roll-outs are most of the calls, and each would
-    gather it anew. Checkpoints are single files with whole weights, as under DDP.
+    The frozen pipeline stays whole on every process (`model.teacher_dtype` halves it), because every call of it would gather it anew.
+    Checkpoints are single files with whole weights, as under DDP.
     """
 
     def __init__(self, process_group_backend: str | None = None) -> None:
@@ -72,7 +72,7 @@ def shard(method: nn.Module, mesh: Any) -> None:
 
 
 def networks(method: nn.Module) -> Iterator[nn.Module]:
-    """The networks behind a method's submodules: those of its denoisers, and other modules with parameters."""
+    """The networks behind a method's submodules: those of its denoisers, and other modules with parameters, called by their forward."""
     for child in method.children():
         network = child.network if isinstance(child, Denoiser) else child
         if next(network.parameters(), None) is not None:
