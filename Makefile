@@ -17,8 +17,8 @@ help: ## show this list
 fit: $(READY) ## install, then train a few-step student of the built-in pipeline (CONFIG, ARGS)
 	$(BIN)/ddil-fit --config $(CONFIG) $(ARGS)
 
-test: $(READY) ## install, then run the tests, in two processes (ARGS)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+test: $(READY) ## install, then run the tests (ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(READY) ## check style and types
 	$(BIN)/python -m ruff check

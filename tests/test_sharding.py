@@ -1,4 +1,7 @@
-"""Networks sharded over two processes (fsdp2) against whole ones (ddp), for every method: forked, gloo, on the CPU."""
+"""Networks sharded over two processes (fsdp2) against whole ones (ddp), for every method: forked, gloo, on the CPU.
+
+What trains on two processes is marked slow: it takes two minutes, and now and then a forked process has died in native code.
+"""
 
 from __future__ import annotations
 
@@ -66,6 +69,7 @@ def runs(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.Te
     return entry, {kind: [torch.load(folder / f"{kind}{rank}.pt") for rank in range(WORLD)] for kind in kinds}
 
 
+@pytest.mark.slow
 def test_training_is_that_of_whole_networks(runs: Any) -> None:
     """Clipped gradients of every optimiser step, and losses, to rounding. Adam makes that rounding visible where a gradient is next to
     nothing, so the weights at the end are compared by their norm."""
@@ -83,6 +87,7 @@ def test_training_is_that_of_whole_networks(runs: Any) -> None:
     assert whole["deployed"].keys() == sharded["deployed"].keys() and float((a - b).norm()) < 1e-3 * float(a.norm())
 
 
+@pytest.mark.slow
 def test_a_process_holds_its_share_alone(runs: Any) -> None:
     """Of weights, averages and optimiser states."""
     _, found = runs
@@ -97,6 +102,7 @@ def test_a_process_holds_its_share_alone(runs: Any) -> None:
         assert max(shares) < 0.6 * whole and sum(shares) < 1.1 * whole
 
 
+@pytest.mark.slow
 def test_resuming_is_exact(runs: Any) -> None:
     _, found = runs
     for a, b in zip(found["fsdp2"], found["resumed"], strict=True):
@@ -135,6 +141,7 @@ trainer:
     return path
 
 
+@pytest.mark.slow
 def test_a_run_by_the_command_line(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Previews, probe, stages, checkpoints, the export and its check, in bf16 and with gradient checkpointing."""
     monkeypatch.chdir(tmp_path)
@@ -156,6 +163,7 @@ def test_a_run_by_the_command_line(tiny: Path, tmp_path: Path, monkeypatch: pyte
         assert torch.equal(weight, unets[1][name]) and torch.equal(weight, kept[f"average.unet.{name}"])
 
 
+@pytest.mark.slow
 def test_a_sharded_checkpoint_is_a_checkpoint(tiny: Path, tmp_path: Path) -> None:
     """Whole networks go on from it; the other way round is refused, because the optimisers' states are numbered otherwise."""
     pictures(tiny)
@@ -178,6 +186,7 @@ def test_a_sharded_checkpoint_is_a_checkpoint(tiny: Path, tmp_path: Path) -> Non
             assert a["step"] == b["step"] and float((a["exp_avg"] - b["exp_avg"]).norm()) < 1e-2 * float(a["exp_avg"].norm())
 
 
+@pytest.mark.slow
 def test_all_processes_stop_when_one_meets_a_number_that_is_not_finite(tiny: Path) -> None:
     """The search for the network to blame asks sharded networks too, and must not leave one process waiting for the other."""
     pictures(tiny)
