@@ -24,8 +24,8 @@ WORLD = 2
 def forked(job: Callable[[int], None], timeout: float = 240) -> None:
     """Runs `job(rank)` in WORLD children of this process, started as torchrun would: seconds, not the half minute of new imports.
 
-    Libraries that other tests have loaded are not all made for a fork. So a child that dies of a crash in native code (a few in some hundred
-    jobs) has the job run a second time, with a warning; a second crash is a failure, as is every exception at once.
+    Libraries that other tests have loaded are not all made for a fork. So a child that dies of a crash in native code (a few in some
+    hundred jobs) has the job run a second time, with a warning; a second crash is a failure, as is every exception at once.
     """
     codes = _codes(job, timeout)
     if any(code in (-signal.SIGABRT, -signal.SIGSEGV) for code in codes):
