@@ -10,7 +10,6 @@ import socket
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -24,18 +23,8 @@ WORLD = 2
 def forked(job: Callable[[int], None], timeout: float = 240) -> None:
     """Runs `job(rank)` in WORLD children of this process, started as torchrun would: seconds, not the half minute of new imports.
 
-    Libraries that other tests have loaded are not all made for a fork. So a child that dies of a crash in native code (a few in some
-    hundred jobs) has the job run a second time, with a warning; a second crash is a failure, as is every exception at once.
+    Children that wait for one that has failed, or for ever, are killed. A crash in native code prints the child's stack.
     """
-    codes = _codes(job, timeout)
-    if any(code in (-signal.SIGABRT, -signal.SIGSEGV) for code in codes):
-        warnings.warn(f"a child died in native code (exit codes {codes}): once more", stacklevel=2)
-        codes = _codes(job, timeout)
-    assert codes == [0] * WORLD, f"exit codes of the processes: {codes}"
-
-
-def _codes(job: Callable[[int], None], timeout: float) -> list[int]:
-    """The children's exit codes; those that wait for one that has failed, or for ever, are killed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -57,7 +46,7 @@ def _codes(job: Callable[[int], None], timeout: float) -> list[int]:
     for pid in (pid for pid in children if pid not in codes):
         os.kill(pid, signal.SIGKILL)
         codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return [codes[pid] for pid in children]
+    assert not any(codes.values()), f"exit codes of the processes: {[codes[pid] for pid in children]}"
 
 
 def _child(job: Callable[[int], None], rank: int, port: int) -> int:
