@@ -11,6 +11,7 @@ from torch import Tensor
 from .denoiser import to_w
 from .schedule import Grid
 from .solver import Policy
+from .streams import Streams
 
 if TYPE_CHECKING:
     from .backbones import Backbone
@@ -21,17 +22,25 @@ def noise(n: int, shape: Sequence[int], seed: int) -> Tensor:
     return torch.stack([torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed + i)) for i in range(n)])
 
 
+def renoising(n: int, seed: int) -> list[torch.Generator]:
+    """A generator for the re-noising of every sample: a function of seed + i as the noise that it starts from, and independent of that.
+
+    So an image depends neither on the batch it is drawn in nor on the device.
+    """
+    return [Streams(seed + i, 0).local("renoise") for i in range(n)]
+
+
 @torch.no_grad()
 def latents(
     backbone: Backbone, policy: Policy, grid: Grid, prompts: Sequence[str], g: float | None, seed: int = 0, chunk: int = 128
 ) -> Tensor:
-    """Final latents [N, C, h, w] of `prompts` at guidance `g` (None: unguided). A chunk's re-noising is seeded by its first sample."""
+    """Final latents [N, C, h, w] of `prompts` at guidance `g` (None: unguided), `chunk` at a time."""
     out = []
-    x_T = noise(len(prompts), backbone.latent_shape, seed)
+    x_T, generators = noise(len(prompts), backbone.latent_shape, seed), renoising(len(prompts), seed)
     for start in range(0, len(prompts), chunk):
-        c = backbone.encode_text(prompts[start : start + chunk]).guided(None if g is None else to_w(g))
-        generator = torch.Generator(backbone.device).manual_seed(seed + start)
-        out.append(policy.sample(x_T[start : start + chunk].to(backbone.device), grid, c, generator))
+        part = slice(start, start + chunk)
+        c = backbone.encode_text(prompts[part]).guided(None if g is None else to_w(g))
+        out.append(policy.sample(x_T[part].to(backbone.device), grid, c, generators[part]))
     return torch.cat(out)
 
 
@@ -47,16 +56,15 @@ def pipeline_latents(pipe: Any, prompts: Sequence[str], steps: int, g: float, se
     """Final latents of a diffusers pipeline called as its users call it, from the same noise as `latents`."""
     out = []
     shape = (pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size)
-    x_T = noise(len(prompts), shape, seed)
+    x_T, generators = noise(len(prompts), shape, seed), renoising(len(prompts), seed)
     for start in range(0, len(prompts), chunk):
-        part = list(prompts[start : start + chunk])
-        generator = torch.Generator(pipe.device).manual_seed(seed + start)
+        part = slice(start, start + chunk)
         made = pipe(
-            prompt=part,
+            prompt=list(prompts[part]),
             num_inference_steps=steps,
             guidance_scale=g,
-            latents=x_T[start : start + chunk].to(pipe.device, pipe.unet.dtype),
-            generator=generator,
+            latents=x_T[part].to(pipe.device, pipe.unet.dtype),
+            generator=generators[part],
             output_type="latent",
         )
         out.append(made.images.float())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .schedule import Grid, NoiseSchedule
+from .streams import Generators, normal
 from .types import END, Context, Prediction
 
 Transition = Literal["ddim", "renoise"]
@@ -72,14 +73,14 @@ class Policy(nn.Module):
         """The schedule of the denoiser."""
         return self.denoiser.schedule  # type: ignore[return-value]
 
-    def forward(self, x_t: Tensor, t: int, s: int, c: Context, generator: torch.Generator | None = None) -> Tensor:
-        """One interval of the student's grid, all samples at the same times. `generator` draws the noise of re-noising."""
+    def forward(self, x_t: Tensor, t: int, s: int, c: Context, generator: Generators | None = None) -> Tensor:
+        """One interval of the student's grid, all samples at the same times. `generator` draws the noise of re-noising (streams.normal)."""
         stops = self._stops(t, s)
         for a, b in zip(stops, stops[1:], strict=False):
             x_t = self.step(x_t, a, b, c, generator)
         return x_t
 
-    def step(self, x_t: Tensor, t: int, s: int, c: Context, generator: torch.Generator | None = None) -> Tensor:
+    def step(self, x_t: Tensor, t: int, s: int, c: Context, generator: Generators | None = None) -> Tensor:
         """One network call and its transition."""
         now, then = (torch.full((len(x_t),), time, device=x_t.device) for time in (t, s))
         p: Prediction = self.denoiser(x_t, now, c)
@@ -87,10 +88,9 @@ class Policy(nn.Module):
             return ddim(self.schedule, x_t, p, now, then)
         if s == END:
             return p.x0
-        noise = torch.randn(x_t.shape, generator=generator, device=x_t.device, dtype=p.x0.dtype)
-        return renoise(self.schedule, p, then, noise)
+        return renoise(self.schedule, p, then, normal(p.x0, generator))
 
-    def walk(self, x_t: Tensor, grid: Grid, c: Context, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+    def walk(self, x_t: Tensor, grid: Grid, c: Context, generator: Generators | None = None) -> Iterator[Tensor]:
         """The states after every interval of `grid`, the last at its end: the inference sampler, one state at a time."""
         times = grid.times.tolist()
         for t, s in zip(times, times[1:], strict=False):
@@ -98,7 +98,7 @@ class Policy(nn.Module):
             yield x_t
 
     @torch.no_grad()
-    def sample(self, x_t: Tensor, grid: Grid, c: Context, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, x_t: Tensor, grid: Grid, c: Context, generator: Generators | None = None) -> Tensor:
         """x0 [B, ...] from x_T [B, ...] down `grid`."""
         for state in self.walk(x_t, grid, c, generator):
             x_t = state
@@ -115,7 +115,7 @@ class Policy(nn.Module):
 class Multistep(Policy):
     """A DDIM policy evaluated with DPM-Solver++ 2M: a walk remembers x0; one interval by itself is first order, which is DDIM."""
 
-    def walk(self, x_t: Tensor, grid: Grid, c: Context, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+    def walk(self, x_t: Tensor, grid: Grid, c: Context, generator: Generators | None = None) -> Iterator[Tensor]:
         """The states after every interval of `grid`, the last at its end."""
         solver, times = DPMSolver2M(self.schedule), grid.times.tolist()
         for t, s in zip(times, times[1:], strict=False):

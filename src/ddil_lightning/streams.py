@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
+Generators = torch.Generator | Sequence[torch.Generator]
+"""One generator for a batch, on its device, or one for every sample, on the CPU."""
 
 
 class Streams(NamedTuple):
@@ -32,3 +37,13 @@ class Streams(NamedTuple):
     def _hash(self, *words: Any) -> int:
         text = ":".join(map(str, (self.seed, self.stage, self.step, *words)))
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def normal(like: Tensor, generator: Generators | None) -> Tensor:
+    """Standard normal numbers of the shape, type and device of `like` [B, ...].
+
+    From a generator for every sample they depend on neither the batch nor the device, and are those of diffusers' `randn_tensor`.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+    return torch.stack([torch.randn(like.shape[1:], generator=g, dtype=like.dtype) for g in generator]).to(like.device)

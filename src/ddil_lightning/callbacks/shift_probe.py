@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from ..denoiser import Denoiser, to_w
+from ..sampling import noise, renoising
 from ..schedule import Grid
 from ..shift import energy_distance
 from ..solver import Policy
@@ -54,11 +55,11 @@ class ShiftProbe(Callback):
         policy, grid = method.sampler(self.steps)
         if not self._references:
             walker = Policy(self._teacher(method), "ddim", fine=Grid.named("trailing", self.teacher_steps, method.teacher.schedule.steps))
-            self._references["teacher"] = self._states(walker, grid, method, batch, self.seed + 1)
+            # Every set of latents has seeds of its own: seed + i is that of sample i.
+            self._references["teacher"] = self._states(walker, grid, method, batch, self.seed + self.count)
             if batch.latent is not None:
-                noise = self._noise(batch, method, self.seed + 2)
-                schedule = method.teacher.schedule
-                self._references["forward"] = {t: schedule.add_noise(batch.latent, noise, t) for t in grid.nodes.tolist()[1:]}
+                eps, schedule = self._noise(batch, method, self.seed + 2 * self.count), method.teacher.schedule
+                self._references["forward"] = {t: schedule.add_noise(batch.latent, eps, t) for t in grid.nodes.tolist()[1:]}
         mine = self._states(policy, grid, method, batch, self.seed)
         values: dict[str, float] = {}
         for name, reference in self._references.items():
@@ -67,14 +68,12 @@ class ShiftProbe(Callback):
         return values
 
     def _states(self, policy: Policy, grid: Grid, method: Any, batch: Any, seed: int) -> dict[int, Tensor]:
-        generator = torch.Generator(method.device).manual_seed(seed)
         c = batch.c.guided(to_w(method.eval_guidance))
-        walk = policy.walk(self._noise(batch, method, seed), grid, c, generator)
+        walk = policy.walk(self._noise(batch, method, seed), grid, c, renoising(len(batch.rows), seed))
         return dict(zip(grid.nodes.tolist()[1:], walk, strict=False))
 
     def _noise(self, batch: Any, method: Any, seed: int) -> Tensor:
-        shape = (len(batch.rows), *method.backbone.latent_shape)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(method.device)
+        return noise(len(batch.rows), method.backbone.latent_shape, seed).to(method.device)
 
     def _teacher(self, method: Any) -> Denoiser:
         teacher = method.teacher
