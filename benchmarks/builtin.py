@@ -77,7 +77,8 @@ def suite(dataset: str, n: int) -> Suite:
 def encoded(pipeline: str, n: int | None) -> Any:
     """The training data after the frozen encoders, once per process; `n`: only so many captions."""
     from ddil_lightning.backbones import Backbone
-    from ddil_lightning.captions import Shapes, builtin, encode
+    from ddil_lightning.captions import Shapes, builtin
+    from ddil_lightning.encoded import encode
 
     backbone = Backbone(pipeline)
     dataset = backbone.about.get("dataset", "shapes")

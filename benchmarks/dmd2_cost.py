@@ -23,7 +23,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddil_lightning.captions import encode
+from ddil_lightning.encoded import encode
 from ddil_lightning.methods.dmd2 import untouched
 from ddil_lightning.types import LatentBatch
 

@@ -23,7 +23,7 @@ import common
 from lightning.pytorch import Callback
 
 from ddil_lightning.buffer import ReplayBuffer
-from ddil_lightning.captions import encode
+from ddil_lightning.encoded import encode
 from ddil_lightning.prior import SamplingPrior
 
 PLAIN_COST = 6  # forwards of one sample in a plain LCM step; a backward counts as two

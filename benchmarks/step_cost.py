@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from ddil_lightning.captions import Encoded, encode
+from ddil_lightning.encoded import Encoded, encode
 from ddil_lightning.methods.losses import distance, lerp_
 from ddil_lightning.rollout import guided
 from ddil_lightning.solver import ddim

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ddil_lightning.backbones import Backbone
 from ddil_lightning.callbacks import Stages
-from ddil_lightning.captions import Captions, Encoded, encode
+from ddil_lightning.captions import Captions
 from ddil_lightning.datamodule import DDILDataModule
+from ddil_lightning.encoded import Encoded, encode
 from ddil_lightning.methods import DMD2, LCM, PD, Stage
 from ddil_lightning.methods.base import Distillation
 from ddil_lightning.prior import SamplingPrior

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 
-from ddil_lightning.captions import Encoded
+from ddil_lightning.encoded import Encoded
 from ddil_lightning.prior import SamplingPrior
 from suite import FORWARD, METHODS, Gradients, backbone, build, captions, fit, pictures, train
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ddil_lightning.callbacks import AnnealPrior, Cadence, Checkpoints, FlushBuffer, Previews, Progress, ShiftProbe
 from ddil_lightning.callbacks.checkpoints import AGREE, clock_of, finite, sorted_checkpoints
-from ddil_lightning.captions import Encoded
+from ddil_lightning.encoded import Encoded
 from ddil_lightning.prior import Constant, Gated, Linear, Piecewise, SamplingPrior
 from ddil_lightning.shift import shift_report
 from ddil_lightning.types import FORWARD, STUDENT

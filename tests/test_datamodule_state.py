@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ddil_lightning.backbones import Backbone
-from ddil_lightning.captions import Captions, Encoded
+from ddil_lightning.captions import Captions
 from ddil_lightning.datamodule import DDILDataModule
+from ddil_lightning.encoded import Encoded
 from ddil_lightning.prior import SamplingPrior
 from ddil_lightning.types import FORWARD
 from toy import FORWARD_ONLY, HALF, Toy, attach, data, equal, first, module

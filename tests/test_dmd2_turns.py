@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from commandline import refused
 from ddil_lightning import export, sampling
-from ddil_lightning.captions import Encoded
+from ddil_lightning.encoded import Encoded
 from ddil_lightning.methods import DMD2
 from ddil_lightning.prior import SamplingPrior
 from ddil_lightning.rollout import roll

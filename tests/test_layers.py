@@ -15,10 +15,17 @@ FILES = [p for p in sorted(ROOT.rglob("*.py")) if p != ROOT / "__init__.py"]
 # because it imports nothing when it is loaded, and reaches the commands from inside functions.
 ORDER = (
     "main messages files types streams schedule reflect prior denoiser analytic solver buffer rollout shift backbones sampling "
-    "miniature captions counter datamodule methods metrics charts results evaluate report export callbacks scoring runs toy finish "
+    "miniature captions encoded counter datamodule methods metrics charts results evaluate report export callbacks scoring runs toy finish "
     "cli fitting commands "
 ).split()
-FEEDBACK_NEVER_SEES = {"prior", "buffer", "rollout", "captions", "datamodule"}  # which x_t is trained on is not a method's business
+FEEDBACK_NEVER_SEES = {
+    "prior",
+    "buffer",
+    "rollout",
+    "captions",
+    "encoded",
+    "datamodule",
+}  # which x_t is trained on is not a method's business
 MAY_BUILD_PIPELINES = {"backbones", "export", "miniature"}
 HEAVY = {"diffusers", "transformers", "wandb", "datasets", "open_clip", "lpips", "peft", "sklearn", "scipy", "matplotlib", "pandas"}
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ddil_lightning.backbones import w_embedding
 from ddil_lightning.callbacks import Checkpoints, Stages
-from ddil_lightning.captions import encode
 from ddil_lightning.datamodule import DDILDataModule
 from ddil_lightning.denoiser import Denoiser
+from ddil_lightning.encoded import encode
 from ddil_lightning.methods import DMD2, LCM, PD
 from ddil_lightning.methods.plan import Stage
 from ddil_lightning.reflect import Reflection

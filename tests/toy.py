@@ -12,9 +12,10 @@ from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
 
 from ddil_lightning.analytic import Corrupted, Gaussian
-from ddil_lightning.captions import Captions, Encoded
+from ddil_lightning.captions import Captions
 from ddil_lightning.datamodule import DDILDataModule
 from ddil_lightning.denoiser import Denoiser
+from ddil_lightning.encoded import Encoded
 from ddil_lightning.prior import SamplingPrior
 from ddil_lightning.schedule import Grid, NoiseSchedule
 from ddil_lightning.solver import Policies, Policy

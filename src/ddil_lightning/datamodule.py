@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .buffer import ReplayBuffer
-from .captions import Captions, Encoded, Prompts, RawBatch, builtin, encode, encode_batch, reread
+from .captions import Captions, Prompts, RawBatch, builtin
 from .counter import CounterSampler
+from .encoded import Encoded, encode, encode_batch, reread
 from .prior import SamplingPrior
 from .reflect import estimate_box
 from .rollout import Granularity, Learner, collect, draw
