@@ -102,7 +102,8 @@ def teacher(task: dict[str, Any]) -> dict[str, Any]:
 
 def student(task: dict[str, Any]) -> dict[str, Any]:
     """One run, scored. Its networks are kept, so that other prompts, or more of them, need no second training."""
-    from ddil_lightning.runs import load_checkpoint, stage_pipelines
+    from ddil_lightning.resuming import load_checkpoint
+    from ddil_lightning.runs import stage_pipelines
     from ddil_lightning.scoring import method_rows
 
     folder = Path(task["students"])

@@ -44,6 +44,47 @@ def tiny_eps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_pipeline(tmp_path_factory.mktemp("pipelines") / "tiny-eps", "epsilon")
 
 
+@pytest.fixture(scope="session")
+def xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random miniature of the SDXL class: two text encoders, pooled text and size ids."""
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from ddil_lightning.miniature import networks
+
+    torch.manual_seed(1)
+    sizes = networks.Sizes(image=16, tokens=16, text=16, autoencoder=(8, 8), unet=(16, 32))
+    tokenizer = networks.build_tokenizer(WORDS, sizes.tokens)
+    small = networks.build_text_encoder(len(tokenizer), sizes)
+    config = CLIPTextConfig(**{**small.config.to_dict(), "hidden_size": 24, "intermediate_size": 48, "projection_dim": 20})
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(1, 2),
+        norm_num_groups=8,
+        cross_attention_dim=16 + 24,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 20,
+    )
+    pipe = StableDiffusionXLPipeline(
+        vae=networks.build_autoencoder(sizes),
+        text_encoder=CLIPTextModel(small.config),
+        text_encoder_2=CLIPTextModelWithProjection(config),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=networks.build_scheduler(),
+        add_watermarker=False,
+    )
+    folder = tmp_path_factory.mktemp("xl") / "tiny-xl"
+    pipe.save_pretrained(folder)
+    return folder
+
+
 TINY_RUN = """
 model:
   class_path: LCM

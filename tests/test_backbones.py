@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,23 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import WORDS
-from ddil_lightning.backbones import BUILTIN, W_EMBEDDING, Backbone, UNet, load_pipeline, pipeline_folder, recommended, w_embedding
+from ddil_lightning import backbones
+from ddil_lightning.backbones import W_EMBEDDING, Backbone, UNet, w_embedding
 from ddil_lightning.denoiser import Denoiser
 from ddil_lightning.schedule import Grid
 from ddil_lightning.solver import Policy
 from ddil_lightning.types import Context
+from suite import METHODS
 
 PROMPTS = ["a handwritten seven", "a small red circle left of a large blue square", "a"]
 LONG = " ".join(["red"] * 40)
-
-
-def edited(tiny: Path, folder: Path, name: str, **values: Any) -> Path:
-    """A copy of the tiny pipeline with some values of one JSON file changed."""
-    shutil.copytree(tiny, folder)
-    file = folder / name
-    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
-    return folder
 
 
 def states(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,133 +32,54 @@ def backbone(tiny: Path) -> Backbone:
     return Backbone(str(tiny))
 
 
-@pytest.fixture(scope="module")
-def xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random miniature of the SDXL class: two text encoders, pooled text and size ids."""
-    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    from ddil_lightning.miniature import networks
-
-    torch.manual_seed(1)
-    sizes = networks.Sizes(image=16, tokens=16, text=16, autoencoder=(8, 8), unet=(16, 32))
-    tokenizer = networks.build_tokenizer(WORDS, sizes.tokens)
-    small = networks.build_text_encoder(len(tokenizer), sizes)
-    config = CLIPTextConfig(**{**small.config.to_dict(), "hidden_size": 24, "intermediate_size": 48, "projection_dim": 20})
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(1, 2),
-        norm_num_groups=8,
-        cross_attention_dim=16 + 24,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 20,
-    )
-    pipe = StableDiffusionXLPipeline(
-        vae=networks.build_autoencoder(sizes),
-        text_encoder=CLIPTextModel(small.config),
-        text_encoder_2=CLIPTextModelWithProjection(config),
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        unet=unet,
-        scheduler=networks.build_scheduler(),
-        add_watermarker=False,
-    )
-    folder = tmp_path_factory.mktemp("xl") / "tiny-xl"
-    pipe.save_pretrained(folder)
-    return folder
-
-
-# Loading --------------------------------------------------------------------------------------------------------------------------
-
-
-def test_a_folder_is_loaded_frozen(backbone: Backbone, tiny: Path) -> None:
-    parts = [p for p in backbone.pipe.components.values() if isinstance(p, torch.nn.Module)]
-    assert len(parts) == 3 and not any(p.training for part in parts for p in part.modules())
-    assert not any(p.requires_grad for part in parts for p in part.parameters())
-    assert backbone.predicts == "v" and backbone.latent_shape == (4, 8, 8) and backbone.schedule.steps == 1000
-    assert backbone.guidance == 2.0 and recommended(tiny)["dataset"] == "digits"
-    assert backbone.teacher().unet is backbone.pipe.unet  # shared, no second copy in memory
-
-
-def test_eps_pipelines_say_so(tiny_eps: Path) -> None:
-    assert Backbone(str(tiny_eps)).predicts == "eps"
-
-
-def test_without_a_card_guidance_is_stable_diffusions(tiny: Path, tmp_path: Path) -> None:
-    shutil.copytree(tiny, tmp_path / "bare")
-    (tmp_path / "bare" / "ddil.json").unlink()
-    assert recommended(tmp_path / "bare") == {} and Backbone(str(tmp_path / "bare")).guidance == 7.5
-
-
-@pytest.mark.parametrize("name", BUILTIN)
-def test_builtin_names_lead_to_the_packaged_weights(name: str, tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Where the weights are installed they are loaded; elsewhere a stand-in of the same layout takes their place."""
-    folder = pipeline_folder(name)
-    assert folder is not None and folder.parts[-3:] == ("miniature", "weights", BUILTIN[name])
-    if not folder.is_dir():
-        shutil.copytree(tiny, tmp_path / "miniature" / "weights" / BUILTIN[name])
-        monkeypatch.setattr("ddil_lightning.backbones.resources.files", lambda package: tmp_path)
-    made = Backbone(name)
-    x, t = torch.randn(1, *made.latent_shape), torch.tensor([500])
-    assert made.teacher()(x, t, made.null()).shape == x.shape and made.about["dataset"] in ("shapes", "digits")
-
-
-def test_missing_places_are_named(tmp_path: Path) -> None:
-    for path in (tmp_path / "nowhere", "./nowhere", "a/b/c", "nowhere"):
-        with pytest.raises(ValueError, match=f"no pipeline at {path}"):
-            pipeline_folder(path)
-    assert pipeline_folder("owner/name") is None  # can only be a hub id
-
-
-def test_a_hub_id_that_cannot_be_read_is_one_line() -> None:
-    with pytest.raises(ValueError, match="the pipeline owner/there-is-no-such-name could not be loaded") as error:
-        load_pipeline("owner/there-is-no-such-name")
-    assert "\n" not in str(error.value)
-
-
-def test_folders_that_are_no_pipelines_are_refused(tiny: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"has no model_index\.json"):
-        Backbone(str(tmp_path / "empty"))
-    shutil.copytree(tiny, tmp_path / "headless")
-    shutil.rmtree(tmp_path / "headless" / "unet")
-    with pytest.raises(ValueError, match="has no U-Net"):
-        Backbone(str(tmp_path / "headless"))
-
-
-def test_an_unknown_prediction_type_is_refused(tiny: Path, tmp_path: Path) -> None:
-    folder = edited(tiny, tmp_path / "odd", "scheduler/scheduler_config.json", prediction_type="score")
-    with pytest.raises(ValueError, match="predicts 'score': known are epsilon, v_prediction, sample"):
-        Backbone(str(folder))
-
-
 # Students -------------------------------------------------------------------------------------------------------------------------
 
 
-def test_flow_matching_is_refused_and_not_read_as_noise(tiny: Path, tmp_path: Path) -> None:
-    folder = edited(tiny, tmp_path / "flow", "scheduler/scheduler_config.json")
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}))
-    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="flow-matching scheduler, which is not supported with a U-Net yet"):
-        Backbone(str(folder))
+def test_the_autoencoder_has_a_precision_of_its_own(tiny: Path) -> None:
+    """Latents are the training's data: they are made in float32 unless somebody asks, whatever teacher and autocast are."""
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    exact = Backbone(str(tiny)).encode_images(pixels)
+    for dtype in (torch.float16, torch.bfloat16):
+        half = Backbone(str(tiny), dtype)
+        assert half.pipe.vae.dtype == torch.float32 and half.pipe.unet.dtype == half.pipe.text_encoder.dtype == dtype
+        latents = half.encode_images(pixels)
+        assert torch.equal(latents, exact)
+        images = half.decode(latents)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(half.encode_images(pixels), latents) and torch.equal(half.decode(latents), images)
+    asked = Backbone(str(tiny), vae_dtype=torch.bfloat16)
+    assert asked.pipe.vae.dtype == torch.bfloat16 and asked.pipe.unet.dtype == torch.float32
+    assert not torch.equal(asked.encode_images(pixels), exact)
+    assert METHODS[0].method(pipeline=str(tiny), teacher_dtype="bfloat16", vae_dtype="bfloat16").backbone.pipe.vae.dtype == torch.bfloat16
 
 
-def test_the_autoencoder_stays_in_single_precision_where_half_would_overflow(tiny: Path) -> None:
-    """As diffusers does for `force_upcast`; bfloat16 has the range, and a trainer's autocast does not reach the encoders."""
-    half, pixels = Backbone(str(tiny), torch.float16), torch.rand(2, 3, 16, 16) * 2 - 1
-    assert half.pipe.vae.dtype == torch.float32 and half.pipe.unet.dtype == torch.float16
-    assert Backbone(str(tiny), torch.bfloat16).pipe.vae.dtype == torch.bfloat16
-    latents = half.encode_images(pixels)
-    images = half.decode(latents)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(half.encode_images(pixels), latents) and torch.equal(half.decode(latents), images)
+@pytest.mark.parametrize(("side", "limit", "largest"), [(16, 2**20, 5), (16, 600, 2), (16, 256, 1), (32, 600, 1)])
+def test_the_autoencoder_works_on_so_many_pixels(side: int, limit: int, largest: int, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 images at a time, whatever their size, took 13 to 21 GB at 512 pixels. An image that is too large itself is tiled."""
+    backbone, seen = Backbone(str(tiny)), []
+    monkeypatch.setattr(backbones, "PIXELS", limit)
+    encode, decode = backbone.pipe.vae.encode, backbone.pipe.vae.decode
+    watch = lambda call, scale: lambda x, *args, **kwargs: (seen.append((len(x), x.shape[2] * scale)), call(x, *args, **kwargs))[1]  # noqa: E731
+    monkeypatch.setattr(backbone.pipe.vae, "encode", watch(encode, 1))
+    monkeypatch.setattr(backbone.pipe.vae, "decode", watch(decode, backbone.pipe.vae_scale_factor))
+    images = torch.rand(5, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = backbone.encode_images(images)
+    back = backbone.decode(latents)
+    assert back.shape == images.shape and max(n for n, _ in seen) == largest and {edge for _, edge in seen} == {side}
+    if side * side <= limit:
+        monkeypatch.setattr(backbones, "PIXELS", 2**20)
+        torch.testing.assert_close(backbone.encode_images(images), latents, rtol=0, atol=1e-5)  # chunks change nothing
+        torch.testing.assert_close(backbone.decode(latents), back, rtol=0, atol=1e-5)
+
+
+def test_tiles_are_for_the_one_image_that_is_too_large(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, tiled = Backbone(str(tiny)), []
+    vae = backbone.pipe.vae
+    monkeypatch.setattr(vae, "_encode", lambda x, call=vae._encode: (tiled.append(vae.use_tiling), call(x))[1])
+    for limit in (2**20, 100):
+        monkeypatch.setattr(backbones, "PIXELS", limit)
+        backbone.encode_images(torch.zeros(1, 3, 16, 16))
+    assert tiled == [False, True] and vae.use_tiling is False
 
 
 def test_a_student_starts_as_its_teacher_at_every_w(backbone: Backbone) -> None:
@@ -253,9 +165,8 @@ def test_images_go_in_and_out_in_shape_and_scale(backbone: Backbone) -> None:
     assert latents.shape == (5, *backbone.latent_shape) and torch.equal(latents, backbone.encode_images(images))
     vae = backbone.pipe.vae
     torch.testing.assert_close(latents / vae.config.scaling_factor, vae.encode(images).latent_dist.mean)
-    back = backbone.decode(latents, chunk=2)
+    back = backbone.decode(latents)
     assert back.shape == images.shape and back.abs().max() <= 1
-    torch.testing.assert_close(back, backbone.decode(latents), rtol=0, atol=1e-5)  # chunks change nothing
 
 
 # The SDXL class -------------------------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ FAULTS = {
     "wandb": (["--wandb=yes"], "wandb takes off or offline or online, not yes"),
     "word": (["extra"], "extra is neither an option nor an override: write key=value"),
     "no value": (["--run_dir"], "argument --run_dir: expected one argument"),
-    "yaml": (["--config", "{data: [1, 2"], "did not find expected"),
+    "yaml": (["--config", "{data: [1, 2"], "--config {...}: while parsing a flow sequence"),
     "seed of the data": (["--config", "{data: {seed: 3}}"], "data.seed follows the seed of the run"),
     "seed of the data as a word": (["data.seed=3"], 'Linked "data.seed" must be given via "seed_everything"'),
 }

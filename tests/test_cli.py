@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import yaml
 
 from commandline import fit, refused
-from ddil_lightning import cli, runs
+from ddil_lightning import cli, loggers, resuming
 from ddil_lightning.main import FIT_SHORT, expand
 from ddil_lightning.methods import LCM
 from suite import equal
@@ -159,7 +160,9 @@ def test_processes_share_one_folder(tiny_config: Path, here: Path, capsys: Any, 
     words = ["--config", str(tiny_config), "previews.every=0", "--updates", "1"]
     assert "launched on several processes: give --run_dir" in refused(capsys, *words)
     (here / "theirs").mkdir()
-    monkeypatch.setenv(cli.RUN_DIR, str(here / "theirs"))
+    monkeypatch.setenv(cli.RUN_DIR, str(here / "theirs"))  # without a launcher: left over from somewhere
+    assert "launched on several processes: give --run_dir" in fit(capsys, *words)[2]
+    monkeypatch.setenv(cli.RUN_DIR, f"{os.getppid()}:{here / 'theirs'}")
     code, _, err = fit(capsys, *words)
     assert code == 0, err
     assert (here / "theirs" / "metrics.csv").is_file() and [p.name for p in Path("runs/tiny").iterdir()] == ["latest"]
@@ -171,7 +174,7 @@ def test_a_second_ctrl_c_stops_at_once(tiny_config: Path, capsys: Any, monkeypat
     code, _, err = fit(capsys, "--config", str(tiny_config), "--run_dir", "r", "previews.every=0")
     assert code == 130 and err.count("\n") == 2 and "stopped at 5 of 12" in err and "updates=4.ckpt" in err
     assert signal.getsignal(signal.SIGINT) is listener
-    assert [p.name for p in runs.sorted_checkpoints(Path("r/checkpoints"))] == ["updates=4.ckpt"]
+    assert [p.name for p in resuming.sorted_checkpoints(Path("r/checkpoints"))] == ["updates=4.ckpt"]
 
 
 def test_a_branch_leaves_its_source_alone(finished: Path, tiny_config: Path, here: Path, capsys: Any) -> None:
@@ -204,17 +207,16 @@ def test_a_run_that_lacks_only_its_results_gets_them_and_a_complete_one_is_refus
 
 
 def test_a_full_disk_leaves_the_older_checkpoints(tiny_config: Path, here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning.pytorch import Trainer
+    save = torch.save
 
-    save = Trainer.save_checkpoint
-
-    def full(self: Trainer, path: Path, *args: Any) -> None:
-        if self.lightning_module.student_updates < 8:
-            return save(self, path, *args)
-        path.write_bytes(b"half")
+    def full(state: Any, file: Any) -> None:
+        if state["ddil"]["student_updates"] < 8:
+            return save(state, file)
+        file.write(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Trainer, "save_checkpoint", full)
+    monkeypatch.setattr("ddil_lightning.callbacks.checkpoints.torch.save", full)
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")  # a checkpoint is written beside its destination
     code, _, err = fit(capsys, "--config", str(tiny_config), "--run_dir", "r", "previews.every=0")
     assert code == 2 and err == (
         "ddil-fit: the checkpoint r/checkpoints/updates=8.ckpt could not be written (No space left on device); "
@@ -225,14 +227,14 @@ def test_a_full_disk_leaves_the_older_checkpoints(tiny_config: Path, here: Path,
 
 
 def test_a_full_disk_elsewhere_names_the_last_good_checkpoint(tiny_config: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = runs.MetricsFile.log_metrics
+    log = loggers.MetricsFile.log_metrics
 
     def full(self: Any, metrics: Any, step: int) -> None:
         if step == 6:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         log(self, metrics, step)
 
-    monkeypatch.setattr(runs.MetricsFile, "log_metrics", full)
+    monkeypatch.setattr(loggers.MetricsFile, "log_metrics", full)
     code, _, err = fit(capsys, "--config", str(tiny_config), "--run_dir", "r", "previews.every=0")
     assert code == 2
     assert err == "ddil-fit: No space left on device (r); the last good checkpoint is r/checkpoints/updates=4.ckpt\n"

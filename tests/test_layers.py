@@ -14,19 +14,15 @@ FILES = [p for p in sorted(ROOT.rglob("*.py")) if p != ROOT / "__init__.py"]
 # A module imports only modules that stand before it; a package counts as one module. `main` is the light front end: it stands first
 # because it imports nothing when it is loaded, and reaches the commands from inside functions.
 ORDER = (
-    "main messages files types streams schedule reflect prior denoiser analytic solver buffer rollout shift backbones sampling "
-    "miniature captions encoded counter datamodule methods metrics charts results evaluate report export callbacks scoring runs toy finish "
+    "signals main messages files texts types streams schedule reflect prior denoiser analytic solver buffer rollout shift pipelines "
+    "backbones sampling "
+    "miniature pictures folders tables captions encoded counter datamodule "
+    "methods metrics charts results evaluate report export callbacks scoring runs resuming loggers toy finish "
     "cli fitting commands "
 ).split()
-FEEDBACK_NEVER_SEES = {
-    "prior",
-    "buffer",
-    "rollout",
-    "captions",
-    "encoded",
-    "datamodule",
-}  # which x_t is trained on is not a method's business
-MAY_BUILD_PIPELINES = {"backbones", "export", "miniature"}
+# Which x_t is trained on is not a method's business.
+FEEDBACK_NEVER_SEES = {"prior", "buffer", "rollout", "captions", "encoded", "datamodule"}
+MAY_BUILD_PIPELINES = {"pipelines", "backbones", "export", "miniature"}
 HEAVY = {"diffusers", "transformers", "wandb", "datasets", "open_clip", "lpips", "peft", "sklearn", "scipy", "matplotlib", "pandas"}
 
 

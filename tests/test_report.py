@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ddil_lightning.charts import HEIGHT, Series, binned, line_chart, log_ticks, smoothed, ticks
+from ddil_lightning.charts import HEIGHT, WIDTH, Series, binned, line_chart, log_ticks, smoothed, ticks
 from ddil_lightning.report import write_report
 from ddil_lightning.results import cell, families, gap_closed, read_curves, results_table
 
@@ -208,6 +209,23 @@ def test_chart_holds_any_range(y: list[float]) -> None:
     chart = line_chart([Series("a", [0, 1], y)], title="t", x_label="u", reference=("ref", y[0]))
     heights = [float(v) for v in re.findall(r'cy="([-\d.]+)"', chart)]
     assert all(0 <= h <= HEIGHT for h in heights) and len(re.findall('class="tick"', chart)) >= 4
+
+
+def test_chart_holds_flat_and_wild_curves() -> None:
+    """Nearly equal values, one point, NaN between, any magnitude: every coordinate in the picture is a number inside it."""
+    rng = random.Random(0)
+    special = [0.0, -0.0, 1.0, 1 + 1e-16, 1 - 1e-12, 0.1 + 0.2, 0.3, 5e-324, 1e-308, 1e308, -1e308, 1e-12, math.nan, math.inf, -math.inf]
+    for _ in range(400):
+        base, size = rng.choice(special), rng.choice([1, 2, 3, 130])
+        near = lambda base=base: base * (1 + rng.choice([0, 1e-16, 1e-13, 1e-6, 0.1]) * rng.random())  # noqa: E731
+        y = [near() if rng.random() < 0.7 else rng.choice(special) for _ in range(size)]
+        x = sorted(rng.choice([float(i), 1e16 + i, 7.0, i * 1e-20]) for i in range(size))
+        if not any(map(math.isfinite, y)):
+            continue
+        log = {"log_x": rng.random() < 0.3, "log_y": rng.random() < 0.3}
+        svg = line_chart([Series("a", x, y), Series("b", x, y[::-1])], title="t", x_label="x", **log)
+        numbers = [float(n) for n in re.findall(r'c[xy]="([^"]+)"', svg)]
+        assert numbers and all(-1 <= n <= WIDTH + 1 for n in numbers), (x, y)
 
 
 def test_chart_without_a_value_is_an_error() -> None:

@@ -1,14 +1,13 @@
-"""Run folders: names, the newest, what to resume, and a metrics.csv that survives."""
+"""Run folders: to whom they belong, what a run may write into them, the newest."""
 
 from __future__ import annotations
 
-import csv
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from ddil_lightning import runs
 
@@ -19,42 +18,114 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def checkpoints(folder: Path, *clocks: int) -> list[Path]:
-    (folder / "checkpoints").mkdir(parents=True)
-    made = [folder / "checkpoints" / f"updates={clock}.ckpt" for clock in clocks]
-    for path in made:
-        torch.save({"ddil": {"student_updates": runs.clock_of(path)}, "state_dict": {}}, path)
-    return made
-
-
 def test_two_runs_of_one_second_get_two_folders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "strftime", lambda form: "2026-01-02_03-04-05")
-    (first, made), (second, _) = runs.reserve(None, "toy/pd"), runs.reserve(None, "toy/pd")
-    assert first == Path("runs/toy/pd/2026-01-02_03-04-05") and second == Path("runs/toy/pd/2026-01-02_03-04-05-2")
-    assert first.is_dir() and second.is_dir() and made[-1] == Path("runs")
+    first, second = runs.reserve(None, "toy/pd"), runs.reserve(None, "toy/pd")
+    assert first.folder == Path("runs/toy/pd/2026-01-02_03-04-05") and second.folder == Path("runs/toy/pd/2026-01-02_03-04-05-2")
+    assert first.folder.is_dir() and second.folder.is_dir() and first.made[-1] == Path("runs")
 
 
-def test_a_folder_with_a_run_is_refused_and_any_other_taken(here: Path) -> None:
-    Path("empty").mkdir()
-    assert runs.reserve("empty", "x") == (Path("empty"), [])
-    for name in ("config.yaml", "metrics.csv", "summary.json"):
-        Path("empty", name).touch()
-        with pytest.raises(ValueError, match="empty already holds a run: choose another --run_dir, or go on with it by --ckpt_path last"):
-            runs.reserve("empty", "x")
-        Path("empty", name).unlink()
+@pytest.mark.parametrize("name", [*runs.WRITTEN])
+def test_a_folder_that_holds_anything_of_a_name_that_we_write_is_refused(name: str, here: Path) -> None:
+    """A user's own pipeline/ was deleted, and a report.html overwritten."""
+    (here / "mine").mkdir()
+    (here / "mine" / "notes.txt").write_text("other files are no hindrance")
+    claim = runs.reserve("mine", "x")
+    assert claim.folder == Path("mine") and claim.made == []
+    claim.release(started=False)
+    (here / "mine" / name).mkdir() if "." not in name else (here / "mine" / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"mine already holds {name}, which a run would overwrite: choose another --run_dir"):
+        runs.reserve("mine", "x")
+    assert {p.name for p in (here / "mine").iterdir()} == {"notes.txt", name}
+
+
+def test_a_folder_with_a_run_and_a_file_are_refused(here: Path) -> None:
+    (here / "r" / "checkpoints").mkdir(parents=True)
+    (here / "r" / "config.yaml").touch()
+    with pytest.raises(ValueError, match="r already holds a run: choose another --run_dir, or go on with it by --ckpt_path last"):
+        runs.reserve("r", "x")
     with pytest.raises(ValueError, match="is a file: give a folder"):
         runs.reserve(__file__, "x")
 
 
-def test_discard_takes_back_empty_folders_only(here: Path) -> None:
+def test_a_run_that_never_started_takes_back_empty_folders_only(here: Path) -> None:
     Path("old").mkdir()
-    folder, made = runs.reserve("old/a/b", "x")
-    runs.discard(made)
+    runs.reserve("old/a/b", "x").release(started=False)
     assert not (here / "old" / "a").exists() and (here / "old").is_dir()
-    folder, made = runs.reserve("old/a/b", "x")
-    (folder.parent / "other.txt").touch()
-    runs.discard(made)
-    assert not folder.exists() and (here / "old" / "a" / "other.txt").exists()
+    claim = runs.reserve("old/a/b", "x")
+    (claim.folder.parent / "other.txt").touch()
+    claim.release(started=False)
+    assert not claim.folder.exists() and (here / "old" / "a" / "other.txt").exists()
+    runs.reserve("old/c", "x").release(started=True)
+    assert list((here / "old" / "c").iterdir()) == []
+
+
+def elsewhere(job: Any) -> int:
+    """The exit code of `job` in a process of its own: 0 where it raised nothing."""
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            job()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a second process")
+def test_a_folder_belongs_to_one_process(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also before config.yaml is there, also for two that go on with the same run; a process that is gone holds nothing."""
+    monkeypatch.setattr(runs, "PATIENCE", 0.3)
+
+    def refused() -> None:
+        with pytest.raises(ValueError, match="another process is writing to the run folder r"):
+            runs.take_up(Path("r"))
+
+    for take in (lambda: runs.reserve("r", "x"), lambda: runs.take_up(Path("r"))):
+        claim = take()
+        assert elsewhere(take) == 1 and elsewhere(refused) == 0
+        claim.release(started=True)
+        assert elsewhere(take) == 0  # which ends without a release
+        take().release(started=True)
+    assert [p.name for p in (here / "r").iterdir()] == []
+
+
+def test_a_run_that_goes_on_sweeps_and_replaces_only_what_a_run_wrote(here: Path) -> None:
+    (here / "r" / "checkpoints").mkdir(parents=True)
+    (here / "r" / "pipeline").mkdir()
+    for name in ("checkpoints/.updates=4.ckpt.123.part", ".pipeline.77.part", "stages/.01-8-steps.5.old.part"):
+        (here / "r" / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / "r" / name).mkdir() if "pipeline" in name else (here / "r" / name).touch()
+    (here / "r" / ".mine.part").touch()  # no name of ours
+    with pytest.raises(ValueError, match=r"r/pipeline was not written by a run, and would be replaced at its end: move it away"):
+        runs.take_up(Path("r"))
+    (here / "r" / "pipeline" / "ddil.json").write_text('{"method": "LCM", "student_updates": 4}')
+    runs.take_up(Path("r")).release(started=True)
+    assert {str(p.relative_to(here / "r")) for p in (here / "r").rglob("*") if not p.is_dir()} == {".mine.part", "pipeline/ddil.json"}
+
+
+def test_results_are_complete_by_their_clock(here: Path) -> None:
+    for written in (None, "", "[1]", '{"student_updates": 2}', '{"student_updates": 4, "failed": {"test": "x"}}'):
+        if written is not None:
+            (here / "summary.json").write_text(written)
+        assert not runs.is_complete(here, 4)
+    (here / "summary.json").write_text('{"student_updates": 4}')
+    (here / "pipeline").mkdir()
+    (here / "pipeline" / "ddil.json").write_text('{"student_updates": 2}')
+    assert not runs.is_complete(here, 4)  # the pipeline of update 2: the run was killed before the new one was there
+    (here / "pipeline" / "ddil.json").write_text('{"student_updates": 4}')
+    assert runs.is_complete(here, 4) and not runs.is_complete(here, 6)
+
+
+def test_what_is_kept_for_good_gets_a_name_of_its_own(here: Path) -> None:
+    """The settings before update 4 were lost when a run went on from there twice."""
+    for k in range(3):
+        path = runs.unused(here / "config.before-4.yaml")
+        path.write_text(str(k))
+    assert {p.name: p.read_text() for p in here.iterdir()} == {
+        "config.before-4.yaml": "0", "config.before-4-2.yaml": "1", "config.before-4-3.yaml": "2",
+    }  # fmt: skip
 
 
 def test_latest_is_a_relative_link_to_the_newest(here: Path) -> None:
@@ -66,138 +137,16 @@ def test_latest_is_a_relative_link_to_the_newest(here: Path) -> None:
     assert [p.name for p in sorted(Path("runs/c").iterdir())] == ["1", "latest"]
     Path("runs/d/latest").mkdir(parents=True)
     with pytest.raises(ValueError, match="latest is a folder, not the link"):
-        runs.point_latest(Path("runs/c/1"), "d")
+        runs.check_latest("d")
+    runs.check_latest("c"), runs.check_latest("new")
 
 
-def test_latest_without_links(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Path, target: Any) -> None:
-        raise OSError("no links here")
+def test_a_link_that_cannot_be_set_is_said_and_no_more(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The run itself is elsewhere: a read-only working directory does not stop it."""
 
-    monkeypatch.setattr(Path, "symlink_to", refuse)
-    checkpoints(here / "somewhere", 4)
-    runs.point_latest(Path("somewhere"), "c")
-    assert runs.checkpoint("last", None, "c") == here / "somewhere" / "checkpoints" / "updates=4.ckpt"
+    def refuse(self: Path, **kwargs: Any) -> None:
+        raise OSError(30, "Read-only file system")
 
-
-def test_which_checkpoint(here: Path) -> None:
-    made = checkpoints(here / "r", 4, 20, 8)
-    for ckpt_path, run_dir in (("last", "r"), ("r", None), ("r/checkpoints", None)):
-        assert runs.checkpoint(ckpt_path, run_dir, "c") == made[1]
-    assert runs.checkpoint("r/checkpoints/updates=8.ckpt", None, "c") == Path("r/checkpoints/updates=8.ckpt")
-    for ckpt_path, run_dir, said in (
-        ("last", None, "runs/c/latest does not exist"),
-        ("nowhere.ckpt", None, "nowhere.ckpt does not exist"),
-        (".", None, "holds no checkpoint"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            runs.checkpoint(ckpt_path, run_dir, "c")
-
-
-def test_half_a_checkpoint_is_named_and_so_are_the_others(here: Path) -> None:
-    old, new = checkpoints(here / "r", 4, 8)
-    new.write_bytes(new.read_bytes()[:-300])
-    with pytest.raises(ValueError, match=r"updates=8.ckpt cannot be read .* half written .*; take another: updates=4.ckpt"):
-        runs.load_checkpoint(new)
-    assert runs.load_checkpoint(old)["ddil"] == {"student_updates": 4}
-    for alien in ({"weights": 1}, [1, 2]):
-        torch.save(alien, "alien.ckpt")
-        with pytest.raises(ValueError, match=r"alien.ckpt is no checkpoint of this library"):
-            runs.load_checkpoint(Path("alien.ckpt"))
-
-
-def test_weights_that_do_not_fit_are_named(here: Path) -> None:
-    method = torch.nn.Linear(2, 3)
-    good = {"weight": torch.zeros(3, 2), "bias": torch.zeros(3)}
-    runs.check_fits(here, {"state_dict": good}, method)
-    for state, said in (
-        ({"weight": good["weight"]}, "it lacks bias"),
-        ({**good, "more": good["bias"]}, "it has more as well"),
-        ({**good, "bias": torch.zeros(4)}, "the shape of bias differs"),
-    ):
-        with pytest.raises(ValueError, match=f"does not fit this config: {said}"):
-            runs.check_fits(here, {"state_dict": state}, method)
-
-
-def test_only_the_newest_checkpoint_is_gone_on_from(here: Path) -> None:
-    old, new = checkpoints(here / "r", 4, 8)
-    runs.check_newest(new)
-    with pytest.raises(ValueError, match=r"updates=4.ckpt is not the newest .* updates=8.ckpt: .*--run_dir"):
-        runs.check_newest(old)
-    assert runs.folder_of(new) is None
-    (here / "r" / "config.yaml").touch()
-    assert runs.folder_of(new) == here / "r"
-
-
-def test_text_is_written_whole_or_not_at_all(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = here / "config.yaml"
-    runs.write_text(path, "old")
-
-    def full(*args: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.replace", full)
-    with pytest.raises(OSError, match="No space"):
-        runs.write_text(path, "new")
-    assert path.read_text() == "old" and list(here.iterdir()) == [path]
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def test_metrics_file_takes_new_columns(here: Path) -> None:
-    log = runs.MetricsFile(here / "r")
-    assert not (here / "r").exists() and log.save_dir == str(here / "r")
-    log.log_metrics({"student_updates": 1, "loss": torch.tensor(0.5)}, 1)
-    log.log_metrics({"student_updates": 2, "loss": 0.25, "a/b": 3.0}, 2)
-    log.log_metrics({"student_updates": 3, "loss": 0.125}, 3)
-    rows = table(log.path)
-    assert list(rows[0]) == ["student_updates", "step", "a/b", "loss"]
-    assert [row["loss"] for row in rows] == ["0.5", "0.25", "0.125"] and [row["a/b"] for row in rows] == ["", "3.0", ""]
-    assert [p.name for p in (here / "r").iterdir()] == ["metrics.csv"]
-
-
-def test_metrics_file_goes_on_where_the_checkpoint_was(here: Path) -> None:
-    first = runs.MetricsFile(here / "r")
-    for clock in range(1, 7):
-        first.log_metrics({"student_updates": clock, "loss": clock / 10}, clock)
-    with first.path.open("a") as file:
-        file.write("7,7,0.")  # the process died in the middle of a row
-    for folder in (here / "branch", here / "r"):
-        again = runs.MetricsFile(folder, here / "r", upto=4)
-        again.log_metrics({"student_updates": 5, "loss": 9.0, "new": 1.0}, 5)
-        again.log_metrics({"student_updates": 6, "loss": 9.0, "new": 2.0}, 6)
-        assert [(int(row["student_updates"]), float(row["loss"]), row["new"]) for row in table(again.path)] == [
-            (1, 0.1, ""), (2, 0.2, ""), (3, 0.3, ""), (4, 0.4, ""), (5, 9.0, "1.0"), (6, 9.0, "2.0"),
-        ]  # fmt: skip
-
-
-def test_metrics_survive_a_full_disk(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = runs.MetricsFile(here)
-    log.log_metrics({"student_updates": 1, "loss": 0.5}, 1)
-    before = log.path.read_bytes()
-
-    def full(*args: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.replace", full)
-    with pytest.raises(OSError, match="No space"):
-        log.log_metrics({"student_updates": 2, "other": 0.5}, 2)
-    assert log.path.read_bytes() == before and list(here.iterdir()) == [log.path]
-
-
-def test_wandb_online_needs_a_key_that_is_there(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("NETRC", str(here / "netrc"))
-    with pytest.raises(ValueError, match="--wandb online needs a key"):
-        runs.check_wandb_key()
-    (here / "netrc").write_text("machine example.org login a password b\n")
-    with pytest.raises(ValueError, match="--wandb online needs a key"):
-        runs.check_wandb_key()
-    (here / "netrc").write_text("machine api.wandb.ai login user password b\n")
-    (here / "netrc").chmod(0o600)
-    runs.check_wandb_key()
-    (here / "netrc").unlink()
-    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    runs.check_wandb_key()
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    runs.point_latest(here / "elsewhere", "c")
+    assert capsys.readouterr().out == "runs/c/latest could not be set (Read-only file system): --ckpt_path last will not find this run\n"

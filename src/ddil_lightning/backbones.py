@@ -1,79 +1,27 @@
-"""diffusers pipelines in: teacher and student networks, text and image encoders. The one file that imports diffusers models.
+"""diffusers pipelines as teachers and students: networks, text and image encoders, schedulers.
 
 The built-in miniatures, a local folder and a hub id all come through `Backbone`: there is no second path for the toy.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from contextlib import suppress
-from importlib import resources
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from .pipelines import check_weights, empty_unet, load_pipeline, pipeline_folder, recommended
 from .schedule import NoiseSchedule, Predicts
 from .types import Context
 
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
-BUILTIN = {"builtin": "shapes", "builtin/shapes": "shapes", "builtin/digits": "digits"}
 W_EMBEDDING = 256
 PREDICTS: dict[str, Predicts] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-
-
-def pipeline_folder(path: str | Path) -> Path | None:
-    """The folder behind `path`: a built-in name, or a local pipeline folder; None where it can only be a hub id.
-
-    Raises ValueError for a folder that holds no pipeline with a U-Net, and for a path that looks local but does not exist.
-    """
-    if str(path) in BUILTIN:
-        return Path(str(resources.files("ddil_lightning"))) / "miniature" / "weights" / BUILTIN[str(path)]
-    folder = Path(path).expanduser()
-    if not folder.exists():
-        if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
-            raise ValueError(f"no pipeline at {path}: give a diffusers folder, a hub id such as owner/name, or one of {', '.join(BUILTIN)}")
-        return None
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{folder} is no pipeline folder: it has no model_index.json")
-    if "unet" not in json.loads((folder / "model_index.json").read_text()) or not (folder / "unet").is_dir():
-        raise ValueError(f"the pipeline {folder} has no U-Net (folder unet/): distillation needs a Stable Diffusion class pipeline")
-    return folder
-
-
-def load_pipeline(path: str | Path, dtype: torch.dtype = torch.float32, **kwargs: Any) -> DiffusionPipeline:
-    """A diffusers pipeline from a built-in name, a folder or a hub id; safetensors only, no safety checker, quiet."""
-    from diffusers import DiffusionPipeline
-    from diffusers.utils import logging
-    from transformers.utils import logging as transformers_logging
-
-    logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    folder = pipeline_folder(path)
-    kwargs = {"use_safetensors": True, **kwargs}
-    if folder is not None:
-        # Components that a folder stores as null must be passed as None, or loading raises.
-        index = json.loads((folder / "model_index.json").read_text())
-        kwargs.update({name: None for name, value in index.items() if isinstance(value, list) and value[0] is None})
-    try:
-        pipe = DiffusionPipeline.from_pretrained(str(folder or path), dtype=dtype, **kwargs)
-    except OSError as error:
-        raise ValueError(f"the pipeline {path} could not be loaded: {str(error).splitlines()[0]}") from error
-    if not hasattr(pipe, "unet") or pipe.unet is None:
-        raise ValueError(f"the pipeline {path} has no U-Net: distillation needs a Stable Diffusion class pipeline")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def recommended(path: str | Path) -> dict[str, Any]:
-    """What a pipeline folder says of itself in ddil.json (guidance, dataset, steps, box, ...); empty without that file."""
-    folder = pipeline_folder(path)
-    file = folder / "ddil.json" if folder else None
-    return json.loads(file.read_text()) if file and file.is_file() else {}
+PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+"""What a diffusers scheduler says of the forward process. Everything else in its configuration is a way to sample."""
+PIXELS = 4 * 512 * 512
+"""How many pixels the autoencoder works on at a time: some 4 GB in float32, whatever the size of an image. A larger one is tiled."""
 
 
 def w_embedding(w: Tensor, dim: int = W_EMBEDDING) -> Tensor:
@@ -145,21 +93,25 @@ class UNet(nn.Module):
 class Backbone:
     """A teacher pipeline and what a method needs of it. Loaded once; `unet` stays frozen in eval mode.
 
-    `path`: built-in name, folder or hub id. `dtype`: of the frozen parts (the student is always made in float32).
+    `path`: built-in name, folder or hub id. `dtype`: of the frozen U-Net and text encoders (the student is always made in float32).
+    `vae_dtype`: of the autoencoder, whose latents are what training takes for data. `bare`: U-Nets, the teacher's too, are without memory
+    for weights; the one that is wanted gets them from a checkpoint.
     """
 
-    def __init__(self, path: str = "builtin", dtype: torch.dtype = torch.float32) -> None:
-        self.path, self.dtype = str(path), dtype
-        self.pipe: Any = load_pipeline(path, dtype)
+    def __init__(
+        self, path: str = "builtin", dtype: torch.dtype = torch.float32, vae_dtype: torch.dtype = torch.float32, bare: bool = False
+    ) -> None:
+        self.path, self.dtype, self.bare = str(path), dtype, bare
         self.about = recommended(path)
+        empty = {"unet": empty_unet(path)} if bare else {}
+        self.pipe: Any = load_pipeline(path, {"default": dtype, "vae": vae_dtype}, **empty)
+        check_weights(self.pipe, path, empty)
         for part in self.parts():
             part.requires_grad_(False).eval()
         for part in (self.pipe.unet, self.pipe.vae):
             part.to(memory_format=torch.channels_last)  # convolutions run faster so, on CPUs and on tensor cores
-        if dtype == torch.float16 and self.pipe.vae.config.get("force_upcast", True):
-            self.pipe.vae.float()  # what diffusers does at every call: the autoencoder's activations overflow in float16
         config = self.pipe.scheduler.config
-        if "beta_schedule" not in config and "Flow" in type(self.pipe.scheduler).__name__:
+        if "Flow" in type(self.pipe.scheduler).__name__:
             raise ValueError(f"the pipeline {path} has a flow-matching scheduler, which is not supported with a U-Net yet")
         self.schedule = NoiseSchedule.from_scheduler(self.pipe.scheduler)
         kind = config.get("prediction_type", "epsilon")
@@ -167,6 +119,11 @@ class Backbone:
             raise ValueError(f"the pipeline {path} predicts {kind!r}: known are {', '.join(PREDICTS)}")
         self.predicts: Predicts = PREDICTS[kind]
         unet = self.pipe.unet.config
+        if unet.in_channels != unet.out_channels or unet.in_channels != self.pipe.vae.config.latent_channels:
+            raise ValueError(
+                f"the U-Net of {path} reads {unet.in_channels} channels and writes {unet.out_channels}, and its autoencoder has "
+                f"{self.pipe.vae.config.latent_channels}: only text-to-image is distilled, no inpainting, editing or upscaling"
+            )
         self.latent_shape: tuple[int, ...] = (unet.in_channels, unet.sample_size, unet.sample_size)
 
     captions: Any = None
@@ -184,7 +141,7 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         """Where the frozen parts are."""
-        return next(self.pipe.unet.parameters()).device
+        return next(self.pipe.vae.parameters()).device
 
     @property
     def guidance(self) -> float:
@@ -196,6 +153,10 @@ class Backbone:
         """Whether it is a student with its guidance in the weights, to be called with guidance_scale 1."""
         return "method" in self.about and self.pipe.unet.config.time_cond_proj_dim is None
 
+    def stands_in(self, network: nn.Module) -> None:
+        """Put a student's network in the place of a `bare` pipeline's own, which has no weights."""
+        self.pipe.unet = cast(UNet, network).unet
+
     def teacher(self) -> nn.Module:
         """The frozen network itself, shared, not copied."""
         return UNet(self.pipe.unet)
@@ -205,12 +166,15 @@ class Backbone:
         so that the copy equals its source at every w."""
         source = self.pipe.unet
         extra = {"time_cond_proj_dim": W_EMBEDDING} if w_conditioned and source.config.time_cond_proj_dim is None else {}
-        unet = type(source).from_config({**source.config, **extra})
-        missing, unexpected = unet.load_state_dict(self._weights(), strict=False)
-        if unexpected or set(missing) - {"time_embedding.cond_proj.weight"}:
-            raise ValueError(f"the U-Net of {self.path} could not be copied: missing {missing}, unexpected {unexpected}")
-        if extra:
-            nn.init.zeros_(unet.time_embedding.cond_proj.weight)
+        with self._memory():
+            # Where the teacher lay on this machine is nobody else's business.
+            unet = type(source).from_config({k: v for k, v in {**source.config, **extra}.items() if k != "_name_or_path"})
+        if not self.bare:
+            missing, unexpected = unet.load_state_dict(self._weights(), strict=False)
+            if unexpected or set(missing) - {"time_embedding.cond_proj.weight"}:
+                raise ValueError(f"the U-Net of {self.path} could not be copied: missing {missing}, unexpected {unexpected}")
+            if extra:
+                nn.init.zeros_(unet.time_embedding.cond_proj.weight)
         if gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         return UNet(unet.to(memory_format=torch.channels_last).requires_grad_(True).train())
@@ -224,16 +188,34 @@ class Backbone:
         config = self.pipe.unet.config
         width, side = config.block_out_channels[-1], config.sample_size >> (len(config.block_out_channels) - 1)
         layers: list[nn.Module] = []
-        while side > 1:
-            layers += [nn.Conv2d(width, width, 4, 2, 1), nn.GroupNorm(config.norm_num_groups or 1, width), nn.SiLU()]
-            side //= 2
-        return nn.Sequential(*layers, nn.Conv2d(width, 1, 1)).to(memory_format=torch.channels_last)
+        with self._memory():
+            while side > 1:
+                layers += [nn.Conv2d(width, width, 4, 2, 1), nn.GroupNorm(config.norm_num_groups or 1, width), nn.SiLU()]
+                side //= 2
+            return nn.Sequential(*layers, nn.Conv2d(width, 1, 1)).to(memory_format=torch.channels_last)
+
+    def _memory(self) -> Any:
+        """Where new networks are made: as usual, or without memory."""
+        return torch.device("meta") if self.bare else nullcontext()
+
+    def scheduler(self, kind: str, **own: Any) -> Any:
+        """diffusers' scheduler `kind` on the pipeline's forward process, with `own` options and nothing else of the teacher's.
+
+        A teacher's ways to sample (Karras or other sigmas, thresholding, an offset, rules for the last step) are not the student's.
+        """
+        import diffusers
+
+        process = {name: value for name, value in self.pipe.scheduler.config.items() if name in PROCESS}
+        # An offset of 1 has no effect but on `leading` times, and diffusers warns of any other at every load.
+        common = {"steps_offset": 1, "prediction_type": self.pipe.scheduler.config.get("prediction_type", "epsilon"), "thresholding": False}
+        return getattr(diffusers, kind)(**{**process, **common, **own})
 
     def _weights(self) -> dict[str, Tensor]:
         """The U-Net's weights in float32, as they are stored: a half-precision teacher has rounded its own."""
         unet = self.pipe.unet
         if self.dtype != torch.float32:
-            unet = type(unet).from_pretrained(str(pipeline_folder(self.path) or self.path), subfolder="unet", use_safetensors=True)
+            where = str(pipeline_folder(self.path) or self.path)
+            unet = type(unet).from_pretrained(where, subfolder="unet", use_safetensors=True, dtype=torch.float32)
         return {name: value.float() for name, value in unet.state_dict().items()}
 
     @torch.no_grad()
@@ -251,6 +233,9 @@ class Backbone:
 
     def check_length(self, prompts: Sequence[str]) -> None:
         """Raises ValueError, naming the first prompt that the tokenizer would cut."""
+        for prompt in prompts:
+            if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+                raise ValueError(f"the prompt {prompt[:77]!r} holds half a character (a lone surrogate): write it again")
         tokenizer = self.pipe.tokenizer
         limit = tokenizer.model_max_length
         for prompt, ids in zip(prompts, tokenizer(list(prompts)).input_ids, strict=True):
@@ -271,17 +256,31 @@ class Backbone:
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Scaled latents [B, C, h, w] of images [B, 3, H, W] in [-1, 1]: the VAE's posterior mean, so that a cache is reproducible."""
         vae = self.pipe.vae
-        with torch.autocast(self.device.type, enabled=False):  # the trainer's precision is the student's
-            mean = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.mode()
-        return ((mean.float() - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor).contiguous()
+        with self._autoencoder(pixels.shape[2] * pixels.shape[3]) as chunk:
+            parts = [vae.encode(part.to(self.device, vae.dtype)).latent_dist.mode().float() for part in pixels.split(chunk)]
+        return ((torch.cat(parts) - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor).contiguous()
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, chunk: int = 64) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] of scaled latents."""
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] of scaled latents, on the backbone's device."""
         vae = self.pipe.vae
-        parts = [
-            part / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
-            for part in latents.to(self.device, vae.dtype).split(chunk)
-        ]
-        with torch.autocast(self.device.type, enabled=False):
-            return torch.cat([vae.decode(part, return_dict=False)[0].float().clamp(-1, 1) for part in parts])
+        made = []
+        with self._autoencoder(latents.shape[2] * latents.shape[3] * self.pipe.vae_scale_factor**2) as chunk:
+            for part in latents.split(chunk):
+                z = part.to(self.device, vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+                made.append(vae.decode(z, return_dict=False)[0].float().clamp(-1, 1))
+        return torch.cat(made)
+
+    @contextmanager
+    def _autoencoder(self, pixels: int) -> Iterator[int]:
+        """In full precision, whatever the trainer's is -> how many images of so many `pixels` at a time; one that is too large in tiles."""
+        vae = self.pipe.vae
+        tiled = pixels > PIXELS and hasattr(vae, "enable_tiling")
+        if tiled:
+            vae.enable_tiling()
+        try:
+            with torch.autocast(self.device.type, enabled=False):
+                yield min(64, max(1, PIXELS // pixels))
+        finally:
+            if tiled:
+                vae.disable_tiling()

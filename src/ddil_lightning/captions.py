@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from . import tables
+from .folders import bytes_of
+from .pictures import check_size, read_squares
+from .texts import caption_text, file_text, read_lines, shown
 
 
 class RawBatch(NamedTuple):
@@ -16,11 +21,19 @@ class RawBatch(NamedTuple):
 
     pixels: Tensor | None  # [B, 3, H, W] in [-1, 1]
     prompts: list[str]
-    rows: Tensor  # [B]
+    rows: Tensor  # [B], the rows that were read
+    enlarged: int = 0  # how many pictures are smaller than the size that was asked for
+    skipped: tuple[str, ...] = ()  # why rows that were asked for are not here (`Captions.on_error`)
 
 
 class Captions(Dataset[Any]):
-    """A map-style set of captioned images. A new one overrides `__len__`, `prompts` and `pixels` (None: a set without images)."""
+    """A map-style set of captioned images. A new one overrides `__len__`, `prompts` and `pixels` (None: a set without images).
+
+    `on_error`: what happens to a row whose caption or picture raises ValueError or OSError: `stop` lets it, `skip` takes the next row that
+    can be read in its place, so that a batch keeps its size, and says so in `RawBatch.skipped`.
+    """
+
+    on_error: Literal["stop", "skip"] = "stop"
 
     def __len__(self) -> int:
         """How many captions there are."""
@@ -37,7 +50,62 @@ class Captions(Dataset[Any]):
     def __getitem__(self, index: Sequence[int]) -> RawBatch:
         """A batch: the samplers of this library yield lists of rows."""
         rows = [int(i) for i in index]
+        try:
+            return self._raw_batch(rows)
+        except (OSError, ValueError):
+            if self.on_error == "stop":
+                raise
+        return _joined([self._next_readable(row) for row in rows])
+
+    def content(self) -> str:
+        """A digest of every caption and every picture, in order: a cache of another digest was made from other data."""
+        return _digest(self._content_parts())
+
+    def stamp(self) -> str | None:
+        """A digest that is as good as `content` while nothing changes, from what is known without reading pictures; None without such."""
+        return None
+
+    def _raw_batch(self, rows: list[int]) -> RawBatch:
         return RawBatch(self.pixels(rows), self.prompts(rows), torch.tensor(rows))
+
+    def _next_readable(self, row: int) -> RawBatch:
+        """The batch of one row, or of the first after it (after the last comes the first) that can be read, and why the others cannot."""
+        skipped: list[str] = []
+        for i in range(len(self)):
+            try:
+                return self._raw_batch([(row + i) % len(self)])._replace(skipped=tuple(skipped))
+            except (OSError, ValueError) as error:
+                skipped.append(str(error))
+        return self._raw_batch([row])  # none can be: with the error of the row that was asked for
+
+    def _content_parts(self) -> Iterator[Any]:
+        for start in range(0, len(self), 64):
+            raw = self[range(start, min(start + 64, len(self)))]
+            yield from raw.prompts
+            if raw.pixels is not None:
+                yield tuple(raw.pixels.shape)
+                yield raw.pixels.detach().float().cpu().contiguous().numpy().tobytes()
+
+
+def _joined(batches: Sequence[RawBatch]) -> RawBatch:
+    pixels = [b.pixels for b in batches if b.pixels is not None]
+    return RawBatch(
+        torch.cat(pixels) if pixels else None,
+        [prompt for b in batches for prompt in b.prompts],
+        torch.cat([b.rows for b in batches]),
+        sum(b.enlarged for b in batches),
+        tuple(dict.fromkeys(why for b in batches for why in b.skipped)),
+    )
+
+
+def _digest(parts: Iterable[Any]) -> str:
+    """Of bytes, and of what else is written down whole; each with its length, so that no two lists of parts look alike."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else repr(part).encode("utf-8", "backslashreplace")
+        digest.update(f"{len(data)}:".encode())
+        digest.update(data)
+    return digest.hexdigest()
 
 
 class Shapes(Captions):
@@ -72,65 +140,84 @@ class Digits(Shapes):
 
 
 class Images(Captions):
-    """A Hugging Face dataset: a hub id, a folder written by `save_to_disk`, parquet/json files, or an image folder with metadata.
+    """A folder of pictures, a Hugging Face dataset (hub id, folder of `save_to_disk`, parquet file), or a json, jsonl or csv file of paths.
 
-    The image column holds pictures, their bytes, or the paths of files, which are relative to the folder of the json or parquet file.
-    `size`: side in pixels; images are resized by their short side and cropped at the centre. `image`, `caption`: the columns.
+    A folder holds `metadata.jsonl`, `.csv` or `.parquet` (`file_name` and the caption), or a `name.txt` beside each `name.jpg`
+    (`folders.list_folder`). The image column holds pictures, their bytes, or paths from the folder of the file. Pictures are read as
+    `pictures.read_picture` says. `size`: side in pixels; the largest square at the centre is resized to it. `image`, `caption`: columns; of
+    several captions of a picture the first counts. `limit`: the first rows alone.
     """
 
     def __init__(
         self, path: str, size: int = 512, image: str = "image", caption: str = "text", split: str = "train", limit: int | None = None
     ) -> None:
+        check_size(size)
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit {limit}: at least one row, or none for all")
         self.size, self._image, self._caption, self._path = size, image, caption, path
-        self._rows = _load_dataset(path, split)
-        missing = {image, caption} - set(self._rows.column_names)
-        if missing:
-            raise ValueError(
-                f"the data set {path} has no column {' or '.join(sorted(missing))}: it has {', '.join(self._rows.column_names)}; "
-                "name them with image= and caption="
-            )
-        self._rows = _undecoded(self._rows, image, path)
-        if limit is not None:
-            self._rows = self._rows.select(range(min(limit, len(self._rows))))
+        self._rows = tables.load(path, image, caption, split, limit)
+        self._complete = False
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def prompts(self, index: Sequence[int]) -> list[str]:
-        """The captions of the rows `index`; of several captions for an image the first. Raises ValueError for a row without one."""
-        values = self._rows.select_columns([self._caption])[list(index)][self._caption]
-        texts = [value[0] if isinstance(value, list) and value else value for value in values]
-        for row, text in zip(index, texts, strict=True):
-            if not isinstance(text, str):
-                where = f"the data set {self._path}, row {row} (from 0)"
-                raise ValueError(f"{where}: {self._caption} is {text!r} and no caption; remove the row")
+        """The captions of the rows `index`. Raises ValueError for a row without one."""
+        texts = []
+        for row, value in zip(index, self._rows.captions(index), strict=True):
+            try:
+                texts.append(caption_text(value))
+            except ValueError as error:
+                raise ValueError(f"{self._where(row)}: {self._caption} is {error}; correct or remove the row") from error
         return texts
 
     def pixels(self, index: Sequence[int]) -> Tensor:
         """The images of the rows `index`. Raises ValueError for one that cannot be read."""
-        values = self._rows.select_columns([self._image])[list(index)][self._image]
-        return torch.stack([square(self._picture(value, row), self.size) for row, value in zip(index, values, strict=True)])
+        return read_squares(self._sources(index), self.size)[0]
 
-    def _picture(self, value: dict[str, Any] | None, row: int) -> Any:
-        """A PIL image of {bytes, path}."""
-        from datasets import Image
+    def stamp(self) -> str:
+        """From the captions and from size and time of every picture file, or the fingerprint of the data set."""
+        return _digest([self.size, *self._rows.stamps()])
 
-        data, file = (value or {}).get("bytes"), (value or {}).get("path")
-        if data is None and file and "://" not in file:
-            folder = Path(self._path).expanduser()
-            file = str((folder if folder.is_dir() else folder.parent) / file)
-        try:
-            return Image().decode_example({"bytes": data, "path": file})
-        except (OSError, ValueError) as error:
-            reason = f"no file {file}" if isinstance(error, FileNotFoundError) else str(error)
-            raise ValueError(f"the data set {self._path}, row {row} (from 0): {self._image} cannot be read: {reason}") from error
+    def _raw_batch(self, rows: list[int]) -> RawBatch:
+        if self.on_error == "stop" and not self._complete:  # at once, not after hours of training
+            gone = self._rows.missing()
+            if gone:
+                row, file = gone[0]
+                raise ValueError(f"{self._where(row, file)}: no such file; {len(gone)} of {len(self)} pictures are missing")
+            self._complete = True
+        prompts = self.prompts(rows)
+        pixels, enlarged = read_squares(self._sources(rows), self.size)
+        return RawBatch(pixels, prompts, torch.tensor(rows), enlarged)
+
+    def _sources(self, index: Sequence[int]) -> Iterator[tuple[bytes | str, str]]:
+        """Pictures as bytes or files, and what a message calls them."""
+        for row, (data, file) in zip(index, self._rows.pictures(index), strict=True):
+            if data is None:
+                try:
+                    data = tables.fetch(file) if "://" in file_text(file) else None
+                except ValueError as error:
+                    raise ValueError(f"{self._where(row)}: {self._image} is {error}; correct or remove the row") from error
+            yield file if data is None else data, self._where(row, file)
+
+    def _where(self, row: int, file: str | None = None) -> str:
+        return f"the data set {self._path}, row {row} (from 0)" + (f", {shown(file)}" if file else "")
+
+    def _content_parts(self) -> Iterator[Any]:
+        """Bytes as they are stored: a picture that changes its file has changed, and none is decoded."""
+        yield self.size
+        for start in range(0, len(self), 64):
+            index = range(start, min(start + 64, len(self)))
+            for value, (data, file) in zip(self._rows.captions(index), self._rows.pictures(index), strict=True):
+                yield value
+                yield bytes_of(file) if data is None else data
 
 
 class Prompts(Captions):
     """Captions without images, one a line of a text file: for data-free training (a prior without a forward share)."""
 
     def __init__(self, path: str) -> None:
-        self._lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        self._lines = [line for line in read_lines(path) if line]
         if not self._lines:
             raise ValueError(f"the prompt file {path} has no line")
 
@@ -141,51 +228,9 @@ class Prompts(Captions):
         """The lines `index`."""
         return [self._lines[i] for i in index]
 
-
-def square(image: Any, size: int) -> Tensor:
-    """A PIL image as [3, size, size] in [-1, 1]: short side resized (Lanczos), centre cropped, converted to RGB."""
-    from PIL import Image
-    from torchvision.transforms.functional import center_crop, pil_to_tensor
-
-    image = image.convert("RGB")
-    scale = size / min(image.size)
-    image = image.resize((max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.Resampling.LANCZOS)
-    return pil_to_tensor(center_crop(image, [size, size])).float() / 127.5 - 1
-
-
-def _undecoded(rows: Any, column: str, path: str) -> Any:
-    """The set with `column` as {bytes, path}, whether it holds pictures, bytes or paths. Raises ValueError for anything else."""
-    from datasets import Image
-
-    feature = rows.features[column]
-    try:
-        return rows.cast_column(column, Image(decode=False))
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"the data set {path}: column {column} holds {feature} and no images; name another with image=") from error
-
-
-def _load_dataset(path: str, split: str) -> Any:
-    from datasets import Dataset, load_dataset, load_from_disk
-    from datasets.exceptions import DatasetGenerationError
-
-    folder = Path(path).expanduser()
-    try:
-        if folder.is_dir():
-            if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
-                loaded = load_from_disk(str(folder))
-                if isinstance(loaded, Dataset):
-                    return loaded
-                if split not in loaded:
-                    raise ValueError(f"it has no split {split!r}, only {', '.join(loaded)}")
-                return loaded[split]
-            return load_dataset("imagefolder", data_dir=str(folder), split=split)
-        if folder.is_file():
-            return load_dataset(folder.suffix.lstrip(".").replace("jsonl", "json"), data_files=str(folder), split=split)
-        return load_dataset(path, split=split)
-    except DatasetGenerationError as error:  # says no more than that there was another
-        raise ValueError(f"the data set {path} could not be read: {' '.join(str(error.__cause__ or error).split())}") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the data set {path} could not be read: {str(error).splitlines()[0]}") from error
+    def stamp(self) -> str:
+        """As `content`: the lines are in memory."""
+        return self.content()
 
 
 def builtin(name: str) -> Captions:

@@ -18,6 +18,9 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 40
 MAX_POINTS = 120
 """Points that can be hovered, per line; a longer series is drawn as the means of that many equal bins."""
 
+TAME, FLAT = 1e100, 1e-9
+"""The largest absolute value that is drawn, and the range, relative to the values, below which a curve is flat."""
+
 ROLE_COLOURS = {"student": 1, "teacher": 2, "forward": 3, "mixed": 4}
 """The same actor has the same colour in every chart."""
 
@@ -120,6 +123,7 @@ def line_chart(
     `unit` stands behind the title; `y_range` fixes the vertical axis; `reference` = (label, value) is a dashed horizontal line.
     A log axis is used only if all its values are positive. Raises ValueError if no series has a finite point.
     """
+    series = [Series(s.name, [_tame(x) for x in s.x], [_tame(y) for y in s.y]) for s in series]
     finite = [(x, y) for s in series for x, y in zip(s.x, s.y, strict=True) if math.isfinite(x) and math.isfinite(y)]
     if not finite:
         raise ValueError(f"the chart {title!r} has no finite value to draw")
@@ -139,23 +143,36 @@ def line_chart(
     )
 
 
+def _tame(value: float) -> float:
+    """A value whose differences and ratios to others are finite, and no axis can tell from the given one; NaN and infinity stay."""
+    if not math.isfinite(value) or value == 0:
+        return float(value)
+    return math.copysign(min(abs(value), TAME), value) if abs(value) > 1 / TAME else 0.0
+
+
+def _spread(values: list[float]) -> tuple[float, float]:
+    """The least and the largest value; twice the same where they differ by rounding alone, which is no range to draw."""
+    lo, hi = min(values), max(values)
+    return (lo, hi) if hi - lo > FLAT * max(abs(lo), abs(hi)) else (hi, hi)
+
+
 def _x_axis(values: list[float], log: bool) -> Axis:
     """From the first to the last value, or from 0 where the first is near it; a little room where the points are few."""
-    lo, hi = min(values), max(values)
+    lo, hi = _spread(values)
     if log and lo > 0:
         room = (hi / lo) ** 0.04 if hi > lo else 2.0
         return Axis(lo / room, hi * room, LEFT, WIDTH - RIGHT, True)
     lo = 0.0 if 0 <= lo < 0.1 * hi else lo
-    return Axis(lo, hi if hi > lo else lo + 1.0, LEFT, WIDTH - RIGHT)
+    return Axis(lo, hi if hi > lo else lo + max(1.0, abs(lo)), LEFT, WIDTH - RIGHT)
 
 
 def _y_axis(values: list[float], log: bool, fixed: bool) -> Axis:
     """All values, widened to round numbers; from 0 where that costs little room. A `fixed` range stays as it is."""
-    lo, hi = min(values), max(values)
+    lo, hi = _spread(values)
     if log and lo > 0:
         room = (hi / lo) ** 0.06 if hi > lo else 2.0
         return Axis(lo / room, hi * room, HEIGHT - BOTTOM, TOP, True)
-    if not fixed:
+    if not fixed or lo == hi:
         lo = 0.0 if 0 <= lo <= 0.6 * hi else lo
         pad = (hi - lo) or abs(hi) * 0.5 or 1.0
         lo, hi = (lo, hi) if hi > lo else (max(lo - pad, 0.0) if lo >= 0 else lo - pad, hi + pad)

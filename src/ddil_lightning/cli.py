@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,13 +17,15 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from . import runs
+from . import resuming, runs
 from .callbacks import AnnealPrior, Cadence, Checkpoints, FlushBuffer, Previews, Progress, ShiftProbe, Stages  # noqa: F401 (short names in configs)
 from .captions import Captions, Digits, Images, Prompts, Shapes  # noqa: F401
 from .datamodule import DDILDataModule
-from .finish import Test
-from .main import FIT_SHORT, Refusal, configs_folder
-from .messages import explain, parameters, plain, subclasses
+from .files import write_text
+from .finish import Test, rehearse
+from .loggers import MetricsFile, check_wandb, masked, refuse_masked, wandb_logger
+from .main import FIT_SHORT, Refusal, configs_folder, one_line
+from .messages import each_text, explain, parameters, plain, subclasses
 from .methods import DMD2, LCM, PD, Distillation, Part, Stage  # noqa: F401
 from .prior import Constant, Cosine, Exponential, Gated, Linear, Piecewise, Schedule  # noqa: F401
 from .toy import Toy  # noqa: F401
@@ -39,7 +44,7 @@ class FitCLI(LightningCLI):
 
     def __init__(self, args: list[str], rebuild: bool = False) -> None:
         self.folder, self.started, self.rebuild = Path(), False, rebuild
-        self._made: list[Path] = []
+        self._claim: runs.Claim | None = None
         super().__init__(
             Distillation,
             DDILDataModule,
@@ -80,14 +85,16 @@ class FitCLI(LightningCLI):
         self.resumed: Path | None = None
         self._source: Path | None = None  # the run that is resumed
         if self.config.ckpt_path and not self.rebuild:
-            self.resumed = runs.checkpoint(self.config.ckpt_path, self.config.run_dir, self.name)
-            self._source = runs.folder_of(self.resumed)
+            self.resumed = resuming.checkpoint(self.config.ckpt_path, self.config.run_dir, self.name)
+            self._source = resuming.folder_of(self.resumed)
             if self._goes_on():
                 self._as_it_began(parser, args)
+        if not self.rebuild:
+            refuse_masked(self.config.as_dict())
 
     def _parsed(self, parser: LightningArgumentParser, args: Any) -> Any:
         try:
-            return parser.parse_args(args)
+            return at_home(parser.parse_args(args))
         except ArgumentError as error:
             methods = sorted({f"model.{name}" for cls in subclasses([Distillation]) for name in parameters(cls)})
             short = [name.lstrip("-") for name in FIT_SHORT]
@@ -101,7 +108,8 @@ class FitCLI(LightningCLI):
             return  # another method: the checkpoint will not fit, and says so
         for key in ("config", "name", "run_dir", "ckpt_path"):
             began[key] = self.config.get(key)
-        other = [f"{key} {began.get(key)} (not {value})" for key, value in self.config.items() if began.get(key) != value]
+        mine, theirs = masked(self.config), masked(began)
+        other = [f"{key} {theirs.get(key)} (not {value})" for key, value in mine.items() if began.get(key) != self.config.get(key)]
         if other and self._first():
             more = f" and {len(other) - 8} more" if len(other) > 8 else ""
             print(f"going on as the run began: {', '.join(other[:8])}{more}; what is to change belongs on the command line", flush=True)
@@ -112,16 +120,17 @@ class FitCLI(LightningCLI):
         self.state: dict[str, Any] = {}
         if self.rebuild:
             return
+        runs.check_latest(self.name)
         if self.resumed is not None:
-            self.state = runs.load_checkpoint(self.resumed)
+            self.state = resuming.load_checkpoint(self.resumed)
             if self._goes_on():
-                runs.check_newest(self.resumed)
+                resuming.check_newest(self.resumed)
         elif self.config.run_dir and self._first():
             runs.check_free(Path(self.config.run_dir))
-        if self.config.wandb == "online":
-            runs.check_wandb_key()
+        if self.config.wandb == "online" and self._first():
+            check_wandb()
         # Lightning's own launcher sets WORLD_SIZE too, and tells its processes the folder; torchrun's know of none.
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not self.config.run_dir and RUN_DIR not in os.environ:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not self.config.run_dir and inherited() is None:
             raise Refusal("launched on several processes: give --run_dir, so that all of them write to the same folder")
 
     def instantiate_classes(self) -> None:
@@ -134,7 +143,7 @@ class FitCLI(LightningCLI):
     @staticmethod
     def _first() -> bool:
         """Whether this is the one process that takes a folder."""
-        return rank_zero_only.rank == 0 and RUN_DIR not in os.environ  # type: ignore[attr-defined]
+        return rank_zero_only.rank == 0 and inherited() is None  # type: ignore[attr-defined]
 
     def _goes_on(self) -> bool:
         """Whether a resumed run goes on in its own folder; else it branches off into a new one."""
@@ -148,7 +157,8 @@ class FitCLI(LightningCLI):
             return super().instantiate_trainer(logger=False, **kwargs)
         check_steps(self.model, self.config.export_steps, self.config_init.test)
         if self.resumed is not None:
-            runs.check_fits(self.resumed, self.state, self.model)
+            resuming.check_fits(self.resumed, self.state, self.model)
+            resuming.check_whole(self.resumed, self.state, self.model)
         self._take_folder()
         try:
             trainer = super().instantiate_trainer(default_root_dir=str(self.folder), logger=self._loggers(), **kwargs)
@@ -166,20 +176,22 @@ class FitCLI(LightningCLI):
         return trainer
 
     def _take_folder(self) -> None:
+        if not self._first():
+            self.folder = inherited() or Path(self.config.run_dir or self._source or "")
+            return
         if self._goes_on():
-            self.folder = self._source or Path()
-        elif not self._first():
-            self.folder = Path(os.environ.get(RUN_DIR) or self.config.run_dir)
+            self._claim = runs.take_up(self._source or Path())
         else:
-            self.folder, self._made = runs.reserve(self.config.run_dir, self.name)
-        os.environ[RUN_DIR] = str(self.folder.resolve())
+            self._claim = runs.reserve(self.config.run_dir, self.name)
+        self.folder = self._claim.folder
+        os.environ[RUN_DIR] = f"{os.getpid()}:{self.folder.resolve()}"
 
     def _loggers(self) -> list[Any]:
         given = self.config_init.trainer.logger
         loggers = given if isinstance(given, list) else [given] if given not in (None, True, False) else []
-        metrics = runs.MetricsFile(self.folder, self._source, self.clock)
-        if self.config.wandb != "off":
-            loggers.append(runs.wandb_logger(self.folder, self.name, self.config.wandb, self.config.as_dict()))
+        metrics = MetricsFile(self.folder, self._source, self.clock)
+        if self.config.wandb != "off" and self._first():
+            loggers.append(wandb_logger(self.folder, self.name, self.config.wandb, masked(self.config.as_dict())))
         return [metrics, *loggers]
 
     @property
@@ -191,19 +203,33 @@ class FitCLI(LightningCLI):
         """Training begins: config.yaml, which can be given to --config again, and the link to the newest run."""
         config = self.config.clone()
         config.name, config.run_dir, config.ckpt_path = self.name, None, None
-        path, text = self.folder / "config.yaml", self.parser.dump(config, skip_none=False)
+        path, text = self.folder / "config.yaml", self.parser.dump(masked(config), skip_none=False)
         if path.is_file() and path.read_text(encoding="utf-8") != text:
-            os.replace(path, self.folder / f"config.before-{self.clock}.yaml")
-        runs.write_text(path, text)
+            os.replace(path, runs.unused(self.folder / f"config.before-{self.clock}.yaml"))
+        write_text(path, text)
         runs.point_latest(self.folder, self.name)
         self.started = True
         print(f"run folder {self.folder}", flush=True)
 
+    def rehearse(self) -> str | None:
+        """Try the end of the run before its first update -> what would go wrong, in one line, or None."""
+        begun = time.perf_counter()
+        try:
+            rehearse(self.model, self.folder, self.config_init.test, self.config.export_steps, self.datamodule.examples(4))
+        except Exception as error:
+            if os.environ.get("DDIL_DEBUG"):
+                raise
+            return f"the end of the run was tried on the untrained student, and fails: {one_line(error)}"
+        print(f"export, test and report were tried on the untrained student: {time.perf_counter() - begun:.1f} s", flush=True)
+        return None
+
     def close(self) -> None:
         """After the run, however it ended: a folder in which nothing started is removed."""
         os.environ.pop(RUN_DIR, None)
-        if not self.started:
-            runs.discard(self._made)
+        if self._claim is not None:
+            if not self.started:
+                shutil.rmtree(self.folder / "wandb", ignore_errors=True)  # W&B makes its own before anything begins
+            self._claim.release(self.started)
 
 
 class Start(Callback):
@@ -213,9 +239,31 @@ class Start(Callback):
         self.cli = cli
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Rank 0 writes."""
+        """Rank 0 rehearses the end and writes; all processes stop together where it cannot work."""
+        found = None
+        with pl_module.gathered():
+            if trainer.is_global_zero:
+                found = self.cli.rehearse()
+        found = trainer.strategy.broadcast(found)
+        if found:
+            raise Refusal(found) if trainer.is_global_zero else SystemExit(2)
         if trainer.is_global_zero:
             self.cli.start()
+
+
+def inherited() -> Path | None:
+    """The run folder that the process which has launched this one took for both; a stranger's setting of that name is nobody's folder."""
+    launcher, _, folder = os.environ.get(RUN_DIR, "").partition(":")
+    return Path(folder) if folder and launcher == str(os.getppid()) else None
+
+
+def at_home(config: Any) -> Any:
+    """A config whose paths begin in no `~` any more: different libraries would expand it here and not there. Prompts are left alone."""
+
+    def expand(name: str, text: str) -> str:
+        return os.path.expanduser(text) if name != "prompts" and re.match(r"~[\w-]*(/|$)", text) else text
+
+    return each_text(config, expand)
 
 
 def config_name(files: Sequence[str]) -> str:

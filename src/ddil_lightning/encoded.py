@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from .backbones import Backbone
 from .captions import Captions, RawBatch
-from .files import writing
+from .files import replacing
 from .types import CaptionBatch, Context, cat, take, to
 
 
@@ -34,14 +33,8 @@ class Encoded(Captions):
         from safetensors.torch import save_file
 
         parts = {k: v.contiguous() for k, v in {"latents": self.latents, **self.c._asdict()}.items() if v is not None}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.part")  # half a cache would be read by the next run
-        try:
-            with writing(path):
-                save_file(parts, temporary, metadata={"rows": json.dumps(len(self))})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as temporary:
+            save_file(parts, temporary, metadata={"rows": json.dumps(len(self))})
 
     @classmethod
     def load(cls, path: Path) -> Encoded:

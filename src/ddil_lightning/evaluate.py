@@ -13,16 +13,16 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ddil_lightning.files import write_text
 from ddil_lightning.metrics.alignment import attribute_accuracy
 from ddil_lightning.metrics.base import Features, as_saved, chunked
 from ddil_lightning.metrics.clip import cosine, open_clip_net
@@ -30,6 +30,9 @@ from ddil_lightning.metrics.diversity import Distance, MapDistance, lpips_distan
 from ddil_lightning.metrics.frechet import frechet_distance, inception_features
 from ddil_lightning.metrics.pairs import choose, load_images, read_pairs, resize
 from ddil_lightning.metrics.prdc import density_coverage
+
+if TYPE_CHECKING:
+    from ddil_lightning.backbones import Backbone
 
 Sampler = Callable[[list[str], int], Tensor]
 Scorer = Callable[[Tensor, Sequence[str]], Tensor]
@@ -76,6 +79,7 @@ class Suite:
     size: int | None = None  # edge to which images are resized before `features`; CLIP and LPIPS see them as they are
     seed: int = 0
     batch: int = 128  # images asked of the sampler at a time
+    side: int | None = None  # of the pictures that `judge` and `modes` can read
     protocol: Mapping[str, Any] = field(default_factory=dict)  # what a number must be quoted with
 
     def __post_init__(self) -> None:
@@ -109,6 +113,7 @@ class Suite:
             modes=module.mode_coverage,
             seed=seed,
             batch=batch,
+            side=real.shape[-1],
             protocol={"data": data, "n": n, "real": len(real), "probes": len(probes), "seeds": seeds, "batch": batch},
         )
 
@@ -146,6 +151,16 @@ class Suite:
             **dict(seeds=seeds, size=size, seed=seed, batch=batch, **loaded),
             protocol=protocol | {k: v if isinstance(v, str | None) else "given" for k, v in nets.items()},
         )
+
+    def for_pipeline(self, backbone: Backbone) -> Suite:
+        """The suite itself. Raises ValueError for a pipeline whose pictures are of another size than the judge can read."""
+        side = backbone.latent_shape[-1] * backbone.pipe.vae_scale_factor
+        if self.side not in (None, side):
+            raise ValueError(
+                f"{self.name} are pictures of {self.side} pixels and the pipeline {backbone.path} makes {side}, which their judge cannot "
+                "read: test it on your own captions, by ddil-test --data CAPTIONS --images DIR (and test.n=0 in training)"
+            )
+        return self
 
     @torch.no_grad()
     def score(self, sample: Sampler) -> dict[str, Any]:
@@ -277,14 +292,7 @@ def table(rows: Sequence[Mapping[str, Any]], width: int = 160) -> str:
 
 def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the rows as JSON, whole or not at all; NaN and infinity, which JSON does not have, become null."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(json.dumps(_plain(rows), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_text(Path(path), json.dumps(_plain(rows), indent=2, allow_nan=False) + "\n")
 
 
 def _plain(x: Any) -> Any:

@@ -1,23 +1,167 @@
-"""Writing files of weights: safetensors has an error of its own for a full disk, which here becomes the OSError that everybody expects."""
+"""Writing files and folders: whole or not at all, beside their destination, and never in the place of a device, a link or a mount.
+
+Every writer of the library goes through here. What a killed process leaves behind is named `.NAME.PID.part`, for `sweep` to find.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import re
-from collections.abc import Iterator
+import shutil
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+PART = "part"
+
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Around whatever writes safetensors to `path`, a file or a folder. Raises OSError with that name where the system refuses."""
+def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
+    """Yields a temporary name beside the file `path` and, when the body has written it, gives it that name.
+
+    If the body raises, nothing is left and an older file stays. A link's target is replaced, not the link. A device, a pipe or a file that
+    is mounted is written to. `durable`: on the disk before the name, for what must survive a loss of power.
+    Raises OSError that names `path` whenever the system refuses, also through safetensors, and for a folder.
+    """
+    target = path.resolve() if path.is_symlink() else path
+    special = target.exists() and not stat.S_ISREG(target.stat().st_mode)
+    temporary = _beside(target)
+    with _naming(path, temporary):
+        if target.is_dir():
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if special:
+            # Not beside it: nothing else belongs into /dev.
+            temporary = Path(f"{_scratch()}/{temporary.name}")
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            if durable:
+                _sync(temporary)
+            if special:
+                _pour(temporary, target)
+            else:
+                _rename(temporary, target, lambda: _pour(temporary, target))
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path, keep: bool = True) -> Iterator[Path]:
+    """Yields a new folder beside `path` and, when the body has filled it, gives it that name; else nothing is left and an older one stays.
+
+    A folder that is linked to or mounted keeps its place, and takes the new contents for its old ones: the caller knows those to be its
+    own. `keep`: if not, the folder is for the body alone, and gone afterwards.
+    """
+    target = path.resolve() if path.is_symlink() else path
+    temporary, former = _beside(target), _beside(target, "old")
+    with _naming(path, temporary):
+        for leftover in (temporary, former):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            if keep and target.exists():
+                _rename(target, former, lambda: _empty(target))
+            if keep:
+                _rename(temporary, target, lambda: move_contents(temporary, target))
+        except BaseException:
+            if former.exists() and not target.exists():
+                os.replace(former, target)
+            raise
+        finally:
+            for leftover in (temporary, former):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file in UTF-8, by `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes that were killed have left half written below `folder`."""
+    for leftover in [p for p in folder.rglob(f".*.{PART}") if re.fullmatch(rf"\..+\.\d+(\.old)?\.{PART}", p.name)]:
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError now for a file that could not be written later: a folder, or one in a place where nothing may be made."""
+    target = path.resolve() if path.is_symlink() else path
+    if target.is_dir():
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    above = target if target.exists() else next(p for p in target.absolute().parents if p.exists())
+    if not os.access(above, os.W_OK) or (above != target and not above.is_dir()):
+        reason = errno.EACCES if above.is_dir() or above == target else errno.ENOTDIR
+        raise OSError(reason, os.strerror(reason), str(path))
+
+
+def _beside(target: Path, kind: str = "") -> Path:
+    # The name of the process: two that write the same file at the same time must not write into each other.
+    return target.with_name(f".{target.name}.{os.getpid()}{'.' + kind if kind else ''}.{PART}")
+
+
+def _scratch() -> str:
+    import tempfile
+
+    return tempfile.gettempdir()
+
+
+def _rename(source: Path, target: Path, otherwise: Callable[[], None]) -> None:
+    """A mount point has no new name to give."""
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.EXDEV, errno.ENOTEMPTY):
+            raise
+        otherwise()
+
+
+def _pour(source: Path, target: Path) -> None:
+    with source.open("rb") as reader, target.open("r+b" if target.is_file() else "wb") as writer:
+        shutil.copyfileobj(reader, writer)
+        if target.is_file():
+            writer.truncate()
+
+
+def _empty(folder: Path) -> None:
+    for child in folder.iterdir():
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        else:
+            child.unlink()
+
+
+def move_contents(source: Path, target: Path) -> None:
+    """Everything in the folder `source` into the folder `target`."""
+    for child in source.iterdir():
+        shutil.move(str(child), str(target / child.name))
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _naming(path: Path, temporary: Path) -> Iterator[None]:
+    """Every refusal of the system as an OSError about `path`: safetensors raises an Exception of its own with the number in its text."""
     from safetensors import SafetensorError
 
     try:
         yield
-    except SafetensorError as error:  # an Exception that carries the system's number in its text alone
+    except SafetensorError as error:
         found = re.search(r"(?:os error |code: )(\d+)", str(error))
         number = int(found[1]) if found else errno.EIO
         raise OSError(number, os.strerror(number) if found else str(error), str(path)) from error
+    except OSError as error:
+        mine = error.filename is None or str(error.filename).startswith((str(temporary), str(path)))
+        if error.errno is None or not mine:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error

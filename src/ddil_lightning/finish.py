@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
-from .files import writing
-from .main import Refusal
-from .messages import explain
+from .backbones import Backbone
+from .datamodule import evaluating
+from .files import replacing, replacing_folder
+from .main import Refusal, one_line, read_config
+from .messages import explain, plain
 from .methods import Distillation
 from .toy import Toy
 
@@ -40,6 +45,11 @@ class Test:
                 f"test.teacher_steps {self.teacher_steps}, test.student_steps {self.student_steps}: a step count is at least 1"
             )
 
+    def smallest(self, made_for: Sequence[int]) -> Test:
+        """The same test at its least: one row of the teacher and one of the student, at the fewest steps."""
+        student = min(self.student_steps or made_for)
+        return replace(self, n=16, teacher_steps=sorted(self.teacher_steps)[:1], student_steps=[student])
+
 
 def finish(
     method: Distillation, folder: Path, test: Test, export_steps: int | None, examples: Sequence[str], facts: dict[str, Any]
@@ -47,6 +57,7 @@ def finish(
     """Write pipeline/ (compared with the trainer's own samples), test teacher and student -> the content of summary.json.
 
     `facts` come first in it: the config's name, the seed and so on. Of a student that no pipeline can hold, the weights are written.
+    What fails is told in `failed`, part by part, and keeps nothing else from being made.
     """
     from . import evaluate, export
 
@@ -56,41 +67,77 @@ def finish(
         "network_evaluations": method.evaluations,
         "machine": machine(),
         "rows": [],
+        "failed": {},
     }
-    if export.exportable(method):
-        prompts, steps = export.check_prompts(method, examples), method.steps[0] if export_steps is None else export_steps
-        summary["export_difference"] = difference = export.deliver(method, folder / "pipeline", prompts, steps)
-        print(f"pipeline written and checked: {folder / 'pipeline'} (latents differ by {difference:.1e})", flush=True)
-    else:
-        print(f"no pipeline can hold this student; its weights: {_save_weights(method, folder)}", flush=True)
-    if test.n:
-        summary["rows"] = _rows(method, folder, test)
+    with trying("pipeline", summary["failed"]):
+        if export.exportable(method):
+            prompts, steps = export.check_prompts(method, examples), method.steps[0] if export_steps is None else export_steps
+            summary["export_difference"] = difference = export.deliver(method, folder / "pipeline", prompts, steps)
+            print(f"pipeline written and checked: {folder / 'pipeline'} (latents differ by {difference:.1e})", flush=True)
+        else:
+            print(f"no pipeline can hold this student; its weights: {_save_weights(method, folder)}", flush=True)
+    with trying("test", summary["failed"]):
+        summary["rows"] = _rows(method, folder, test) if test.n else []
         print(evaluate.table(summary["rows"]) if summary["rows"] else "", end="")
     return summary
+
+
+@contextmanager
+def trying(what: str, failed: dict[str, str]) -> Iterator[None]:
+    """Whatever the body raises becomes an entry of `failed`: the parts of a run's end do not hang on each other."""
+    try:
+        yield
+    except Exception as error:
+        if os.environ.get("DDIL_DEBUG"):
+            traceback.print_exc()
+        failed[what] = one_line(error)
+
+
+def rehearse(method: Distillation, folder: Path, test: Test, export_steps: int | None, examples: Sequence[str]) -> None:
+    """The whole end of a run on the student as it is, small and in a folder of its own below `folder`, which is removed.
+
+    Export, reload and comparison at the end of every stage to come, a small test batch and the report: what cannot work is known before
+    the first update. Leaves random numbers and counts of evaluations as they were. Raises whatever these parts raise.
+    """
+    from . import evaluate, export, report
+
+    counts = method.evaluations
+    with torch.random.fork_rng(), evaluating(method.deployed()), replacing_folder(folder / "rehearsal", keep=False) as place:
+        if export.exportable(method):
+            export.rehearse(method, place / "pipeline", export.check_prompts(method, examples), export_steps)
+        else:
+            _save_weights(method, place)
+        rows = _rows(method, place, test.smallest(method.steps), quiet=True) if test.n else []
+        evaluate.write_rows(place / "summary.json", {"rows": rows, "student_updates": 0})  # type: ignore[arg-type]
+        report.write_report(place)
+    for name, denoiser in method.denoisers().items():
+        denoiser.evaluations = counts[name]
 
 
 def _save_weights(method: Distillation, folder: Path) -> Path:
     from safetensors.torch import save_file
 
     path = folder / "student.safetensors"
-    with writing(path):
-        save_file({k: v.contiguous() for k, v in method.deployed().state_dict().items()}, path)
+    with replacing(path) as temporary:
+        save_file({k: v.contiguous() for k, v in method.deployed().state_dict().items()}, temporary)
     return path
 
 
-def _rows(method: Distillation, folder: Path, test: Test) -> list[dict[str, Any]]:
+def _rows(method: Distillation, folder: Path, test: Test, quiet: bool = False) -> list[dict[str, Any]]:
     """The rows of what there is to measure by: points in the plane, the built-in suite, or nothing."""
     from . import evaluate, runs, scoring
     from .toy import scores
 
+    def say(name: str) -> None:
+        if not quiet:
+            print(f"testing {name} on {test.n} {'points' if isinstance(method.backbone, Toy) else 'prompts'}", flush=True)
+
     if isinstance(method.backbone, Toy):
-        say = lambda name: print(f"testing {name}", flush=True)  # noqa: E731
         return scores.method_rows(method, test.teacher_steps, test.student_steps or method.steps, test.n, test.seed, say)
     dataset = method.backbone.about.get("dataset")
     if not dataset:
         return []
-    suite = evaluate.Suite.builtin(dataset, n=test.n, seed=test.seed)
-    say = lambda name: print(f"testing {name} on {test.n} prompts", flush=True)  # noqa: E731
+    suite = evaluate.Suite.builtin(dataset, n=test.n, seed=test.seed).for_pipeline(method.backbone)
     return scoring.method_rows(suite, method, test.teacher_steps, test.student_steps, say, runs.stage_pipelines(folder), test.dpm)
 
 
@@ -108,12 +155,19 @@ def machine() -> dict[str, Any]:
 
 
 def rebuild(config: Path) -> Distillation:
-    """The method that a run's config.yaml describes, with fresh weights; data, callbacks and trainer are not made."""
-    import yaml
+    """The method that a run's config.yaml describes, for inference: of a diffusers pipeline its U-Nets are without weights.
 
+    Data, callbacks and trainer are not made. Raises Refusal, naming the file, for a config that is none or that describes no method.
+    """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Distillation, "model", required=True)
     try:
-        return parser.instantiate_classes(parser.parse_object({"model": (yaml.safe_load(config.read_text()) or {}).get("model")})).model
+        parsed = parser.parse_object({"model": read_config(config).get("model")})
+        args = parsed.model.init_args
+        if isinstance(args.pipeline, str):
+            args.pipeline = Backbone(args.pipeline, getattr(torch, args.teacher_dtype), getattr(torch, args.vae_dtype), bare=True)
+        return parser.instantiate_classes(parsed).model
     except ArgumentError as error:
         raise Refusal(f"{config}: {explain(str(error), [], [Distillation])}") from error
+    except ValueError as error:
+        raise ValueError(f"{config}: {plain(str(error))}") from error

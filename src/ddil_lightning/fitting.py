@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import errno
+import shlex
 import signal
 import time
+from pathlib import Path
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from .callbacks import Checkpoints
+from . import runs
+from .callbacks import Checkpoints, Stages
 from .cli import FitCLI
-from .finish import finish
+from .finish import finish, trying
 from .main import Refusal
 from .messages import quiet
+from .signals import Stopped
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def fit(words: list[str]) -> int:
-    """Train, export, check, test, report. Returns 0; after Ctrl-C raises KeyboardInterrupt that says how to go on."""
+    """Train, export, check, test, report. Returns 0; after a signal raises Stopped, which says how to go on."""
     quiet()
     begun = time.time()
     cli = FitCLI(words)
@@ -50,9 +54,13 @@ def train(cli: FitCLI, checkpoints: Checkpoints) -> None:
         raise Refusal(str(error)) from error
     except SystemExit as stop:  # what Lightning makes of a KeyboardInterrupt, ignoring all later ones
         signal.signal(signal.SIGINT, listener)
-        raise KeyboardInterrupt(how_to_go_on(cli, checkpoints)) from stop
-    if checkpoints.interrupted:
-        raise KeyboardInterrupt(how_to_go_on(cli, checkpoints)) if trainer.is_global_zero else SystemExit(130)
+        if not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        number = getattr(stop.__context__, "number", signal.SIGINT)
+        raise Stopped(number, how_to_go_on(cli, checkpoints)) from stop
+    if checkpoints.signal is not None:
+        stopped = Stopped(checkpoints.signal, how_to_go_on(cli, checkpoints))
+        raise stopped if trainer.is_global_zero else SystemExit(stopped.code)
 
 
 def last_good(cli: FitCLI, checkpoints: Checkpoints) -> str:
@@ -62,36 +70,63 @@ def last_good(cli: FitCLI, checkpoints: Checkpoints) -> str:
 
 
 def how_to_go_on(cli: FitCLI, checkpoints: Checkpoints) -> str:
-    """What Ctrl-C answers."""
+    """What a signal is answered with."""
     where = f"stopped at {cli.model.student_updates} of {cli.model.updates} student updates"
-    last = checkpoints.last or cli.resumed
-    if not last:
+    if checkpoints.last is None:
         return f"{where}, nothing was saved"
-    return f"{where}; go on with: ddil-fit --config {cli.folder / 'config.yaml'} --ckpt_path {last}"
+    return f"{where}; go on with: {command(cli, checkpoints.last)}"
+
+
+def command(cli: FitCLI, checkpoint: Path) -> str:
+    """The one command that goes on from `checkpoint`, as a shell reads it."""
+    return shlex.join(["ddil-fit", "--config", str(cli.folder / "config.yaml"), "--ckpt_path", str(checkpoint)])
 
 
 def reload(cli: FitCLI, checkpoints: Checkpoints) -> None:
     """A run whose updates were all done when it was stopped: only its results are missing. Raises Refusal where they are not."""
-    if (cli.folder / "summary.json").is_file():
+    if runs.is_complete(cli.folder, cli.clock):
         raise Refusal(f"the run {cli.folder} is complete, with all its {cli.clock} updates: raise --updates to go on, or try ddil-test")
     cli.model.load_state_dict(cli.state["state_dict"])
     cli.model.on_load_checkpoint(cli.state)
     checkpoints.load_state_dict(cli.state["callbacks"].get(checkpoints.state_key, {}))
+    checkpoints.last = cli.resumed
     if cli.trainer.is_global_zero:
         cli.start()
+        stages = next(c for c in cli.trainer.callbacks if isinstance(c, Stages))  # type: ignore[attr-defined]
+        if stages.owed(cli.model, cli.folder):
+            stages.deliver(cli.model, cli.folder, cli.datamodule.examples(4))
 
 
 def conclude(cli: FitCLI, checkpoints: Checkpoints, begun: float) -> None:
-    """What a complete run leaves behind: pipeline/, summary.json, report.html, and the table on the terminal."""
+    """What a complete run leaves behind: pipeline/, summary.json, report.html, and the table on the terminal.
+
+    Raises Refusal when a part of it failed, after all others were made: the student is in its checkpoint, and one command goes on there.
+    """
     from .evaluate import write_rows
     from .report import write_report
 
     # Lightning has moved the method to the CPU by now.
     method = cli.model.to(cli.trainer.strategy.root_device).eval()
     facts = {"config": cli.name, "seed": cli.config.seed_everything}
-    summary = finish(method, cli.folder, cli.config_init.test, cli.config.export_steps, cli.datamodule.examples(4), facts)
-    # A resumed run has also taken the time that its checkpoint knows of.
-    before = cli.state["callbacks"].get(checkpoints.state_key, {}).get("seconds", 0.0) if cli.state else 0.0
-    summary |= {"seconds": round(time.time() - begun + before, 1), "seconds_training": round(checkpoints.seconds, 1)}
-    write_rows(cli.folder / "summary.json", summary)  # type: ignore[arg-type]
-    print(f"{method.student_updates} updates, {summary['seconds']:.0f} s; report {write_report(cli.folder)}")
+    try:
+        summary = finish(method, cli.folder, cli.config_init.test, cli.config.export_steps, cli.datamodule.examples(4), facts)
+        failed = summary["failed"]
+        # A resumed run has also taken the time that its checkpoint knows of.
+        before = cli.state["callbacks"].get(checkpoints.state_key, {}).get("seconds", 0.0) if cli.state else 0.0
+        summary |= {"seconds": round(time.time() - begun + before, 1), "seconds_training": round(checkpoints.seconds, 1)}
+        with trying("summary.json", failed):
+            write_rows(cli.folder / "summary.json", {k: v for k, v in summary.items() if k != "failed" or v})  # type: ignore[arg-type]
+        # A page that cannot be drawn is no reason to call a run failed.
+        unmade: dict[str, str] = {}
+        with trying("report", unmade):
+            write_report(cli.folder)
+        page = f"no report, {unmade['report']}" if unmade else f"report {cli.folder / 'report.html'}"
+        print(f"{method.student_updates} updates, {summary['seconds']:.0f} s; {page}")
+    except KeyboardInterrupt as stop:
+        where = f"stopped after the last of {method.updates} student updates, while its results were made"
+        go_on = f"; go on with: {command(cli, checkpoints.last)}" if checkpoints.last else ""
+        raise Stopped(getattr(stop, "number", signal.SIGINT), where + go_on) from stop
+    if failed:
+        said = "; ".join(f"{what}: {why}" for what, why in failed.items())
+        kept = f"the student is safe, go on with: {command(cli, checkpoints.last)}" if checkpoints.last else "nothing was saved"
+        raise Refusal(f"{said}; {kept}")

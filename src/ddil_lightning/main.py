@@ -6,13 +6,18 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import metadata, resources
 from pathlib import Path
+from typing import Any
+
+from .signals import Stopped, listening
 
 
 class Refusal(Exception):
@@ -37,8 +42,9 @@ def find_config(name: str) -> Path:
 
     A file wins over a packaged name, a directory of that name does not. Raises Refusal with the nearest names.
     """
-    if Path(name).is_file():
-        return Path(name)
+    given = Path(os.path.expanduser(name))
+    if given.is_file():
+        return given
     wanted = name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"
     packaged = configs_folder() / wanted
     if packaged.is_file():
@@ -50,13 +56,17 @@ def find_config(name: str) -> Path:
 
 
 def expand(argv: Sequence[str], short: dict[str, str]) -> list[str]:
-    """The command line in full: `a.b=1` becomes `--a.b=1`, `--updates 5` what `short` says it is, config names become paths."""
-    out: list[str] = []
+    """The command line in full: `a.b=1` becomes `--a.b=1`, `--updates 5` what `short` says it is, config names become paths.
+
+    All --config words come first, in their order: the rest of the command line wins over them wherever it stands.
+    """
+    configs: list[str] = []
+    rest: list[str] = []
     words, value_follows = list(argv), False
     while words:
         word = words.pop(0)
         if value_follows:
-            out.append(word)  # as it is: a value may well look like updates=12.ckpt
+            rest.append(word)  # as it is: a value may well look like updates=12.ckpt
             value_follows = False
             continue
         if OVERRIDE.fullmatch(word):
@@ -67,44 +77,121 @@ def expand(argv: Sequence[str], short: dict[str, str]) -> list[str]:
                 if not words:
                     raise Refusal("--config needs a name or a file, such as --config lcm_ddil")
                 value = words.pop(0)
-            out += ["--config", value if value.lstrip().startswith("{") else str(find_config(value))]
+            configs += ["--config", value if value.lstrip().startswith("{") else str(find_config(value))]
             continue
-        out.append(short.get(key, key) + equals + value)
+        rest.append(short.get(key, key) + equals + value)
         value_follows = word.startswith("--") and not equals and key not in FLAGS
-    return out
+    check_yaml([*configs, *rest])
+    return configs + rest
+
+
+def check_yaml(words: Sequence[str]) -> None:
+    """Raises Refusal, naming the file, for a YAML text in an expanded command line that is none, or that its aliases blow up."""
+    for key, value in zip(words, words[1:], strict=False):
+        if key == "--config":
+            inline = value.lstrip().startswith("{")
+            try:
+                text = value if inline else Path(value).read_bytes().decode("utf-8-sig")
+            except ValueError as error:
+                raise Refusal(f"{value} is no text in UTF-8: save it as such") from error
+            _check_text(text, "--config {...}" if inline else value, top=True)
+    for word in words:
+        if "&" in word and "*" in word:
+            _check_text(word.partition("=")[2] if word.startswith("--") else word, word[:80])
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The table in a YAML file. Raises Refusal, naming it, for anything else."""
+    import yaml
+
+    check_yaml(["--config", str(file)])
+    return yaml.safe_load(file.read_bytes().decode("utf-8-sig"))
+
+
+def _check_text(text: str, name: str, top: bool = False) -> None:
+    import yaml
+
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        size = _size(root, {}) if root is not None else 0
+    except yaml.YAMLError as error:
+        if top:
+            raise Refusal(f"{name}: {' '.join(str(error).split())}") from error
+        return  # a word that is no YAML is for the parser to judge
+    except RecursionError as error:
+        raise Refusal(f"{name} is nested too deeply") from error
+    if size > NODES:
+        raise Refusal(f"{name}: its aliases (&, *) stand for {'endless' if size == float('inf') else f'{size:.0e}'} values: write them out")
+    if top and (root is None or not isinstance(root, yaml.MappingNode)):
+        what = "empty" if root is None else f"a {root.id}"
+        raise Refusal(f"{name} is {what}: a config is a table of keys, such as `model: {{class_path: LCM}}`")
+
+
+def _size(node: Any, known: dict[int, float]) -> float:
+    """How many values a YAML node stands for when its aliases are written out; infinite for one that holds itself."""
+    if id(node) not in known:
+        known[id(node)] = float("inf")  # while it is being counted
+        inner = node.value if isinstance(node.value, list) else []
+        parts = [part for entry in inner for part in (entry if isinstance(entry, tuple) else (entry,))]
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 def run(command: Callable[[list[str]], int | None], name: str, argv: Sequence[str] | None = None) -> None:
-    """Run a command and exit: 0, 2 with one line for bad input, 130 for Ctrl-C. `DDIL_DEBUG=1` shows the traceback instead."""
+    """Run a command and exit: 0, 2 with one line for whatever went wrong, 130 for Ctrl-C and 128 + its number for another signal.
+
+    `DDIL_DEBUG=1` shows the traceback instead. What nobody has thought of is told with the type of the error.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if "--version" in words:
         print(f"ddil-lightning {metadata.version('ddil-lightning')}")
         raise SystemExit(0)
     try:
-        code = command(words) or 0
+        with listening():
+            code = command(words) or 0
+        sys.stdout.flush()
     except KeyboardInterrupt as stop:
-        print(f"\n{name}: {one_line(stop) if stop.args else 'stopped'}", file=sys.stderr)
-        code = 130
-    except (Refusal, ValueError, FloatingPointError, OSError) as error:
+        complain(f"\n{name}: {one_line(stop) if stop.args else 'stopped'}")
+        code = stop.code if isinstance(stop, Stopped) else 130
+    except BrokenPipeError:  # the reader of our output has gone: `ddil-fit --print_config | head`
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception as error:
         if os.environ.get("DDIL_DEBUG"):
             raise
-        print(f"{name}: {one_line(error)}", file=sys.stderr)
+        complain(f"{name}: {one_line(error) if isinstance(error, EXPECTED) else unexpected(error)}")
         code = 2
-    sys.stdout.flush()
     raise SystemExit(code)
 
 
+def complain(text: str) -> None:
+    """A line on stderr, which may be closed or know fewer letters."""
+    with suppress(OSError, ValueError):
+        print(text.encode(sys.stderr.encoding or "utf-8", "backslashreplace").decode(sys.stderr.encoding or "utf-8"), file=sys.stderr)
+
+
+EXPECTED = (Refusal, ValueError, FloatingPointError, OSError)
+
+
+def unexpected(error: BaseException) -> str:
+    """One line of an error that nobody has thought of."""
+    return f"{type(error).__name__}: {one_line(error)[:500]} (this was not foreseen: DDIL_DEBUG=1 shows where it happened)"
+
+
 def one_line(error: BaseException) -> str:
-    """An error's message on one line; of an OSError what happened, then to which file."""
+    """An error's message on one line; of an OSError what happened, then to which file; of a loader's worker what it said last."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror is not None:
         text = error.strerror + (f": {error.filename}" if error.filename else "")
+    if re.match(r"Caught \w+ in DataLoader worker", text):
+        text = re.sub(r"^[\w.]+: ", "", text.rstrip().splitlines()[-1])  # the traceback's last line, without the type
     return " ".join(text.split()) or type(error).__name__
 
 
 def fit() -> None:
     """ddil-fit."""
-    run(_fit, "ddil-fit")
+    run(functools.partial(_fit, patience=True), "ddil-fit")
 
 
 def test() -> None:
@@ -127,10 +214,14 @@ def pretrain() -> None:
     run(_pretrain, "ddil-pretrain")
 
 
-def _fit(argv: list[str]) -> int | None:
+def _fit(argv: list[str], patience: bool = False) -> int | None:
+    """`patience`: ask for it, before what takes half a minute on a cold machine."""
     words = expand(argv, FIT_SHORT)
     if "--config" not in words and not any(word == "-h" or word.partition("=")[0].endswith("help") for word in words):
         raise Refusal(f"ddil-fit needs --config NAME; packaged are {', '.join(config_names())}")
+    asks = ("--help", "-h", "--print_config", "--model.help", "--data.help", "--trainer.help")
+    if patience and os.environ.get("LOCAL_RANK", "0") == "0" and not any(word.startswith(asks) or word.endswith(".help") for word in words):
+        print("ddil-fit: loading PyTorch and Lightning ...", flush=True)
     from . import fitting
 
     return fitting.fit(words)
@@ -170,6 +261,7 @@ def _pretrain(argv: list[str]) -> int | None:
 
 OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*\+?=.*", re.DOTALL)
 FLAGS = ("--help", "--print_config")  # options without a value of their own
+NODES = 100_000  # values in a config; the largest one of ours has some hundred
 FIT_SHORT = {
     "--updates": "--model.init_args.updates",
     "--seed": "--seed_everything",

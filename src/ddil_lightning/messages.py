@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import inspect
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 LEAVES = (  # what went wrong, in the order in which a message is searched for it
     r"(?:Option|option) '(?P<option>[^']+)'(?: is not accepted)?$",
@@ -46,6 +48,19 @@ def plain(message: str) -> str:
 def shorten(text: str, limit: int = 300) -> str:
     """`text` with its middle left out where it is too long."""
     return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+
+
+def each_text(value: Any, change: Callable[[str, str], str], name: str = "") -> Any:
+    """A nested config of tables, lists and namespaces with `change(key, text)` in the place of every text."""
+    if isinstance(value, str):
+        return change(name, value)
+    if isinstance(value, list | tuple):
+        return [each_text(inner, change, name) for inner in value]
+    if isinstance(value, dict):
+        return {key: each_text(inner, change, str(key)) for key, inner in value.items()}
+    if isinstance(value, argparse.Namespace):
+        return type(value)(**{key: each_text(inner, change, key) for key, inner in vars(value).items()})
+    return value
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import math
-import os
 import re
 import struct
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from .charts import ROLE_COLOURS, Series, line_chart, number
+from .files import write_text
 from .results import (
     CLOCK,
     METRICS,
@@ -256,7 +256,7 @@ def _duration(seconds: float) -> str:
 
 
 def _write(path: Path, title: str, body: Sequence[str]) -> Path:
-    """Write the page beside `path` and move it there, so that a full disk leaves the older page whole."""
+    """Write the page; a full disk leaves the older one whole."""
     style = resources.files(__package__).joinpath("report.css").read_text(encoding="utf-8")
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     page = (
@@ -264,10 +264,5 @@ def _write(path: Path, title: str, body: Sequence[str]) -> Path:
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)} · ddil-lightning</title>'
         f'<link rel="icon" href="data:,"><style>{style}</style></head><body><main>{"".join(body)}</main></body></html>'
     )
-    partial = path.with_suffix(".html.part")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, page)
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,32 +31,50 @@ def renoising(n: int, seed: int) -> list[torch.Generator]:
     return [Streams(seed + i, 0).local("renoise") for i in range(n)]
 
 
+POSITIONS = 128 * 16 * 16
+"""How many places of latents a network works on at a time: 128 of 16 x 16, 8 of 64 x 64, 2 of 128 x 128."""
+
+
+def batch(shape: Sequence[int]) -> int:
+    """How many latents [C, h, w] of a `shape` are sampled at a time, so that memory does not grow with the resolution."""
+    return max(1, min(128, POSITIONS // math.prod(shape[1:])))
+
+
 @torch.no_grad()
 def latents(
-    backbone: Backbone, policy: Policy, grid: Grid, prompts: Sequence[str], g: float | None, seed: int = 0, chunk: int = 128
+    backbone: Backbone, policy: Policy, grid: Grid, prompts: Sequence[str], g: float | None, seed: int = 0, chunk: int | None = None
 ) -> Tensor:
-    """Final latents [N, C, h, w] of `prompts` at guidance `g` (None: unguided), `chunk` at a time."""
-    out = []
+    """Final latents [N, C, h, w] of `prompts` at guidance `g` (None: unguided), `chunk` at a time (default: `batch`).
+
+    A prompt that is too long is cut, as every diffusers pipeline does: who takes prompts from a user asks `check_length` first.
+    """
+    out, chunk = [], chunk or batch(backbone.latent_shape)
     x_T, generators = noise(len(prompts), backbone.latent_shape, seed), renoising(len(prompts), seed)
     for start in range(0, len(prompts), chunk):
         part = slice(start, start + chunk)
-        c = backbone.encode_text(prompts[part]).guided(None if g is None else to_w(g))
+        c = backbone.encode_text(prompts[part], truncate=True).guided(None if g is None else to_w(g))
         out.append(policy.sample(x_T[part].to(backbone.device), grid, c, generators[part]))
     return torch.cat(out)
 
 
 def images(
-    backbone: Backbone, policy: Policy, grid: Grid, prompts: Sequence[str], g: float | None, seed: int = 0, chunk: int = 128
+    backbone: Backbone, policy: Policy, grid: Grid, prompts: Sequence[str], g: float | None, seed: int = 0, chunk: int | None = None
 ) -> Tensor:
     """Images [N, 3, H, W] in [-1, 1], on the CPU."""
-    return backbone.decode(latents(backbone, policy, grid, prompts, g, seed, chunk)).cpu()
+    return decoded(backbone, latents(backbone, policy, grid, prompts, g, seed, chunk))
+
+
+def decoded(backbone: Backbone, made: Tensor) -> Tensor:
+    """Images [N, 3, H, W] in [-1, 1] of latents, on the CPU; the device holds a batch of them at most."""
+    return torch.cat([backbone.decode(part).cpu() for part in made.split(batch(made.shape[1:]))])
 
 
 @torch.no_grad()
-def pipeline_latents(pipe: Any, prompts: Sequence[str], steps: int, g: float, seed: int = 0, chunk: int = 128) -> Tensor:
+def pipeline_latents(pipe: Any, prompts: Sequence[str], steps: int, g: float, seed: int = 0, chunk: int | None = None) -> Tensor:
     """Final latents of a diffusers pipeline called as its users call it, from the same noise as `latents`."""
     out = []
     shape = (pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size)
+    chunk = chunk or batch(shape)
     x_T, generators = noise(len(prompts), shape, seed), renoising(len(prompts), seed)
     for start in range(0, len(prompts), chunk):
         part = slice(start, start + chunk)

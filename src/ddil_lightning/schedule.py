@@ -6,6 +6,7 @@ Tables are float64 and used in float32 or higher: bf16(0.99915) is 1, which make
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -66,7 +67,8 @@ class NoiseSchedule:
         diffusers keeps float32 tables; they only serve to check the recomputation. Raises ValueError for an unknown beta schedule.
         """
         config = scheduler.config
-        if "beta_schedule" not in config:
+        # By the class: a configuration may have kept what another class once said.
+        if "beta_schedule" not in inspect.signature(type(scheduler).__init__).parameters:
             if "Flow" in type(scheduler).__name__:
                 return cls.flow(config["num_train_timesteps"], config.get("shift", 1.0))
             raise ValueError(f"the scheduler {type(scheduler).__name__} has neither betas nor a flow: use DDIM, DPM-Solver++ or LCM")

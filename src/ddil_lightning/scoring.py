@@ -91,7 +91,7 @@ def pipeline_row(suite: Suite, backbone: Backbone, steps: int, guidance_scale: f
         calls[0] += len(args[0] if args else kwargs["sample"])
 
     def sample(prompts: list[str], seed: int) -> Tensor:
-        return backbone.decode(sampling.pipeline_latents(pipe, prompts, steps, guidance_scale, seed)).cpu()
+        return sampling.decoded(backbone, sampling.pipeline_latents(pipe, prompts, steps, guidance_scale, seed))
 
     handle = pipe.unet.register_forward_pre_hook(count, with_kwargs=True)
     timed = Timed(sample)

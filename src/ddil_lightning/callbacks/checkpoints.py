@@ -1,27 +1,30 @@
-"""Checkpoints by the clock of student updates, written whole or not at all, and a Ctrl-C that loses nothing."""
+"""Checkpoints by the clock of student updates, written whole or not at all, and signals that lose nothing."""
 
 from __future__ import annotations
 
-import os
 import re
 import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from ..files import replacing
+from ..signals import Stopped, listen, unlisten
 
 AGREE = 10  # batches between two looks at whether any of several processes was interrupted
 
 
 class Checkpoints(Checkpoint):
-    """`checkpoints/updates=N.ckpt` every `every` student updates (0: only at the end), the newest `keep` of them, and at the end.
+    """`checkpoints/updates=N.ckpt` every `every` student updates (0: never), and at the end of a stage and of the run; the newest `keep`.
 
     A checkpoint holds the student, its averages, the optimiser, the buffer and the clocks, never the frozen teacher. Lightning's own
     ModelCheckpoint counts the steps of every optimiser, which is another clock. `folder` defaults to the trainer's root.
-    Ctrl-C ends the run after the update in progress, with a checkpoint; a second one stops at once. Weights that are not finite are not
-    saved (FloatingPointError), so that the last checkpoint is a good one.
+    Ctrl-C, SIGTERM and SIGHUP end the run after the update in progress, with a checkpoint; a second one stops at once. Weights that are not
+    finite are not saved (FloatingPointError), so that the last checkpoint is a good one.
     """
 
     def __init__(self, every: int = 200, keep: int = 2, folder: str | None = None) -> None:
@@ -29,26 +32,34 @@ class Checkpoints(Checkpoint):
             raise ValueError(f"checkpoints: every >= 0 and keep >= 1, got {every} and {keep}")
         self.every, self.keep, self.folder = every, keep, folder
         self.last: Path | None = None
-        self.interrupted = False
+        self.signal: int | None = None  # the one that asked the run to end
         self.seconds = 0.0  # of training, over all the resumes of a run
-        self._previous: Any = None
+        self._before: dict[int, Any] = {}
         self._saved_at: int | None = None
         self._stop = False
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Write and read checkpoints by Mapped, unless the user has chosen a way; what the run goes on from is the last good one."""
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = Mapped()
+        if self.last is None and trainer.ckpt_path:
+            self.last = Path(trainer.ckpt_path)
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Listen for Ctrl-C."""
+        """Listen for signals."""
         self._saved_at, self._since = pl_module.student_updates, time.perf_counter() - self.seconds
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._interrupt)
+        self._before = listen(self._interrupt)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Save when the clock has moved on by `every`, when it is done, and when Ctrl-C was pressed."""
+        """Save when the clock has moved on by `every`, when a stage or the run is done, and when a signal came."""
         self.seconds = time.perf_counter() - self._since
         clock = pl_module.student_updates
         if self._agreed(trainer, batch_idx) and not pl_module.halfway():
             self.save(trainer, pl_module)
             trainer.should_stop = True
-        elif clock != self._saved_at and ((self.every and clock % self.every == 0) or clock >= pl_module.updates):
+            return
+        due = (self.every and clock % self.every == 0) or clock >= pl_module.updates or pl_module.stage_is_over
+        if due and clock != self._saved_at:
             self.save(trainer, pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -58,24 +69,19 @@ class Checkpoints(Checkpoint):
             self.save(trainer, pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Give Ctrl-C back."""
+        """Give the signals back."""
         self._listen_no_more()
 
     def save(self, trainer: Any, method: Any) -> Path:
-        """Write to a temporary name, then rename: a full disk leaves the older checkpoints as they were."""
+        """Write; a full disk leaves the older checkpoints as they were."""
         clock = method.student_updates
         folder = Path(self.folder or Path(trainer.default_root_dir) / "checkpoints")
         path = folder / f"updates={clock}.ckpt"
         if not trainer.strategy.reduce_boolean_decision(finite(method)):
             raise FloatingPointError(f"weights of the student are not finite at student update {clock}, so they are not saved")
-        temporary = path.with_suffix(".part")
         try:
-            trainer.save_checkpoint(temporary)
-            if trainer.is_global_zero:
-                os.replace(temporary, path)
+            trainer.save_checkpoint(path)
         except OSError as error:
-            if trainer.is_global_zero:
-                temporary.unlink(missing_ok=True)
             reason = error.strerror or str(error)
             raise OSError(
                 error.errno, f"the checkpoint {path} could not be written ({reason}); the last good one is {self.last or 'none'}"
@@ -96,22 +102,39 @@ class Checkpoints(Checkpoint):
 
     def _agreed(self, trainer: Any, batch_idx: int) -> bool:
         if trainer.world_size == 1:
-            return self.interrupted
+            return self.signal is not None
         if (batch_idx + 1) % AGREE == 0:
             # A signal reaches the processes in different batches: all must stop after the same one, or some would wait for ever.
-            self._stop = trainer.strategy.reduce_boolean_decision(self.interrupted, all=False)
-            self.interrupted = self.interrupted or self._stop
+            self._stop = trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)
+            if self._stop and self.signal is None:
+                self.signal = signal.SIGINT
         return self._stop
 
     def _interrupt(self, number: int, frame: Any) -> None:
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
+        if self.signal is not None:
+            raise Stopped(number)
+        self.signal = number
 
     def _listen_no_more(self) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+        unlisten(self._before)
+        self._before = {}
+
+
+class Mapped(TorchCheckpointIO):
+    """Checkpoints that are written beside their destination and mapped from the disk when they are read.
+
+    Lightning's own go through memory and the system's temporary folder, and are read whole by every process.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Whole or not at all, and on the disk before it has its name. Raises OSError."""
+        # torch's own writer raises no OSError.
+        with replacing(Path(path), durable=True) as temporary, temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Tensors come from the file when they are first used: a process reads what it needs."""
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only is not False)
 
 
 def finite(method: Any) -> bool:

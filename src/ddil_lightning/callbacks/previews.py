@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from .. import sampling
+from ..files import replacing
 from ..schedule import Grid
 from ..solver import Policy
 
@@ -63,8 +64,8 @@ class Previews(Callback):
         side = student[0].shape[-1]
         picture = sampling.sheet([*self._teacher, *student], labels, prompts, scale=max(1, 96 // side))
         path = Path(trainer.default_root_dir) / "samples" / f"{method.student_updates:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        with replacing(path) as temporary:
+            picture.save(temporary, format="PNG")
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):
                 logger.log_image("samples", [picture], step=method.student_updates)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Checkpoint
 
 from ..datamodule import evaluating
 from ..prior import SamplingPrior
 from .dagger import AnnealPrior, OnClock, check_images
 
 
-class Stages(Callback):
+class Stages(Checkpoint):
     """At a stage's end: its pipeline is written, the student becomes the teacher, the grid is halved, roll-outs are forgotten.
+
+    One of Lightning's Checkpoint callbacks, so that it comes after all others: give it to a Trainer behind Checkpoints, and the end of a
+    stage is in a checkpoint before anything is done with it. A pipeline that is missing when a run goes on is made then.
 
     Every stage and every part of it gets its prior: that of the part, else the DataModule's own for halvings and forward latents for
     preliminary stages. `pipelines`: write `stages/NN-K-steps/` below `folder` (default: the trainer's root), exported and verified, for
@@ -44,9 +50,11 @@ class Stages(Callback):
             check_images(data, f"the plan's stage {forward[0]}", "give it parts without one")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin; a checkpoint may have been written between the end of a stage and the next one's beginning."""
+        """Begin, or go on from the checkpoint of a stage's end: its pipeline may be missing, and the next stage has not begun."""
         if staged(pl_module):
             self._clock = pl_module.student_updates
+            if trainer.strategy.broadcast(self.owed(pl_module, trainer.default_root_dir) is not None):
+                self._deliver(trainer, pl_module)
             self._go_on(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -54,11 +62,14 @@ class Stages(Callback):
         if not staged(pl_module):
             return
         moved, self._clock = pl_module.student_updates != self._clock, pl_module.student_updates
-        if moved and pl_module.stage_updates == pl_module.now.length and self.pipelines:
-            with pl_module.gathered():
-                if trainer.is_global_zero:
-                    self.deliver(trainer, pl_module)
+        if moved and pl_module.stage_is_over and self.pipelines:
+            self._deliver(trainer, pl_module)
         self._go_on(trainer, pl_module)
+
+    def _deliver(self, trainer: Any, method: Any) -> None:
+        with method.gathered():
+            if trainer.is_global_zero:
+                self.deliver(method, trainer.default_root_dir, trainer.datamodule.examples(4))
 
     def _go_on(self, trainer: Any, method: Any) -> None:
         more = method.stage + 1 < len(method.stages) and method.student_updates < method.updates
@@ -86,18 +97,38 @@ class Stages(Callback):
             return SamplingPrior()
         return None if self._annealed else self._own
 
-    def deliver(self, trainer: Any, method: Any) -> Path | None:
-        """The stage's student as a pipeline folder; None for one that cannot be exported."""
+    def place(self, method: Any, root: str | Path) -> Path:
+        """The folder of the present stage's pipeline."""
+        name = method.now.kind if method.now.preliminary else f"{method.steps[0]}-steps"
+        return Path(self.folder or Path(root) / "stages") / f"{method.stage + 1:02d}-{name}"
+
+    def owed(self, method: Any, root: str | Path) -> Path | None:
+        """The folder that the end of the present stage asks for and that is not there, or is that of another update."""
+        from .. import export
+
+        if not (self.pipelines and staged(method) and method.stage_is_over and export.exportable(method)):
+            return None
+        place = self.place(method, root)
+        try:
+            written = json.loads((place / "ddil.json").read_text(encoding="utf-8"))["student_updates"]
+        except (OSError, ValueError, KeyError, TypeError):
+            written = None
+        return None if written == method.student_updates else place
+
+    def deliver(self, method: Any, root: str | Path, examples: Sequence[str]) -> Path | None:
+        """The stage's student as a pipeline folder; None for one that cannot be exported. One that samples otherwise is said and kept."""
         from .. import export
 
         if not export.exportable(method):
             return None
-        name = method.now.kind if method.now.preliminary else f"{method.steps[0]}-steps"
-        folder = Path(self.folder or Path(trainer.default_root_dir) / "stages") / f"{method.stage + 1:02d}-{name}"
-        prompts = export.check_prompts(method, trainer.datamodule.examples(4))
-        with evaluating(method.deployed()):
-            export.deliver(method, folder, prompts, method.steps[0])
-        return folder
+        place = self.place(method, root)
+        try:
+            with evaluating(method.deployed()):
+                export.deliver(method, place, export.check_prompts(method, examples), method.steps[0])
+        except export.NotAsTrained as error:
+            # Days of training may lie ahead, and the checkpoint has this student.
+            logging.getLogger(__name__).warning(f"the pipeline of {method.now}: {error}")
+        return place
 
     def _of(self, part: Any) -> SamplingPrior:
         return SamplingPrior(part.forward, part.student, part.teacher, self._own.mix)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback
-from torch import nn
+from torch import Tensor, nn
 
 from ..backbones import Backbone
 from ..denoiser import Denoiser
@@ -20,6 +22,8 @@ from .descent import Descent
 from .losses import lerp_
 from .sharding import Shardable, check_strategy
 
+Dtype = Literal["float32", "bfloat16", "float16"]
+
 
 class Distillation(Descent, Shardable):
     """Base of every method. A method builds `student`, `policies` and `grid` and writes `training_step`.
@@ -28,8 +32,8 @@ class Distillation(Descent, Shardable):
     (default: what the pipeline recommends). `updates`: student updates in all, the one clock. `lr` rises over `warmup` updates and falls
     linearly to `final_lr * lr`. `clip`: gradient norm. `accumulate`: micro-batches per update. `ema`: decay of the average that is
     evaluated and exported (0: the online student). `reflect`, `box`: thresholding of x0 estimates; the box (lo, hi per channel) is
-    estimated from the data if it is not given. `teacher_dtype`: of the frozen networks (the student's weights are float32;
-    `trainer.precision` says what it computes in).
+    estimated from the data if it is not given. `teacher_dtype`: of the frozen U-Net and text encoders, `vae_dtype` of the autoencoder that
+    makes the training's latents (the student's weights are float32; `trainer.precision` says what it computes in).
     """
 
     backbone: Backbone
@@ -55,14 +59,16 @@ class Distillation(Descent, Shardable):
         reflect: Mode = "off",
         box: list[list[float]] | None = None,
         gradient_checkpointing: bool = False,
-        teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        teacher_dtype: Dtype = "float32",
+        vae_dtype: Dtype = "float32",
         log_every: int = 10,
     ) -> None:
         super().__init__(betas=betas, weight_decay=weight_decay, clip=clip, accumulate=accumulate)
         if updates < 1 or not 0 <= ema < 1:
             raise ValueError(f"updates is at least 1 and 0 <= ema < 1, got {updates} and {ema}")
         # Frozen networks stay out of parameters(), state_dict and DDP: they live behind the module's back.
-        self.__dict__["backbone"] = pipeline if isinstance(pipeline, Backbone) else Backbone(pipeline, getattr(torch, teacher_dtype))
+        dtypes = getattr(torch, teacher_dtype), getattr(torch, vae_dtype)
+        self.__dict__["backbone"] = pipeline if isinstance(pipeline, Backbone) else Backbone(pipeline, *dtypes)
         g = self.backbone.guidance if guidance is None else guidance
         self.guidance: tuple[float, float] = (float(g[0]), float(g[-1])) if isinstance(g, list | tuple) else (float(g), float(g))
         self.updates, self.lr, self.final_lr, self.warmup, self.ema = updates, lr, final_lr, warmup, ema
@@ -85,6 +91,21 @@ class Distillation(Descent, Shardable):
     def stage_length(self) -> int:
         """Student updates that the present stage has; a method without stages has one."""
         return self.updates
+
+    @property
+    def stage_is_over(self) -> bool:
+        """Whether the present stage has had all the updates that its plan gives it."""
+        return self.stage_updates == self.stage_length
+
+    @property
+    def stage_count(self) -> int:
+        """How many stages there are."""
+        return 1
+
+    @contextmanager
+    def at_stage(self, stage: int) -> Iterator[None]:
+        """Inside, `steps`, `sampler` and `scheduler` are those of stage number `stage`: what will be exported then can be tried now."""
+        yield
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -150,6 +171,22 @@ class Distillation(Descent, Shardable):
         if low != high and not told:
             other = f", or set model.{switch} to true" if switch else ""
             raise ValueError(f"{type(self).__name__}'s student is not told the guidance: give one number, not {low} to {high}{other}")
+
+    def adopt(self, weights: Mapping[str, Tensor]) -> None:
+        """The state of a checkpoint as far as inference needs it: of a `bare` pipeline the deployed network alone, mapped from the file."""
+        if not self.backbone.bare:
+            self.load_state_dict(weights)
+            return
+        network = self.deployed()
+        name = next(name for name, module in self.named_modules() if module is network)
+        network.load_state_dict({k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}, assign=True)
+        self.reflection.load_state_dict({k.removeprefix("reflection."): v for k, v in weights.items() if k.startswith("reflection.")})
+        self.backbone.stands_in(network)
+        for child, module in list(self.named_children()):
+            if isinstance(module, Denoiser) and module.network is not network:
+                module.network = nn.Identity()
+            elif module is not network and any(p.is_meta for p in module.parameters()):
+                delattr(self, child)
 
     # Optimisation ----------------------------------------------------------------------------------------------------------------
 

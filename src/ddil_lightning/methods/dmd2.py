@@ -211,11 +211,8 @@ class DMD2(Distillation):
 
     def scheduler(self) -> Any:
         """LCMScheduler with the trained nodes for its own grid, and a time scaling at which its boundary conditions vanish."""
-        from diffusers import LCMScheduler
-
-        config = dict(self.backbone.pipe.scheduler.config)
-        own = {"original_inference_steps": len(self.grid), "timestep_scaling": 1e10, "set_alpha_to_one": True}
-        return LCMScheduler.from_config(config, clip_sample=False, thresholding=False, **own)
+        own = {"original_inference_steps": len(self.grid), "timestep_scaling": 1e10}
+        return self.backbone.scheduler("LCMScheduler", set_alpha_to_one=True, clip_sample=False, **own)
 
     def _check(self, steps: int, teacher_steps: int, critic_steps: int, weights: tuple[float, float], tau: tuple[float, float]) -> None:
         total = self.backbone.schedule.steps

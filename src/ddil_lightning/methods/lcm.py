@@ -89,11 +89,8 @@ class LCM(Distillation):
 
     def scheduler(self) -> Any:
         """LCMScheduler on the training grid."""
-        from diffusers import LCMScheduler
-
-        config = dict(self.backbone.pipe.scheduler.config)
-        own = {"original_inference_steps": len(self.grid), "timestep_scaling": self.boundary["scaling"], "set_alpha_to_one": True}
-        return LCMScheduler.from_config(config, clip_sample=False, thresholding=False, **own)
+        own = {"original_inference_steps": len(self.grid), "timestep_scaling": self.boundary["scaling"]}
+        return self.backbone.scheduler("LCMScheduler", set_alpha_to_one=True, clip_sample=False, **own)
 
     def _policy(self, denoiser: Denoiser) -> Policy:
         return Policy(Consistency(denoiser, **self.boundary), "renoise")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -117,6 +119,27 @@ class PD(Distillation):
         """The one step count that the present student is made for."""
         return (self.teacher_steps if self.now.preliminary else len(self.grid),)
 
+    @property
+    def stage_is_over(self) -> bool:
+        """Of a last stage that goes on to the end of the run, after the plan's own updates."""
+        return self.stage_updates == self.now.length
+
+    @property
+    def stage_count(self) -> int:
+        """Those of the plan."""
+        return len(self.stages)
+
+    @contextmanager
+    def at_stage(self, stage: int) -> Iterator[None]:
+        """Inside, grids, step count and scheduler are those of that stage."""
+        present, self.stage = self.stage, stage
+        self._begin()
+        try:
+            yield
+        finally:
+            self.stage = present
+            self._begin()
+
     def _inherits(self, stage: int) -> bool:
         """Whether the teacher of stage number `stage` is the former student: of a halving, once one of guidance or halving has been."""
         return self.stages[stage].kind == "halve" and any(before.kind != "eps_to_v" for before in self.stages[:stage])
@@ -159,15 +182,12 @@ class PD(Distillation):
 
     def scheduler(self) -> Any:
         """DDIMScheduler on trailing nodes; where it would leave them, DPM-Solver++ of first order, which is DDIM between any nodes."""
-        from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-
-        config = {**self.backbone.pipe.scheduler.config, "prediction_type": "v_prediction", "thresholding": False}
-        config["timestep_spacing"] = self.rule
+        own = {"prediction_type": "v_prediction", "timestep_spacing": self.rule}
         # DDIMScheduler steps down by T // N, whatever the next node is.
         if self.rule == "trailing" and self.student.schedule.steps % self.steps[0] == 0:
-            return DDIMScheduler.from_config({**config, "clip_sample": False, "set_alpha_to_one": True})
-        own = {"algorithm_type": "dpmsolver++", "solver_order": 1, "final_sigmas_type": "zero"}
-        return DPMSolverMultistepScheduler.from_config({**config, **own})
+            return self.backbone.scheduler("DDIMScheduler", set_alpha_to_one=True, clip_sample=False, **own)
+        rest = {"algorithm_type": "dpmsolver++", "solver_order": 1, "final_sigmas_type": "zero"}
+        return self.backbone.scheduler("DPMSolverMultistepScheduler", **rest, **own)
 
     def setup(self, stage: str) -> None:
         """Raises ValueError where nothing would carry out the plan."""

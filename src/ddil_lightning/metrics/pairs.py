@@ -1,19 +1,22 @@
-"""The user's own images and captions for an evaluation: a folder, a .jsonl, or COCO's captions file; and how images are read."""
+"""The user's own images and captions for an evaluation: a folder, a .jsonl or .csv, or COCO's captions file; and how images are read."""
 
 from __future__ import annotations
 
-import json
+import logging
 import random
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ddil_lightning.folders import Row, list_folder, read_rows
 from ddil_lightning.metrics.base import to_uint8
+from ddil_lightning.pictures import read_squares, square
+from ddil_lightning.texts import caption_text, file_text, parse_json, read_text, shown
 
-IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+COLUMNS = ("file_name", "image"), ("text", "caption", "prompt")
 
 
 class Pair(NamedTuple):
@@ -26,32 +29,35 @@ class Pair(NamedTuple):
 def read_pairs(source: str | Path, images: str | Path | None = None) -> list[Pair]:
     """Pairs in a fixed order, one per image, from one of
 
-    * a folder with `metadata.jsonl` (datasets' imagefolder layout) or a `name.txt` beside each `name.jpg`;
-    * a `.jsonl` with `file_name` (or `image`) and `text` (or `caption`, `prompt`) per line, paths relative to `images` or to the file;
+    * a folder with `metadata.jsonl`, `.csv` or `.parquet`, or a `name.txt` beside each `name.jpg` (`folders.list_folder`);
+    * a `.jsonl` or `.csv` with `file_name` (or `image`) and `text` (or `caption`, `prompt`) per line, paths relative to `images` or to the
+      file;
     * COCO's `captions_*.json`: images by id, of each the caption with the lowest annotation id; the pictures in `images`, or in the
       split's folder beside `annotations/`.
 
     Raises FileNotFoundError for what is missing and ValueError for what cannot be understood.
     """
-    source = Path(source)
-    folder = Path(images) if images is not None else source if source.is_dir() else source.parent
+    source = Path(source).expanduser()
+    pictures = None if images is None else Path(images).expanduser()
     if source.is_dir():
-        listed = source / "metadata.jsonl"
-        pairs = _jsonl(listed, folder) if listed.is_file() else _sidecars(source)
+        rows = list_folder(source, *COLUMNS, pictures)
     elif not source.is_file():
         raise FileNotFoundError(f"{source}: no such folder or file; give a folder of images, a .jsonl, or COCO's captions_*.json")
-    elif source.suffix == ".jsonl":
-        pairs = _jsonl(source, folder)
+    elif source.suffix in (".jsonl", ".csv"):
+        rows = read_rows(source, *COLUMNS, pictures or source.parent)
     elif source.suffix == ".json":
         beside = source.parent.parent / source.stem.rsplit("_", 1)[-1]
-        pairs = _coco(source, beside if images is None and beside.is_dir() else folder)
+        rows = _coco(source, pictures or (beside if beside.is_dir() else source.parent))
     else:
         raise ValueError(f"{source}: cannot read {source.suffix or 'this'} files; give a folder, a .jsonl, or COCO's captions_*.json")
-    if not pairs:
+    if not rows:
         raise ValueError(f"{source}: no image with a caption was found")
+    pairs = [_pair(row) for row in rows]
     missing = [p.image for p in pairs if not p.image.is_file()]
     if missing:
-        raise FileNotFoundError(f"{source}: {len(missing)} of {len(pairs)} images are missing, first {missing[0]}; say where with images=")
+        raise FileNotFoundError(
+            f"{source}: {len(missing)} of {len(pairs)} images are missing, first {shown(missing[0])}; say where with images="
+        )
     return pairs
 
 
@@ -65,20 +71,11 @@ def choose(pairs: list[Pair], n: int | None, seed: int) -> list[Pair]:
 
 
 def load_images(paths: Iterable[Path], size: int) -> Tensor:
-    """Files as [N, 3, size, size] in [-1, 1]: the long edge centre-cropped, Lanczos. Needs Pillow."""
-    from PIL import Image
-
-    out = []
-    for path in paths:
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except OSError as e:
-            raise ValueError(f"{path}: not a readable image ({e})") from e
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        out.append(_resized(image.crop((left, top, left + side, top + side)), size))
-    return torch.stack(out)
+    """Files as [N, 3, size, size] in [-1, 1]: the long edge centre-cropped, Lanczos. Raises ValueError for one that cannot be read."""
+    images, enlarged = read_squares(((path, shown(path)) for path in paths), size)
+    if enlarged:
+        logging.getLogger(__name__).warning(f"{enlarged} of {len(images)} images are smaller than {size} pixels and were enlarged")
+    return images
 
 
 def resize(images: Tensor, size: int | None) -> Tensor:
@@ -89,44 +86,26 @@ def resize(images: Tensor, size: int | None) -> Tensor:
         raise ValueError(f"resize: {images.shape[-2]}x{images.shape[-1]} images; the reference is square")
     from PIL import Image
 
-    return torch.stack([_resized(Image.fromarray(x.permute(1, 2, 0).numpy()), size) for x in to_uint8(images)])
+    return torch.stack([square(Image.fromarray(x.permute(1, 2, 0).numpy()), size) for x in to_uint8(images)])
 
 
-def _resized(image: Any, size: int) -> Tensor:
-    from PIL import Image
-    from torchvision.transforms.functional import pil_to_tensor
-
-    small = image if image.size == (size, size) else image.resize((size, size), Image.Resampling.LANCZOS)
-    return pil_to_tensor(small).float() / 127.5 - 1
-
-
-def _jsonl(path: Path, folder: Path) -> list[Pair]:
-    pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+def _pair(row: Row) -> Pair:
+    for column, value, read in (("image", row.file, file_text), ("caption", row.caption, caption_text)):
         try:
-            row = json.loads(line)
-            image = next(row[k] for k in ("file_name", "image") if k in row)
-            pairs.append(Pair(folder / image, next(row[k] for k in ("text", "caption", "prompt") if k in row).strip()))
-        except (ValueError, TypeError, AttributeError, StopIteration) as e:
-            raise ValueError(f'{path}, line {number}: needs {{"file_name": ..., "text": ...}}') from e
-    return pairs
+            read(value)
+        except ValueError as error:
+            raise ValueError(f"{row.where}: the {column} is {error}; correct or remove the row") from error
+    return Pair(Path(row.file), caption_text(row.caption))
 
 
-def _sidecars(folder: Path) -> list[Pair]:
-    images = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES)
-    texts = [p.with_suffix(".txt") for p in images]
-    return [Pair(p, t.read_text(encoding="utf-8").strip()) for p, t in zip(images, texts, strict=True) if t.is_file()]
-
-
-def _coco(path: Path, folder: Path) -> list[Pair]:
+def _coco(path: Path, folder: Path) -> list[Row]:
+    data = parse_json(read_text(path), str(path))
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
         names = {image["id"]: image["file_name"] for image in data["images"]}
-        first: dict[int, str] = {}
+        first: dict[int, Row] = {}
         for note in sorted(data["annotations"], key=lambda a: a["id"]):
-            first.setdefault(note["image_id"], note["caption"].strip())
-        return [Pair(folder / names[i], first[i]) for i in sorted(first)]
+            image = note["image_id"]
+            first.setdefault(image, Row(str(folder / names[image]), note["caption"], f"{path}, annotation {note['id']}"))
+        return [first[i] for i in sorted(first)]
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f'{path}: not a COCO captions file, which has "images" and "annotations" with "caption" ({e!r})') from e

@@ -6,14 +6,13 @@ import datetime
 import json
 import os
 import platform
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..files import writing
+from ..files import replacing_folder
 from .sources import load_source
 
 if TYPE_CHECKING:
@@ -62,23 +61,18 @@ def guided(
 
 def save_teacher(pipeline: StableDiffusionPipeline, out: str | Path, facts: dict[str, Any], table: dict[int, dict[str, float]]) -> Path:
     """Write the pipeline in half precision with `ddil.json` and a model card -> the folder, which is replaced."""
-    target = Path(out).resolve()  # of a link, what it points to
-    work = target.with_name(f".{target.name}.part")
-    shutil.rmtree(work, ignore_errors=True)
-    for part in (pipeline.vae, pipeline.unet, pipeline.text_encoder):
-        part.half()
-    with writing(target):
+    parts = (pipeline.vae, pipeline.unet, pipeline.text_encoder)
+    with replacing_folder(Path(out)) as work:
+        for part in parts:
+            part.half()
         pipeline.save_pretrained(work)
-    for part in (pipeline.vae, pipeline.unet, pipeline.text_encoder):
-        part.float()
-    # transformers loads in the precision named here, diffusers in single: without this the parts would not fit together
-    config = work / "text_encoder" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
-    (work / "ddil.json").write_text(json.dumps(facts | {"figures": table}, indent=2) + "\n")
-    (work / "README.md").write_text(card(facts, table))
-    shutil.rmtree(target, ignore_errors=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(work, target)
+        for part in parts:
+            part.float()
+        # transformers loads in the precision named here, diffusers in single: without this the parts would not fit together
+        config = work / "text_encoder" / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+        (work / "ddil.json").write_text(json.dumps(facts | {"figures": table}, indent=2) + "\n")
+        (work / "README.md").write_text(card(facts, table))
     return Path(out)
 
 

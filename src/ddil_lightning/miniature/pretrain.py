@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
-from ..files import writing
+from ..files import replacing_folder
 from . import networks
 from .card import guided, measure, save_teacher
 from .sources import load_source
@@ -202,6 +202,7 @@ class Snapshots(Callback):
         self.pipeline = copy.deepcopy(pipeline)  # the average goes into it, while the weights of the original are in training
         self.folder, self.every, self.batch_size, self.before = Path(folder), every, batch_size, before
         self.started, self.loss = time.time(), 0.0
+        self.written: list[Path] = []  # only these are deleted: another run's, or a folder of the user's, may have such a name
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """The time begins."""
@@ -220,24 +221,22 @@ class Snapshots(Callback):
             self.write(pl_module, self.before + step * self.batch_size)
 
     def write(self, stage: Any, images: int) -> None:
-        """Save, then switch the link; the snapshot before the last is deleted. Raises OSError, with the older ones as they were."""
+        """Save, then switch the link; of this run's snapshots the newest two stay. Raises OSError, with the older ones as they were."""
         put_average(self.pipeline, stage.average)
         target, vae = self.folder.with_name(f"{self.folder.name}-{images:08d}"), self.pipeline.vae
         state = {"live": stage.live.state_dict(), "vae": vae.state_dict(), "scaling_factor": vae.config.scaling_factor, "images": images}
-        try:
-            with writing(target):
-                self.pipeline.save_pretrained(target)
-                with open(target / "state.pt", "wb") as file:  # torch's own writer raises no OSError
-                    torch.save(state, file)
-        except OSError:
-            shutil.rmtree(target, ignore_errors=True)
-            raise
+        with replacing_folder(target) as work:
+            self.pipeline.save_pretrained(work)
+            with open(work / "state.pt", "wb") as file:  # torch's own writer raises no OSError
+                torch.save(state, file)
         link = self.folder.with_name(self.folder.name + ".new")
         link.unlink(missing_ok=True)
         link.symlink_to(target.name)
         os.replace(link, self.folder)
-        for old in sorted(self.folder.parent.glob(f"{self.folder.name}-????????"))[:-2]:
+        self.written = [*(p for p in self.written if p != target), target]
+        for old in self.written[:-2]:
             shutil.rmtree(old, ignore_errors=True)
+        self.written = self.written[-2:]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

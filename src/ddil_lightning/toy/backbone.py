@@ -43,7 +43,7 @@ class Toy(Backbone):
             raise ValueError(f"no toy problem is called {problem!r}: known are {', '.join(PROBLEMS)}")
         if min(members, width, depth, size) < 1 or scale <= 0:
             raise ValueError(f"a toy has scale > 0 and members, width, depth, size >= 1, got {scale}, {members}, {width}, {depth}, {size}")
-        self.path, self.dtype, self.about = f"toy2d/{problem}", torch.float32, {"guidance": guidance}
+        self.path, self.dtype, self.about, self.bare = f"toy2d/{problem}", torch.float32, {"guidance": guidance}, False
         first = torch.initial_seed() % 2**31 if seed is None else seed
         self.seeds = tuple(range(first, first + members))
         self.problem, self.schedule, self.predicts = PROBLEMS[problem](scale), NoiseSchedule.scaled_linear(), "v"
@@ -115,7 +115,7 @@ class Toy(Backbone):
         """Points are latents."""
         return pixels.to(self.device)
 
-    def decode(self, latents: Tensor, chunk: int = 64) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """Raises ValueError: points are no pictures."""
         raise ValueError("the toy's samples are points, not images: set previews.every to 0")
 

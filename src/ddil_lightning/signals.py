@@ -1,0 +1,55 @@
+"""The signals that ask a process to end: Ctrl-C, a scheduler's SIGTERM, a closed terminal's SIGHUP. All of them end it in the same way."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked this process to end. `number`: which; `said`: what its user should read, such as how to go on."""
+
+    def __init__(self, number: int = signal.SIGINT, *said: str) -> None:
+        super().__init__(*said)
+        self.number = int(number)
+
+    @property
+    def code(self) -> int:
+        """The exit code that shells and schedulers expect."""
+        return 128 + self.number
+
+
+def ending() -> list[int]:
+    """The signals that ask this process to end, without those that it was told to ignore (nohup does that with SIGHUP)."""
+    known = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    return [number for number in known if number is not None and signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def listen(handler: Callable[[int, Any], None]) -> dict[int, Any]:
+    """Give the signals of `ending` to `handler` -> the handlers before, for `unlisten`; none outside the main thread: Python forbids it."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handler) for number in ending()}
+
+
+def unlisten(before: dict[int, Any]) -> None:
+    """Give them back."""
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Inside, every one of them raises Stopped, as Ctrl-C raises KeyboardInterrupt, so that everything is cleaned up on the way out."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Stopped(number)
+
+    before = listen(stop)
+    try:
+        yield
+    finally:
+        unlisten(before)

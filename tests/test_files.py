@@ -1,0 +1,166 @@
+"""Writing: whole or not at all, beside the destination, and never in the place of a device, a link or a mount."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import SafetensorError
+
+from ddil_lightning import files
+
+
+def write(path: Path, text: str = "new") -> None:
+    with files.replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+def names(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*")}
+
+
+def test_a_file_is_replaced_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "x.json"
+    write(path, "old")
+    with pytest.raises(RuntimeError), files.replacing(path) as temporary:
+        assert temporary.parent == path.parent  # the same file system: the last step is a rename
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and names(tmp_path) == {"deep", "deep/x.json"}
+    write(path)
+    assert path.read_text() == "new" and names(tmp_path) == {"deep", "deep/x.json"}
+
+
+FULL = [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")]
+
+
+@pytest.mark.parametrize("error", FULL)
+def test_a_full_disk_is_an_os_error_that_names_the_file(error: Exception, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    with pytest.raises(OSError) as raised, files.replacing(path):
+        raise error
+    assert raised.value.errno == errno.ENOSPC and raised.value.filename == str(path) and names(tmp_path) == set()
+
+
+def test_links_stay_links(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real/target.txt")
+    for text in ("first", "second"):  # a link to nothing yet, and to a file
+        write(tmp_path / "link", text)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "target.txt").read_text() == text
+    assert names(tmp_path) == {"real", "real/target.txt", "link"}
+
+
+def test_a_pipe_and_a_device_are_written_to(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    got: list[str] = []
+    reader = threading.Thread(target=lambda: got.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    write(tmp_path / "pipe", "through")
+    reader.join(10)
+    assert got == ["through"] and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode) and names(tmp_path) == {"pipe"}
+    write(Path(os.devnull))
+    assert stat.S_ISCHR(Path(os.devnull).stat().st_mode)
+    if Path("/dev/full").exists():
+        with pytest.raises(OSError, match="No space left") as raised:
+            write(Path("/dev/full"), "x" * 100_000)
+        assert raised.value.filename == "/dev/full" and stat.S_ISCHR(Path("/dev/full").stat().st_mode)
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError) as raised:
+        write(tmp_path)
+    assert raised.value.filename == str(tmp_path)
+
+
+def mounted(monkeypatch: pytest.MonkeyPatch, point: Path) -> None:
+    """`point` is a mount point: the system renames neither it nor onto it."""
+    real = os.replace
+
+    def replace(a: Any, b: Any) -> None:
+        if point in (Path(a), Path(b)):
+            raise OSError(errno.EBUSY, "Device or resource busy", str(a), None, str(b))
+        real(a, b)
+
+    monkeypatch.setattr(os, "replace", replace)
+
+
+def test_a_mounted_file_takes_the_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.json"
+    path.write_text("a much longer old text")
+    inode = path.stat().st_ino
+    mounted(monkeypatch, path)
+    write(path)
+    assert path.read_text() == "new" and path.stat().st_ino == inode and names(tmp_path) == {"x.json"}
+
+
+def fill(path: Path, *contents: str, fail: bool = False) -> None:
+    with files.replacing_folder(path) as temporary:
+        for name in contents:
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            (temporary / name).write_text(name)
+        if fail:
+            raise RuntimeError
+
+
+def test_a_folder_is_replaced_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    fill(path, "a", "b/c")
+    with pytest.raises(RuntimeError):
+        fill(path, "half", fail=True)
+    assert names(tmp_path) == {"out", "out/a", "out/b", "out/b/c"}
+    fill(path, "d")
+    assert names(tmp_path) == {"out", "out/d"}
+
+
+@pytest.mark.parametrize("kind", ["link", "mount"])
+def test_a_linked_or_mounted_folder_keeps_its_place(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = tmp_path / "real"
+    real.mkdir()
+    (real / "old").write_text("old")
+    path = real
+    if kind == "link":
+        (tmp_path / "out").symlink_to("real")
+        path = tmp_path / "out"
+    else:
+        mounted(monkeypatch, real)
+        inode = real.stat().st_ino
+    fill(path, "a", "b/c")
+    assert names(real) == {"a", "b", "b/c"} and {p.name for p in tmp_path.iterdir()} <= {"real", "out"}
+    assert (tmp_path / "out").is_symlink() if kind == "link" else real.stat().st_ino == inode
+
+
+def test_a_folder_for_the_moment_is_gone_afterwards(tmp_path: Path) -> None:
+    with files.replacing_folder(tmp_path / "x", keep=False) as place:
+        (place / "a").touch()
+    assert names(tmp_path) == set()
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
+    pid = os.fork()
+    if not pid:
+        with files.replacing(tmp_path / "x.json") as temporary, files.replacing_folder(tmp_path / "out") as folder:
+            temporary.write_text("half")
+            (folder / "half").write_text("half")
+            os._exit(9)
+    os.waitpid(pid, 0)
+    assert len(names(tmp_path)) == 3
+    (tmp_path / ".mine.part").touch()
+    files.sweep(tmp_path)
+    assert names(tmp_path) == {".mine.part"}
+
+
+def test_what_could_not_be_written_is_said_before(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    files.check_writable(tmp_path / "new" / "deep" / "x.json")
+    files.check_writable(tmp_path / "file")
+    with pytest.raises(IsADirectoryError):
+        files.check_writable(tmp_path)
+    with pytest.raises(NotADirectoryError) as raised:
+        files.check_writable(tmp_path / "file" / "x.json")
+    assert raised.value.filename == str(tmp_path / "file" / "x.json")

@@ -1,0 +1,116 @@
+"""Checkpoints that a run goes on from: found, and refused by name where they do not fit or lack something."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddil_lightning import resuming, runs
+from suite import METHODS, build
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def checkpoints(folder: Path, *clocks: int) -> list[Path]:
+    (folder / "checkpoints").mkdir(parents=True)
+    made = [folder / "checkpoints" / f"updates={clock}.ckpt" for clock in clocks]
+    for path in made:
+        torch.save({"ddil": {"student_updates": resuming.clock_of(path)}, "state_dict": {}}, path)
+    return made
+
+
+def test_which_checkpoint(here: Path) -> None:
+    made = checkpoints(here / "r", 4, 20, 8)
+    for ckpt_path, run_dir in (("last", "r"), ("r", None), ("r/checkpoints", None)):
+        assert resuming.checkpoint(ckpt_path, run_dir, "c") == made[1]
+    assert resuming.checkpoint("r/checkpoints/updates=8.ckpt", None, "c") == Path("r/checkpoints/updates=8.ckpt")
+    for ckpt_path, run_dir, said in (
+        ("last", None, "runs/c/latest does not exist"),
+        ("nowhere.ckpt", None, "nowhere.ckpt does not exist"),
+        (".", None, "holds no checkpoint"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            resuming.checkpoint(ckpt_path, run_dir, "c")
+
+
+def test_half_a_checkpoint_is_named_and_so_are_the_others(here: Path) -> None:
+    old, new = checkpoints(here / "r", 4, 8)
+    new.write_bytes(new.read_bytes()[:-300])
+    with pytest.raises(ValueError, match=r"updates=8.ckpt cannot be read .* half written .*; take another: updates=4.ckpt"):
+        resuming.load_checkpoint(new)
+    assert resuming.load_checkpoint(old)["ddil"] == {"student_updates": 4}
+    for alien in ({"weights": 1}, [1, 2]):
+        torch.save(alien, "alien.ckpt")
+        with pytest.raises(ValueError, match=r"alien.ckpt is no checkpoint of this library"):
+            resuming.load_checkpoint(Path("alien.ckpt"))
+
+
+def test_weights_that_do_not_fit_are_named(here: Path) -> None:
+    method = torch.nn.Linear(2, 3)
+    good = {"weight": torch.zeros(3, 2), "bias": torch.zeros(3)}
+    resuming.check_fits(here, {"state_dict": good}, method)
+    for state, said in (
+        ({"weight": good["weight"]}, "it lacks bias"),
+        ({**good, "more": good["bias"]}, "it has more as well"),
+        ({**good, "bias": torch.zeros(4)}, "the shape of bias differs"),
+    ):
+        with pytest.raises(ValueError, match=f"does not fit this config: {said}"):
+            resuming.check_fits(here, {"state_dict": state}, method)
+
+
+def test_only_the_newest_checkpoint_is_gone_on_from(here: Path) -> None:
+    old, new = checkpoints(here / "r", 4, 8)
+    resuming.check_newest(new)
+    with pytest.raises(ValueError, match=r"updates=4.ckpt is not the newest .* updates=8.ckpt: .*--run_dir"):
+        resuming.check_newest(old)
+    assert resuming.folder_of(new) is None
+    (here / "r" / "config.yaml").touch()
+    assert resuming.folder_of(new) == here / "r"
+
+
+def test_latest_without_links(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, target: Any) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    checkpoints(here / "somewhere", 4)
+    runs.point_latest(Path("somewhere"), "c")
+    assert resuming.checkpoint("last", None, "c") == here / "somewhere" / "checkpoints" / "updates=4.ckpt"
+
+
+WHOLE = ("DDILDataModule", "DDILDataModule.done", "DDILDataModule.buffers", "loops", "callbacks", "optimizer_states", "lr_schedulers")
+
+
+@pytest.mark.parametrize("key", [*WHOLE, "optimizer_states.0.state", "ddil.stage_start", "ddil.evaluations.teacher", "ddil.micro"])
+def test_a_checkpoint_that_lacks_something_is_refused_by_name(key: str, finished: Path, tiny: Path) -> None:
+    """Half of a state is never restored in silence."""
+    path = finished / "checkpoints" / "updates=12.ckpt"
+    state, method = resuming.load_checkpoint(path), build(METHODS[0], tiny)
+    resuming.check_whole(path, state, method)
+    *above, last = key.split(".")
+    inner: Any = state
+    for name in above:
+        inner = inner[int(name)] if name.isdigit() else inner[name]
+    inner[last] = {} if last == "state" else inner.pop(last) and None
+    if last != "state":
+        del inner[last]
+    with pytest.raises(ValueError, match=rf"the checkpoint {path} lacks {key}: ") as error:
+        resuming.check_whole(path, state, method)
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_is_mapped_and_not_read(finished: Path) -> None:
+    """Its tensors lie in the file: a process that wants one of them reads no other."""
+    state = resuming.load_checkpoint(finished / "checkpoints" / "updates=12.ckpt")["state_dict"]
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        pytest.skip("no /proc here")
+    assert "updates=12.ckpt" in maps.read_text()
+    assert all(tensor.device.type == "cpu" for tensor in state.values())
