@@ -124,8 +124,12 @@ def test_ctrl_c_is_code_130(capsys: Any) -> None:
     assert capsys.readouterr().err.split("\n") == ["", "ddil-x: stopped", "", "ddil-x: stopped at 5; go on with: x", ""]
 
 
-def test_a_command_that_ends_well_is_code_0_and_a_fault_of_ours_shows_where(capsys: Any) -> None:
+def test_a_command_that_ends_well_is_code_0_and_a_fault_of_ours_is_one_line_too(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert outcome(lambda argv: None) == 0 and outcome(lambda argv: 7) == 7
+    assert outcome(lambda argv: 1 // 0) == 2
+    said = "ddil-x: ZeroDivisionError: integer division or modulo by zero (this was not foreseen: DDIL_DEBUG=1 shows where it happened)\n"
+    assert capsys.readouterr().err == said
+    monkeypatch.setenv("DDIL_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         main.run(lambda argv: 1 // 0, "ddil-x", [])
 

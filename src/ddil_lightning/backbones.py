@@ -5,6 +5,8 @@ The built-in miniatures, a local folder and a hub id all come through `Backbone`
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, cast
@@ -230,6 +232,20 @@ class Backbone:
         side = float(self.latent_shape[1] * self.pipe.vae_scale_factor)
         ids = torch.tensor([side, side, 0.0, 0.0, side, side], device=self.device).repeat(len(prompts), 1)
         return Context(text.float(), pooled=pooled.float(), ids=ids)
+
+    def encoders(self) -> str:
+        """A digest of everything that makes latents and text states: weights of the encoders, the latents' scale, the vocabulary."""
+        digest = hashlib.sha256()
+        for name, part in sorted(self.pipe.components.items()):
+            if isinstance(part, nn.Module) and name != "unet":
+                for key, value in sorted(part.state_dict().items()):
+                    data = value.detach().cpu().flatten().contiguous().view(torch.uint8)
+                    digest.update(f"{name}.{key} {value.dtype} {tuple(value.shape)}".encode() + memoryview(data.numpy()))
+            elif hasattr(part, "get_vocab"):
+                digest.update(json.dumps([name, part.model_max_length, sorted(part.get_vocab().items())]).encode())
+        config = self.pipe.vae.config
+        digest.update(f"{config.scaling_factor} {config.get('shift_factor')}".encode())
+        return digest.hexdigest()
 
     def check_length(self, prompts: Sequence[str]) -> None:
         """Raises ValueError, naming the first prompt that the tokenizer would cut."""

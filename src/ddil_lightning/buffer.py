@@ -215,9 +215,8 @@ class ReplayBuffer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state_dict()`; with a smaller capacity than it was saved with, the oldest roll-outs go."""
-        self._chunks = deque(
-            _Chunk(_States(**k["states"] | {"u": k["states"]["u"].clone()}), Context(**k["c"]), *k["at"]) for k in state["chunks"]
-        )
+        own = lambda parts: {name: x.clone() for name, x in parts.items()}  # noqa: E731 (a mapped checkpoint is not held open by its latents)
+        self._chunks = deque(_Chunk(_States(**own(k["states"])), Context(**own(k["c"])), *k["at"]) for k in state["chunks"])
         self._means = {int(time): (float(mean), int(count)) for time, mean, count in state["means"]}
         self._next, self.rejected = int(state["next"]), int(state["rejected"])
         self._evict()

@@ -57,6 +57,16 @@ class Captions(Dataset[Any]):
                 raise
         return _joined([self._next_readable(row) for row in rows])
 
+    def some(self, n: int) -> list[str]:
+        """The first `n` captions, or so many as can be read."""
+        rows = range(min(n, len(self)))
+        try:
+            return self.prompts(rows)  # no picture is opened for them
+        except (OSError, ValueError):
+            if self.on_error == "stop":
+                raise
+        return self[rows].prompts
+
     def content(self) -> str:
         """A digest of every caption and every picture, in order: a cache of another digest was made from other data."""
         return _digest(self._content_parts())

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .buffer import ReplayBuffer
 from .captions import Captions, Prompts, RawBatch, builtin
 from .counter import CounterSampler
-from .encoded import Encoded, encode, encode_batch, reread
+from .denoiser import evaluating
+from .encoded import Encoded, Notices, cached, encode, encode_batch
+from .messages import counted
 from .prior import SamplingPrior
+from .processes import Processes
 from .reflect import estimate_box
 from .rollout import Granularity, Learner, collect, draw
 from .streams import Streams
 from .types import SOURCES, CaptionBatch, LatentBatch, take, to
+
+ENCODED, UNENCODED = 5120, 512
+"""Images that the box is estimated from: of those whose latents are there, and of those that must be encoded for it."""
 
 
 class DDILDataModule(LightningDataModule):
@@ -32,7 +37,8 @@ class DDILDataModule(LightningDataModule):
     `trajectories` (default batch_size) trajectories, whose interior states all go to the buffer. `capacity`: states kept per process; 0
     rolls out afresh for every batch. `max_age`, `priority`: of the buffer. `granularity`: `sample` splits every batch by the shares,
     `step` gives each batch one source. `pure_noise`: forward latents at the first node carry no signal. `cache`: encode everything once
-    (`true`), keep it in a file (a path), or encode on the fly (`false`). `truncate`: cut long prompts instead of refusing them.
+    (`true`), keep it in a file in half precision (a path), or encode on the fly (`false`). `truncate`: cut long prompts instead of
+    refusing them. `on_error`: a row whose picture or caption cannot be read stops the run, or is skipped, counted and told.
     `control`: the same-timestep control; every roll-out is replaced by data noised to its times, without a network call (`stand_in`).
     """
 
@@ -53,6 +59,7 @@ class DDILDataModule(LightningDataModule):
         workers: int = 0,
         seed: int = 0,
         control: bool = False,
+        on_error: Literal["stop", "skip"] = "stop",
     ) -> None:
         super().__init__()
         if batch_size < 1 or collect_every < 1 or capacity < 0:
@@ -62,7 +69,8 @@ class DDILDataModule(LightningDataModule):
         self.captions, self.prior, self.batch_size = captions, prior, batch_size
         self.collect_every, self.trajectories = collect_every, min(trajectories or batch_size, batch_size)
         self.granularity, self.pure_noise, self.seed = granularity, pure_noise, seed
-        self.cache, self.truncate, self.workers, self.control = cache, truncate, workers, control
+        self.cache, self.truncate, self.workers, self.control, self.on_error = cache, truncate, workers, control, on_error
+        self.notices = Notices()
         self.buffer = ReplayBuffer(capacity, max_age=max_age, priority=priority) if capacity else None
         self.done = 0
         self._examples: list[str] = []
@@ -93,7 +101,7 @@ class DDILDataModule(LightningDataModule):
     # Data ------------------------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Encode the captions (or read the cache) and show the method the box of its latents."""
+        """Encode the captions (or map the cache) and show the method the box of its latents."""
         if stage != "fit":
             return
         backbone: Any = self.learner.backbone  # type: ignore[attr-defined]
@@ -102,14 +110,14 @@ class DDILDataModule(LightningDataModule):
             backbone.to(self.trainer.strategy.root_device)
         if self.captions is None:
             self.captions = getattr(backbone, "captions", None) or self._own(backbone)
-        if not isinstance(self.captions, Encoded):
-            self._examples = self.captions.prompts(range(min(16, len(self.captions))))
-        if isinstance(self.cache, str) and Path(self.cache).is_file():
-            self.captions = reread(Path(self.cache), self.captions, backbone, self.truncate)
-        elif self.cache and not isinstance(self.captions, Encoded):
-            self.captions = encode(self.captions, backbone, truncate=self.truncate)
-            if isinstance(self.cache, str) and self.trainer is not None and self.trainer.is_global_zero:
-                self.captions.save(Path(self.cache))
+        captions, processes = self.captions, Processes(self.trainer)
+        captions.on_error = self.on_error
+        if not isinstance(captions, Encoded):
+            self._examples = captions.some(16)
+        if isinstance(self.cache, str):
+            self.captions = cached(Path(self.cache), captions, backbone, self.truncate, self.workers, self.notices, processes)
+        elif self.cache and not isinstance(captions, Encoded):
+            self.captions = encode(captions, backbone, self.truncate, self.workers, self.notices, processes.first)
         no_images = self.captions.latents is None if isinstance(self.captions, Encoded) else isinstance(self.captions, Prompts)
         if self.prior.forward > 0 and no_images:
             raise ValueError("the prior has a forward share but the data set has no images: give that share to the teacher, or give images")
@@ -119,6 +127,10 @@ class DDILDataModule(LightningDataModule):
                 f"the data's latents are {list(latent.shape[1:])} and the pipeline {backbone.path} denoises {list(backbone.latent_shape)}: "
                 "give images of the size that the pipeline was trained for"
             )
+
+    def teardown(self, stage: str) -> None:
+        """Say what of the data was not as it should be."""
+        self.notices.close()
 
     @staticmethod
     def _own(backbone: Any) -> Captions:
@@ -142,17 +154,26 @@ class DDILDataModule(LightningDataModule):
         backbone: Any = self.learner.backbone  # type: ignore[attr-defined]
         return encode_batch(batch, backbone, self.truncate) if isinstance(batch, RawBatch) else to(batch, backbone.device)
 
-    def box(self, images: int = 5120) -> tuple[list[float], list[float]] | None:
-        """The latent box of the data (reflect.estimate_box) from the first `images` of them; None for data without images."""
-        captions = self.captions
-        if captions is not None and not isinstance(captions, Encoded):
-            rows = range(min(images, len(captions)))
-            if captions.pixels(rows[:1]) is None:
-                return None
-            parts = [self.learner.backbone.encode_images(captions.pixels(rows[i : i + 64])) for i in rows[::64]]  # type: ignore[attr-defined]
-            return estimate_box(torch.cat(parts).cpu())
-        latents = captions.latents if captions is not None else None
-        return None if latents is None else estimate_box(latents[:images])
+    def box(self) -> tuple[list[float], list[float]] | None:
+        """The latent box of the data (reflect.estimate_box), from some hundred images if they are not encoded; None without images.
+
+        One process encodes them for all.
+        """
+        captions: Any = self.captions
+        if isinstance(captions, Encoded):
+            return None if captions.latents is None else estimate_box(captions.latents[:ENCODED].float())
+        if captions is None or captions[[0]].pixels is None:
+            return None
+        backbone: Any = self.learner.backbone  # type: ignore[attr-defined]
+        processes = Processes(self.trainer)
+
+        def estimated() -> tuple[list[float], list[float]]:
+            rows = range(min(UNENCODED, len(captions)))
+            parts = [rows[i : i + 8] for i in rows[::8]]
+            found = [backbone.encode_images(captions[part].pixels).cpu() for part in counted(parts, len(parts), "the box of the latents")]
+            return estimate_box(torch.cat(found))
+
+        return processes.by_first(estimated)
 
     def train_dataloader(self) -> DataLoader:
         """Batches of rows from where the counter stands."""
@@ -176,7 +197,7 @@ class DDILDataModule(LightningDataModule):
         acting = evaluating(learner.policies.student) if self._rolls() else nullcontext()
         with torch.no_grad(), acting, self.trainer.precision_plugin.forward_context():
             backbone: Any = learner.backbone  # type: ignore[attr-defined]
-            encoded = encode_batch(batch, backbone, self.truncate) if isinstance(batch, RawBatch) else batch
+            encoded = self._encoded(batch)
             self._collect(encoded)
             streams = self.streams
             # Dropout in the training step takes torch's own numbers: they follow from the counter too, so that a resumed run repeats them.
@@ -194,6 +215,13 @@ class DDILDataModule(LightningDataModule):
                 progress=getattr(learner, "progress", 0.0),
                 control=self.control,
             )
+
+    def _encoded(self, batch: Any) -> CaptionBatch:
+        """A batch of a loader after the frozen encoders."""
+        if not isinstance(batch, RawBatch):
+            return batch
+        self.notices.hear(batch, len(self.captions or ()))
+        return encode_batch(batch, self.learner.backbone, self.truncate)  # type: ignore[attr-defined]
 
     def _rolls(self) -> bool:
         """Whether the next batch needs a roll-out: at the buffer's cadence, or for every batch without one."""
@@ -234,7 +262,7 @@ class DDILDataModule(LightningDataModule):
         if latents is None:
             return None
         if self._moment is None:
-            self._moment = float(latents[:2048].square().mean())
+            self._moment = float(latents[:2048].float().square().mean())
         schedule = self.learner.policies.student.schedule
         return (schedule.alphas[t.cpu()].square() * self._moment + schedule.sigmas[t.cpu()].square()).float()
 
@@ -254,7 +282,8 @@ class DDILDataModule(LightningDataModule):
         # Of an empty buffer too, where the prior asks for roll-outs: what it has rejected is then the reason.
         shown = self.buffer is not None and (len(self.buffer) > 0 or self.buffer.rejected > 0 or self.prior.rollouts > 0)
         stats = self.buffer.stats(self.clock) if self.buffer is not None and shown else {}
-        return shares | {f"buffer/{name}": value for name, value in stats.items()}
+        skipped = {"data/skipped": float(len(self.notices.skipped))} if self.notices.skipped else {}
+        return shares | skipped | {f"buffer/{name}": value for name, value in stats.items()}
 
     def flush(self) -> None:
         """Forget every roll-out (a new stage)."""
@@ -284,15 +313,3 @@ class DDILDataModule(LightningDataModule):
         self.done, self._collected_at = state["done"], state["collected_at"]
         if self.buffer is not None and state["buffers"][rank] is not None:
             self.buffer.load_state_dict(state["buffers"][rank])
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside (no dropout in roll-outs), every submodule's own flag restored afterwards."""
-    flags = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, flag in flags:
-            m.training = flag

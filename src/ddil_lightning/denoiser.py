@@ -6,6 +6,9 @@ reflection. Within one x_t the maps eps <-> v <-> x0 are affine and the guidance
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -102,3 +105,15 @@ class Consistency(nn.Module):
         norm = k.square() + self.sigma_data**2
         x0 = self.sigma_data**2 / norm * x_t + k / norm.sqrt() * p.x0
         return self.schedule.from_x0(x_t, t, x0)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside (no dropout in roll-outs), every submodule's own flag restored afterwards."""
+    flags = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, flag in flags:
+            m.training = flag

@@ -1,22 +1,36 @@
-"""Captions and images after the frozen encoders: what training reads, in memory or from a cache file."""
+"""Captions and images after the frozen encoders: what training reads, in memory or mapped from a cache file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+import math
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from .backbones import Backbone
 from .captions import Captions, RawBatch
 from .files import replacing
+from .messages import counted
+from .processes import Processes
 from .types import CaptionBatch, Context, cat, take, to
+
+CHUNK, LOADED = 256, 2**24
+"""Rows that are encoded at a time, and how many pixels of theirs may be in memory: 64 images of 512 x 512."""
+DAMAGED = "delete it, or give another data.cache"
 
 
 class Encoded(Captions):
-    """Captions after the frozen encoders: latents [N, C, h, w] (None without images) and a context, in memory or from a cache file."""
+    """Latents [N, C, h, w] (None without images) and a context of N captions. Rows are float32 when they are taken."""
 
     def __init__(self, latents: Tensor | None, c: Context) -> None:
         self.latents, self.c = latents, c
@@ -26,19 +40,11 @@ class Encoded(Captions):
 
     def __getitem__(self, index: Sequence[int]) -> CaptionBatch:  # type: ignore[override]
         rows = torch.as_tensor(index)
-        return CaptionBatch(None if self.latents is None else self.latents[rows], take(self.c, rows), rows)
-
-    def save(self, path: Path) -> None:
-        """One safetensors file with the latents and every part of the context, whole or not at all. Raises OSError on a full disk."""
-        from safetensors.torch import save_file
-
-        parts = {k: v.contiguous() for k, v in {"latents": self.latents, **self.c._asdict()}.items() if v is not None}
-        with replacing(path) as temporary:
-            save_file(parts, temporary, metadata={"rows": json.dumps(len(self))})
+        return to(CaptionBatch(None if self.latents is None else self.latents[rows], take(self.c, rows), rows), torch.float32)
 
     @classmethod
     def load(cls, path: Path) -> Encoded:
-        """Read what `save` wrote. Raises ValueError for a file that is damaged, or that something else wrote."""
+        """Map what `write` wrote: rows come from the disk when they are taken. Raises ValueError for a damaged file or none of ours."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -46,46 +52,188 @@ class Encoded(Captions):
             parts = load_file(path)
             return cls(parts.pop("latents", None), Context(**parts))
         except (SafetensorError, TypeError) as error:
-            raise ValueError(f"the cache {path} is damaged or none of ours ({error}): delete it, or give another data.cache") from error
+            raise ValueError(f"the cache {path} is damaged or none of ours ({error}): {DAMAGED}") from error
 
 
-@torch.no_grad()
-def encode(captions: Captions, backbone: Backbone, chunk: int = 256, truncate: bool = False) -> Encoded:
-    """Every caption and image through the frozen encoders once: an image's VAE costs more than a training step's U-Net forward."""
-    latents: list[Tensor] = []
-    contexts: list[Context] = []
-    for start in range(0, len(captions), chunk):
-        raw = captions[range(start, min(start + chunk, len(captions)))]
-        batch = encode_batch(raw, backbone, truncate)
-        contexts.append(to(batch.c, "cpu"))
-        if batch.latent is not None:
-            latents.append(batch.latent.cpu())
-    return Encoded(torch.cat(latents) if latents else None, cat(contexts))
+class Notices:
+    """Rows of a data set that were skipped and pictures that were enlarged: the first of each is told at once, and how many at the end."""
 
+    def __init__(self) -> None:
+        self.skipped: dict[str, None] = {}
+        self.enlarged, self._read = 0, 0
 
-def reread(path: Path, captions: Captions, backbone: Backbone, truncate: bool = False) -> Encoded:
-    """The cache file of `captions`. Raises ValueError when it was made from other captions, other images or another pipeline."""
-    cached = Encoded.load(path)
-    if isinstance(captions, Encoded):
-        return cached
-    rows = sorted({0, len(captions) // 2, len(captions) - 1})
-    same = len(cached) == len(captions)
-    if same:
-        fresh, kept = encode_batch(captions[rows], backbone, truncate), cached[rows]
-        same = _alike(fresh.c.text, kept.c.text) and _alike(fresh.latent, kept.latent)
-    if not same:
-        raise ValueError(f"the cache {path} was made from another data set or pipeline: delete it, or give another data.cache")
-    return cached
+    def hear(self, raw: RawBatch, rows: int) -> None:
+        """Note a batch of a set of `rows` rows. Pictures are counted in the first pass alone."""
+        log = logging.getLogger(__name__)
+        if raw.skipped and not self.skipped:
+            log.warning(f"{raw.skipped[0]}; it is skipped, the next row takes its place, and data/skipped counts such rows")
+        self.skipped |= dict.fromkeys(raw.skipped)
+        if self._read < rows:
+            if raw.enlarged and not self.enlarged:
+                log.warning("some pictures are smaller than data.captions.size and are enlarged, which blurs them")
+            self.enlarged += raw.enlarged
+            self._read += len(raw.rows)
 
-
-def _alike(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    # Loose enough for encoders in half precision, and for another machine's.
-    return a.shape == b.shape and float((a.cpu() - b).abs().mean()) < 0.05
+    def close(self) -> None:
+        """Say how many there were."""
+        log = logging.getLogger(__name__)
+        if self.skipped:
+            log.warning(f"{len(self.skipped)} rows of the data could not be read and were skipped")
+        if self.enlarged:
+            log.warning(f"{self.enlarged} of {self._read} pictures were smaller than data.captions.size and were enlarged")
 
 
 def encode_batch(raw: RawBatch, backbone: Backbone, truncate: bool = False) -> CaptionBatch:
     """One raw batch on the backbone's device."""
     latent = None if raw.pixels is None else backbone.encode_images(raw.pixels)
     return CaptionBatch(latent, backbone.encode_text(raw.prompts, truncate), raw.rows.to(backbone.device))
+
+
+@torch.no_grad()
+def encode(
+    captions: Captions, backbone: Backbone, truncate: bool = False, workers: int = 0, notices: Notices | None = None, show: bool = False
+) -> Encoded:
+    """Every caption and image through the frozen encoders once: an image's VAE costs more than a training step's U-Net forward."""
+    made = list(_encoded(captions, range(len(captions)), backbone, truncate, workers, notices or Notices(), show))
+    latents = [batch.latent for batch in made if batch.latent is not None]
+    return Encoded(torch.cat(latents) if latents else None, cat([batch.c for batch in made]))
+
+
+def _encoded(
+    captions: Captions, rows: range, backbone: Backbone, truncate: bool, workers: int, notices: Notices, show: bool
+) -> Iterator[CaptionBatch]:
+    """The rows in order, on the CPU; pictures are loaded by as many workers, a bounded number of pixels at a time."""
+    chunk = CHUNK
+    pixels = captions[rows[:1]].pixels if len(rows) else None
+    if pixels is not None:
+        chunk = max(1, min(CHUNK, LOADED // math.prod(pixels.shape[2:])))
+    parts = [list(rows[i : i + chunk]) for i in range(0, len(rows), chunk)]
+    loader = DataLoader(captions, batch_size=None, sampler=parts, num_workers=workers)  # type: ignore[arg-type]
+    for raw in counted(loader, len(parts), "encoding the data", show):
+        notices.hear(raw, len(captions))
+        batch = encode_batch(raw, backbone, truncate)
+        yield CaptionBatch(None if batch.latent is None else batch.latent.cpu(), to(batch.c, "cpu"), batch.rows.cpu())
+
+
+# The cache file ------------------------------------------------------------------------------------------------------------------
+
+
+def cached(
+    path: Path, captions: Captions, backbone: Backbone, truncate: bool, workers: int, notices: Notices, processes: Processes
+) -> Encoded:
+    """The encoded captions from the file `path`, which is written first if it is not there: every process encodes its share of the rows.
+
+    Half precision, a safetensors file that is mapped and never read whole. Raises ValueError for a file of other captions, other pictures
+    or other encoders, whichever row it is.
+    """
+    if isinstance(captions, Encoded):
+        return Encoded.load(path) if path.is_file() else captions
+    if not processes.by_first(path.is_file):
+        origin = processes.by_first(lambda: {**_origin(captions, backbone), "content": captions.content()})
+        _write(path, captions, backbone, truncate, workers, notices, processes, origin)
+    else:
+        processes.by_first(lambda: _check_origin(path, captions, backbone))
+    found = Encoded.load(path)
+    if len(found) != len(captions):
+        raise ValueError(f"the cache {path} holds {len(found)} rows and the data set {len(captions)}: {DAMAGED}")
+    return found
+
+
+def _origin(captions: Captions, backbone: Backbone) -> dict[str, str]:
+    """What a cache depends on and can be told without reading a picture."""
+    stamp = captions.stamp()
+    return {"rows": str(len(captions)), "encoders": backbone.encoders(), **({} if stamp is None else {"stamp": stamp})}
+
+
+def _check_origin(path: Path, captions: Captions, backbone: Backbone) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            known = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"the cache {path} is damaged or none of ours ({error}): {DAMAGED}") from error
+    mine = _origin(captions, backbone)
+    if "content" not in known:
+        raise ValueError(f"the cache {path} does not say what it was made from: {DAMAGED}")
+    if known.get("encoders") != mine["encoders"]:
+        raise ValueError(f"the cache {path} was made by another pipeline's encoders, or in another precision of theirs: {DAMAGED}")
+    # The files may have been copied; then their contents decide.
+    same = "stamp" in mine and known.get("stamp") == mine["stamp"]
+    if known.get("rows") != mine["rows"] or not (same or known["content"] == captions.content()):
+        raise ValueError(f"the cache {path} was made from other captions or other pictures: {DAMAGED}")
+
+
+def _write(
+    path: Path,
+    captions: Captions,
+    backbone: Backbone,
+    truncate: bool,
+    workers: int,
+    notices: Notices,
+    processes: Processes,
+    origin: Mapping[str, str],
+) -> None:
+    """Every process encodes rows of its own into one file, whose whole size is taken from the disk first."""
+    count, (rank, world) = len(captions), (processes.rank, processes.world)
+    mine = range(count * rank // world, count * (rank + 1) // world)
+
+    def share(temporary: Path) -> None:
+        columns: dict[str, Any] = {}
+        done = mine.start
+        for batch in _encoded(captions, mine, backbone, truncate, workers, notices, processes.first):
+            values = _columns(batch)
+            columns = columns or _mapped(temporary, values, count)
+            for name, value in values.items():
+                if value.is_floating_point() and not bool(value.isfinite().all()):
+                    where = f"rows {done} to {done + len(value) - 1}"
+                    raise ValueError(f"the {name} of {where} are too large for half precision: set data.cache to true")
+                columns[name][done : done + len(value)] = value.numpy()
+            done += len(batch.rows)
+        for column in columns.values():
+            column.flush()
+
+    probe = processes.by_all(lambda: _columns(encode_batch(captions[[0]], backbone, truncate)))
+    with replacing(path, durable=True) if processes.first else nullcontext(Path()) as temporary:
+        place = Path(processes.by_first(lambda: str(_empty(temporary, probe, count, origin))))
+        processes.by_all(lambda: share(place))
+    processes.wait()
+
+
+def _columns(batch: CaptionBatch) -> dict[str, Tensor]:
+    """The tensors of a batch as the file holds them: half precision, but for SDXL's sizes, which are whole numbers."""
+    parts = {"latents": batch.latent, **batch.c._asdict()}
+    held = {name: value.detach().cpu() for name, value in parts.items() if value is not None}
+    return {name: value.half() if value.is_floating_point() and name != "ids" else value for name, value in held.items()}
+
+
+KINDS = {torch.float16: "F16", torch.float32: "F32", torch.int64: "I64", torch.bool: "BOOL"}
+
+
+def _empty(path: Path, probe: Mapping[str, Tensor], count: int, origin: Mapping[str, str]) -> Path:
+    """A safetensors file of `count` rows like those of `probe`, with all its room on the disk. Raises OSError where that is missing."""
+    table: dict[str, Any] = {"__metadata__": dict(origin)}
+    end = 0
+    for name, value in probe.items():
+        begin, end = end, end + count * value[0].numel() * value.element_size()
+        table[name] = {"dtype": KINDS[value.dtype], "shape": [count, *value.shape[1:]], "data_offsets": [begin, end]}
+    text = json.dumps(table).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers begin at a multiple of their size
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+        file.flush()
+        if end and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 8 + len(text), end)
+    return path
+
+
+def _mapped(path: Path, values: Mapping[str, Tensor], count: int) -> dict[str, Any]:
+    """The columns of such a file, for writing."""
+    with path.open("rb") as file:
+        size = struct.unpack("<Q", file.read(8))[0]
+        table = json.loads(file.read(size))
+    return {
+        name: np.memmap(path, value.numpy().dtype, "r+", 8 + size + table[name]["data_offsets"][0], (count, *value.shape[1:]))
+        for name, value in values.items()
+    }

@@ -15,7 +15,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
 from .backbones import Backbone
-from .datamodule import evaluating
+from .denoiser import evaluating
 from .files import replacing, replacing_folder
 from .main import Refusal, one_line, read_config
 from .messages import explain, plain

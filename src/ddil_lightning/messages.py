@@ -7,9 +7,13 @@ import difflib
 import inspect
 import logging
 import re
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+PATIENCE = 15.0  # seconds without a word
 
 LEAVES = (  # what went wrong, in the order in which a message is searched for it
     r"(?:Option|option) '(?P<option>[^']+)'(?: is not accepted)?$",
@@ -61,6 +65,25 @@ def each_text(value: Any, change: Callable[[str, str], str], name: str = "") -> 
     if isinstance(value, argparse.Namespace):
         return type(value)(**{key: each_text(inner, change, key) for key, inner in vars(value).items()})
     return value
+
+
+def counted(items: Iterable[T], total: int, what: str, show: bool = True) -> Iterator[T]:
+    """The items, with a bar on a terminal, and elsewhere a line for every tenth of what takes longer than some seconds."""
+    from rich.console import Console
+
+    console = Console()
+    if not show or console.is_terminal:
+        from rich.progress import track
+
+        yield from track(items, what, total, console=console, transient=True, disable=not show)
+        return
+    begun, told = time.monotonic(), 0
+    for i, item in enumerate(items, 1):
+        yield item
+        seconds, tenth = time.monotonic() - begun, 10 * i // total
+        if tenth > told and seconds > PATIENCE:
+            print(f"{what}: {i} of {total}, about {seconds / i * (total - i):.0f} s left", flush=True)
+            told = tenth
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

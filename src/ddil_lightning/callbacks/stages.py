@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch import Callback
 
-from ..datamodule import evaluating
+from ..denoiser import evaluating
 from ..prior import SamplingPrior
 from .dagger import AnnealPrior, OnClock, check_images
 
 
-class Stages(Checkpoint):
+class Stages(Callback):
     """At a stage's end: its pipeline is written, the student becomes the teacher, the grid is halved, roll-outs are forgotten.
 
-    One of Lightning's Checkpoint callbacks, so that it comes after all others: give it to a Trainer behind Checkpoints, and the end of a
-    stage is in a checkpoint before anything is done with it. A pipeline that is missing when a run goes on is made then.
+    All of that comes after the other callbacks: the end of a stage is in a checkpoint before anything is done with it. A pipeline that is
+    missing when a run goes on is made then.
 
     Every stage and every part of it gets its prior: that of the part, else the DataModule's own for halvings and forward latents for
     preliminary stages. `pipelines`: write `stages/NN-K-steps/` below `folder` (default: the trainer's root), exported and verified, for
@@ -57,8 +57,8 @@ class Stages(Checkpoint):
                 self._deliver(trainer, pl_module)
             self._go_on(trainer, pl_module)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """The boundary, once, and the prior of the next batch."""
+    def after_checkpoints(self, trainer: Any, pl_module: Any) -> None:
+        """The boundary, once, and the prior of the next batch. Called by the method when a batch is over for all callbacks."""
         if not staged(pl_module):
             return
         moved, self._clock = pl_module.student_updates != self._clock, pl_module.student_updates

@@ -249,6 +249,12 @@ class Distillation(Descent, Shardable):
                 logging.getLogger(__name__).warning(f"{said}; give another by model.box: [[lo, ...], [hi, ...]], a number per channel")
             self.has_box = True
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """The module's hook is the last one of a batch: what must not be done before a checkpoint is written is done now."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "after_checkpoints"):
+                callback.after_checkpoints(self.trainer, self)
+
     def configure_callbacks(self) -> list[Callback]:
         """The clock travels with the method, so that a bare Trainer gets it too."""
         return [Clock()]

@@ -104,6 +104,10 @@ class Toy(Backbone):
         rows = torch.tensor([names.index(p) for p in prompts], device=self.device)
         return Context(F.one_hot(rows, len(names))[:, None, 1:].float())
 
+    def encoders(self) -> str:
+        """The problem by its name: points are latents."""
+        return f"{self.path} {self._shape}"
+
     def check_length(self, prompts: Sequence[str]) -> None:
         """No prompt is too long."""
 

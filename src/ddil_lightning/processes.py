@@ -1,0 +1,65 @@
+"""What several processes of one run must do together, and what one of them does for all. One process alone is the ordinary case of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Elsewhere(SystemExit):
+    """The end of a process because of what went wrong in another, which tells it: a second line would say the same."""
+
+    def __init__(self, error: str) -> None:
+        super().__init__(2)
+        self.error = error
+
+
+class Processes:
+    """The processes of a Trainer (None: this one alone)."""
+
+    def __init__(self, trainer: Any = None) -> None:
+        self.rank: int = trainer.global_rank if trainer is not None else 0
+        self.world: int = trainer.world_size if trainer is not None else 1
+        self._strategy = trainer.strategy if trainer is not None and self.world > 1 else None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that speaks and writes."""
+        return self.rank == 0
+
+    def by_first(self, job: Callable[[], T]) -> T:
+        """The result of `job`, which the first process does for all. What it raises ends the others too, as Elsewhere."""
+        if self._strategy is None:
+            return job()
+        told: tuple[Any, str | None] = (None, None)
+        failure: BaseException | None = None
+        if self.first:
+            try:
+                told = job(), None
+            except Exception as error:
+                failure, told = error, (None, str(error) or type(error).__name__)
+        result, error_text = self._strategy.broadcast(told)
+        if error_text is not None:
+            raise failure or Elsewhere(error_text)
+        return result
+
+    def by_all(self, job: Callable[[], T]) -> T:
+        """The result of `job`, of which every process does its share. What one of them raises ends all together."""
+        if self._strategy is None:
+            return job()
+        failure: BaseException | None = None
+        result: Any = None
+        try:
+            result = job()
+        except Exception as error:
+            failure = error
+        if not self._strategy.reduce_boolean_decision(failure is None):
+            raise failure or Elsewhere("another process has failed")
+        return result
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self._strategy is not None:
+            self._strategy.barrier()
