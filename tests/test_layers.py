@@ -14,10 +14,10 @@ FILES = [p for p in sorted(ROOT.rglob("*.py")) if p != ROOT / "__init__.py"]
 # A module imports only modules that stand before it; a package counts as one module. `main` is the light front end: it stands first
 # because it imports nothing when it is loaded, and reaches the commands from inside functions.
 ORDER = (
-    "signals main messages files processes texts types streams schedule reflect prior denoiser analytic solver buffer rollout shift "
+    "signals bounds main messages files processes texts types streams schedule reflect prior denoiser analytic solver buffer rollout shift "
     "pipelines backbones sampling "
     "miniature pictures folders tables captions encoded counter datamodule "
-    "methods metrics charts results evaluate report export callbacks scoring runs resuming loggers toy finish "
+    "methods metrics charts results evaluate report export callbacks scoring runs resuming loggers toy finish watch "
     "cli fitting commands "
 ).split()
 # Which x_t is trained on is not a method's business.

@@ -107,8 +107,8 @@ def test_the_share_of_the_student_in_roll_outs():
         (lambda: Piecewise([FIRST, LAST], [0, 0]), r"rising from 0; got 2 priors and starts \[0, 0\]"),
         (lambda: Piecewise([FIRST], [3]), r"rising from 0; got 1 priors and starts \[3\]"),
         (lambda: Piecewise([], []), "got 0 priors"),
-        (lambda: Gated(FIRST, LAST, steps=0), r"got 0, 1\.25 and 20"),
-        (lambda: Gated(FIRST, LAST, ratio=-1.0), r"got 10, -1\.0 and 20"),
+        (lambda: Gated(FIRST, LAST, steps=0), r"steps is 0: give a number of at least 1"),
+        (lambda: Gated(FIRST, LAST, ratio=-1.0), r"ratio is -1\.0: give a number above 0"),
         (lambda: Gated(SamplingPrior(), LAST), "give its first prior a student or teacher share"),
     ],
 )

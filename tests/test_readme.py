@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 import ddil_lightning
-from ddil_lightning import backbones, main, results
+from ddil_lightning import main, pipelines, results
 from ddil_lightning.main import config_names, find_config
 
 ROOT = Path(__file__).parents[1]
@@ -102,7 +102,7 @@ def place(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
     images(folder / "my_images")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setitem(backbones.BUILTIN, "builtin", str(tiny))
+        patch.setitem(pipelines.BUILTIN, "builtin", str(tiny))
         yield folder
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from . import tables
+from .bounds import seeds, within
 from .folders import bytes_of
 from .pictures import check_size, read_squares
 from .texts import caption_text, file_text, read_lines, shown
@@ -124,6 +125,8 @@ class Shapes(Captions):
     def __init__(self, n: int = 8192, seed: int = 1) -> None:
         from .miniature import shapes
 
+        within(1, 10**7, n=n)
+        seeds(seed=seed)
         scenes = shapes.draw_scenes(n, seed)
         self._captions, self._images = shapes.captions(scenes, seed), shapes.render(scenes)
 

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from . import resuming, runs
+from .bounds import seeds
 from .callbacks import AnnealPrior, Cadence, Checkpoints, FlushBuffer, Previews, Progress, ShiftProbe, Stages  # noqa: F401 (short names in configs)
 from .captions import Captions, Digits, Images, Prompts, Shapes  # noqa: F401
 from .datamodule import DDILDataModule
@@ -81,6 +82,7 @@ class FitCLI(LightningCLI):
         """Parse. Raises Refusal with one line for every fault of the command line or the config."""
         self.config = self._parsed(parser, args)
         refuse_data_seed(args)
+        seeds(**{"--seed": self.config.seed_everything})
         self.name = self.config.name or config_name([str(c) for c in self.config.get("config") or [] if c])
         self.resumed: Path | None = None
         self._source: Path | None = None  # the run that is resumed
@@ -194,6 +196,10 @@ class FitCLI(LightningCLI):
             loggers.append(wandb_logger(self.folder, self.name, self.config.wandb, masked(self.config.as_dict())))
         return [metrics, *loggers]
 
+    def forget_weights(self) -> None:
+        """Training reads the checkpoint by itself; of the mapped one only the clocks are still asked for."""
+        self.state = {key: self.state[key] for key in ("ddil", "callbacks") if key in self.state}
+
     @property
     def clock(self) -> int:
         """The student updates of the checkpoint that is resumed, 0 for a fresh run."""
@@ -251,10 +257,16 @@ class Start(Callback):
             self.cli.start()
 
 
+def launched_by() -> int | None:
+    """The process that has launched this one for a run, if it did."""
+    launcher = os.environ.get(RUN_DIR, "").partition(":")[0]
+    return int(launcher) if launcher.isdigit() and int(launcher) != os.getpid() else None
+
+
 def inherited() -> Path | None:
     """The run folder that the process which has launched this one took for both; a stranger's setting of that name is nobody's folder."""
-    launcher, _, folder = os.environ.get(RUN_DIR, "").partition(":")
-    return Path(folder) if folder and launcher == str(os.getppid()) else None
+    folder = os.environ.get(RUN_DIR, "").partition(":")[2]
+    return Path(folder) if folder and launched_by() == os.getppid() else None
 
 
 def at_home(config: Any) -> Any:

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from .bounds import at_least, seeds, within
 from .buffer import ReplayBuffer
 from .captions import Captions, Prompts, RawBatch, builtin
 from .counter import CounterSampler
@@ -62,10 +63,13 @@ class DDILDataModule(LightningDataModule):
         on_error: Literal["stop", "skip"] = "stop",
     ) -> None:
         super().__init__()
-        if batch_size < 1 or collect_every < 1 or capacity < 0:
-            raise ValueError(
-                f"batch_size and collect_every are at least 1 and capacity at least 0, got {batch_size}, {collect_every} and {capacity}"
-            )
+        at_least(1, batch_size=batch_size, collect_every=collect_every, trajectories=trajectories, max_age=max_age)
+        at_least(0, capacity=capacity)
+        within(0, 10, priority=priority)
+        within(0, 512, workers=workers)
+        seeds(seed=seed)
+        if cache == "":
+            raise ValueError("cache is an empty path: give a file's name, true or false")
         self.captions, self.prior, self.batch_size = captions, prior, batch_size
         self.collect_every, self.trajectories = collect_every, min(trajectories or batch_size, batch_size)
         self.granularity, self.pure_noise, self.seed = granularity, pure_noise, seed

@@ -15,6 +15,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
 from .backbones import Backbone
+from .bounds import at_least, lengths, seeds, within
 from .denoiser import evaluating
 from .files import replacing, replacing_folder
 from .main import Refusal, one_line, read_config
@@ -40,10 +41,10 @@ class Test:
     def __post_init__(self) -> None:
         if self.n and self.n < 16:
             raise ValueError(f"test.n {self.n}: at least 16 prompts, some hundreds for numbers that mean something, or 0 for no test")
-        if any(n < 1 for n in [*self.teacher_steps, *(self.student_steps or [])]):
-            raise ValueError(
-                f"test.teacher_steps {self.teacher_steps}, test.student_steps {self.student_steps}: a step count is at least 1"
-            )
+        within(0, 10**7, **{"test.n": self.n})
+        seeds(**{"test.seed": self.seed})
+        at_least(1, **{"test.teacher_steps": self.teacher_steps, "test.student_steps": self.student_steps})
+        lengths(**{"test.student_steps": self.student_steps})
 
     def smallest(self, made_for: Sequence[int]) -> Test:
         """The same test at its least: one row of the teacher and one of the student, at the fewest steps."""

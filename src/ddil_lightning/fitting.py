@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import errno
+import os
 import shlex
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from . import runs
 from .callbacks import Checkpoints, Stages
-from .cli import FitCLI
+from .cli import FitCLI, launched_by
 from .finish import finish, trying
 from .main import Refusal
 from .messages import quiet
 from .signals import Stopped
+from .watch import PARENT, Watch, is_lost
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -42,8 +46,10 @@ def fit(words: list[str]) -> int:
 def train(cli: FitCLI, checkpoints: Checkpoints) -> None:
     """Trainer.fit, with every expected failure in one line that names the last good checkpoint."""
     trainer, listener = cli.trainer, signal.getsignal(signal.SIGINT)
+    cli.forget_weights()
     try:
-        trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.resumed, weights_only=True if cli.resumed else None)
+        with watched(cli, checkpoints):
+            trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.resumed, weights_only=True if cli.resumed else None)
     except FloatingPointError as error:
         raise FloatingPointError(f"{error}; {last_good(cli, checkpoints)}: go on from it with a lower model.lr") from error
     except OSError as error:
@@ -52,6 +58,10 @@ def train(cli: FitCLI, checkpoints: Checkpoints) -> None:
         raise
     except MisconfigurationException as error:
         raise Refusal(str(error)) from error
+    except RuntimeError as error:
+        if trainer.world_size == 1 or not is_lost(error):
+            raise
+        raise Refusal(f"another process of the run has ended, or cannot be reached; {how_to_go_on(cli, checkpoints)}") from error
     except SystemExit as stop:  # what Lightning makes of a KeyboardInterrupt, ignoring all later ones
         signal.signal(signal.SIGINT, listener)
         if not isinstance(stop.__context__, KeyboardInterrupt):
@@ -61,6 +71,14 @@ def train(cli: FitCLI, checkpoints: Checkpoints) -> None:
     if checkpoints.signal is not None:
         stopped = Stopped(checkpoints.signal, how_to_go_on(cli, checkpoints))
         raise stopped if trainer.is_global_zero else SystemExit(stopped.code)
+
+
+def watched(cli: FitCLI, checkpoints: Checkpoints) -> Any:
+    """Inside, the death of one of several processes ends the others; one alone has nothing to watch."""
+    if cli.trainer.world_size == 1:
+        return nullcontext()
+    parent = (launched_by() or PARENT) if "LOCAL_RANK" in os.environ else None
+    return Watch(cli.trainer.strategy.launcher, parent, lambda: how_to_go_on(cli, checkpoints), checkpoints.alive, cli.close)
 
 
 def last_good(cli: FitCLI, checkpoints: Checkpoints) -> str:

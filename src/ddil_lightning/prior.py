@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from .bounds import above, at_least
+
 Mix = Literal["trajectory", "interval"]
 
 
@@ -136,8 +138,8 @@ class Gated(Schedule):
     """
 
     def __init__(self, first: SamplingPrior, last: SamplingPrior, ratio: float = 1.25, steps: int = 10, patience: int = 20) -> None:
-        if steps < 1 or ratio <= 0 or patience < 1:
-            raise ValueError(f"a gated schedule needs steps >= 1, ratio > 0 and patience >= 1, got {steps}, {ratio} and {patience}")
+        at_least(1, steps=steps, patience=patience)
+        above(0, ratio=ratio)
         self.first, self.last = first, last
         if self.first.rollouts == 0:
             raise ValueError(

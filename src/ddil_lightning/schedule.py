@@ -6,7 +6,6 @@ Tables are float64 and used in float32 or higher: bf16(0.99915) is 1, which make
 
 from __future__ import annotations
 
-import inspect
 import random
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -66,11 +65,11 @@ class NoiseSchedule:
 
         diffusers keeps float32 tables; they only serve to check the recomputation. Raises ValueError for an unknown beta schedule.
         """
-        config = scheduler.config
-        # By the class: a configuration may have kept what another class once said.
-        if "beta_schedule" not in inspect.signature(type(scheduler).__init__).parameters:
-            if "Flow" in type(scheduler).__name__:
-                return cls.flow(config["num_train_timesteps"], config.get("shift", 1.0))
+        config, name = scheduler.config, type(scheduler).__name__
+        # By the class first: a configuration may have kept what another class once said.
+        if "Flow" in name:
+            return cls.flow(config["num_train_timesteps"], config.get("shift", 1.0))
+        if "EDM" in name or "beta_schedule" not in config:
             raise ValueError(f"the scheduler {type(scheduler).__name__} has neither betas nor a flow: use DDIM, DPM-Solver++ or LCM")
         steps, start, end = config["num_train_timesteps"], config["beta_start"], config["beta_end"]
         kind = config["beta_schedule"]

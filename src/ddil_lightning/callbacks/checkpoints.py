@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from ..bounds import at_least
 from ..files import replacing
 from ..signals import Stopped, listen, unlisten
 
@@ -28,15 +29,16 @@ class Checkpoints(Checkpoint):
     """
 
     def __init__(self, every: int = 200, keep: int = 2, folder: str | None = None) -> None:
-        if every < 0 or keep < 1:
-            raise ValueError(f"checkpoints: every >= 0 and keep >= 1, got {every} and {keep}")
+        at_least(0, **{"checkpoints.every": every})
+        at_least(1, **{"checkpoints.keep": keep})
         self.every, self.keep, self.folder = every, keep, folder
         self.last: Path | None = None
         self.signal: int | None = None  # the one that asked the run to end
         self.seconds = 0.0  # of training, over all the resumes of a run
         self._before: dict[int, Any] = {}
         self._saved_at: int | None = None
-        self._stop = False
+        self._stop = self._saving = False
+        self._alive, self._longest = time.monotonic(), 0.0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Write and read checkpoints by Mapped, unless the user has chosen a way; what the run goes on from is the last good one."""
@@ -48,11 +50,14 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Listen for signals."""
         self._saved_at, self._since = pl_module.student_updates, time.perf_counter() - self.seconds
+        self._alive = time.monotonic()
         self._before = listen(self._interrupt)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save when the clock has moved on by `every`, when a stage or the run is done, and when a signal came."""
         self.seconds = time.perf_counter() - self._since
+        now = time.monotonic()
+        self._alive, self._longest = now, max(self._longest, now - self._alive)
         clock = pl_module.student_updates
         if self._agreed(trainer, batch_idx) and not pl_module.halfway():
             self.save(trainer, pl_module)
@@ -79,6 +84,7 @@ class Checkpoints(Checkpoint):
         path = folder / f"updates={clock}.ckpt"
         if not trainer.strategy.reduce_boolean_decision(finite(method)):
             raise FloatingPointError(f"weights of the student are not finite at student update {clock}, so they are not saved")
+        self._saving = True
         try:
             trainer.save_checkpoint(path)
         except OSError as error:
@@ -86,11 +92,17 @@ class Checkpoints(Checkpoint):
             raise OSError(
                 error.errno, f"the checkpoint {path} could not be written ({reason}); the last good one is {self.last or 'none'}"
             ) from error
+        finally:
+            self._saving = False
         self.last, self._saved_at = path, clock
         if trainer.is_global_zero:
             for old in [p for p in sorted_checkpoints(folder) if (clock_of(p) or 0) < clock][: -(self.keep - 1) or None]:
                 old.unlink(missing_ok=True)
         return path
+
+    def alive(self) -> tuple[float, float] | None:
+        """When a batch last ended and how long the longest one took, in seconds; None while a checkpoint is written."""
+        return None if self._saving else (self._alive, self._longest)
 
     def state_dict(self) -> dict[str, Any]:
         """The time spent so far."""

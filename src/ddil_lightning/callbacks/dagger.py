@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from ..bounds import at_least
 from ..prior import Gated, SamplingPrior, Schedule
 
 
@@ -104,6 +105,7 @@ class FlushBuffer(OnClock):
     """Forgets all roll-outs at the given clocks (and, by the Stages callback, at every stage)."""
 
     def __init__(self, at: Sequence[int]) -> None:
+        at_least(0, at=at)
         self.at = sorted(at)
         self._last: int | None = None
 

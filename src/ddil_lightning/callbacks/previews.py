@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from .. import sampling
+from ..bounds import at_least, lengths, seeds, within
 from ..files import replacing
 from ..schedule import Grid
 from ..solver import Policy
@@ -31,6 +32,11 @@ class Previews(Callback):
         student_steps: Sequence[int] | None = None,
         seed: int = 20_000,
     ) -> None:
+        at_least(0, **{"previews.every": every})
+        within(1, 1000, **{"previews.count": count})
+        at_least(1, **{"previews.teacher_steps": teacher_steps, "previews.student_steps": student_steps})
+        lengths(**{"previews.prompts": prompts, "previews.student_steps": student_steps})
+        seeds(**{"previews.seed": seed})
         self.every, self.count, self.prompts, self.seed = every, count, prompts, seed
         self.teacher_steps, self.student_steps = list(teacher_steps), student_steps
         self._teacher: list[Tensor] = []

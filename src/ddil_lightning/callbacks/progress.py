@@ -6,14 +6,15 @@ from typing import Any
 
 from lightning.pytorch.callbacks import ProgressBar
 
+from ..bounds import at_least
+
 
 class Progress(ProgressBar):
     """A Rich bar over student updates with the loss and an estimate of the time left; about `lines` plain lines without a terminal."""
 
     def __init__(self, lines: int = 10) -> None:
         super().__init__()
-        if lines < 1:
-            raise ValueError(f"progress: lines >= 1, got {lines}")
+        at_least(1, **{"progress.lines": lines})
         self.lines = lines
         self._bar: Any = None
         self._enabled = True

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from ..bounds import at_least, seeds, within
 from ..denoiser import Denoiser, to_w
 from ..sampling import noise, renoising
 from ..schedule import Grid
@@ -28,8 +29,10 @@ class ShiftProbe(Callback):
     """
 
     def __init__(self, every: int = 100, count: int = 128, steps: int = 4, teacher_steps: int = 32, seed: int = 30_000) -> None:
-        if every < 1 or count < 8 or steps < 2:
-            raise ValueError(f"a shift probe needs every >= 1, count >= 8 and steps >= 2, got {every}, {count} and {steps}")
+        at_least(1, every=every, teacher_steps=teacher_steps)
+        at_least(2, steps=steps)
+        within(8, 10**6, count=count)
+        seeds(seed=seed)
         self.every, self.count, self.steps, self.teacher_steps, self.seed = every, count, steps, teacher_steps, seed
         self._references: dict[str, dict[int, Tensor]] = {}
         self._probed: int | None = None

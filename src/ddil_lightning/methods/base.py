@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from ..backbones import Backbone
+from ..bounds import at_least, fraction, lengths, within
 from ..denoiser import Denoiser
 from ..reflect import BOX, Mode, Reflection
 from ..schedule import Grid
@@ -23,6 +24,30 @@ from .losses import lerp_
 from .sharding import Shardable, check_strategy
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def guidance_range(g: float | Sequence[float]) -> tuple[float, float]:
+    """(g_min, g_max) of one guidance g or of a range. Raises ValueError for what is neither, or falls."""
+    ends = list(g) if isinstance(g, Sequence) else [g]
+    if len(ends) not in (1, 2):
+        raise ValueError(f"guidance is {g!r}: give one number, or a range [g_min, g_max]")
+    within(0, 1000, guidance=g)
+    low, high = ends[0], ends[-1]
+    if low > high:
+        raise ValueError(f"the range of guidance falls, from {low:g} to {high:g}: give the smaller one first")
+    return float(low), float(high)
+
+
+def checked_box(box: list[list[float]] | None, channels: int) -> list[list[float]]:
+    """(lo, hi) per channel, BOX where none is given. Raises ValueError for another shape than two lists with a number per channel."""
+    if box is None:
+        return [[-BOX] * channels, [BOX] * channels]
+    if len(box) != 2:
+        raise ValueError(f"box is {box!r}: give [[lo, ...], [hi, ...]], {channels} numbers each, one per channel of the latents")
+    for side in box:
+        lengths(channels, box=side)
+        within(-1e6, 1e6, box=side)
+    return box
 
 
 class Distillation(Descent, Shardable):
@@ -64,18 +89,19 @@ class Distillation(Descent, Shardable):
         log_every: int = 10,
     ) -> None:
         super().__init__(betas=betas, weight_decay=weight_decay, clip=clip, accumulate=accumulate)
-        if updates < 1 or not 0 <= ema < 1:
-            raise ValueError(f"updates is at least 1 and 0 <= ema < 1, got {updates} and {ema}")
+        at_least(1, updates=updates, log_every=log_every)
+        at_least(0, warmup=warmup)
+        within(0, 10, lr=lr, final_lr=final_lr)
+        fraction(ema=ema)
         # Frozen networks stay out of parameters(), state_dict and DDP: they live behind the module's back.
         dtypes = getattr(torch, teacher_dtype), getattr(torch, vae_dtype)
         self.__dict__["backbone"] = pipeline if isinstance(pipeline, Backbone) else Backbone(pipeline, *dtypes)
         g = self.backbone.guidance if guidance is None else guidance
-        self.guidance: tuple[float, float] = (float(g[0]), float(g[-1])) if isinstance(g, list | tuple) else (float(g), float(g))
+        self.guidance = guidance_range(g)
         self.updates, self.lr, self.final_lr, self.warmup, self.ema = updates, lr, final_lr, warmup, ema
         self.gradient_checkpointing, self.log_every = gradient_checkpointing, log_every
-        channels = self.backbone.latent_shape[0]
         self.has_box = box is not None or reflect == "off"
-        lo, hi = box if box is not None else ([-BOX] * channels, [BOX] * channels)
+        lo, hi = checked_box(box, self.backbone.latent_shape[0])
         self.reflection = Reflection(lo, hi, reflect)
         self.student_updates, self.stage, self.stage_start = 0, 0, 0
         self.average: nn.Module | None = None

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
+from ..bounds import at_least, fraction, lengths, within
 from ..denoiser import Denoiser
 from ..types import LatentBatch
 from .clock import Means
@@ -21,8 +22,11 @@ class Descent(LightningModule):
 
     def __init__(self, betas: tuple[float, float], weight_decay: float, clip: float, accumulate: int) -> None:
         super().__init__()
-        if accumulate < 1:
-            raise ValueError(f"accumulate is at least 1, got {accumulate}")
+        at_least(1, accumulate=accumulate)
+        at_least(0, clip=clip)
+        within(0, 1, weight_decay=weight_decay)
+        lengths(2, betas=betas)
+        fraction(betas=betas)
         self.automatic_optimization = False
         self.betas, self.weight_decay, self.clip, self.accumulate = betas, weight_decay, clip, accumulate
         self._micro: dict[str, int] = {}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from ..bounds import at_least, lengths, within
 from ..denoiser import Denoiser, to_w
 from ..schedule import Grid
 from ..solver import Policies, Policy
@@ -62,6 +63,11 @@ class DMD2(Distillation):
         backbone, schedule, predicts = self.backbone, self.backbone.schedule, self.backbone.predicts
         total = schedule.steps
         self.check_guidance(told=False)
+        lengths(rollouts=rollouts)
+        at_least(1, rollouts=rollouts, steps=steps, teacher_steps=teacher_steps, critic_steps=critic_steps)
+        at_least(0, gan_weight=gan_weight, critic_gan_weight=critic_gan_weight)
+        within(0, 10, critic_lr=critic_lr)
+        within(0, 1000, real_guidance=real_guidance)
         self._check(steps, teacher_steps, critic_steps, (gan_weight, critic_gan_weight), tau)
         self.critic_steps, self.critic_lr, self.real_guidance = critic_steps, self.lr if critic_lr is None else critic_lr, real_guidance
         self.gan_weight, self.critic_gan_weight, self.gan_features = gan_weight, critic_gan_weight, gan_features

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bounds import above, at_least, fraction, lengths
 from ..denoiser import Consistency, Denoiser
 from ..schedule import Grid
 from ..solver import Policies, Policy, ddim
@@ -44,8 +45,10 @@ class LCM(Distillation):
         super().__init__(**kwargs)
         self.check_guidance(w_conditioned, "w_conditioned")
         check_distance(loss, huber)
-        if not 0 <= target_decay < 1:
-            raise ValueError(f"target_decay is in [0, 1), got {target_decay}")
+        fraction(target_decay=target_decay)
+        above(0, scaling=scaling, sigma_data=sigma_data)
+        lengths(rollouts=rollouts)
+        at_least(1, rollouts=rollouts)
         self.distance, self.huber, self.target_decay = loss, huber, target_decay
         self.boundary = {"scaling": scaling, "sigma_data": sigma_data}
         backbone, schedule, predicts = self.backbone, self.backbone.schedule, self.backbone.predicts

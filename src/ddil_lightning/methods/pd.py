@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..bounds import within
 from ..denoiser import Denoiser
 from ..schedule import Grid, NoiseSchedule
 from ..solver import Policies, Policy, ddim
@@ -58,6 +59,7 @@ class PD(Distillation):
         super().__init__(updates=max(sum(stage.length for stage in stages), 1) if updates is None else updates, **kwargs)
         self.check_guidance(w_conditioned, "w_conditioned")
         backbone, schedule = self.backbone, self.backbone.schedule
+        within(2, schedule.steps, teacher_steps=teacher_steps)
         check_plan(stages, teacher_steps, rule, schedule.steps, backbone.predicts)
         self.stages, self.teacher_steps, self.rule = stages, teacher_steps, rule
         check_distance(loss, huber)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..bounds import at_least, within
 from ..schedule import Grid
 
 Kind = Literal["eps_to_v", "guidance", "halve"]
@@ -71,6 +72,8 @@ def check_plan(stages: Sequence[Stage], teacher_steps: int, rule: str, times: in
             f"the teacher predicts {predicts} and the student of progressive distillation predicts v: "
             "begin the plan with a stage {kind: eps_to_v, updates: ...}"
         )
+    if predicts == "v" and stages[0].kind == "eps_to_v":
+        raise ValueError("the plan begins with eps_to_v, but the teacher predicts v already: leave that stage out")
     steps, before = teacher_steps, ""
     for i, stage in enumerate(stages, 1):
         where = f"stage {i} of the plan ({stage})"
@@ -91,8 +94,8 @@ def _check_updates(stage: Stage, where: str) -> None:
     if stage.length < 1 or any(part.updates < 1 for part in stage.parts):
         raise ValueError(f"{where} has {stage.length} updates{' in ' + str(len(stage.parts)) + ' parts' if stage.parts else ''}: "
                          "every stage and every part needs at least 1")  # fmt: skip
-    if (stage.warmup is not None and stage.warmup < 0) or (stage.lr is not None and stage.lr < 0):
-        raise ValueError(f"{where} has lr {stage.lr} and warmup {stage.warmup}: neither may be negative")
+    at_least(0, **{f"warmup of {where}": stage.warmup})
+    within(0, 10, **{f"lr of {where}": stage.lr})
 
 
 def _check_halving(stage: Stage, steps: int, rule: str, times: int, where: str) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..analytic import Mixture
 from ..backbones import Backbone
+from ..bounds import above, seeds, within
 from ..captions import Captions
 from ..schedule import NoiseSchedule
 from ..types import Context
@@ -41,8 +42,12 @@ class Toy(Backbone):
     ) -> None:
         if problem not in PROBLEMS:
             raise ValueError(f"no toy problem is called {problem!r}: known are {', '.join(PROBLEMS)}")
-        if min(members, width, depth, size) < 1 or scale <= 0:
-            raise ValueError(f"a toy has scale > 0 and members, width, depth, size >= 1, got {scale}, {members}, {width}, {depth}, {size}")
+        within(1, 10_000, members=members, width=width)
+        within(1, 100, depth=depth)
+        within(1, 10**8, size=size)
+        within(0, 1000, guidance=guidance)
+        above(0, scale=scale)
+        seeds(seed=seed)
         self.path, self.dtype, self.about, self.bare = f"toy2d/{problem}", torch.float32, {"guidance": guidance}, False
         first = torch.initial_seed() % 2**31 if seed is None else seed
         self.seeds = tuple(range(first, first + members))
