@@ -85,6 +85,38 @@ def xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def sd15(tiny_eps: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The layout of Stable Diffusion 1.5: eps, PNDM, a safety checker, and no word of ours about it."""
+    from diffusers import PNDMScheduler, StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "projection_dim": 8}
+    config = CLIPConfig(text_config=small, vision_config={**small, "image_size": 8, "patch_size": 4}, projection_dim=8)
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    parts = StableDiffusionPipeline.from_pretrained(tiny_eps, safety_checker=None, feature_extractor=None, image_encoder=None).components
+    parts |= {"safety_checker": StableDiffusionSafetyChecker(config), "feature_extractor": CLIPImageProcessor(size=8, crop_size=8)}
+    parts["scheduler"] = PNDMScheduler(**betas, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
+    folder = tmp_path_factory.mktemp("sd15") / "stable-diffusion-v1-5"
+    StableDiffusionPipeline(**parts).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ssd1b(xl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The layout of SSD-1B: two text encoders, eps, Euler steps, a U-Net without a middle block's attention."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(xl, feature_extractor=None, image_encoder=None)
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    pipe.scheduler = EulerDiscreteScheduler(**betas, timestep_spacing="leading", steps_offset=1)
+    pipe.unet = type(pipe.unet).from_config({**pipe.unet.config, "mid_block_type": None})
+    folder = tmp_path_factory.mktemp("ssd1b") / "SSD-1B"
+    pipe.save_pretrained(folder)
+    return folder
+
+
 TINY_RUN = """
 model:
   class_path: LCM

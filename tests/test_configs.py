@@ -6,15 +6,19 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from diffusers import DiffusionPipeline
+from PIL import Image
 
 from ddil_lightning import fitting
-from ddil_lightning.main import config_names, configs_folder, find_config
+from ddil_lightning.main import FIT_SHORT, config_names, configs_folder, expand, find_config
 from ddil_lightning.miniature import pretrain
 
 PRETRAIN = [name for name in config_names() if name.startswith("pretrain")]
 TOY = [name for name in config_names() if name.startswith("toy2d/")]
-FIT = [name for name in config_names() if name not in (*PRETRAIN, *TOY)]
+LARGE = ["dmd2_ddil_ssd1b.yaml", "lcm_ddil_sd15.yaml", "pd_ddil_sd15.yaml"]
+FIT = [name for name in config_names() if name not in (*PRETRAIN, *TOY, *LARGE)]
 
 
 @pytest.fixture(autouse=True)
@@ -36,10 +40,53 @@ def test_fit(name: str, tiny: Path, here: Path) -> None:
     assert (here / "runs" / name.removesuffix(".yaml") / "latest").resolve() == here / "r"
 
 
+HALVES = "{steps: 16, updates: 1}", "{steps: 8, PARTS}", "{steps: 4, updates: 1, parts: []}", "{steps: 2, updates: 1, parts: []}"
+PARTS = "parts: [{updates: 1, forward: 0.5, student: 0.15, teacher: 0.35}, {updates: 1, forward: 0.4, student: 0.42, teacher: 0.18}]"
+PLAN = ", ".join(["{kind: eps_to_v, updates: 1}", "{kind: guidance, updates: 1}", *HALVES]).replace("PARTS", PARTS)
+OWN = {  # what makes a large run small; everything else of its config stays
+    "lcm_ddil_sd15.yaml": ("sd15", ["--updates", "2"]),
+    "pd_ddil_sd15.yaml": ("sd15", [f"model.stages=[{PLAN}]"]),
+    "dmd2_ddil_ssd1b.yaml": ("ssd1b", ["--updates", "2", "model.critic_steps=2"]),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_configs_run_to_their_end_on_a_small_pipeline_of_their_layout(
+    name: str, here: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    """bfloat16, gradient checkpointing, data from a folder on the fly, captions that are too long, previews, every export of every stage.
+
+    `data.truncate` and one of the first four captions too long: all updates ran, and then the export refused the prompt.
+    """
+    layout, own = OWN[name]
+    (here / "pictures").mkdir()
+    for i in range(8):
+        Image.new("RGB", (20, 16), (30 * i, 0, 0)).save(here / "pictures" / f"{i}.png")
+        (here / "pictures" / f"{i}.txt").write_text("a small red circle " * (1 + 9 * (i % 2)))
+    words = ["--config", name, *own, f"model.pipeline={request.getfixturevalue(layout)}", "--run_dir", "r", "data.captions.path=pictures"]
+    words += ["data.captions.size=16", "data.batch_size=4", "data.workers=1", "previews.every=2", "previews.prompts=null", "model.warmup=0"]
+    words += ["trainer.accelerator=cpu", "trainer.devices=1", "trainer.strategy=auto", "previews.teacher_steps=[2]"]
+    assert fitting.fit(expand(words, FIT_SHORT)) == 0
+    said = capsys.readouterr().out
+    assert "export, test and report were tried on the untrained student" in said and "pipeline written and checked: r/pipeline" in said
+    summary = json.loads((here / "r" / "summary.json").read_text())
+    assert "failed" not in summary and (here / "r" / "report.html").is_file() and list((here / "r" / "samples").glob("*.png"))
+    stages = sorted(p.name for p in (here / "r" / "stages").glob("*"))
+    assert stages == (["01-eps_to_v", "02-guidance", "03-16-steps", "04-8-steps", "05-4-steps", "06-2-steps"] if "pd" in name else [])
+    assert not any("safety" in str(p) or "unverified" in str(p) for p in (here / "r").rglob("*"))
+    pipe = DiffusionPipeline.from_pretrained(here / "r" / "pipeline")
+    assert {x.dtype for x in pipe.vae.parameters()} == {x.dtype for x in pipe.unet.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("name", TOY)
 def test_toy(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--config", str(find_config(name)), "--model.pipeline.init_args.width=8", "--model.pipeline.init_args.members=1"]
-    assert fitting.fit([*words, "--trainer.fast_dev_run=2", "--test.n=64", "--test.teacher_steps=[4]", "--run_dir=r"]) == 0
+    assert (
+        fitting.fit(
+            [*words, f"--trainer.fast_dev_run={12 if 'dmd2' in name else 2}", "--test.n=64", "--test.teacher_steps=[4]", "--run_dir=r"]
+        )
+        == 0
+    )
     assert "no pipeline can hold this student" in capsys.readouterr().out
     summary = json.loads((here / "r" / "summary.json").read_text())
     roles = [row["name"].split("@")[0] for row in summary["rows"]]

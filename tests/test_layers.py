@@ -17,7 +17,7 @@ ORDER = (
     "signals bounds main messages files processes texts types streams schedule reflect prior denoiser analytic solver buffer rollout shift "
     "pipelines backbones sampling "
     "miniature pictures folders tables captions encoded counter datamodule "
-    "methods metrics charts results evaluate report export callbacks scoring runs resuming loggers toy finish watch "
+    "methods metrics charts results evaluate report export callbacks scoring runs resuming loggers toy finish checks watch "
     "cli fitting commands "
 ).split()
 # Which x_t is trained on is not a method's business.

@@ -21,6 +21,7 @@ from . import resuming, runs
 from .bounds import seeds
 from .callbacks import AnnealPrior, Cadence, Checkpoints, FlushBuffer, Previews, Progress, ShiftProbe, Stages  # noqa: F401 (short names in configs)
 from .captions import Captions, Digits, Images, Prompts, Shapes  # noqa: F401
+from .checks import check_room, check_steps, check_trainer, refuse_data_seed, refuse_null
 from .datamodule import DDILDataModule
 from .files import write_text
 from .finish import Test, rehearse
@@ -84,6 +85,8 @@ class FitCLI(LightningCLI):
         refuse_data_seed(args)
         seeds(**{"--seed": self.config.seed_everything})
         self.name = self.config.name or config_name([str(c) for c in self.config.get("config") or [] if c])
+        if Path(self.name).is_absolute() or ".." in Path(self.name).parts or not self.name.isprintable():
+            raise Refusal(f"--name {self.name}: a run's folder is runs/NAME/<time>, so give a name without .., or --run_dir")
         self.resumed: Path | None = None
         self._source: Path | None = None  # the run that is resumed
         if self.config.ckpt_path and not self.rebuild:
@@ -91,6 +94,7 @@ class FitCLI(LightningCLI):
             self._source = resuming.folder_of(self.resumed)
             if self._goes_on():
                 self._as_it_began(parser, args)
+        refuse_null(self.config)
         if not self.rebuild:
             refuse_masked(self.config.as_dict())
 
@@ -157,7 +161,9 @@ class FitCLI(LightningCLI):
         self.model.check_prior(self.datamodule.prior)
         if self.rebuild:
             return super().instantiate_trainer(logger=False, **kwargs)
-        check_steps(self.model, self.config.export_steps, self.config_init.test)
+        check_steps(self.model, self.config_init)
+        check_room(self.model, self.datamodule)
+        check_trainer(self.config.trainer)
         if self.resumed is not None:
             resuming.check_fits(self.resumed, self.state, self.model)
             resuming.check_whole(self.resumed, self.state, self.model)
@@ -168,7 +174,7 @@ class FitCLI(LightningCLI):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, (AnnealPrior, Stages)):
                     callback.setup(trainer, self.model, "fit")  # now, and not after the data have been encoded
-        except (MisconfigurationException, ImportError, RuntimeError) as error:
+        except (MisconfigurationException, ImportError, RuntimeError, TypeError) as error:
             self.close()
             raise Refusal(f"trainer: {error}") from error
         except BaseException:
@@ -296,26 +302,3 @@ def overrides(words: Sequence[str]) -> list[str]:
         else:
             rest.append(word)
     return rest
-
-
-def check_steps(method: Distillation, export_steps: int | None, test: Test) -> None:
-    """Raises ValueError now, and not after the training, for a step count that the student or its teacher cannot take."""
-    asked = [("export_steps", export_steps, method.sampler)] if export_steps is not None else []
-    asked += [("test.student_steps", n, method.sampler) for n in test.student_steps or []]
-    asked += [("test.teacher_steps", n, method.teacher_sampler) for n in test.teacher_steps if test.n]
-    for name, n, sampler in asked:
-        try:
-            sampler(n)
-        except ValueError as error:
-            raise ValueError(f"{name} {n}: {error}") from error
-
-
-def refuse_data_seed(words: Sequence[str]) -> None:
-    """Raises Refusal for a data.seed in a config: it is linked to the run's seed, and jsonargparse would ignore it in silence."""
-    import yaml
-
-    for value in (b for a, b in zip(words, words[1:], strict=False) if a == "--config"):
-        text = value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8")
-        data = (yaml.safe_load(text) or {}).get("data")
-        if isinstance(data, dict) and "seed" in data:
-            raise Refusal("data.seed follows the seed of the run: set seed_everything, or --seed on the command line")

@@ -68,6 +68,8 @@ def train(cli: FitCLI, checkpoints: Checkpoints) -> None:
             raise
         number = getattr(stop.__context__, "number", signal.SIGINT)
         raise Stopped(number, how_to_go_on(cli, checkpoints)) from stop
+    if cli.model.student_updates == cli.clock and checkpoints.signal is None:
+        raise Refusal("the run ended before its first update: look at the trainer's options")
     if checkpoints.signal is not None:
         stopped = Stopped(checkpoints.signal, how_to_go_on(cli, checkpoints))
         raise stopped if trainer.is_global_zero else SystemExit(stopped.code)

@@ -1,0 +1,117 @@
+"""What the parts of a run ask of each other and of the Trainer, checked before anything is written or trained."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from .callbacks import Checkpoints, Previews, Progress, ShiftProbe, Stages
+from .datamodule import DDILDataModule
+from .finish import Test
+from .main import Refusal
+from .methods import Distillation
+
+OWN = (Checkpoints, Previews, Progress, Stages)
+"""The callbacks that every run has, each with a group of options of its name."""
+
+
+def check_steps(method: Distillation, config: Any) -> None:
+    """Raises ValueError now, and not after the training, for a step count that the student or its teacher cannot take."""
+    test, previews = config.test, config.previews
+    asked = [("export_steps", [config.export_steps] if config.export_steps is not None else [], method.sampler)]
+    asked += [("test.student_steps", test.student_steps or [], method.sampler)]
+    asked += [("test.teacher_steps", test.teacher_steps if test.n else [], method.teacher_sampler)]
+    if previews.every:
+        asked += [("previews.student_steps", previews.student_steps or [], method.sampler)]
+        asked += [("previews.teacher_steps", previews.teacher_steps, method.teacher_sampler)]
+    for probe in (c for c in config.trainer.callbacks or [] if isinstance(c, ShiftProbe)):
+        asked += [("the steps of ShiftProbe", [probe.steps], method.sampler)]
+        asked += [("its teacher_steps", [probe.teacher_steps], method.teacher_sampler)]
+    for name, steps, sampler in asked:
+        for n in steps:
+            try:
+                sampler(n)
+            except ValueError as error:
+                raise ValueError(f"{name} {n}: {error}") from error
+
+
+def check_room(method: Distillation, data: DDILDataModule) -> None:
+    """Raises ValueError for a buffer that cannot hold a single roll-out of some stage."""
+    if data.buffer is None:
+        return
+    for stage in range(method.stage_count):
+        with method.at_stage(stage):
+            grid: Any = method.grid
+            longest = max(len(walk) for walk in grid.rollouts)
+            preliminary = getattr(getattr(method, "now", None), "preliminary", False)  # such a stage has no roll-outs
+        if longest * data.trajectories > data.buffer.capacity and not preliminary:
+            raise ValueError(
+                f"data.capacity {data.buffer.capacity} cannot hold one roll-out: {data.trajectories} trajectories of {longest} states; "
+                "raise it, or set data.trajectories lower, or data.capacity to 0 for roll-outs that are made for every batch"
+            )
+
+
+def check_trainer(config: Any) -> None:
+    """Raises ValueError for settings of the Trainer under which no update would be made."""
+    for name in ("max_epochs", "max_steps"):
+        if config.get(name) is not None and (config[name] == 0 or config[name] < -1):
+            raise ValueError(f"trainer.{name} is {config[name]}: give -1, since --updates says how long a run is, or at least 1")
+    if config.get("limit_train_batches") in (0, 0.0):
+        raise ValueError("trainer.limit_train_batches is 0: leave it out, --updates says how long a run is")
+
+
+def refuse_null(config: Any) -> None:
+    """Raises Refusal for an option that is null and has to be something: jsonargparse takes null for any type."""
+    groups = {
+        "data": DDILDataModule,
+        "checkpoints": Checkpoints,
+        "previews": Previews,
+        "progress": Progress,
+        "stages": Stages,
+        "test": Test,
+    }
+    for name, cls in groups.items():
+        _refuse_null(cls, config.get(name), name)
+    _each_class(config, "")
+
+
+def _each_class(value: Any, where: str) -> None:
+    if isinstance(value, list):
+        for inner in value:
+            _each_class(inner, where)
+    elif isinstance(value, Namespace) and "class_path" in vars(value):
+        module, _, name = value.class_path.rpartition(".")
+        _refuse_null(getattr(import_module(module), name), vars(value).get("init_args"), where)
+        _each_class(vars(value).get("init_args"), where)
+    elif isinstance(value, Namespace):
+        for key, inner in vars(value).items():
+            _each_class(inner, f"{where}.{key}".lstrip("."))
+
+
+def _refuse_null(cls: Any, given: Any, where: str) -> None:
+    if not isinstance(given, Namespace) or not isinstance(cls, type):
+        return
+    known: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__[:-1]:
+        known = {**(inspect.signature(base).parameters if "__init__" in vars(base) else {}), **known}
+    for name, parameter in known.items():
+        kind = str(parameter.annotation)
+        if vars(given).get(name, cls) is None and parameter.default is not None and not re.search(r"None|Optional|Any|_empty", kind):
+            raise Refusal(f"{where}.{name} takes {kind}, not null")
+
+
+def refuse_data_seed(words: Sequence[str]) -> None:
+    """Raises Refusal for a data.seed in a config: it is linked to the run's seed, and jsonargparse would ignore it in silence."""
+    import yaml
+
+    for value in (b for a, b in zip(words, words[1:], strict=False) if a == "--config"):
+        text = value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8")
+        data = (yaml.safe_load(text) or {}).get("data")
+        if isinstance(data, dict) and "seed" in data:
+            raise Refusal("data.seed follows the seed of the run: set seed_everything, or --seed on the command line")
