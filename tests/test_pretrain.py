@@ -13,9 +13,9 @@ import torch
 from ddil_lightning import main as front
 from ddil_lightning.miniature import networks, shapes, weights_path
 from ddil_lightning.miniature.card import measure, sample, save_teacher
-from ddil_lightning.miniature.pretrain import main
+from ddil_lightning.miniature.pretrain import Snapshots, main
 from ddil_lightning.miniature.sources import HELD_OUT, load_source
-from ddil_lightning.miniature.stages import AutoencoderStage, DenoiserStage, FreshLatents, Stage, held_then_cosine, token_ids
+from ddil_lightning.miniature.stages import AutoencoderStage, Denoiser, DenoiserStage, FreshLatents, Stage, held_then_cosine, token_ids
 
 TINY = [
     "--dataset", "digits", "--images", "48", "--batch_size", "8", "--devices", "1", "--autoencoder_steps", "3",
@@ -105,18 +105,54 @@ def test_what_cannot_be_trained_is_refused_at_once(tmp_path: Path, monkeypatch: 
         (["--out", "thesis"], "thesis holds other files; give another --out"),
         (["--out", "thesis/a.tex"], "thesis/a.tex holds other files; give another --out"),
         (["--out", "new", "--interim", "new/interim"], "interim new/interim lies in out new"),
-        (["--devices", "0"], "devices 0: at least 1"),
+        (["--interim", "thesis"], "interim thesis is there and no link of ours"),
+        (["--devices", "0"], "devices is 0: give a number from 1 to 256"),
         (["--batch_size", "3", "--devices", "2"], "batch_size 3: give a multiple of devices (2)"),
-        (["--batch_size", "0"], "batch_size 0: give a multiple of devices (1)"),
-        (["--images", "0"], "images 0: at least 1"),
-        (["--decoder_steps", "-1"], "decoder_steps -1: at least 0"),
-        (["--autoencoder_steps", "-1"], "autoencoder_steps -1: at least 0"),
-        (["--prompts", "0"], "prompts 0: at least 1"),
-        (["--guidance", "[]"], "guidance: give at least one scale"),
+        (["--batch_size", "0"], "batch_size is 0: give a number of at least 1"),
+        (["--images", "0"], "images is 0: give a number of at least 1"),
+        (["--decoder_steps", "-1"], "decoder_steps is -1: give a number of at least 0"),
+        (["--autoencoder_steps", "-1"], "autoencoder_steps is -1"),
+        (["--prompts", "0"], "prompts is 0"),
+        (["--interim_every", "0"], "interim_every is 0"),
+        (["--hold", "1.5"], "hold is 1.5: give a number from 0 to 1"),
+        (["--ema", "1"], "ema is 1.0: give a number from 0 to below 1"),
+        (["--lr", ".nan"], "lr is nan"),
+        (["--guidance", "[]"], "guidance is []: give at least one"),
+        (["--seed", "-1"], "seed is -1: give a whole number from 0 to 4294967295"),
+        (["--resume", "nowhere"], "resume: the snapshot nowhere/state.pt: it is not there; give the folder that --interim"),
+        (["--resume", "thesis"], "resume: the snapshot thesis/state.pt: it is not there"),
     ):
         code, line = refused(capsys, *words)
         assert code == 2 and line.startswith(f"ddil-pretrain: {said}"), (words, line)
     assert [p.name for p in tmp_path.rglob("*")] == ["thesis", "a.tex"]
+
+
+def test_a_run_deletes_its_own_snapshots_alone(tmp_path: Path) -> None:
+    """One with fewer images deleted its own newest, because an older run's had higher numbers; and a folder of the user's."""
+    from types import SimpleNamespace
+
+    sizes = networks.Sizes(image=16, tokens=16, text=16, autoencoder=(8, 8), unet=(16, 32))
+    pipeline = networks.build_pipeline(("a", "red"), sizes)
+    (tmp_path / "interim-99999999").mkdir()  # another run's
+    (tmp_path / "interim-00000abc").mkdir()  # somebody's
+    snapshots = Snapshots(pipeline, str(tmp_path / "interim"), every=1, batch_size=1)
+    live = Denoiser(pipeline.unet, pipeline.text_encoder)
+    stage = SimpleNamespace(average=live, live=live)
+    for images in (1, 2, 3, 4):
+        snapshots.write(stage, images)
+        assert (tmp_path / "interim" / "state.pt").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "interim", "interim-00000003", "interim-00000004", "interim-00000abc", "interim-99999999"
+    ]  # fmt: skip
+    assert (tmp_path / "interim").readlink() == Path("interim-00000004")
+
+
+def test_a_snapshot_that_is_none_is_named(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "state.pt").write_bytes(b"half")
+    for write in (lambda: None, lambda: torch.save({"live": {}}, tmp_path / "state.pt")):
+        write()
+        code, line = refused(capsys, "--resume", str(tmp_path), "--out", str(tmp_path / "out"))
+        assert code == 2 and f"the snapshot {tmp_path / 'state.pt'}: it cannot be read" in line
 
 
 def test_ctrl_c_is_code_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,13 @@ from typing import Any
 from jsonargparse import Namespace
 
 from .callbacks import Checkpoints, Previews, Progress, ShiftProbe, Stages
+from .callbacks.dagger import OnClock
+from .captions import Captions
 from .datamodule import DDILDataModule
 from .finish import Test
 from .main import Refusal
 from .methods import Distillation
+from .prior import Schedule
 
 OWN = (Checkpoints, Previews, Progress, Stages)
 """The callbacks that every run has, each with a group of options of its name."""
@@ -30,7 +33,8 @@ def check_steps(method: Distillation, config: Any) -> None:
     if previews.every:
         asked += [("previews.student_steps", previews.student_steps or [], method.sampler)]
         asked += [("previews.teacher_steps", previews.teacher_steps, method.teacher_sampler)]
-    for probe in (c for c in config.trainer.callbacks or [] if isinstance(c, ShiftProbe)):
+    callbacks = config.trainer.callbacks or []
+    for probe in (c for c in (callbacks if isinstance(callbacks, list) else [callbacks]) if isinstance(c, ShiftProbe)):
         asked += [("the steps of ShiftProbe", [probe.steps], method.sampler)]
         asked += [("its teacher_steps", [probe.teacher_steps], method.teacher_sampler)]
     for name, steps, sampler in asked:
@@ -57,6 +61,37 @@ def check_room(method: Distillation, data: DDILDataModule) -> None:
             )
 
 
+GROUPS = ("data", "trainer", "test", *(cls.__name__.lower() for cls in OWN))
+BARE: tuple[tuple[type, str], ...] = ((Distillation, "sampler"), (Captions, "__len__"), (Schedule, "__call__"), (OnClock, "apply"))
+"""Classes that are there to be derived from, each with what a class that can be used defines."""
+
+
+def check_shape(config: Any) -> None:
+    """Raises Refusal for a group of options that is no table, for a config without a method, and for a class that is only a base."""
+    for name in GROUPS:
+        if not isinstance(config.get(name), Namespace):
+            raise Refusal(
+                f"{name} is {config.get(name)!r}: it is a table of options, such as `{name}: {{...}}`; leave it out for the defaults"
+            )
+    if config.model is None or config.model.class_path.rpartition(".")[2] == Distillation.__name__:
+        raise Refusal("the config names no method: give model: {class_path: LCM, ...}, or PD, DMD2 or one of your own")
+    for cls, where in classes(config):
+        for base, needed in BARE:
+            if isinstance(cls, type) and issubclass(cls, base) and getattr(cls, needed) is getattr(base, needed):
+                raise Refusal(f"{where}: {cls.__name__} is there to be derived from: give a class that defines {needed}")
+
+
+def check_callbacks(callbacks: Sequence[Any]) -> None:
+    """Raises ValueError for a callback of Lightning's that waits for a metric: the curves of a run are not known to it by any name."""
+    for callback in callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if monitor is not None:
+            raise ValueError(
+                f"trainer.callbacks: {type(callback).__name__} watches {monitor!r}, and no metric is logged to Lightning by a name: "
+                "leave it out; --updates says how long a run is, and checkpoints.keep how many states stay"
+            )
+
+
 def check_trainer(config: Any) -> None:
     """Raises ValueError for settings of the Trainer under which no update would be made."""
     for name in ("max_epochs", "max_steps"):
@@ -68,30 +103,29 @@ def check_trainer(config: Any) -> None:
 
 def refuse_null(config: Any) -> None:
     """Raises Refusal for an option that is null and has to be something: jsonargparse takes null for any type."""
-    groups = {
-        "data": DDILDataModule,
-        "checkpoints": Checkpoints,
-        "previews": Previews,
-        "progress": Progress,
-        "stages": Stages,
-        "test": Test,
-    }
-    for name, cls in groups.items():
+    for cls, name in ((DDILDataModule, "data"), (Test, "test"), *((cls, cls.__name__.lower()) for cls in OWN)):
         _refuse_null(cls, config.get(name), name)
-    _each_class(config, "")
+    for cls, where, given in _named(config, ""):
+        _refuse_null(cls, given, where)
 
 
-def _each_class(value: Any, where: str) -> None:
+def classes(config: Any) -> Iterator[tuple[Any, str]]:
+    """Every class that a parsed config names, with the key where it does."""
+    return ((cls, where) for cls, where, _ in _named(config, ""))
+
+
+def _named(value: Any, where: str) -> Iterator[tuple[Any, str, Any]]:
     if isinstance(value, list):
         for inner in value:
-            _each_class(inner, where)
+            yield from _named(inner, where)
     elif isinstance(value, Namespace) and "class_path" in vars(value):
         module, _, name = value.class_path.rpartition(".")
-        _refuse_null(getattr(import_module(module), name), vars(value).get("init_args"), where)
-        _each_class(vars(value).get("init_args"), where)
+        given = vars(value).get("init_args")
+        yield getattr(import_module(module), name), where, given
+        yield from _named(given, where)
     elif isinstance(value, Namespace):
         for key, inner in vars(value).items():
-            _each_class(inner, f"{where}.{key}".lstrip("."))
+            yield from _named(inner, f"{where}.{key}".lstrip("."))
 
 
 def _refuse_null(cls: Any, given: Any, where: str) -> None:

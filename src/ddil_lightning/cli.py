@@ -21,7 +21,7 @@ from . import resuming, runs
 from .bounds import seeds
 from .callbacks import AnnealPrior, Cadence, Checkpoints, FlushBuffer, Previews, Progress, ShiftProbe, Stages  # noqa: F401 (short names in configs)
 from .captions import Captions, Digits, Images, Prompts, Shapes  # noqa: F401
-from .checks import check_room, check_steps, check_trainer, refuse_data_seed, refuse_null
+from .checks import check_callbacks, check_room, check_shape, check_steps, check_trainer, refuse_data_seed, refuse_null
 from .datamodule import DDILDataModule
 from .files import write_text
 from .finish import Test, rehearse
@@ -94,6 +94,7 @@ class FitCLI(LightningCLI):
             self._source = resuming.folder_of(self.resumed)
             if self._goes_on():
                 self._as_it_began(parser, args)
+        check_shape(self.config)
         refuse_null(self.config)
         if not self.rebuild:
             refuse_masked(self.config.as_dict())
@@ -171,6 +172,7 @@ class FitCLI(LightningCLI):
         try:
             trainer = super().instantiate_trainer(default_root_dir=str(self.folder), logger=self._loggers(), **kwargs)
             self.model.check_precision(trainer.precision)
+            check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, (AnnealPrior, Stages)):
                     callback.setup(trainer, self.model, "fit")  # now, and not after the data have been encoded
@@ -216,8 +218,9 @@ class FitCLI(LightningCLI):
         config = self.config.clone()
         config.name, config.run_dir, config.ckpt_path = self.name, None, None
         path, text = self.folder / "config.yaml", self.parser.dump(masked(config), skip_none=False)
-        if path.is_file() and path.read_text(encoding="utf-8") != text:
-            os.replace(path, runs.unused(self.folder / f"config.before-{self.clock}.yaml"))
+        before = path.read_text(encoding="utf-8") if path.is_file() else text
+        if before != text:
+            write_text(runs.unused(self.folder / f"config.before-{self.clock}.yaml"), before)
         write_text(path, text)
         runs.point_latest(self.folder, self.name)
         self.started = True

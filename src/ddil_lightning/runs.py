@@ -55,6 +55,7 @@ def reserve(run_dir: str | None, config: str) -> Claim:
         claim = Claim(folder, _make(folder))
         try:
             check_free(folder)  # again: another run may have come and gone between the two
+            sweep(folder)  # one that was killed before it began
         except BaseException:
             claim.release(started=False)
             raise

@@ -41,14 +41,14 @@ class Checkpoints(Checkpoint):
         self._alive, self._longest = time.monotonic(), 0.0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Write and read checkpoints by Mapped, unless the user has chosen a way; what the run goes on from is the last good one."""
+        """Write and read checkpoints by Mapped, unless the user has chosen another way."""
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = Mapped()
-        if self.last is None and trainer.ckpt_path:
-            self.last = Path(trainer.ckpt_path)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Listen for signals."""
+        """Listen for signals; what the run goes on from is the last good checkpoint."""
+        if self.last is None and trainer.ckpt_path:
+            self.last = Path(trainer.ckpt_path)
         self._saved_at, self._since = pl_module.student_updates, time.perf_counter() - self.seconds
         self._alive = time.monotonic()
         self._before = listen(self._interrupt)

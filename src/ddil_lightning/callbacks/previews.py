@@ -43,9 +43,9 @@ class Previews(Callback):
         self._drawn: int | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """The first sheet: a student equal to its teacher."""
+        """The first sheet: a student equal to its teacher. A run that goes on is tried as well, and leaves what it would have left."""
         if self.every:
-            self.draw(trainer, pl_module)
+            self.draw(trainer, pl_module, keep=pl_module.student_updates % self.every == 0)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """A sheet when the clock says so."""
@@ -53,8 +53,11 @@ class Previews(Callback):
         if self.every and clock != self._drawn and (clock % self.every == 0 or clock >= pl_module.updates):
             self.draw(trainer, pl_module)
 
-    def draw(self, trainer: Any, method: Any) -> None:
-        """Sample, write the PNG, hand it to the loggers. All processes sample, a sharded student answers only then; rank 0 writes."""
+    def draw(self, trainer: Any, method: Any, keep: bool = True) -> None:
+        """Sample, and if it is to `keep` write the PNG and hand it to the loggers.
+
+        All processes sample, a sharded student answers only then; rank 0 writes.
+        """
         self._drawn = method.student_updates
         backbone = method.backbone
         prompts = self.prompts or backbone.about.get("previews") or trainer.datamodule.examples(self.count)
@@ -64,7 +67,7 @@ class Previews(Callback):
             if not self._teacher:
                 self._teacher = [self._row(method, method.teacher_sampler(n), prompts) for n in self.teacher_steps]
             student = [self._row(method, method.sampler(n), prompts) for n in steps]
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or not keep:
             return
         labels = [f"teacher@{n}" for n in self.teacher_steps] + [f"student@{n}" for n in steps]
         side = student[0].shape[-1]

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from ..backbones import Backbone
-from ..bounds import at_least, fraction, lengths, within
+from ..bounds import fraction, lengths, within
 from ..denoiser import Denoiser
 from ..reflect import BOX, Mode, Reflection
 from ..schedule import Grid
@@ -89,8 +89,8 @@ class Distillation(Descent, Shardable):
         log_every: int = 10,
     ) -> None:
         super().__init__(betas=betas, weight_decay=weight_decay, clip=clip, accumulate=accumulate)
-        at_least(1, updates=updates, log_every=log_every)
-        at_least(0, warmup=warmup)
+        within(1, 10**9, updates=updates, log_every=log_every)
+        within(0, 10**9, warmup=warmup)
         within(0, 10, lr=lr, final_lr=final_lr)
         fraction(ema=ema)
         # Frozen networks stay out of parameters(), state_dict and DDP: they live behind the module's back.

@@ -22,7 +22,7 @@ class Descent(LightningModule):
 
     def __init__(self, betas: tuple[float, float], weight_decay: float, clip: float, accumulate: int) -> None:
         super().__init__()
-        at_least(1, accumulate=accumulate)
+        within(1, 10**6, accumulate=accumulate)
         at_least(0, clip=clip)
         within(0, 1, weight_decay=weight_decay)
         lengths(2, betas=betas)

@@ -64,7 +64,8 @@ class DMD2(Distillation):
         total = schedule.steps
         self.check_guidance(told=False)
         lengths(rollouts=rollouts)
-        at_least(1, rollouts=rollouts, steps=steps, teacher_steps=teacher_steps, critic_steps=critic_steps)
+        at_least(1, rollouts=rollouts, steps=steps, teacher_steps=teacher_steps)
+        within(1, 10**6, critic_steps=critic_steps)
         at_least(0, gan_weight=gan_weight, critic_gan_weight=critic_gan_weight)
         within(0, 10, critic_lr=critic_lr)
         within(0, 1000, real_guidance=real_guidance)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
-from ..files import replacing_folder
+from ..bounds import at_least, fraction, lengths, seeds, within
+from ..files import check_writable, replacing_folder
 from . import networks
 from .card import guided, measure, save_teacher
 from .sources import load_source
@@ -70,15 +71,23 @@ def pretrain(
 
     Raises ValueError before the training for an `out` that holds something else and for numbers that cannot be trained with.
     """
-    check(
-        out, interim, batch_size, devices, images=(images, 1), autoencoder_steps=(autoencoder_steps, 0), decoder_steps=(decoder_steps, 0),
-        prompts=(prompts, 1), guidance=(len(guidance), 1),
-    )  # fmt: skip
+    out, interim, resume = (None if path is None else os.path.expanduser(path) for path in (out, interim, resume))  # type: ignore[assignment]
+    at_least(1, images=images, batch_size=batch_size, prompts=prompts, interim_every=interim_every)
+    at_least(0, autoencoder_steps=autoencoder_steps, decoder_steps=decoder_steps)
+    within(1, 256, devices=devices)
+    within(0, 1, hold=hold, focus=focus)
+    within(0, 10, lr=lr)
+    within(0, 1000, guidance=guidance)
+    lengths(guidance=guidance)
+    fraction(ema=ema)
+    seeds(seed=seed)
+    check(out, interim, batch_size, devices)
+    state = None if resume is None else _snapshot(Path(resume) / "state.pt")
     started = time.time()
     seed_everything(seed, verbose=False)
     pipeline = networks.build_pipeline(load_source(dataset).words, networks.SIZES[dataset])
-    if resume:
-        before = _restore(pipeline, Path(resume) / "state.pt")
+    if state is not None:
+        before = _restore(pipeline, state)
     else:
         before = 0
         train_autoencoder(pipeline, dataset, steps=autoencoder_steps, seed=seed, progress=progress)
@@ -101,18 +110,19 @@ def pretrain(
     return save_teacher(pipeline, out, facts, table)
 
 
-def check(out: str, interim: str | None, batch_size: int, devices: int, **least: tuple[int, int]) -> None:
-    """Raises ValueError with one line for what would fail after the training, or delete what is not ours. `least`: value, least value."""
-    for name, (value, low) in {"devices": (devices, 1), **least}.items():
-        if value < low:
-            raise ValueError(f"{name} {value}: at least {low}" if name != "guidance" else "guidance: give at least one scale")
-    if batch_size < devices or batch_size % devices:
+def check(out: str, interim: str | None, batch_size: int, devices: int) -> None:
+    """Raises ValueError with one line for what would fail after the training, or delete what is not ours."""
+    if batch_size % devices:
         raise ValueError(f"batch_size {batch_size}: give a multiple of devices ({devices}), among which a batch is divided")
     folder = Path(out).resolve()
     if interim is not None and Path(interim).absolute().is_relative_to(folder):
         raise ValueError(f"interim {interim} lies in out {out}, which is replaced at the end: give another --interim")
+    if interim is not None and Path(interim).exists() and not Path(interim).is_symlink():
+        raise ValueError(f"interim {interim} is there and no link of ours, which is switched to every snapshot: give another --interim")
     if folder.exists() and not (folder / "ddil.json").is_file() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{out} holds other files; give another --out: an empty or a new folder, or one that ddil-pretrain wrote")
+    for path in filter(None, [out, interim]):
+        check_writable(Path(path) / "model_index.json" if not Path(path).is_symlink() else Path(path).parent / ".new")
 
 
 def train_autoencoder(
@@ -156,13 +166,25 @@ def put_average(pipeline: StableDiffusionPipeline, average: Any) -> None:
     pipeline.text_encoder.eval()
 
 
-def _restore(pipeline: StableDiffusionPipeline, file: Path) -> int:
-    """Put a snapshot's autoencoder and last weights into the pipeline -> images that they have seen."""
-    state = torch.load(file)
-    pipeline.vae.load_state_dict(state["vae"])
+def _snapshot(file: Path) -> dict[str, Any]:
+    """The weights in a snapshot. Raises ValueError for none."""
+    try:
+        state = torch.load(file, weights_only=True)
+        return {name: state[name] for name in ("live", "vae", "scaling_factor", "images")}
+    except Exception as error:
+        reason = "it is not there" if isinstance(error, FileNotFoundError) else f"it cannot be read ({type(error).__name__})"
+        raise ValueError(f"resume: the snapshot {file}: {reason}; give the folder that --interim of an earlier run names") from error
+
+
+def _restore(pipeline: StableDiffusionPipeline, state: dict[str, Any]) -> int:
+    """Put a snapshot's autoencoder and last weights into the pipeline -> images that they have seen. Raises ValueError for another's."""
+    try:
+        pipeline.vae.load_state_dict(state["vae"])
+        Denoiser(pipeline.unet, pipeline.text_encoder).load_state_dict(state["live"])
+    except RuntimeError as error:
+        raise ValueError("resume: the snapshot is of another data set: its weights do not fit") from error
     pipeline.vae.register_to_config(scaling_factor=state["scaling_factor"])
     pipeline.vae.requires_grad_(False).eval()
-    Denoiser(pipeline.unet, pipeline.text_encoder).load_state_dict(state["live"])
     return int(state["images"])
 
 
