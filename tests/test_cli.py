@@ -258,8 +258,15 @@ def test_nan_stops_with_the_step_the_network_and_the_last_good_checkpoint(
     )
 
 
-def test_a_learning_rate_out_of_all_bounds_stops_too(tiny_config: Path, capsys: Any) -> None:
-    words = ["--config", str(tiny_config), "--run_dir", "r", "previews.every=0", "model.lr=1e30", "data.prior={forward: 1.0, student: 0.0}"]
+def test_weights_that_grow_without_bounds_stop_the_run_too(tiny_config: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    advance = LCM.advance
+
+    def blown(self: LCM) -> None:
+        advance(self)
+        self.student.network.unet.conv_in.weight.data.fill_(1e30)
+
+    monkeypatch.setattr(LCM, "advance", blown)
+    words = ["--config", str(tiny_config), "--run_dir", "r", "previews.every=0", "data.prior={forward: 1.0, student: 0.0}"]
     code, _, err = fit(capsys, *words)
     assert code == 2 and err.count("\n") == 1
     assert "at student update 1" in err and "student" in err and "there is no checkpoint yet" in err

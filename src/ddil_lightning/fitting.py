@@ -17,7 +17,7 @@ from . import runs
 from .callbacks import Checkpoints, Stages
 from .cli import FitCLI, launched_by
 from .finish import finish, trying
-from .main import Refusal
+from .main import EXPECTED, Refusal, one_line
 from .messages import quiet
 from .signals import Stopped
 from .watch import PARENT, Watch, is_lost
@@ -58,21 +58,28 @@ def train(cli: FitCLI, checkpoints: Checkpoints) -> None:
         raise
     except MisconfigurationException as error:
         raise Refusal(str(error)) from error
-    except RuntimeError as error:
-        if trainer.world_size == 1 or not is_lost(error):
-            raise
-        raise Refusal(f"another process of the run has ended, or cannot be reached; {how_to_go_on(cli, checkpoints)}") from error
     except SystemExit as stop:  # what Lightning makes of a KeyboardInterrupt, ignoring all later ones
         signal.signal(signal.SIGINT, listener)
         if not isinstance(stop.__context__, KeyboardInterrupt):
             raise
         number = getattr(stop.__context__, "number", signal.SIGINT)
         raise Stopped(number, how_to_go_on(cli, checkpoints)) from stop
+    except Exception as error:  # in the midst of a run: data that cannot be read, a device without memory
+        if not cli.started or os.environ.get("DDIL_DEBUG"):
+            raise
+        raise Refusal(f"{told(error, trainer.world_size)}; {how_to_go_on(cli, checkpoints)}") from error
     if cli.model.student_updates == cli.clock and checkpoints.signal is None:
         raise Refusal("the run ended before its first update: look at the trainer's options")
     if checkpoints.signal is not None:
         stopped = Stopped(checkpoints.signal, how_to_go_on(cli, checkpoints))
         raise stopped if trainer.is_global_zero else SystemExit(stopped.code)
+
+
+def told(error: Exception, processes: int) -> str:
+    """What went wrong in the midst of a run, in words."""
+    if processes > 1 and is_lost(error):
+        return "another process of the run has ended, or cannot be reached"
+    return one_line(error) if isinstance(error, EXPECTED) else f"{type(error).__name__}: {one_line(error)[:500]}"
 
 
 def watched(cli: FitCLI, checkpoints: Checkpoints) -> Any:
@@ -134,12 +141,14 @@ def conclude(cli: FitCLI, checkpoints: Checkpoints, begun: float) -> None:
         # A resumed run has also taken the time that its checkpoint knows of.
         before = cli.state["callbacks"].get(checkpoints.state_key, {}).get("seconds", 0.0) if cli.state else 0.0
         summary |= {"seconds": round(time.time() - begun + before, 1), "seconds_training": round(checkpoints.seconds, 1)}
-        with trying("summary.json", failed):
-            write_rows(cli.folder / "summary.json", {k: v for k, v in summary.items() if k != "failed" or v})  # type: ignore[arg-type]
+        summary = {key: value for key, value in summary.items() if key != "failed" or value}
         # A page that cannot be drawn is no reason to call a run failed.
         unmade: dict[str, str] = {}
         with trying("report", unmade):
-            write_report(cli.folder)
+            write_report(cli.folder, summary)
+        # Last: a run with a summary of its clock is complete.
+        with trying("summary.json", failed):
+            write_rows(cli.folder / "summary.json", summary)  # type: ignore[arg-type]
         page = f"no report, {unmade['report']}" if unmade else f"report {cli.folder / 'report.html'}"
         print(f"{method.student_updates} updates, {summary['seconds']:.0f} s; {page}")
     except KeyboardInterrupt as stop:

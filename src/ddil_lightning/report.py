@@ -41,15 +41,17 @@ SHOWN = {"config", "config_name", "name", "rows", CLOCK, "seconds", "network_eva
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def write_report(run_dir: Path | str) -> Path:
+def write_report(run_dir: Path | str, summary: Mapping[str, Any] | None = None) -> Path:
     """Write `run_dir/report.html` from summary.json, metrics.csv, samples/*.png and config.yaml, each if it is there; its path.
+
+    `summary`: what will stand in summary.json, which marks the end of a run and so is written after this.
 
     An older report stays until the new one is complete. Raises FileNotFoundError if `run_dir` is no folder.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise FileNotFoundError(f"no run folder at {run_dir}: give the folder that ddil-fit made, for example runs/lcm_ddil/latest")
-    summary, problem = read_summary(run_dir / "summary.json")
+    summary, problem = read_summary(run_dir / "summary.json") if summary is None else (summary, "")
     found = summary.get("rows")
     rows = [row for row in found if isinstance(row, Mapping) and "name" in row] if isinstance(found, list) else []
     name = str(summary.get("config") or summary.get("config_name") or summary.get("name") or run_dir.resolve().name)

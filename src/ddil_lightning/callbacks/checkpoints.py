@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class Checkpoints(Checkpoint):
         self.seconds = 0.0  # of training, over all the resumes of a run
         self._before: dict[int, Any] = {}
         self._saved_at: int | None = None
-        self._stop = self._saving = False
+        self._stop = self._saving = self._stepping = False
         self._alive, self._longest = time.monotonic(), 0.0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -53,8 +54,13 @@ class Checkpoints(Checkpoint):
         self._alive = time.monotonic()
         self._before = listen(self._interrupt)
 
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """From here to its end an update is under way."""
+        self._stepping = True
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save when the clock has moved on by `every`, when a stage or the run is done, and when a signal came."""
+        self._stepping = False
         self.seconds = time.perf_counter() - self._since
         now = time.monotonic()
         self._alive, self._longest = now, max(self._longest, now - self._alive)
@@ -74,8 +80,15 @@ class Checkpoints(Checkpoint):
             self.save(trainer, pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Give the signals back."""
+        """Give the signals back, and save what was reached before data that cannot be read.
+
+        Of one process alone: several would have to save together. Not in the midst of a step, which may have changed half of the weights.
+        """
         self._listen_no_more()
+        between = self._saved_at is not None and not self._stepping and not pl_module.halfway()
+        if trainer.world_size == 1 and between and isinstance(exception, ValueError) and pl_module.student_updates != self._saved_at:
+            with suppress(OSError, FloatingPointError):
+                self.save(trainer, pl_module)
 
     def save(self, trainer: Any, method: Any) -> Path:
         """Write; a full disk leaves the older checkpoints as they were."""
