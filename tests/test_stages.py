@@ -39,10 +39,11 @@ FAULTS = {
     "left out": ([{"steps": 4}], r"stage 1 .* has 0 updates: every stage"),
     "an empty part": ([{"steps": 4, "parts": [{"updates": 2}, {"updates": 0}]}], r"has 2 updates in 2 parts: .* needs at least 1"),
     "both": ([{"steps": 4, "updates": 5, "parts": [{"updates": 2}]}], r"has 5 updates and its parts have 2: leave out updates"),
+    "v already": ([{"kind": "eps_to_v", "updates": 1}], r"begins with eps_to_v, but the teacher predicts v already: leave"),
     "too late": ([{"steps": 4, "updates": 1}, {"kind": "guidance", "updates": 1}], r"stage 2 of the plan \(guidance\) comes too late"),
     "steps of all": ([{"kind": "guidance", "steps": 8, "updates": 1}], r"trains on all times: leave out its steps"),
     "nothing": ([], r"the plan has no stages"),
-    "negative": ([{"steps": 4, "updates": 1, "warmup": -1}], r"neither may be negative"),
+    "negative": ([{"steps": 4, "updates": 1, "warmup": -1}], r"warmup of stage 1 of the plan .* is -1: give a number of at least 0"),
 }  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from ddil_lightning.metrics.base import Features, as_saved, chunked
 from ddil_lightning.metrics.clip import cosine, open_clip_net
 from ddil_lightning.metrics.diversity import Distance, MapDistance, lpips_distance, seed_diversity
 from ddil_lightning.metrics.frechet import frechet_distance, inception_features
-from ddil_lightning.metrics.pairs import choose, load_images, read_pairs, resize
+from ddil_lightning.metrics.pairs import choose, image_batches, read_pairs, resize
 from ddil_lightning.metrics.prdc import density_coverage
 
 if TYPE_CHECKING:
@@ -247,7 +247,7 @@ def _network(given: Any, device: str | torch.device) -> Any:
 
 def _features_of(net: Features | None, paths: Sequence[Path], size: int) -> Tensor | None:
     """Features [N, D] of image files, 64 images in memory at a time; None without a network."""
-    return None if net is None else torch.cat([chunked(net, load_images(paths[i : i + 64], size)) for i in range(0, len(paths), 64)])
+    return None if net is None else torch.cat([chunked(net, images) for images in image_batches(paths, size)])
 
 
 def paired_distance(a: Tensor, b: Tensor) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,12 +70,20 @@ def choose(pairs: list[Pair], n: int | None, seed: int) -> list[Pair]:
     return [pairs[i] for i in sorted(random.Random(seed).sample(range(len(pairs)), n))]
 
 
-def load_images(paths: Iterable[Path], size: int) -> Tensor:
+def load_images(paths: Sequence[Path], size: int) -> Tensor:
     """Files as [N, 3, size, size] in [-1, 1]: the long edge centre-cropped, Lanczos. Raises ValueError for one that cannot be read."""
-    images, enlarged = read_squares(((path, shown(path)) for path in paths), size)
+    return torch.cat(list(image_batches(paths, size)))
+
+
+def image_batches(paths: Sequence[Path], size: int, batch: int = 64) -> Iterator[Tensor]:
+    """The same, so many in memory at a time; how many had to be enlarged is said once, at the end."""
+    enlarged = 0
+    for i in range(0, len(paths), batch):
+        images, small = read_squares(((path, shown(path)) for path in paths[i : i + batch]), size)
+        enlarged += small
+        yield images
     if enlarged:
-        logging.getLogger(__name__).warning(f"{enlarged} of {len(images)} images are smaller than {size} pixels and were enlarged")
-    return images
+        logging.getLogger(__name__).warning(f"{enlarged} of {len(paths)} images are smaller than {size} pixels and were enlarged")
 
 
 def resize(images: Tensor, size: int | None) -> Tensor:
