@@ -2,6 +2,7 @@
 PYTHON ?= python3
 CONFIG ?= lcm_ddil.yaml
 ARGS ?=
+JOBS ?= 2
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -12,13 +13,13 @@ READY := .venv/.ready
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "  Options: make fit CONFIG=lcm.yaml ARGS='--updates 100 --seed 1';  make test ARGS='tests/test_report.py -x'"
+	@echo "  Options: make fit CONFIG=lcm.yaml ARGS='--updates 100 --seed 1';  make test JOBS=0 ARGS='tests/test_report.py -x --pdb'"
 
 fit: $(READY) ## install, then train a few-step student of the built-in pipeline (CONFIG, ARGS)
 	$(BIN)/ddil-fit --config $(CONFIG) $(ARGS)
 
-test: $(READY) ## install, then run the tests (ARGS)
-	$(BIN)/python -m pytest $(ARGS)
+test: $(READY) ## install, then run the tests, JOBS files at a time (ARGS, JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(READY) ## check style and types
 	$(BIN)/python -m ruff check

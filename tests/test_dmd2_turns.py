@@ -190,7 +190,7 @@ def test_without_a_gan_captions_are_enough(tiny: Path) -> None:
 WRONG = {
     "steps": ({"steps": 3}, "steps = 3 does not divide the schedule's 1000 times"),
     "teacher": ({"teacher_steps": 6}, "teacher_steps = 6 is no multiple of steps = 4"),
-    "critic": ({"critic_steps": 0}, "critic_steps is at least 1"),
+    "critic": ({"critic_steps": 0}, "critic_steps is 0: give a number from 1"),
     "tau": ({"tau": (0.9, 0.1)}, "0 <= tau"),
     "weights": ({"critic_gan_weight": 0.0}, "needs a discriminator that learns"),
     "rollouts": ({"rollouts": (8,)}, "8 steps does not fit on the 4 nodes"),

@@ -224,7 +224,12 @@ def test_the_sampler_is_the_rollout_policy_with_the_deployed_weights(tiny: Path)
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "words"), [({"target_decay": 1.0}, "target_decay is in"), ({"loss": "l3"}, "not 'l3'"), ({"huber": -1.0}, "above 0, got -1")]
+    ("kwargs", "words"),
+    [
+        ({"target_decay": 1.0}, "target_decay is 1.0: give a number from 0 to below 1"),
+        ({"loss": "l3"}, "not 'l3'"),
+        ({"huber": -1.0}, "above 0, got -1"),
+    ],
 )
 def test_settings_outside_their_range_are_refused(kwargs: dict[str, Any], words: str, tiny: Path) -> None:
     with pytest.raises(ValueError, match=words):

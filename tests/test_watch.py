@@ -62,10 +62,12 @@ def gone(pid: int) -> bool:
 
 
 def blocked() -> None:
-    """As in a collective call: native code that hears neither signals nor exceptions. Handlers run when it returns."""
+    """As in a collective call: native code that hears neither signals nor exceptions, and that a child's end does not wake."""
     import ctypes
 
-    ctypes.CDLL(None).sleep(30) if sys.platform != "darwin" else time.sleep(30)
+    left = 30
+    while left:
+        left = ctypes.CDLL(None).sleep(left)
 
 
 def watching(launcher: Any = None, parent: int | None = None, alive: Any = (0.0, 0.0), left: list[int] | None = None) -> watch.Watch:
