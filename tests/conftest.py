@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell starts its background jobs so: Ctrl-C would then be ignored rightly
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WORDS = "a an handwritten digit zero one two three four five six seven eight nine small large red blue circle square left of above".split()
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -44,6 +45,14 @@ METHODS = [
 ]
 ALL = {"argvalues": METHODS, "ids": [entry.name for entry in METHODS]}
 """pytest.mark.parametrize("entry", **ALL)."""
+PER_METHOD = {
+    "argvalues": [
+        pytest.param(entry, marks=() if entry.method not in [other.method for other in METHODS[:i]] else pytest.mark.slow)
+        for i, entry in enumerate(METHODS)
+    ],
+    "ids": ALL["ids"],
+}
+"""As ALL, for tests of seconds: a method's further settings are left to the slow tests."""
 
 FORWARD, MIXED = SamplingPrior(), SamplingPrior(0.5, 0.25, 0.25)
 BATCH, EPOCH = 4, 7  # samples per batch, batches per epoch

@@ -30,8 +30,16 @@ def words(tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return ["--config", str(tiny_config), f"data.captions={json.dumps(own)}", "--run_dir", "r", "data.batch_size=4", "previews.every=0"]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("cache", ["true", "false", "c.safetensors"])
+@pytest.mark.parametrize(
+    ("workers", "cache"),
+    [
+        (0, "true"),
+        (0, "false"),
+        (1, "false"),
+        (0, "c.safetensors"),
+        *(pytest.param(1, c, marks=pytest.mark.slow) for c in ("true", "c.safetensors")),
+    ],
+)
 def test_one_broken_picture_is_named_in_one_line(workers: int, cache: str, words: list[str], tmp_path: Path, capsys: Any) -> None:
     """From a loader's worker it came as its whole traceback folded into a line of 1500 characters, without the file's name."""
     settings = ["model.reflect=off", "model.updates=6", f"data.workers={workers}", f"data.cache={cache}"]

@@ -53,6 +53,7 @@ def test_step_cost(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.Captu
     assert goal["value"] == rows["Lightning step"]["ratio"] and goal["met"] is (goal["value"] <= goal["limit"])
 
 
+@pytest.mark.slow
 def test_dmd2_cost(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The published sequence in closed form for k = 5: 2.5 k student, k + 1 critic and 2 teacher forwards, 2 k + 1 encoder passes."""
     report = run(script("dmd2_cost"), tiny, tmp_path, capsys, "--set", "data.collect_every=1")
@@ -68,6 +69,7 @@ def test_dmd2_cost(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.Captu
     assert [t["value"] for t in report["targets"]] == [plain["ratio"], ddil["ratio"]]
 
 
+@pytest.mark.slow
 def test_overhead(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ["--set", "data.collect_every=2", "--set", "data.batch_size=8"]
     report = run(script("overhead"), tiny, tmp_path, capsys, "--threads", "1", *more)

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from ddil_lightning.callbacks import Checkpoints
 from forks import WORLD, ddp, forked
-from suite import ALL, BATCH, FORWARD, METHODS, MIXED, Entry, Gradients, Run, build, captions, equal, fit, pictures, state
+from suite import BATCH, FORWARD, METHODS, MIXED, PER_METHOD, Entry, Gradients, Run, build, captions, equal, fit, pictures, state
 
 UPDATES = 4
 
@@ -33,7 +33,7 @@ def report(run: Run, gradients: Gradients) -> dict[str, Any]:
     return {"state": state(run), "steps": gradients.steps, "done": run.data.done, "mine": run.data.buffer.state_dict()}
 
 
-@pytest.fixture(scope="module", **{"params": METHODS, "ids": ALL["ids"]})
+@pytest.fixture(scope="module", **{"params": PER_METHOD["argvalues"], "ids": PER_METHOD["ids"]})
 def ranks(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Entry, list[Any], list[Any]]:
     """(method, what the ranks of a run report, what they report when the run is resumed from its middle)."""
     entry, folder = request.param, tmp_path_factory.mktemp(request.param.name)
