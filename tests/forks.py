@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
 
 from suite import Entry
 
@@ -58,6 +59,7 @@ def _child(job: Callable[[int], None], rank: int, port: int) -> int:
     try:
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD, "GROUP_RANK": 0, "MASTER_PORT": port}
         os.environ.update({"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test", **{k: str(v) for k, v in names.items()}})
+        rank_zero_only.rank = rank  # which Lightning sets once, when it is imported
         job(rank)
         code = 0
     except BaseException:

@@ -20,7 +20,7 @@ from .finish import finish, trying
 from .main import EXPECTED, Refusal, one_line
 from .messages import quiet
 from .signals import Stopped
-from .watch import PARENT, Watch, is_lost
+from .watch import Watch, is_lost
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -28,12 +28,12 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def fit(words: list[str]) -> int:
     """Train, export, check, test, report. Returns 0; after a signal raises Stopped, which says how to go on."""
     quiet()
-    begun = time.time()
+    begun, parent = time.time(), os.getppid()
     cli = FitCLI(words)
     checkpoints = next(c for c in cli.trainer.callbacks if isinstance(c, Checkpoints))  # type: ignore[attr-defined]
     try:
         if cli.clock < cli.model.updates:
-            train(cli, checkpoints)
+            train(cli, checkpoints, parent)
         else:
             reload(cli, checkpoints)
         if cli.trainer.is_global_zero:
@@ -43,12 +43,15 @@ def fit(words: list[str]) -> int:
     return 0
 
 
-def train(cli: FitCLI, checkpoints: Checkpoints) -> None:
-    """Trainer.fit, with every expected failure in one line that names the last good checkpoint."""
+def train(cli: FitCLI, checkpoints: Checkpoints, parent: int) -> None:
+    """Trainer.fit, with every expected failure in one line that names the last good checkpoint.
+
+    `parent`: the process that had started this one when the command began.
+    """
     trainer, listener = cli.trainer, signal.getsignal(signal.SIGINT)
     cli.forget_weights()
     try:
-        with watched(cli, checkpoints):
+        with watched(cli, checkpoints, parent):
             trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.resumed, weights_only=True if cli.resumed else None)
     except FloatingPointError as error:
         raise FloatingPointError(f"{error}; {last_good(cli, checkpoints)}: go on from it with a lower model.lr") from error
@@ -65,7 +68,9 @@ def train(cli: FitCLI, checkpoints: Checkpoints) -> None:
         number = getattr(stop.__context__, "number", signal.SIGINT)
         raise Stopped(number, how_to_go_on(cli, checkpoints)) from stop
     except Exception as error:  # in the midst of a run: data that cannot be read, a device without memory
-        if not cli.started or os.environ.get("DDIL_DEBUG"):
+        # Only the first process of a run starts its folder; the others end in a line where they have lost another.
+        begun = cli.started or (trainer.world_size > 1 and is_lost(error))
+        if not begun or os.environ.get("DDIL_DEBUG"):
             raise
         raise Refusal(f"{told(error, trainer.world_size)}; {how_to_go_on(cli, checkpoints)}") from error
     if cli.model.student_updates == cli.clock and checkpoints.signal is None:
@@ -82,12 +87,12 @@ def told(error: Exception, processes: int) -> str:
     return one_line(error) if isinstance(error, EXPECTED) else f"{type(error).__name__}: {one_line(error)[:500]}"
 
 
-def watched(cli: FitCLI, checkpoints: Checkpoints) -> Any:
+def watched(cli: FitCLI, checkpoints: Checkpoints, parent: int) -> Any:
     """Inside, the death of one of several processes ends the others; one alone has nothing to watch."""
     if cli.trainer.world_size == 1:
         return nullcontext()
-    parent = (launched_by() or PARENT) if "LOCAL_RANK" in os.environ else None
-    return Watch(cli.trainer.strategy.launcher, parent, lambda: how_to_go_on(cli, checkpoints), checkpoints.alive, cli.close)
+    starter = (launched_by() or parent) if "LOCAL_RANK" in os.environ else None
+    return Watch(cli.trainer.strategy.launcher, starter, lambda: how_to_go_on(cli, checkpoints), checkpoints.alive, cli.close)
 
 
 def last_good(cli: FitCLI, checkpoints: Checkpoints) -> str:

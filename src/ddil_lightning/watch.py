@@ -20,8 +20,6 @@ from .signals import ending
 
 LOOK, PATIENCE, GRACE = 0.5, 5.0, 15.0
 """Seconds between two looks, for a process to end by itself once another is dead, and without a sign of life after a signal."""
-PARENT = os.getppid()
-"""Who has started this process, when this was imported."""
 
 
 def is_lost(error: BaseException) -> bool:
