@@ -193,7 +193,7 @@ def test_a_signal_that_was_to_be_ignored_is_ignored(tiny_config: Path, capsys: A
 
 
 def test_a_signal_before_training_leaves_nothing(tiny_config: Path, here: Path, capsys: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(fitting, "train", lambda cli, checkpoints: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(fitting, "train", lambda *given: os.kill(os.getpid(), signal.SIGTERM))
     code, out, err = fit(capsys, "--config", str(tiny_config), "--run_dir", "r")
     assert (code, out, err) == (143, "", "\nddil-fit: stopped\n") and list(here.iterdir()) == []
 
