@@ -20,7 +20,7 @@ from ddil_lightning.encoded import Encoded
 from ddil_lightning.prior import Constant, Gated, Linear, Piecewise, SamplingPrior
 from ddil_lightning.shift import shift_report
 from ddil_lightning.types import FORWARD, STUDENT
-from suite import METHODS, StopAt, build, captions, fit, pictures
+from suite import EPOCH, METHODS, StopAt, build, captions, fit, pictures
 
 PLAIN, ROLLED = SamplingPrior(), SamplingPrior(0.0, 1.0)
 LCM = METHODS[0]
@@ -170,11 +170,22 @@ def test_the_newest_checkpoints_are_kept(every: int, keep: int, left: list[int],
 
 
 def test_checkpoints_of_later_updates_are_not_touched(tiny: Path, tmp_path: Path) -> None:
-    for clock in (3, 90, 100):
+    """Of a run that goes on from an earlier one; and where it does not, none are."""
+    fit(build(LCM, tiny, updates=3), captions(tiny), Checkpoints(every=0, folder=str(tmp_path)))
+    for clock in (90, 100, "x"):
         (tmp_path / f"updates={clock}.ckpt").touch()
-    (tmp_path / "updates=x.ckpt").touch()
-    fit(build(LCM, tiny, updates=4), captions(tiny), Checkpoints(every=0, keep=1, folder=str(tmp_path)))
+    with pytest.raises(ValueError, match="checkpoints.folder .* holds checkpoints of another run, which would be replaced: give another"):
+        fit(build(LCM, tiny, updates=4), captions(tiny), Checkpoints(folder=str(tmp_path)))
+    last = Checkpoints(every=0, keep=1, folder=str(tmp_path))
+    fit(build(LCM, tiny, updates=4), captions(tiny), last, ckpt=tmp_path / "updates=3.ckpt")
     assert [clock_of(p) for p in sorted_checkpoints(tmp_path)] == [4, 90, 100] and (tmp_path / "updates=x.ckpt").exists()
+
+
+def test_a_run_that_ends_within_an_update_is_saved_as_the_last_whole_one_left_it(tiny: Path, tmp_path: Path) -> None:
+    """max_epochs and the like know nothing of accumulated batches."""
+    run = fit(build(LCM, tiny, accumulate=4), captions(tiny), Checkpoints(every=0, folder=str(tmp_path)), max_epochs=1)
+    assert run.method.halfway() and run.method.student_updates == EPOCH // 4
+    assert names(tmp_path) == [f"updates={EPOCH // 4}.ckpt"]
 
 
 def test_a_run_that_something_else_stops_is_saved(tiny: Path, tmp_path: Path) -> None:
@@ -236,10 +247,20 @@ def test_several_processes_stop_after_the_same_batch() -> None:
     trainer = SimpleNamespace(world_size=2, strategy=SimpleNamespace(reduce_boolean_decision=decide))
     callback = Checkpoints()
     callback.signal = signal.SIGINT
-    assert not any(callback._agreed(trainer, i) for i in range(AGREE - 1)) and asked == []
+    method = SimpleNamespace(student_updates=0, updates=9, stage_is_over=False, halfway=lambda: True)
+
+    def batches(n: int) -> None:
+        for i in range(n):
+            callback.on_train_batch_end(trainer, method, None, None, i % 3)  # epochs of three batches
+
+    callback.every, callback._since = 0, 0.0
+    batches(AGREE - 1)
+    assert asked == []
     callback.signal = None
-    assert callback._agreed(trainer, AGREE - 1) and asked == [False] and callback.signal is not None
-    assert callback._agreed(trainer, AGREE)  # until the update is complete
+    batches(1)
+    assert asked == [False] and callback.signal is not None
+    batches(1)
+    assert callback._agreed(trainer) and asked == [False]  # until the update is complete
 
 
 def test_the_time_of_training_is_counted_over_resumes(tiny: Path, tmp_path: Path) -> None:

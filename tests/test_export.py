@@ -112,6 +112,10 @@ def test_a_folder_that_does_not_sample_as_trained_is_kept_under_another_name(tin
         "old",
     ]
     assert load_file(tmp_path / "out-unverified" / WEIGHTS)
+    (tmp_path / "out-unverified" / "ddil.json").write_text("{}")  # now it is somebody's
+    with pytest.raises(export.NotAsTrained, match="it is kept as .*out-unverified-2$"):
+        export.deliver(method, folder, PROMPTS, 4)
+    assert load_file(tmp_path / "out-unverified-2" / WEIGHTS) and (tmp_path / "out-unverified" / "ddil.json").read_text() == "{}"
 
 
 def rounded_to_10_bits(x: torch.Tensor) -> torch.Tensor:

@@ -150,9 +150,31 @@ def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
             os._exit(9)
     os.waitpid(pid, 0)
     assert len(names(tmp_path)) == 3
-    (tmp_path / ".mine.part").touch()
+    deep = tmp_path / "runs" / "other" / "checkpoints"  # of a run that may be alive elsewhere
+    deep.mkdir(parents=True)
+    kept = {".mine.ddil-part", f".x.{os.getppid()}.ddil-part", "runs"}  # the second is of a process that lives
+    for path in (*(tmp_path / name for name in kept - {"runs"}), deep / f".x.{pid}.ddil-part", tmp_path / "runs" / f".x.{pid}.ddil-part"):
+        path.touch()
+    files.sweep(tmp_path, inside=False)
+    assert {p.name for p in tmp_path.iterdir()} == kept and len(names(tmp_path)) == 7
     files.sweep(tmp_path)
-    assert names(tmp_path) == {".mine.part"}
+    assert not (tmp_path / "runs" / f".x.{pid}.ddil-part").exists() and (deep / f".x.{pid}.ddil-part").exists()
+
+
+def test_an_empty_folder_stays_the_folder_that_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody may stand in it, as in `--out .`, and has given it its rights."""
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o2770)
+    before = tmp_path.stat()
+    with files.replacing_folder(Path()) as folder:
+        (folder / "a").touch()
+    assert names(tmp_path) == {"a"} and (tmp_path.stat().st_ino, tmp_path.stat().st_mode) == (before.st_ino, before.st_mode)
+
+
+def test_a_link_is_switched_at_once(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        files.switch(tmp_path / "latest", name)
+        assert os.readlink(tmp_path / "latest") == name and names(tmp_path) == {"latest"}
 
 
 def test_what_could_not_be_written_is_said_before(tmp_path: Path) -> None:
@@ -164,3 +186,13 @@ def test_what_could_not_be_written_is_said_before(tmp_path: Path) -> None:
     with pytest.raises(NotADirectoryError) as raised:
         files.check_writable(tmp_path / "file" / "x.json")
     assert raised.value.filename == str(tmp_path / "file" / "x.json")
+
+
+def test_what_is_kept_for_good_gets_a_name_of_its_own(tmp_path: Path) -> None:
+    """The settings before update 4 were lost when a run went on from there twice."""
+    for k in range(3):
+        path = files.unused(tmp_path / "config.before-4.yaml")
+        path.write_text(str(k))
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {
+        "config.before-4.yaml": "0", "config.before-4-2.yaml": "1", "config.before-4-3.yaml": "2",
+    }  # fmt: skip

@@ -135,6 +135,7 @@ def test_a_run_deletes_its_own_snapshots_alone(tmp_path: Path) -> None:
     pipeline = networks.build_pipeline(("a", "red"), sizes)
     (tmp_path / "interim-99999999").mkdir()  # another run's
     (tmp_path / "interim-00000abc").mkdir()  # somebody's
+    (tmp_path / "interim-00000003").mkdir()  # another run's of the very number
     snapshots = Snapshots(pipeline, str(tmp_path / "interim"), every=1, batch_size=1)
     live = Denoiser(pipeline.unet, pipeline.text_encoder)
     stage = SimpleNamespace(average=live, live=live)
@@ -142,9 +143,9 @@ def test_a_run_deletes_its_own_snapshots_alone(tmp_path: Path) -> None:
         snapshots.write(stage, images)
         assert (tmp_path / "interim" / "state.pt").is_file()
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "interim", "interim-00000003", "interim-00000004", "interim-00000abc", "interim-99999999"
+        "interim", "interim-00000003", "interim-00000003-2", "interim-00000004", "interim-00000abc", "interim-99999999"
     ]  # fmt: skip
-    assert (tmp_path / "interim").readlink() == Path("interim-00000004")
+    assert (tmp_path / "interim").readlink() == Path("interim-00000004") and not any((tmp_path / "interim-00000003").iterdir())
 
 
 def test_a_snapshot_that_is_none_is_named(tmp_path: Path, capsys: Any) -> None:

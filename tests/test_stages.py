@@ -309,6 +309,14 @@ def test_every_row_is_of_the_student_that_was_made_for_it(finished: Path, tiny: 
     assert equal(dict(policy.denoiser.network.unet.state_dict()), _weights(finished / "stages" / "02-4-steps")) and len(grid) == 4
 
 
+def test_pipelines_of_another_run_are_not_replaced(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "01-4-steps").mkdir()
+    stages = Stages(folder=str(tmp_path))
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=[stages])
+    with pytest.raises(ValueError, match=r"stages.folder .* holds 01-4-steps of another run, which would be replaced: give another"):
+        trainer.fit(build(PD_2, tiny), captions(tiny))
+
+
 def test_ddil_test_of_the_run(finished: Path, tmp_path: Path) -> None:
     """The pipelines as their users call them give the rows of the run."""
     from ddil_lightning import commands

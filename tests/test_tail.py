@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import shlex
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import yaml
 
 from commandline import fit, refused
 from ddil_lightning import commands, export, finish, fitting, main
-from ddil_lightning.callbacks import Checkpoints
+from ddil_lightning.callbacks.checkpoints import Mapped
 from ddil_lightning.methods import LCM
 
 
@@ -176,6 +179,42 @@ def test_every_signal_that_ends_a_process_saves(number: int, code: int, tiny_con
     assert fit(capsys, *go_on(err))[0] == 0
 
 
+TOLD = "import sys; from ddil_lightning import main; main.run(main._fit, 'ddil-fit', sys.argv[1:])"
+
+
+@pytest.mark.parametrize("reader", ["head", "terminal"])
+def test_who_reads_may_leave(reader: str, tiny_config: Path) -> None:
+    """`ddil-fit ... | head`, a `tee` that dies, a terminal that is closed: the run goes on, and a terminal's SIGHUP saves."""
+    words = [sys.executable, "-c", TOLD, "--config", str(tiny_config), "--run_dir", "r", "test.n=0", "previews.every=0", "--updates", "40"]
+    words += ["progress.lines=40"]
+    if reader == "head":
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None and process.stderr is not None
+            while "/40 updates" not in process.stdout.readline():
+                pass
+            process.stdout.close()
+            err = process.stderr.read()
+        assert process.returncode == 0 and "Error" not in err
+        assert Path("r/summary.json").is_file() and Path("r/checkpoints/updates=40.ckpt").is_file()
+        return
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(words[0], words)
+    while not any(Path().glob("r/metrics.csv")):
+        os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
+    assert any(Path("r/checkpoints").glob("updates=*.ckpt"))
+
+
+def test_a_resumed_run_that_does_not_start_keeps_what_it_has(tiny_config: Path, capsys: Any) -> None:
+    """Its own curves that no server has yet were deleted."""
+    assert fit(capsys, "--config", str(tiny_config), "--run_dir", "r", "test.n=0", "--updates", "2", "previews.every=0")[0] == 0
+    Path("r/wandb/offline-run-1").mkdir(parents=True)
+    assert fit(capsys, "--config", "r/config.yaml", "--ckpt_path", "r")[0] == 2
+    assert Path("r/wandb/offline-run-1").is_dir()
+
+
 def test_a_signal_that_was_to_be_ignored_is_ignored(tiny_config: Path, capsys: Any, monkeypatch: Any) -> None:
     """nohup."""
     step = LCM.training_step
@@ -204,8 +243,9 @@ def test_a_signal_before_training_leaves_nothing(tiny_config: Path, here: Path, 
 def test_settings_of_a_run_that_went_on_twice_from_one_clock_are_all_kept(tiny_config: Path, capsys: Any, monkeypatch: Any) -> None:
     words = ["--config", str(tiny_config), "--run_dir", "r", "previews.every=0"]
     assert fit(capsys, *words, "--updates", "2")[0] == 0
+    save = Mapped.save_checkpoint
     for lr in ("2e-3", "3e-3"):
-        monkeypatch.setattr(Checkpoints, "save", once(Checkpoints.save, OSError(28, "full"), 1))
+        monkeypatch.setattr(Mapped, "save_checkpoint", once(save, OSError(28, "full"), 1))
         assert fit(capsys, "--config", "r/config.yaml", "--ckpt_path", "r", "--updates", "3", f"model.lr={lr}")[0] == 2
     kept = {p.name: str(yaml.safe_load(p.read_text())["model"]["init_args"]["lr"]) for p in Path("r").glob("config*.yaml")}
     assert kept == {"config.before-2.yaml": "0.001", "config.before-2-2.yaml": "0.002", "config.yaml": "0.003"}

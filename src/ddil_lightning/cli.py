@@ -23,7 +23,7 @@ from .callbacks import AnnealPrior, Cadence, Checkpoints, FlushBuffer, Previews,
 from .captions import Captions, Digits, Images, Prompts, Shapes  # noqa: F401
 from .checks import check_callbacks, check_room, check_shape, check_steps, check_trainer, refuse_data_seed, refuse_null
 from .datamodule import DDILDataModule
-from .files import write_text
+from .files import unused, write_text
 from .finish import Test, rehearse
 from .loggers import MetricsFile, check_wandb, masked, refuse_masked, wandb_logger
 from .main import FIT_SHORT, Refusal, configs_folder, one_line
@@ -220,7 +220,7 @@ class FitCLI(LightningCLI):
         path, text = self.folder / "config.yaml", self.parser.dump(masked(config), skip_none=False)
         before = path.read_text(encoding="utf-8") if path.is_file() else text
         if before != text:
-            write_text(runs.unused(self.folder / f"config.before-{self.clock}.yaml"), before)
+            write_text(unused(self.folder / f"config.before-{self.clock}.yaml"), before)
         write_text(path, text)
         runs.point_latest(self.folder, self.name)
         self.started = True
@@ -242,7 +242,7 @@ class FitCLI(LightningCLI):
         """After the run, however it ended: a folder in which nothing started is removed."""
         os.environ.pop(RUN_DIR, None)
         if self._claim is not None:
-            if not self.started:
+            if not self.started and not self._goes_on():
                 shutil.rmtree(self.folder / "wandb", ignore_errors=True)  # W&B makes its own before anything begins
             self._claim.release(self.started)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import sampling
 from .backbones import UNet
 from .denoiser import Denoiser
-from .files import move_contents, replacing_folder
+from .files import move_contents, read_table, replacing_folder, unused
 from .pipelines import load_pipeline
 from .schedule import Grid
 from .solver import Policy
@@ -33,6 +33,11 @@ def scale(method: Distillation, g: float) -> float:
 def exportable(method: Distillation) -> bool:
     """Whether the student is a network that a diffusers pipeline can hold."""
     return isinstance(method.deployed(), UNet)
+
+
+def exported(folder: Path) -> bool:
+    """Whether a folder is a student's pipeline that this library has written."""
+    return "method" in read_table(folder / "ddil.json")
 
 
 def check_prompts(method: Distillation, examples: Sequence[str]) -> list[str]:
@@ -191,7 +196,10 @@ def deliver(
 
     Raises NotAsTrained for a pipeline that samples otherwise, which is kept as `folder`-unverified; an older `folder` stays as it is.
     """
+    folder = folder if folder.name else folder.absolute()
     unverified = folder.with_name(f"{folder.name}-unverified")
+    if unverified.exists() and not exported(unverified):
+        unverified = unused(unverified)
     with replacing_folder(folder) as temporary, rounded(_network(method), dtype):
         made = export(method, temporary / "made", steps, dtype, safety_checker)
         try:

@@ -1,11 +1,12 @@
 """Writing files and folders: whole or not at all, beside their destination, and never in the place of a device, a link or a mount.
 
-Every writer of the library goes through here. What a killed process leaves behind is named `.NAME.PID.part`, for `sweep` to find.
+Every writer of the library goes through here. What a killed process leaves behind is named `.NAME.PID.ddil-part`, for `sweep` to find.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -13,8 +14,9 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-PART = "part"
+PART = "ddil-part"
 
 
 @contextmanager
@@ -25,7 +27,7 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
     is mounted is written to. `durable`: on the disk before the name, for what must survive a loss of power.
     Raises OSError that names `path` whenever the system refuses, also through safetensors, and for a folder.
     """
-    target = path.resolve() if path.is_symlink() else path
+    target = path.resolve() if path.is_symlink() else path.absolute()
     special = target.exists() and not stat.S_ISREG(target.stat().st_mode)
     temporary = _beside(target)
     with _naming(path, temporary):
@@ -53,9 +55,10 @@ def replacing_folder(path: Path, keep: bool = True) -> Iterator[Path]:
     """Yields a new folder beside `path` and, when the body has filled it, gives it that name; else nothing is left and an older one stays.
 
     A folder that is linked to or mounted keeps its place, and takes the new contents for its old ones: the caller knows those to be its
-    own. `keep`: if not, the folder is for the body alone, and gone afterwards.
+    own. So does an empty one, in which somebody may stand, with its rights. `keep`: if not, the folder is for the body alone, and gone
+    afterwards.
     """
-    target = path.resolve() if path.is_symlink() else path
+    target = path.resolve() if path.is_symlink() else path.absolute()
     temporary, former = _beside(target), _beside(target, "old")
     with _naming(path, temporary):
         for leftover in (temporary, former):
@@ -63,9 +66,11 @@ def replacing_folder(path: Path, keep: bool = True) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         try:
             yield temporary
-            if keep and target.exists():
-                _rename(target, former, lambda: _empty(target))
-            if keep:
+            if keep and target.is_dir() and not any(target.iterdir()):
+                move_contents(temporary, target)
+            elif keep:
+                if target.exists():
+                    _rename(target, former, lambda: _empty(target))
                 _rename(temporary, target, lambda: move_contents(temporary, target))
         except BaseException:
             if former.exists() and not target.exists():
@@ -82,9 +87,42 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def sweep(folder: Path) -> None:
-    """Remove what processes that were killed have left half written below `folder`."""
-    for leftover in [p for p in folder.rglob(f".*.{PART}") if re.fullmatch(rf"\..+\.\d+(\.old)?\.{PART}", p.name)]:
+def read_table(file: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} for none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def unused(path: Path) -> Path:
+    """`path`, or with -2, -3, ... behind its stem the first name that nothing has: what is kept for good is not overwritten."""
+    names = (path, *(path.with_name(f"{path.stem}-{k}{path.suffix}") for k in range(2, 10_000)))
+    return next(p for p in names if not p.exists())
+
+
+def switch(link: Path, target: Path | str) -> None:
+    """The link `link` to `target`, or to another one than before, in one step. Raises OSError where links are not allowed."""
+    temporary = _beside(link)
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.symlink_to(target)
+        os.replace(temporary, link)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path, inside: bool = True) -> None:
+    """Remove what processes that were killed have left half written in `folder` and, if `inside`, in the folders in it.
+
+    What belongs to a process that lives is left alone, and so is everything further down: other runs may lie there.
+    """
+    found = [*folder.glob(f".*.{PART}"), *(folder.glob(f"*/.*.{PART}") if inside else [])]
+    for leftover in found:
+        name = re.fullmatch(rf"\..+\.(\d+)(\.old)?\.{PART}", leftover.name)
+        if name is None or (int(name[1]) != os.getpid() and _lives(int(name[1]))):
+            continue
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
@@ -105,6 +143,16 @@ def check_writable(path: Path) -> None:
 def _beside(target: Path, kind: str = "") -> Path:
     # The name of the process: two that write the same file at the same time must not write into each other.
     return target.with_name(f".{target.name}.{os.getpid()}{'.' + kind if kind else ''}.{PART}")
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True
 
 
 def _scratch() -> str:

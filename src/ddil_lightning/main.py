@@ -147,16 +147,14 @@ def run(command: Callable[[list[str]], int | None], name: str, argv: Sequence[st
         print(f"ddil-lightning {metadata.version('ddil-lightning')}")
         raise SystemExit(0)
     try:
-        with listening():
+        from .messages import lasting
+
+        with listening(), lasting():  # the reader of what is told may leave: `ddil-fit ... | head`, a terminal that is closed
             code = command(words) or 0
-        sys.stdout.flush()
+            sys.stdout.flush()
     except KeyboardInterrupt as stop:
         complain(f"\n{name}: {one_line(stop) if stop.args else 'stopped'}")
         code = stop.code if isinstance(stop, Stopped) else 130
-    except BrokenPipeError:  # the reader of our output has gone: `ddil-fit --print_config | head`
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     except Exception as error:
         if os.environ.get("DDIL_DEBUG"):
             raise

@@ -6,10 +6,13 @@ import argparse
 import difflib
 import inspect
 import logging
+import os
 import re
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -65,6 +68,47 @@ def each_text(value: Any, change: Callable[[str, str], str], name: str = "") -> 
     if isinstance(value, argparse.Namespace):
         return type(value)(**{key: each_text(inner, change, key) for key, inner in vars(value).items()})
     return value
+
+
+class Lasting:
+    """A stream whose reader may go away, as a terminal does, or `head`: what can be written no more is dropped, and the run goes on."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """As the stream does."""
+        try:
+            return int(self._stream.write(text))
+        except (OSError, ValueError):
+            return self._lost(len(text))
+
+    def flush(self) -> None:
+        """As the stream does."""
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            self._lost(0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _lost(self, length: int) -> int:
+        # What is still in its buffer would fail again, at the latest when Python ends, with a code of its own.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        return length
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """Inside, nothing that is told can end the command."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 def counted(items: Iterable[T], total: int, what: str, show: bool = True) -> Iterator[T]:

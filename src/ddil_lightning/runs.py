@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from .files import sweep
+from .files import read_table, sweep, switch, write_text
 
 WRITTEN = (
     "config.yaml", "checkpoints", "metrics.csv", "summary.json", "pipeline", "pipeline-unverified", "report.html", "samples", "stages",
@@ -55,7 +54,7 @@ def reserve(run_dir: str | None, config: str) -> Claim:
         claim = Claim(folder, _make(folder))
         try:
             check_free(folder)  # again: another run may have come and gone between the two
-            sweep(folder)  # one that was killed before it began
+            sweep(folder, inside=False)  # one that was killed before it began
         except BaseException:
             claim.release(started=False)
             raise
@@ -77,7 +76,7 @@ def take_up(folder: Path) -> Claim:
     claim = Claim(folder, [])
     try:
         for name in ("pipeline", "pipeline-unverified"):
-            if (folder / name).exists() and "method" not in written(folder / name / "ddil.json"):
+            if (folder / name).exists() and "method" not in read_table(folder / name / "ddil.json"):
                 raise ValueError(f"{folder / name} was not written by a run, and would be replaced at its end: move it away")
         sweep(folder)
     except BaseException:
@@ -138,27 +137,12 @@ def _locked(path: Path) -> IO[bytes] | None:
         time.sleep(0.2)
 
 
-def unused(path: Path) -> Path:
-    """`path`, or with -2, -3, ... behind its stem the first name that nothing has: what is kept for good is not overwritten."""
-    names = (path, *(path.with_name(f"{path.stem}-{k}{path.suffix}") for k in range(2, 10_000)))
-    return next(p for p in names if not p.exists())
-
-
 def is_complete(folder: Path, clock: int) -> bool:
     """Whether the results in a run folder are those of `clock` student updates, with nothing failed: asked of their clocks."""
-    if written(folder / "summary.json").get("student_updates") != clock or written(folder / "summary.json").get("failed"):
+    if read_table(folder / "summary.json").get("student_updates") != clock or read_table(folder / "summary.json").get("failed"):
         return False
-    pipeline = written(folder / "pipeline" / "ddil.json").get("student_updates") == clock
+    pipeline = read_table(folder / "pipeline" / "ddil.json").get("student_updates") == clock
     return pipeline or (folder / "student.safetensors").is_file()
-
-
-def written(file: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} for none."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def check_latest(config: str) -> None:
@@ -171,15 +155,12 @@ def check_latest(config: str) -> None:
 def point_latest(folder: Path, config: str) -> None:
     """`runs/<config>/latest` is the newest run of that config (a link; where links are not allowed, a file with the path)."""
     latest = Path("runs") / config / "latest"
-    temporary = latest.with_name(f".latest.{os.getpid()}")
     try:
         latest.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)
         try:
-            temporary.symlink_to(os.path.relpath(folder.resolve(), latest.parent.resolve()))
+            switch(latest, os.path.relpath(folder.resolve(), latest.parent.resolve()))
         except OSError:
-            temporary.write_text(str(folder.resolve()), encoding="utf-8")
-        os.replace(temporary, latest)
+            write_text(latest, str(folder.resolve()))
     except OSError as error:
         # The run itself is elsewhere, or it could not have begun here.
         print(f"{latest} could not be set ({error.strerror}): --ckpt_path last will not find this run", flush=True)

@@ -39,12 +39,20 @@ class Checkpoints(Checkpoint):
         self._before: dict[int, Any] = {}
         self._saved_at: int | None = None
         self._stop = self._saving = self._stepping = False
+        self._batches = 0  # of this process, over all its epochs
         self._alive, self._longest = time.monotonic(), 0.0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Write and read checkpoints by Mapped, unless the user has chosen another way."""
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = Mapped()
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Another run's checkpoints are not ours to replace. Raises ValueError where there are some."""
+        if self.folder is not None:
+            here, resumed = Path(self.folder), Path(trainer.ckpt_path) if trainer.ckpt_path else None
+            if sorted_checkpoints(here) and (resumed is None or resumed.resolve().parent != here.resolve()):
+                raise ValueError(f"checkpoints.folder {here} holds checkpoints of another run, which would be replaced: give another")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Listen for signals; what the run goes on from is the last good checkpoint."""
@@ -65,7 +73,8 @@ class Checkpoints(Checkpoint):
         now = time.monotonic()
         self._alive, self._longest = now, max(self._longest, now - self._alive)
         clock = pl_module.student_updates
-        if self._agreed(trainer, batch_idx) and not pl_module.halfway():
+        self._batches += 1
+        if self._agreed(trainer) and not pl_module.halfway():
             self.save(trainer, pl_module)
             trainer.should_stop = True
             return
@@ -74,25 +83,25 @@ class Checkpoints(Checkpoint):
             self.save(trainer, pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """A run that something else ended (a time limit, another callback) is saved too."""
+        """A run that something else ended (a time limit, another callback) is saved too, as its last whole update has left it."""
         self._listen_no_more()
-        if pl_module.student_updates != self._saved_at and not pl_module.halfway():
+        if pl_module.student_updates != self._saved_at:
             self.save(trainer, pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Give the signals back, and save what was reached before data that cannot be read.
+        """Give the signals back, and save what was reached before data that cannot be read, or a loader's process that was killed.
 
         Of one process alone: several would have to save together. Not in the midst of a step, which may have changed half of the weights.
         """
         self._listen_no_more()
         between = self._saved_at is not None and not self._stepping and not pl_module.halfway()
-        if trainer.world_size == 1 and between and isinstance(exception, ValueError) and pl_module.student_updates != self._saved_at:
+        if trainer.world_size == 1 and between and isinstance(exception, Exception) and pl_module.student_updates != self._saved_at:
             with suppress(OSError, FloatingPointError):
                 self.save(trainer, pl_module)
 
     def save(self, trainer: Any, method: Any) -> Path:
         """Write; a full disk leaves the older checkpoints as they were."""
-        clock = method.student_updates
+        clock = self._saved_at = method.student_updates  # also where it fails: once is enough
         folder = Path(self.folder or Path(trainer.default_root_dir) / "checkpoints")
         path = folder / f"updates={clock}.ckpt"
         if not trainer.strategy.reduce_boolean_decision(finite(method)):
@@ -107,7 +116,7 @@ class Checkpoints(Checkpoint):
             ) from error
         finally:
             self._saving = False
-        self.last, self._saved_at = path, clock
+        self.last = path
         if trainer.is_global_zero:
             for old in [p for p in sorted_checkpoints(folder) if (clock_of(p) or 0) < clock][: -(self.keep - 1) or None]:
                 old.unlink(missing_ok=True)
@@ -125,10 +134,10 @@ class Checkpoints(Checkpoint):
         """Go on counting."""
         self.seconds = state_dict.get("seconds", 0.0)
 
-    def _agreed(self, trainer: Any, batch_idx: int) -> bool:
+    def _agreed(self, trainer: Any) -> bool:
         if trainer.world_size == 1:
             return self.signal is not None
-        if (batch_idx + 1) % AGREE == 0:
+        if self._batches % AGREE == 0:
             # A signal reaches the processes in different batches: all must stop after the same one, or some would wait for ever.
             self._stop = trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)
             if self._stop and self.signal is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from ..denoiser import evaluating
+from ..files import read_table
 from ..prior import SamplingPrior
 from .dagger import AnnealPrior, OnClock, check_images
 
@@ -48,6 +48,12 @@ class Stages(Callback):
         forward = [s for s in pl_module.stages if any(part.forward > 0 for part in s.parts) or (s.preliminary and not s.parts)]
         if forward:
             check_images(data, f"the plan's stage {forward[0]}", "give it parts without one")
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Another run's pipelines are not ours to replace. Raises ValueError where there are some."""
+        there = sorted(Path(self.folder).glob("*-steps")) if self.folder and staged(pl_module) and self.pipelines else []
+        if there and not trainer.ckpt_path:
+            raise ValueError(f"stages.folder {self.folder} holds {there[0].name} of another run, which would be replaced: give another")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin, or go on from the checkpoint of a stage's end: its pipeline may be missing, and the next stage has not begun."""
@@ -109,11 +115,7 @@ class Stages(Callback):
         if not (self.pipelines and staged(method) and method.stage_is_over and export.exportable(method)):
             return None
         place = self.place(method, root)
-        try:
-            written = json.loads((place / "ddil.json").read_text(encoding="utf-8"))["student_updates"]
-        except (OSError, ValueError, KeyError, TypeError):
-            written = None
-        return None if written == method.student_updates else place
+        return None if read_table(place / "ddil.json").get("student_updates") == method.student_updates else place
 
     def deliver(self, method: Any, root: str | Path, examples: Sequence[str]) -> Path | None:
         """The stage's student as a pipeline folder; None for one that cannot be exported. One that samples otherwise is said and kept."""

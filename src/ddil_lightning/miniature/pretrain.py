@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from ..bounds import at_least, fraction, lengths, seeds, within
-from ..files import check_writable, replacing_folder
+from ..files import check_writable, replacing_folder, switch, unused
 from . import networks
 from .card import guided, measure, save_teacher
 from .sources import load_source
@@ -246,15 +246,13 @@ class Snapshots(Callback):
         """Save, then switch the link; of this run's snapshots the newest two stay. Raises OSError, with the older ones as they were."""
         put_average(self.pipeline, stage.average)
         target, vae = self.folder.with_name(f"{self.folder.name}-{images:08d}"), self.pipeline.vae
+        target = target if target in self.written else unused(target)
         state = {"live": stage.live.state_dict(), "vae": vae.state_dict(), "scaling_factor": vae.config.scaling_factor, "images": images}
         with replacing_folder(target) as work:
             self.pipeline.save_pretrained(work)
             with open(work / "state.pt", "wb") as file:  # torch's own writer raises no OSError
                 torch.save(state, file)
-        link = self.folder.with_name(self.folder.name + ".new")
-        link.unlink(missing_ok=True)
-        link.symlink_to(target.name)
-        os.replace(link, self.folder)
+        switch(self.folder, target.name)
         self.written = [*(p for p in self.written if p != target), target]
         for old in self.written[:-2]:
             shutil.rmtree(old, ignore_errors=True)
