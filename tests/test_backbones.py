@@ -159,6 +159,12 @@ def test_long_prompts_are_refused_by_name_or_cut(backbone: Backbone) -> None:
     assert torch.equal(backbone.encode_text([LONG], truncate=True).text, backbone.encode_text([" ".join(["red"] * 14)]).text)
 
 
+def test_half_a_character_is_refused_cut_or_not(backbone: Backbone) -> None:
+    for ask in (backbone.encode_text, backbone.check_length, lambda prompts: backbone.encode_text(prompts, truncate=True)):
+        with pytest.raises(ValueError, match=r"the prompt '\\ud800' is a text with \\ud800, half a character that no tokenizer takes"):
+            ask(["a", "\ud800"])
+
+
 def test_images_go_in_and_out_in_shape_and_scale(backbone: Backbone) -> None:
     images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents = backbone.encode_images(images)

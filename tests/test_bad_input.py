@@ -7,11 +7,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from commandline import refused
+from ddil_lightning import checks, cli, fitting, main
+from ddil_lightning.backbones import Backbone
+from ddil_lightning.callbacks import Previews
+from ddil_lightning.datamodule import DDILDataModule
 from ddil_lightning.methods import LCM
 
 
@@ -117,6 +122,7 @@ VALUES = {
     "steps of the teacher": (["test.n=16", "test.teacher_steps=[2000]"], "test.teacher_steps 2000: "),
     "no steps of the test": (["test.student_steps=[0]"], "test.student_steps is [0]: give numbers of at least 1"),
     "prompts of the test": (["test.n=8"], "test.n 8: at least 16 prompts"),
+    "prompts of the previews": (["previews.every=6", f"previews.prompts=[{'a ' * 30}]"], "previews.prompts: the prompt 'a a a a"),
     "checkpoints": (["checkpoints.every=-1"], "checkpoints.every is -1: give a number of at least 0"),
     "devices": (["trainer.accelerator=tpu"], "trainer: "),
     "precision": (["trainer.precision=bf16-true"], "bf16-true would round most updates of the student to nothing: take bf16-mixed"),
@@ -164,6 +170,48 @@ def test_checkpoints_that_cannot_be_gone_on_from(finished: Path, tiny_config: Pa
     (folder / "updates=12.ckpt").unlink()
     other = refused(capsys, "--config", config, "--ckpt_path", "r", "model.w_conditioned=false", "model.guidance=2.0")
     assert "does not fit this config: it has " in other and other.endswith("resume with the config.yaml of its run")
+
+
+def test_the_seed_of_the_data_is_found_in_every_text_that_a_config_can_be(here: Path) -> None:
+    (here / "c.yaml").write_bytes(b"\xef\xbb\xbfdata: {seed: 3}\n")  # with the mark that some editors write
+    for config in ("c.yaml", "{data: {seed: 3}}"):
+        with pytest.raises(main.Refusal, match=r"data\.seed follows the seed of the run"):
+            checks.refuse_data_seed(["--config", config])
+    checks.refuse_data_seed(["--config", "{data: 3}", "--data.x", "1"])
+
+
+def test_long_prompts_of_previews_are_cut_only_where_captions_are(tiny: Path) -> None:
+    previews, pipeline = Previews(prompts=["a zero", "a " * 30], count=2), Backbone(str(tiny))
+    with pytest.raises(ValueError, match=r"previews\.prompts: .* reads 16: shorten it, or set data\.truncate to true"):
+        previews.setup(SimpleNamespace(datamodule=DDILDataModule()), SimpleNamespace(backbone=pipeline), "fit")
+    previews.check_prompts(pipeline, DDILDataModule(truncate=True))
+    Previews(prompts=previews.prompts, count=1).check_prompts(pipeline, DDILDataModule())
+
+
+def test_what_a_run_that_stops_says_of_its_checkpoints(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one that goes on, the checkpoint that it goes on from; and of one without any there is none to go on from."""
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise FloatingPointError("the loss is nan")
+
+    trainer, model = SimpleNamespace(fit=stop, world_size=1), SimpleNamespace(student_updates=4, updates=9)
+    parts = {"trainer": trainer, "model": model, "datamodule": None, "folder": Path("r"), "forget_weights": lambda: None}
+    for resumed, last, go_on, nan in (
+        (None, None, "nothing was saved", "there is no checkpoint yet: begin again with"),
+        ("a", None, "with nothing new to save: a is as it was, give the same command again", "the last good checkpoint is a: go on from"),
+        ("a", "b", "go on with: ddil-fit --config r/config.yaml --ckpt_path b", "the last good checkpoint is b: go on from it with"),
+    ):
+        run: Any = SimpleNamespace(resumed=resumed, **parts)
+        kept: Any = SimpleNamespace(last=last, signal=None)
+        said = fitting.how_to_go_on(run, kept)
+        assert said.startswith("stopped at 4 of 9 student updates") and said.endswith(go_on)
+        with pytest.raises(FloatingPointError, match=f"the loss is nan; {nan}"):
+            fitting.train(run, kept, 0)
+    monkeypatch.setattr(cli, "rehearse", stop)
+    for clock, who in ((0, "the untrained student"), (4, "the student of update 4")):
+        found: Any = SimpleNamespace(clock=clock, model=None, folder=None, config_init=SimpleNamespace(test=None))
+        found.config, found.datamodule = SimpleNamespace(export_steps=None), SimpleNamespace(examples=lambda n: [])
+        assert cli.FitCLI.rehearse(found) == f"the end of the run was tried on {who}, and fails: the loss is nan"
 
 
 def test_help_and_config_errors_load_no_library_that_they_do_not_need(tiny_config: Path) -> None:

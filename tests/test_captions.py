@@ -181,6 +181,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         ("no/such/folder", "no such folder or file, and as a data set of the Hub: "),
         ("/no/such/folder", "there is no such folder or file"),
         ("~/no-such-folder", "there is no such folder or file"),
+        ("~nosuchuser/x", "there is no such folder or file"),
         ("./no-such-folder", "there is no such folder or file"),
         (splits, "it has no split 'test', only train"),
     ):

@@ -232,6 +232,24 @@ def test_captions_that_are_too_long_are_said_before_anything_is_sampled(tiny: Pa
     assert call(capsys, main._test, *words, "--truncate")[0] == 0
 
 
+def test_every_step_count_is_asked_for_before_anything_is_sampled(
+    tiny: Path, finished: Path, here: Path, judged: None, monkeypatch: Any, capsys: Any
+) -> None:
+    """A count that fails after an hour would cost the rows before it. LCM's grid has 50 nodes; a table of 1000 times has no 1000."""
+    monkeypatch.setattr(scoring, "pipeline_row", lambda *args: pytest.fail("it has begun"))
+    pipeline = finished / "pipeline"
+    said = refused(capsys, main._test, "--pipeline", pipeline, "--n", 16, "--steps", 4, 60)
+    assert said.startswith(f"ddil-x: --steps 60: {pipeline} cannot be sampled in so many steps (LCMScheduler: ")
+    words = ["--pipeline", pipeline, "--steps", 60, "--prompt", "a zero", "--out", "x.png"]
+    assert "--steps 60: " in refused(capsys, main._sample, *words)
+    shutil.copytree(tiny, here / "leading")
+    file = here / "leading" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "timestep_spacing": "leading", "steps_offset": 1}))
+    said = refused(capsys, main._test, "--pipeline", "leading", "--n", 16, "--steps", 4, 1000)
+    assert "--steps 1000: leading cannot be sampled in so many steps (DDIMScheduler: its times begin at 1000)" in said
+    assert [p.name for p in here.iterdir()] == ["leading"]
+
+
 def test_a_restored_method_knows_where_it_was(finished: Path) -> None:
     method = commands.restore(finished)
     summary = json.loads((finished / "summary.json").read_text())

@@ -293,3 +293,27 @@ def test_features_are_the_bottlenecks_and_cost_no_decoder(tiny: Path) -> None:
     net.unet.mid_block = None  # as in U-Nets that were pruned: then the last block of the encoder is the bottleneck
     assert net.features(x, t, c).shape == features.shape and not torch.equal(net.features(x, t, c), features)
     assert backbone(tiny).head()(features).shape == (2, 1, 1, 1) and features.shape[1] == net.unet.config.block_out_channels[-1]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"gan_weight": 1e300}, "gan_weight is 1e+300: give a number from 0 to 1000"),
+        ({"critic_gan_weight": -1.0}, "critic_gan_weight is -1.0: give a number from 0 to 1000"),
+        ({"critic_steps": 0}, "critic_steps is 0: give a number from 1 to 1e+06"),
+        ({"teacher_steps": 4 * 10**12}, "teacher_steps is 4000000000000: give a number from 1 to 1000"),
+        ({"rollouts": (4, 10**12)}, "rollouts is (4, 1000000000000): give numbers from 1 to 1000"),
+        ({"tau": (0.02, 1e300)}, "tau is (0.02, 1e+300): give numbers from 0 to 1"),
+        ({"tau": (0.5,)}, "tau is [0.5]: give 2 numbers"),
+        ({"tau": (0.9, 0.1)}, "tau is [0.9, 0.1]: give shares of T with 0 <= tau[0] < tau[1] <= 1"),
+    ],
+    ids=str,
+)
+def test_a_number_out_of_range_is_told_by_its_own_rule(wrong: dict[str, Any], said: str, tiny: Path) -> None:
+    with pytest.raises(ValueError) as error:
+        build(ENTRY, tiny, **wrong)
+    assert str(error.value) == said
+
+
+def test_a_range_of_times_that_rounds_to_the_last_one_is_that_one(tiny: Path) -> None:
+    assert build(ENTRY, tiny, tau=(0.9999, 1.0)).tau == (999, 999)

@@ -60,8 +60,8 @@ def test_captions_alone_have_no_latents(backbone: Backbone) -> None:
     assert encode_batch(Few(images=False)[[0]], backbone).latent is None
 
 
-def written(path: Path, captions: Captions, backbone: Backbone, **kwargs: Any) -> Encoded:
-    return cached(path, captions, backbone, False, 0, Notices(), Processes(), **kwargs)
+def written(path: Path, captions: Captions, backbone: Backbone, truncate: bool = False, notices: Notices | None = None) -> Encoded:
+    return cached(path, captions, backbone, truncate, 0, notices or Notices(), Processes())
 
 
 @pytest.mark.parametrize("images", [True, False])
@@ -234,3 +234,63 @@ def test_long_captions_are_refused_or_cut(backbone: Backbone) -> None:
     with pytest.raises(ValueError, match="has 32 tokens and the text encoder reads 16"):
         encode(Long(), backbone)
     assert len(encode(Long(), backbone, truncate=True)) == 6
+
+
+def test_data_that_are_encoded_are_not_replaced_by_a_cache(backbone: Backbone, tmp_path: Path) -> None:
+    """A file that lay there took the place of data that had nothing to do with it; the rows of that very file are at home there."""
+    path, own = tmp_path / "cache", encode(Few(), backbone)
+    assert written(path, own, backbone) is own and not path.exists()
+    mapped = written(path, Few(), backbone)
+    assert written(path, mapped, backbone) is mapped  # a second fit
+    with pytest.raises(ValueError, match=f"^the data are encoded already, and the cache {path} would take their place: .*$"):
+        written(path, own, backbone)
+
+
+def test_a_cache_of_prompts_that_may_be_cut_is_refused_where_they_are_not_cut(backbone: Backbone, tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    written(path, Few(), backbone, truncate=True)
+    written(path, Few(), backbone, truncate=True)
+    with pytest.raises(ValueError, match=f"^the cache {path} was made with data.truncate, .*: set data.truncate, or delete it.*$"):
+        written(path, Few(), backbone)
+    written(tmp_path / "whole", Few(), backbone)
+    written(tmp_path / "whole", Few(), backbone, truncate=True)  # no prompt in it was too long
+
+
+def test_rows_that_were_skipped_stay_known(backbone: Backbone, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Holes(Few):
+        def pixels(self, index: Any) -> torch.Tensor | None:
+            gone = [i for i in index if i in (2, 5)]
+            if gone:
+                raise ValueError(f"row {gone[0]} is gone")
+            return super().pixels(index)
+
+    path, holes = tmp_path / "cache", Holes()
+    holes.on_error = "skip"
+    for _ in range(2):  # made, then mapped
+        notices = Notices()
+        written(path, holes, backbone, notices=notices)
+        notices.close()
+        assert len(notices.skipped) == 2
+    told = [record.getMessage() for record in caplog.records]
+    assert told.count("2 rows of the data could not be read and were skipped") == 2
+    mended = Few()
+    mended.content = holes.content  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=f"^the cache {path} was made with 2 rows skipped: set data.on_error to skip, or delete it.*$"):
+        written(path, mended, backbone)
+
+
+@pytest.mark.parametrize("key", ["content", "truncate", "skipped"])
+def test_a_cache_that_does_not_say_what_it_is_is_refused(key: str, backbone: Backbone, tmp_path: Path) -> None:
+    """As those of older versions do not; one whose rows were never counted is not whole."""
+    from safetensors import safe_open
+
+    path = tmp_path / "cache"
+    written(path, Few(), backbone)
+    with safe_open(path, "pt") as file:
+        known = file.metadata()
+    assert known["skipped"] == "0000000000"
+    rest = {name: value for name, value in known.items() if name != key}
+    for metadata in (rest, {**known, "skipped": encoded.UNKNOWN}):
+        save_file(load_file(path), path, metadata)
+        with pytest.raises(ValueError, match=f"the cache {path} does not say what it was made from"):
+            written(path, Few(), backbone)

@@ -228,3 +228,15 @@ def test_a_list_survives_the_way_into_a_worker() -> None:
     assert len(listing) == 4 and listing.captions([3, 1, 0, 2]) == ["", 5, "größer", None]
     assert listing.pictures(range(4)) == [(None, "a.png"), (None, None), (None, "b\udcf6.png"), (None, "")]
     assert len(Listing([], Path("."))) == 0
+
+
+def test_a_folder_at_home_is_found_by_its_short_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training and evaluation agree on `~`; the home of nobody is a folder that does not exist."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pictures(tmp_path / "set", ["a.png"])
+    write(tmp_path / "set.jsonl", [{"file_name": "a.png", "text": "a"}])
+    (tmp_path / "set" / "a.txt").write_text("a")
+    assert read_pairs("~/set") == read_pairs("~/set.jsonl", "~/set") == read_pairs(tmp_path / "set")
+    assert Images("~/set", size=8).prompts([0]) == ["a"]
+    with pytest.raises(FileNotFoundError, match="^~nosuchuser/set: no such folder or file; "):
+        read_pairs("~nosuchuser/set")

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 import pytest
 import torch
 
@@ -143,3 +144,34 @@ def test_secrets_are_masked_and_must_be_given_again() -> None:
     loggers.refuse_masked(config)
     with pytest.raises(ValueError, match=r"trainer\.logger\[0\]\.init_args\.api_key is masked, .*: give it again"):
         loggers.refuse_masked(seen)
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        {"password": 1234}, {"pwd": "p"}, {"db_password": 0.5}, {"userPassphrase": "p"}, {"APIKey": "p"}, {"password2": "p"},
+        {"headers": {"Authorization": "Bearer abc", "X-Api-Key": "p", "Set-Cookie": "p"}}, {"secrets": ["p", 7]},
+        {"credentials": {"pin": "x", "more": [{"user": "u"}, 5]}}, {"uri": "redis://:p@ss@host/1"}, {"uri": "https://host/x?token=p"},
+    ],
+)  # fmt: skip
+def test_whatever_stands_below_a_secret_key_is_masked(secret: Any) -> None:
+    """Numbers, tables and lists too, and once masked it stays so and is refused."""
+    seen = loggers.masked(secret)
+
+    def leaves(value: Any) -> Any:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+        return [value] if inner is None else [leaf for part in inner for leaf in leaves(part)]
+
+    masks = {"redis://:(masked)@host/1", "https://host/x?token=(masked)", "(masked)"}
+    assert set(leaves(seen)) <= masks and loggers.masked(seen) == seen and loggers.masked(jsonargparse.Namespace(x=secret)).x == seen
+    with pytest.raises(ValueError, match="is masked, as in every config"):
+        loggers.refuse_masked(seen)
+
+
+def test_ordinary_keys_are_not_masked() -> None:
+    config = {
+        "tokens": 3, "tokenizer": "clip", "max_tokens": 7, "key": "loss", "keys": ["a"], "monitor_key": "x", "pin_memory": 1,
+        "author": "me", "passes": 2, "token": None, "use_auth_token": True, "url": "https://me@host/x?page=2",
+        "prompts": ["a secret: to@me"],
+    }  # fmt: skip
+    assert loggers.masked(config) == config

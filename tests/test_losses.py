@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ddil_lightning.analytic import Gaussian
+from ddil_lightning.bounds import above, at_least, fraction, seeds, within
 from ddil_lightning.denoiser import Consistency, Denoiser
 from ddil_lightning.methods.losses import check_distance, distance, lerp_, mse, per_sample, pseudo_huber
 from ddil_lightning.schedule import Grid, NoiseSchedule
@@ -67,10 +72,38 @@ def test_huber_gradient_is_bounded_and_finite_at_zero():
     assert b.grad is None  # the target is not trained
 
 
-@pytest.mark.parametrize(("kind", "h", "words"), [("l1", 0.1, "'huber' or 'mse', not 'l1'"), ("huber", 0.0, "above 0, got 0")])
-def test_a_distance_that_is_none(kind: str, h: float, words: str):
-    with pytest.raises(ValueError, match=words):
-        check_distance(kind, h)
+def test_a_distance_that_is_none():
+    with pytest.raises(ValueError, match="'huber' or 'mse', not 'l1'"):
+        check_distance("l1", 0.1)
+
+
+@pytest.mark.parametrize("h", [0.0, -1.0, 1e-30, 1e4, 1e300, float("inf"), float("nan")])
+def test_a_width_that_float32_cannot_compute_with(h: float):
+    with pytest.raises(ValueError, match=re.escape("is at most 1000 and, squared in float32, still above 0, got " + f"{h:g}")):
+        check_distance("huber", h)
+
+
+@pytest.mark.parametrize(
+    "value", [10**400, 10**5000, [1, 10**400], float("inf"), float("nan"), True, "1"], ids=lambda value: str(type(value))
+)
+def test_a_number_that_no_float_holds_is_refused_in_a_line(value: Any):
+    """`math.isfinite` raises OverflowError for a whole number of 400 digits, and `repr` ValueError for one of 5000."""
+    for check in (partial(at_least, 0), partial(above, 0), partial(within, 0, 1), fraction):
+        with pytest.raises(ValueError, match="^lr is .*: give (a number|numbers) ") as error:
+            check(lr=value)
+        assert len(str(error.value)) < 200
+    if not isinstance(value, list):
+        with pytest.raises(ValueError, match="^seed is .*: give a whole number from 0 to 4294967295$"):
+            seeds(seed=value)
+
+
+@pytest.mark.parametrize("h", [1e-12, 1e3])
+def test_the_narrowest_and_the_widest_distance_train_in_float32(h: float):
+    check_distance("huber", h)
+    a, b = (x.float() for x in pair())
+    a[0] = b[0]
+    pseudo_huber(a.requires_grad_(), b, h).sum().backward()
+    assert bool(a.grad.isfinite().all()) and bool(a.grad[1:].ne(0).all()) and not bool(a.grad[0].any())
 
 
 # Averages -----------------------------------------------------------------------------------------------------------------------

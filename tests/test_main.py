@@ -83,6 +83,12 @@ def test_configs_in_folders_keep_their_folder(tmp_path: Path, monkeypatch: pytes
         (["--print_config", "model.lr=1"], ["--print_config", "--model.lr=1"]),
         (["trainer.callbacks+=Cadence"], ["--trainer.callbacks+=Cadence"]),
         (["--config", "{data: {batch_size: 3}}"], ["--config", "{data: {batch_size: 3}}"]),
+        (["--model.help", "LCM", "--config", "{a: 1}"], ["--config", "{a: 1}", "--model.help", "LCM"]),
+        (["--model.help", "--config", "{a: 1}", "seed=3"], ["--config", "{a: 1}", "--model.help", "--seed_everything=3"]),
+        (["--model.help", "-c", "{a: 1}"], ["--config", "{a: 1}", "--model.help"]),
+        (["--model.help", "model.lr=1"], ["--model.help", "--model.lr=1"]),
+        (["--trainer.help", "--config", "{a: 1}"], ["--config", "{a: 1}", "--help"]),  # jsonargparse knows no help of a group alone
+        (["--model.lr", "-1"], ["--model.lr", "-1"]),
     ],
 )
 def test_expand(words: list[str], full: list[str]) -> None:

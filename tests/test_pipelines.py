@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ddil_lightning.backbones import Backbone
-from ddil_lightning.pipelines import BUILTIN, load_pipeline, pipeline_folder, recommended
+from ddil_lightning.pipelines import BUILTIN, CARD, load_pipeline, pipeline_folder, recommended
 
 
 def edited(tiny: Path, folder: Path, name: str, **values: Any) -> Path:
@@ -117,12 +117,26 @@ def test_a_json_file_that_is_none_is_named(name: str, text: str, tiny: Path, tmp
         ({"made_for": [4, "2"]}, "made_for is"),
         ({"timesteps": 999}, "timesteps is 999"),
         ({"dataset": ["shapes"]}, "dataset is"),
+        *[({name: None}, f"{name} is None, not ") for name in CARD if name != "dataset"],
+        ({"guidance": 10**400}, "guidance is 1000"),
+        ({"guidance_scale": 1e300}, "guidance_scale is 1e+300, not a number from 0 to 1000"),
         ({"previews": "a prompt"}, "previews is 'a prompt', not a list of prompts"),
     ],
 )
 def test_a_card_that_says_what_cannot_be_is_named(about: dict[str, Any], said: str, tiny: Path, tmp_path: Path) -> None:
     folder = edited(tiny, tmp_path / "p", "ddil.json", **about)
     assert f"{folder / 'ddil.json'}: {said}" in refused(folder)
+
+
+def test_a_card_may_name_no_data_set(tiny: Path, tmp_path: Path) -> None:
+    """As those of students do that were trained on pictures of one's own."""
+    assert recommended(edited(tiny, tmp_path / "p", "ddil.json", dataset=None))["dataset"] is None
+
+
+@pytest.mark.parametrize("value", [[], ["diffusers"], ["diffusers", None], [1, 2], ["a", "b", "c"]], ids=repr)
+def test_an_index_that_lists_no_component_is_named(value: Any, tiny: Path, tmp_path: Path) -> None:
+    folder = edited(tiny, tmp_path / "p", "model_index.json", unet=value)
+    assert refused(folder) == f'{folder / "model_index.json"}: unet is {value!r}, not ["library", "class"] or [null, null]: copy it anew'
 
 
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -180,7 +194,7 @@ def test_single_files_are_told_what_to_do(tmp_path: Path) -> None:
         assert said in refused(tmp_path / name)
 
 
-@pytest.mark.parametrize("path", ["a\0b/c", "owner/na\nme", "\ud800/x"])
+@pytest.mark.parametrize("path", ["a\0b/c", "owner/na\nme", "\ud800/x", "~nosuchuser/x"])
 def test_paths_that_are_none_are_refused(path: str) -> None:
     with pytest.raises(ValueError, match="no pipeline at"):
         pipeline_folder(path)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from ddil_lightning import resuming, runs
-from suite import METHODS, build
+from ddil_lightning import commands, resuming, runs
+from ddil_lightning.callbacks import Checkpoints
+from suite import METHODS, build, train
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +61,7 @@ def test_weights_that_do_not_fit_are_named(here: Path) -> None:
         ({"weight": good["weight"]}, "it lacks bias"),
         ({**good, "more": good["bias"]}, "it has more as well"),
         ({**good, "bias": torch.zeros(4)}, "the shape of bias differs"),
+        ({**good, "bias": 5}, "the shape of bias differs"),
     ):
         with pytest.raises(ValueError, match=f"does not fit this config: {said}"):
             resuming.check_fits(here, {"state_dict": state}, method)
@@ -104,6 +106,62 @@ def test_a_checkpoint_that_lacks_something_is_refused_by_name(key: str, finished
     with pytest.raises(ValueError, match=rf"the checkpoint {path} lacks {key}: ") as error:
         resuming.check_whole(path, state, method)
     assert "\n" not in str(error.value)
+
+
+def test_half_of_the_optimisers_is_refused(tiny: Path, here: Path) -> None:
+    """Lightning restores as many optimisers, and states of parameters, as there are, and begins the others anew."""
+    entry = next(entry for entry in METHODS if entry.name == "dmd2")
+    train(entry, tiny, Checkpoints(folder=str(here)), updates=2)
+    path = here / "updates=2.ckpt"
+    method, read = build(entry, tiny, updates=2), lambda: resuming.load_checkpoint(path)
+    resuming.check_whole(path, read(), method)
+    assert method._trainer is None  # the stand-in that the optimisers are made with stays with nobody
+    first: list[tuple[Any, str]] = [
+        (lambda s: s.update(optimizer_states=s["optimizer_states"][:1]), "lacks optimizer_states.1"),
+        (lambda s: s["optimizer_states"].append(s["optimizer_states"][0]), r"has optimizer_states.2, and the method 2 optimiser\(s\)"),
+        (lambda s: s["optimizer_states"].reverse(), "has 218 parameters in optimizer_states.0, and the method 208"),
+        (lambda s: [s["optimizer_states"][1]["state"].pop(k) for k in range(1, 218)], "lacks optimizer_states.1.state.1"),
+        (lambda s: s["optimizer_states"][1]["state"].update({217: {}}), "lacks optimizer_states.1.state.217"),
+        (lambda s: s.update(callbacks={}), "lacks callbacks.Checkpoints"),
+        (lambda s: s.update(callbacks=None), "lacks callbacks.Checkpoints"),
+        (lambda s: s["ddil"].update(evaluations=5), "lacks ddil.evaluations.student"),
+    ]
+    for change, said in first:
+        changed = read()
+        change(changed)
+        with pytest.raises(ValueError, match=f"the checkpoint {path} {said}: it was changed or written by another version"):
+            resuming.check_whole(path, changed, method)
+
+
+def test_optimisers_that_never_stepped_and_parameters_without_gradients_have_no_state(finished: Path, tiny: Path) -> None:
+    path = finished / "checkpoints" / "updates=12.ckpt"
+    state, method = resuming.load_checkpoint(path), build(METHODS[0], tiny)
+    steps = state["optimizer_states"][0]["state"]
+    own = list(method.student.parameters())[3]
+    name = next(name for name, p in method.named_parameters() if p is own)
+    state["state_dict"][name] = own.detach().clone()  # as it is where no loss depends on it
+    del steps[3]
+    resuming.check_whole(path, state, method)
+    steps.clear()
+    state["ddil"]["stage_start"] = state["ddil"]["student_updates"]
+    resuming.check_whole(path, state, method)
+
+
+def test_an_optimiser_that_asks_more_of_its_trainer_is_left_alone(finished: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, method = finished / "checkpoints" / "updates=12.ckpt", build(METHODS[0], tiny)
+    monkeypatch.setattr(type(method), "configure_optimizers", lambda self: self.trainer.world_size)
+    resuming.check_whole(path, resuming.load_checkpoint(path), method)
+
+
+@pytest.mark.parametrize("key", ["stage", "micro", "evaluations"])
+def test_a_student_without_its_clock_is_refused_by_name(key: str, finished: Path, here: Path) -> None:
+    """ddil-test and ddil-export said KeyError, and not of which file."""
+    state = torch.load(finished / "checkpoints" / "updates=12.ckpt", weights_only=True)
+    del state["ddil"][key]
+    torch.save(state, here / "x.ckpt")
+    (here / "config.yaml").write_text((finished / "config.yaml").read_text())
+    with pytest.raises(ValueError, match=f"the checkpoint x.ckpt lacks ddil.{key}: "):
+        commands.restore("x.ckpt")
 
 
 def test_a_checkpoint_is_mapped_and_not_read(finished: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ddil_lightning.texts import caption_text, file_text, parse_json, read_lines, read_text, shown
+from ddil_lightning.texts import caption_text, check_prompts, file_text, parse_json, place, read_lines, read_text, shown
 
 SEPARATORS = ["\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029", "\r"]  # str.splitlines and open() end lines at these too
 
@@ -70,6 +70,25 @@ def test_captions() -> None:
         caption_text(json.loads(r'"a \udc00"'))
     with pytest.raises(ValueError, match="^cannot be read: why$"):
         caption_text(ValueError("cannot be read: why"))
+
+
+def test_prompts_with_half_a_character_are_named() -> None:
+    check_prompts(["a cat", "😀"])
+    with pytest.raises(ValueError, match=r"^the prompt 'b \\udc00' is a text with \\udc00, half a character that no tokenizer takes: "):
+        check_prompts(["a", "b \udc00"])
+
+
+def test_the_home_folder_is_meant_by_whoever_writes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that was found in a folder called ~ stays there, and nobody's home is a path as any other."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for folder in ("home", "~"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.txt").write_text(folder)
+    assert place("~/x.txt") == tmp_path / "home" / "x.txt" and place(str(place("~/x.txt"))) == place("~/x.txt")
+    assert read_text("~/x.txt") == "home" and read_lines(Path(".") / "~" / "x.txt") == ["~"]
+    with pytest.raises(ValueError, match="^~nosuchuser/x cannot be read: No such file or directory$"):
+        read_text("~nosuchuser/x")
 
 
 @pytest.mark.parametrize("value", [None, 5, "", ["a.png"], "a\0.png", "\ud800.png"], ids=repr)

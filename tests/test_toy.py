@@ -219,6 +219,19 @@ def test_the_teacher_passes_its_own_exam(toy: Toy) -> None:
     assert min(one["energy_distance"]) > 0.05 and min(one["teacher_rmse"]) > 0.3 and one["shift"] == [0.0, 0.0]
 
 
+def test_a_point_depends_on_its_number_alone(toy: Toy) -> None:
+    """Neither on how many are drawn with it, which decides what torch draws of one generator, nor on the others' re-noising."""
+    policy, grid = Policy(Denoiser(toy.teacher(), toy.schedule, "v", null=toy.null()), "renoise"), Grid.named("trailing", 3, 1000)
+    large = Exam(toy, g=2.0, n=29)
+    whole = large._walk(policy, grid, large.noise, large.classes)
+    for n in (2, 3, 20):
+        small = Exam(toy, g=2.0, n=n)
+        assert torch.equal(small.noise, large.noise[:n]) and torch.equal(small.classes, large.classes[:n])
+        for a, b in zip(small._walk(policy, grid, small.noise, small.classes), whole, strict=True):
+            torch.testing.assert_close(a, b[:n], atol=1e-4, rtol=1e-4)
+    assert float((whole[0][:-1] - whole[0][1:]).abs().amin()) > 0
+
+
 def test_energy_distance_in_closed_form() -> None:
     """Two points a, b against two points c, d in the plane; and zero on average between samples of one law, so it must go below zero."""
     x, y = torch.zeros(4, 2), torch.tensor([[3.0, 4.0]] * 4)

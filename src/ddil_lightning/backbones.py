@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .pipelines import check_weights, empty_unet, load_pipeline, pipeline_folder, recommended
 from .schedule import NoiseSchedule, Predicts
+from .texts import check_prompts
 from .types import Context
 
 W_EMBEDDING = 256
@@ -222,7 +223,8 @@ class Backbone:
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str], truncate: bool = False) -> Context:
-        """The text states of `prompts`, unguided. Raises ValueError for a prompt over the tokenizer's limit, unless `truncate`."""
+        """The text states of `prompts`, unguided. Raises ValueError for one that no tokenizer takes, or is too long without `truncate`."""
+        check_prompts(prompts)
         if not truncate:
             self.check_length(prompts)
         made = self.pipe.encode_prompt(prompt=list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
@@ -248,10 +250,8 @@ class Backbone:
         return digest.hexdigest()
 
     def check_length(self, prompts: Sequence[str]) -> None:
-        """Raises ValueError, naming the first prompt that the tokenizer would cut."""
-        for prompt in prompts:
-            if any("\ud800" <= letter <= "\udfff" for letter in prompt):
-                raise ValueError(f"the prompt {prompt[:77]!r} holds half a character (a lone surrogate): write it again")
+        """Raises ValueError, naming the first prompt that the tokenizer would cut or does not take."""
+        check_prompts(prompts)
         tokenizer = self.pipe.tokenizer
         limit = tokenizer.model_max_length
         for prompt, ids in zip(prompts, tokenizer(list(prompts)).input_ids, strict=True):

@@ -40,19 +40,37 @@ def seeds(**options: Any) -> None:
     """Whole numbers that seed every generator."""
     for name, value in options.items():
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= SEED):
-            raise ValueError(f"{name} is {value!r}: give a whole number from 0 to {SEED}")
+            raise ValueError(f"{name} is {_told(value)}: give a whole number from 0 to {SEED}")
 
 
 def lengths(count: int | None = None, /, **options: Any) -> None:
     """Lists of `count` entries, or of at least one."""
     for name, value in options.items():
         if value is not None and (len(value) != count if count is not None else not len(value)):
-            raise ValueError(f"{name} is {list(value)!r}: give {count or 'at least one'}{' numbers' if count else ''}")
+            raise ValueError(f"{name} is {_told(list(value))}: give {count or 'at least one'}{' numbers' if count else ''}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number that a float can hold, and neither NaN nor infinite."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        return False
+
+
+def _told(value: Any) -> str:
+    """A value as one line can hold it: Python itself refuses to write whole numbers of thousands of digits."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= 100 else f"{text[:50]} ... {text[-40:]}"
 
 
 def _check(options: dict[str, Any], fine: Callable[[float], bool], what: str) -> None:
     for name, given in options.items():
         for value in given if isinstance(given, Sequence) and not isinstance(given, str) else [given]:
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (number and math.isfinite(value) and fine(value)):
-                raise ValueError(f"{name} is {given!r}: give {'numbers' if value is not given else 'a number'} {what}")
+            if value is not None and not (is_number(value) and fine(value)):
+                raise ValueError(f"{name} is {_told(given)}: give {'numbers' if value is not given else 'a number'} {what}")

@@ -6,7 +6,6 @@ import inspect
 import re
 from collections.abc import Iterator, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
@@ -16,7 +15,7 @@ from .callbacks.dagger import OnClock
 from .captions import Captions
 from .datamodule import DDILDataModule
 from .finish import Test
-from .main import Refusal
+from .main import Refusal, read_config
 from .methods import Distillation
 from .prior import Schedule
 
@@ -25,12 +24,16 @@ OWN = (Checkpoints, Previews, Progress, Stages)
 
 
 def check_steps(method: Distillation, config: Any) -> None:
-    """Raises ValueError now, and not after the training, for a step count that the student or its teacher cannot take."""
+    """Raises ValueError now, and not after the training, for a step count that the student or its teacher cannot take.
+
+    Also for a prompt of the previews that their text encoder cannot take whole: it is known before the data are encoded.
+    """
     test, previews = config.test, config.previews
     asked = [("export_steps", [config.export_steps] if config.export_steps is not None else [], method.sampler)]
     asked += [("test.student_steps", test.student_steps or [], method.sampler)]
     asked += [("test.teacher_steps", test.teacher_steps if test.n else [], method.teacher_sampler)]
     if previews.every:
+        previews.check_prompts(method.backbone, config.data)
         asked += [("previews.student_steps", previews.student_steps or [], method.sampler)]
         asked += [("previews.teacher_steps", previews.teacher_steps, method.teacher_sampler)]
     callbacks = config.trainer.callbacks or []
@@ -142,10 +145,7 @@ def _refuse_null(cls: Any, given: Any, where: str) -> None:
 
 def refuse_data_seed(words: Sequence[str]) -> None:
     """Raises Refusal for a data.seed in a config: it is linked to the run's seed, and jsonargparse would ignore it in silence."""
-    import yaml
-
     for value in (b for a, b in zip(words, words[1:], strict=False) if a == "--config"):
-        text = value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8")
-        data = (yaml.safe_load(text) or {}).get("data")
+        data = read_config(value).get("data")
         if isinstance(data, dict) and "seed" in data:
             raise Refusal("data.seed follows the seed of the run: set seed_everything, or --seed on the command line")

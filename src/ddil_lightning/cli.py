@@ -217,7 +217,7 @@ class FitCLI(LightningCLI):
         """Training begins: config.yaml, which can be given to --config again, and the link to the newest run."""
         config = self.config.clone()
         config.name, config.run_dir, config.ckpt_path = self.name, None, None
-        path, text = self.folder / "config.yaml", self.parser.dump(masked(config), skip_none=False)
+        path, text = self.folder / "config.yaml", self.parser.dump(masked(config), skip_none=False, skip_validation=True)
         before = path.read_text(encoding="utf-8") if path.is_file() else text
         if before != text:
             write_text(unused(self.folder / f"config.before-{self.clock}.yaml"), before)
@@ -228,14 +228,14 @@ class FitCLI(LightningCLI):
 
     def rehearse(self) -> str | None:
         """Try the end of the run before its first update -> what would go wrong, in one line, or None."""
-        begun = time.perf_counter()
+        begun, student = time.perf_counter(), f"the student of update {self.clock}" if self.clock else "the untrained student"
         try:
             rehearse(self.model, self.folder, self.config_init.test, self.config.export_steps, self.datamodule.examples(4))
         except Exception as error:
             if os.environ.get("DDIL_DEBUG"):
                 raise
-            return f"the end of the run was tried on the untrained student, and fails: {one_line(error)}"
-        print(f"export, test and report were tried on the untrained student: {time.perf_counter() - begun:.1f} s", flush=True)
+            return f"the end of the run was tried on {student}, and fails: {one_line(error)}"
+        print(f"export, test and report were tried on {student}: {time.perf_counter() - begun:.1f} s", flush=True)
         return None
 
     def close(self) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .files import check_writable, replacing
-from .main import Refusal
+from .main import Refusal, one_line
 
 
 class _Parser(argparse.ArgumentParser):
@@ -117,8 +117,9 @@ def _pipeline_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     stages = runs.stage_pipelines(Path(args.run)) if args.run else {}
     own = backbone.about.get("made_for", [4, 2, 1] if "method" in backbone.about else [32])
     g = _guidance(backbone, args.guidance)
-    rows = []
-    for n in args.steps or sorted({*stages, *own}, reverse=True):
+    counts, rows = args.steps or sorted({*stages, *own}, reverse=True), []
+    _check_steps(backbone, [n for n in counts if n not in stages], _solvers(args, backbone))
+    for n in counts:
         tested = Backbone(str(stages[n])).to(_device()) if n in stages else backbone
         rows += [scoring.pipeline_row(suite, tested, n, g, dpm) for dpm in _solvers(args, tested)]
     return rows
@@ -128,6 +129,23 @@ def _solvers(args: argparse.Namespace, backbone: Any) -> list[bool]:
     """Whether DPM-Solver++ 2M, for each row of a step count."""
     ddim = type(backbone.pipe.scheduler).__name__ in ("DDIMScheduler", "DPMSolverMultistepScheduler")
     return [False, True] if args.dpm and ddim else [False]
+
+
+def _check_steps(backbone: Any, counts: Sequence[int], solvers: Sequence[bool] = (False,)) -> None:
+    """Raises Refusal for a step count that the pipeline's scheduler cannot take, before an hour of sampling with another one."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    own = backbone.pipe.scheduler
+    for scheduler in (DPMSolverMultistepScheduler.from_config(own.config, solver_order=2) if dpm else own for dpm in solvers):
+        for n in counts:
+            try:
+                scheduler.set_timesteps(n, device=backbone.device)
+                # Without sigmas to interpolate, a scheduler looks its times up: "leading" ones with an offset may lie beyond the last.
+                if not hasattr(scheduler, "sigmas") and int(scheduler.timesteps.max()) >= scheduler.config.num_train_timesteps:
+                    raise ValueError(f"its times begin at {int(scheduler.timesteps.max())}")
+            except Exception as error:  # whatever a scheduler of diffusers raises
+                why = f"{type(scheduler).__name__}: {one_line(error).split('. ')[0]}"
+                raise Refusal(f"--steps {n}: {backbone.path} cannot be sampled in so many steps ({why}): give another number") from error
 
 
 def _checkpoint_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -183,7 +201,7 @@ def baked(what: Any, g: float) -> str:
 def restore(ckpt_path: str | Path) -> Any:
     """The method of a checkpoint, rebuilt from the config.yaml of its run, for inference: only the deployed network is read.
 
-    Raises ValueError where either is missing or they do not fit.
+    Raises ValueError where either is missing, lacks something, or they do not fit.
     """
     from . import finish, messages, resuming
 
@@ -192,6 +210,7 @@ def restore(ckpt_path: str | Path) -> Any:
     messages.quiet()
     method = finish.rebuild(config)
     resuming.check_fits(path, state, method)
+    resuming.check_clocks(path, state, method)
     method.on_load_checkpoint(state)
     method.adopt(state["state_dict"])
     return method.eval()
@@ -240,6 +259,7 @@ def sample(argv: list[str]) -> int:
             backbone.check_length(args.prompt)
     steps = args.steps or int(backbone.about.get("steps", 32))
     g = _guidance(backbone, args.guidance)
+    _check_steps(backbone, [steps])
     made = sampling.decoded(backbone, sampling.pipeline_latents(backbone.pipe, prompts, steps, g, args.seed))
     scale = args.scale or max(1, 256 // made.shape[-1])
     picture = sampling.tiles(made, scale, columns=args.n if args.n > 1 else len(made))

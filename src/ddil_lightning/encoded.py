@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -27,10 +27,14 @@ from .types import CaptionBatch, Context, cat, take, to
 CHUNK, LOADED = 256, 2**24
 """Rows that are encoded at a time, and how many pixels of theirs may be in memory: 64 images of 512 x 512."""
 DAMAGED = "delete it, or give another data.cache"
+UNKNOWN = "?" * 10  # the number of skipped rows until all are encoded; a file that still says so is not whole
 
 
 class Encoded(Captions):
     """Latents [N, C, h, w] (None without images) and a context of N captions. Rows are float32 when they are taken."""
+
+    file: Path | None = None
+    """The cache that the rows are mapped from."""
 
     def __init__(self, latents: Tensor | None, c: Context) -> None:
         self.latents, self.c = latents, c
@@ -50,9 +54,11 @@ class Encoded(Captions):
 
         try:
             parts = load_file(path)
-            return cls(parts.pop("latents", None), Context(**parts))
+            made = cls(parts.pop("latents", None), Context(**parts))
         except (SafetensorError, TypeError) as error:
             raise ValueError(f"the cache {path} is damaged or none of ours ({error}): {DAMAGED}") from error
+        made.file = path.resolve()
+        return made
 
 
 class Notices:
@@ -73,6 +79,10 @@ class Notices:
                 log.warning("some pictures are smaller than data.captions.size and are enlarged, which blurs them")
             self.enlarged += raw.enlarged
             self._read += len(raw.rows)
+
+    def recall(self, path: Path, count: int) -> None:
+        """Note the rows that were skipped when the cache `path` was made: whoever trains on it reads no row that says so."""
+        self.skipped |= dict.fromkeys(f"skipped row {i} of the cache {path}" for i in range(count))
 
     def close(self) -> None:
         """Say how many there were."""
@@ -124,15 +134,20 @@ def cached(
     """The encoded captions from the file `path`, which is written first if it is not there: every process encodes its share of the rows.
 
     Half precision, a safetensors file that is mapped and never read whole. Raises ValueError for a file of other captions, other pictures
-    or other encoders, whichever row it is.
+    or other encoders, whichever row it is, and for one whose prompts may be cut or whose rows were skipped where that is not allowed.
     """
     if isinstance(captions, Encoded):
-        return Encoded.load(path) if path.is_file() else captions
+        if path.is_file() and captions.file != path.resolve():
+            raise ValueError(f"the data are encoded already, and the cache {path} would take their place: leave data.cache at true")
+        return captions
     if not processes.by_first(path.is_file):
-        origin = processes.by_first(lambda: {**_origin(captions, backbone), "content": captions.content()})
+        fresh = {"truncate": str(truncate), "skipped": UNKNOWN}
+        origin = processes.by_first(lambda: {**_origin(captions, backbone), **fresh, "content": captions.content()})
         _write(path, captions, backbone, truncate, workers, notices, processes, origin)
     else:
-        processes.by_first(lambda: _check_origin(path, captions, backbone))
+        skipped = processes.by_first(lambda: _check_origin(path, captions, backbone, truncate))
+        if processes.first:
+            notices.recall(path, skipped)
     found = Encoded.load(path)
     if len(found) != len(captions):
         raise ValueError(f"the cache {path} holds {len(found)} rows and the data set {len(captions)}: {DAMAGED}")
@@ -145,7 +160,8 @@ def _origin(captions: Captions, backbone: Backbone) -> dict[str, str]:
     return {"rows": str(len(captions)), "encoders": backbone.encoders(), **({} if stamp is None else {"stamp": stamp})}
 
 
-def _check_origin(path: Path, captions: Captions, backbone: Backbone) -> None:
+def _check_origin(path: Path, captions: Captions, backbone: Backbone, truncate: bool) -> int:
+    """How many rows were skipped when a cache was made. Raises ValueError for one that was made from or by something else."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -154,7 +170,7 @@ def _check_origin(path: Path, captions: Captions, backbone: Backbone) -> None:
     except SafetensorError as error:
         raise ValueError(f"the cache {path} is damaged or none of ours ({error}): {DAMAGED}") from error
     mine = _origin(captions, backbone)
-    if "content" not in known:
+    if not {"content", "truncate", "skipped"} <= known.keys() or not known["skipped"].isdigit():
         raise ValueError(f"the cache {path} does not say what it was made from: {DAMAGED}")
     if known.get("encoders") != mine["encoders"]:
         raise ValueError(f"the cache {path} was made by another pipeline's encoders, or in another precision of theirs: {DAMAGED}")
@@ -162,6 +178,12 @@ def _check_origin(path: Path, captions: Captions, backbone: Backbone) -> None:
     same = "stamp" in mine and known.get("stamp") == mine["stamp"]
     if known.get("rows") != mine["rows"] or not (same or known["content"] == captions.content()):
         raise ValueError(f"the cache {path} was made from other captions or other pictures: {DAMAGED}")
+    if known["truncate"] != "False" and not truncate:
+        raise ValueError(f"the cache {path} was made with data.truncate, so that prompts in it may be cut: set data.truncate, or {DAMAGED}")
+    skipped = int(known["skipped"])
+    if skipped and captions.on_error == "stop":
+        raise ValueError(f"the cache {path} was made with {skipped} rows skipped: set data.on_error to skip, or {DAMAGED}")
+    return skipped
 
 
 def _write(
@@ -197,6 +219,8 @@ def _write(
     with replacing(path, durable=True) if processes.first else nullcontext(Path()) as temporary:
         place = Path(processes.by_first(lambda: str(_empty(temporary, probe, count, origin))))
         processes.by_all(lambda: share(place))
+        skipped = _of_all(notices.skipped)
+        processes.by_first(lambda: _say_skipped(place, len(skipped)))
     processes.wait()
 
 
@@ -205,6 +229,15 @@ def _columns(batch: CaptionBatch) -> dict[str, Tensor]:
     parts = {"latents": batch.latent, **batch.c._asdict()}
     held = {name: value.detach().cpu() for name, value in parts.items() if value is not None}
     return {name: value.half() if value.is_floating_point() and name != "ids" else value for name, value in held.items()}
+
+
+def _of_all(skipped: Mapping[str, None]) -> set[str]:
+    """What all processes have skipped: a row that two of them came by is one row."""
+    every: list[Any] = [list(skipped)]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        every = every * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(every, list(skipped))
+    return {row for rows in every for row in rows}
 
 
 KINDS = {torch.float16: "F16", torch.float32: "F32", torch.int64: "I64", torch.bool: "BOOL"}
@@ -228,11 +261,25 @@ def _empty(path: Path, probe: Mapping[str, Tensor], count: int, origin: Mapping[
     return path
 
 
+def _table(file: BinaryIO) -> tuple[int, dict[str, Any]]:
+    """How long the head of such a file is, and what it says."""
+    size = struct.unpack("<Q", file.read(8))[0]
+    return size, json.loads(file.read(size))
+
+
+def _say_skipped(path: Path, count: int) -> None:
+    """Put the number of skipped rows, which nobody knows before all are encoded, into the room that the head has kept for it."""
+    with path.open("r+b") as file:
+        size, table = _table(file)
+        table["__metadata__"]["skipped"] = f"{count:0{len(UNKNOWN)}}"
+        file.seek(8)
+        file.write(json.dumps(table).encode().ljust(size))
+
+
 def _mapped(path: Path, values: Mapping[str, Tensor], count: int) -> dict[str, Any]:
     """The columns of such a file, for writing."""
     with path.open("rb") as file:
-        size = struct.unpack("<Q", file.read(8))[0]
-        table = json.loads(file.read(size))
+        size, table = _table(file)
     return {
         name: np.memmap(path, value.numpy().dtype, "r+", 8 + size + table[name]["data_offsets"][0], (count, *value.shape[1:]))
         for name, value in values.items()

@@ -54,7 +54,8 @@ def train(cli: FitCLI, checkpoints: Checkpoints, parent: int) -> None:
         with watched(cli, checkpoints, parent):
             trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.resumed, weights_only=True if cli.resumed else None)
     except FloatingPointError as error:
-        raise FloatingPointError(f"{error}; {last_good(cli, checkpoints)}: go on from it with a lower model.lr") from error
+        again = "go on from it" if newest(cli, checkpoints) else "begin again"
+        raise FloatingPointError(f"{error}; {last_good(cli, checkpoints)}: {again} with a lower model.lr") from error
     except OSError as error:
         if error.errno in FULL and "last good" not in str(error):
             raise OSError(error.errno, f"{error.strerror} ({error.filename or cli.folder}); {last_good(cli, checkpoints)}") from error
@@ -95,18 +96,26 @@ def watched(cli: FitCLI, checkpoints: Checkpoints, parent: int) -> Any:
     return Watch(cli.trainer.strategy.launcher, starter, lambda: how_to_go_on(cli, checkpoints), checkpoints.alive, cli.close)
 
 
+def newest(cli: FitCLI, checkpoints: Checkpoints) -> Path | None:
+    """The checkpoint that the run has written last, before the first of them the one that it goes on from."""
+    return checkpoints.last or cli.resumed
+
+
 def last_good(cli: FitCLI, checkpoints: Checkpoints) -> str:
     """Where the run can go on."""
-    last = checkpoints.last or cli.resumed
+    last = newest(cli, checkpoints)
     return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
 
 
 def how_to_go_on(cli: FitCLI, checkpoints: Checkpoints) -> str:
     """What a signal is answered with."""
     where = f"stopped at {cli.model.student_updates} of {cli.model.updates} student updates"
-    if checkpoints.last is None:
+    last = newest(cli, checkpoints)
+    if last is None:
         return f"{where}, nothing was saved"
-    return f"{where}; go on with: {command(cli, checkpoints.last)}"
+    if checkpoints.last is None:  # the folder has no config.yaml with the settings of this command line yet
+        return f"{where}, with nothing new to save: {last} is as it was, give the same command again"
+    return f"{where}; go on with: {command(cli, last)}"
 
 
 def command(cli: FitCLI, checkpoint: Path) -> str:
@@ -158,9 +167,10 @@ def conclude(cli: FitCLI, checkpoints: Checkpoints, begun: float) -> None:
         print(f"{method.student_updates} updates, {summary['seconds']:.0f} s; {page}")
     except KeyboardInterrupt as stop:
         where = f"stopped after the last of {method.updates} student updates, while its results were made"
-        go_on = f"; go on with: {command(cli, checkpoints.last)}" if checkpoints.last else ""
+        go_on = f"; go on with: {command(cli, last)}" if (last := newest(cli, checkpoints)) else ""
         raise Stopped(getattr(stop, "number", signal.SIGINT), where + go_on) from stop
     if failed:
         said = "; ".join(f"{what}: {why}" for what, why in failed.items())
-        kept = f"the student is safe, go on with: {command(cli, checkpoints.last)}" if checkpoints.last else "nothing was saved"
+        last = newest(cli, checkpoints)
+        kept = f"the student is safe, go on with: {command(cli, last)}" if last else "nothing was saved"
         raise Refusal(f"{said}; {kept}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import os
 import re
@@ -14,7 +15,6 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from .files import replacing, write_text
-from .messages import each_text
 
 CLOCK = "student_updates"
 
@@ -86,17 +86,41 @@ def wandb_logger(folder: Path, name: str, mode: str, config: dict[str, Any]) -> 
 
 
 MASK = "(masked)"
-SECRET = re.compile(r"(^|_)((api|access|secret|private|auth)_?key|token|secret|password|passwd|credentials?)($|_)", re.IGNORECASE)
-IN_ADDRESS = re.compile(r"(://[^/@\s:]+:)[^/@\s]+@")
+SECRET = re.compile(
+    r"password|passwd|passphrase|apikey|(^|_)((api|access|secret|private|auth|account|signing|encryption)_?keys?"
+    r"|token|secrets?|pwd|passcode|credentials?|authorization|authentication|bearer|cookies?)\d*($|_)"
+)
+IN_ADDRESS = re.compile(r"(://[^/@\s:]*:)[^/\s]+@")
+IN_QUERY = re.compile(r"([?&])([^?&=\s]+)=[^&#\s]+")
 
 
 def masked(config: Any) -> Any:
-    """A nested config with MASK for all texts under keys that sound like secrets (api_key, token, ...) and for passwords in addresses."""
+    """A nested config with MASK for everything under keys that sound like secrets (api_key, token, ...) and for passwords in addresses.
 
-    def mask(name: str, text: str) -> str:
-        return MASK if text and SECRET.search(name) else IN_ADDRESS.sub(rf"\1{MASK}@", text)
+    Of a secret that is a table or a list, every text and number in it. Nothing, an empty text, true and false tell no secret.
+    """
+    return _masked(config, False)
 
-    return each_text(config, mask)
+
+def _masked(value: Any, secret: bool) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _masked(inner, secret or _is_secret(str(key))) for key, inner in value.items()}
+    if isinstance(value, argparse.Namespace):
+        return type(value)(**{key: _masked(inner, secret or _is_secret(key)) for key, inner in vars(value).items()})
+    if isinstance(value, list | tuple):
+        return [_masked(inner, secret) for inner in value]
+    if secret:
+        return value if value is None or isinstance(value, bool) or value == "" else MASK
+    if not isinstance(value, str):
+        return value
+    asked = IN_QUERY.sub(lambda found: f"{found[1]}{found[2]}={MASK}" if _is_secret(found[2]) else found[0], value)
+    return IN_ADDRESS.sub(rf"\1{MASK}@", asked)
+
+
+def _is_secret(key: str) -> bool:
+    """Whether a key sounds like one, however its words are joined: apiKey, X-Api-Key, api_key."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[^A-Za-z0-9]+", "_", key)
+    return SECRET.search(words.lower()) is not None
 
 
 def refuse_masked(value: Any, where: str = "") -> None:

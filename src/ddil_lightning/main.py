@@ -58,17 +58,19 @@ def find_config(name: str) -> Path:
 def expand(argv: Sequence[str], short: dict[str, str]) -> list[str]:
     """The command line in full: `a.b=1` becomes `--a.b=1`, `--updates 5` what `short` says it is, config names become paths.
 
+    The value of an option is the next word as it is, but no option is another's value, and a help word needs none.
     All --config words come first, in their order: the rest of the command line wins over them wherever it stands.
     """
     configs: list[str] = []
     rest: list[str] = []
-    words, value_follows = list(argv), False
+    words, value_follows, asks = list(argv), False, False
     while words:
         word = words.pop(0)
-        if value_follows:
+        if value_follows and not (word.startswith("--") or word in ("-c", "-h") or (asks and OVERRIDE.fullmatch(word))):
             rest.append(word)  # as it is: a value may well look like updates=12.ckpt
             value_follows = False
             continue
+        value_follows = False
         if OVERRIDE.fullmatch(word):
             word = f"--{word}"
         key, equals, value = word.partition("=")
@@ -77,10 +79,11 @@ def expand(argv: Sequence[str], short: dict[str, str]) -> list[str]:
                 if not words:
                     raise Refusal("--config needs a name or a file, such as --config lcm_ddil")
                 value = words.pop(0)
-            configs += ["--config", value if value.lstrip().startswith("{") else str(find_config(value))]
+            configs += ["--config", value if _inline(value) else str(find_config(value))]
             continue
-        rest.append(short.get(key, key) + equals + value)
-        value_follows = word.startswith("--") and not equals and key not in FLAGS
+        key = short.get(key, key)
+        rest.append(key + equals + value)
+        value_follows, asks = key.startswith("--") and not equals and key not in FLAGS, key.endswith(".help")
     check_yaml([*configs, *rest])
     return configs + rest
 
@@ -89,23 +92,29 @@ def check_yaml(words: Sequence[str]) -> None:
     """Raises Refusal, naming the file, for a YAML text in an expanded command line that is none, or that its aliases blow up."""
     for key, value in zip(words, words[1:], strict=False):
         if key == "--config":
-            inline = value.lstrip().startswith("{")
-            try:
-                text = value if inline else Path(value).read_bytes().decode("utf-8-sig")
-            except ValueError as error:
-                raise Refusal(f"{value} is no text in UTF-8: save it as such") from error
-            _check_text(text, "--config {...}" if inline else value, top=True)
+            _check_text(_config_text(value), "--config {...}" if _inline(value) else value, top=True)
     for word in words:
         if "&" in word and "*" in word:
             _check_text(word.partition("=")[2] if word.startswith("--") else word, word[:80])
 
 
-def read_config(file: Path) -> dict[str, Any]:
-    """The table in a YAML file. Raises Refusal, naming it, for anything else."""
+def read_config(given: Path | str) -> dict[str, Any]:
+    """The table that --config names: of a YAML file, or the text `{...}` itself. Raises Refusal, naming it, for anything else."""
     import yaml
 
-    check_yaml(["--config", str(file)])
-    return yaml.safe_load(file.read_bytes().decode("utf-8-sig"))
+    check_yaml(["--config", str(given)])
+    return yaml.safe_load(_config_text(str(given)))
+
+
+def _inline(config: str) -> bool:
+    return config.lstrip().startswith("{")
+
+
+def _config_text(config: str) -> str:
+    try:
+        return config if _inline(config) else Path(config).read_bytes().decode("utf-8-sig")
+    except ValueError as error:
+        raise Refusal(f"{config} is no text in UTF-8: save it as such") from error
 
 
 def _check_text(text: str, name: str, top: bool = False) -> None:
@@ -264,4 +273,7 @@ FIT_SHORT = {
     "--updates": "--model.init_args.updates",
     "--seed": "--seed_everything",
     "--checkpoint_every": "--checkpoints.every",
+    # jsonargparse has no help of a group alone.
+    "--trainer.help": "--help",
+    "--data.help": "--help",
 }

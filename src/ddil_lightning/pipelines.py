@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from .bounds import is_number
+from .texts import place, reason
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -28,7 +30,7 @@ def pipeline_folder(path: str | Path) -> Path | None:
     """
     if str(path) in BUILTIN:
         return Path(str(resources.files("ddil_lightning"))) / "miniature" / "weights" / BUILTIN[str(path)]
-    folder = Path(path).expanduser()
+    folder = place(path)
     if folder.is_file():
         raise ValueError(_single_file(folder))
     if not folder.exists():
@@ -84,12 +86,11 @@ def load_pipeline(path: str | Path, dtype: Any = torch.float32, spare: bool = Tr
     try:
         index = read_json(folder / "model_index.json") if folder is not None else DiffusionPipeline.load_config(str(path))
         # Components that a folder stores as null must be passed as None, or loading raises.
-        listed = {name: value[0] for name, value in index.items() if isinstance(value, list)}
-        absent = {name: None for name, library in listed.items() if library is None or (spare and name in SPARED)}
+        absent = {name: None for name, library in _libraries(index, path).items() if library is None or (spare and name in SPARED)}
         extra = {"requires_safety_checker": False} if "safety_checker" in absent else {}
         pipe = DiffusionPipeline.from_pretrained(str(folder or path), dtype=dtype, use_safetensors=True, **{**absent, **extra, **kwargs})
     except Exception as error:  # whatever a library makes of a file that is not as it expects
-        raise ValueError(f"the pipeline {path} could not be loaded: {_reason(error)}") from error
+        raise ValueError(f"the pipeline {path} could not be loaded: {reason(error)}") from error
     missing = [name for name in REQUIRED if getattr(pipe, name, None) is None]
     if missing or not hasattr(pipe, "encode_prompt"):
         what = f"has no {missing[0]}" if missing else f"is a {type(pipe).__name__}"
@@ -109,13 +110,14 @@ def recommended(path: str | Path) -> dict[str, Any]:
         return {}
     about = read_json(file)
     for name, (fits, said) in CARD.items():
-        if about.get(name) is not None and not fits(about[name]):
+        unsaid = name not in about or (name in OPEN and about[name] is None)
+        if not unsaid and not fits(about[name]):
             raise ValueError(f"{file}: {name} is {about[name]!r}, not {said}: mend it or remove the file")
     return about
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _guides(value: Any) -> bool:
+    return is_number(value) and 0 <= value <= 1000
 
 
 def _counts(value: Any) -> bool:
@@ -123,8 +125,8 @@ def _counts(value: Any) -> bool:
 
 
 CARD: dict[str, tuple[Any, str]] = {
-    "guidance": (_finite, "a number"),
-    "guidance_scale": (_finite, "a number"),
+    "guidance": (_guides, "a number from 0 to 1000"),
+    "guidance_scale": (_guides, "a number from 0 to 1000"),
     "dataset": (lambda x: isinstance(x, str), "a name"),
     "method": (lambda x: isinstance(x, str), "a name"),
     "steps": (lambda x: _counts([x]) and x > 0, "a step count from 1 to 1000"),
@@ -133,14 +135,25 @@ CARD: dict[str, tuple[Any, str]] = {
     "previews": (lambda x: isinstance(x, list) and all(isinstance(p, str) for p in x), "a list of prompts"),
 }
 """What ddil.json may say: whether a value fits, and what it should be."""
+OPEN = ("dataset",)
+"""Where null is an answer: a student of pictures of one's own has no built-in data set to be tested on."""
+
+
+def _libraries(index: Mapping[str, Any], where: str | Path) -> dict[str, str | None]:
+    """The library of every component that a model_index.json lists, None for one that is not there. Raises ValueError, naming the file."""
+    listed = {name: value for name, value in index.items() if isinstance(value, list)}
+    for name, value in listed.items():
+        if len(value) != 2 or not (value == [None, None] or all(isinstance(part, str) for part in value)):
+            raise ValueError(f'{where}: {name} is {value!r:.80}, not ["library", "class"] or [null, null]: copy it anew')
+    return {name: library for name, (library, _) in listed.items()}
 
 
 def check_files(folder: Path, given: Collection[str] = ()) -> None:
     """Raises ValueError, naming the file, for weights or settings of a component that are cut short, and for a LoRA left in the weights."""
     from safetensors import SafetensorError, safe_open
 
-    index = read_json(folder / "model_index.json")
-    names = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None and name not in given]
+    libraries = _libraries(read_json(folder / "model_index.json"), folder / "model_index.json")
+    names = [name for name, library in libraries.items() if library is not None and name not in given]
     for part in (folder / name for name in names if name not in SPARED):
         if not part.is_dir():
             raise ValueError(f"the pipeline {folder} has no folder {part.name}/, which its model_index.json names: copy it anew")
@@ -168,7 +181,7 @@ def empty_unet(path: str | Path) -> Any:
         with torch.device("meta"):
             return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(str(folder or path), subfolder="unet"))
     except Exception as error:
-        raise ValueError(f"the U-Net of the pipeline {path} could not be made: {_reason(error)}") from error
+        raise ValueError(f"the U-Net of the pipeline {path} could not be made: {reason(error)}") from error
 
 
 def check_weights(pipe: Any, path: str | Path, given: Collection[str] = ()) -> None:
@@ -202,9 +215,3 @@ def _made_up(part: nn.Module, weights: dict[str, torch.Tensor]) -> bool:
         with safe_open(file, "pt") as opened:
             stored += len(opened.keys())
     return stored < len({value.data_ptr() for value in weights.values() if value.numel()})  # tied weights are stored once
-
-
-def _reason(error: BaseException) -> str:
-    """Why a library could not load, on one line without its advertisements."""
-    text = " ".join(str(error).split())
-    return f"{text[:300]}{' ...' if len(text) > 300 else ''}" if text else type(error).__name__

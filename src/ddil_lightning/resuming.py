@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from .callbacks.checkpoints import clock_of, sorted_checkpoints
+from .callbacks.checkpoints import Checkpoints, clock_of, sorted_checkpoints
+
+CHANGED = "it was changed or written by another version; take another checkpoint"
 
 
 def checkpoint(ckpt_path: str, run_dir: str | None, config: str) -> Path:
@@ -47,26 +51,88 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def check_whole(path: Path, state: Mapping[str, Any], method: Any) -> None:
     """Raises ValueError, naming it, for a part of a checkpoint without which a run would go on otherwise than it stopped."""
-    missing = [name for name in ("DDILDataModule", "loops", "callbacks", "optimizer_states", "lr_schedulers") if name not in state]
+    check_clocks(path, state, method)
+    parts = ("DDILDataModule", "loops", "callbacks", "optimizer_states", "lr_schedulers")
+    data, callbacks = _table(state.get("DDILDataModule")), _table(state.get("callbacks"))
+    missing = [name for name in parts if name not in state]
+    missing += [f"DDILDataModule.{name}" for name in ("done", "collected_at", "buffers") if name not in data]
+    # Every run has this callback, and its state is never empty.
+    missing += [f"callbacks.{name}" for name in (Checkpoints().state_key,) if not callbacks.get(name)]
+    faults = [f"lacks {name}" for name in missing] or _optimizer_faults(state, method)
+    if faults:
+        raise ValueError(f"the checkpoint {path} {faults[0]}: {CHANGED}")
+
+
+def check_clocks(path: Path, state: Mapping[str, Any], method: Any) -> None:
+    """Raises ValueError, naming it, for a clock or a count of `method` that a checkpoint lacks."""
     mine: dict[str, Any] = {}
     method.on_save_checkpoint(mine)
-    theirs = state["ddil"]
-    missing += [f"ddil.{name}" for name in mine["ddil"] if name not in theirs]
-    missing += [f"ddil.evaluations.{name}" for name in mine["ddil"]["evaluations"] if name not in theirs.get("evaluations", {})]
-    missing += [f"DDILDataModule.{name}" for name in ("done", "collected_at", "buffers") if name not in (state.get("DDILDataModule") or {})]
-    begun = theirs.get("student_updates", 0) > theirs.get("stage_start", 0)  # a stage begins with an empty optimiser
-    optimizers = state.get("optimizer_states") or []
-    missing += [f"optimizer_states.{i}.state" for i, one in enumerate(optimizers) if begun and not one.get("state")]
-    if missing or not optimizers:
-        named = missing[0] if missing else "optimizer_states"
-        raise ValueError(f"the checkpoint {path} lacks {named}: it was changed or written by another version; take another checkpoint")
+    clocks = state["ddil"]
+    counted = _table(clocks.get("evaluations"))
+    missing = [name for name in mine["ddil"] if name not in clocks]
+    missing += [f"evaluations.{name}" for name in mine["ddil"]["evaluations"] if name not in counted]
+    if missing:
+        raise ValueError(f"the checkpoint {path} lacks ddil.{missing[0]}: {CHANGED}")
+
+
+def _optimizer_faults(state: Mapping[str, Any], method: Any) -> list[str]:
+    """What the optimiser states of a checkpoint lack or have too much of, in words: Lightning restores as many as there are."""
+    clocks, found, optimizers = state["ddil"], list(state["optimizer_states"] or []), _optimizers(method)
+    if not found or (optimizers is not None and len(found) < len(optimizers)):
+        return [f"lacks optimizer_states.{len(found)}"]
+    if optimizers is not None and len(found) > len(optimizers):
+        return [f"has optimizer_states.{len(optimizers)}, and the method {len(optimizers)} optimiser(s)"]
+    begun = clocks["student_updates"] > clocks["stage_start"]  # a stage begins with an empty optimiser
+    faults = []
+    for i, one in enumerate(map(_table, found)):
+        steps, keys = _table(one.get("state")), [key for group in one.get("param_groups") or [] for key in group["params"]]
+        known = None if optimizers is None else [p for group in optimizers[i].param_groups for p in group["params"]]
+        if known is not None and len(keys) != len(known):
+            return [f"has {len(keys)} parameters in optimizer_states.{i}, and the method {len(known)}"]
+        if not steps:
+            faults += [f"lacks optimizer_states.{i}.state"] if begun else []
+            continue
+        if known is not None:
+            # Sharded runs number the parameters of the whole method, others those of the optimiser.
+            every = dict(zip(keys, known, strict=True)) if not clocks["sharded"] else dict(enumerate(method.parameters()))
+            absent = [key for key in keys if not steps.get(key) and _has_moved(every.get(key), state["state_dict"], method)]
+            faults += [f"lacks optimizer_states.{i}.state.{key}" for key in absent]
+    return faults
+
+
+def _optimizers(method: Any) -> list[Any] | None:
+    """The optimisers that a trainer will ask `method` for; None where they cannot be had before there is a trainer."""
+    from lightning.pytorch.plugins import Precision
+    from torch.optim import Optimizer
+
+    asked = copy.copy(method)  # it alone meets the stand-in
+    asked.trainer = SimpleNamespace(precision_plugin=Precision())
+    try:
+        made = asked.configure_optimizers()
+    except AttributeError:  # somebody's own method that asks more of its trainer
+        return None
+    every = list(made) if isinstance(made, list | tuple) else [made]
+    return every if all(isinstance(one, Optimizer) for one in every) else None
+
+
+def _has_moved(parameter: Any, weights: Mapping[str, Any], method: Any) -> bool:
+    """Whether a parameter is another than that of an untrained method: one that never has a gradient has rightly no optimiser state."""
+    import torch
+
+    name = next((name for name, p in method.named_parameters() if p is parameter), None)
+    return name is None or not torch.equal(weights[name], parameter.detach().to("cpu"))
+
+
+def _table(value: Any) -> Mapping[Any, Any]:
+    """What stands where a table is expected; another thing holds nothing."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def check_fits(path: Path, state: Mapping[str, Any], method: Any) -> None:
     """Raises ValueError when the weights of a checkpoint are not those of `method`: another class, pipeline or option."""
     mine, theirs = method.state_dict(), state["state_dict"]
     missing, unknown = sorted(mine.keys() - theirs.keys()), sorted(theirs.keys() - mine.keys())
-    other = [name for name in mine.keys() & theirs.keys() if mine[name].shape != theirs[name].shape]
+    other = [name for name in mine.keys() & theirs.keys() if mine[name].shape != getattr(theirs[name], "shape", None)]
     if missing or unknown or other:
         said = [f"it lacks {missing[0]}"] if missing else []
         said += [f"it has {unknown[0]} as well"] if unknown else []

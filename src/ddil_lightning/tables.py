@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .folders import LISTS, Listing, list_folder, read_rows, stat_of
-from .texts import reason
+from .texts import place, reason
 
 HINT = "; name them with image= and caption="
 TABLES = {".parquet": "parquet", ".arrow": "arrow"}
@@ -58,7 +58,7 @@ class Table:
 
 def load(path: str, image: str, caption: str, split: str, limit: int | None) -> Listing | Table:
     """The pictures and captions of `path` (captions.Images). Raises ValueError for what cannot be read or is not there."""
-    file = Path(path).expanduser()
+    file = place(path)
     try:
         folder = file if file.is_dir() else file.parent
         listed = file.suffix.lower() in LISTS if file.is_file() else file.is_dir() and not _is_saved(file)
@@ -108,7 +108,7 @@ def _load_dataset(file: Path, path: str, split: str) -> Any:
         return loaded[split]
     if file.is_file() and file.suffix.lower() not in TABLES:
         raise ValueError(f"it is no {', '.join([*TABLES, *LISTS])} file, no folder, and no data set of the Hub")
-    if not file.exists() and (file.is_absolute() or path.startswith(".")):
+    if not file.exists() and (file.is_absolute() or path.startswith((".", "~"))):
         raise ValueError("there is no such folder or file")
     try:
         if not file.exists():

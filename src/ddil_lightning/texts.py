@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,19 @@ from .messages import shorten
 MARK = "\ufeff"  # the byte order mark
 
 
+def place(path: str | Path) -> Path:
+    """A path as it was meant. The one rule for `~`: in a str, which somebody wrote, it is the home folder; a Path is taken as it stands.
+
+    The command line and configs are expanded before they come here, which changes nothing any more. Nothing is raised for a user that
+    nobody knows: such a path does not exist. A file that was found inside a folder called `~` is a Path, and stays there.
+    """
+    return Path(os.path.expanduser(path)) if isinstance(path, str) else path
+
+
 def read_text(path: str | Path) -> str:
     """A text file without its byte order mark. Raises ValueError for one that cannot be read, or is not UTF-8."""
     try:
-        data = Path(path).expanduser().read_bytes()
+        data = place(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise ValueError(f"{shown(path)} cannot be read: {reason(error)}") from error
     try:
@@ -52,10 +62,24 @@ def caption_text(value: Any) -> str:
     text = value[0] if isinstance(value, list | tuple) and value else value
     if not isinstance(text, str):
         raise ValueError(f"{shorten(repr(text), 80)} and no caption")
+    check_letters(text)
+    return text.strip()
+
+
+def check_letters(text: str) -> None:
+    """Raises ValueError for half a character (a lone surrogate), without saying where."""
     half = next((c for c in text if "\ud800" <= c <= "\udfff"), None)
     if half is not None:
         raise ValueError(f"a text with \\u{ord(half):04x}, half a character that no tokenizer takes: write the whole one")
-    return text.strip()
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raises ValueError, naming the first prompt that no tokenizer takes."""
+    for prompt in prompts:
+        try:
+            check_letters(prompt)
+        except ValueError as error:
+            raise ValueError(f"the prompt {shorten(repr(prompt), 80)} is {error}") from error
 
 
 def file_text(value: Any) -> str:

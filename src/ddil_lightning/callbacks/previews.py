@@ -20,7 +20,8 @@ class Previews(Callback):
     """`samples/NNNNNN.png` every `every` student updates (0: never), at the start and at the end.
 
     Rows: the teacher at `teacher_steps`, the student at `student_steps` (default: those it is made for); columns: `count` prompts
-    (`prompts`, or the first of the data). The teacher is sampled once. Loggers that take images get the sheet too.
+    (`prompts`, or the first of the data). A prompt that is too long is refused, or cut where `data.truncate` cuts the captions. The
+    teacher is sampled once. Loggers that take images get the sheet too.
     """
 
     def __init__(
@@ -41,6 +42,19 @@ class Previews(Callback):
         self.teacher_steps, self.student_steps = list(teacher_steps), student_steps
         self._teacher: list[Tensor] = []
         self._drawn: int | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Judge the prompts, for runs that are not started by ddil-fit."""
+        if self.every:
+            self.check_prompts(pl_module.backbone, getattr(trainer, "datamodule", None))
+
+    def check_prompts(self, backbone: Any, data: Any) -> None:
+        """Raises ValueError for a prompt that would be cut, unless `data` (a DDILDataModule) cuts its captions too."""
+        if self.prompts and not getattr(data, "truncate", False):
+            try:
+                backbone.check_length(self.prompts[: self.count])
+            except ValueError as error:
+                raise ValueError(f"previews.prompts: {error}".replace("or allow truncation", "or set data.truncate to true")) from error
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """The first sheet: a student equal to its teacher. A run that goes on is tried as well, and leaves what it would have left."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from ..bounds import at_least, lengths, within
+from ..bounds import lengths, within
 from ..denoiser import Denoiser, to_w
 from ..schedule import Grid
 from ..solver import Policies, Policy
@@ -64,15 +64,17 @@ class DMD2(Distillation):
         total = schedule.steps
         self.check_guidance(told=False)
         lengths(rollouts=rollouts)
-        at_least(1, rollouts=rollouts, steps=steps, teacher_steps=teacher_steps)
+        lengths(2, tau=tau)
+        within(1, total, rollouts=rollouts, steps=steps, teacher_steps=teacher_steps)
         within(1, 10**6, critic_steps=critic_steps)
-        at_least(0, gan_weight=gan_weight, critic_gan_weight=critic_gan_weight)
+        within(0, 1000, gan_weight=gan_weight, critic_gan_weight=critic_gan_weight)
+        within(0, 1, tau=tau)
         within(0, 10, critic_lr=critic_lr)
         within(0, 1000, real_guidance=real_guidance)
-        self._check(steps, teacher_steps, critic_steps, (gan_weight, critic_gan_weight), tau)
+        self._check(steps, teacher_steps, (gan_weight, critic_gan_weight), tau)
         self.critic_steps, self.critic_lr, self.real_guidance = critic_steps, self.lr if critic_lr is None else critic_lr, real_guidance
         self.gan_weight, self.critic_gan_weight, self.gan_features = gan_weight, critic_gan_weight, gan_features
-        self.normaliser, self.tau = normaliser, (round(tau[0] * total), min(round(tau[1] * total), total - 1))
+        self.normaliser, self.tau = normaliser, (min(round(tau[0] * total), total - 1), min(round(tau[1] * total), total - 1))
         self.reflect_critic, self.reflect_student = reflect_critic, reflect_student
         self.critic_updates = 0
         # The noise of the losses follows from this number and the clocks, so that a resumed run repeats it.
@@ -221,19 +223,16 @@ class DMD2(Distillation):
         own = {"original_inference_steps": len(self.grid), "timestep_scaling": 1e10}
         return self.backbone.scheduler("LCMScheduler", set_alpha_to_one=True, clip_sample=False, **own)
 
-    def _check(self, steps: int, teacher_steps: int, critic_steps: int, weights: tuple[float, float], tau: tuple[float, float]) -> None:
+    def _check(self, steps: int, teacher_steps: int, weights: tuple[float, float], tau: tuple[float, float]) -> None:
         total = self.backbone.schedule.steps
-        if steps < 1 or total % steps:
+        if total % steps:
             raise ValueError(f"steps = {steps} does not divide the schedule's {total} times")
         if teacher_steps % steps:
             raise ValueError(
                 f"teacher_steps = {teacher_steps} is no multiple of steps = {steps}: the teacher must stop at the student's nodes"
             )
-        if critic_steps < 1 or min(weights) < 0 or not 0 <= tau[0] < tau[1] <= 1:
-            raise ValueError(
-                "critic_steps is at least 1, the GAN's weights at least 0 and 0 <= tau[0] < tau[1] <= 1, "
-                f"got {critic_steps}, {weights} and {tau}"
-            )
+        if tau[0] >= tau[1]:
+            raise ValueError(f"tau is {list(tau)!r}: give shares of T with 0 <= tau[0] < tau[1] <= 1")
         if weights[0] and not weights[1]:
             raise ValueError(f"gan_weight = {weights[0]} needs a discriminator that learns: set critic_gan_weight")
 

@@ -26,11 +26,12 @@ def mse(a: Tensor, b: Tensor) -> Tensor:
 
 
 def check_distance(kind: str, h: float) -> None:
-    """Raises ValueError for a distance that is not known, or has no gradient at 0."""
+    """Raises ValueError for a distance that is not known, or whose width float32 cannot compute with."""
     if kind not in ("huber", "mse"):
         raise ValueError(f"a loss is 'huber' or 'mse', not {kind!r}")
-    if not h > 0:
-        raise ValueError(f"huber, the width of the pseudo-Huber loss, is above 0, got {h}")
+    # Below, h^2 is nothing in float32, and the gradient at 0 no number; above, errors are lost in the rounding of h^2.
+    if not 1e-12 <= h <= 1e3:
+        raise ValueError(f"huber, the width of the pseudo-Huber loss, is at most 1000 and, squared in float32, still above 0, got {h:g}")
 
 
 def distance(kind: Distance, a: Tensor, b: Tensor, h: float = 1e-3) -> Tensor:

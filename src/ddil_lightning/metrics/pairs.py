@@ -14,7 +14,7 @@ from torch import Tensor
 from ddil_lightning.folders import Row, list_folder, read_rows
 from ddil_lightning.metrics.base import to_uint8
 from ddil_lightning.pictures import read_squares, square
-from ddil_lightning.texts import caption_text, file_text, parse_json, read_text, shown
+from ddil_lightning.texts import caption_text, file_text, parse_json, place, read_text, shown
 
 COLUMNS = ("file_name", "image"), ("text", "caption", "prompt")
 
@@ -37,8 +37,8 @@ def read_pairs(source: str | Path, images: str | Path | None = None) -> list[Pai
 
     Raises FileNotFoundError for what is missing and ValueError for what cannot be understood.
     """
-    source = Path(source).expanduser()
-    pictures = None if images is None else Path(images).expanduser()
+    source = place(source)
+    pictures = None if images is None else place(images)
     if source.is_dir():
         rows = list_folder(source, *COLUMNS, pictures)
     elif not source.is_file():

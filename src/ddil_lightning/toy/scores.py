@@ -12,9 +12,11 @@ from torch import Tensor
 from ..denoiser import Denoiser, to_w
 from ..evaluate import make_row
 from ..metrics.prdc import density_coverage
+from ..sampling import renoising
 from ..schedule import Grid
 from ..shift import energy_distance
 from ..solver import Policy
+from ..streams import Streams
 from ..types import Context
 from .backbone import Toy
 from .problems import Problem, sample
@@ -27,7 +29,7 @@ Scores = dict[str, list[float]]
 
 TEACHER_STEPS = 32
 SIGMAS = 4  # a sample within so many standard deviations of a mode of its class counts as of high quality
-REAL, NOISE, AGAIN, RENOISE = (k * 1_000_000 for k in range(1, 5))  # what is added to a member's seed for each purpose
+REAL, NOISE, AGAIN = (k * 1_000_000 for k in range(1, 4))  # what is added to a member's seed for each purpose
 
 
 class Exam:
@@ -35,7 +37,7 @@ class Exam:
 
     `n` samples per member, classes by the law's weights; `g`: guidance of teacher and students; `near`: samples in density, coverage and
     the shift. Every sampler starts from the same noise per member, so differences between students are paired; the teacher's samples
-    that a law is compared with come from noise of their own.
+    that a law is compared with come from noise of their own. Noise, of the start and of re-noising, depends on neither `n` nor the device.
     """
 
     def __init__(self, toy: Toy, g: float, n: int = 2000, near: int = 1000, seed: int = 0) -> None:
@@ -103,11 +105,13 @@ class Exam:
     @torch.no_grad()
     def _walk(self, policy: Policy, grid: Grid, x_T: Tensor, classes: Tensor) -> list[Tensor]:
         c = self.context(classes)
-        generator = torch.Generator(self.toy.device).manual_seed(self.seeds[0] + RENOISE)
-        return [x.float().cpu() for x in policy.walk(x_T.to(self.toy.device), grid, c, generator)]
+        generators = renoising(len(x_T), Streams(self.seeds[0], 0).number("points"))
+        return [x.float().cpu() for x in policy.walk(x_T.to(self.toy.device), grid, c, generators)]
 
     def _normal(self, n: int, offset: int) -> Tensor:
-        return torch.stack([torch.randn(n, 2, generator=torch.Generator().manual_seed(s + offset)) for s in self.seeds], 2)
+        # torch draws by blocks of 16 numbers and draws the last, unfinished one anew: whole ones, so that a point does not depend on n.
+        whole = n + -n % 8
+        return torch.stack([torch.randn(whole, 2, generator=torch.Generator().manual_seed(s + offset))[:n] for s in self.seeds], 2)
 
 
 def mode_kl(x: Tensor, problem: Problem) -> float:
