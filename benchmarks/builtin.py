@@ -27,8 +27,9 @@ import torch
 from builtin_table import STUDENT_STEPS, TEACHER_STEPS, report
 from torch import Tensor
 
-from ddil_lightning.evaluate import KEYS, Suite, paired_distance, write_rows
-from ddil_lightning.metrics.base import as_saved
+from ddil_lightning.evaluation.metrics.base import as_saved
+from ddil_lightning.evaluation.suite import KEYS, Suite, paired_distance
+from ddil_lightning.evaluation.table import write_rows
 
 OFF, STATIC = "model.init_args.reflect=off", "model.init_args.reflect=static"
 VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -76,9 +77,9 @@ def suite(dataset: str, n: int) -> Suite:
 @functools.lru_cache(maxsize=1)
 def encoded(pipeline: str, n: int | None) -> Any:
     """The training data after the frozen encoders, once per process; `n`: only so many captions."""
-    from ddil_lightning.backbones import Backbone
-    from ddil_lightning.captions import Shapes, builtin
-    from ddil_lightning.encoded import encode
+    from ddil_lightning.backbones.pipeline import Backbone
+    from ddil_lightning.data.captions import Shapes, builtin
+    from ddil_lightning.data.encoded import encode
 
     backbone = Backbone(pipeline)
     dataset = backbone.about.get("dataset", "shapes")
@@ -87,7 +88,7 @@ def encoded(pipeline: str, n: int | None) -> Any:
 
 def teacher(task: dict[str, Any]) -> dict[str, Any]:
     """The teacher's rows; its images in 32 steps are kept as the reference of every paired distance."""
-    from ddil_lightning.scoring import policy_row
+    from ddil_lightning.evaluation.rows import policy_row
 
     trainer, method, _ = built(task)
     method = method.to(trainer.strategy.root_device).eval()
@@ -102,9 +103,9 @@ def teacher(task: dict[str, Any]) -> dict[str, Any]:
 
 def student(task: dict[str, Any]) -> dict[str, Any]:
     """One run, scored. Its networks are kept, so that other prompts, or more of them, need no second training."""
-    from ddil_lightning.resuming import load_checkpoint
-    from ddil_lightning.runs import stage_pipelines
-    from ddil_lightning.scoring import method_rows
+    from ddil_lightning.evaluation.rows import method_rows
+    from ddil_lightning.runs.checkpoint import load_checkpoint
+    from ddil_lightning.runs.folder import stage_pipelines
 
     folder = Path(task["students"])
     if not (folder / CHECKPOINT).is_file():
@@ -158,7 +159,7 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
 
 def fingerprint(pipeline: str) -> str:
     """A hash of all weights of a pipeline."""
-    from ddil_lightning.backbones import Backbone
+    from ddil_lightning.backbones.pipeline import Backbone
 
     found = hashlib.sha256()
     for name, part in sorted(Backbone(pipeline).pipe.components.items()):
@@ -174,7 +175,7 @@ def digest(depends: Sequence[Any]) -> str:
 
 def tasks(args: argparse.Namespace, pipeline: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The teacher's task and one per variant and seed. A task's file is named by all that its result depends on."""
-    from ddil_lightning.main import find_config
+    from ddil_lightning.commands.configs import find_config
 
     weights, folder = fingerprint(pipeline), Path(args.cache)
     updates = [f"model.init_args.updates={args.updates}"] if args.updates else []

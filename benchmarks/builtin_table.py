@@ -7,7 +7,7 @@ from typing import Any
 
 import common
 
-from ddil_lightning.results import METRICS, gap_closed
+from ddil_lightning.evaluation.table import METRICS, gap_closed
 
 SHIPPED = "both"  # what `ddil-fit --config METHOD_ddil.yaml` trains, and the targets are about
 AGAINST = [(name, "base") for name in ("reflected", "ddil", "both", "same_times", "same_times_reflected")] + [

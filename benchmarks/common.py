@@ -70,13 +70,14 @@ def build(config: str, *, pipeline: str | None, seed: int, overrides: Sequence[s
     `pipeline`: None for the config's own. `overrides`: "model.init_args.lr=1e-3" and the like. The trainer keeps the callbacks that decide
     what is trained on.
     """
-    from ddil_lightning import cli
-    from ddil_lightning.main import FIT_SHORT, expand
+    from ddil_lightning.callbacks import Checkpoints, Previews, Progress
+    from ddil_lightning.commands.configs import FIT_SHORT, expand
+    from ddil_lightning.commands.fit_cli import FitCLI
 
     chosen = [] if pipeline is None else [f"model.init_args.pipeline={pipeline}"]
     words = ["--config", config, *chosen, "--seed", str(seed), *overrides]
-    made = cli.FitCLI(expand(words, FIT_SHORT), rebuild=True)
-    kept = [c for c in made.trainer.callbacks if not isinstance(c, (cli.Checkpoints, cli.Previews, cli.Progress))]  # type: ignore[attr-defined]
+    made = FitCLI(expand(words, FIT_SHORT), rebuild=True)
+    kept = [c for c in made.trainer.callbacks if not isinstance(c, (Checkpoints, Previews, Progress))]  # type: ignore[attr-defined]
     made.trainer.callbacks = kept  # type: ignore[attr-defined]
     return made.trainer, made.model, made.datamodule
 
@@ -101,7 +102,7 @@ def random_pipeline(folder: Path) -> Path:
 
 def few_captions(method: Any, n: int = 512) -> Any:
     """A small built-in set, for benchmarks of speed."""
-    from ddil_lightning.captions import Shapes, builtin
+    from ddil_lightning.data.captions import Shapes, builtin
 
     dataset = method.backbone.about.get("dataset", "shapes")
     return Shapes(n=n) if dataset == "shapes" else builtin(dataset)
@@ -155,7 +156,7 @@ def target(name: str, value: float | None, limit: float, at_most: bool = False) 
 
 def cell(value: Any, se: float | None = None) -> str:
     """A value of a table, with its standard error if it has one."""
-    from ddil_lightning.results import cell as plain
+    from ddil_lightning.evaluation.table import cell as plain
 
     if isinstance(value, Mapping):  # a measured mean, or a paired difference: {mean, se, paired: {mean, t, p}}
         t = (value.get("paired") or value).get("t")
@@ -195,8 +196,8 @@ def grid(columns: Sequence[Sequence[str]], rows: Sequence[Mapping[str, Any]]) ->
 
 def publish(report: Report, args: argparse.Namespace) -> Report:
     """Print the report and write it to --json."""
-    from ddil_lightning.evaluate import write_rows
-    from ddil_lightning.finish import machine
+    from ddil_lightning.evaluation.table import write_rows
+    from ddil_lightning.runs.finish import machine
 
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("json",)}
     report = {"settings": settings, "machine": {**machine(), "threads": torch.get_num_threads()}, **report}

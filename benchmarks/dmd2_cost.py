@@ -23,9 +23,9 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddil_lightning.encoded import encode
+from ddil_lightning.data.encoded import encode
 from ddil_lightning.methods.dmd2 import untouched
-from ddil_lightning.types import LatentBatch
+from ddil_lightning.records import LatentBatch
 
 COLUMNS = (
     ("name", ""),

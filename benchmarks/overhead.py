@@ -22,9 +22,9 @@ from typing import Any
 import common
 from lightning.pytorch import Callback
 
-from ddil_lightning.buffer import ReplayBuffer
-from ddil_lightning.encoded import encode
-from ddil_lightning.prior import SamplingPrior
+from ddil_lightning.data.encoded import encode
+from ddil_lightning.imitation.buffer import ReplayBuffer
+from ddil_lightning.imitation.prior import SamplingPrior
 
 PLAIN_COST = 6  # forwards of one sample in a plain LCM step; a backward counts as two
 GUIDED = 2

@@ -18,11 +18,12 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from ddil_lightning.encoded import Encoded, encode
-from ddil_lightning.methods.losses import distance, lerp_
-from ddil_lightning.rollout import guided
-from ddil_lightning.solver import ddim
-from ddil_lightning.types import LatentBatch, take
+from ddil_lightning.data.encoded import Encoded, encode
+from ddil_lightning.diffusion.solver import ddim
+from ddil_lightning.imitation.rollout import guided
+from ddil_lightning.methods.losses import distance
+from ddil_lightning.records import LatentBatch, take
+from ddil_lightning.training.averaging import lerp_
 
 PARTS = ("student forward + backward, B", "teacher forward, 2 B", "target forward, B")
 COLUMNS = (
@@ -88,7 +89,7 @@ class BareLoop:
 
     def f(self, denoiser: Any, x: Tensor, t: Tensor, c: Any, reflect: bool = False) -> Tensor:
         """The consistency function."""
-        from ddil_lightning.denoiser import Consistency
+        from ddil_lightning.diffusion.denoiser import Consistency
 
         p = denoiser(x, t, c)
         p = denoiser.reflected(x, t, p, self.method.reflection) if reflect else p

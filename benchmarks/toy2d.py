@@ -60,7 +60,7 @@ def prior_words(config: str, actor: str | None, prior: Sequence[float] | None) -
     """Overrides for the shares of the sources: `prior` or, without one, the config's; with an actor, it takes all roll-outs."""
     import yaml
 
-    from ddil_lightning.main import find_config
+    from ddil_lightning.commands.configs import find_config
 
     found = yaml.safe_load(find_config(config).read_text())["data"]["prior"]
     shares = dict(zip(("forward", "student", "teacher"), prior, strict=True)) if prior else found
@@ -92,8 +92,8 @@ def work(task: dict[str, Any]) -> list[dict[str, Any]]:
     """A task's records, from the cache if they are there."""
     if not task["cache"]:
         return train(task)
-    from ddil_lightning.evaluate import write_rows
-    from ddil_lightning.main import find_config
+    from ddil_lightning.commands.configs import find_config
+    from ddil_lightning.evaluation.table import write_rows
 
     configs = [find_config(t.format(task["method"])).read_text() for t in (PLAIN, DDIL)]
     key = hashlib.sha256(json.dumps([{k: v for k, v in task.items() if k != "cache"}, configs]).encode()).hexdigest()[:16]

@@ -142,9 +142,9 @@ def tiny_config(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete run of it: the run folder runs/tiny/<time> below a folder of its own. Nobody may change it."""
-    from ddil_lightning import fitting
+    from ddil_lightning.commands.fitting import fit as ddil_fit
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("finished"))
-        assert fitting.fit(["--config", str(tiny_config)]) == 0
+        assert ddil_fit(["--config", str(tiny_config)]) == 0
         return (Path("runs") / "tiny" / "latest").resolve()

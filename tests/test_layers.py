@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,23 +12,18 @@ import pytest
 ROOT = Path(__file__).parents[1] / "src" / "ddil_lightning"
 FILES = [p for p in sorted(ROOT.rglob("*.py")) if p != ROOT / "__init__.py"]
 
-# A module imports only modules that stand before it; a package counts as one module. `main` is the light front end: it stands first
-# because it imports nothing when it is loaded, and reaches the commands from inside functions.
-ORDER = (
-    "signals bounds main messages files processes texts types streams schedule reflect prior denoiser analytic solver buffer rollout shift "
-    "pipelines backbones sampling "
-    "miniature pictures folders tables captions encoded counter datamodule "
-    "methods metrics charts results evaluate report export callbacks scoring runs resuming loggers toy finish checks watch "
-    "cli fitting commands "
-).split()
-# Which x_t is trained on is not a method's business.
-FEEDBACK_NEVER_SEES = {"prior", "buffer", "rollout", "captions", "encoded", "datamodule"}
-MAY_BUILD_PIPELINES = {"pipelines", "backbones", "export", "miniature"}
+# A package imports only packages that stand before it, wherever in a file the import stands; the modules at the top are the ground.
+ORDER = "ground diffusion miniature backbones imitation data training methods evaluation toy runs callbacks commands".split()
+# Which x_t is trained on is not a method's business, and what is learned from it not the data's.
+NEVER = {"training": {"imitation", "data"}, "methods": {"imitation", "data"}, "data": {"training", "methods"}}
+MAY_BUILD_PIPELINES = {"backbones", "miniature", "runs/export.py"}
 HEAVY = {"diffusers", "transformers", "wandb", "datasets", "open_clip", "lpips", "peft", "sklearn", "scipy", "matplotlib", "pandas"}
 
 
-def noun(path: Path) -> str:
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+def package(dotted: str) -> str:
+    """The package that a dotted name below ours belongs to."""
+    first = dotted.partition(".")[0]
+    return first if (ROOT / first).is_dir() else "ground"
 
 
 def imported(path: Path, nodes: Iterator[ast.AST] | None = None) -> Iterator[str]:
@@ -52,19 +48,32 @@ def at_import_time(node: ast.AST) -> Iterator[ast.AST]:
         yield from at_import_time(child)
 
 
+def own(path: Path) -> list[str]:
+    """Dotted names within the package that a file imports."""
+    return [name.split(".", 1)[1] for name in imported(path) if name.startswith("ddil_lightning.") and name != "ddil_lightning.__version__"]
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_layers(path: Path) -> None:
-    me = noun(path)
+    file = str(path.relative_to(ROOT))
+    me = package(file.replace("/", "."))
     assert me in ORDER, f"say in ORDER where {me} stands"
-    nodes = at_import_time(ast.parse(path.read_text())) if me == "main" else None
-    own = {name.split(".")[1] for name in imported(path, nodes) if name.startswith("ddil_lightning.")} - {me, "__version__"}
-    upwards = sorted(name for name in own if name not in ORDER[: ORDER.index(me)])
-    assert not upwards, f"{me} stands below {upwards}"
-    if me == "methods":
-        assert not own & FEEDBACK_NEVER_SEES, f"a method imports {own & FEEDBACK_NEVER_SEES}"
-    if me not in MAY_BUILD_PIPELINES:  # a method may name the scheduler that its student is deployed with
+    theirs = {package(name) for name in own(path)}
+    assert not [name for name in theirs if name not in ORDER[: ORDER.index(me) + 1]], f"{me} stands below {theirs}"
+    assert not theirs & NEVER.get(me, set())
+    if not {me, file} & MAY_BUILD_PIPELINES:  # a method may name the scheduler that its student is deployed with
         models = [name for name in imported(path) if name.split(".")[0] == "diffusers" and not name.endswith("Scheduler")]
         assert not models, f"only {sorted(MAY_BUILD_PIPELINES)} import {models}"
+
+
+def test_no_file_imports_itself_through_others() -> None:
+    """Imports inside functions count: a circle is a circle."""
+    modules = {str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"): path for path in FILES}
+    graph = {}
+    for module, path in modules.items():
+        names = {name if name in modules else name.rpartition(".")[0] for name in own(path)}
+        graph[module] = sorted(names & set(modules) - {module})
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
 @pytest.mark.parametrize("path", [*FILES, ROOT / "__init__.py"], ids=lambda p: str(p.relative_to(ROOT)))
@@ -79,6 +88,6 @@ def test_the_reader_of_imports_sees_them(tmp_path: Path, monkeypatch: pytest.Mon
     path.parent.mkdir()
     text = "import wandb.sdk\nfrom . import base\nfrom ..prior import A\nfrom .. import rollout\nif TYPE_CHECKING:\n  import peft\n"
     path.write_text(text + "class C:\n  import lpips\ndef f():\n  import diffusers\n")
-    package = {"ddil_lightning.methods.base", "ddil_lightning.prior.A", "ddil_lightning.rollout"}
-    assert set(imported(path)) == package | {"wandb.sdk", "peft", "lpips", "diffusers"}
-    assert set(imported(path, at_import_time(ast.parse(path.read_text())))) == package | {"wandb.sdk", "lpips"}
+    mine = {"ddil_lightning.methods.base", "ddil_lightning.prior.A", "ddil_lightning.rollout"}
+    assert set(imported(path)) == mine | {"wandb.sdk", "peft", "lpips", "diffusers"}
+    assert set(imported(path, at_import_time(ast.parse(path.read_text())))) == mine | {"wandb.sdk", "lpips"}

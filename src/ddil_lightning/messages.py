@@ -6,6 +6,7 @@ import argparse
 import difflib
 import inspect
 import logging
+import math
 import os
 import re
 import sys
@@ -251,3 +252,14 @@ class _Tips(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a record is none of the tips."""
         return not any(tip in record.getMessage() for tip in self.tips)
+
+
+def number(value: float) -> str:
+    """A number for an axis or a tooltip: four significant digits, thousands separated, no trailing zeros."""
+    if not math.isfinite(value):
+        return "not finite"
+    if value == int(value) and abs(value) < 1e9:
+        return f"{int(value):,}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .messages import shorten
+from ddil_lightning.messages import shorten
 
 MARK = "\ufeff"  # the byte order mark
 

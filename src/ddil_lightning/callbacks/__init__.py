@@ -1,10 +1,10 @@
 """Lightning callbacks: DAgger scheduling, checkpoints, previews, progress, the shift probe, stages."""
 
-from .checkpoints import Checkpoints
-from .dagger import AnnealPrior, Cadence, FlushBuffer
-from .previews import Previews
-from .progress import Progress
-from .shift_probe import ShiftProbe
-from .stages import Stages
+from ddil_lightning.callbacks.annealing import AnnealPrior, Cadence, FlushBuffer
+from ddil_lightning.callbacks.checkpoints import Checkpoints
+from ddil_lightning.callbacks.previews import Previews
+from ddil_lightning.callbacks.progress import Progress
+from ddil_lightning.callbacks.shift_probe import ShiftProbe
+from ddil_lightning.callbacks.stages import Stages
 
 __all__ = ["AnnealPrior", "Cadence", "Checkpoints", "FlushBuffer", "Previews", "Progress", "ShiftProbe", "Stages"]

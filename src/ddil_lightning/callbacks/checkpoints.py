@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import time
 from contextlib import suppress
@@ -13,9 +12,10 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from ..bounds import at_least
-from ..files import replacing
-from ..signals import Stopped, listen, unlisten
+from ddil_lightning.bounds import at_least
+from ddil_lightning.files import replacing
+from ddil_lightning.runs.checkpoint import clock_of, sorted_checkpoints
+from ddil_lightning.signals import Stopped, listen, unlisten
 
 AGREE = 10  # batches between two looks at whether any of several processes was interrupted
 
@@ -175,14 +175,3 @@ def finite(method: Any) -> bool:
     """Whether all parameters of a module are finite (of a sharded one, those of this process)."""
     local = (p.to_local() if hasattr(p, "to_local") else p for p in method.parameters())
     return all(bool(p.isfinite().all()) for p in local)
-
-
-def clock_of(path: Path) -> int | None:
-    """The clock in a checkpoint's name, None for another name."""
-    found = re.fullmatch(r"updates=(\d+)\.ckpt", path.name)
-    return int(found[1]) if found else None
-
-
-def sorted_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a folder by their clock, oldest first."""
-    return sorted((p for p in folder.glob("updates=*.ckpt") if clock_of(p) is not None), key=lambda p: clock_of(p) or 0)

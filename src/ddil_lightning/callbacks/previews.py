@@ -9,11 +9,12 @@ from typing import Any
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from .. import sampling
-from ..bounds import at_least, lengths, seeds, within
-from ..files import replacing
-from ..schedule import Grid
-from ..solver import Policy
+from ddil_lightning.backbones import sampling
+from ddil_lightning.bounds import at_least, lengths, seeds, within
+from ddil_lightning.diffusion.schedule import Grid
+from ddil_lightning.diffusion.solver import Policy
+from ddil_lightning.feed import Feed
+from ddil_lightning.files import replacing
 
 
 class Previews(Callback):
@@ -46,11 +47,11 @@ class Previews(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Judge the prompts, for runs that are not started by ddil-fit."""
         if self.every:
-            self.check_prompts(pl_module.backbone, getattr(trainer, "datamodule", None))
+            self.check_prompts(pl_module.backbone, pl_module.feed)
 
-    def check_prompts(self, backbone: Any, data: Any) -> None:
-        """Raises ValueError for a prompt that would be cut, unless `data` (a DDILDataModule) cuts its captions too."""
-        if self.prompts and not getattr(data, "truncate", False):
+    def check_prompts(self, backbone: Any, feed: Feed) -> None:
+        """Raises ValueError for a prompt that would be cut, unless `feed` cuts its captions too."""
+        if self.prompts and not feed.truncate:
             try:
                 backbone.check_length(self.prompts[: self.count])
             except ValueError as error:
@@ -74,7 +75,7 @@ class Previews(Callback):
         """
         self._drawn = method.student_updates
         backbone = method.backbone
-        prompts = self.prompts or backbone.about.get("previews") or trainer.datamodule.examples(self.count)
+        prompts = self.prompts or backbone.about.get("previews") or method.feed.examples(self.count)
         prompts = list(prompts)[: self.count]
         steps = list(self.student_steps or method.steps)
         with trainer.precision_plugin.forward_context():

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import ProgressBar
 
-from ..bounds import at_least
+from ddil_lightning.bounds import at_least
 
 
 class Progress(ProgressBar):

@@ -8,12 +8,12 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from ..bounds import at_least, seeds, within
-from ..denoiser import Denoiser, to_w
-from ..sampling import noise, renoising
-from ..schedule import Grid
-from ..shift import energy_distance
-from ..solver import Policy
+from ddil_lightning.backbones.sampling import noise, renoising
+from ddil_lightning.bounds import at_least, seeds, within
+from ddil_lightning.diffusion.denoiser import Denoiser, to_w
+from ddil_lightning.diffusion.schedule import Grid
+from ddil_lightning.diffusion.solver import Policy
+from ddil_lightning.imitation.shift import energy_distance
 
 PAIRS = 2000
 """Samples per set in a distance, whose memory is quadratic."""
@@ -48,7 +48,7 @@ class ShiftProbe(Callback):
             return
         self._probed = clock
         with torch.no_grad(), trainer.precision_plugin.forward_context():
-            values = self.measure(pl_module, trainer.datamodule)
+            values = self.measure(pl_module, pl_module.feed)
         for logger in trainer.loggers:
             logger.log_metrics({"student_updates": clock, **values}, step=clock)
 

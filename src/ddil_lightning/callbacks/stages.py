@@ -9,10 +9,10 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-from ..denoiser import evaluating
-from ..files import read_table
-from ..prior import SamplingPrior
-from .dagger import AnnealPrior, OnClock, check_images
+from ddil_lightning.callbacks.annealing import AnnealPrior, OnClock, check_images
+from ddil_lightning.diffusion.denoiser import evaluating
+from ddil_lightning.files import read_table
+from ddil_lightning.imitation.prior import SamplingPrior
 
 
 class Stages(Callback):
@@ -37,8 +37,7 @@ class Stages(Callback):
         """Check every prior of the plan now: one that comes after days of training must not be the one that stops it."""
         if stage != "fit" or not staged(pl_module):
             return
-        data: Any = getattr(trainer, "datamodule", None)  # None when the command line asks before anything is encoded
-        self._own = getattr(data, "prior", self._own)
+        self._own = pl_module.feed.prior or self._own
         self._annealed = any(isinstance(c, AnnealPrior) for c in trainer.callbacks)
         parts = [part for s in pl_module.stages for part in s.parts]
         if parts and self._annealed:
@@ -47,7 +46,7 @@ class Stages(Callback):
             pl_module.check_prior(self._of(part))
         forward = [s for s in pl_module.stages if any(part.forward > 0 for part in s.parts) or (s.preliminary and not s.parts)]
         if forward:
-            check_images(data, f"the plan's stage {forward[0]}", "give it parts without one")
+            check_images(pl_module.feed, f"the plan's stage {forward[0]}", "give it parts without one")
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Another run's pipelines are not ours to replace. Raises ValueError where there are some."""
@@ -75,21 +74,20 @@ class Stages(Callback):
     def _deliver(self, trainer: Any, method: Any) -> None:
         with method.gathered():
             if trainer.is_global_zero:
-                self.deliver(method, trainer.default_root_dir, trainer.datamodule.examples(4))
+                self.deliver(method, trainer.default_root_dir, method.feed.examples(4))
 
     def _go_on(self, trainer: Any, method: Any) -> None:
         more = method.stage + 1 < len(method.stages) and method.student_updates < method.updates
         if more and method.stage_updates >= method.stage_length:
             self.next_stage(trainer, method)
         prior = self.prior(method)
-        if prior is not None and hasattr(trainer.datamodule, "prior"):
-            trainer.datamodule.prior = prior
+        if prior is not None:
+            method.feed.prior = prior
 
     def next_stage(self, trainer: Any, method: Any) -> None:
         """Swap, halve, restart, forget. Whatever else hangs on the clock of the stage is told of its new beginning."""
         method.next_stage()
-        if hasattr(trainer.datamodule, "flush"):
-            trainer.datamodule.flush()
+        method.feed.flush()
         for callback in trainer.callbacks:
             if isinstance(callback, OnClock):
                 callback.apply(trainer, method, 0)
@@ -110,7 +108,7 @@ class Stages(Callback):
 
     def owed(self, method: Any, root: str | Path) -> Path | None:
         """The folder that the end of the present stage asks for and that is not there, or is that of another update."""
-        from .. import export
+        from ddil_lightning.runs import export
 
         if not (self.pipelines and staged(method) and method.stage_is_over and export.exportable(method)):
             return None
@@ -119,7 +117,7 @@ class Stages(Callback):
 
     def deliver(self, method: Any, root: str | Path, examples: Sequence[str]) -> Path | None:
         """The stage's student as a pipeline folder; None for one that cannot be exported. One that samples otherwise is said and kept."""
-        from .. import export
+        from ddil_lightning.runs import export
 
         if not export.exportable(method):
             return None

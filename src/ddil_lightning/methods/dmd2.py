@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from ..bounds import lengths, within
-from ..denoiser import Denoiser, to_w
-from ..schedule import Grid
-from ..solver import Policies, Policy
-from ..streams import Streams
-from ..types import LatentBatch
-from .base import Distillation
-from .losses import mse, per_sample
+from ddil_lightning.bounds import lengths, within
+from ddil_lightning.diffusion.denoiser import Denoiser, to_w
+from ddil_lightning.diffusion.schedule import Grid
+from ddil_lightning.diffusion.solver import Policies, Policy
+from ddil_lightning.methods.losses import mse, per_sample
+from ddil_lightning.records import LatentBatch
+from ddil_lightning.streams import Streams
+from ddil_lightning.training.method import Distillation
 
 Normaliser = Literal["sample", "batch"]
 
@@ -194,8 +194,7 @@ class DMD2(Distillation):
     def setup(self, stage: str) -> None:
         """Raises ValueError for a GAN without data."""
         super().setup(stage)
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if self.head is not None and hasattr(data, "reference") and data.reference(1).latent is None:
+        if self.head is not None and not self.feed.has_images():
             raise ValueError(
                 "DMD2's GAN compares with data, but the data set has no images: give images, or set model.gan_weight and "
                 "model.critic_gan_weight to 0"

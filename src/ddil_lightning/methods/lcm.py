@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bounds import above, at_least, fraction, lengths
-from ..denoiser import Consistency, Denoiser
-from ..schedule import Grid
-from ..solver import Policies, Policy, ddim
-from ..types import LatentBatch
-from .base import Distillation
-from .losses import Distance, check_distance, distance, lerp_
+from ddil_lightning.bounds import above, at_least, fraction, lengths
+from ddil_lightning.diffusion.denoiser import Consistency, Denoiser
+from ddil_lightning.diffusion.schedule import Grid
+from ddil_lightning.diffusion.solver import Policies, Policy, ddim
+from ddil_lightning.methods.losses import Distance, check_distance, distance
+from ddil_lightning.records import LatentBatch
+from ddil_lightning.training.averaging import lerp_
+from ddil_lightning.training.method import Distillation
 
 
 class LCM(Distillation):

@@ -10,14 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..bounds import within
-from ..denoiser import Denoiser
-from ..schedule import Grid, NoiseSchedule
-from ..solver import Policies, Policy, ddim
-from ..types import END, LatentBatch
-from .base import Distillation
-from .losses import Distance, check_distance, distance, lerp_
-from .plan import Stage, check_plan
+from ddil_lightning.bounds import within
+from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
+from ddil_lightning.diffusion.solver import Policies, Policy, ddim
+from ddil_lightning.methods.losses import Distance, check_distance, distance
+from ddil_lightning.records import END, LatentBatch
+from ddil_lightning.training.averaging import lerp_
+from ddil_lightning.training.method import Distillation
+from ddil_lightning.training.plan import Stage, check_plan
 
 Weight = Literal["snr+1", "truncated-snr", "snr", "x0"]
 

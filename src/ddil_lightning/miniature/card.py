@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..files import replacing_folder
-from .sources import load_source
+from ddil_lightning.files import replacing_folder
+from ddil_lightning.miniature.sources import load_source
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -93,7 +93,7 @@ A StableDiffusionPipeline in miniature (v-prediction, trailing DDIM steps), trai
 |---|{"---|" * len(names)}
 {rows}
 
-Means over held-out prompts, by `ddil_lightning.miniature.{facts["dataset"]}.judge`.
+Means over held-out prompts, by the exact judge of the {facts["dataset"]} (ddil_lightning.miniature).
 
 - command: `ddil-pretrain {" ".join(f"--{key} {value}" for key, value in facts["settings"].items())}`
 - images seen by the U-Net: {facts["images"]}{", those of the resumed run included" if facts["resumed"] else ", in one run"}

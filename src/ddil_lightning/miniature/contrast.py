@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from . import shapes
-from .evaluator import Evaluator, load_evaluator, tokenise
-from .sources import HELD_OUT, load_source
-from .stages import Stage, loader, stream_seed
+from ddil_lightning.miniature import shapes
+from ddil_lightning.miniature.evaluator import Evaluator, load_evaluator, tokenise
+from ddil_lightning.miniature.sources import HELD_OUT, load_source
+from ddil_lightning.miniature.stages import Stage, loader, stream_seed
 
 _SWAPS: tuple[tuple[str, ...], ...] = (shapes.COLOURS, shapes.SIZES, shapes.SHAPES, shapes.BACKGROUNDS)
 
@@ -110,7 +110,7 @@ def _flip(caption: str) -> str:
 
 def _digits(evaluator: Evaluator) -> float:
     """Share of held-out digits whose best caption of the ten is the right one."""
-    from .digits import caption, split
+    from ddil_lightning.miniature.digits import caption, split
 
     images, labels = split("held_out")
     a = F.normalize(evaluator.image_features(images), dim=1)
@@ -125,7 +125,7 @@ def train_evaluator(
     """Train the evaluator on CPU (on from the one in folder `start`), write it to `out` with its figures -> the figures."""
     from lightning.pytorch import seed_everything
 
-    from .pretrain import fit
+    from ddil_lightning.miniature.pretrain import fit
 
     seed_everything(seed, verbose=False)
     live = Evaluator() if start is None else load_evaluator(start).requires_grad_(True).train()

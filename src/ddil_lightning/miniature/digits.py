@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .judge import Judgement
+from ddil_lightning.miniature.judge import Judgement, evenness
 
 SIZE = 16
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -105,8 +104,6 @@ def judge(images: Tensor, captions: Sequence[str]) -> Judgement:
     Raises:
         ValueError: images of another size, another number of captions, or a caption of another form.
     """
-    from .judge import Judgement
-
     if len(images) != len(captions):
         raise ValueError(f"{len(images)} images but {len(captions)} captions")
     said = torch.tensor([parse(text).get("digit", -1) for text in captions], dtype=torch.int64)
@@ -129,8 +126,6 @@ def mode_coverage(images: Tensor, captions: Sequence[str]) -> float:
     Raises:
         ValueError: no caption leaves the digit open.
     """
-    from .judge import evenness
-
     rows = [i for i, text in enumerate(captions) if not parse(text)]
     if not rows:
         raise ValueError("mode_coverage needs captions that leave the digit open; see partial_prompts()")

@@ -1,6 +1,6 @@
 """A tiny CLIP for both built-in data sets: features for Fréchet and coverage measures, CLIP scores, perceptual feature maps.
 
-Like its large relatives it is nearly blind to relations: judge alignment with `shapes.judge`, which is exact.
+Like its large relatives it is nearly blind to relations: judge alignment with judge.py, which is exact.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import weights_path
-from .digits import WORDS as DIGIT_WORDS
-from .shapes import WORDS as SHAPE_WORDS
+from ddil_lightning.miniature import weights_path
+from ddil_lightning.miniature.digits import WORDS as DIGIT_WORDS
+from ddil_lightning.miniature.shapes import WORDS as SHAPE_WORDS
 
 VOCABULARY = ("<pad>", "<unknown>", "<start>", *dict.fromkeys(SHAPE_WORDS + DIGIT_WORDS), "<end>")
 CONTEXT = 16

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import shapes as S
+from ddil_lightning.miniature import shapes as S
 
 ATTRIBUTES = ("count", "shape", "colour", "size", "relation", "position", "background")
 _CORE = 0.3  # RGB distance (of [0, 1] values) within which a pixel counts as a palette colour

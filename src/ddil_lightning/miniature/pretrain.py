@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
-from ..bounds import at_least, fraction, lengths, seeds, within
-from ..files import check_writable, replacing_folder, switch, unused
-from . import networks
-from .card import guided, measure, save_teacher
-from .sources import load_source
-from .stages import AutoencoderStage, Denoiser, DenoiserStage, FreshImages, FreshLatents, Stage, loader, token_ids
+from ddil_lightning.bounds import at_least, fraction, lengths, seeds, within
+from ddil_lightning.files import check_writable, replacing_folder, switch, unused
+from ddil_lightning.miniature import networks
+from ddil_lightning.miniature.card import guided, measure, save_teacher
+from ddil_lightning.miniature.sources import load_source
+from ddil_lightning.miniature.stages import AutoencoderStage, Denoiser, DenoiserStage, FreshImages, FreshLatents, Stage, loader, token_ids
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

@@ -2,7 +2,7 @@
 
 Nothing is downloaded, and the law of the data is known in closed form: every attribute of a scene is uniform over its
 values (see the tables below), so that prompt alignment can be checked exactly (`judge`) and the modes which a partial
-prompt leaves open are uniform (`mode_coverage`); both live in `judge.py` and can be imported from here.
+prompt leaves open are uniform (`mode_coverage`); both are in judge.py.
 
 Coordinates are pixels, x to the right and y downwards, pixel centres at .5; the canvas is [0, 32] x [0, 32].
 """
@@ -12,17 +12,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .judge import Judgement as Judgement
-    from .judge import judge as judge
-    from .judge import mode_coverage as mode_coverage
-    from .judge import partial_prompts as partial_prompts
-    from .judge import read_scene as read_scene
 
 SIZE = 32
 SHAPES = ("circle", "square", "triangle", "cross")
@@ -247,12 +240,3 @@ def encode(texts: Sequence[str]) -> Scenes:
     t = torch.tensor([_encode(text) for text in texts], dtype=torch.int64).reshape(-1, 10)
     n = len(t)
     return Scenes(t[:, 0], t[:, 1:3], t[:, 3:5], t[:, 5:7], torch.zeros(n, 2), torch.zeros(n, 2, 2), t[:, 7], t[:, 8], t[:, 9])
-
-
-def __getattr__(name: str) -> Any:
-    """`judge`, `Judgement`, `read_scene`, `mode_coverage`, `partial_prompts`: from judge.py, which imports this file."""
-    if name in ("judge", "Judgement", "read_scene", "mode_coverage", "partial_prompts"):
-        from . import judge as module
-
-        return getattr(module, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

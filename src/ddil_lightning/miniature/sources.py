@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import digits, shapes
+from ddil_lightning.miniature import digits, judge, shapes
 
 HELD_OUT = 1 << 50  # seeds from here on are never used in training
 
@@ -17,7 +17,7 @@ class Source(NamedTuple):
 
     draw: Callable[[int, int], tuple[Tensor, list[str]]]  # (n, seed) -> images [n, 3, H, W] in [-1, 1], captions
     prompts: Callable[[int, int], list[str]]  # (n, seed) -> held-out prompts with every attribute
-    judge: Callable[..., shapes.Judgement]  # (images, captions) -> Judgement
+    judge: Callable[..., judge.Judgement]  # (images, captions) -> Judgement
     words: tuple[str, ...]  # the vocabulary of the captions
 
 
@@ -39,7 +39,7 @@ def load_source(name: str) -> Source:
         ValueError: another name.
     """
     if name == "shapes":
-        return Source(draw_shapes, shapes_prompts, shapes.judge, shapes.WORDS)
+        return Source(draw_shapes, shapes_prompts, judge.judge, shapes.WORDS)
     if name == "digits":
         return Source(digits.draw, digits.prompts, digits.judge, digits.WORDS)
     raise ValueError(f"unknown built-in data set {name!r}; choose shapes or digits")

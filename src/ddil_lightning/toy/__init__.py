@@ -6,6 +6,6 @@ nothing that a network computes crosses members. What one process draws per row 
 source and the plan of a roll-out. So several processes with other seeds belong to a result (benchmarks/toy2d.py).
 """
 
-from .backbone import Toy
+from ddil_lightning.toy.backbone import Toy
 
 __all__ = ["Toy"]

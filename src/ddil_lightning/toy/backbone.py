@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..analytic import Mixture
-from ..backbones import Backbone
-from ..bounds import above, seeds, within
-from ..captions import Captions
-from ..schedule import NoiseSchedule
-from ..types import Context
-from .networks import Ensemble, Exact, Head
-from .problems import PROBLEMS, sample
+from ddil_lightning.backbones.pipeline import Backbone
+from ddil_lightning.bounds import above, seeds, within
+from ddil_lightning.data.captions import Captions
+from ddil_lightning.diffusion.analytic import Mixture
+from ddil_lightning.diffusion.schedule import NoiseSchedule
+from ddil_lightning.records import Context
+from ddil_lightning.toy.networks import Ensemble, Exact, Head
+from ddil_lightning.toy.problems import PROBLEMS, sample
 
 PRETRAIN_STEPS, PRETRAIN_BATCH, PRETRAIN_LR = 800, 256, 3e-3
 

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..analytic import Mixture
-from ..backbones import W_EMBEDDING, w_embedding
-from ..schedule import NoiseSchedule
-from ..types import Context
+from ddil_lightning.backbones.pipeline import W_EMBEDDING, w_embedding
+from ddil_lightning.diffusion.analytic import Mixture
+from ddil_lightning.diffusion.schedule import NoiseSchedule
+from ddil_lightning.records import Context
 
 FREQUENCIES = 16
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..analytic import Mixture
+from ddil_lightning.diffusion.analytic import Mixture
 
 
 class Problem(NamedTuple):

@@ -9,27 +9,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..denoiser import Denoiser, to_w
-from ..evaluate import make_row
-from ..metrics.prdc import density_coverage
-from ..sampling import renoising
-from ..schedule import Grid
-from ..shift import energy_distance
-from ..solver import Policy
-from ..streams import Streams
-from ..types import Context
-from .backbone import Toy
-from .problems import Problem, sample
+from ddil_lightning.diffusion.denoiser import Denoiser, to_w
+from ddil_lightning.diffusion.schedule import Grid
+from ddil_lightning.diffusion.solver import Policy
+from ddil_lightning.evaluation.metrics.prdc import density_coverage
+from ddil_lightning.evaluation.suite import make_row
+from ddil_lightning.imitation.shift import energy_distance
+from ddil_lightning.records import Context
+from ddil_lightning.toy.backbone import Toy
+from ddil_lightning.toy.problems import Problem, sample
 
 if TYPE_CHECKING:
-    from ..methods.base import Distillation
+    from ddil_lightning.training.method import Distillation
 
 Scores = dict[str, list[float]]
 """Values of the members, by measure."""
 
 TEACHER_STEPS = 32
 SIGMAS = 4  # a sample within so many standard deviations of a mode of its class counts as of high quality
-REAL, NOISE, AGAIN = (k * 1_000_000 for k in range(1, 4))  # what is added to a member's seed for each purpose
+REAL, NOISE, AGAIN, RENOISE = (k * 1_000_000 for k in range(1, 5))  # what is added to a member's seed for each purpose
 
 
 class Exam:
@@ -37,7 +35,7 @@ class Exam:
 
     `n` samples per member, classes by the law's weights; `g`: guidance of teacher and students; `near`: samples in density, coverage and
     the shift. Every sampler starts from the same noise per member, so differences between students are paired; the teacher's samples
-    that a law is compared with come from noise of their own. Noise, of the start and of re-noising, depends on neither `n` nor the device.
+    that a law is compared with come from noise of their own.
     """
 
     def __init__(self, toy: Toy, g: float, n: int = 2000, near: int = 1000, seed: int = 0) -> None:
@@ -105,13 +103,11 @@ class Exam:
     @torch.no_grad()
     def _walk(self, policy: Policy, grid: Grid, x_T: Tensor, classes: Tensor) -> list[Tensor]:
         c = self.context(classes)
-        generators = renoising(len(x_T), Streams(self.seeds[0], 0).number("points"))
-        return [x.float().cpu() for x in policy.walk(x_T.to(self.toy.device), grid, c, generators)]
+        generator = torch.Generator(self.toy.device).manual_seed(self.seeds[0] + RENOISE)
+        return [x.float().cpu() for x in policy.walk(x_T.to(self.toy.device), grid, c, generator)]
 
     def _normal(self, n: int, offset: int) -> Tensor:
-        # torch draws by blocks of 16 numbers and draws the last, unfinished one anew: whole ones, so that a point does not depend on n.
-        whole = n + -n % 8
-        return torch.stack([torch.randn(whole, 2, generator=torch.Generator().manual_seed(s + offset))[:n] for s in self.seeds], 2)
+        return torch.stack([torch.randn(n, 2, generator=torch.Generator().manual_seed(s + offset)) for s in self.seeds], 2)
 
 
 def mode_kl(x: Tensor, problem: Problem) -> float:

@@ -1,0 +1,14 @@
+from ddil_lightning.backbones.pipeline import Backbone as Backbone
+from ddil_lightning.callbacks import AnnealPrior as AnnealPrior, Cadence as Cadence, Checkpoints as Checkpoints, FlushBuffer as FlushBuffer, Previews as Previews, Progress as Progress, ShiftProbe as ShiftProbe, Stages as Stages
+from ddil_lightning.data.captions import Captions as Captions, Digits as Digits, Images as Images, Prompts as Prompts, Shapes as Shapes
+from ddil_lightning.data.datamodule import DDILDataModule as DDILDataModule
+from ddil_lightning.diffusion.denoiser import Denoiser as Denoiser
+from ddil_lightning.diffusion.reflection import Reflection as Reflection
+from ddil_lightning.diffusion.schedule import Grid as Grid, NoiseSchedule as NoiseSchedule
+from ddil_lightning.diffusion.solver import Policy as Policy
+from ddil_lightning.imitation.buffer import ReplayBuffer as ReplayBuffer
+from ddil_lightning.imitation.prior import Cosine as Cosine, Exponential as Exponential, Gated as Gated, Linear as Linear, Piecewise as Piecewise, SamplingPrior as SamplingPrior, Schedule as Schedule
+from ddil_lightning.imitation.rollout import draw as draw, roll as roll
+from ddil_lightning.methods import DMD2 as DMD2, LCM as LCM, PD as PD
+from ddil_lightning.training.method import Distillation as Distillation
+from ddil_lightning.training.plan import Part as Part, Stage as Stage

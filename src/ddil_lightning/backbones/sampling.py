@@ -1,0 +1,121 @@
+"""Prompts to images, by a policy of this library or by a diffusers pipeline, from the same noise. Previews, tests and checks all use it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ddil_lightning.diffusion.denoiser import to_w
+from ddil_lightning.diffusion.schedule import Grid
+from ddil_lightning.diffusion.solver import Policy
+from ddil_lightning.streams import Streams
+
+if TYPE_CHECKING:
+    from ddil_lightning.backbones.pipeline import Backbone
+
+
+def noise(n: int, shape: Sequence[int], seed: int) -> Tensor:
+    """[n, *shape] float32 on the CPU; sample i depends on seed + i alone, so that every model and step count starts from the same noise."""
+    return torch.stack([torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed + i)) for i in range(n)])
+
+
+def renoising(n: int, seed: int) -> list[torch.Generator]:
+    """A generator for the re-noising of every sample: a function of seed + i as the noise that it starts from, and independent of that.
+
+    So an image depends neither on the batch it is drawn in nor on the device.
+    """
+    return [Streams(seed + i, 0).local("renoise") for i in range(n)]
+
+
+POSITIONS = 128 * 16 * 16
+"""How many places of latents a network works on at a time: 128 of 16 x 16, 8 of 64 x 64, 2 of 128 x 128."""
+
+
+def batch(shape: Sequence[int]) -> int:
+    """How many latents [C, h, w] of a `shape` are sampled at a time, so that memory does not grow with the resolution."""
+    return max(1, min(128, POSITIONS // math.prod(shape[1:])))
+
+
+@torch.no_grad()
+def latents(
+    backbone: Backbone, policy: Policy, grid: Grid, prompts: Sequence[str], g: float | None, seed: int = 0, chunk: int | None = None
+) -> Tensor:
+    """Final latents [N, C, h, w] of `prompts` at guidance `g` (None: unguided), `chunk` at a time (default: `batch`).
+
+    A prompt that is too long is cut, as every diffusers pipeline does: who takes prompts from a user asks `check_length` first.
+    """
+    out, chunk = [], chunk or batch(backbone.latent_shape)
+    x_T, generators = noise(len(prompts), backbone.latent_shape, seed), renoising(len(prompts), seed)
+    for start in range(0, len(prompts), chunk):
+        part = slice(start, start + chunk)
+        c = backbone.encode_text(prompts[part], truncate=True).guided(None if g is None else to_w(g))
+        out.append(policy.sample(x_T[part].to(backbone.device), grid, c, generators[part]))
+    return torch.cat(out)
+
+
+def images(
+    backbone: Backbone, policy: Policy, grid: Grid, prompts: Sequence[str], g: float | None, seed: int = 0, chunk: int | None = None
+) -> Tensor:
+    """Images [N, 3, H, W] in [-1, 1], on the CPU."""
+    return decoded(backbone, latents(backbone, policy, grid, prompts, g, seed, chunk))
+
+
+def decoded(backbone: Backbone, made: Tensor) -> Tensor:
+    """Images [N, 3, H, W] in [-1, 1] of latents, on the CPU; the device holds a batch of them at most."""
+    return torch.cat([backbone.decode(part).cpu() for part in made.split(batch(made.shape[1:]))])
+
+
+@torch.no_grad()
+def pipeline_latents(pipe: Any, prompts: Sequence[str], steps: int, g: float, seed: int = 0, chunk: int | None = None) -> Tensor:
+    """Final latents of a diffusers pipeline called as its users call it, from the same noise as `latents`."""
+    out = []
+    shape = (pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size)
+    chunk = chunk or batch(shape)
+    x_T, generators = noise(len(prompts), shape, seed), renoising(len(prompts), seed)
+    for start in range(0, len(prompts), chunk):
+        part = slice(start, start + chunk)
+        made = pipe(
+            prompt=list(prompts[part]),
+            num_inference_steps=steps,
+            guidance_scale=g,
+            latents=x_T[part].to(pipe.device, pipe.unet.dtype),
+            generator=generators[part],
+            output_type="latent",
+        )
+        out.append(made.images.float())
+    return torch.cat(out)
+
+
+def sheet(rows: Sequence[Tensor], labels: Sequence[str], captions: Sequence[str], scale: int = 3) -> Any:
+    """A PIL picture: one labelled row of images [N, 3, H, W] per model, the prompts as a legend below."""
+    from PIL import Image, ImageDraw
+
+    count, (height, width) = len(rows[0]), rows[0].shape[-2:]
+    h, w, left, line = height * scale, width * scale, 92, 14
+    legend = [f"{i + 1}: {caption}" for i, caption in enumerate(captions[:count])]
+    picture = Image.new("RGB", (left + count * (w + 4), len(rows) * (h + 4) + line * (len(legend) + 1)), "white")
+    draw = ImageDraw.Draw(picture)
+    for r, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        draw.text((6, r * (h + 4) + h // 2 - 6), label, fill="black")
+        pixels = ((row.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        for k in range(count):
+            tile = Image.fromarray(pixels[k]).resize((w, h), Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+            picture.paste(tile, (left + k * (w + 4), r * (h + 4)))
+    for i, text in enumerate(legend):
+        draw.text((6, len(rows) * (h + 4) + 4 + i * line), text, fill="black")
+    return picture
+
+
+def tiles(x: Tensor, scale: int, columns: int) -> Any:
+    """A PIL picture of images [N, 3, H, W] in [-1, 1], `columns` a row, every pixel enlarged `scale` times."""
+    from PIL import Image
+    from torchvision.utils import make_grid
+
+    pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    large = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    whole = large[0] if len(large) == 1 else make_grid(large, nrow=columns, padding=4, pad_value=255)
+    return Image.fromarray(whole.permute(1, 2, 0).numpy())

@@ -1,0 +1,117 @@
+"""DAgger scheduling: the prior, the cadence and the buffer as functions of the clock.
+
+They act in `on_train_start` and `on_train_batch_end`: the DataModule draws a batch before `on_train_batch_start`, so any later hook would
+be one batch late.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from ddil_lightning.bounds import at_least
+from ddil_lightning.feed import Feed
+from ddil_lightning.imitation.prior import Gated, SamplingPrior, Schedule
+
+
+class OnClock(Callback):
+    """Calls `apply(trainer, method, clock)` before the first batch and after every one."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The clock as it stands, also after a resume."""
+        self.apply(trainer, pl_module, int(pl_module.stage_updates))  # type: ignore[arg-type]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """The clock after the step."""
+        self.apply(trainer, pl_module, int(pl_module.stage_updates))  # type: ignore[arg-type]
+
+    def apply(self, trainer: Any, method: Any, clock: int) -> None:
+        """What to do at `clock`."""
+
+
+def check_images(feed: Feed, what: str, remedy: str = "give that share to the teacher, or give images") -> None:
+    """Raises ValueError for `what`, which has a forward share, on data without images."""
+    if not feed.has_images():
+        raise ValueError(f"{what} has a forward share but the data set has no images: {remedy}")
+
+
+class AnnealPrior(OnClock):
+    """Sets the DataModule's prior to `schedule(clock)`. Every prior is checked against the method's sources before it is used."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self._heard: int | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Check the whole schedule now: a prior that comes after days of training must not be the one that stops it."""
+        if stage != "fit":
+            return
+        ends = [self.schedule.first, self.schedule.last] if isinstance(self.schedule, Gated) else []
+        clocks = {round(k / 100 * pl_module.updates) for k in range(101)} | set(getattr(self.schedule, "starts", []))
+        priors = ends or [self.schedule(clock) for clock in sorted(clocks)]
+        for prior in priors:
+            pl_module.check_prior(prior)
+        if max(prior.forward for prior in priors) > 1e-6:  # an interpolation rounds
+            check_images(pl_module.feed, "the schedule of AnnealPrior")
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """The clock as it stands; losses from before belong to another run."""
+        self._heard = pl_module.student_updates
+        super().on_train_start(trainer, pl_module)
+
+    def apply(self, trainer: Any, method: Any, clock: int) -> None:
+        """The prior of this clock; a gated schedule first hears the losses of an update, once."""
+        # Called after every batch, also those of a critic and the first ones of an update of several, and once more at a stage's end.
+        moved, self._heard = method.student_updates != self._heard, method.student_updates
+        if isinstance(self.schedule, Gated) and moved:
+            losses = method.source_losses
+            rolled = [value for name, value in losses.items() if name != "forward"]
+            if rolled and "forward" in losses:
+                self.schedule.observe(sum(rolled) / len(rolled), losses["forward"])
+        if getattr(getattr(method, "now", None), "preliminary", False):
+            return  # a stage on forward latents, whichever of the callbacks comes last
+        prior: SamplingPrior = self.schedule(clock)
+        if prior != method.feed.prior:
+            method.check_prior(prior)
+            method.feed.prior = prior
+
+    def state_dict(self) -> dict[str, Any]:
+        """The level of a gated schedule; other schedules have no memory."""
+        return {"level": self.schedule.level, "passed": self.schedule.passed} if isinstance(self.schedule, Gated) else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore it."""
+        if isinstance(self.schedule, Gated) and state_dict:
+            self.schedule.level, self.schedule.passed = state_dict["level"], state_dict["passed"]
+
+
+class Cadence(OnClock):
+    """Student updates between two roll-outs: `every[k]` from clock `starts[k]` on."""
+
+    def __init__(self, every: Sequence[int], starts: Sequence[int]) -> None:
+        if len(every) != len(starts) or not starts or starts[0] != 0 or list(starts) != sorted(set(starts)) or min(every) < 1:
+            raise ValueError(
+                f"a cadence needs as many starts as values >= 1, starts rising from 0; got every={list(every)}, starts={list(starts)}"
+            )
+        self.every, self.starts = list(every), list(starts)
+
+    def apply(self, trainer: Any, method: Any, clock: int) -> None:
+        """The cadence of this clock."""
+        method.feed.collect_every = next(e for e, s in zip(reversed(self.every), reversed(self.starts), strict=True) if clock >= s)
+
+
+class FlushBuffer(OnClock):
+    """Forgets all roll-outs at the given clocks (and, by the Stages callback, at every stage)."""
+
+    def __init__(self, at: Sequence[int]) -> None:
+        at_least(0, at=at)
+        self.at = sorted(at)
+        self._last: int | None = None
+
+    def apply(self, trainer: Any, method: Any, clock: int) -> None:
+        """Flush once when a clock of `at` is passed."""
+        if self._last is not None and any(self._last < a <= clock for a in self.at):
+            method.feed.flush()
+        self._last = clock

@@ -1,0 +1,152 @@
+"""What the parts of a run ask of each other and of the Trainer, checked before anything is written or trained."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from typing import Any
+
+from jsonargparse import Namespace
+
+from ddil_lightning.callbacks import Checkpoints, Previews, Progress, ShiftProbe, Stages
+from ddil_lightning.callbacks.annealing import OnClock
+from ddil_lightning.commands.configs import read_config
+from ddil_lightning.data.captions import Captions
+from ddil_lightning.data.datamodule import DDILDataModule
+from ddil_lightning.errors import Refusal
+from ddil_lightning.imitation.prior import Schedule
+from ddil_lightning.runs.finish import Test
+from ddil_lightning.training.method import Distillation
+
+OWN = (Checkpoints, Previews, Progress, Stages)
+"""The callbacks that every run has, each with a group of options of its name."""
+
+
+def check_steps(method: Distillation, config: Any) -> None:
+    """Raises ValueError now, and not after the training, for a step count that the student or its teacher cannot take.
+
+    Also for a prompt of the previews that their text encoder cannot take whole: it is known before the data are encoded.
+    """
+    test, previews = config.test, config.previews
+    asked = [("export_steps", [config.export_steps] if config.export_steps is not None else [], method.sampler)]
+    asked += [("test.student_steps", test.student_steps or [], method.sampler)]
+    asked += [("test.teacher_steps", test.teacher_steps if test.n else [], method.teacher_sampler)]
+    if previews.every:
+        previews.check_prompts(method.backbone, config.data)
+        asked += [("previews.student_steps", previews.student_steps or [], method.sampler)]
+        asked += [("previews.teacher_steps", previews.teacher_steps, method.teacher_sampler)]
+    callbacks = config.trainer.callbacks or []
+    for probe in (c for c in (callbacks if isinstance(callbacks, list) else [callbacks]) if isinstance(c, ShiftProbe)):
+        asked += [("the steps of ShiftProbe", [probe.steps], method.sampler)]
+        asked += [("its teacher_steps", [probe.teacher_steps], method.teacher_sampler)]
+    for name, steps, sampler in asked:
+        for n in steps:
+            try:
+                sampler(n)
+            except ValueError as error:
+                raise ValueError(f"{name} {n}: {error}") from error
+
+
+def check_room(method: Distillation, data: DDILDataModule) -> None:
+    """Raises ValueError for a buffer that cannot hold a single roll-out of some stage."""
+    if data.buffer is None:
+        return
+    for stage in range(method.stage_count):
+        with method.at_stage(stage):
+            grid: Any = method.grid
+            longest = max(len(walk) for walk in grid.rollouts)
+            preliminary = getattr(getattr(method, "now", None), "preliminary", False)  # such a stage has no roll-outs
+        if longest * data.trajectories > data.buffer.capacity and not preliminary:
+            raise ValueError(
+                f"data.capacity {data.buffer.capacity} cannot hold one roll-out: {data.trajectories} trajectories of {longest} states; "
+                "raise it, or set data.trajectories lower, or data.capacity to 0 for roll-outs that are made for every batch"
+            )
+
+
+GROUPS = ("data", "trainer", "test", *(cls.__name__.lower() for cls in OWN))
+BARE: tuple[tuple[type, str], ...] = ((Distillation, "sampler"), (Captions, "__len__"), (Schedule, "__call__"), (OnClock, "apply"))
+"""Classes that are there to be derived from, each with what a class that can be used defines."""
+
+
+def check_shape(config: Any) -> None:
+    """Raises Refusal for a group of options that is no table, for a config without a method, and for a class that is only a base."""
+    for name in GROUPS:
+        if not isinstance(config.get(name), Namespace):
+            raise Refusal(
+                f"{name} is {config.get(name)!r}: it is a table of options, such as `{name}: {{...}}`; leave it out for the defaults"
+            )
+    if config.model is None or config.model.class_path.rpartition(".")[2] == Distillation.__name__:
+        raise Refusal("the config names no method: give model: {class_path: LCM, ...}, or PD, DMD2 or one of your own")
+    for cls, where in classes(config):
+        for base, needed in BARE:
+            if isinstance(cls, type) and issubclass(cls, base) and getattr(cls, needed) is getattr(base, needed):
+                raise Refusal(f"{where}: {cls.__name__} is there to be derived from: give a class that defines {needed}")
+
+
+def check_callbacks(callbacks: Sequence[Any]) -> None:
+    """Raises ValueError for a callback of Lightning's that waits for a metric: the curves of a run are not known to it by any name."""
+    for callback in callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if monitor is not None:
+            raise ValueError(
+                f"trainer.callbacks: {type(callback).__name__} watches {monitor!r}, and no metric is logged to Lightning by a name: "
+                "leave it out; --updates says how long a run is, and checkpoints.keep how many states stay"
+            )
+
+
+def check_trainer(config: Any) -> None:
+    """Raises ValueError for settings of the Trainer under which no update would be made."""
+    for name in ("max_epochs", "max_steps"):
+        if config.get(name) is not None and (config[name] == 0 or config[name] < -1):
+            raise ValueError(f"trainer.{name} is {config[name]}: give -1, since --updates says how long a run is, or at least 1")
+    if config.get("limit_train_batches") in (0, 0.0):
+        raise ValueError("trainer.limit_train_batches is 0: leave it out, --updates says how long a run is")
+
+
+def refuse_null(config: Any) -> None:
+    """Raises Refusal for an option that is null and has to be something: jsonargparse takes null for any type."""
+    for cls, name in ((DDILDataModule, "data"), (Test, "test"), *((cls, cls.__name__.lower()) for cls in OWN)):
+        _refuse_null(cls, config.get(name), name)
+    for cls, where, given in _named(config, ""):
+        _refuse_null(cls, given, where)
+
+
+def classes(config: Any) -> Iterator[tuple[Any, str]]:
+    """Every class that a parsed config names, with the key where it does."""
+    return ((cls, where) for cls, where, _ in _named(config, ""))
+
+
+def _named(value: Any, where: str) -> Iterator[tuple[Any, str, Any]]:
+    if isinstance(value, list):
+        for inner in value:
+            yield from _named(inner, where)
+    elif isinstance(value, Namespace) and "class_path" in vars(value):
+        module, _, name = value.class_path.rpartition(".")
+        given = vars(value).get("init_args")
+        yield getattr(import_module(module), name), where, given
+        yield from _named(given, where)
+    elif isinstance(value, Namespace):
+        for key, inner in vars(value).items():
+            yield from _named(inner, f"{where}.{key}".lstrip("."))
+
+
+def _refuse_null(cls: Any, given: Any, where: str) -> None:
+    if not isinstance(given, Namespace) or not isinstance(cls, type):
+        return
+    known: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__[:-1]:
+        known = {**(inspect.signature(base).parameters if "__init__" in vars(base) else {}), **known}
+    for name, parameter in known.items():
+        kind = str(parameter.annotation)
+        if vars(given).get(name, cls) is None and parameter.default is not None and not re.search(r"None|Optional|Any|_empty", kind):
+            raise Refusal(f"{where}.{name} takes {kind}, not null")
+
+
+def refuse_data_seed(words: Sequence[str]) -> None:
+    """Raises Refusal for a data.seed in a config: it is linked to the run's seed, and jsonargparse would ignore it in silence."""
+    for value in (b for a, b in zip(words, words[1:], strict=False) if a == "--config"):
+        data = read_config(value).get("data")
+        if isinstance(data, dict) and "seed" in data:
+            raise Refusal("data.seed follows the seed of the run: set seed_everything, or --seed on the command line")

@@ -1,0 +1,151 @@
+"""Command lines and configs as texts: packaged names, short options, YAML files that are none. Needs no torch."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ddil_lightning.errors import Refusal
+
+
+def configs_folder() -> Path:
+    """Where the packaged configs are: inside an installed wheel, or at the top of a checkout."""
+    package = Path(str(resources.files("ddil_lightning")))
+    inside = package / "configs"
+    return inside if any(inside.glob("*.yaml")) else package.parents[1] / "configs"
+
+
+def config_names() -> list[str]:
+    """All packaged configs, relative to their folder."""
+    folder = configs_folder()
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*.yaml"))
+
+
+def find_config(name: str) -> Path:
+    """A config by path, or by its bare name (`lcm_ddil` or `lcm_ddil.yaml`) among the packaged ones, from any directory.
+
+    A file wins over a packaged name, a directory of that name does not. Raises Refusal with the nearest names.
+    """
+    given = Path(os.path.expanduser(name))
+    if given.is_file():
+        return given
+    wanted = name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"
+    packaged = configs_folder() / wanted
+    if packaged.is_file():
+        return packaged
+    names = config_names()
+    near = difflib.get_close_matches(wanted, names, n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(names)}"
+    raise Refusal(f"no config {name}: it is neither a file nor a packaged config; {hint}")
+
+
+def expand(argv: Sequence[str], short: dict[str, str]) -> list[str]:
+    """The command line in full: `a.b=1` becomes `--a.b=1`, `--updates 5` what `short` says it is, config names become paths.
+
+    The value of an option is the next word as it is, but no option is another's value, and a help word needs none.
+    All --config words come first, in their order: the rest of the command line wins over them wherever it stands.
+    """
+    configs: list[str] = []
+    rest: list[str] = []
+    words, value_follows, asks = list(argv), False, False
+    while words:
+        word = words.pop(0)
+        if value_follows and not (word.startswith("--") or word in ("-c", "-h") or (asks and OVERRIDE.fullmatch(word))):
+            rest.append(word)  # as it is: a value may well look like updates=12.ckpt
+            value_follows = False
+            continue
+        value_follows = False
+        if OVERRIDE.fullmatch(word):
+            word = f"--{word}"
+        key, equals, value = word.partition("=")
+        if key in ("-c", "--config"):
+            if not equals:
+                if not words:
+                    raise Refusal("--config needs a name or a file, such as --config lcm_ddil")
+                value = words.pop(0)
+            configs += ["--config", value if _inline(value) else str(find_config(value))]
+            continue
+        key = short.get(key, key)
+        rest.append(key + equals + value)
+        value_follows, asks = key.startswith("--") and not equals and key not in FLAGS, key.endswith(".help")
+    check_yaml([*configs, *rest])
+    return configs + rest
+
+
+def check_yaml(words: Sequence[str]) -> None:
+    """Raises Refusal, naming the file, for a YAML text in an expanded command line that is none, or that its aliases blow up."""
+    for key, value in zip(words, words[1:], strict=False):
+        if key == "--config":
+            _check_text(_config_text(value), "--config {...}" if _inline(value) else value, top=True)
+    for word in words:
+        if "&" in word and "*" in word:
+            _check_text(word.partition("=")[2] if word.startswith("--") else word, word[:80])
+
+
+def read_config(given: Path | str) -> dict[str, Any]:
+    """The table that --config names: of a YAML file, or the text `{...}` itself. Raises Refusal, naming it, for anything else."""
+    import yaml
+
+    check_yaml(["--config", str(given)])
+    return yaml.safe_load(_config_text(str(given)))
+
+
+def _inline(config: str) -> bool:
+    return config.lstrip().startswith("{")
+
+
+def _config_text(config: str) -> str:
+    try:
+        return config if _inline(config) else Path(config).read_bytes().decode("utf-8-sig")
+    except ValueError as error:
+        raise Refusal(f"{config} is no text in UTF-8: save it as such") from error
+
+
+def _check_text(text: str, name: str, top: bool = False) -> None:
+    import yaml
+
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        size = _size(root, {}) if root is not None else 0
+    except yaml.YAMLError as error:
+        if top:
+            raise Refusal(f"{name}: {' '.join(str(error).split())}") from error
+        return  # a word that is no YAML is for the parser to judge
+    except RecursionError as error:
+        raise Refusal(f"{name} is nested too deeply") from error
+    if size > NODES:
+        raise Refusal(f"{name}: its aliases (&, *) stand for {'endless' if size == float('inf') else f'{size:.0e}'} values: write them out")
+    if top and (root is None or not isinstance(root, yaml.MappingNode)):
+        what = "empty" if root is None else f"a {root.id}"
+        raise Refusal(f"{name} is {what}: a config is a table of keys, such as `model: {{class_path: LCM}}`")
+
+
+def _size(node: Any, known: dict[int, float]) -> float:
+    """How many values a YAML node stands for when its aliases are written out; infinite for one that holds itself."""
+    if id(node) not in known:
+        known[id(node)] = float("inf")  # while it is being counted
+        inner = node.value if isinstance(node.value, list) else []
+        parts = [part for entry in inner for part in (entry if isinstance(entry, tuple) else (entry,))]
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
+
+
+OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*\+?=.*", re.DOTALL)
+
+FLAGS = ("--help", "--print_config")  # options without a value of their own
+
+NODES = 100_000  # values in a config; the largest one of ours has some hundred
+
+FIT_SHORT = {
+    "--updates": "--model.init_args.updates",
+    "--seed": "--seed_everything",
+    "--checkpoint_every": "--checkpoints.every",
+    # jsonargparse has no help of a group alone.
+    "--trainer.help": "--help",
+    "--data.help": "--help",
+}

@@ -1,0 +1,21 @@
+"""ddil-fit, before anything heavy is imported."""
+
+from __future__ import annotations
+
+import os
+
+from ddil_lightning.commands.configs import FIT_SHORT, config_names, expand
+from ddil_lightning.errors import Refusal
+
+
+def fit(argv: list[str], patience: bool = False) -> int:
+    """Train, export and test. `patience`: ask for it, before what takes half a minute on a cold machine."""
+    words = expand(argv, FIT_SHORT)
+    if "--config" not in words and not any(word == "-h" or word.partition("=")[0].endswith("help") for word in words):
+        raise Refusal(f"ddil-fit needs --config NAME; packaged are {', '.join(config_names())}")
+    asks = ("--help", "-h", "--print_config", "--model.help", "--data.help", "--trainer.help")
+    if patience and os.environ.get("LOCAL_RANK", "0") == "0" and not any(word.startswith(asks) or word.endswith(".help") for word in words):
+        print("ddil-fit: loading PyTorch and Lightning ...", flush=True)
+    from ddil_lightning.commands import fitting
+
+    return fitting.fit(words)

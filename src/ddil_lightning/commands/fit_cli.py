@@ -1,0 +1,319 @@
+"""The command line of ddil-fit: Lightning's CLI over methods, the DDIL DataModule and the run folder. Where everything meets."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentError
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from ddil_lightning.bounds import seeds
+from ddil_lightning.callbacks import AnnealPrior, Cadence, Checkpoints, FlushBuffer, Previews, Progress, ShiftProbe, Stages  # noqa: F401 (short names in configs)
+from ddil_lightning.commands.checks import (
+    check_callbacks,
+    check_room,
+    check_shape,
+    check_steps,
+    check_trainer,
+    refuse_data_seed,
+    refuse_null,
+)
+from ddil_lightning.commands.configs import FIT_SHORT, configs_folder
+from ddil_lightning.data.captions import Captions, Digits, Images, Prompts, Shapes  # noqa: F401
+from ddil_lightning.data.datamodule import DDILDataModule
+from ddil_lightning.errors import Refusal, one_line
+from ddil_lightning.files import unused, write_text
+from ddil_lightning.imitation.prior import Constant, Cosine, Exponential, Gated, Linear, Piecewise, Schedule  # noqa: F401
+from ddil_lightning.messages import each_text, explain, parameters, plain, subclasses
+from ddil_lightning.methods import DMD2, LCM, PD  # noqa: F401
+from ddil_lightning.runs.checkpoint import check_fits, check_newest, check_whole, find_checkpoint, folder_of, load_checkpoint
+from ddil_lightning.runs.finish import Test, rehearse
+from ddil_lightning.runs.folder import Claim, check_free, check_latest, point_latest, reserve, take_up
+from ddil_lightning.runs.loggers import MetricsFile, check_wandb, masked, refuse_masked, wandb_logger
+from ddil_lightning.toy import Toy  # noqa: F401
+from ddil_lightning.training.method import Distillation
+from ddil_lightning.training.plan import Part, Stage
+
+Wandb = Literal["off", "offline", "online"]
+BASES = (Distillation, Stage, Part, Captions, Schedule, Callback, Logger)
+RUN_DIR = "DDIL_RUN_DIR"  # tells the processes that Lightning launches where the run is
+
+
+class FitCLI(LightningCLI):
+    """Parses, builds method and data, takes a run folder, builds the trainer. `fit` below runs them.
+
+    Nothing is written before training starts, so that no error of the config, the data or a checkpoint leaves half a run behind.
+    `rebuild`: the parts alone, without a folder and loggers (for benchmarks).
+    """
+
+    def __init__(self, args: list[str], rebuild: bool = False) -> None:
+        self.folder, self.started, self.rebuild = Path(), False, rebuild
+        self._claim: Claim | None = None
+        super().__init__(
+            Distillation,
+            DDILDataModule,
+            run=False,
+            args=args,
+            subclass_mode_model=True,
+            save_config_callback=None,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            trainer_defaults={"max_epochs": -1, "enable_model_summary": False, "num_sanity_val_steps": 0, "log_every_n_steps": 1},
+            parser_kwargs={
+                "exit_on_error": False,
+                "prog": "ddil-fit",
+                "usage": "ddil-fit --config NAME [--updates N] [--seed N] [--run_dir DIR] [--ckpt_path PATH|last] [any.key=value ...]",
+            },
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The run folder, the checkpoint, W&B, and the callbacks that every run has."""
+        parser.add_argument("--name", type=str | None, default=None, help="the run's name in runs/NAME/ (default: the first config's)")
+        parser.add_argument("--run_dir", type=str | None, default=None, help="the run folder (default: runs/<config>/<time>)")
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="go on from a checkpoint file, a run folder, or `last`")
+        parser.add_argument("--wandb", type=Wandb, default="off", help="log to Weights & Biases too")
+        parser.add_argument("--export_steps", type=int | None, default=None, help="the step count that the exported pipeline recommends")
+        parser.add_lightning_class_args(Checkpoints, "checkpoints")
+        parser.add_lightning_class_args(Previews, "previews")
+        parser.add_lightning_class_args(Progress, "progress")
+        parser.add_lightning_class_args(Stages, "stages")
+        parser.add_class_arguments(Test, "test")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse. Raises Refusal with one line for every fault of the command line or the config."""
+        self.config = self._parsed(parser, args)
+        refuse_data_seed(args)
+        seeds(**{"--seed": self.config.seed_everything})
+        self.name = self.config.name or config_name([str(c) for c in self.config.get("config") or [] if c])
+        if Path(self.name).is_absolute() or ".." in Path(self.name).parts or not self.name.isprintable():
+            raise Refusal(f"--name {self.name}: a run's folder is runs/NAME/<time>, so give a name without .., or --run_dir")
+        self.resumed: Path | None = None
+        self._source: Path | None = None  # the run that is resumed
+        if self.config.ckpt_path and not self.rebuild:
+            self.resumed = find_checkpoint(self.config.ckpt_path, self.config.run_dir, self.name)
+            self._source = folder_of(self.resumed)
+            if self._goes_on():
+                self._as_it_began(parser, args)
+        check_shape(self.config)
+        refuse_null(self.config)
+        if not self.rebuild:
+            refuse_masked(self.config.as_dict())
+
+    def _parsed(self, parser: LightningArgumentParser, args: Any) -> Any:
+        try:
+            return at_home(parser.parse_args(args))
+        except ArgumentError as error:
+            methods = sorted({f"model.{name}" for cls in subclasses([Distillation]) for name in parameters(cls)})
+            short = [name.lstrip("-") for name in FIT_SHORT]
+            raise Refusal(explain(str(error), [*short, *methods, *parser.get_defaults(skip_validation=True).keys()], BASES)) from error
+
+    def _as_it_began(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:
+        """A run goes on with its own settings, whatever was on its command line, and with those of this command line on top."""
+        own = (self._source or Path()) / "config.yaml"
+        began = self._parsed(parser, ["--config", str(own), *overrides(args)])
+        if began.model.class_path != self.config.model.class_path:
+            return  # another method: the checkpoint will not fit, and says so
+        for key in ("config", "name", "run_dir", "ckpt_path"):
+            began[key] = self.config.get(key)
+        mine, theirs = masked(self.config), masked(began)
+        other = [f"{key} {theirs.get(key)} (not {value})" for key, value in mine.items() if began.get(key) != self.config.get(key)]
+        if other and self._first():
+            more = f" and {len(other) - 8} more" if len(other) > 8 else ""
+            print(f"going on as the run began: {', '.join(other[:8])}{more}; what is to change belongs on the command line", flush=True)
+        self.config = began
+
+    def before_instantiate_classes(self) -> None:
+        """The checkpoint is read, and W&B can be reached, before anything heavy is loaded."""
+        self.state: dict[str, Any] = {}
+        if self.rebuild:
+            return
+        check_latest(self.name)
+        if self.resumed is not None:
+            self.state = load_checkpoint(self.resumed)
+            if self._goes_on():
+                check_newest(self.resumed)
+        elif self.config.run_dir and self._first():
+            check_free(Path(self.config.run_dir))
+        if self.config.wandb == "online" and self._first():
+            check_wandb()
+        # Lightning's own launcher sets WORLD_SIZE too, and tells its processes the folder; torchrun's know of none.
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not self.config.run_dir and inherited() is None:
+            raise Refusal("launched on several processes: give --run_dir, so that all of them write to the same folder")
+
+    def instantiate_classes(self) -> None:
+        """Make method, data and trainer; what a constructor refuses, it says in its own words."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise ValueError(plain(str(error))) from error
+
+    @staticmethod
+    def _first() -> bool:
+        """Whether this is the one process that takes a folder."""
+        return rank_zero_only.rank == 0 and inherited() is None  # type: ignore[attr-defined]
+
+    def _goes_on(self) -> bool:
+        """Whether a resumed run goes on in its own folder; else it branches off into a new one."""
+        given = self.config.run_dir
+        return self._source is not None and (given is None or Path(given).resolve() == self._source.resolve())
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Check what the parts ask of each other, take the run folder, and make the trainer that writes to it."""
+        self.model.check_prior(self.datamodule.prior)
+        if self.rebuild:
+            return super().instantiate_trainer(logger=False, **kwargs)
+        check_steps(self.model, self.config_init)
+        check_room(self.model, self.datamodule)
+        check_trainer(self.config.trainer)
+        if self.resumed is not None:
+            check_fits(self.resumed, self.state, self.model)
+            check_whole(self.resumed, self.state, self.model)
+        self._take_folder()
+        try:
+            trainer = super().instantiate_trainer(default_root_dir=str(self.folder), logger=self._loggers(), **kwargs)
+            self.model.check_precision(trainer.precision)
+            check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, (AnnealPrior, Stages)):
+                    callback.setup(trainer, self.model, "fit")  # now, and not after the data have been encoded
+        except (MisconfigurationException, ImportError, RuntimeError, TypeError) as error:
+            self.close()
+            raise Refusal(f"trainer: {error}") from error
+        except BaseException:
+            self.close()
+            raise
+        trainer.callbacks.insert(0, Start(self))  # type: ignore[attr-defined]
+        return trainer
+
+    def _take_folder(self) -> None:
+        if not self._first():
+            self.folder = inherited() or Path(self.config.run_dir or self._source or "")
+            return
+        if self._goes_on():
+            self._claim = take_up(self._source or Path())
+        else:
+            self._claim = reserve(self.config.run_dir, self.name)
+        self.folder = self._claim.folder
+        os.environ[RUN_DIR] = f"{os.getpid()}:{self.folder.resolve()}"
+
+    def _loggers(self) -> list[Any]:
+        given = self.config_init.trainer.logger
+        loggers = given if isinstance(given, list) else [given] if given not in (None, True, False) else []
+        metrics = MetricsFile(self.folder, self._source, self.clock)
+        if self.config.wandb != "off" and self._first():
+            loggers.append(wandb_logger(self.folder, self.name, self.config.wandb, masked(self.config.as_dict())))
+        return [metrics, *loggers]
+
+    def forget_weights(self) -> None:
+        """Training reads the checkpoint by itself; of the mapped one only the clocks are still asked for."""
+        self.state = {key: self.state[key] for key in ("ddil", "callbacks") if key in self.state}
+
+    @property
+    def clock(self) -> int:
+        """The student updates of the checkpoint that is resumed, 0 for a fresh run."""
+        return self.state["ddil"]["student_updates"] if self.state else 0
+
+    def start(self) -> None:
+        """Training begins: config.yaml, which can be given to --config again, and the link to the newest run."""
+        config = self.config.clone()
+        config.name, config.run_dir, config.ckpt_path = self.name, None, None
+        path, text = self.folder / "config.yaml", self.parser.dump(masked(config), skip_none=False, skip_validation=True)
+        before = path.read_text(encoding="utf-8") if path.is_file() else text
+        if before != text:
+            write_text(unused(self.folder / f"config.before-{self.clock}.yaml"), before)
+        write_text(path, text)
+        point_latest(self.folder, self.name)
+        self.started = True
+        print(f"run folder {self.folder}", flush=True)
+
+    def rehearse(self) -> str | None:
+        """Try the end of the run before its first update -> what would go wrong, in one line, or None."""
+        begun, student = time.perf_counter(), f"the student of update {self.clock}" if self.clock else "the untrained student"
+        try:
+            rehearse(self.model, self.folder, self.config_init.test, self.config.export_steps, self.datamodule.examples(4))
+        except Exception as error:
+            if os.environ.get("DDIL_DEBUG"):
+                raise
+            return f"the end of the run was tried on {student}, and fails: {one_line(error)}"
+        print(f"export, test and report were tried on {student}: {time.perf_counter() - begun:.1f} s", flush=True)
+        return None
+
+    def close(self) -> None:
+        """After the run, however it ended: a folder in which nothing started is removed."""
+        os.environ.pop(RUN_DIR, None)
+        if self._claim is not None:
+            if not self.started and not self._goes_on():
+                shutil.rmtree(self.folder / "wandb", ignore_errors=True)  # W&B makes its own before anything begins
+            self._claim.release(self.started)
+
+
+class Start(Callback):
+    """Tells the CLI that training begins, before any other callback writes."""
+
+    def __init__(self, cli: FitCLI) -> None:
+        self.cli = cli
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Rank 0 rehearses the end and writes; all processes stop together where it cannot work."""
+        found = None
+        with pl_module.gathered():
+            if trainer.is_global_zero:
+                found = self.cli.rehearse()
+        found = trainer.strategy.broadcast(found)
+        if found:
+            raise Refusal(found) if trainer.is_global_zero else SystemExit(2)
+        if trainer.is_global_zero:
+            self.cli.start()
+
+
+def launched_by() -> int | None:
+    """The process that has launched this one for a run, if it did."""
+    launcher = os.environ.get(RUN_DIR, "").partition(":")[0]
+    return int(launcher) if launcher.isdigit() and int(launcher) != os.getpid() else None
+
+
+def inherited() -> Path | None:
+    """The run folder that the process which has launched this one took for both; a stranger's setting of that name is nobody's folder."""
+    folder = os.environ.get(RUN_DIR, "").partition(":")[2]
+    return Path(folder) if folder and launched_by() == os.getppid() else None
+
+
+def at_home(config: Any) -> Any:
+    """A config whose paths begin in no `~` any more: different libraries would expand it here and not there. Prompts are left alone."""
+
+    def expand(name: str, text: str) -> str:
+        return os.path.expanduser(text) if name != "prompts" and re.match(r"~[\w-]*(/|$)", text) else text
+
+    return each_text(config, expand)
+
+
+def config_name(files: Sequence[str]) -> str:
+    """The name of a run: the first config's, with its folder below configs/ (toy2d/pd); `custom` without a file."""
+    if not files:
+        return "custom"
+    path, packaged = Path(files[0]).resolve(), configs_folder().resolve()
+    return str(path.relative_to(packaged).with_suffix("")) if path.is_relative_to(packaged) else path.stem
+
+
+def overrides(words: Sequence[str]) -> list[str]:
+    """A command line without its --config words."""
+    rest, words = [], list(words)
+    while words:
+        word = words.pop(0)
+        if word == "--config":
+            words.pop(0)
+        else:
+            rest.append(word)
+    return rest

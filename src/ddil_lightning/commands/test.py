@@ -1,0 +1,134 @@
+"""ddil-test: metrics of a run, a checkpoint or a pipeline folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ddil_lightning.commands.arguments import (
+    SCALE,
+    SEED,
+    STEPS,
+    Parser,
+    advising,
+    baked,
+    check_steps,
+    device,
+    guidance_scale,
+    number,
+    path,
+    place,
+)
+from ddil_lightning.errors import Refusal
+from ddil_lightning.files import check_writable
+from ddil_lightning.runs.checkpoint import config_of
+
+
+def test(argv: list[str]) -> int:
+    """Metrics of a run, a checkpoint or a pipeline folder, as a table and in metrics.json."""
+    parser = Parser("ddil-test", description=test.__doc__)
+    parser.add_argument("run", nargs="?", type=place, help="a run folder (its exported pipelines are tested)")
+    parser.add_argument("--ckpt_path", type=place, help="a checkpoint file of a run, beside or below its config.yaml")
+    parser.add_argument("--pipeline", type=place, help="any pipeline folder, a hub id, builtin or builtin/digits")
+    parser.add_argument("--steps", type=STEPS, nargs="+", help="step counts (default: those a student is made for, 32 for a teacher)")
+    parser.add_argument("--guidance", type=SCALE, help="guidance g (default: what the pipeline recommends)")
+    parser.add_argument("--dpm", action="store_true", help="rows with DPM-Solver++ 2M too, for students that step by DDIM")
+    parser.add_argument("--n", type=number(16, 10**7), help="held-out prompts (default: 1000, or all of a smaller set of your own)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of prompts and noise")
+    parser.add_argument("--truncate", action="store_true", help="cut captions that are too long for the text encoder")
+    parser.add_argument(
+        "--data", type=place, help="shapes, digits (default: what the pipeline names), or a caption file of your own (COCO json, jsonl)"
+    )
+    parser.add_argument("--images", type=place, help="the folder of the images that a caption file names")
+    parser.add_argument("--out", type=path, help="the JSON file (default: metrics.json in the run folder, else here)")
+    args = parser.parse_args(argv)
+    if sum(x is not None for x in (args.run, args.ckpt_path, args.pipeline)) != 1:
+        raise Refusal("give one of: a run folder, --ckpt_path FILE, --pipeline DIR")
+    if args.images and args.data in (None, "shapes", "digits"):
+        raise Refusal(f"--images {args.images} is the folder of a caption file's images: give that file too, by --data FILE")
+    home = Path(args.run) if args.run else config_of(args.ckpt_path).parent if args.ckpt_path else Path.cwd()
+    out = args.out or home / "metrics.json"
+    check_writable(out)
+    args.n = _count(args)
+    from ddil_lightning.evaluation.table import table, write_rows
+
+    rows = _checkpoint_rows(args) if args.ckpt_path else _pipeline_rows(args)
+    print(table(rows), end="", flush=True)  # first: what cannot be written can still be read
+    write_rows(out, {"rows": rows, "n": args.n, "seed": args.seed})  # type: ignore[arg-type]
+    print(f"written to {out}")
+    return 0
+
+
+def _count(args: argparse.Namespace) -> int:
+    """How many prompts: as asked, else 1000, or all of a smaller set of the user's own. Raises Refusal for fewer than 16."""
+    if args.n is not None or args.data in (None, "shapes", "digits"):
+        n, what = 1000 if args.n is None else args.n, f"--n {args.n}"
+    else:
+        from ddil_lightning.evaluation.metrics.pairs import read_pairs
+
+        n = min(1000, len(read_pairs(args.data, args.images)))
+        what = f"{args.data} holds {n} images with captions"
+    if n < 16:
+        raise Refusal(f"{what}: at least 16 prompts, and some hundreds for numbers that mean something")
+    return n
+
+
+def _pipeline_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from ddil_lightning.backbones.pipeline import Backbone
+    from ddil_lightning.evaluation.rows import pipeline_row
+    from ddil_lightning.runs.folder import stage_pipelines
+
+    if args.run and (Path(args.run) / "student.safetensors").is_file():
+        raise Refusal(f"no pipeline can hold the student of {args.run}, so there is none to test: its rows are in summary.json")
+    if args.run and not (Path(args.run) / "pipeline").is_dir():
+        raise Refusal(f"{args.run} holds no exported pipeline (pipeline/): give a finished run, or --ckpt_path for one that is not")
+    backbone = Backbone(str(Path(args.run) / "pipeline") if args.run else args.pipeline).to(device())
+    suite = _suite(args, backbone)
+    _check_prompts(args, suite, backbone)
+    stages = stage_pipelines(Path(args.run)) if args.run else {}
+    own = backbone.about.get("made_for", [4, 2, 1] if "method" in backbone.about else [32])
+    g = guidance_scale(backbone, args.guidance)
+    counts, rows = args.steps or sorted({*stages, *own}, reverse=True), []
+    check_steps(backbone, [n for n in counts if n not in stages], _solvers(args, backbone))
+    for n in counts:
+        tested = Backbone(str(stages[n])).to(device()) if n in stages else backbone
+        rows += [pipeline_row(suite, tested, n, g, dpm) for dpm in _solvers(args, tested)]
+    return rows
+
+
+def _solvers(args: argparse.Namespace, backbone: Any) -> list[bool]:
+    """Whether DPM-Solver++ 2M, for each row of a step count."""
+    ddim = type(backbone.pipe.scheduler).__name__ in ("DDIMScheduler", "DPMSolverMultistepScheduler")
+    return [False, True] if args.dpm and ddim else [False]
+
+
+def _checkpoint_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from ddil_lightning.commands.restore import restore
+    from ddil_lightning.evaluation.rows import student_rows
+
+    method = restore(args.ckpt_path).to(device())
+    suite = _suite(args, method.backbone)
+    _check_prompts(args, suite, method.backbone)
+    if args.guidance is not None and not method.deployed().w_conditioned:
+        raise Refusal(baked(args.ckpt_path, method.student_guidance))
+    g = method.student_guidance if args.guidance is None else args.guidance
+    return student_rows(suite, method.backbone, {n: method.sampler(n) for n in args.steps or method.steps}, g, args.dpm)
+
+
+def _suite(args: argparse.Namespace, backbone: Any) -> Any:
+    from ddil_lightning.evaluation.suite import Suite
+
+    data = args.data or backbone.about.get("dataset")
+    if data is None:
+        raise Refusal(f"the pipeline {backbone.path} names no data set: say --data shapes, --data digits or --data CAPTIONS --images DIR")
+    if data not in ("shapes", "digits"):
+        return Suite.from_folder(data, args.images, n=args.n, seed=args.seed, device=backbone.device)
+    return Suite.builtin(data, n=args.n, seed=args.seed).for_pipeline(backbone)
+
+
+def _check_prompts(args: argparse.Namespace, suite: Any, backbone: Any) -> None:
+    """Raises ValueError for a prompt that would be cut, before an hour of sampling and not in it."""
+    if not args.truncate:
+        with advising("--truncate"):
+            backbone.check_length([*suite.prompts, *suite.probes])

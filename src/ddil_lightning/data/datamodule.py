@@ -1,0 +1,332 @@
+"""DDILDataModule: captions in, mixed roll-out latents out. It asks the method for its policies and grid, and imports no method."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ddil_lightning.bounds import at_least, seeds, within
+from ddil_lightning.data.captions import Captions, Prompts, RawBatch, builtin
+from ddil_lightning.data.encoded import Encoded, Notices, cached, encode, encode_batch
+from ddil_lightning.data.sampler import CounterSampler
+from ddil_lightning.diffusion.denoiser import evaluating
+from ddil_lightning.diffusion.reflection import estimate_box
+from ddil_lightning.feed import Feed
+from ddil_lightning.imitation.buffer import ReplayBuffer
+from ddil_lightning.imitation.prior import SamplingPrior
+from ddil_lightning.imitation.rollout import Granularity, Learner, collect, draw
+from ddil_lightning.messages import counted
+from ddil_lightning.processes import Processes
+from ddil_lightning.records import SOURCES, CaptionBatch, LatentBatch, take, to
+from ddil_lightning.streams import Streams
+
+ENCODED, UNENCODED = 5120, 512
+"""Images that the box is estimated from: of those whose latents are there, and of those that must be encoded for it."""
+ASKED = ("feed", *(name for name in vars(Learner) if not name.startswith("_")))
+"""What a method must have."""
+
+
+class DDILDataModule(LightningDataModule, Feed):
+    """Data, prior, roll-outs and buffer of DDIL, for any method.
+
+    `captions`: a data set (default: the built-in one that the pipeline names). `prior`: shares of forward, student and teacher latents
+    (annealed by the AnnealPrior callback). `batch_size`: per process. `collect_every`: student updates between two roll-outs of
+    `trajectories` (default batch_size) trajectories, whose interior states all go to the buffer. `capacity`: states kept per process; 0
+    rolls out afresh for every batch. `max_age`, `priority`: of the buffer. `granularity`: `sample` splits every batch by the shares,
+    `step` gives each batch one source. `pure_noise`: forward latents at the first node carry no signal. `cache`: encode everything once
+    (`true`), keep it in a file in half precision (a path), or encode on the fly (`false`). `truncate`: cut long prompts instead of
+    refusing them. `on_error`: a row whose picture or caption cannot be read stops the run, or is skipped, counted and told.
+    `control`: the same-timestep control; every roll-out is replaced by data noised to its times, without a network call (`stand_in`).
+    """
+
+    def __init__(
+        self,
+        captions: Captions | None = None,
+        prior: SamplingPrior = SamplingPrior(),  # noqa: B008 (frozen)
+        batch_size: int = 32,
+        collect_every: int = 10,
+        trajectories: int | None = None,
+        capacity: int = 2048,
+        max_age: int = 500,
+        priority: float = 0.0,
+        granularity: Granularity = "sample",
+        pure_noise: bool = False,
+        cache: bool | str = True,
+        truncate: bool = False,
+        workers: int = 0,
+        seed: int = 0,
+        control: bool = False,
+        on_error: Literal["stop", "skip"] = "stop",
+    ) -> None:
+        super().__init__()
+        at_least(1, batch_size=batch_size, collect_every=collect_every, trajectories=trajectories, max_age=max_age)
+        at_least(0, capacity=capacity)
+        within(0, 10, priority=priority)
+        within(0, 512, workers=workers)
+        seeds(seed=seed)
+        if cache == "":
+            raise ValueError("cache is an empty path: give a file's name, true or false")
+        self.captions, self.prior, self.batch_size = captions, prior, batch_size
+        self.collect_every, self.trajectories = collect_every, min(trajectories or batch_size, batch_size)
+        self.granularity, self.pure_noise, self.seed = granularity, pure_noise, seed
+        self.cache, self.truncate, self.workers, self.control, self.on_error = cache, truncate, workers, control, on_error
+        self.notices = Notices()
+        self.buffer = ReplayBuffer(capacity, max_age=max_age, priority=priority) if capacity else None
+        self.done = 0
+        self._examples: list[str] = []
+        self._moment: float | None = None
+        self._collected_at: int | None = None
+        self._warned = False
+
+    # The learner ---------------------------------------------------------------------------------------------------------------
+
+    @property
+    def learner(self) -> Learner:
+        """The method in training."""
+        if self.trainer is None or self.trainer.lightning_module is None:
+            raise RuntimeError("the DataModule meets its method in Trainer.fit(method, datamodule); outside it, call rollout.draw")
+        method: Any = self.trainer.lightning_module
+        return method
+
+    @property
+    def clock(self) -> int:
+        """Student updates of the present stage, the clock of cadence and age."""
+        return self.learner.stage_updates
+
+    @property
+    def streams(self) -> Streams:
+        """The random streams of the next batch."""
+        trainer = self.trainer
+        return Streams(self.seed, self.done, self.learner.stage, trainer.global_rank if trainer else 0)
+
+    # Data ------------------------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Encode the captions (or map the cache), and hand itself to the method. Raises TypeError for one that lacks what is asked."""
+        if stage != "fit":
+            return
+        lacking = [name for name in ASKED if not hasattr(self.learner, name)]
+        if lacking:
+            raise TypeError(
+                f"{type(self.learner).__name__} has no {', '.join(lacking)}: derive it from Distillation, or see rollout.Learner"
+            )
+        self.learner.feed = self
+        backbone = self.learner.backbone
+        if self.trainer is not None:
+            # Lightning moves the method only after this hook, and no data set should be encoded on a CPU beside an idle GPU.
+            backbone.to(self.trainer.strategy.root_device)
+        if self.captions is None:
+            self.captions = getattr(backbone, "captions", None) or self._own(backbone)
+        captions, processes = self.captions, Processes(self.trainer)
+        captions.on_error = self.on_error
+        if not isinstance(captions, Encoded):
+            self._examples = captions.some(16)
+        if isinstance(self.cache, str):
+            self.captions = cached(Path(self.cache), captions, backbone, self.truncate, self.workers, self.notices, processes)
+        elif self.cache and not isinstance(captions, Encoded):
+            self.captions = encode(captions, backbone, self.truncate, self.workers, self.notices, processes.first)
+        no_images = self.captions.latents is None if isinstance(self.captions, Encoded) else isinstance(self.captions, Prompts)
+        if self.prior.forward > 0 and no_images:
+            raise ValueError("the prior has a forward share but the data set has no images: give that share to the teacher, or give images")
+        latent = self.reference(1).latent
+        if latent is not None and latent.shape[1:] != tuple(backbone.latent_shape):
+            raise ValueError(
+                f"the data's latents are {list(latent.shape[1:])} and the pipeline {backbone.path} denoises {list(backbone.latent_shape)}: "
+                "give images of the size that the pipeline was trained for"
+            )
+
+    def teardown(self, stage: str) -> None:
+        """Say what of the data was not as it should be."""
+        self.notices.close()
+
+    @staticmethod
+    def _own(backbone: Any) -> Captions:
+        """The data set that the pipeline itself names."""
+        name = backbone.about.get("dataset")
+        if name is None:
+            raise ValueError(
+                f"the pipeline {backbone.path} names no data set of its own: give data.captions=Images data.captions.path=PATH, "
+                "or Prompts, Shapes or Digits"
+            )
+        return builtin(name)
+
+    def has_images(self) -> bool:
+        """Whether the data set has images."""
+        return self.reference(1).latent is not None
+
+    def examples(self, n: int) -> list[str]:
+        """A few captions of the data, for previews; none from a set that was given encoded."""
+        return self._examples[:n]
+
+    def reference(self, n: int) -> CaptionBatch:
+        """The first `n` captions and images, encoded and on the method's device: the same rows every time, for probes."""
+        assert self.captions is not None  # setup ran
+        batch: Any = self.captions[range(min(n, len(self.captions)))]
+        backbone = self.learner.backbone
+        return encode_batch(batch, backbone, self.truncate) if isinstance(batch, RawBatch) else to(batch, backbone.device)
+
+    def box(self) -> tuple[list[float], list[float]] | None:
+        """The latent box of the data (reflect.estimate_box), from some hundred images if they are not encoded; None without images.
+
+        One process encodes them for all.
+        """
+        captions: Any = self.captions
+        if isinstance(captions, Encoded):
+            return None if captions.latents is None else estimate_box(captions.latents[:ENCODED].float())
+        if captions is None or captions[[0]].pixels is None:
+            return None
+        backbone = self.learner.backbone
+        processes = Processes(self.trainer)
+
+        def estimated() -> tuple[list[float], list[float]]:
+            rows = range(min(UNENCODED, len(captions)))
+            parts = [rows[i : i + 8] for i in rows[::8]]
+            found = [backbone.encode_images(captions[part].pixels).cpu() for part in counted(parts, len(parts), "the box of the latents")]
+            return estimate_box(torch.cat(found))
+
+        return processes.by_first(estimated)
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of rows from where the counter stands."""
+        trainer = self.trainer
+        world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+        assert self.captions is not None  # setup ran
+        sampler = CounterSampler(len(self.captions), self.batch_size, self.seed, world, rank, lambda: self.done)
+        return DataLoader(self.captions, batch_size=None, sampler=sampler, num_workers=self.workers)
+
+    # Algorithm 1 -----------------------------------------------------------------------------------------------------------------
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> CaptionBatch | LatentBatch:
+        """Captions to latents, on the device, with the student as it is now.
+
+        Lightning calls this with gradients on, outside autocast and with the student in train mode; roll-outs want none of these.
+        """
+        if self.trainer is None or not self.trainer.training:
+            return batch
+        learner = self.learner
+        # Switching some hundred submodules costs more than the draw itself, so only where a network will be called.
+        acting = evaluating(learner.policies.student) if self._rolls() else nullcontext()
+        with torch.no_grad(), acting, self.trainer.precision_plugin.forward_context():
+            backbone = learner.backbone
+            encoded = self._encoded(batch)
+            self._collect(encoded)
+            streams = self.streams
+            # Dropout in the training step takes torch's own numbers: they follow from the counter too, so that a resumed run repeats them.
+            torch.manual_seed(streams.number("dropout"))
+            return draw(
+                encoded,
+                learner,
+                self.prior,
+                streams,
+                shape=backbone.latent_shape,
+                buffer=self.buffer,
+                clock=self.clock,
+                granularity=self.granularity,
+                pure_noise=self.pure_noise,
+                progress=learner.progress,
+                control=self.control,
+            )
+
+    def _encoded(self, batch: Any) -> CaptionBatch:
+        """A batch of a loader after the frozen encoders."""
+        if not isinstance(batch, RawBatch):
+            return batch
+        self.notices.hear(batch, len(self.captions or ()))
+        return encode_batch(batch, self.learner.backbone, self.truncate)
+
+    def _rolls(self) -> bool:
+        """Whether the next batch needs a roll-out: at the buffer's cadence, or for every batch without one."""
+        if self.prior.rollouts == 0:
+            return False
+        return self.buffer is None or self._collected_at is None or self.clock - self._collected_at >= self.collect_every
+
+    def _collect(self, batch: CaptionBatch) -> None:
+        """Algorithm 2 at its cadence."""
+        if self.buffer is None or not self._rolls():
+            return
+        learner = self.learner
+        shape = learner.backbone.latent_shape
+        made = collect(take(batch, slice(self.trajectories)), learner, self.prior, self.streams, shape, self.control)
+        fine = bool(torch.isfinite(made.x_t).all())
+        # All processes stop together: one that left alone would leave the others waiting for its gradients.
+        if not (fine if self.trainer is None else self.trainer.strategy.reduce_boolean_decision(fine)):
+            found = "a roll-out of another process is not finite"
+            if not fine:
+                first = int(made.t[~torch.isfinite(made.x_t.flatten(1)).all(1)].max())
+                found = f"a roll-out by the {SOURCES[int(made.source[made.t == first][0])]} policy is not finite at t = {first}"
+            raise FloatingPointError(f"{found}, student update {learner.student_updates}")
+        stage = self.streams.stage
+        self.buffer.expire(self.clock, stage)
+        self.buffer.add(made.x_t, made.t, made.c, made.row, made.source, made.actors, self.clock, stage, self._expected(made.t))
+        if len(self.buffer) == 0 and not self._warned:
+            self._warned = True
+            logging.getLogger(__name__).warning(
+                f"all {len(made.t)} states of a roll-out were rejected: their mean square is not within a factor of 4 of forward latents'. "
+                "While the buffer is empty, batches are forward latents alone; buffer/rejected counts on"
+            )
+        self._collected_at = self.clock
+
+    def _expected(self, t: Tensor) -> Tensor | None:
+        """[M] mean square of forward latents at `t`: the buffer refuses states far from it. None without data in memory."""
+        latents = self.captions.latents if isinstance(self.captions, Encoded) else None
+        if latents is None:
+            return None
+        if self._moment is None:
+            self._moment = float(latents[:2048].float().square().mean())
+        schedule = self.learner.policies.student.schedule
+        return (schedule.alphas[t.cpu()].square() * self._moment + schedule.sigmas[t.cpu()].square()).float()
+
+    def observe(self, batch: LatentBatch, loss: Tensor) -> None:
+        """Per-sample losses [B] of a batch: the buffer's priorities."""
+        if self.buffer is not None and self.buffer.priority > 0:
+            kept = batch.slot >= 0
+            self.buffer.update(batch.slot[kept].cpu(), loss[kept].detach().float().cpu(), batch.t[kept].cpu())
+
+    def commit(self) -> None:
+        """The step that used the last batch is complete. Called by the method's Clock callback, before checkpoints are written."""
+        self.done += 1
+
+    def statistics(self) -> dict[str, float]:
+        """What the run's curves show of the prior and the buffer."""
+        shares = {f"prior/{name}": getattr(self.prior, name) for name in ("forward", "student", "teacher")}
+        # Of an empty buffer too, where the prior asks for roll-outs: what it has rejected is then the reason.
+        shown = self.buffer is not None and (len(self.buffer) > 0 or self.buffer.rejected > 0 or self.prior.rollouts > 0)
+        stats = self.buffer.stats(self.clock) if self.buffer is not None and shown else {}
+        skipped = {"data/skipped": float(len(self.notices.skipped))} if self.notices.skipped else {}
+        return shares | skipped | {f"buffer/{name}": value for name, value in stats.items()}
+
+    def flush(self) -> None:
+        """Forget every roll-out (a new stage)."""
+        self._collected_at = None
+        if self.buffer is not None:
+            self.buffer.flush()
+
+    # State -----------------------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counter and, on rank 0 (whose return is what Lightning keeps), every rank's buffer."""
+        mine: Any = self.buffer.state_dict() if self.buffer is not None else None
+        every = [mine]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # To rank 0 alone: a buffer of every rank on every rank could fill the memory of all devices.
+            every = [None] * torch.distributed.get_world_size()
+            torch.distributed.gather_object(mine, every if torch.distributed.get_rank() == 0 else None)
+        return {"done": self.done, "collected_at": self._collected_at, "buffers": every}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore. With another number of processes the counter no longer means the same rows, and that is refused."""
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        if len(state["buffers"]) != world:
+            raise ValueError(
+                f"the checkpoint was written by {len(state['buffers'])} process(es) and this run has {world}: resume with the same number"
+            )
+        self.done, self._collected_at = state["done"], state["collected_at"]
+        if self.buffer is not None and state["buffers"][rank] is not None:
+            self.buffer.load_state_dict(state["buffers"][rank])

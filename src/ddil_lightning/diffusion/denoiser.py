@@ -1,0 +1,119 @@
+"""The one boundary between networks and algorithms: `(x_t, t, c) -> Prediction`.
+
+Guidance, conversion and reflection happen here and nowhere else, in this order: guidance in the network's own space, one conversion, one
+reflection. Within one x_t the maps eps <-> v <-> x0 are affine and the guidance weights sum to 1, so guidance is the same in every space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ddil_lightning.diffusion.reflection import Reflection
+from ddil_lightning.diffusion.schedule import NoiseSchedule, Predicts
+from ddil_lightning.records import Context, Prediction, cat, to
+
+
+def to_w(g: float) -> float:
+    """The weight w of guidance g = 1 + w: configs and pipelines say g, contexts and networks w. The one place where it is converted."""
+    return g - 1
+
+
+class Denoiser(nn.Module):
+    """A network that speaks `Prediction`.
+
+    `predicts`: the space of the network's output. `null`: the context of the empty prompt, one sample; with it, `c.w` means
+    classifier-free guidance in one batched call of twice the size (out_c + w (out_c - out_u), w = g - 1). Without it, `c.w` is the
+    network's own business (a w-conditioned student) or ignored. `reflection`: applied to x0; eps and v are re-derived.
+    `evaluations` counts network evaluations of one sample each, guidance included: the NFE of every table.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: NoiseSchedule,
+        predicts: Predicts = "eps",
+        null: Context | None = None,
+        reflection: Reflection | None = None,
+    ) -> None:
+        super().__init__()
+        self.network, self.schedule, self.predicts = network, schedule, predicts
+        self.null, self.reflection = null, reflection
+        self.evaluations = 0
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Context) -> Prediction:
+        """The prediction at x_t [B, ...], t [B] (integers), in float32 or wider."""
+        out = self._guided(x_t, t, c)
+        p = self.schedule.prediction(self.predicts, x_t, t, out)
+        return p if self.reflection is None else self.reflected(x_t, t, p, self.reflection)
+
+    def features(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
+        """The network's bottleneck features [B, ...], unguided, without its output; counted as an evaluation."""
+        self.evaluations += len(x_t)
+        return self.network.features(x_t, t, c)  # type: ignore[operator]
+
+    def with_features(self, x_t: Tensor, t: Tensor, c: Context) -> tuple[Prediction, Tensor]:
+        """The prediction, unguided and not reflected, and the features, from one forward."""
+        self.evaluations += len(x_t)
+        out, features = self.network.with_features(x_t, t, c)  # type: ignore[operator]
+        return self.schedule.prediction(self.predicts, x_t, t, out), features
+
+    def reflected(self, x_t: Tensor, t: Tensor, p: Prediction, reflection: Reflection) -> Prediction:
+        """`p` with its x0 inside the box and eps, v re-derived, so that alpha x0 + sigma eps = x_t still holds."""
+        return p if reflection.mode == "off" else self.schedule.from_x0(x_t, t, reflection(p.x0))
+
+    def _guided(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
+        if self.null is None or c.w is None:
+            self.evaluations += len(x_t)
+            return self.network(x_t, t, c)
+        self.evaluations += 2 * len(x_t)
+        w = c.w.view(-1, *(1,) * (x_t.ndim - 1))
+        self.null = to(self.null, x_t.device)
+        both = cat([c.guided(None), _like(self.null, c).expand(len(x_t)).guided(None)])
+        out = self.network(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+        # Upcast before the extrapolation: w multiplies the rounding of a half-precision network.
+        out_c, out_u = out.to(torch.promote_types(out.dtype, torch.float32)).chunk(2)
+        return out_c + w * (out_c - out_u)
+
+
+def _like(null: Context, c: Context) -> Context:
+    """The null context with the micro-conditioning of `c` where it has none (SDXL's size ids are the same in both branches)."""
+    return null._replace(ids=c.ids[:1] if null.ids is None and c.ids is not None else null.ids)
+
+
+class Consistency(nn.Module):
+    """LCM's consistency function f = c_skip x_t + c_out x0 around a denoiser (METHODS 3), itself a denoiser.
+
+    c_skip = sd^2 / ((k t)^2 + sd^2), c_out = k t / sqrt((k t)^2 + sd^2) with `scaling` k = 10 and `sigma_data` sd = 0.5, so f(x, 0) = x.
+    """
+
+    def __init__(self, denoiser: Denoiser, scaling: float = 10.0, sigma_data: float = 0.5) -> None:
+        super().__init__()
+        self.denoiser, self.scaling, self.sigma_data = denoiser, scaling, sigma_data
+        self.schedule = denoiser.schedule
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Context) -> Prediction:
+        """The prediction whose x0 is f(x_t, t)."""
+        return self.bounded(x_t, t, self.denoiser(x_t, t, c))
+
+    def bounded(self, x_t: Tensor, t: Tensor, p: Prediction) -> Prediction:
+        """The boundary scalings applied to an existing prediction."""
+        k = (self.scaling * t.to(torch.float32)).view(-1, *(1,) * (x_t.ndim - 1))
+        norm = k.square() + self.sigma_data**2
+        x0 = self.sigma_data**2 / norm * x_t + k / norm.sqrt() * p.x0
+        return self.schedule.from_x0(x_t, t, x0)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside (no dropout in roll-outs), every submodule's own flag restored afterwards."""
+    flags = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, flag in flags:
+            m.training = flag

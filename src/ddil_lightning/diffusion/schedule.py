@@ -1,0 +1,257 @@
+"""Noise schedules, the one hub between eps, v and x0, and grids of timesteps.
+
+Conventions (METHODS 0.1): `x_t = alpha_t x0 + sigma_t eps`, `SNR = alpha^2 / sigma^2`, times are integers 0..T-1 and `END`.
+Tables are float64 and used in float32 or higher: bf16(0.99915) is 1, which makes sigma 0 and every division by it infinite.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ddil_lightning.records import END, Prediction
+
+Predicts = Literal["eps", "v", "x0", "flow"]
+"""What a network predicts. `flow` is the velocity eps - x0 of the linear path."""
+
+
+class NoiseSchedule:
+    """The tables alpha_t and sigma_t of a forward process, and everything that follows from them at fixed (x_t, t).
+
+    `alphas`, `sigmas`: [T], any float type, kept as float64. `variance_preserving` says that alpha^2 + sigma^2 = 1, which
+    is what the rotation form of DDIM needs. Build one with `from_scheduler`, `scaled_linear` or `flow`.
+    """
+
+    def __init__(self, alphas: Tensor, sigmas: Tensor) -> None:
+        if alphas.shape != sigmas.shape or alphas.ndim != 1:
+            raise ValueError(f"alphas {tuple(alphas.shape)} and sigmas {tuple(sigmas.shape)} must be two vectors of the same length")
+        self.steps = len(alphas)
+        # One more row for END, so that the index -1 reads (1, 0).
+        self.alphas = torch.cat([alphas.double(), torch.ones(1, dtype=torch.float64)])
+        self.sigmas = torch.cat([sigmas.double(), torch.zeros(1, dtype=torch.float64)])
+        self.variance_preserving = bool((self.alphas.square() + self.sigmas.square() - 1).abs().max() < 1e-9)
+        self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    @classmethod
+    def from_betas(cls, betas: Tensor, *, zero_terminal_snr: bool = False) -> NoiseSchedule:
+        """VP tables of `betas` [T]. `zero_terminal_snr` shifts and scales sqrt(alpha_bar) to alpha_{T-1} = 0 (Lin et al. 2023, Alg. 1)."""
+        root = (1 - betas.double()).cumprod(0).sqrt()
+        if zero_terminal_snr:
+            root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+        return cls(root, (1 - root.square()).sqrt())
+
+    @classmethod
+    def scaled_linear(
+        cls, steps: int = 1000, start: float = 0.00085, end: float = 0.012, *, zero_terminal_snr: bool = False
+    ) -> NoiseSchedule:
+        """Stable Diffusion's schedule: betas linear in their square root."""
+        betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64).square()
+        return cls.from_betas(betas, zero_terminal_snr=zero_terminal_snr)
+
+    @classmethod
+    def flow(cls, steps: int = 1000, shift: float = 1.0) -> NoiseSchedule:
+        """The linear path x_t = (1 - sigma) x0 + sigma eps of flow matching (SD3, Flux), with their timestep `shift`; sigma_{T-1} = 1."""
+        r = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+        sigma = shift * r / (1 + (shift - 1) * r)
+        return cls(1 - sigma, sigma)
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any) -> NoiseSchedule:
+        """The forward process of a diffusers scheduler, recomputed in float64 from its configuration.
+
+        diffusers keeps float32 tables; they only serve to check the recomputation. Raises ValueError for an unknown beta schedule.
+        """
+        config, name = scheduler.config, type(scheduler).__name__
+        # By the class first: a configuration may have kept what another class once said.
+        if "Flow" in name:
+            return cls.flow(config["num_train_timesteps"], config.get("shift", 1.0))
+        if "EDM" in name or "beta_schedule" not in config:
+            raise ValueError(f"the scheduler {type(scheduler).__name__} has neither betas nor a flow: use DDIM, DPM-Solver++ or LCM")
+        steps, start, end = config["num_train_timesteps"], config["beta_start"], config["beta_end"]
+        kind = config["beta_schedule"]
+        if config.get("trained_betas") is not None:
+            betas = torch.as_tensor(config["trained_betas"], dtype=torch.float64)
+        elif kind == "scaled_linear":
+            betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64).square()
+        elif kind == "linear":
+            betas = torch.linspace(start, end, steps, dtype=torch.float64)
+        elif kind == "squaredcos_cap_v2":
+            bar = ((torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * torch.pi / 2).cos().square()
+            betas = (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
+        else:
+            raise ValueError(
+                f"the scheduler's beta_schedule is {kind!r}: known are linear, scaled_linear, squaredcos_cap_v2 and trained_betas"
+            )
+        return cls.from_betas(betas, zero_terminal_snr=bool(config.get("rescale_betas_zero_snr", False)))
+
+    def at(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) at times `t` ([B] or one int), shaped to multiply `like` [B, ...], in float32 or like's wider type."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        key = (like.device, dtype)
+        if key not in self._tables:
+            # A preview under inference_mode must not leave tables behind that training cannot differentiate through.
+            with torch.inference_mode(False):
+                self._tables[key] = (self.alphas.to(like.device, dtype), self.sigmas.to(like.device, dtype))
+        alphas, sigmas = self._tables[key]
+        if isinstance(t, int):
+            # Not 0-dimensional: such a tensor does not raise the type of a half-precision `like`.
+            return alphas[t].view((1,) * like.ndim), sigmas[t].view((1,) * like.ndim)
+        shape = (-1,) + (1,) * (like.ndim - 1)
+        return alphas[t].view(shape), sigmas[t].view(shape)
+
+    def snr(self, t: Tensor, like: Tensor) -> Tensor:
+        """alpha^2 / sigma^2 at `t`, shaped like `at`; infinite at END."""
+        alpha, sigma = self.at(t, like)
+        return (alpha / sigma).square()
+
+    def half_log_snr(self, t: Tensor | int) -> Tensor:
+        """lambda_t = log(alpha_t / sigma_t) in float64, the shape of `t`."""
+        return (self.alphas[t] / self.sigmas[t]).log()
+
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor | int) -> Tensor:
+        """q(x_t | x0): alpha_t x0 + sigma_t eps."""
+        alpha, sigma = self.at(t, x0)
+        return alpha * x0 + sigma * eps
+
+    def prediction(self, kind: Predicts, x_t: Tensor, t: Tensor | int, out: Tensor) -> Prediction:
+        """A network's output of `kind` at (x_t, t) in all three spaces (METHODS 0.1; valid for VP and linear paths alike).
+
+        Raises ValueError for an eps output where alpha is 0 (zero terminal SNR): x0 is not determined there.
+        """
+        x_t, out = x_t.to(torch.promote_types(x_t.dtype, torch.float32)), out.to(torch.promote_types(out.dtype, torch.float32))
+        alpha, sigma = self.at(t, x_t)
+        if kind == "x0":
+            return self.from_x0(x_t, t, out)
+        if kind == "eps":
+            if self.alphas.min() == 0 and bool((alpha == 0).any()):
+                raise ValueError(
+                    "an eps prediction does not determine x0 where alpha_t = 0 (zero terminal SNR): convert the network to v first"
+                )
+            x0, eps = (x_t - sigma * out) / alpha, out
+        elif kind == "v":
+            norm = 1.0 if self.variance_preserving else alpha.square() + sigma.square()
+            x0, eps = (alpha * x_t - sigma * out) / norm, (sigma * x_t + alpha * out) / norm
+            return Prediction(x0, eps, out)
+        elif kind == "flow":
+            x0, eps = (x_t - sigma * out) / (alpha + sigma), (x_t + alpha * out) / (alpha + sigma)
+        else:
+            raise ValueError(f"a network predicts 'eps', 'v', 'x0' or 'flow', not {kind!r}")
+        return Prediction(x0, eps, alpha * eps - sigma * x0)
+
+    def target(self, kind: Predicts, x0: Tensor, eps: Tensor, t: Tensor | int) -> Tensor:
+        """What a network of `kind` should answer at x_t = alpha x0 + sigma eps: the target of a denoising loss."""
+        alpha, sigma = self.at(t, x0)
+        known = {"x0": lambda: x0, "eps": lambda: eps, "v": lambda: alpha * eps - sigma * x0, "flow": lambda: eps - x0}
+        return known[kind]()
+
+    def from_x0(self, x_t: Tensor, t: Tensor | int, x0: Tensor) -> Prediction:
+        """eps and v re-derived from an x0 estimate, alpha x0 + sigma eps = x_t. At END, where sigma is 0: eps = x_t (METHODS 0.6)."""
+        alpha, sigma = self.at(t, x_t)
+        safe = torch.where(sigma == 0, torch.ones_like(sigma), sigma)
+        eps = torch.where(sigma == 0, x_t, (x_t - alpha * x0) / safe)
+        return Prediction(x0, eps, alpha * eps - sigma * x0)
+
+    def rotation(self, t: Tensor | int, s: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of the angle phi_t - phi_s: DDIM is x_s = cos x_t - sin v (METHODS 0.2). VP schedules only."""
+        if not self.variance_preserving:
+            raise ValueError("the rotation form of DDIM holds for variance-preserving schedules only")
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = self.at(t, like), self.at(s, like)
+        return alpha_t * alpha_s + sigma_t * sigma_s, sigma_t * alpha_s - alpha_t * sigma_s
+
+
+class Grid:
+    """Nodes t_0 > t_1 > ... > t_{N-1} and the end that the last interval reaches; the timesteps a student is trained or sampled on.
+
+    `times`: all N+1 of them. `rollouts`: the grids that inference walks, if they are coarser than the training grid (LCM trains on
+    50 nodes and samples on 3, 4 or 5 of them); every node of theirs must be one of this grid's. Values come from a named rule
+    (`Grid.named`), never from `t - T // N`: 499 against 500 fails in silence.
+    """
+
+    def __init__(self, times: Sequence[int], rollouts: Sequence[Grid] = (), rule: str = "") -> None:
+        times = [int(t) for t in times]
+        # END = -1 is below every time, so one comparison covers it.
+        if len(times) < 2 or any(a <= b for a, b in zip(times, times[1:], strict=False)) or times[-1] < END:
+            raise ValueError(f"a grid's times fall strictly and end in END = {END} or a time >= 0, got {times}")
+        self.times = torch.tensor(times)
+        self.rollouts = tuple(rollouts) or (self,)
+        self.rule = rule
+        self._row = {t: i for i, t in enumerate(times[:-1])}
+        for grid in rollouts:
+            self.rows(grid.nodes)  # raises if a roll-out would leave the grid
+
+    @property
+    def nodes(self) -> Tensor:
+        """[N] the times at which the student is evaluated."""
+        return self.times[:-1]
+
+    def __len__(self) -> int:
+        return len(self.times) - 1
+
+    def __repr__(self) -> str:
+        return f"Grid({self.rule or 'custom'}, {self.times.tolist()})"
+
+    def rows(self, t: Tensor) -> Tensor:
+        """The node index of every time in `t`. Raises ValueError for a time that is no node."""
+        try:
+            return torch.tensor([self._row[int(x)] for x in t.flatten().tolist()], device=t.device).view(t.shape)
+        except KeyError as missing:
+            raise ValueError(f"t = {missing} is not a node of {self}: the finer grid must contain the coarser") from None
+
+    def after(self, t: Tensor) -> Tensor:
+        """The next node after every time in `t` (which must be nodes)."""
+        return self.times.to(t.device)[self.rows(t) + 1]
+
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
+        """[n] node indices, uniform, independent: the times of the forward source."""
+        return torch.randint(len(self), (n,), generator=generator, device=generator.device)
+
+    def rollout(self, rng: random.Random) -> Grid:
+        """One of the inference grids, uniform."""
+        return rng.choice(self.rollouts)
+
+    @classmethod
+    def named(cls, rule: str, steps: int, total: int = 1000, *, solver_steps: int = 50) -> Grid:
+        """The grid of a rule (METHODS 0.3), as diffusers' schedulers compute it.
+
+        `linspace`: DPM-Solver++'s default, nodes nested under halving (4 steps: 999, 749, 500, 250); `trailing`: 999, 749, 499, 249 (DMD2);
+        `leading`: 751, 501, 251, 1 (never starts at the noisiest step); `lcm`: nodes of LCMScheduler, all on the grid of `solver_steps`.
+        """
+        if not 1 <= steps <= total:
+            raise ValueError(f"a grid has between 1 and {total} steps, got {steps}")
+        # The order of the operations is numpy's in diffusers: where a node falls on a half, rounding decides between 499 and 500.
+        if rule == "linspace":
+            times = [round(k * ((total - 1) / steps)) for k in range(steps, 0, -1)]
+        elif rule == "trailing":
+            times = [round(total + k * ((total - total / steps) - total)) - 1 for k in range(steps)]
+        elif rule == "leading":
+            times = [k * (total // steps) + 1 for k in reversed(range(steps))]
+        elif rule == "lcm":
+            if steps > solver_steps:
+                raise ValueError(f"an LCM grid of {steps} steps does not fit on the {solver_steps} nodes of its solver")
+            skip = total // solver_steps
+            fine = [k * skip - 1 for k in range(solver_steps, 0, -1)]
+            times = [fine[int(k * solver_steps / steps)] for k in range(steps)]
+        else:
+            raise ValueError(f"no grid rule is called {rule!r}: known are linspace, trailing, leading, lcm")
+        if times[0] >= total or len(set(times)) < steps:
+            raise ValueError(f"the grid rule {rule!r} has no {steps} different times below {total}: take fewer steps")
+        return cls([*times, END], rule=rule)
+
+    @classmethod
+    def consistency(cls, solver_steps: int = 50, total: int = 1000, rollouts: Sequence[int] = (3, 4, 5)) -> Grid:
+        """LCM's training grid 999, 979, ..., 19 whose last interval ends at t = 0, where the solver's table stops, not at END.
+
+        Raises ValueError when `solver_steps` does not divide `total`.
+        """
+        if solver_steps < 1 or total % solver_steps:
+            near = min((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - solver_steps))
+            # Such a grid would start below the noisiest time, at which sampling starts, and fail in silence.
+            raise ValueError(f"solver_steps = {solver_steps} does not divide the schedule's {total} times: take {near}")
+        skip = total // solver_steps
+        times = [k * skip - 1 for k in range(solver_steps, 0, -1)]
+        walks = [cls.named("lcm", n, total, solver_steps=solver_steps) for n in rollouts]
+        return cls([*times, 0], rollouts=walks, rule=f"lcm-{solver_steps}")

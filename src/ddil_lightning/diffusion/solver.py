@@ -1,0 +1,130 @@
+"""Transitions t -> s, stateless so that student and teacher may take turns within one trajectory, and policies made of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
+from ddil_lightning.records import END, Context, Prediction
+from ddil_lightning.streams import Generators, normal
+
+Transition = Literal["ddim", "renoise"]
+
+
+def ddim(schedule: NoiseSchedule, x_t: Tensor, p: Prediction, t: Tensor, s: Tensor) -> Tensor:
+    """The deterministic step (Song et al. 2021, eta = 0). For VP as the rotation cos x_t - sin v: no division, safe at alpha_t = 0."""
+    if schedule.variance_preserving:
+        cos, sin = schedule.rotation(t, s, x_t)
+        return cos * x_t - sin * p.v
+    alpha, sigma = schedule.at(s, x_t)
+    return alpha * p.x0 + sigma * p.eps
+
+
+def renoise(schedule: NoiseSchedule, p: Prediction, s: Tensor, noise: Tensor) -> Tensor:
+    """The step of LCM and DMD2: alpha_s x0 + sigma_s noise with fresh, independent noise; x0 itself at END."""
+    return schedule.add_noise(p.x0, noise, s)
+
+
+class DPMSolver2M:
+    """DPM-Solver++ 2M in data prediction (Lu et al. 2022; METHODS 0.2), for evaluation: it remembers x0, so it cannot be interleaved.
+
+    The first and the last interval are first order, as in diffusers' default for few steps.
+    """
+
+    def __init__(self, schedule: NoiseSchedule) -> None:
+        self.schedule = schedule
+        self._last: tuple[Tensor, float] | None = None
+
+    def __call__(self, x_t: Tensor, p: Prediction, t: int, s: int) -> Tensor:
+        """x_s [B, ...] from the prediction at integer times t > s."""
+        if s == END:
+            self._last = None
+            return p.x0
+        lam_t, lam_s = float(self.schedule.half_log_snr(t)), float(self.schedule.half_log_snr(s))
+        h, estimate = lam_s - lam_t, p.x0
+        if self._last is not None:
+            x0_last, lam_last = self._last
+            estimate = p.x0 + h / (2 * (lam_t - lam_last)) * (p.x0 - x0_last)
+        self._last = (p.x0, lam_t)
+        (_, sigma_t), (alpha_s, sigma_s) = self.schedule.at(t, x_t), self.schedule.at(s, x_t)
+        return sigma_s / sigma_t * x_t - alpha_s * math.expm1(-h) * estimate
+
+
+class Policy(nn.Module):
+    """A denoiser and the way it steps: `(x_t, t, s, c) -> x_s`. "One student step is eight teacher steps" is `substeps=8`.
+
+    `transition`: `ddim` or `renoise`. `substeps` divide an interval evenly in t, rounded, or walk the nodes of `fine` inside it:
+    a progressive-distillation teacher must stand on its own grid, not on rounded halves of the student's.
+    """
+
+    def __init__(self, denoiser: nn.Module, transition: Transition = "ddim", substeps: int = 1, fine: Grid | None = None) -> None:
+        super().__init__()
+        if substeps < 1:
+            raise ValueError(f"a policy takes at least one substep per interval, got {substeps}")
+        self.denoiser, self.transition, self.substeps, self.fine = denoiser, transition, substeps, fine
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The schedule of the denoiser."""
+        return self.denoiser.schedule  # type: ignore[return-value]
+
+    def forward(self, x_t: Tensor, t: int, s: int, c: Context, generator: Generators | None = None) -> Tensor:
+        """One interval of the student's grid, all samples at the same times. `generator` draws the noise of re-noising (streams.normal)."""
+        stops = self._stops(t, s)
+        for a, b in zip(stops, stops[1:], strict=False):
+            x_t = self.step(x_t, a, b, c, generator)
+        return x_t
+
+    def step(self, x_t: Tensor, t: int, s: int, c: Context, generator: Generators | None = None) -> Tensor:
+        """One network call and its transition."""
+        now, then = (torch.full((len(x_t),), time, device=x_t.device) for time in (t, s))
+        p: Prediction = self.denoiser(x_t, now, c)
+        if self.transition == "ddim":
+            return ddim(self.schedule, x_t, p, now, then)
+        if s == END:
+            return p.x0
+        return renoise(self.schedule, p, then, normal(p.x0, generator))
+
+    def walk(self, x_t: Tensor, grid: Grid, c: Context, generator: Generators | None = None) -> Iterator[Tensor]:
+        """The states after every interval of `grid`, the last at its end: the inference sampler, one state at a time."""
+        times = grid.times.tolist()
+        for t, s in zip(times, times[1:], strict=False):
+            x_t = self(x_t, t, s, c, generator)
+            yield x_t
+
+    @torch.no_grad()
+    def sample(self, x_t: Tensor, grid: Grid, c: Context, generator: Generators | None = None) -> Tensor:
+        """x0 [B, ...] from x_T [B, ...] down `grid`."""
+        for state in self.walk(x_t, grid, c, generator):
+            x_t = state
+        return x_t
+
+    def _stops(self, t: int, s: int) -> list[int]:
+        if self.fine is not None:
+            inside = [x for x in self.fine.nodes.tolist() if s < x < t]
+            return [t, *inside, s]
+        # A set: an interval shorter than its substeps must not visit a time twice, nor call the network at END.
+        return sorted({t, s, *(round(t + (s - t) * k / self.substeps) for k in range(1, self.substeps))}, reverse=True)
+
+
+class Multistep(Policy):
+    """A DDIM policy evaluated with DPM-Solver++ 2M: a walk remembers x0; one interval by itself is first order, which is DDIM."""
+
+    def walk(self, x_t: Tensor, grid: Grid, c: Context, generator: Generators | None = None) -> Iterator[Tensor]:
+        """The states after every interval of `grid`, the last at its end."""
+        solver, times = DPMSolver2M(self.schedule), grid.times.tolist()
+        for t, s in zip(times, times[1:], strict=False):
+            x_t = solver(x_t, self.denoiser(x_t, torch.full((len(x_t),), t, device=x_t.device), c), t, s)
+            yield x_t
+
+
+class Policies(NamedTuple):
+    """Who can act in a roll-out."""
+
+    student: Policy
+    teacher: Policy | None = None

@@ -1,0 +1,27 @@
+"""The errors of a user's input, and any error on one line."""
+
+from __future__ import annotations
+
+import re
+
+
+class Refusal(Exception):
+    """Bad input: one line that names the thing and the remedy; exit code 2."""
+
+
+EXPECTED = (Refusal, ValueError, FloatingPointError, OSError)
+
+
+def unexpected(error: BaseException) -> str:
+    """One line of an error that nobody has thought of."""
+    return f"{type(error).__name__}: {one_line(error)[:500]} (this was not foreseen: DDIL_DEBUG=1 shows where it happened)"
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message on one line; of an OSError what happened, then to which file; of a loader's worker what it said last."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror is not None:
+        text = error.strerror + (f": {error.filename}" if error.filename else "")
+    if re.match(r"Caught \w+ in DataLoader worker", text):
+        text = re.sub(r"^[\w.]+: ", "", text.rstrip().splitlines()[-1])  # the traceback's last line, without the type
+    return " ".join(text.split()) or type(error).__name__

@@ -1,0 +1,1 @@
+"""Metrics, the suite that computes them, rows and tables of results."""

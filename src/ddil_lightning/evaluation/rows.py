@@ -1,0 +1,105 @@
+"""Rows of results: the teacher and the student of a method, or a pipeline folder, on a suite."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ddil_lightning.backbones import sampling
+from ddil_lightning.backbones.pipeline import Backbone
+from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.schedule import Grid
+from ddil_lightning.diffusion.solver import Multistep, Policy
+from ddil_lightning.evaluation.suite import Suite, Timed, make_row
+from ddil_lightning.records import END
+
+if TYPE_CHECKING:
+    from ddil_lightning.training.method import Distillation
+
+
+def policy_row(suite: Suite, backbone: Backbone, name: str, policy: Policy, grid: Grid, g: float) -> dict[str, Any]:
+    """One sampler of this library; its NFE are counted, not assumed."""
+    denoiser = next(m for m in policy.modules() if isinstance(m, Denoiser))
+
+    def sample(prompts: list[str], seed: int) -> Tensor:
+        return sampling.images(backbone, policy, grid, prompts, g, seed)
+
+    before = denoiser.evaluations
+    timed = Timed(sample)
+    metrics = suite.score(timed)
+    nfe = round((denoiser.evaluations - before) / timed.images)
+    return make_row(name, len(grid), g, len(suite.prompts), nfe, timed.seconds_per_image, metrics)
+
+
+def method_rows(
+    suite: Suite,
+    method: Distillation,
+    teacher_steps: Sequence[int] = (32, 4, 2, 1),
+    student_steps: Sequence[int] | None = None,
+    say: Callable[[str], None] = lambda name: None,
+    stages: Mapping[int, Path] | None = None,
+    dpm: bool = False,
+) -> list[dict[str, Any]]:
+    """teacher@N and student@N rows at the method's evaluation guidance, all from the same noise. `say` hears of each before it starts.
+
+    `stages`: pipeline folders of earlier students by their step counts, which are tested instead of the present student at these counts.
+    `student_steps`: default all of `stages` and of the present student. `dpm`: see `finish.Test`.
+    """
+    stages, g, rows = stages or {}, method.eval_guidance, []
+    for n in teacher_steps:
+        say(f"teacher@{n}")
+        rows.append(policy_row(suite, method.backbone, f"teacher@{n}", *method.teacher_sampler(n), g))
+    for n in sorted({*stages, *method.steps}, reverse=True) if student_steps is None else student_steps:
+        say(f"student@{n}")
+        sampler = folder_sampler(stages[n], method.device) if n in stages else method.sampler(n)
+        rows += student_rows(suite, method.backbone, {n: sampler}, method.student_guidance, dpm)
+    return rows
+
+
+def student_rows(
+    suite: Suite, backbone: Backbone, samplers: Mapping[int, tuple[Policy, Grid]], g: float, dpm: bool = False
+) -> list[dict[str, Any]]:
+    """student@N rows of samplers by step count; with `dpm`, another of each that steps by DDIM."""
+    rows = []
+    for n, (policy, grid) in samplers.items():
+        rows.append(policy_row(suite, backbone, f"student@{n}", policy, grid, g))
+        if dpm and policy.transition == "ddim":
+            rows.append(policy_row(suite, backbone, f"student@{n} dpm++", Multistep(policy.denoiser), grid, g))
+    return rows
+
+
+def folder_sampler(folder: Path, device: torch.device) -> tuple[Policy, Grid]:
+    """The student of an exported pipeline that steps by DDIM, on the nodes that its card names."""
+    backbone = Backbone(str(folder)).to(device)
+    return Policy(Denoiser(backbone.teacher(), backbone.schedule, backbone.predicts), "ddim"), Grid([*backbone.about["timesteps"], END])
+
+
+def pipeline_row(suite: Suite, backbone: Backbone, steps: int, guidance_scale: float, dpm: bool = False) -> dict[str, Any]:
+    """A diffusers pipeline, called as its users call it, with its own scheduler, or (`dpm`) DPM-Solver++ 2M made from it."""
+    pipe, calls = copy.copy(backbone.pipe), [0]
+    if dpm:
+        from diffusers import DPMSolverMultistepScheduler
+
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, solver_order=2)
+
+    def count(module: Any, args: Any, kwargs: Any) -> None:
+        calls[0] += len(args[0] if args else kwargs["sample"])
+
+    def sample(prompts: list[str], seed: int) -> Tensor:
+        return sampling.decoded(backbone, sampling.pipeline_latents(pipe, prompts, steps, guidance_scale, seed))
+
+    handle = pipe.unet.register_forward_pre_hook(count, with_kwargs=True)
+    timed = Timed(sample)
+    try:
+        metrics = suite.score(timed)
+    finally:
+        handle.remove()
+    name = "student" if "method" in backbone.about else "teacher"
+    title = f"{name}@{steps} dpm++" if dpm else f"{name}@{steps}"
+    g = backbone.guidance if backbone.baked else guidance_scale
+    return make_row(title, steps, g, len(suite.prompts), round(calls[0] / timed.images), timed.seconds_per_image, metrics)

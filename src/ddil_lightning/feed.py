@@ -1,0 +1,51 @@
+"""What a method and its callbacks may ask of the data in training: declared here, so that neither has to know the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ddil_lightning.records import CaptionBatch, LatentBatch
+
+
+class Feed:
+    """The side of the data. A method has one from the start, `Distillation.feed`: this one, which stands for any loader of LatentBatch.
+
+    `DDILDataModule` is the one that rolls out; it hands itself to the method in its `setup`, before the method's own. `prior`: its
+    SamplingPrior, which schedules set. `collect_every`: student updates between two roll-outs, which a cadence sets.
+    `truncate`: whether captions that are too long are cut.
+    """
+
+    prior: Any = None
+    collect_every: int = 1
+    truncate: bool = False
+
+    def box(self) -> tuple[list[float], list[float]] | None:
+        """(lo, hi) per channel of the latents of its images; None where there are none, or none that it knows of."""
+        return None
+
+    def has_images(self) -> bool:
+        """Whether its latents come with images' own (`LatentBatch.real`): a loader that says nothing of it is believed to."""
+        return True
+
+    def reference(self, n: int) -> CaptionBatch:
+        """The same `n` captions and images every time, for probes. Raises ValueError where there are none."""
+        raise ValueError("a probe needs captions of the data: train with DDILDataModule, or leave the probe out")
+
+    def examples(self, n: int) -> list[str]:
+        """Up to `n` of its captions, for previews."""
+        return []
+
+    def observe(self, batch: LatentBatch, loss: Tensor) -> None:
+        """Hear the per-sample losses [B] of a batch."""
+
+    def commit(self) -> None:
+        """The step that used the last batch is complete: a checkpoint may be written now."""
+
+    def statistics(self) -> dict[str, float]:
+        """What the run's curves show of it."""
+        return {}
+
+    def flush(self) -> None:
+        """Forget every roll-out."""

@@ -1,0 +1,289 @@
+"""The replay buffer of collected states: DAgger's aggregation with states instead of labels (METHODS 1.6).
+
+A frozen teacher labels any state again, so only states are stored. Age makes them off-policy but never wrong; the age limit bounds it.
+Prioritised replay follows Schaul et al. (2016), with losses normalised per node: otherwise it becomes a sampler of the noisiest node.
+The buffer lives on the CPU and belongs to one rank.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddil_lightning.records import SOURCES, Context, cat, take
+
+FINE = 50
+"""Below this time (and at END) sigma is so small that half precision would show: such states are kept in float32."""
+
+BAND = (0.25, 4.0)
+"""A state's mean square as a multiple of that of forward latents at its time; outside, a roll-out has left what the teacher can judge."""
+
+DIMENSIONS = 32
+"""Of a state, from which on `BAND` is asked: the mean square of fewer numbers leaves it by chance (one Gaussian in 1000 at 16)."""
+
+U_MIN, U_MAX = 0.1, 10.0
+WINDOW = 100
+"""Losses per node after which their running mean forgets exponentially."""
+
+
+class Sample(NamedTuple):
+    """States drawn from the buffer, on the CPU."""
+
+    x_t: Tensor  # [n, ...] float32
+    t: Tensor  # [n]
+    c: Context  # [n, ...]
+    source: Tensor  # [n] tag of types.py
+    actors: Tensor  # [n] bit i set: the student made transition i
+    weight: Tensor  # [n] float32 importance weight, at most 1; all 1 without priorities
+    slot: Tensor  # [n] to hand back to `update`
+    age: Tensor  # [n] clock now - clock when collected
+
+
+class _States(NamedTuple):
+    x_t: Tensor  # [m, ...] float16 or float32
+    t: Tensor  # [m]
+    row: Tensor  # [m] row of the chunk's context
+    source: Tensor  # [m]
+    actors: Tensor  # [m]
+    u: Tensor  # [m] float64 relative loss in [U_MIN, U_MAX], 0 before the first measurement
+
+
+class _Chunk(NamedTuple):
+    """One roll-out. Its contexts are stored once and not per state: text is larger than latents."""
+
+    states: _States
+    c: Context
+    clock: int
+    stage: int
+    start: int  # slot of the first state
+
+
+class ReplayBuffer:
+    """States of the last roll-outs, drawn with replacement, uniformly or by priority.
+
+    `capacity` counts states (0 keeps nothing); whole roll-outs are evicted, oldest first. `max_age` in student updates.
+    `priority` is the exponent a; `half_life` (updates), `uniform` (eta) and `beta0` only act where it is positive:
+    P(j) = (1 - eta) p_j / sum p + eta / n,  p_j = clip(u_j, 0.1, 10)^a 2^(-age_j / half_life),  u_j = loss_j / running mean at its node.
+    `storage`: "float16" (states below t = 50 stay float32) or "float32". Raises ValueError for settings outside their range.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        max_age: int = 500,
+        priority: float = 0.0,
+        half_life: float = 200,
+        uniform: float = 0.1,
+        beta0: float = 0.4,
+        storage: Literal["float16", "float32"] = "float16",
+    ) -> None:
+        if capacity < 0 or max_age < 0 or priority < 0 or half_life <= 0 or not 0 <= uniform <= 1 or not 0 <= beta0 <= 1:
+            raise ValueError("a replay buffer needs capacity, max_age, priority >= 0, half_life > 0 and uniform, beta0 in [0, 1]")
+        if storage not in ("float16", "float32"):
+            raise ValueError(f"a replay buffer's storage is 'float16' or 'float32', not {storage!r}")
+        self.capacity, self.max_age, self.storage = capacity, max_age, storage
+        self.priority, self.half_life, self.uniform, self.beta0 = priority, half_life, uniform, beta0
+        self.rejected = 0
+        self._chunks: deque[_Chunk] = deque()
+        self._next = 0
+        self._means: dict[int, tuple[float, int]] = {}  # per time: running mean of the loss, how many losses
+
+    def __len__(self) -> int:
+        return sum(len(chunk.states.t) for chunk in self._chunks)
+
+    @torch.no_grad()
+    def add(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        c: Context,
+        row: Tensor,
+        source: Tensor,
+        actors: Tensor,
+        clock: int,
+        stage: int,
+        expected: Tensor | None = None,
+    ) -> Tensor:
+        """Stores a roll-out and returns its slots [M], -1 for a state that was not kept.
+
+        `x_t` [M, ...] states of times `t` [M], whose contexts are the rows `row` [M] of `c`; `clock`: student updates so far; `stage`: of
+        the method. States that are not finite, or whose mean square leaves [0.25, 4] times `expected` [M] (that of forward latents; asked
+        of 32 dimensions or more), are rejected and counted. Raises ValueError for lengths or shapes that do not fit, and for a roll-out
+        larger than the capacity.
+        """
+        slots = torch.full((len(x_t),), -1)
+        if self.capacity == 0:
+            return slots
+        self._check(x_t, c, row, t, source, actors, *([] if expected is None else [expected]))
+        fine = self.storage == "float32" or bool((t < FINE).any())
+        stored = x_t.to("cpu", torch.float32 if fine else torch.float16, copy=True)
+        keep = _sound(stored, expected)
+        self.rejected += int((~keep).sum())
+        if not keep.any():
+            return slots
+        t, row, source, actors = (x.to("cpu", torch.long, copy=True) for x in (t, row, source, actors))
+        states = take(_States(stored, t, row, source, actors, torch.zeros(len(x_t), dtype=torch.float64)), keep)
+        own = {name: x.to("cpu", copy=True) for name, x in c._asdict().items() if x is not None}
+        self._chunks.append(_Chunk(states, Context(**own), int(clock), int(stage), self._next))
+        slots[keep] = self._next + torch.arange(len(states.t))
+        self._next += len(states.t)
+        self._evict()
+        return slots
+
+    def expire(self, clock: int, stage: int) -> None:
+        """Drops roll-outs older than `max_age` at `clock`, or of another stage (whose running losses go too)."""
+        if any(k.stage != stage for k in self._chunks):
+            self._means.clear()
+        self._chunks = deque(k for k in self._chunks if clock - k.clock <= self.max_age and k.stage == stage)
+
+    def flush(self) -> None:
+        """Drops all states and the running losses (at a stage change). Slots stay retired and the count of rejected states goes on."""
+        self._chunks.clear()
+        self._means.clear()
+
+    def sample(self, n: int, clock: int, generator: torch.Generator, progress: float = 0.0) -> Sample:
+        """Draws n states with replacement; `progress` in [0, 1] anneals the exponent of the importance weights from beta0 to 1.
+
+        Takes n float64 uniforms from the generator whatever the priorities, and without them picks floor(u * len): exactly plain replay.
+        Raises ValueError from an empty buffer.
+        """
+        size = len(self)
+        if size == 0:
+            raise ValueError("the replay buffer is empty: collect a roll-out before sampling")
+        u = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64).cpu()
+        if self.priority == 0:
+            index, weight = (u * size).long().clamp(max=size - 1), torch.ones(n)
+        else:
+            p = self.probabilities(clock)
+            index = torch.searchsorted(p.cumsum(0), u, right=True).clamp(max=size - 1)
+            weight = (size * p[index]) ** -(self.beta0 + (1 - self.beta0) * progress)
+            weight = (weight / weight.max()).float() if n else weight.float()
+        return self._gather(index, weight, clock)
+
+    def probabilities(self, clock: int) -> Tensor:
+        """[len] float64 probability of every state, oldest first. States without a loss so far count as the largest one present."""
+        size = len(self)
+        if self.priority == 0 or size == 0:
+            return torch.full((size,), 1 / max(size, 1), dtype=torch.float64)
+        u = torch.cat([k.states.u for k in self._chunks])
+        u = torch.where(u == 0, u.max() if bool(u.any()) else torch.ones_like(u), u)
+        age = self._per_state([clock - k.clock for k in self._chunks])
+        # Relative to the youngest, so that a long pause cannot underflow every priority to 0.
+        p = u.clamp(U_MIN, U_MAX) ** self.priority * torch.exp2(-(age - age.min()).double() / self.half_life)
+        return (1 - self.uniform) * p / p.sum() + self.uniform / size
+
+    def update(self, slot: Tensor, loss: Tensor, t: Tensor) -> None:
+        """Takes per-sample losses [n] (v space) of the states `slot` [n] at times t [n]; ignores dead slots, -1 and non-finite losses."""
+        slot, loss, t = slot.detach().cpu().contiguous(), loss.detach().to("cpu", torch.float64), t.detach().cpu()
+        if not slot.shape == loss.shape == t.shape:
+            raise ValueError(f"update needs a slot, a loss and a time per sample, got {[tuple(x.shape) for x in (slot, loss, t)]}")
+        chunk, local = self._locate(slot)
+        live = (chunk >= 0) & loss.isfinite()
+        for time in t[live].unique().tolist():
+            self._observe(time, loss[live & (t == time)])
+        for k in chunk[live].unique().tolist():
+            mine = live & (chunk == k)
+            mean = torch.tensor([self._means[x][0] for x in t[mine].tolist()], dtype=torch.float64)
+            relative = torch.where(mean > 0, loss[mine] / mean.clamp(min=torch.finfo(mean.dtype).tiny), torch.ones_like(mean))
+            self._chunks[k].states.u[local[mine]] = relative.clamp(U_MIN, U_MAX)
+
+    def stats(self, clock: int) -> dict[str, float]:
+        """Size, mean age, effective sample size 1 / sum P^2, share per source (`share_<name>`) and states rejected so far."""
+        size = len(self)
+        source = torch.cat([k.states.source for k in self._chunks]) if size else torch.empty(0, dtype=torch.long)
+        age = self._per_state([clock - k.clock for k in self._chunks])
+        ess = 1 / float(self.probabilities(clock).square().sum()) if size else 0.0
+        report = {"size": float(size), "age": float(age.double().mean()) if size else 0.0, "ess": ess, "rejected": float(self.rejected)}
+        return report | {f"share_{name}": float((source == i).sum()) / max(size, 1) for i, name in enumerate(SOURCES)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the settings, as tensors, numbers, lists and dicts of them (loads with weights_only=True)."""
+        chunks = [
+            {
+                # u is written in place later on; all other tensors never change.
+                "states": k.states._asdict() | {"u": k.states.u.clone()},
+                "c": {name: x for name, x in k.c._asdict().items() if x is not None},
+                "at": [k.clock, k.stage, k.start],
+            }
+            for k in self._chunks
+        ]
+        means = [[time, mean, count] for time, (mean, count) in self._means.items()]
+        return {"chunks": chunks, "means": means, "next": self._next, "rejected": self.rejected}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict()`; with a smaller capacity than it was saved with, the oldest roll-outs go."""
+        own = lambda parts: {name: x.clone() for name, x in parts.items()}  # noqa: E731 (a mapped checkpoint is not held open by its latents)
+        self._chunks = deque(_Chunk(_States(**own(k["states"])), Context(**own(k["c"])), *k["at"]) for k in state["chunks"])
+        self._means = {int(time): (float(mean), int(count)) for time, mean, count in state["means"]}
+        self._next, self.rejected = int(state["next"]), int(state["rejected"])
+        self._evict()
+
+    def _check(self, x_t: Tensor, c: Context, row: Tensor, *columns: Tensor) -> None:
+        if any(len(x) != len(x_t) for x in (row, *columns)):
+            raise ValueError(f"a roll-out of {len(x_t)} states needs as many t, row, source, actors and expected")
+        if len(x_t) > self.capacity:
+            what = f"a roll-out of {len(x_t)} states exceeds the replay buffer's capacity {self.capacity}"
+            raise ValueError(f"{what}: raise the capacity, or use 0 for no buffer")
+        if len(row) and not 0 <= int(row.min()) <= int(row.max()) < len(c.text):
+            raise ValueError(f"row must name one of the {len(c.text)} rows of the context, got {int(row.min())} .. {int(row.max())}")
+        if self._chunks:
+            last = self._chunks[-1]
+            shapes = [(x.shape[1:], *(None if y is None else y.shape[1:] for y in k)) for x, k in ((x_t, c), (last.states.x_t, last.c))]
+            if shapes[0] != shapes[1]:
+                raise ValueError(f"states and contexts {shapes[0]} do not fit those in the replay buffer {shapes[1]}: flush it first")
+
+    def _evict(self) -> None:
+        size = len(self)
+        while size > self.capacity:
+            size -= len(self._chunks.popleft().states.t)
+
+    def _per_state(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long).repeat_interleave(self._sizes())
+
+    def _sizes(self) -> Tensor:
+        return torch.tensor([len(k.states.t) for k in self._chunks], dtype=torch.long)
+
+    def _locate(self, slot: Tensor) -> tuple[Tensor, Tensor]:
+        """Chunk and row in it of every slot; chunk -1 for slots that are gone."""
+        if not self._chunks:
+            return torch.full_like(slot, -1), slot
+        starts = torch.tensor([k.start for k in self._chunks])
+        chunk = torch.searchsorted(starts, slot, right=True) - 1
+        nearest = chunk.clamp(min=0)
+        local = slot - starts[nearest]
+        return torch.where((chunk >= 0) & (local < self._sizes()[nearest]), chunk, -1), local
+
+    def _observe(self, time: int, loss: Tensor) -> None:
+        mean, count = self._means.get(time, (0.0, 0))
+        count += len(loss)
+        # The plain mean at first, an exponential one later; a batch counts as its losses one by one would, up to order.
+        rate = len(loss) / count if count <= WINDOW else 1 - (1 - 1 / WINDOW) ** len(loss)
+        self._means[time] = (mean + rate * (float(loss.mean()) - mean), count)
+
+    def _gather(self, index: Tensor, weight: Tensor, clock: int) -> Sample:
+        ends = self._sizes().cumsum(0)
+        chunk = torch.searchsorted(ends, index, right=True)
+        parts, places = [], []
+        for k in chunk.unique().tolist() or [0]:  # one empty part where nothing was asked for
+            place = (chunk == k).nonzero()[:, 0]
+            part = self._chunks[k]
+            local = index[place] - (ends[k] - len(part.states.t))
+            s = take(part.states, local)
+            age = torch.full_like(s.t, clock - part.clock)
+            c = take(part.c, s.row)
+            parts.append(Sample(s.x_t.float(), s.t, c, s.source, s.actors, weight[place], part.start + local, age))
+            places.append(place)
+        return take(cat(parts), torch.cat(places).argsort())
+
+
+def _sound(x: Tensor, expected: Tensor | None) -> Tensor:
+    """[M] states that are finite as stored and, if `expected` is given, of plausible energy."""
+    flat = x.flatten(1).float()
+    keep = flat.isfinite().all(1)
+    if expected is None or flat.shape[1] < DIMENSIONS:
+        return keep
+    ratio = flat.square().mean(1) / expected.detach().to("cpu", torch.float32)
+    return keep & (ratio >= BAND[0]) & (ratio <= BAND[1])

@@ -1,0 +1,159 @@
+"""Sampling priors (beta_frwd, beta_student, beta_teach of Eq. 2) and their schedules: pure functions of the clock."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ddil_lightning.bounds import above, at_least
+
+Mix = Literal["trajectory", "interval"]
+
+
+@dataclass(frozen=True)
+class SamplingPrior:
+    """Where a latent comes from: shares that sum to 1 (DDIL Eq. 2); checked when made.
+
+    `forward`: noised data; `student` and `teacher`: roll-outs. `mix` says who acts within a roll-out: `trajectory` gives a whole
+    trajectory to one of them, `interval` tosses a coin of student / (student + teacher) at every interval of the student's grid
+    (the paper's mixed roll-outs, METHODS 1.5).
+    """
+
+    forward: float = 1.0
+    student: float = 0.0
+    teacher: float = 0.0
+    mix: Mix = "interval"
+
+    def __post_init__(self) -> None:
+        shares = {"forward": self.forward, "student": self.student, "teacher": self.teacher}
+        for name, share in shares.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"the prior's share {name} = {share} is not between 0 and 1")
+        if abs(sum(shares.values()) - 1) > 1e-6:
+            said = " + ".join(f"{name} {share:g}" for name, share in shares.items())
+            raise ValueError(f"the prior's shares sum to {sum(shares.values()):.9g}, not 1: {said}")
+        if self.mix not in ("trajectory", "interval"):
+            raise ValueError(f"the prior's mix is 'trajectory' or 'interval', not {self.mix!r}")
+
+    @property
+    def rollouts(self) -> float:
+        """The share of roll-out latents, student and teacher together."""
+        return self.student + self.teacher
+
+    @property
+    def p_student(self) -> float:
+        """The student's share of the roll-outs (p_S), 0 without roll-outs."""
+        return self.student / self.rollouts if self.rollouts > 0 else 0.0
+
+    def towards(self, other: SamplingPrior, r: float) -> SamplingPrior:
+        """The convex combination (1 - r) self + r other; on the simplex by construction."""
+        student, teacher = ((1 - r) * a + r * b for a, b in ((self.student, other.student), (self.teacher, other.teacher)))
+        # The forward share is the rest, so that rounding cannot leave the simplex.
+        return SamplingPrior(max(1 - student - teacher, 0.0), student, teacher, self.mix)
+
+
+class Schedule:
+    """A function clock -> SamplingPrior. The clock counts student updates of the current stage."""
+
+    def __call__(self, clock: int) -> SamplingPrior:
+        """The prior at `clock` student updates."""
+        raise TypeError(f"{type(self).__name__} is no schedule: give it a __call__(clock) -> SamplingPrior")
+
+
+class Constant(Schedule):
+    """The same prior always."""
+
+    def __init__(self, prior: SamplingPrior) -> None:
+        self.prior = prior
+
+    def __call__(self, clock: int) -> SamplingPrior:
+        """The prior."""
+        return self.prior
+
+
+class Piecewise(Schedule):
+    """`priors[k]` from clock `starts[k]` on (the paper's parts of a stage); `starts` rises from 0."""
+
+    def __init__(self, priors: Sequence[SamplingPrior], starts: Sequence[int]) -> None:
+        if len(priors) != len(starts) or not starts or starts[0] != 0 or any(a >= b for a, b in zip(starts, starts[1:], strict=False)):
+            raise ValueError(
+                f"piecewise priors need as many starts as priors, rising from 0; got {len(priors)} priors and starts {list(starts)}"
+            )
+        self.priors, self.starts = list(priors), list(starts)
+
+    def __call__(self, clock: int) -> SamplingPrior:
+        """The prior of the part that holds `clock`."""
+        return next(p for p, start in zip(reversed(self.priors), reversed(self.starts), strict=True) if clock >= start or start == 0)
+
+
+class _Ramp(Schedule):
+    """From `first` to `last` between the clocks `start` and `end`, along `shape(r)` with r from 0 to 1."""
+
+    def __init__(self, first: SamplingPrior, last: SamplingPrior, end: int, start: int = 0) -> None:
+        if end <= start or start < 0:
+            raise ValueError(f"a schedule runs from start {start} to a later end, got {end}")
+        self.first, self.last, self.start, self.end = first, last, start, end
+
+    def __call__(self, clock: int) -> SamplingPrior:
+        """The interpolated prior; constant before `start` and after `end`."""
+        r = min(max((clock - self.start) / (self.end - self.start), 0.0), 1.0)
+        return self.first.towards(self.last, self.shape(r))
+
+    def shape(self, r: float) -> float:
+        """The share of `last`."""
+        return r
+
+
+class Linear(_Ramp):
+    """A straight line."""
+
+
+class Cosine(_Ramp):
+    """Half a cosine: slow, fast, slow."""
+
+    def shape(self, r: float) -> float:
+        """(1 - cos pi r) / 2."""
+        return (1 - math.cos(math.pi * r)) / 2
+
+
+class Exponential(Schedule):
+    """DAgger's p^k: the distance to `last` shrinks by `rate` every `every` updates."""
+
+    def __init__(self, first: SamplingPrior, last: SamplingPrior, rate: float = 0.5, every: int = 100) -> None:
+        if not 0 < rate < 1 or every < 1:
+            raise ValueError(f"an exponential schedule needs 0 < rate < 1 and every >= 1, got {rate} and {every}")
+        self.first, self.last, self.rate, self.every = first, last, rate, every
+
+    def __call__(self, clock: int) -> SamplingPrior:
+        """The prior at `clock`."""
+        return self.first.towards(self.last, 1 - self.rate ** (clock / self.every))
+
+
+class Gated(Schedule):
+    """Performance-gated: one of `steps` equal moves from `first` to `last` whenever on-policy loss / forward loss is below `ratio`.
+
+    The only schedule with a memory: `observe` is fed by the AnnealPrior callback, `level` is part of its state.
+    """
+
+    def __init__(self, first: SamplingPrior, last: SamplingPrior, ratio: float = 1.25, steps: int = 10, patience: int = 20) -> None:
+        at_least(1, steps=steps, patience=patience)
+        above(0, ratio=ratio)
+        self.first, self.last = first, last
+        if self.first.rollouts == 0:
+            raise ValueError(
+                "a gated schedule compares losses on roll-outs and on forward latents: give its first prior a student or teacher share"
+            )
+        self.ratio, self.steps, self.patience = ratio, steps, patience
+        self.level, self.passed = 0, 0
+
+    def __call__(self, clock: int) -> SamplingPrior:
+        """The prior at the present level."""
+        return self.first.towards(self.last, self.level / self.steps)
+
+    def observe(self, on_policy: float, forward: float) -> None:
+        """One update's mean losses on roll-out and on forward latents; `patience` passes in a row raise the level."""
+        self.passed = self.passed + 1 if on_policy < self.ratio * forward else 0
+        if self.passed >= self.patience and self.level < self.steps:
+            self.level, self.passed = self.level + 1, 0

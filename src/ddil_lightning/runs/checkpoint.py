@@ -1,0 +1,174 @@
+"""Checkpoints that a run goes on from: found, read as far as they are needed, and refused by name where something in them is missing."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+CHANGED = "it was changed or written by another version; take another checkpoint"
+
+
+def find_checkpoint(ckpt_path: str, run_dir: str | None, config: str) -> Path:
+    """The checkpoint behind `last`, a run folder or a file. Raises ValueError naming where it looked."""
+    if ckpt_path == "last":
+        folder = Path(run_dir) if run_dir else Path("runs") / config / "latest"
+        if folder.is_file():
+            folder = Path(folder.read_text())
+    else:
+        folder = Path(ckpt_path)
+        if folder.is_file():
+            return folder
+    found = sorted_checkpoints(folder / "checkpoints") or sorted_checkpoints(folder)
+    if not found:
+        what = "holds no checkpoint" if folder.exists() else "does not exist"
+        raise ValueError(f"--ckpt_path {ckpt_path}: {folder} {what}; give a file, a run folder, or `last` after a run of this config")
+    return found[-1].resolve()
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint, mapped from the disk, by weights_only=True. Raises ValueError for one that is half written or none of ours."""
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        others = [p.name for p in sorted_checkpoints(path.parent) if p.resolve() != path.resolve()]
+        hint = f"take another: {', '.join(others)}" if others else "there is no other beside it"
+        raise ValueError(f"the checkpoint {path} cannot be read ({type(error).__name__}): it is half written or none; {hint}") from error
+    if not isinstance(state, dict) or "ddil" not in state:
+        raise ValueError(f"{path} is no checkpoint of this library: it has no clock (key 'ddil')")
+    if not isinstance(state["ddil"], dict) or not isinstance(state.get("state_dict"), dict):
+        raise ValueError(
+            f"{path} is damaged: its {'clock' if 'state_dict' in state else 'state_dict'} is missing or no table; take another"
+        )
+    return state
+
+
+def check_whole(path: Path, state: Mapping[str, Any], method: Any) -> None:
+    """Raises ValueError, naming it, for a part of a checkpoint without which a run would go on otherwise than it stopped."""
+    check_clocks(path, state, method)
+    parts = ("DDILDataModule", "loops", "callbacks", "optimizer_states", "lr_schedulers")
+    data, callbacks = _table(state.get("DDILDataModule")), _table(state.get("callbacks"))
+    missing = [name for name in parts if name not in state]
+    missing += [f"DDILDataModule.{name}" for name in ("done", "collected_at", "buffers") if name not in data]
+    # Every run has this callback, and its state is never empty.
+    missing += [] if callbacks.get("Checkpoints") else ["callbacks.Checkpoints"]
+    faults = [f"lacks {name}" for name in missing] or _optimizer_faults(state, method)
+    if faults:
+        raise ValueError(f"the checkpoint {path} {faults[0]}: {CHANGED}")
+
+
+def check_clocks(path: Path, state: Mapping[str, Any], method: Any) -> None:
+    """Raises ValueError, naming it, for a clock or a count of `method` that a checkpoint lacks."""
+    mine: dict[str, Any] = {}
+    method.on_save_checkpoint(mine)
+    clocks = state["ddil"]
+    counted = _table(clocks.get("evaluations"))
+    missing = [name for name in mine["ddil"] if name not in clocks]
+    missing += [f"evaluations.{name}" for name in mine["ddil"]["evaluations"] if name not in counted]
+    if missing:
+        raise ValueError(f"the checkpoint {path} lacks ddil.{missing[0]}: {CHANGED}")
+
+
+def _optimizer_faults(state: Mapping[str, Any], method: Any) -> list[str]:
+    """What the optimiser states of a checkpoint lack or have too much of, in words: Lightning restores as many as there are."""
+    clocks, found, optimizers = state["ddil"], list(state["optimizer_states"] or []), _optimizers(method)
+    if not found or (optimizers is not None and len(found) < len(optimizers)):
+        return [f"lacks optimizer_states.{len(found)}"]
+    if optimizers is not None and len(found) > len(optimizers):
+        return [f"has optimizer_states.{len(optimizers)}, and the method {len(optimizers)} optimiser(s)"]
+    begun = clocks["student_updates"] > clocks["stage_start"]  # a stage begins with an empty optimiser
+    faults = []
+    for i, one in enumerate(map(_table, found)):
+        steps, keys = _table(one.get("state")), [key for group in one.get("param_groups") or [] for key in group["params"]]
+        known = None if optimizers is None else [p for group in optimizers[i].param_groups for p in group["params"]]
+        if known is not None and len(keys) != len(known):
+            return [f"has {len(keys)} parameters in optimizer_states.{i}, and the method {len(known)}"]
+        if not steps:
+            faults += [f"lacks optimizer_states.{i}.state"] if begun else []
+            continue
+        if known is not None:
+            # Sharded runs number the parameters of the whole method, others those of the optimiser.
+            every = dict(zip(keys, known, strict=True)) if not clocks["sharded"] else dict(enumerate(method.parameters()))
+            absent = [key for key in keys if not steps.get(key) and _has_moved(every.get(key), state["state_dict"], method)]
+            faults += [f"lacks optimizer_states.{i}.state.{key}" for key in absent]
+    return faults
+
+
+def _optimizers(method: Any) -> list[Any] | None:
+    """The optimisers that a trainer will ask `method` for; None where they cannot be had before there is a trainer."""
+    from lightning.pytorch.plugins import Precision
+    from torch.optim import Optimizer
+
+    asked = copy.copy(method)  # it alone meets the stand-in
+    asked.trainer = SimpleNamespace(precision_plugin=Precision())
+    try:
+        made = asked.configure_optimizers()
+    except AttributeError:  # somebody's own method that asks more of its trainer
+        return None
+    every = list(made) if isinstance(made, list | tuple) else [made]
+    return every if all(isinstance(one, Optimizer) for one in every) else None
+
+
+def _has_moved(parameter: Any, weights: Mapping[str, Any], method: Any) -> bool:
+    """Whether a parameter is another than that of an untrained method: one that never has a gradient has rightly no optimiser state."""
+    import torch
+
+    name = next((name for name, p in method.named_parameters() if p is parameter), None)
+    return name is None or not torch.equal(weights[name], parameter.detach().to("cpu"))
+
+
+def _table(value: Any) -> Mapping[Any, Any]:
+    """What stands where a table is expected; another thing holds nothing."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def check_fits(path: Path, state: Mapping[str, Any], method: Any) -> None:
+    """Raises ValueError when the weights of a checkpoint are not those of `method`: another class, pipeline or option."""
+    mine, theirs = method.state_dict(), state["state_dict"]
+    missing, unknown = sorted(mine.keys() - theirs.keys()), sorted(theirs.keys() - mine.keys())
+    other = [name for name in mine.keys() & theirs.keys() if mine[name].shape != getattr(theirs[name], "shape", None)]
+    if missing or unknown or other:
+        said = [f"it lacks {missing[0]}"] if missing else []
+        said += [f"it has {unknown[0]} as well"] if unknown else []
+        said += [f"the shape of {min(other)} differs"] if other else []
+        raise ValueError(f"the checkpoint {path} does not fit this config: {', '.join(said)}; resume with the config.yaml of its run")
+
+
+def folder_of(path: Path) -> Path | None:
+    """The run folder that a checkpoint file lies in, None for a file elsewhere."""
+    return path.parent.parent if path.parent.name == "checkpoints" and (path.parent.parent / "config.yaml").is_file() else None
+
+
+def check_newest(path: Path) -> None:
+    """Raises ValueError when a run would go on from another than its newest checkpoint and so overwrite what came after."""
+    newest, clock = sorted_checkpoints(path.parent)[-1:], clock_of(path)
+    if newest and clock is not None and clock_of(newest[0]) != clock:
+        raise ValueError(
+            f"{path.name} is not the newest checkpoint of its run, which is {newest[0].name}: go on from that one, "
+            "or branch off into a new folder with --run_dir"
+        )
+
+
+def clock_of(path: Path) -> int | None:
+    """The clock in a checkpoint's name, None for another name."""
+    found = re.fullmatch(r"updates=(\d+)\.ckpt", path.name)
+    return int(found[1]) if found else None
+
+
+def sorted_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a folder by their clock, oldest first."""
+    return sorted((p for p in folder.glob("updates=*.ckpt") if clock_of(p) is not None), key=lambda p: clock_of(p) or 0)
+
+
+def config_of(ckpt_path: str | Path) -> Path:
+    """The config.yaml of the run that a checkpoint belongs to. Raises ValueError where there is none."""
+    path = find_checkpoint(str(ckpt_path), None, "")
+    for folder in (path.parent, path.parent.parent):
+        if (folder / "config.yaml").is_file():
+            return folder / "config.yaml"
+    raise ValueError(f"no config.yaml beside {path} or above it: a checkpoint is rebuilt from the config of its run")

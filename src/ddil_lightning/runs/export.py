@@ -1,0 +1,258 @@
+"""Student out: a diffusers pipeline folder with the scheduler its method declares, checked against the trainer's own samples."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ddil_lightning.backbones import sampling
+from ddil_lightning.backbones.loading import load_pipeline
+from ddil_lightning.backbones.pipeline import UNet
+from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.schedule import Grid
+from ddil_lightning.diffusion.solver import Policy
+from ddil_lightning.files import move_contents, read_table, replacing_folder, unused
+
+if TYPE_CHECKING:
+    from ddil_lightning.training.method import Distillation
+
+
+def scale(method: Distillation, g: float) -> float:
+    """The `guidance_scale` to call the exported pipeline with: g for a w-conditioned student, 1 for one with g baked in."""
+    return g if _network(method).w_conditioned else 1.0
+
+
+def exportable(method: Distillation) -> bool:
+    """Whether the student is a network that a diffusers pipeline can hold."""
+    return isinstance(method.deployed(), UNet)
+
+
+def exported(folder: Path) -> bool:
+    """Whether a folder is a student's pipeline that this library has written."""
+    return "method" in read_table(folder / "ddil.json")
+
+
+def check_prompts(method: Distillation, examples: Sequence[str]) -> list[str]:
+    """The prompts by which an exported pipeline is compared: the card's previews, else `examples` of the data, else empty ones."""
+    return (list(method.backbone.about.get("previews") or examples) or ["", ""])[:4]
+
+
+def export(method: Distillation, folder: Path, steps: int = 4, dtype: torch.dtype = torch.float32, safety_checker: bool = False) -> Path:
+    """Write the deployed student as a pipeline folder: the teacher's encoders, the student's U-Net, the trained scheduler, a card.
+
+    All of it in `dtype`. Frozen parts that were trained with in half precision are read again and exported as they came.
+    `safety_checker`: with the teacher's, if it has one. An older folder is replaced when the new one is complete.
+    """
+    backbone = method.backbone
+    own = {"unet": _network(method).unet, "scheduler": method.scheduler()}
+    whole = {part.dtype for part in backbone.parts() if part is not backbone.pipe.unet} == {torch.float32}
+    if safety_checker or not whole:
+        parts = load_pipeline(backbone.path, spare=not safety_checker, **own).components
+    else:
+        parts = {**backbone.pipe.components, **own}
+    if dtype != torch.float32:
+        parts = {name: copy.deepcopy(part).to(dtype) if isinstance(part, nn.Module) else part for name, part in parts.items()}
+    extra = {"requires_safety_checker": parts["safety_checker"] is not None} if "safety_checker" in parts else {}
+    pipe = type(backbone.pipe)(**parts, **extra)
+    about = about_student(method, steps)
+    with replacing_folder(folder) as temporary:
+        pipe.save_pretrained(temporary, safe_serialization=True)
+        (temporary / "ddil.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        (temporary / "README.md").write_text(card(about, backbone.path), encoding="utf-8")
+    return folder
+
+
+def about_student(method: Distillation, steps: int) -> dict[str, Any]:
+    """ddil.json: what a folder says of itself."""
+    g = method.student_guidance
+    _, grid = method.sampler(steps)
+    return {
+        "method": type(method).__name__,
+        "student_updates": method.student_updates,
+        "steps": steps,
+        "made_for": list(method.steps),
+        "guidance": g,
+        "guidance_scale": scale(method, g),
+        "guidance_range": list(method.guidance) if _network(method).w_conditioned else [g, g],
+        "timesteps": grid.nodes.tolist(),
+        "dataset": method.backbone.about.get("dataset"),
+        "teacher": method.backbone.path,
+    }
+
+
+def card(about: dict[str, Any], teacher: str) -> str:
+    """The model card of a student."""
+    nodes, g, (low, high) = ", ".join(map(str, about["timesteps"])), about["guidance_scale"], about["guidance_range"]
+    why = f"within the trained range ({low:g} to {high:g})" if g > 1 else f"right because guidance {low:g} is part of the weights"
+    return f"""---
+library_name: diffusers
+tags: [text-to-image, distillation, ddil]
+---
+# A {about["steps"]}-step student of `{teacher}`
+
+Distilled with {about["method"]} by [ddil-lightning](https://pypi.org/project/ddil-lightning/), {about["student_updates"]} student updates.
+
+```python
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(".")
+image = pipe("a prompt", num_inference_steps={about["steps"]}, guidance_scale={g:g}).images[0]
+```
+
+The scheduler holds the timesteps it was trained for ({nodes} at {about["steps"]} steps); another scheduler or a "leading" spacing
+fails in silence. `guidance_scale` {g:g} is {why}.
+"""
+
+
+class NotAsTrained(ValueError):
+    """An exported pipeline that does not sample as the trainer does. It is not deleted."""
+
+
+def verify(method: Distillation, folder: Path, prompts: Sequence[str], steps: int, seed: int = 0, halved: bool = False) -> float:
+    """`compare` with the folder, loaded as its users load it."""
+    return compare(method, load_pipeline(folder), prompts, steps, seed, halved)
+
+
+def compare(method: Distillation, pipe: Any, prompts: Sequence[str], steps: int, seed: int = 0, halved: bool = False) -> float:
+    """The largest difference between latents of a reloaded pipeline and of the trainer's own sampler, relative to their size.
+
+    Both compute in float32 without TF32, from weights of one layout. What rounding alone can do depends on the network, so it is measured
+    (`sensitivity`). Raises NotAsTrained above MARGIN times that: then scheduler, timesteps, guidance or weights are not the trained ones.
+    `halved`: the encoders were exported in half precision, so both sides read the pipeline's text states.
+    """
+    (policy, grid), g, backbone = method.sampler(steps), method.eval_guidance, method.backbone
+    with full_precision(backbone.device):
+        pipe = laid_out(pipe.to(backbone.device), _network(method))
+        if halved or backbone.dtype != torch.float32:
+            backbone = copy.copy(backbone)
+            backbone.pipe = pipe
+        mine = sampling.latents(backbone, policy, grid, prompts, g, seed).cpu()
+        theirs = sampling.pipeline_latents(pipe, prompts, steps, scale(method, g), seed).cpu()
+        difference = relative(mine, theirs)
+        tolerance = max(LEAST, MARGIN * sensitivity(backbone, policy, grid, prompts, g, seed, mine))
+    if not difference <= tolerance:
+        raise NotAsTrained(
+            f"the exported pipeline does not sample as the trainer does: at {steps} steps its latents differ by {difference:.2e} "
+            f"of their size, where rounding explains {tolerance:.0e}"
+        )
+    return difference
+
+
+ROUNDING, MARGIN, LEAST = 1e-5, 10, 1e-3
+"""A disturbance of the network's outputs relative to their size, ten times what another order of sums makes, and the room over it.
+
+At least LEAST is allowed: diffusers' DPM-Solver takes 2^-12 for an alpha of 0, and a node that is off by one makes some 1e-2."""
+
+
+def sensitivity(backbone: Any, policy: Policy, grid: Grid, prompts: Sequence[str], g: float, seed: int, undisturbed: Tensor) -> float:
+    """How far latents move, relative to their size, when every answer of the network is disturbed by ROUNDING of its own size."""
+    denoiser: Any = next(m for m in policy.modules() if isinstance(m, Denoiser))
+    calls = itertools.count()
+
+    def disturb(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(next(calls))
+        noise = torch.randn(out.shape, generator=generator).to(out)
+        return out + ROUNDING * out.square().mean().sqrt() * noise
+
+    handle = denoiser.network.register_forward_hook(disturb)
+    try:
+        moved = sampling.latents(backbone, policy, grid, prompts, g, seed).cpu()
+    finally:
+        handle.remove()
+    return relative(undisturbed, moved)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """float32 as it is written: no TF32, no autocast. Restores what it found."""
+    before, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
+    torch.set_float32_matmul_precision("highest")
+    own = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+    try:
+        with cudnn.flags(**own, allow_tf32=False), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def laid_out(pipe: Any, network: UNet) -> Any:
+    """`pipe` with its U-Net's weights in the memory layout of `network`: another layout takes other kernels, which round otherwise."""
+    last = [p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in network.parameters() if p.ndim == 4]
+    pipe.unet.to(memory_format=torch.channels_last if any(last) else torch.contiguous_format)
+    return pipe
+
+
+def deliver(
+    method: Distillation, folder: Path, prompts: Sequence[str], steps: int, dtype: torch.dtype = torch.float32, safety_checker: bool = False
+) -> float:
+    """`export`, `verify`, and only then the name `folder` -> the difference.
+
+    Raises NotAsTrained for a pipeline that samples otherwise, which is kept as `folder`-unverified; an older `folder` stays as it is.
+    """
+    folder = folder if folder.name else folder.absolute()
+    unverified = folder.with_name(f"{folder.name}-unverified")
+    if unverified.exists() and not exported(unverified):
+        unverified = unused(unverified)
+    with replacing_folder(folder) as temporary, rounded(_network(method), dtype):
+        made = export(method, temporary / "made", steps, dtype, safety_checker)
+        try:
+            difference = verify(method, made, prompts, steps, halved=dtype != torch.float32)
+        except NotAsTrained as error:
+            with replacing_folder(unverified) as kept:
+                move_contents(made, kept)
+            raise NotAsTrained(f"{error}; it is kept as {unverified}") from error
+        move_contents(made, temporary)
+        made.rmdir()
+    return difference
+
+
+def rehearse(method: Distillation, folder: Path, prompts: Sequence[str], export_steps: int | None) -> None:
+    """Export the student as it is, and compare at the end of every stage to come, each with its own scheduler and step count.
+
+    The weights are written once: they are the same for all stages. `export_steps`: those of the last one. Raises as `deliver` does.
+    """
+    stages = range(method.stage, method.stage_count)
+    pipe = None
+    for stage in stages:
+        with method.at_stage(stage):
+            steps = export_steps if export_steps is not None and stage == stages[-1] else method.steps[0]
+            if pipe is None:
+                pipe = load_pipeline(export(method, folder, steps))
+            else:
+                made = method.scheduler()
+                made.save_pretrained(folder / "scheduler")
+                pipe.scheduler = type(made).from_pretrained(folder / "scheduler")
+            compare(method, pipe, prompts, steps)
+
+
+@contextmanager
+@torch.no_grad()
+def rounded(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """The weights of `network` as `dtype` holds them, so that an export in half precision can be compared as strictly as any."""
+    exact = [] if dtype == torch.float32 else [p.clone() for p in network.parameters()]
+    for p in network.parameters() if exact else ():
+        p.copy_(p.to(dtype))
+    try:
+        yield
+    finally:
+        for p, value in zip(network.parameters(), exact, strict=False):
+            p.copy_(value)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """max |a - b| / rms(a)."""
+    return float((a - b).abs().max() / a.square().mean().sqrt())
+
+
+def _network(method: Distillation) -> UNet:
+    network = method.deployed()
+    if not isinstance(network, UNet):
+        raise ValueError(f"only diffusers U-Nets can be exported, and this student is a {type(network).__name__}")
+    return network

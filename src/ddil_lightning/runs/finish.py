@@ -1,0 +1,157 @@
+"""What stands at the end of a run: the exported pipeline, the results, the report, and a method rebuilt from its config."""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddil_lightning.bounds import at_least, lengths, seeds, within
+from ddil_lightning.diffusion.denoiser import evaluating
+from ddil_lightning.errors import one_line
+from ddil_lightning.files import replacing, replacing_folder
+from ddil_lightning.toy import Toy
+from ddil_lightning.training.method import Distillation
+
+
+@dataclass
+class Test:
+    """What a run is measured by when it ends: `n` held-out prompts, the rows, the suite's seed. n = 0: no test.
+
+    `student_steps` (default: all that the run has made students for): a count that a stage of the run has ended with is tested on that
+    stage's student. `dpm`: rows with DPM-Solver++ 2M too, for students that step by DDIM.
+    """
+
+    n: int = 256
+    teacher_steps: list[int] = field(default_factory=lambda: [32, 4, 2, 1])
+    student_steps: list[int] | None = None
+    seed: int = 0
+    dpm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.n and self.n < 16:
+            raise ValueError(f"test.n {self.n}: at least 16 prompts, some hundreds for numbers that mean something, or 0 for no test")
+        within(0, 10**7, **{"test.n": self.n})
+        seeds(**{"test.seed": self.seed})
+        at_least(1, **{"test.teacher_steps": self.teacher_steps, "test.student_steps": self.student_steps})
+        lengths(**{"test.student_steps": self.student_steps})
+
+    def smallest(self, made_for: Sequence[int]) -> Test:
+        """The same test at its least: one row of the teacher and one of the student, at the fewest steps."""
+        student = min(self.student_steps or made_for)
+        return replace(self, n=16, teacher_steps=sorted(self.teacher_steps)[:1], student_steps=[student])
+
+
+def finish(
+    method: Distillation, folder: Path, test: Test, export_steps: int | None, examples: Sequence[str], facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Write pipeline/ (compared with the trainer's own samples), test teacher and student -> the content of summary.json.
+
+    `facts` come first in it: the config's name, the seed and so on. Of a student that no pipeline can hold, the weights are written.
+    What fails is told in `failed`, part by part, and keeps nothing else from being made.
+    """
+    from ddil_lightning.evaluation.table import table
+    from ddil_lightning.runs import export
+
+    summary: dict[str, Any] = {
+        **facts,
+        "student_updates": method.student_updates,
+        "network_evaluations": method.evaluations,
+        "machine": machine(),
+        "rows": [],
+        "failed": {},
+    }
+    with trying("pipeline", summary["failed"]):
+        if export.exportable(method):
+            prompts, steps = export.check_prompts(method, examples), method.steps[0] if export_steps is None else export_steps
+            summary["export_difference"] = difference = export.deliver(method, folder / "pipeline", prompts, steps)
+            print(f"pipeline written and checked: {folder / 'pipeline'} (latents differ by {difference:.1e})", flush=True)
+        else:
+            print(f"no pipeline can hold this student; its weights: {_save_weights(method, folder)}", flush=True)
+    with trying("test", summary["failed"]):
+        summary["rows"] = _rows(method, folder, test) if test.n else []
+        print(table(summary["rows"]) if summary["rows"] else "", end="")
+    return summary
+
+
+@contextmanager
+def trying(what: str, failed: dict[str, str]) -> Iterator[None]:
+    """Whatever the body raises becomes an entry of `failed`: the parts of a run's end do not hang on each other."""
+    try:
+        yield
+    except Exception as error:
+        if os.environ.get("DDIL_DEBUG"):
+            traceback.print_exc()
+        failed[what] = one_line(error)
+
+
+def rehearse(method: Distillation, folder: Path, test: Test, export_steps: int | None, examples: Sequence[str]) -> None:
+    """The whole end of a run on the student as it is, small and in a folder of its own below `folder`, which is removed.
+
+    Export, reload and comparison at the end of every stage to come, a small test batch and the report: what cannot work is known before
+    the first update. Leaves random numbers and counts of evaluations as they were. Raises whatever these parts raise.
+    """
+    from ddil_lightning.evaluation.table import write_rows
+    from ddil_lightning.runs import export
+    from ddil_lightning.runs.report import write_report
+
+    counts = method.evaluations
+    with torch.random.fork_rng(), evaluating(method.deployed()), replacing_folder(folder / "rehearsal", keep=False) as place:
+        if export.exportable(method):
+            export.rehearse(method, place / "pipeline", export.check_prompts(method, examples), export_steps)
+        else:
+            _save_weights(method, place)
+        rows = _rows(method, place, test.smallest(method.steps), quiet=True) if test.n else []
+        write_rows(place / "summary.json", {"rows": rows, "student_updates": 0})  # type: ignore[arg-type]
+        write_report(place)
+    for name, denoiser in method.denoisers().items():
+        denoiser.evaluations = counts[name]
+
+
+def _save_weights(method: Distillation, folder: Path) -> Path:
+    from safetensors.torch import save_file
+
+    path = folder / "student.safetensors"
+    with replacing(path) as temporary:
+        save_file({k: v.contiguous() for k, v in method.deployed().state_dict().items()}, temporary)
+    return path
+
+
+def _rows(method: Distillation, folder: Path, test: Test, quiet: bool = False) -> list[dict[str, Any]]:
+    """The rows of what there is to measure by: points in the plane, the built-in suite, or nothing."""
+    from ddil_lightning.evaluation.rows import method_rows
+    from ddil_lightning.evaluation.suite import Suite
+    from ddil_lightning.runs.folder import stage_pipelines
+    from ddil_lightning.toy import scores
+
+    def say(name: str) -> None:
+        if not quiet:
+            print(f"testing {name} on {test.n} {'points' if isinstance(method.backbone, Toy) else 'prompts'}", flush=True)
+
+    if isinstance(method.backbone, Toy):
+        return scores.method_rows(method, test.teacher_steps, test.student_steps or method.steps, test.n, test.seed, say)
+    dataset = method.backbone.about.get("dataset")
+    if not dataset:
+        return []
+    suite = Suite.builtin(dataset, n=test.n, seed=test.seed).for_pipeline(method.backbone)
+    return method_rows(suite, method, test.teacher_steps, test.student_steps, say, stage_pipelines(folder), test.dpm)
+
+
+def machine() -> dict[str, Any]:
+    """What figures must be quoted with."""
+    import platform
+    from importlib import metadata
+
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    packages = ("ddil-lightning", "torch", "lightning", "diffusers", "transformers")
+    versions = {name: metadata.version(name) for name in packages}
+    return {"device": device, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"), **versions}

@@ -1,0 +1,258 @@
+"""The page of a run: one self-contained HTML file, made from the files of a run folder, to look at or to send to a colleague.
+
+It asks the network for nothing (images are embedded, and a content policy tells the browser so), runs no script, and follows
+the reader's light or dark theme. Whatever is missing in the folder is said on the page and skipped.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from ddil_lightning.evaluation.table import CLOCK, METRICS, Row, cell, gap_closed, present, results_table, role, values_of
+from ddil_lightning.files import write_text
+from ddil_lightning.messages import number
+from ddil_lightning.runs.charts import ROLE_COLOURS, Series, line_chart
+from ddil_lightning.runs.curves import families, read_curves, read_summary, unit
+
+__all__ = ["results_table", "write_report"]
+
+STRIP = 10  # sheets between the first and the last one that are embedded
+SHOWN = {"config", "config_name", "name", "rows", CLOCK, "seconds", "network_evaluations"}
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def write_report(run_dir: Path | str, summary: Mapping[str, Any] | None = None) -> Path:
+    """Write `run_dir/report.html` from summary.json, metrics.csv, samples/*.png and config.yaml, each if it is there; its path.
+
+    `summary`: what will stand in summary.json, which marks the end of a run and so is written after this.
+
+    An older report stays until the new one is complete. Raises FileNotFoundError if `run_dir` is no folder.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise FileNotFoundError(f"no run folder at {run_dir}: give the folder that ddil-fit made, for example runs/lcm_ddil/latest")
+    summary, problem = read_summary(run_dir / "summary.json") if summary is None else (summary, "")
+    found = summary.get("rows")
+    rows = [row for row in found if isinstance(row, Mapping) and "name" in row] if isinstance(found, list) else []
+    name = str(summary.get("config") or summary.get("config_name") or summary.get("name") or run_dir.resolve().name)
+    body = [
+        _header(name, summary),
+        _tiles(rows),
+        _results(rows, problem),
+        _samples(run_dir / "samples"),
+        _curves(run_dir / "metrics.csv"),
+        _evaluations(summary.get("network_evaluations")),
+        _config(run_dir / "config.yaml"),
+        f"<footer>ddil-lightning · {escape(run_dir.resolve().name)} · this page is one file and loads nothing</footer>",
+    ]
+    return _write(run_dir / "report.html", name, body)
+
+
+def _header(name: str, summary: Mapping[str, Any]) -> str:
+    lead = []
+    if summary.get(CLOCK) is not None:
+        lead.append(f"{cell(summary[CLOCK])} student updates")
+    if isinstance(summary.get("seconds"), (int, float)):
+        lead.append(_duration(summary["seconds"]))
+    lead_line = f'<p class="lead">{escape(" in ".join(lead))}</p>' if lead else ""
+    return f"<h1>{escape(name)}</h1>{lead_line}{_facts({k: v for k, v in summary.items() if k not in SHOWN})}"
+
+
+def _tiles(rows: Sequence[Row]) -> str:
+    """One tile per student row: its Fréchet distance, beside the teacher's at the same steps and at its most steps."""
+    by_name = {str(row["name"]): row for row in rows}
+    teachers = [row for row in rows if role(row) == "teacher" and isinstance(row.get("steps"), int)]
+    best = max(teachers, key=lambda row: row["steps"], default=None)
+    tiles = []
+    for row in (r for r in rows if role(r) == "student" and _number(values_of(r).get("frechet"))):
+        same = by_name.get(f"teacher@{row.get('steps')}")
+        value = values_of(row)["frechet"]
+        text = [f"{escape(r['name'])} {cell(v)}" for r in (same, best) if r and _number(v := values_of(r).get("frechet"))]
+        closed = _closed(row, same, best)
+        steps = "1 step" if row.get("steps") == 1 else f"{cell(row.get('steps'))} steps"
+        steps += "".join(f", {solver}" for solver in str(row["name"]).split()[1:])  # student@4 dpm++
+        tiles.append(
+            f'<div class="tile"><h3>Student, {escape(steps)}</h3><div class="big">{cell(value)}<small>Fréchet distance</small></div>'
+            f"<p>{' · '.join(dict.fromkeys(text))}</p>{closed}</div>"
+        )
+    return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
+
+
+def _closed(row: Row, same: Row | None, best: Row | None) -> str:
+    """A sentence on the share of the teacher's gap between few and many steps that the student closes, or nothing."""
+    if same is None or best is None or same is best:
+        return ""
+    parts = []
+    for key, label in (("frechet", "Fréchet"), ("all_right", "all-right")):
+        values = [v for r in (row, same, best) if _number(v := values_of(r).get(key))]
+        share = gap_closed(*values) if len(values) == 3 else None
+        if share is not None:
+            parts.append(f"{min(share, 1):.0%} of the {label} gap" + (" and more" if share > 1 else ""))
+    return f"<p>closes {', '.join(parts)}</p>" if parts else ""
+
+
+def _results(rows: Sequence[Row], problem: str) -> str:
+    if not rows:
+        return f'<h2>Results</h2><p class="note">{escape(problem or "summary.json holds no rows of results.")}</p>'
+    metrics = present(rows)
+    head = ["", "Steps", "Guidance", "NFE", *(f"{m.label} {m.better}" for m in metrics), "s / image", "Images"]
+    lines, marks, before = [], [], ""
+    for row in rows:
+        colour = ROLE_COLOURS.get(role(row), 8)
+        values = [row.get("steps"), row.get("guidance"), row.get("nfe"), *(values_of(row).get(m.key) for m in metrics)]
+        values += [row.get("seconds_per_image"), row.get("n")]
+        name = f'<i style="background:var(--c{colour})"></i>{escape(str(row["name"]))}'
+        lines.append([name, *(escape(cell(v)) for v in values)])
+        marks.append("cut" if before and role(row) != before else "")
+        before = role(row)
+    meanings = "".join(f"<dt>{escape(m.label)} {m.better}</dt><dd>{escape(m.meaning)}</dd>" for m in metrics)
+    meanings += "<dt>NFE</dt><dd>network evaluations for one image; a guided step counts twice</dd>"
+    legend = f"<details><summary>What the columns mean</summary><dl>{meanings}</dl></details>"
+    return f"<h2>Results</h2>{_table(head, lines, marks)}{legend}{_quality(rows)}"
+
+
+def _quality(rows: Sequence[Row]) -> str:
+    """Quality against the number of steps, one line per role, for the two metrics that say most."""
+    charts = []
+    for metric in (m for m in METRICS if m.key in ("frechet", "all_right")):
+        points: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            value = values_of(row).get(metric.key)
+            if _number(value) and isinstance(row.get("steps"), int) and row["steps"] > 0:
+                points.setdefault(role(row), []).append((row["steps"], value))
+        series = [Series(name, *map(list, zip(*sorted(found), strict=True))) for name, found in points.items()]
+        if not any(len(s.x) > 1 for s in series):
+            continue
+        steps = sorted({x for s in series for x in s.x})
+        title = f"{metric.label} {metric.better}"
+        y_range = (0.0, 1.0) if metric.key == "all_right" else None
+        charts.append(line_chart(series, title=title, x_label="sampling steps", log_x=True, x_ticks=steps, y_range=y_range))
+    return f'<div class="charts" style="margin-top:18px">{"".join(charts)}</div>' if charts else ""
+
+
+def _samples(folder: Path) -> str:
+    sheets = sorted(folder.glob("*.png"), key=lambda p: (_update(p) is None, _update(p) or 0, p.name)) if folder.is_dir() else []
+    good = [(path, data) for path in sheets if (data := path.read_bytes()).startswith(PNG) and len(data) > 24]
+    notes = [f"{len(sheets) - len(good)} of {len(sheets)} files in samples/ are no readable PNG."] if len(good) < len(sheets) else []
+    if not good:
+        return f'<h2>Samples</h2><p class="note">{"".join(notes) or "There are no preview sheets in samples/."}</p>'
+    ends = [good[0], good[-1]] if len(good) > 1 else good
+    between = good[1:-1]
+    chosen = between if len(between) <= STRIP else [between[round((i + 0.5) * len(between) / STRIP - 0.5)] for i in range(STRIP)]
+    if len(chosen) < len(between):
+        notes.append(f"{len(chosen)} of the {len(between)} sheets between the first and the last one are shown; all are in samples/.")
+    large = "".join(_sheet(path, data) for path, data in reversed(ends))
+    strip = f'<div class="strip">{"".join(_sheet(path, data) for path, data in chosen)}</div>' if chosen else ""
+    return f'<h2>Samples</h2><div class="pair">{large}</div>{strip}' + "".join(f'<p class="note">{note}</p>' for note in notes)
+
+
+def _sheet(path: Path, data: bytes) -> str:
+    """A captioned image; small ones are enlarged with sharp pixels."""
+    width, height = struct.unpack(">II", data[16:24])
+    update = _update(path)
+    caption = path.stem if update is None else f"update {number(update)}"
+    style = ' class="pixels"' if width < 600 else ""
+    source = base64.b64encode(data).decode()
+    image = f'<img{style} width="{width}" height="{height}" alt="samples, {escape(caption)}" src="data:image/png;base64,{source}">'
+    return f"<figure><figcaption>{escape(caption)}</figcaption>{image}</figure>"
+
+
+def _update(path: Path) -> int | None:
+    """The number that a sheet's name begins with."""
+    found = re.match(r"\d+", path.stem)
+    return int(found[0]) if found else None
+
+
+def _curves(path: Path) -> str:
+    axis, series = read_curves(path) if path.is_file() else (CLOCK, {})
+    drawable = {k: s for k, s in series.items() if any(math.isfinite(v) for v in s.y)}
+    charts = []
+    for group in families(drawable):
+        first, values = group[0].name, [v for s in group for v in s.y if math.isfinite(v)]
+        prefix = first.split("/")[0]
+        title = first if len(group) == 1 else f"{prefix}, by part" if prefix in drawable else prefix
+        wide = "loss" in first and min(values) > 0 and max(values) > 30 * min(values)
+        y_range = (0.0, 1.0) if unit(first) == "share" and min(values) >= 0 and 0.3 < max(values) <= 1 else None
+        charts.append(line_chart(group, title=title, unit=unit(first), x_label=axis.replace("_", " "), log_y=wide, y_range=y_range))
+    notes = [f"{k} has {n} values that are not finite." for k, s in series.items() if (n := sum(not math.isfinite(v) for v in s.y))]
+    if not charts:
+        notes.append("metrics.csv holds no curves." if path.is_file() else "metrics.csv is not there.")
+    elif axis != CLOCK:
+        notes.append(f"metrics.csv has no column {CLOCK}: the horizontal axis is Lightning's {axis}.")
+    text = "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
+    hint = '<p class="note">Thin: every logged value. Thick: running mean. Hover a line for its values.</p>' if charts else ""
+    return f'<h2>Training</h2>{text}<div class="charts">{"".join(charts)}</div>{hint}'
+
+
+def _evaluations(counts: Any) -> str:
+    """Forward passes by role, as bars."""
+    pairs = [(str(k), v) for k, v in counts.items() if _number(v)] if isinstance(counts, Mapping) else []
+    if not pairs:
+        return ""
+    top = max((v for _, v in pairs), default=0) or 1
+    bar = '<div style="width:{:.1%};background:var(--c{})"></div>'
+    lines = [[escape(k), cell(v), bar.format(v / top, ROLE_COLOURS.get(k, 8))] for k, v in pairs]
+    cells = "".join(f'<tr><td>{k}</td><td>{v}</td><td class="bar">{b}</td></tr>' for k, v, b in lines)
+    return f'<h2>Network evaluations</h2><div class="scroll"><table>{cells}</table></div>'
+
+
+def _config(path: Path) -> str:
+    if not path.is_file():
+        return '<h2>Configuration</h2><p class="note">config.yaml is not there.</p>'
+    text = escape(path.read_text(encoding="utf-8", errors="replace"))
+    return f"<h2>Configuration</h2><details><summary>config.yaml: everything needed to repeat this run</summary><pre>{text}</pre></details>"
+
+
+def _facts(values: Mapping[str, Any]) -> str:
+    """Small facts in a line; nested ones (versions) by their inner names."""
+    flat = {k: v for k, v in _flat(values).items() if not isinstance(v, (list, tuple))}
+    named = {k.rsplit("/", 1)[-1].replace("_", " "): cell(v) for k, v in flat.items()}
+    spans = "".join(f"<span><b>{escape(k)}</b>{escape(v)}</span>" for k, v in named.items())
+    return f'<p class="facts" style="max-width:none">{spans}</p>' if spans else ""
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]], marks: Sequence[str] = ()) -> str:
+    """A table of cells that are HTML already; `head` is text."""
+    top = "".join(f"<th>{escape(h)}</th>" for h in head)
+    classes = list(marks) + [""] * (len(lines) - len(marks))
+    rows = "".join(f'<tr class="{c}">{"".join(f"<td>{v}</td>" for v in line)}</tr>' for line, c in zip(lines, classes, strict=True))
+    return f'<div class="scroll"><table><tr>{top}</tr>{rows}</table></div>'
+
+
+def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a/b": 1}."""
+    out: dict[str, Any] = {}
+    for key, value in row.items():
+        out.update(_flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return out
+
+
+def _number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _write(path: Path, title: str, body: Sequence[str]) -> Path:
+    """Write the page; a full disk leaves the older one whole."""
+    style = resources.files(__package__).joinpath("report.css").read_text(encoding="utf-8")
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)} · ddil-lightning</title>'
+        f'<link rel="icon" href="data:,"><style>{style}</style></head><body><main>{"".join(body)}</main></body></html>'
+    )
+    write_text(path, page)
+    return path

@@ -1,0 +1,139 @@
+"""Networks split over the processes (FSDP2): the strategy `fsdp2`, what it shards, and how whole networks come back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
+from torch import nn
+
+from ddil_lightning.diffusion.denoiser import Denoiser
+
+BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
+"""Parts of a U-Net that are gathered one at a time: memory then holds the weights of one of them, not of the whole network."""
+
+
+class Sharded(ModelParallelStrategy):
+    """`trainer.strategy=fsdp2`: every process keeps its share of the weights, gradients, averages and optimiser states.
+
+    The frozen pipeline stays whole on every process (`model.teacher_dtype` halves it), because every call of it would gather it anew.
+    Checkpoints are single files with whole weights, as under DDP.
+    """
+
+    def __init__(self, process_group_backend: str | None = None) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, process_group_backend=process_group_backend)
+
+    def setup_environment(self) -> None:
+        """Shard over all processes. Lightning's own default would take the number of nodes, and split nothing within one."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Raises ValueError for a checkpoint of whole networks: its optimisers number their states in another order."""
+        clocks = torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=True).get("ddil", {})
+        if not clocks.get("sharded"):
+            raise ValueError(f"the checkpoint {checkpoint_path} was written with whole networks: go on without trainer.strategy=fsdp2")
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
+
+StrategyRegistry.register("fsdp2", Sharded, description="Networks sharded over all processes (FSDP2)", override=True)
+
+
+def check_strategy(strategy: Any, precision: str) -> None:
+    """Raises ValueError for another strategy that splits networks (roll-outs, averages and the export would not find them whole), and for
+    a gradient scaler over shards."""
+    if isinstance(strategy, Sharded):
+        if precision == "16-mixed":
+            raise ValueError("trainer.precision 16-mixed scales gradients, which is not supported under fsdp2: take bf16-mixed")
+    elif isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+        raise ValueError(
+            f"trainer.strategy {type(strategy).__name__} splits the networks in a way that is not supported: take fsdp2, or ddp where "
+            "every process has memory for them whole"
+        )
+
+
+def shard(method: nn.Module, mesh: Any) -> None:
+    """Split every network that `method` trains or averages, each a root of its own."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    for network in networks(method):
+        network.to(memory_format=torch.contiguous_format)  # FSDP2 cuts plain layouts only
+        # Resharded after every forward, the root too: else a network that is never trained would stay gathered.
+        for part in [m for m in network.modules() if type(m).__name__ in BLOCKS] + [network]:
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        for name in ("features", "with_features"):  # of a U-Net: other ways in than forward
+            if hasattr(network, name):
+                register_fsdp_forward_method(network, name)
+
+
+def networks(method: nn.Module) -> Iterator[nn.Module]:
+    """The networks behind a method's submodules: those of its denoisers, and other modules with parameters, called by their forward."""
+    for child in method.children():
+        network = child.network if isinstance(child, Denoiser) else child
+        if next(network.parameters(), None) is not None:
+            yield network
+
+
+def skeleton(network: nn.Module) -> nn.Module:
+    """A copy of a network that is not sharded yet, without memory for its weights."""
+    empty: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in network.parameters()}
+    return copy.deepcopy(network, empty)
+
+
+def gather(network: nn.Module, bare: nn.Module) -> nn.Module | None:
+    """The frozen whole of a sharded network in its skeleton `bare`, on the first process; None on the others. All must ask together."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    state = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if torch.distributed.get_rank():
+        return None
+    made = copy.deepcopy(bare)
+    made.load_state_dict(state, assign=True)
+    return made.requires_grad_(False).eval()
+
+
+class Shardable(LightningModule):
+    """A module whose networks `fsdp2` shards, and whose deployed one comes back whole for what the first process does alone."""
+
+    whole: nn.Module | None = None  # the deployed network, where it was sharded and has been gathered
+    _bare: nn.Module | None = None  # the same without its weights
+
+    def deployed(self) -> nn.Module:
+        """The network that is evaluated and exported: `whole`, if there is one."""
+        raise NotImplementedError
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the networks are split over the processes."""
+        return self._bare is not None
+
+    def configure_model(self) -> None:
+        """Shard, where the strategy says so."""
+        self.__dict__["whole"] = None
+        strategy: Any = self.trainer.strategy
+        if isinstance(strategy, Sharded) and not self.sharded:
+            self.__dict__["_bare"] = skeleton(self.deployed())
+            shard(self, strategy.device_mesh["data_parallel"])
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Inside, `deployed()` is the whole network on the first process. All processes enter together."""
+        self._gather()
+        try:
+            yield
+        finally:
+            self.__dict__["whole"] = None
+
+    def on_train_end(self) -> None:
+        """What comes after training is the first process's alone."""
+        self._gather()
+
+    def _gather(self) -> None:
+        if self._bare is not None:
+            found = gather(self.deployed(), self._bare)
+            self.__dict__["whole"] = None if found is None else found.to(self.device)

@@ -1,0 +1,359 @@
+"""Callbacks on small runs: DAgger scheduling on the right batch, checkpoints that stay good, previews, progress."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from PIL import Image
+
+from ddil_lightning.callbacks import AnnealPrior, Cadence, Checkpoints, FlushBuffer, Previews, Progress, ShiftProbe
+from ddil_lightning.callbacks.checkpoints import AGREE, finite
+from ddil_lightning.data.encoded import Encoded
+from ddil_lightning.feed import Feed
+from ddil_lightning.imitation.prior import Constant, Gated, Linear, Piecewise, SamplingPrior
+from ddil_lightning.imitation.shift import shift_report
+from ddil_lightning.records import FORWARD, STUDENT
+from ddil_lightning.runs.checkpoint import clock_of, sorted_checkpoints
+from suite import EPOCH, METHODS, StopAt, build, captions, fit, pictures
+
+PLAIN, ROLLED = SamplingPrior(), SamplingPrior(0.0, 1.0)
+LCM = METHODS[0]
+
+
+class Sources(Callback):
+    """The sources of every batch, by the update it was drawn for."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, set[int]]] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append((pl_module.student_updates, set(batch.source.tolist())))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+# DAgger ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capacity", [0, 64])
+def test_an_annealed_prior_is_not_one_batch_late(capacity: int, tiny: Path, tmp_path: Path) -> None:
+    def run(sources: Sources, *more: Callback, **kwargs: Any) -> None:
+        annealed = AnnealPrior(Piecewise([PLAIN, ROLLED], [0, 3]))
+        fit(build(LCM, tiny, updates=5), captions(tiny, PLAIN, capacity=capacity), annealed, sources, *more, **kwargs)
+
+    whole = Sources()
+    run(whole, StopAt(4, tmp_path / "4.ckpt"))
+    assert whole.seen == [(0, {FORWARD}), (1, {FORWARD}), (2, {FORWARD}), (3, {STUDENT})]
+    resumed = Sources()
+    run(resumed, ckpt=tmp_path / "4.ckpt")  # the DataModule starts with its first prior again: the clock decides
+    assert resumed.seen == [(4, {STUDENT})]
+
+
+def test_a_schedule_is_checked_before_the_run(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LCM.method, "sources", ("forward",))
+    for schedule in (Linear(PLAIN, ROLLED, end=6, start=5), Piecewise([PLAIN, ROLLED], [0, 6]), Gated(SamplingPrior(0.5, 0.5), PLAIN)):
+        sources = Sources()
+        with pytest.raises(ValueError, match="student latents, on which LCM has no target"):
+            fit(build(LCM, tiny, updates=6), captions(tiny, PLAIN), AnnealPrior(schedule), sources)
+        assert sources.seen == []
+
+
+def test_a_later_forward_share_needs_images(tiny: Path) -> None:
+    """Found before the run, and not by the batch that would need them."""
+    data, sources = captions(tiny, ROLLED), Sources()
+    data.captions = Encoded(None, pictures(tiny).c)
+    for schedule in (Linear(ROLLED, PLAIN, end=900), Piecewise([ROLLED, PLAIN], [0, 5]), Gated(ROLLED, SamplingPrior(0.5, 0.5))):
+        with pytest.raises(ValueError, match="the schedule of AnnealPrior has a forward share but the data set has no images"):
+            fit(build(LCM, tiny), data, AnnealPrior(schedule), sources)
+    assert sources.seen == []
+    fit(build(LCM, tiny, updates=1), data, AnnealPrior(Linear(ROLLED, SamplingPrior(0.0, 0.3, 0.7), end=7)), sources)
+    assert len(sources.seen) == 1
+
+
+_updates = itertools.count(1)
+
+
+def losses(feed: Feed, **values: float) -> Any:
+    """A method after one more update."""
+    return SimpleNamespace(feed=feed, source_losses=values, check_prior=lambda prior: None, student_updates=next(_updates))
+
+
+def test_a_gated_schedule_hears_the_losses_and_remembers_its_level() -> None:
+    def callback() -> AnnealPrior:
+        return AnnealPrior(Gated(SamplingPrior(0.9, 0.1), SamplingPrior(0.1, 0.9), ratio=1.5, steps=4, patience=2))
+
+    feed = Feed()
+    annealed = callback()
+    for loss, level in ((1.0, 0), (1.0, 1), (1.0, 1), (2.0, 1), (1.0, 1), (1.0, 2), (1.0, 2)):
+        annealed.apply(None, losses(feed, forward=1.0, student=loss), 0)
+        assert annealed.schedule.level == level
+        assert feed.prior.student == pytest.approx(0.1 + 0.2 * level)
+    again = callback()
+    again.load_state_dict(annealed.state_dict())
+    assert again.state_dict() == annealed.state_dict() == {"level": 2, "passed": 1}
+    again.apply(None, losses(feed, student=1.0), 0)  # without a forward loss there is nothing to compare
+    assert again.schedule.level == 2
+    again.apply(None, losses(feed, forward=1.0, student=1.0, mixed=1.9), 0)  # all roll-outs together
+    assert again.schedule.level == 3 and AnnealPrior(Constant(PLAIN)).state_dict() == {}
+
+
+@pytest.mark.parametrize(("entry", "kwargs"), [(LCM, {"accumulate": 3}), (METHODS[-1], {"critic_steps": 3})], ids=["lcm", "dmd2"])
+def test_a_gate_hears_every_update_once(entry: Any, kwargs: dict[str, int], tiny: Path) -> None:
+    """Not once per micro-batch, nor on the turns of a critic; of micro-batches it hears the mean."""
+    half, heard, seen = SamplingPrior(0.5, 0.5), [], []
+
+    class Gate(Gated):
+        def observe(self, on_policy: float, forward: float) -> None:
+            heard.append((on_policy, forward))
+
+    class Losses(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            seen.append((pl_module.student_updates, pl_module.source_losses))
+
+    fit(build(entry, tiny, updates=3, **kwargs), captions(tiny, half, capacity=0), Losses(), AnnealPrior(Gate(half, half)))
+    ends = [after for (n, _), (m, after) in zip([(0, {}), *seen], seen, strict=False) if n != m]
+    assert len(seen) == 9 and heard == [(found["student"], found["forward"]) for found in ends] and len(heard) == 3
+
+
+def test_the_level_of_a_gate_travels_with_the_checkpoint(tiny: Path, tmp_path: Path) -> None:
+    def gate() -> AnnealPrior:
+        return AnnealPrior(Gated(SamplingPrior(0.5, 0.5), ROLLED, ratio=1e9, steps=20, patience=1))
+
+    first, second, sources = gate(), gate(), Sources()
+    fit(build(LCM, tiny), captions(tiny, SamplingPrior(0.5, 0.5), capacity=0), first, StopAt(4, tmp_path / "4.ckpt"))
+    assert first.schedule.level == 4
+    fit(build(LCM, tiny), captions(tiny, PLAIN, capacity=0), second, sources, ckpt=tmp_path / "4.ckpt")
+    assert second.schedule.level == 6 and sources.seen[0] == (4, {FORWARD, STUDENT})
+
+
+def test_the_cadence_changes_with_the_clock() -> None:
+    feed = Feed()
+    cadence, seen = Cadence(every=[10, 5, 1], starts=[0, 3, 6]), []
+    for clock in range(8):
+        cadence.apply(None, SimpleNamespace(feed=feed), clock)
+        seen.append(feed.collect_every)
+    assert seen == [10, 10, 10, 5, 5, 5, 1, 1]
+    for every, starts in (([1], [1]), ([1, 2], [0]), ([0], [0]), ([1, 2], [0, 0]), ([], [])):
+        with pytest.raises(ValueError, match="a cadence needs as many starts"):
+            Cadence(every, starts)
+
+
+def test_the_buffer_is_flushed_once_when_the_clock_comes_by() -> None:
+    flushed: list[int] = []
+    method = SimpleNamespace(feed=SimpleNamespace(flush=lambda: flushed.append(clock)))
+    callback = FlushBuffer(at=[5, 2])
+    for clock in (0, 1, 2, 2, 4, 6, 7):  # 5 is jumped over
+        callback.apply(None, method, clock)
+    assert flushed == [2, 6]
+    again = FlushBuffer(at=[5, 2])
+    for clock in (5, 6):  # resumed at 5: that flush is in the checkpoint's buffer already
+        again.apply(None, method, clock)
+    assert flushed == [2, 6]
+
+
+# Checkpoints -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("every", "keep", "left"), [(2, 2, [4, 6]), (2, 1, [6]), (0, 2, [6]), (4, 3, [4, 6]), (1, 3, [4, 5, 6])])
+def test_the_newest_checkpoints_are_kept(every: int, keep: int, left: list[int], tiny: Path, tmp_path: Path) -> None:
+    fit(build(LCM, tiny), captions(tiny), Checkpoints(every, keep, str(tmp_path)))
+    assert names(tmp_path) == [f"updates={clock}.ckpt" for clock in left]
+    assert torch.load(tmp_path / "updates=6.ckpt", weights_only=True)["ddil"]["student_updates"] == 6
+
+
+def test_checkpoints_of_later_updates_are_not_touched(tiny: Path, tmp_path: Path) -> None:
+    """Of a run that goes on from an earlier one; and where it does not, none are."""
+    fit(build(LCM, tiny, updates=3), captions(tiny), Checkpoints(every=0, folder=str(tmp_path)))
+    for clock in (90, 100, "x"):
+        (tmp_path / f"updates={clock}.ckpt").touch()
+    with pytest.raises(ValueError, match="checkpoints.folder .* holds checkpoints of another run, which would be replaced: give another"):
+        fit(build(LCM, tiny, updates=4), captions(tiny), Checkpoints(folder=str(tmp_path)))
+    last = Checkpoints(every=0, keep=1, folder=str(tmp_path))
+    fit(build(LCM, tiny, updates=4), captions(tiny), last, ckpt=tmp_path / "updates=3.ckpt")
+    assert [clock_of(p) for p in sorted_checkpoints(tmp_path)] == [4, 90, 100] and (tmp_path / "updates=x.ckpt").exists()
+
+
+def test_a_run_that_ends_within_an_update_is_saved_as_the_last_whole_one_left_it(tiny: Path, tmp_path: Path) -> None:
+    """max_epochs and the like know nothing of accumulated batches."""
+    run = fit(build(LCM, tiny, accumulate=4), captions(tiny), Checkpoints(every=0, folder=str(tmp_path)), max_epochs=1)
+    assert run.method.halfway() and run.method.student_updates == EPOCH // 4
+    assert names(tmp_path) == [f"updates={EPOCH // 4}.ckpt"]
+
+
+def test_a_run_that_something_else_stops_is_saved(tiny: Path, tmp_path: Path) -> None:
+    fit(build(LCM, tiny), captions(tiny), StopAt(3), Checkpoints(every=100, folder=str(tmp_path)))
+    assert names(tmp_path) == ["updates=3.ckpt"]
+
+
+def test_weights_that_are_not_finite_are_not_saved(tiny: Path, tmp_path: Path) -> None:
+    class Poison(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            if pl_module.student_updates == 4:  # what an infinite gradient does
+                next(pl_module.student.parameters()).data[0] = float("inf")
+
+    method, saved = build(LCM, tiny), Checkpoints(every=2, folder=str(tmp_path))
+    assert finite(method)
+    with pytest.raises(FloatingPointError, match="weights of the student are not finite at student update 4, so they are not saved"):
+        fit(method, captions(tiny), Poison(), saved)
+    assert not finite(method) and names(tmp_path) == ["updates=2.ckpt"] and saved.last == tmp_path / "updates=2.ckpt"
+
+
+class Press(Callback):
+    """Ctrl-C within a batch."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.batch:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_waits_for_the_update_in_progress(tiny: Path, tmp_path: Path) -> None:
+    listener, saved = signal.getsignal(signal.SIGINT), Checkpoints(every=0, folder=str(tmp_path))
+    run = fit(build(LCM, tiny, accumulate=2), captions(tiny), Press(2), saved)  # the first half of the second update
+    assert saved.signal == signal.SIGINT and run.method.student_updates == 2 and names(tmp_path) == ["updates=2.ckpt"]
+    state = torch.load(tmp_path / "updates=2.ckpt", weights_only=True)
+    assert state["ddil"]["micro"] == {"loss": 0} and state["DDILDataModule"]["done"] == 4
+    assert signal.getsignal(signal.SIGINT) is listener
+
+
+def test_ctrl_c_is_given_back_after_an_error(tiny: Path, tmp_path: Path) -> None:
+    class Fault(Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            raise RuntimeError("no")
+
+    listener = signal.getsignal(signal.SIGINT)
+    with pytest.raises(RuntimeError, match="no"):
+        fit(build(LCM, tiny), captions(tiny), Fault(), Checkpoints(folder=str(tmp_path)))
+    assert signal.getsignal(signal.SIGINT) is listener
+
+
+def test_several_processes_stop_after_the_same_batch() -> None:
+    asked: list[bool] = []
+
+    def decide(mine: bool, all: bool) -> bool:
+        asked.append(mine)
+        return True  # another process was interrupted
+
+    trainer = SimpleNamespace(world_size=2, strategy=SimpleNamespace(reduce_boolean_decision=decide))
+    callback = Checkpoints()
+    callback.signal = signal.SIGINT
+    method = SimpleNamespace(student_updates=0, updates=9, stage_is_over=False, halfway=lambda: True)
+
+    def batches(n: int) -> None:
+        for i in range(n):
+            callback.on_train_batch_end(trainer, method, None, None, i % 3)  # epochs of three batches
+
+    callback.every, callback._since = 0, 0.0
+    batches(AGREE - 1)
+    assert asked == []
+    callback.signal = None
+    batches(1)
+    assert asked == [False] and callback.signal is not None
+    batches(1)
+    assert callback._agreed(trainer) and asked == [False]  # until the update is complete
+
+
+def test_the_time_of_training_is_counted_over_resumes(tiny: Path, tmp_path: Path) -> None:
+    first = Checkpoints(every=3, folder=str(tmp_path))
+    fit(build(LCM, tiny, updates=3), captions(tiny), first)
+    kept = torch.load(tmp_path / "updates=3.ckpt", weights_only=True)["callbacks"][first.state_key]["seconds"]
+    assert 0 < kept <= first.seconds
+    second = Checkpoints(every=3, folder=str(tmp_path))
+    fit(build(LCM, tiny), captions(tiny), second, ckpt=tmp_path / "updates=3.ckpt")
+    assert second.seconds > kept
+
+
+@pytest.mark.parametrize("kwargs", [{"every": -1}, {"keep": 0}])
+def test_settings_of_checkpoints(kwargs: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"checkpoints\.(every is -1|keep is 0): give a number of at least"):
+        Checkpoints(**kwargs)
+
+
+# The shift probe ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_shift_probe_is_the_energy_distance_of_the_report(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the measures of a shift report the one that it writes, and no other is computed."""
+    run, probe = fit(build(LCM, tiny, updates=1), captions(tiny)), ShiftProbe(count=12, steps=4, teacher_steps=8)
+    for name in ("frechet_pooled", "mmd_rbf", "probe_auc"):
+        monkeypatch.setattr(f"ddil_lightning.imitation.shift.{name}", lambda *args: pytest.fail("computed for nothing"))
+    values = probe.measure(run.method, run.data)
+    monkeypatch.undo()
+    batch, (policy, grid) = run.data.reference(12), run.method.sampler(4)
+    mine = probe._states(policy, grid, run.method, batch, probe.seed)
+    for name, reference in probe._references.items():
+        report = shift_report(mine, reference)
+        assert {f"@{t}": row["energy_distance"] for t, row in report.items()} == {
+            key.removeprefix(f"shift/{name}") or "@mean": value for key, value in values.items() if key.startswith(f"shift/{name}")
+        }
+    assert set(probe._references) == {"teacher", "forward"} and len(values) == 8
+
+
+# Previews and progress ---------------------------------------------------------------------------------------------------------------
+
+
+def test_previews_show_the_same_prompts_and_noise_each_time(tiny: Path, tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def draw(folder: str, lr: float) -> list[bytes]:
+        method = build(LCM, tiny, lr=lr, updates=3)
+        sampler = method.teacher_sampler
+        method.__dict__["teacher_sampler"] = lambda steps: calls.append(steps) or sampler(steps)
+        shown = Previews(every=2, prompts=["a handwritten one", "a handwritten two", "a"], count=2, teacher_steps=[4, 1], student_steps=[2])
+        fit(method, captions(tiny), shown, default_root_dir=tmp_path / folder)
+        assert names(tmp_path / folder / "samples") == ["000000.png", "000002.png", "000003.png"]
+        return [p.read_bytes() for p in sorted((tmp_path / folder / "samples").iterdir())]
+
+    frozen, moving = draw("frozen", 0.0), draw("moving", 0.05)
+    assert frozen[0] == frozen[1] == frozen[2] == moving[0] and len({*moving}) == 3
+    assert calls == [4, 1, 4, 1]  # once in each run
+    width, height = Image.open(tmp_path / "frozen" / "samples" / "000000.png").size
+    assert width == 92 + 2 * (16 * 6 + 4) and height == 3 * (16 * 6 + 4) + 3 * 14
+
+
+def test_previews_are_off_at_0_and_go_to_loggers_that_take_pictures(tiny: Path, tmp_path: Path) -> None:
+    fit(build(LCM, tiny, updates=1), captions(tiny), Previews(every=0), default_root_dir=tmp_path)
+    assert not (tmp_path / "samples").exists()
+    got: list[Any] = []
+    logger = SimpleNamespace(log_image=lambda key, images, step: got.append((key, images[0].size, step)))
+    trainer: Any = SimpleNamespace(is_global_zero=True, default_root_dir=tmp_path, loggers=[object(), logger])
+    run = fit(build(LCM, tiny, updates=1), captions(tiny))
+    trainer.precision_plugin, run.method.feed = run.trainer.precision_plugin, SimpleNamespace(examples=lambda n: ["a"] * n)
+    Previews(count=1, teacher_steps=[1], student_steps=[1]).draw(trainer, run.method)
+    assert got == [("samples", (192, 228), 1)]
+
+
+def test_progress_without_a_terminal_is_a_few_lines(tiny: Path, capsys: Any) -> None:
+    fit(build(LCM, tiny, updates=7, log_every=50), captions(tiny), Progress(lines=3), enable_progress_bar=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" updates, loss ")[0] for line in lines] == ["3/7", "5/7", "7/7"]
+    assert all(0 < float(line.split("loss ")[1].split(",")[0]) < 10 for line in lines)
+
+
+def test_progress_on_a_terminal_is_a_bar(tiny: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    fit(build(LCM, tiny, updates=2), captions(tiny), Progress(), enable_progress_bar=True)
+    shown = capsys.readouterr().out
+    assert "2/2" in shown and "loss" in shown and "left" in shown and shown.rstrip("\x1b[?25h").endswith("\n")
+
+
+def test_other_ranks_are_silent(tiny: Path, capsys: Any) -> None:
+    silent = Progress()
+    silent.disable()
+    fit(build(LCM, tiny, updates=2), captions(tiny), silent, enable_progress_bar=True)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="lines is 0: give a number of at least 1"):
+        Progress(lines=0)

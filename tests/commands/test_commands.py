@@ -1,0 +1,276 @@
+"""ddil-test, ddil-sample and ddil-export on a finished run of the random pipeline."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from ddil_lightning.commands import main
+from ddil_lightning.commands.restore import restore
+from ddil_lightning.evaluation import rows as scoring
+from ddil_lightning.evaluation.suite import KEYS, Suite
+from ddil_lightning.methods import DMD2
+from ddil_lightning.miniature import digits
+from ddil_lightning.runs import export
+from suite import METHODS, Entry, build
+
+ROW = {"name", "steps", "guidance", "n", "nfe", "seconds_per_image", "metrics"}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The built-in suite without its evaluator: the judge alone, which needs no weights."""
+
+    def builtin(data: str, n: int, seed: int) -> Suite:
+        assert data == "digits"
+        return Suite(data, digits.prompts(n, seed), judge=digits.judge, seed=seed, batch=8)
+
+    monkeypatch.setattr(Suite, "builtin", staticmethod(builtin))
+
+
+def call(capsys: Any, command: Any, *words: Any) -> tuple[int, str, str]:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main.run(command, "ddil-x", [str(word) for word in words])
+    return (stop.value.code, *capsys.readouterr())
+
+
+def refused(capsys: Any, command: Any, *words: Any) -> str:
+    code, _, err = call(capsys, command, *words)
+    assert code == 2 and err.count("\n") == 1 and err.startswith("ddil-x: "), err
+    return err
+
+
+def scored(capsys: Any, *words: Any, out: str = "metrics.json") -> list[dict[str, Any]]:
+    code, shown, err = call(capsys, main.command("test"), *words, "--n", 16)
+    assert code == 0 and f"written to {out}" in shown, err
+    rows = json.loads(Path(out).read_text())["rows"]
+    assert all(set(row) == ROW and row["name"] in shown and row["n"] == 16 and row["seconds_per_image"] > 0 for row in rows)
+    assert all(set(KEYS) <= set(row["metrics"]) and 0 <= row["metrics"]["attribute_accuracy"] <= 1 for row in rows)
+    return rows
+
+
+def test_a_run_and_its_checkpoint_score_alike(finished: Path, here: Path, judged: None, capsys: Any) -> None:
+    shutil.copytree(finished, here / "r")
+    from_run = scored(capsys, "r", out="r/metrics.json")
+    (here / "r" / "metrics.json").unlink()
+    from_checkpoint = scored(capsys, "--ckpt_path", "r/checkpoints/updates=12.ckpt", out="r/metrics.json")
+    for rows in (from_run, from_checkpoint):
+        assert [(row["name"], row["steps"], row["nfe"]) for row in rows] == [("student@4", 4, 4), ("student@2", 2, 2), ("student@1", 1, 1)]
+        assert {row["guidance"] for row in rows} == {2.0}
+    assert [row["metrics"]["all_right"] for row in from_run] == [row["metrics"]["all_right"] for row in from_checkpoint]
+
+
+def test_any_pipeline_with_steps_and_guidance(tiny: Path, judged: None, capsys: Any) -> None:
+    rows = scored(capsys, "--pipeline", tiny, "--steps", 2, 3, "--guidance", 3.5, "--out", "here.json", out="here.json")
+    assert [(row["name"], row["nfe"], row["guidance"]) for row in rows] == [("teacher@2", 4, 3.5), ("teacher@3", 6, 3.5)]
+
+
+def test_guidance_in_the_weights_is_reported_and_not_given_again(tiny: Path, here: Path, judged: None, capsys: Any) -> None:
+    method = build(Entry("dmd2", DMD2, {"guidance": 2.0, "real_guidance": 1.5}), tiny)
+    export.export(method, here / "student", steps=2)
+    about = json.loads((here / "student" / "ddil.json").read_text())
+    assert (about["guidance"], about["guidance_scale"], about["guidance_range"]) == (1.5, 1.0, [1.5, 1.5])
+    assert "right because guidance 1.5 is part of the weights" in (here / "student" / "README.md").read_text()
+    (row,) = scored(capsys, "--pipeline", "student", "--steps", 2, "--out", "metrics.json")
+    assert (row["name"], row["nfe"], row["guidance"]) == ("student@2", 2, 1.5)
+    said = "guidance 1.5 is part of the weights of student, and another would come on top of it: leave --guidance out"
+    assert said in refused(capsys, main.command("test"), "--pipeline", "student", "--guidance", 3)
+    assert said in refused(capsys, main.command("sample"), "--pipeline", "student", "--guidance", 3, "--prompt", "a zero", "--out", "x.png")
+    rows = scoring.method_rows(Suite.builtin("digits", n=16, seed=0), method, [2], [2])
+    assert [(row["name"], row["guidance"]) for row in rows] == [("teacher@2", 2.0), ("student@2", 1.5)]
+
+
+def test_what_cannot_be_tested(tiny: Path, here: Path, finished: Path, capsys: Any) -> None:
+    assert "give one of: a run folder, --ckpt_path FILE, --pipeline DIR" in refused(capsys, main.command("test"))
+    assert "nowhere holds no exported pipeline" in refused(capsys, main.command("test"), "nowhere")
+    assert "no pipeline at nowhere: give a diffusers folder" in refused(capsys, main.command("test"), "--pipeline", "nowhere")
+    assert "does not exist" in refused(capsys, main.command("test"), "--ckpt_path", "nowhere")
+    shutil.copytree(tiny, here / "plain")
+    (here / "plain" / "ddil.json").unlink()
+    assert "names no data set: say --data shapes" in refused(capsys, main.command("test"), "--pipeline", "plain")
+    shutil.copy(finished / "checkpoints" / "updates=12.ckpt", here / "alone.ckpt")
+    assert "no config.yaml beside alone.ckpt or above it" in refused(
+        capsys, main.command("export"), "--ckpt_path", "alone.ckpt", "--out", "out"
+    )
+    text = (finished / "config.yaml").read_text()
+    for old, new, said in (
+        ("ema: 0.9", "ema: 0.0", "does not fit this config: it has "),
+        ("updates: 12", "updatez: 12", "unknown key model.updatez: did you mean model.updates?"),
+        ("ddil_lightning.LCM", "LCMM", "no class is called LCMM; did you mean LCM?"),
+    ):
+        (here / "config.yaml").write_text(text.replace(old, new))
+        assert said in refused(capsys, main.command("export"), "--ckpt_path", "alone.ckpt", "--out", "out")
+    assert not (here / "out").exists()
+
+
+def test_a_set_of_one_s_own(tiny: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """All of a set smaller than 1000 without --n; and what is missing is said before anything is drawn."""
+    (here / "set").mkdir()
+    for i in range(17):
+        Image.new("RGB", (16, 16), (15 * i, 0, 0)).save(here / "set" / f"{i}.png")
+        (here / "set" / f"{i}.txt").write_text("a handwritten one")
+    words = ["--pipeline", tiny, "--steps", 1, "--data"]
+    said = "--images set is the folder of a caption file's images: give that file too, by --data FILE"
+    assert said in refused(capsys, main.command("test"), *words[:2], "--images", "set")
+    assert said in refused(capsys, main.command("test"), *words, "digits", "--images", "set")
+    assert "n=18: choose 2 to 17 of the 17 images" in refused(capsys, main.command("test"), *words, "set", "--n", 18)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    assert "need torch-fidelity: pip install 'ddil-lightning[eval]'" in refused(capsys, main.command("test"), *words, "set")
+    whole = Suite.from_folder
+    none = {"features": None, "clip": None, "distance": None}
+    monkeypatch.setattr(Suite, "from_folder", lambda *args, **kwargs: whole(*args, **kwargs, **none))
+    for given, n in (([], 17), (["--n", 16], 16)):
+        assert call(capsys, main.command("test"), *words, "set", *given)[0] == 0
+        kept = json.loads((here / "metrics.json").read_text())
+        assert kept["n"] == n == kept["rows"][0]["n"]
+    for i in range(2, 17):
+        (here / "set" / f"{i}.png").unlink()
+    assert "set holds 2 images with captions: at least 16" in refused(capsys, main.command("test"), *words, "set")
+
+
+def test_samples(tiny: Path, finished: Path, here: Path, capsys: Any) -> None:
+    words = ["--prompt", "a handwritten two", "a handwritten one", "--out"]
+    assert call(capsys, main.command("sample"), "--pipeline", tiny, "--steps", 2, *words, "new/x.png")[0] == 0
+    assert Image.open("new/x.png").size == (2 * 256 + 3 * 4, 256 + 2 * 4)  # a row of two
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        code, out, _ = call(
+            capsys,
+            main.command("sample"),
+            "--pipeline",
+            finished / "pipeline",
+            *words,
+            f"{name}.png",
+            "--seed",
+            seed,
+            "--n",
+            3,
+            "--scale",
+            1,
+        )
+        assert code == 0 and "6 image(s), 4 steps" in out  # as the folder recommends
+    assert Image.open("a.png").size == (3 * 16 + 4 * 4, 2 * 16 + 3 * 4)
+    a, b, c = (Path(f"{name}.png").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_a_prompt_that_is_too_long(tiny: Path, here: Path, capsys: Any) -> None:
+    said = refused(capsys, main.command("sample"), "--pipeline", tiny, "--prompt", "a " * 30, "--out", "x.png")
+    assert "tokens and the text encoder reads 16: shorten it" in said and list(here.iterdir()) == []
+
+
+def test_export_writes_what_the_run_itself_exported(finished: Path, here: Path, capsys: Any) -> None:
+    code, out, err = call(capsys, main.command("export"), "--ckpt_path", finished, "--out", "out")
+    assert code == 0 and "pipeline written and checked: out" in out, err
+    for path in (p for p in (finished / "pipeline").rglob("*") if p.is_file()):
+        assert (here / "out" / path.relative_to(finished / "pipeline")).read_bytes() == path.read_bytes(), path
+    assert "is there and not an empty folder" in refused(capsys, main.command("export"), "--ckpt_path", finished, "--out", "out")
+    (here / "empty").mkdir()
+    words = ["--ckpt_path", finished, "--out", "empty", "--steps", 2, "--dtype", "float16"]
+    assert call(capsys, main.command("export"), *words)[0] == 0
+    assert json.loads((here / "empty" / "ddil.json").read_text())["steps"] == 2
+
+
+@pytest.mark.parametrize("which", [0, 3, 4], ids=["lcm", "pd", "dmd2"])
+def test_a_restored_method_holds_the_one_network_that_is_asked_for(which: int, tiny: Path, here: Path, capsys: Any) -> None:
+    """Of a checkpoint with student, average, target, critic and head, and of a pipeline with a teacher: one U-Net, mapped from the file."""
+    entry = METHODS[which]
+    fields = {**{"guidance": 2.0, "ema": 0.9, "updates": 2}, **{k: v for k, v in entry.kwargs.items() if k != "stages"}}
+    stages = ", stages: [{steps: 8, updates: 1}, {steps: 4, updates: 1}]" if entry.name == "pd" else ""
+    told = ", ".join(f"{k}: {str(v).lower()}" for k, v in ({**fields, "w_conditioned": False} if which != 4 else fields).items())
+    model = f"{{class_path: {entry.method.__name__}, init_args: {{pipeline: {tiny}, {told}{stages}}}}}"
+    Path("c.yaml").write_text(f"model: {model}\ndata: {{batch_size: 4}}\ntest: {{n: 0}}\npreviews: {{every: 0}}\n")
+    assert call(capsys, main.command("fit"), "--config", "c.yaml", "--run_dir", "r")[0] == 0
+    method = restore("r")
+    unets = {id(m) for m in [*method.modules(), *method.backbone.parts()] if type(m).__name__ == "UNet2DConditionModel"}
+    tensors = [*method.parameters(), *(p for part in method.backbone.parts() for p in part.parameters())]
+    assert len(unets) == 1 and not any(p.is_meta for p in tensors)
+    state = torch.load("r/checkpoints/updates=2.ckpt", weights_only=True)["state_dict"]
+    deployed = method.deployed().state_dict()
+    assert all(torch.equal(value, state[f"average.{name}"]) for name, value in deployed.items())
+    assert torch.equal(method.reflection.lo, state["reflection.lo"]) and method.student_updates == 2 and not method.training
+    assert call(capsys, main.command("export"), "--ckpt_path", "r", "--out", "out")[0] == 0
+    for part in ("unet", "vae"):
+        name = f"{part}/diffusion_pytorch_model.safetensors"
+        assert Path("out", name).read_bytes() == Path("r/pipeline", name).read_bytes()
+
+
+def test_a_table_is_printed_before_it_is_written(tiny: Path, here: Path, judged: None, capsys: Any) -> None:
+    """A full disk costs the file, not the result; a device stays a device, and a link a link."""
+    words = ["--pipeline", tiny, "--n", 16, "--steps", 1]
+    code, out, err = call(capsys, main.command("test"), *words, "--out", "/dev/full")
+    assert code == 2 and "teacher@1" in out and err == "ddil-x: No space left on device: /dev/full\n"
+    assert Path("/dev/full").is_char_device()
+    (here / "link.json").symlink_to("real.json")
+    assert call(capsys, main.command("test"), *words, "--out", "link.json")[0] == 0
+    assert (here / "link.json").is_symlink() and json.loads(Path("real.json").read_text())["n"] == 16
+    assert "Is a directory: ." in refused(capsys, main.command("test"), *words, "--out", ".")  # before an hour of sampling
+    assert sorted(p.name for p in here.iterdir()) == ["link.json", "real.json"]
+
+
+def test_pictures_and_pipelines_go_where_they_are_meant_to(tiny: Path, finished: Path, here: Path, capsys: Any) -> None:
+    sample = ["--pipeline", tiny, "--prompt", "a digit", "--steps", 1]
+    (here / "link.png").symlink_to("real.png")
+    assert call(capsys, main.command("sample"), *sample, "--out", "link.png")[0] == 0 and (here / "link.png").is_symlink()
+    assert call(capsys, main.command("sample"), *sample, "--out", "/dev/null")[0] == 0 and Path("/dev/null").is_char_device()
+    assert "Is a directory" in refused(capsys, main.command("sample"), *sample, "--out", ".")
+    (here / "real").mkdir()
+    (here / "out").symlink_to("real")
+    assert call(capsys, main.command("export"), "--ckpt_path", finished, "--out", "out")[0] == 0
+    assert (here / "out").is_symlink() and (here / "real" / "unet").is_dir() and not list(here.glob(".*"))
+
+
+def test_a_pipeline_of_another_size_than_the_data_names_the_remedy(tiny: Path, here: Path, capsys: Any) -> None:
+    said = refused(capsys, main.command("test"), "--pipeline", tiny, "--data", "shapes", "--n", 16)
+    assert "shapes are pictures of 32 pixels and the pipeline" in said and "makes 16" in said and "--data CAPTIONS --images DIR" in said
+
+
+def test_captions_that_are_too_long_are_said_before_anything_is_sampled(tiny: Path, here: Path, monkeypatch: Any, capsys: Any) -> None:
+    for i in range(16):
+        Image.new("RGB", (16, 16)).save(here / f"{i}.png")
+        (here / f"{i}.txt").write_text("a small red circle " * (9 if i == 7 else 1))
+    suite = Suite("own", [f"{'a digit ' * (9 if i == 7 else 1)}" for i in range(16)])
+    monkeypatch.setattr(Suite, "from_folder", staticmethod(lambda *args, **kwargs: suite))
+    words = ["--pipeline", tiny, "--data", str(here), "--n", 16, "--steps", 1]
+    assert "and the text encoder reads 16: shorten it, or cut it by --truncate" in refused(capsys, main.command("test"), *words)
+    assert call(capsys, main.command("test"), *words, "--truncate")[0] == 0
+
+
+def test_every_step_count_is_asked_for_before_anything_is_sampled(
+    tiny: Path, finished: Path, here: Path, judged: None, monkeypatch: Any, capsys: Any
+) -> None:
+    """A count that fails after an hour would cost the rows before it. LCM's grid has 50 nodes; a table of 1000 times has no 1000."""
+    monkeypatch.setattr(scoring, "pipeline_row", lambda *args: pytest.fail("it has begun"))
+    pipeline = finished / "pipeline"
+    said = refused(capsys, main.command("test"), "--pipeline", pipeline, "--n", 16, "--steps", 4, 60)
+    assert said.startswith(f"ddil-x: --steps 60: {pipeline} cannot be sampled in so many steps (LCMScheduler: ")
+    words = ["--pipeline", pipeline, "--steps", 60, "--prompt", "a zero", "--out", "x.png"]
+    assert "--steps 60: " in refused(capsys, main.command("sample"), *words)
+    shutil.copytree(tiny, here / "leading")
+    file = here / "leading" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "timestep_spacing": "leading", "steps_offset": 1}))
+    said = refused(capsys, main.command("test"), "--pipeline", "leading", "--n", 16, "--steps", 4, 1000)
+    assert "--steps 1000: leading cannot be sampled in so many steps (DDIMScheduler: its times begin at 1000)" in said
+    assert [p.name for p in here.iterdir()] == ["leading"]
+
+
+def test_a_restored_method_knows_where_it_was(finished: Path) -> None:
+    method = restore(finished)
+    summary = json.loads((finished / "summary.json").read_text())
+    assert method.student_updates == 12 and method.evaluations["teacher"] <= summary["network_evaluations"]["teacher"]
+    state = torch.load(finished / "checkpoints" / "updates=12.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, state[name]) for name, value in method.state_dict().items() if "network" not in name)
+    assert not method.training

@@ -1,0 +1,166 @@
+"""The DataModule over ranks, files and resumed runs, and how it encodes."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddil_lightning.backbones.pipeline import Backbone
+from ddil_lightning.data.captions import Captions
+from ddil_lightning.data.datamodule import DDILDataModule
+from ddil_lightning.data.encoded import Encoded
+from ddil_lightning.imitation.prior import SamplingPrior
+from ddil_lightning.records import FORWARD
+from toys import FORWARD_ONLY, HALF, Toy, attach, data, equal, first, module
+
+# Ranks and states -----------------------------------------------------------------------------------------------------------------
+
+
+def test_ranks_agree_on_the_plan_and_differ_in_noise() -> None:
+    runs = [first(8, module(SamplingPrior(0.4, 0.3, 0.3), rank=r, world=2, batch_size=5, capacity=0)) for r in range(2)]
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a.source, b.source) and torch.equal(a.t[a.source != FORWARD], b.t[b.source != FORWARD])
+        assert not torch.isclose(a.x_t, b.x_t).any() and not torch.equal(a.c.w, b.c.w)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"capacity": 0}, {"priority": 0.6, "capacity": 40}], ids=["buffer", "fresh", "priority"])
+@pytest.mark.parametrize("at", [3, 5, 7])
+def test_resuming_repeats_every_bit(at: int, kwargs: dict[str, Any]) -> None:
+    """Batches 3 (inside an epoch), 5 (its end) and 7 on, from a state that went through a file."""
+    prior = SamplingPrior(0.4, 0.4, 0.2)
+    straight = first(10, module(prior, **kwargs))
+    before = module(prior, **kwargs)
+    first(at, before)
+    file = io.BytesIO()
+    torch.save(before.state_dict(), file)
+    file.seek(0)
+    after = module(prior, **kwargs)
+    after.load_state_dict(torch.load(file, weights_only=True))
+    after.learner.stage_updates = at  # type: ignore[misc]
+    torch.manual_seed(at)  # the global generator plays no part
+    assert equal(first(10 - at, after), straight[at:])
+
+
+def test_another_number_of_processes_is_refused() -> None:
+    state = module().state_dict()
+    with pytest.raises(ValueError, match=r"written by 1 process\(es\) and this run has 2: resume with the same number"):
+        module(world=2).load_state_dict(state)
+
+
+def test_every_rank_gets_its_own_buffer_back() -> None:
+    ranks = [module(rank=r, world=2) for r in range(2)]
+    for made in ranks:
+        first(1, made)
+    state = ranks[0].state_dict() | {"buffers": [made.state_dict()["buffers"][0] for made in ranks]}
+    other = module(rank=1, world=2)
+    other.load_state_dict(state)
+    assert other.buffer is not None and ranks[1].buffer is not None
+    mine, theirs = (x.state_dict()["chunks"][0]["states"]["x_t"] for x in (other.buffer, ranks[1].buffer))
+    assert torch.equal(mine, theirs)
+
+
+def test_a_flush_forgets_the_rollouts_and_collects_at_once() -> None:
+    toy = Toy()
+    made = module(toy=toy, collect_every=100)
+    first(2, made)
+    made.flush()
+    assert made.buffer is not None and len(made.buffer) == 0 and toy.calls == 3
+    first(1, made)
+    assert len(made.buffer) == 16 and toy.calls == 6
+
+
+def test_only_training_batches_become_latents() -> None:
+    made = attach(DDILDataModule(data(), HALF, batch_size=4), toy := Toy(), training=False)
+    raw = next(iter(made.train_dataloader()))
+    assert made.on_after_batch_transfer(raw, 0) is raw and toy.calls == 0
+
+
+def test_without_a_trainer_the_way_out_is_named() -> None:
+    with pytest.raises(RuntimeError, match=r"Trainer\.fit\(method, datamodule\); outside it, call rollout\.draw"):
+        _ = DDILDataModule(data()).learner
+
+
+@pytest.mark.parametrize("kwargs", [{"batch_size": 0}, {"collect_every": 0}, {"capacity": -1}])
+def test_settings_outside_their_range_are_refused(kwargs: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"^{} is {}: give a number of at least".format(*next(iter(kwargs.items())))):
+        DDILDataModule(data(), **kwargs)
+
+
+# Encoding -------------------------------------------------------------------------------------------------------------------------
+
+
+class Counted(Captions):
+    """Twelve pictures in memory; counts how many were asked for."""
+
+    asked = 0
+
+    def __len__(self) -> int:
+        return 12
+
+    def prompts(self, index: Any) -> list[str]:
+        return [f"a {('red', 'blue')[i % 2]} circle" for i in index]
+
+    def pixels(self, index: Any) -> Tensor:
+        self.asked += len(index)
+        return torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))[list(index)] * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def real(tiny: Path) -> Toy:
+    """The toy with the encoders of the tiny pipeline."""
+    toy = Toy()
+    toy.backbone = Backbone(str(tiny))
+    return toy
+
+
+def test_a_cache_file_is_written_once_and_then_read(real: Toy, tmp_path: Path) -> None:
+    file = tmp_path / "cache" / "set.safetensors"
+    made, again = (attach(DDILDataModule(Counted(), cache=str(file), batch_size=4), real) for _ in range(2))
+    made.setup("test")
+    assert not file.exists() and isinstance(made.captions, Counted)
+    counted = made.captions
+    made.setup("fit")
+    # A digest of all rows and all rows encoded, and the first row to see what the file must hold and how large pictures are.
+    assert file.is_file() and counted.asked == 12 + 12 + 2 and made.examples(2) == ["a red circle", "a blue circle"]
+    unread = again.captions
+    again.setup("fit")
+    assert isinstance(again.captions, Encoded) and isinstance(unread, Counted) and unread.asked == 12  # the digest: it has no stamp
+    assert equal(again.captions[[3, 1]], made.captions[[3, 1]])
+    assert made.box() == again.box() and made.box() is not None
+
+
+def test_encoding_on_the_fly_gives_the_same_latents(real: Toy) -> None:
+    runs = []
+    for cache in (True, False):
+        real.stage_updates = 0
+        made = attach(DDILDataModule(Counted(), FORWARD_ONLY, batch_size=4, cache=cache), real)
+        made.setup("fit")
+        runs.append((first(2, made), made.box()))
+    (cached, box), (fly, other) = runs
+    for a, b in zip(cached, fly, strict=True):
+        torch.testing.assert_close(a.x_t, b.x_t, rtol=0, atol=1e-5)
+        torch.testing.assert_close(a.c.text, b.c.text, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(box), torch.tensor(other), rtol=0, atol=1e-5)
+
+
+def test_the_pipeline_names_the_data(monkeypatch: pytest.MonkeyPatch, real: Toy) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("ddil_lightning.data.datamodule.builtin", lambda name: (asked.append(name), Counted())[1])
+    made = attach(DDILDataModule(cache=False), real)
+    made.setup("fit")
+    assert asked == ["digits"] and isinstance(made.captions, Counted)
+
+
+def test_encoding_happens_on_the_trainers_device(monkeypatch: pytest.MonkeyPatch, real: Toy) -> None:
+    """Lightning moves the method after setup; the encoders go ahead, or a whole data set would be encoded on the CPU."""
+    moved: list[torch.device] = []
+    monkeypatch.setattr(Backbone, "to", lambda self, device: (moved.append(device), self)[1])
+    made = attach(DDILDataModule(Counted(), batch_size=4), real)
+    made.trainer.strategy.root_device = torch.device("cuda", 1)  # type: ignore[union-attr,misc]
+    made.setup("fit")
+    assert moved == [torch.device("cuda", 1)]

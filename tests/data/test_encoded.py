@@ -1,0 +1,296 @@
+"""Captions and images after the frozen encoders, and the cache file."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ddil_lightning.backbones.pipeline import Backbone
+from ddil_lightning.data import encoded
+from ddil_lightning.data.captions import Captions, RawBatch
+from ddil_lightning.data.encoded import Encoded, Notices, cached, encode, encode_batch
+from ddil_lightning.processes import Processes
+from ddil_lightning.records import CaptionBatch, Context
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny: Path) -> Backbone:
+    return Backbone(str(tiny))
+
+
+class Few(Captions):
+    """Six pictures in memory; `images=False`: their captions alone."""
+
+    def __init__(self, images: bool = True) -> None:
+        noise = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        self._pixels = noise if images else None
+
+    def __len__(self) -> int:
+        return 6
+
+    def prompts(self, index: Any) -> list[str]:
+        return [f"a {('red', 'blue')[i % 2]} {('circle', 'square', 'digit')[i % 3]}" for i in index]
+
+    def pixels(self, index: Any) -> torch.Tensor | None:
+        return None if self._pixels is None else self._pixels[list(index)]
+
+
+def test_encoding_at_once_is_encoding_batch_by_batch(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = Few()
+    monkeypatch.setattr(encoded, "CHUNK", 4)  # an uneven last chunk
+    whole = encode(few, backbone)
+    assert len(whole) == 6 and whole.latents is not None
+    rows = [5, 0, 3]
+    batch, direct = whole[rows], encode_batch(few[rows], backbone)
+    assert batch.latent is not None and direct.latent is not None
+    torch.testing.assert_close(batch.latent, direct.latent, rtol=0, atol=1e-5)
+    torch.testing.assert_close(batch.c.text, direct.c.text, rtol=0, atol=1e-5)
+    assert batch.rows.tolist() == direct.rows.tolist() == rows
+
+
+def test_captions_alone_have_no_latents(backbone: Backbone) -> None:
+    whole = encode(Few(images=False), backbone)
+    assert whole.latents is None and whole[[1, 2]].latent is None
+    assert encode_batch(Few(images=False)[[0]], backbone).latent is None
+
+
+def written(path: Path, captions: Captions, backbone: Backbone, truncate: bool = False, notices: Notices | None = None) -> Encoded:
+    return cached(path, captions, backbone, truncate, 0, notices or Notices(), Processes())
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_a_cache_file_holds_half_precision_and_is_mapped(images: bool, backbone: Backbone, tmp_path: Path) -> None:
+    path, few = tmp_path / "deep" / "cache.safetensors", Few(images)
+    first, again, whole = written(path, few, backbone), written(path, few, backbone), encode(few, backbone)
+    assert [p.name for p in path.parent.iterdir()] == [path.name] and len(first) == len(again) == 6
+    for rows in ([4, 1], [0, 5, 5]):
+        batch, other, exact = first[rows], again[rows], whole[rows]
+        assert other.c.mask is other.c.w is None and batch.rows.tolist() == rows
+        assert torch.equal(batch.c.text, other.c.text) and torch.equal(batch.c.text, exact.c.text.half().float())
+        assert (batch.latent is None) == (not images)
+        if batch.latent is not None and other.latent is not None and exact.latent is not None:
+            assert torch.equal(batch.latent, other.latent) and torch.equal(batch.latent, exact.latent.half().float())
+    assert again.c.text.dtype == torch.float16 and again[[0]].c.text.dtype == torch.float32
+    if Path("/proc/self/maps").is_file():
+        assert path.name in Path("/proc/self/maps").read_text()
+
+
+def test_a_file_of_ours_is_a_safetensors_file(backbone: Backbone, tmp_path: Path) -> None:
+    """Whoever reads it with the library finds the same numbers, aligned; sizes of SDXL and masks keep their type."""
+    c = Context(torch.randn(6, 5, 3), torch.ones(6, 5, dtype=torch.int64), torch.randn(6, 7), torch.full((6, 6), 4096.0 + 1))
+    batch = CaptionBatch(torch.randn(6, 4, 3, 3), c, torch.arange(6))
+    values = encoded._columns(batch)
+    encoded._empty(tmp_path / "x", values, 6, {"rows": "6"})
+    for name, column in encoded._mapped(tmp_path / "x", values, 6).items():
+        column[:] = values[name].numpy()
+        column.flush()
+    found = load_file(tmp_path / "x")
+    assert found.keys() == values.keys() == {"latents", "text", "mask", "pooled", "ids"}
+    assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in values.items())
+    assert found["ids"].dtype == torch.float32 and found["mask"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("change", ["first caption", "middle caption", "last picture", "order", "fewer", "none"])
+def test_a_cache_of_other_rows_is_refused_whichever_row_it_is(change: str, backbone: Backbone, tmp_path: Path) -> None:
+    path, few = tmp_path / "cache", Few()
+    written(path, few, backbone)
+
+    class Other(Few):
+        def __len__(self) -> int:
+            return 5 if change == "fewer" else 6
+
+        def prompts(self, index: Any) -> list[str]:
+            order = [5 - i for i in index] if change == "order" else index
+            row = {"first caption": 0, "middle caption": 3}.get(change)
+            return ["a digit" if i == row else text for i, text in zip(index, super().prompts(order), strict=True)]
+
+        def pixels(self, index: Any) -> torch.Tensor | None:
+            found = super().pixels(index)
+            assert found is not None
+            if change == "last picture" and 5 in index:
+                found[list(index).index(5), 0, 3, 3] += 1e-3
+            return found
+
+    if change == "none":
+        written(path, Other(), backbone)
+        return
+    with pytest.raises(ValueError, match=f"the cache {path} was made from other captions or other pictures: delete it"):
+        written(path, Other(), backbone)
+
+
+def test_a_cache_of_other_encoders_is_refused(backbone: Backbone, tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    written(path, Few(), backbone)
+    other = Backbone(str(tiny))
+    assert other.encoders() == backbone.encoders()
+    with torch.no_grad():
+        other.pipe.vae.encoder.conv_in.bias[0] += 1e-6
+    half = Backbone(str(tiny), torch.bfloat16)
+    for made in (other, half):
+        with pytest.raises(
+            ValueError, match=f"the cache {path} was made by another pipeline's encoders, or in another precision of theirs"
+        ):
+            written(path, Few(), made)
+
+
+def test_pictures_that_were_copied_are_the_same_pictures(backbone: Backbone, tmp_path: Path) -> None:
+    """Their times are other ones, and their contents decide; as long as nothing is touched, no picture is read for it."""
+    from PIL import Image
+
+    from ddil_lightning.data.captions import Images
+
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for i in range(3):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text("a red circle")
+    path = tmp_path / "cache"
+    written(path, Images(str(folder), size=16), backbone)
+    untouched = Images(str(folder), size=16)
+    untouched.content = lambda: pytest.fail("read")  # type: ignore[method-assign,assignment,return-value]
+    written(path, untouched, backbone)
+    os.utime(folder / "1.png", (1, 1))
+    written(path, Images(str(folder), size=16), backbone)
+    Image.new("RGB", (16, 16), (9, 9, 9)).save(folder / "1.png")
+    with pytest.raises(ValueError, match="other captions or other pictures"):
+        written(path, Images(str(folder), size=16), backbone)
+
+
+def test_a_full_disk_is_known_before_anything_is_encoded(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole file takes its room first; here files may not grow, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(encoded, "_encoded", lambda *args: pytest.fail("encoded"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError) as error:
+            written(tmp_path / "cache", Few(), backbone)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (error.value.errno, error.value.filename) == (errno.EFBIG, str(tmp_path / "cache")) and list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_cache_says_so(backbone: Backbone, tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    written(path, Few(), backbone)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"the cache {path} is damaged or none of ours .*: delete it, or give another data.cache"):
+        written(path, Few(), backbone)
+    save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="does not say what it was made from"):
+        written(path, Few(), backbone)
+    with pytest.raises(ValueError, match="damaged or none of ours"):
+        Encoded.load(path)
+
+
+def test_values_that_half_precision_cannot_hold_are_refused(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbone, "encode_text", lambda prompts, truncate=False: Context(torch.full((len(prompts), 2, 3), 1e5)))
+    with pytest.raises(ValueError, match="the text of rows 0 to 5 are too large for half precision: set data.cache to true"):
+        written(tmp_path / "cache", Few(), backbone)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_are_loaded_so_many_pixels_at_a_time(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    class Watched(Few):
+        def pixels(self, index: Any) -> torch.Tensor | None:
+            sizes.append(len(index))
+            return super().pixels(index)
+
+    whole = encode(Few(), backbone)
+    monkeypatch.setattr(encoded, "LOADED", 2 * 16 * 16)
+    few = encode(Watched(), backbone)
+    assert sizes == [1, 2, 2, 2]  # the first to see how large they are
+    torch.testing.assert_close(few.latents, whole.latents, rtol=0, atol=1e-5)
+    again = encode(Few(), backbone, workers=2)
+    assert torch.equal(again.latents, few.latents) and torch.equal(again.c.text, few.c.text)  # type: ignore[arg-type]
+
+
+def test_rows_that_are_skipped_or_enlarged_are_told_once_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    notices = Notices()
+    raw = RawBatch(None, ["a"] * 4, torch.arange(4), enlarged=1, skipped=("row 2 cannot be read",))
+    for _ in range(3):  # three epochs of one batch
+        notices.hear(raw, 4)
+    notices.close()
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.partition(";")[0] for line in said] == [
+        "row 2 cannot be read", "some pictures are smaller than data.captions.size and are enlarged, which blurs them",
+        "1 rows of the data could not be read and were skipped", "1 of 4 pictures were smaller than data.captions.size and were enlarged",
+    ]  # fmt: skip
+
+
+def test_long_captions_are_refused_or_cut(backbone: Backbone) -> None:
+    class Long(Few):
+        def prompts(self, index: Any) -> list[str]:
+            return ["blue " * 30 for _ in index]
+
+    with pytest.raises(ValueError, match="has 32 tokens and the text encoder reads 16"):
+        encode(Long(), backbone)
+    assert len(encode(Long(), backbone, truncate=True)) == 6
+
+
+def test_data_that_are_encoded_are_not_replaced_by_a_cache(backbone: Backbone, tmp_path: Path) -> None:
+    """A file that lay there took the place of data that had nothing to do with it; the rows of that very file are at home there."""
+    path, own = tmp_path / "cache", encode(Few(), backbone)
+    assert written(path, own, backbone) is own and not path.exists()
+    mapped = written(path, Few(), backbone)
+    assert written(path, mapped, backbone) is mapped  # a second fit
+    with pytest.raises(ValueError, match=f"^the data are encoded already, and the cache {path} would take their place: .*$"):
+        written(path, own, backbone)
+
+
+def test_a_cache_of_prompts_that_may_be_cut_is_refused_where_they_are_not_cut(backbone: Backbone, tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    written(path, Few(), backbone, truncate=True)
+    written(path, Few(), backbone, truncate=True)
+    with pytest.raises(ValueError, match=f"^the cache {path} was made with data.truncate, .*: set data.truncate, or delete it.*$"):
+        written(path, Few(), backbone)
+    written(tmp_path / "whole", Few(), backbone)
+    written(tmp_path / "whole", Few(), backbone, truncate=True)  # no prompt in it was too long
+
+
+def test_rows_that_were_skipped_stay_known(backbone: Backbone, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Holes(Few):
+        def pixels(self, index: Any) -> torch.Tensor | None:
+            gone = [i for i in index if i in (2, 5)]
+            if gone:
+                raise ValueError(f"row {gone[0]} is gone")
+            return super().pixels(index)
+
+    path, holes = tmp_path / "cache", Holes()
+    holes.on_error = "skip"
+    for _ in range(2):  # made, then mapped
+        notices = Notices()
+        written(path, holes, backbone, notices=notices)
+        notices.close()
+        assert len(notices.skipped) == 2
+    told = [record.getMessage() for record in caplog.records]
+    assert told.count("2 rows of the data could not be read and were skipped") == 2
+    mended = Few()
+    mended.content = holes.content  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=f"^the cache {path} was made with 2 rows skipped: set data.on_error to skip, or delete it.*$"):
+        written(path, mended, backbone)
+
+
+@pytest.mark.parametrize("key", ["content", "truncate", "skipped"])
+def test_a_cache_that_does_not_say_what_it_is_is_refused(key: str, backbone: Backbone, tmp_path: Path) -> None:
+    """As those of older versions do not; one whose rows were never counted is not whole."""
+    from safetensors import safe_open
+
+    path = tmp_path / "cache"
+    written(path, Few(), backbone)
+    with safe_open(path, "pt") as file:
+        known = file.metadata()
+    assert known["skipped"] == "0000000000"
+    rest = {name: value for name, value in known.items() if name != key}
+    for metadata in (rest, {**known, "skipped": encoded.UNKNOWN}):
+        save_file(load_file(path), path, metadata)
+        with pytest.raises(ValueError, match=f"the cache {path} does not say what it was made from"):
+            written(path, Few(), backbone)

@@ -1,0 +1,390 @@
+"""Metrics against closed forms, against the libraries they replace, and over two processes."""
+
+import math
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ddil_lightning.evaluation.metrics.alignment import AttributeAccuracy, ModeCoverage, attribute_accuracy
+from ddil_lightning.evaluation.metrics.base import as_saved, chunked
+from ddil_lightning.evaluation.metrics.clip import ClipNet, CLIPScore, cosine, open_clip_net
+from ddil_lightning.evaluation.metrics.diversity import LPIPSDiversity, MapDistance, check_range, lpips_distance, seed_diversity
+from ddil_lightning.evaluation.metrics.frechet import FrechetDistance, frechet_distance, gaussian_distance, inception_features
+from ddil_lightning.evaluation.metrics.prdc import DensityCoverage, density_coverage, expected_coverage
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pictures(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def net(seed: int = 0, d: int = 8) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, d))
+
+
+# images
+
+
+def test_images_are_scored_as_a_file_would_hold_them():
+    x = torch.tensor([-1.3, -1.0, 0.0, 0.003, 1.0, 2.0]).view(1, 1, 1, 6).expand(1, 3, 1, 6)
+    levels = (as_saved(x)[0, 0, 0] + 1) * 127.5
+    assert levels.tolist() == pytest.approx([0, 0, 128, 128, 255, 255], abs=1e-4)
+    assert torch.equal(as_saved(as_saved(x)), as_saved(x))
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, 1, 4, 4), torch.full((2, 3, 4, 4), math.nan)])
+def test_unscorable_images_are_refused(bad):
+    with pytest.raises(ValueError, match="images: "):
+        as_saved(bad)
+
+
+def test_chunks_do_not_change_features():
+    f, x = net().eval(), pictures(7, 3, 8, 8)
+    torch.testing.assert_close(chunked(f, x, 2), f(x).detach())
+    with pytest.raises(ValueError, match="must return"):
+        chunked(lambda x: x, x)
+
+
+# Frechet
+
+
+def test_frechet_of_gaussians_closed_form():
+    """Commuting covariances: |m1 - m2|^2 + sum (s1 - s2)^2 in their common eigenbasis."""
+    q = torch.linalg.qr(randn(5, 5).double()).Q
+    s1, s2 = torch.tensor([0.1, 1.0, 2.0, 3.0, 0.0]).double(), torch.tensor([1.0, 0.5, 2.0, 0.0, 4.0]).double()
+    m1, m2 = randn(5, seed=1), randn(5, seed=2)
+    got = gaussian_distance(m1, q * s1.square() @ q.T, m2, q * s2.square() @ q.T)
+    expected = (m1 - m2).double().square().sum() + (s1 - s2).square().sum()
+    assert float(got) == pytest.approx(float(expected), rel=1e-7)
+
+
+def test_frechet_of_affine_copies_is_exact():
+    """Y = 3 X + b has mean 3 m + b and covariance 9 C, so the distance is |2 m + b|^2 + 4 tr C without sampling error."""
+    x, b = randn(200, 6).double() * torch.arange(1, 7), randn(6, seed=3).double()
+    expected = (2 * x.mean(0) + b).square().sum() + 4 * x.T.cov().trace()
+    assert frechet_distance(x, 3 * x + b) == pytest.approx(float(expected), rel=1e-9)
+
+
+@pytest.mark.parametrize("n", [4, 300])
+def test_frechet_of_a_set_with_itself_is_zero(n):
+    """Also with fewer images than features, where the covariance is singular."""
+    x = randn(n, 32) @ randn(32, 32, seed=1) + 5
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-5)
+
+
+def test_frechet_equals_scipy_and_torchmetrics():
+    import scipy.linalg
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    a, b = randn(120, 6) @ randn(6, 6, seed=1), randn(90, 6, seed=2) * 1.3 + 0.4
+    ca, cb = a.double().T.cov().numpy(), b.double().T.cov().numpy()
+    root = scipy.linalg.sqrtm(ca @ cb).real
+    expected = float((a.double().mean(0) - b.double().mean(0)).square().sum()) + (ca + cb - 2 * root).trace()
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
+
+    stock = FrechetInceptionDistance(feature=WithSize())
+    stock.update(a, real=True)
+    stock.update(b, real=False)
+    assert frechet_distance(a, b) == pytest.approx(float(stock.compute()), rel=1e-5)
+
+
+class WithSize(nn.Identity):
+    num_features = 6
+
+
+def test_frechet_streams_to_the_same_value():
+    real, fake = randn(101, 8) + 10, randn(77, 8, seed=1) + 10.5
+    m = FrechetDistance(8)
+    for x, is_real in ((real, True), (fake, False)):
+        for part in x.split(13):
+            m.update(part, real=is_real)
+    assert float(m.compute()) == pytest.approx(frechet_distance(real, fake), rel=1e-9)
+
+
+def test_frechet_keeps_the_reference():
+    m = FrechetDistance(4, keep_real=True)
+    m.update(randn(20, 4), real=True)
+    m.update(randn(20, 4, seed=1) + 3, real=False)
+    m.compute()
+    m.reset()
+    m.update(randn(20, 4, seed=2), real=False)
+    assert float(m.compute()) == pytest.approx(frechet_distance(randn(20, 4), randn(20, 4, seed=2)), rel=1e-9)
+
+
+def test_frechet_needs_two_images_and_the_declared_size():
+    m = FrechetDistance(4)
+    with pytest.raises(ValueError, match="two of each"):
+        m.compute()
+    with pytest.raises(ValueError, match="dim=4"):
+        m.update(randn(3, 5), real=True)
+
+
+def test_inception_without_torch_fidelity_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    with pytest.raises(ValueError, match=r"need torch-fidelity: pip install 'ddil-lightning\[eval\]'"):
+        inception_features()
+
+
+# density and coverage
+
+
+def test_density_and_coverage_of_equal_laws():
+    """Naeem et al.: E density = 1, E coverage = 1 - prod (N-j)/(M+N-j); any dimension, any continuous law."""
+    values = torch.tensor([density_coverage(randn(200, 3, seed=s), randn(150, 3, seed=s + 1000)) for s in range(60)]).double()
+    mean, error = values.mean(0), values.std(0) / len(values) ** 0.5
+    expected = torch.tensor([1.0, expected_coverage(200, 150)])
+    assert ((mean - expected).abs() < 4 * error).all(), (mean, expected, error)
+    assert expected_coverage(10_000, 10_000) == pytest.approx(0.969, abs=5e-4)
+
+
+def test_density_and_coverage_of_a_set_with_itself():
+    x = randn(80, 4)
+    assert density_coverage(x, x, k=5) == (1.0, 1.0)
+
+
+def test_density_and_coverage_by_hand():
+    real = torch.tensor([[0.0], [1.0], [10.0], [12.0]])  # k = 1: radii 1, 1, 2, 2
+    fake = torch.tensor([[0.5], [11.0], [50.0]])
+    assert density_coverage(real, fake, k=1) == (4 / 3, 1.0)
+    assert density_coverage(real, torch.tensor([[0.5]]), k=1) == (2.0, 0.5)  # one mode only: dense, half covered
+    assert density_coverage(real, torch.tensor([[50.0]]), k=1) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_density_and_coverage_chunks(chunk):
+    real, fake = randn(50, 6) + 100, randn(33, 6, seed=1) + 100  # far from the origin: cancellation would show
+    d2 = torch.cdist(real.double(), real.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    radius = d2.sort(1).values[:, 5]
+    within = torch.cdist(real.double(), fake.double(), compute_mode="donot_use_mm_for_euclid_dist") < radius[:, None]
+    expected = (float(within.sum() / (5 * 33)), float(within.any(1).double().mean()))
+    assert density_coverage(real, fake, chunk=chunk) == pytest.approx(expected, abs=1e-7)
+
+
+def test_density_refuses_too_few():
+    with pytest.raises(ValueError, match="k=5 needs more than k"):
+        density_coverage(randn(5, 2), randn(5, 2))
+
+
+# CLIP
+
+
+def encoders(prefix: str = "") -> ClipNet:
+    image = net(1).eval()
+    words = randn(512, 8, seed=4)
+    return ClipNet(image, lambda prompts: torch.stack([words[list(p.encode())].mean(0) for p in prompts]), prefix)
+
+
+def test_cosine_closed_form():
+    a, b = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[4.0, 3.0], [-2.0, 0.0]])
+    assert cosine(a, b).tolist() == pytest.approx([0.96, -1.0])
+
+
+def test_clip_score_ignores_batch_order_and_size():
+    x, prompts, order = pictures(9, 3, 8, 8), [f"a red {i}" for i in range(9)], [4, 2, 0, 8, 6, 1, 3, 5, 7]
+    whole, parts = CLIPScore(encoders().score), CLIPScore(encoders().score)
+    whole.update(x, prompts)
+    for group in (order[:2], order[2:]):
+        parts.update(x[group], [prompts[i] for i in group])
+    assert float(whole.compute()) == pytest.approx(float(parts.compute()), rel=1e-6)
+    torch.testing.assert_close(encoders().score(x, prompts, chunk=2), encoders().score(x, prompts))
+
+
+def test_clip_prefix_is_prepended():
+    x = pictures(2, 3, 8, 8)
+    with_prefix = encoders("A photo depicts").score(x, ["a", "b"])
+    torch.testing.assert_close(with_prefix, encoders().score(x, ["A photo depicts a", "A photo depicts b"]))
+
+
+def test_clip_refuses_unpaired():
+    with pytest.raises(ValueError, match="2 images and 1 prompts"):
+        encoders().score(pictures(2, 3, 8, 8), ["a"])
+
+
+def test_open_clip_local_checkpoint(tmp_path):
+    """A local checkpoint gives the model's own cosine; a path that is not there says so instead of downloading."""
+    open_clip = pytest.importorskip("open_clip")
+    import json
+
+    config = {
+        "embed_dim": 8,
+        "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
+    }
+    (tmp_path / "ddil-tiny-clip.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path)
+    torch.manual_seed(0)
+    model, _, preprocess = open_clip.create_model_and_transforms("ddil-tiny-clip", pretrained=None)  # the third is the evaluation one
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    x = pictures(2, 3, 20, 20)
+    from torchvision.transforms.functional import to_pil_image
+
+    pixels = torch.stack([preprocess(to_pil_image(((i + 1) * 127.5).round().byte())) for i in as_saved(x)])
+    with torch.no_grad():
+        text = model.eval().encode_text(open_clip.get_tokenizer("ddil-tiny-clip")(["a cat", "two dogs"]))
+        expected = torch.cosine_similarity(model.encode_image(pixels), text)
+    got = open_clip_net("ddil-tiny-clip", str(tmp_path / "w.pt")).score(x, ["a cat", "two dogs"])
+    torch.testing.assert_close(got.float(), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        open_clip_net("ddil-tiny-clip", str(tmp_path / "missing.pt"))
+
+
+# LPIPS diversity
+
+
+def trunk(seed: int = 0):
+    torch.manual_seed(seed)
+    a, b = nn.Conv2d(3, 5, 3), nn.Conv2d(5, 7, 3, stride=2)
+    return lambda x: [a(x).relu(), b(a(x).relu()).relu()]
+
+
+def test_map_distance_is_unweighted_lpips_per_layer():
+    """Against the LPIPS package on one random trunk: its `lpips=False` baseline sums the layers that ours averages."""
+    lpips = pytest.importorskip("lpips")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = lpips.LPIPS(net="alex", pnet_rand=True, lpips=False, verbose=False).eval()
+    a, b = pictures(2, 3, 64, 64), pictures(2, 3, 64, 64, seed=1)
+    ours = MapDistance(lambda x: list(model.net(model.scaling_layer(x))))
+    with torch.no_grad():
+        torch.testing.assert_close(5 * ours(a, b), model(a, b).flatten(), rtol=1e-4, atol=1e-6)
+
+
+def test_lpips_of_equal_images_is_zero_and_fast_path_agrees():
+    d = lpips_distance(random_trunk=True)
+    x = pictures(1, 3, 3, 64, 64)
+    assert float(d(x[0], x[0]).abs().max()) == 0
+    assert float(seed_diversity(x[:, :1].expand(1, 3, 3, 64, 64), d)) == 0
+    pairs = [float(d(x[0, i : i + 1], x[0, j : j + 1])) for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert float(seed_diversity(x, d, chunk=2)) == pytest.approx(sum(pairs) / 3, rel=1e-5)
+
+
+def test_diversity_is_the_mean_over_pairs_then_prompts():
+    """With |a - b|^2 of constant images: values v give pairs (v_i - v_j)^2."""
+    values = torch.tensor([[0.0, 0.2, -0.4], [0.1, 0.1, 0.1]])
+    images = values[:, :, None, None, None].expand(2, 3, 3, 4, 4)
+    got = seed_diversity(images, lambda a, b: (a - b)[:, 0, 0, 0].square())
+    assert got.tolist() == pytest.approx([(0.04 + 0.16 + 0.36) / 3, 0.0], abs=1e-7)
+    m = LPIPSDiversity(MapDistance(trunk()))
+    x = pictures(3, 4, 3, 12, 12)
+    m.update(x[:1])
+    m.update(x[1:])
+    explicit = seed_diversity(x, lambda a, b: MapDistance(trunk())(a, b))  # without `embed`: pair by pair
+    assert float(m.compute()) == pytest.approx(float(explicit.mean()), rel=1e-5)
+
+
+def test_range_check():
+    with pytest.raises(ValueError, match="uint8"):
+        check_range(torch.zeros(1, 3, 2, 2, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"clamp them to \[-1, 1\]"):
+        check_range(torch.tensor([0.0, 255.0]))
+    with pytest.raises(ValueError, match=r"clamp them to \[-1, 1\]"):
+        check_range(torch.tensor([math.nan]))
+    with pytest.warns(UserWarning, match=r"not \[0, 1\]"):
+        check_range(torch.rand(2, 3, 4, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_range(pictures(2, 3, 4, 4))
+
+
+# alignment
+
+
+def test_attribute_accuracy_by_hand():
+    """Mean over images of the mean over what was asked; the last image was asked nothing."""
+    nan = math.nan
+    v = {"colour": torch.tensor([1.0, 0.5, 1, nan]), "shape": torch.tensor([1.0, 1, nan, nan]), "size": torch.full((4,), nan)}
+    out = attribute_accuracy(v)
+    assert out["attribute_accuracy"] == pytest.approx((1 + 0.75 + 1) / 3) and out["all_right"] == pytest.approx(2 / 3)
+    assert out["per_attribute"] == {"colour": pytest.approx(2.5 / 3), "shape": 1.0, "size": None}
+    m = AttributeAccuracy(list(v))
+    m.update({k: x[:1] for k, x in v.items()})
+    m.update({k: x[1:] for k, x in v.items()})
+    assert m.compute() == out
+    with pytest.raises(ValueError, match="expected"):
+        m.update({"colour": torch.ones(1)})
+    with pytest.raises(ValueError, match="share right"):
+        attribute_accuracy({"colour": torch.tensor([1.5])})
+    assert attribute_accuracy({"size": v["size"]})["attribute_accuracy"] is None
+
+
+def brightness(images: Tensor, captions) -> float:
+    """A stand-in for a judge: depends on every image and on which caption it belongs to."""
+    return float((images.mean((1, 2, 3)) * torch.tensor([len(c) for c in captions])).mean())
+
+
+def test_mode_coverage_sees_all_images_and_their_prompts():
+    x, m = pictures(5, 3, 4, 4), ModeCoverage(["a", "a red", "a large"], brightness)
+    m.update(x[:2], torch.tensor([0, 1]))
+    m.update(x[2:], torch.tensor([2, 2, 1]))
+    assert float(m.compute()) == pytest.approx(brightness(as_saved(x), ["a", "a red", "a large", "a large", "a red"]))
+    with pytest.raises(ValueError, match="one number below 3"):
+        m.update(x[:1], torch.tensor([3]))
+
+
+# all of them
+
+
+def metrics() -> dict[str, object]:
+    return {
+        "frechet": FrechetDistance(8, net=net().eval()),
+        "prdc": DensityCoverage(k=2, net=net().eval()),
+        "clip": CLIPScore(encoders().score),
+        "diversity": LPIPSDiversity(MapDistance(trunk())),
+        "alignment": AttributeAccuracy(["colour", "shape"]),
+        "modes": ModeCoverage(["a", "a red", "a large"], brightness),
+    }
+
+
+def fill(rank: int, world: int) -> dict[str, object]:
+    """Update all metrics with every `world`-th image from `rank` (unequal shares) and compute."""
+    x, y = pictures(15, 3, 8, 8), pictures(13, 3, 8, 8, seed=1) * 0.8
+    prompts, right = [f"caption {i}" for i in range(13)], (torch.arange(26).view(2, 13) % 3 > 0).float()
+    m = metrics()
+    m["frechet"].update(x[rank::world], real=True)
+    m["frechet"].update(y[rank::world], real=False)
+    m["prdc"].update(x[rank::world], real=True)
+    m["prdc"].update(y[rank::world], real=False)
+    m["clip"].update(y[rank::world], prompts[rank::world])
+    m["diversity"].update(pictures(3, 3, 3, 12, 12)[rank::world])
+    m["alignment"].update({"colour": right[0, rank::world], "shape": right[1, rank::world]})
+    m["modes"].update(y[rank::world], torch.arange(13)[rank::world] % 3)
+    return {name: metric.compute() for name, metric in m.items()}
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)  # an OpenMP team does not survive the fork
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.save(fill(rank, 2), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def flat(values: dict) -> dict[str, float]:
+    return {f"{a}.{b}": v for a, x in values.items() for b, v in (x.items() if isinstance(x, dict) else [("", x)])}
+
+
+def test_two_processes_equal_one(tmp_path: Path):
+    torch.multiprocessing.start_processes(worker, (str(tmp_path),), nprocs=2, start_method="fork")
+    one, both = flat(fill(0, 1)), [flat(torch.load(tmp_path / f"{r}.pt")) for r in (0, 1)]
+    assert set(one) >= {"frechet.", "prdc.density", "prdc.coverage", "clip.", "diversity.", "alignment.all_right", "modes."}
+    for got in both:
+        torch.testing.assert_close(got, one, rtol=1e-6, atol=1e-9)
+
+
+def test_no_metric_owns_a_network():
+    holder = nn.Module()
+    for name, metric in metrics().items():
+        setattr(holder, name, metric)
+    assert not list(holder.parameters()) and not holder.state_dict()
+    assert not any(isinstance(c, nn.Conv2d) for c in holder.modules())
+
+
+def test_features_and_images_are_not_mixed_up():
+    with pytest.raises(ValueError, match="give the metric a `net`"):
+        FrechetDistance(8).update(pictures(2, 3, 8, 8), real=True)

@@ -1,0 +1,387 @@
+"""The benchmark: samplers of known quality, the user's own folders, and the rows of a results table."""
+
+import json
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ddil_lightning.evaluation.metrics.diversity import lpips_distance
+from ddil_lightning.evaluation.metrics.pairs import choose, load_images, read_pairs, resize
+from ddil_lightning.evaluation.metrics.prdc import expected_coverage
+from ddil_lightning.evaluation.suite import KEYS, Suite, Timed, make_row, paired_distance
+from ddil_lightning.evaluation.table import table, write_rows
+
+Image = pytest.importorskip("PIL.Image")
+
+
+# a data set in closed form: constant images whose level follows the prompt's digit plus noise
+
+
+class Verdict(NamedTuple):
+    correct: dict[str, Tensor]
+    residual: Tensor
+
+
+def levels(prompts: list[str]) -> Tensor:
+    return torch.tensor([int(p[-1]) / 10 - 0.5 for p in prompts])
+
+
+def sampler(spread: float = 0.2, shift: float = 0.0):
+    def sample(prompts: list[str], seed: int) -> Tensor:
+        noise = torch.randn(len(prompts), 3, generator=torch.Generator().manual_seed(seed))
+        return (levels(prompts)[:, None] + shift + spread * noise).clamp(-1, 1)[..., None, None].expand(-1, 3, 4, 4)
+
+    return sample
+
+
+def judge(images: Tensor, prompts: list[str]) -> Verdict:
+    level = images.mean((1, 2, 3))
+    near = ((level - levels(prompts)).abs() < 0.2).float()
+    return Verdict({"level": near, "never": torch.full_like(near, math.nan)}, images.flatten(1).std(1))
+
+
+def colours(images: Tensor) -> Tensor:
+    return images.mean((2, 3))
+
+
+def suite(**changes) -> Suite:
+    prompts = [f"level {i % 10}" for i in range(300)]
+    base = {
+        "name": "levels",
+        "prompts": prompts,
+        "real": colours(sampler()(prompts, 12345)),
+        "features": colours,
+        "clip": lambda x, p: 1 - (x.mean((1, 2, 3)) - levels(list(p))).abs(),
+        "distance": lambda a, b: (a - b).square().mean((1, 2, 3)),
+        "probes": ["level 3", "level 7", "level 5"],
+        "seeds": 10,
+        "judge": judge,
+        "modes": lambda x, p: float((x.mean((1, 2, 3)) > levels(list(p))).float().mean()),
+    }
+    return Suite(**{**base, **changes})
+
+
+def test_the_true_law_scores_as_it_should():
+    out = suite().score(sampler())
+    assert set(out) == {*KEYS, "per_attribute"}
+    assert 0 <= out["frechet"] < 0.02
+    assert out["density"] == pytest.approx(1, abs=0.15) and out["coverage"] == pytest.approx(expected_coverage(300, 300), abs=0.04)
+    spread = 0.2 / 3**0.5  # of an image's mean over three channels
+    assert out["clip"] == pytest.approx(1 - spread * (2 / math.pi) ** 0.5, abs=0.02)
+    assert out["lpips_diversity"] == pytest.approx(2 * 0.2**2, rel=0.4)  # E (a - b)^2 = 2 sigma^2
+    assert out["attribute_accuracy"] == out["all_right"] == out["per_attribute"]["level"]
+    assert out["attribute_accuracy"] == pytest.approx(math.erf(0.2 / spread / 2**0.5), abs=0.06) and out["per_attribute"]["never"] is None
+    assert out["mode_coverage"] == pytest.approx(0.5, abs=0.3) and out["sharpness"] > 0
+
+
+def test_worse_samplers_score_worse():
+    good, collapsed, shifted = (suite().score(s) for s in (sampler(), sampler(spread=0.0), sampler(shift=0.3)))
+    assert collapsed["coverage"] < 0.5 * good["coverage"] and collapsed["lpips_diversity"] == 0
+    assert shifted["frechet"] > 10 * good["frechet"] and shifted["clip"] < good["clip"] - 0.1
+    assert shifted["attribute_accuracy"] < good["attribute_accuracy"] - 0.3
+
+
+def test_same_calls_for_every_sampler_and_order_of_seeds():
+    calls: list[list[tuple[int, int]]] = [[], []]
+    for log in calls:
+
+        def sample(prompts, seed, log=log):
+            log.append((len(prompts), seed))
+            return sampler()(prompts, seed)
+
+        suite(batch=128).score(sample)
+    assert calls[0] == calls[1] == [(128, 0), (128, 128), (44, 256), (30, 300)]
+    assert len({seed for _, seed in calls[0]}) == 4
+
+
+def test_probe_groups_hold_whole_prompts():
+    sizes = []
+
+    def sample(prompts, seed):
+        sizes.append(len(prompts))
+        return sampler()(prompts, seed)
+
+    suite(batch=12, prompts=["level 1"] * 12, real=None).score(sample)
+    assert sizes == [12, 10, 10, 10]
+
+
+def test_undefined_metrics_are_none():
+    out = suite(judge=None, modes=None, clip=None, features=None, distance=None).score(sampler())
+    assert all(out[k] is None for k in KEYS) and out["per_attribute"] == {}
+
+
+def test_images_are_scored_as_saved():
+    seen = []
+    suite(features=lambda x: seen.append(x) or colours(x), probes=[]).score(lambda p, s: 3 * sampler()(p, s))
+    x = torch.cat(seen)
+    assert x.abs().max() <= 1 and torch.equal(((x + 1) * 127.5).round(), ((x + 1) * 127.5 + 1e-3).floor())
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (lambda p, s: sampler()(p, s)[:-1], "127 images for 128 prompts"),
+        (lambda p, s: sampler()(p, s) * math.nan, "128 of 128 hold NaN"),
+        (lambda p, s: sampler()(p, s).byte(), "uint8"),
+    ],
+)
+def test_broken_samplers_are_refused(sample, message):
+    with pytest.raises(ValueError, match=message):
+        suite().score(sample)
+
+
+def test_score_needs_no_gradients_and_leaves_none():
+    weight = torch.ones((), requires_grad=True)
+    out = suite().score(lambda p, s: sampler()(p, s) * weight)
+    assert all(isinstance(out[k], float) for k in KEYS) and weight.grad is None
+
+
+def test_timed():
+    timed = Timed(sampler())
+    assert timed.seconds_per_image is None
+    suite().score(timed)
+    assert timed.images == 330 and timed.seconds_per_image == timed.seconds / 330 > 0
+
+
+# the user's own data
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve images of several sizes with a caption file each."""
+    for i in range(12):
+        pixels = torch.randint(0, 256, (20 + i, 30, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+        Image.fromarray(pixels.numpy()).save(tmp_path / f"{i:02d}.png")
+        (tmp_path / f"{i:02d}.txt").write_text(f" picture number {i}\n")
+    return tmp_path
+
+
+def test_read_pairs_knows_three_layouts(folder):
+    expected = [(folder / f"{i:02d}.png", f"picture number {i}") for i in range(12)]
+    assert read_pairs(folder) == expected
+    rows = [{"image": f"{i:02d}.png", "caption": f"picture number {i}"} for i in range(12)]
+    (folder / "list.jsonl").write_text("\n".join(json.dumps(r) for r in rows) + "\n\n")
+    assert read_pairs(folder / "list.jsonl") == expected
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": r["image"], "text": "x"}) for r in rows[:3]))
+    assert read_pairs(folder) == [(p, "x") for p, _ in expected[:3]]
+
+
+def test_read_pairs_coco_takes_the_first_caption_by_annotation_id(folder):
+    coco = {
+        "images": [{"id": 9, "file_name": "01.png"}, {"id": 4, "file_name": "00.png"}],
+        "annotations": [
+            {"id": 30, "image_id": 4, "caption": "late"},
+            {"id": 7, "image_id": 9, "caption": "Nine.\n"},
+            {"id": 2, "image_id": 4, "caption": "first"},
+        ],
+    }
+    (folder / "annotations").mkdir()
+    path = folder / "annotations" / "captions_val2017.json"
+    path.write_text(json.dumps(coco))
+    expected = [(folder / "00.png", "first"), (folder / "01.png", "Nine.")]
+    assert read_pairs(path, folder) == expected
+    (folder / "val2017").mkdir()
+    for name in ("00.png", "01.png"):
+        (folder / name).rename(folder / "val2017" / name)
+    assert read_pairs(path) == [(p.parent / "val2017" / p.name, c) for p, c in expected]  # COCO's own folder layout
+
+
+def test_read_pairs_says_what_is_wrong(folder):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        read_pairs(folder / "nothing")
+    (folder / "bad.jsonl").write_text('{"file_name": "00.png", "text": "fine"}\n{"file": 3}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        read_pairs(folder / "bad.jsonl")
+    (folder / "gone.jsonl").write_text('{"file_name": "gone.png", "text": "fine"}\n')
+    with pytest.raises(FileNotFoundError, match="1 of 1 images are missing"):
+        read_pairs(folder / "gone.jsonl")
+    (folder / "x.json").write_text("[]")
+    with pytest.raises(ValueError, match="not a COCO captions file"):
+        read_pairs(folder / "x.json")
+    (folder / "empty").mkdir()
+    with pytest.raises(ValueError, match="no image with a caption"):
+        read_pairs(folder / "empty")
+    with pytest.raises(ValueError, match="choose 2 to 12"):
+        choose(read_pairs(folder), 13, seed=0)
+
+
+def test_choose_is_fixed_by_its_seed(folder):
+    pairs = read_pairs(folder)
+    assert choose(pairs, 5, seed=1) == choose(pairs, 5, seed=1) != choose(pairs, 5, seed=2)
+    assert choose(pairs, 5, seed=1) == sorted(choose(pairs, 5, seed=1)) and choose(pairs, None, 0) == pairs
+
+
+def test_load_images_crops_the_long_edge(tmp_path):
+    pixels = torch.zeros(10, 30, 3, dtype=torch.uint8)
+    pixels[:, 10:20] = torch.tensor([255, 0, 127], dtype=torch.uint8)  # the middle third is what remains
+    Image.fromarray(pixels.numpy()).save(tmp_path / "wide.png")
+    got = load_images([tmp_path / "wide.png"], 8)
+    assert got.shape == (1, 3, 8, 8)
+    torch.testing.assert_close(got.amin((2, 3)), got.amax((2, 3)))
+    assert got[0, :, 0, 0].tolist() == pytest.approx([1, -1, 127 / 127.5 - 1])
+    (tmp_path / "broken.png").write_text("no image")
+    with pytest.raises(ValueError, match="not a readable image"):
+        load_images([tmp_path / "broken.png"], 8)
+
+
+def test_resize_is_the_reference_s_own(folder):
+    """A real image loaded large and resized like a generated one equals the one that was loaded small."""
+    paths = [folder / "10.png"]  # 30 x 30: the crop takes nothing
+    torch.testing.assert_close(resize(load_images(paths, 30), 16), load_images(paths, 16))
+    with pytest.raises(ValueError, match="square"):
+        resize(torch.zeros(1, 3, 4, 6), 3)
+
+
+def tiny(d: int = 4) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, d, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+
+
+def test_suite_from_folder(folder):
+    """The real images themselves as a sampler: distance 0, everything covered; only where generated and real sizes agree."""
+    s = Suite.from_folder(folder, size=16, features=tiny(), clip=None, distance=lpips_distance(random_trunk=True), probes=2, seeds=3)
+    real = load_images([p.image for p in read_pairs(folder)], 16)
+    number = [int(p.split()[-1]) for p in s.prompts]
+
+    def sample(prompts, seed):
+        return torch.nn.functional.interpolate(real[[int(p.split()[-1]) for p in prompts]], scale_factor=4, mode="nearest")
+
+    assert number == list(range(12)) and s.protocol["n"] == 12 and s.protocol["resize"] == "centre crop, Lanczos 16"
+    out = s.score(sample)
+    assert out["lpips_diversity"] == 0 and out["coverage"] > 0.8 and out["frechet"] < 1e-2
+    assert out["clip"] is out["mode_coverage"] is out["attribute_accuracy"] is None
+    without = Suite.from_folder(folder, size=16, features=tiny(), clip=None, distance=None)
+    exact = without.score(lambda prompts, seed: real[[int(p.split()[-1]) for p in prompts]])
+    assert exact["frechet"] == pytest.approx(0, abs=1e-6) and (exact["density"], exact["coverage"]) == (1, 1)
+    with pytest.raises(ValueError, match="no network 'dino'"):
+        Suite.from_folder(folder, features="dino")
+
+
+# rows
+
+
+def test_paired_distance():
+    a = torch.zeros(2, 3, 4, 4)
+    assert paired_distance(a, a + 0.5) == 0.25
+    with pytest.raises(ValueError, match="paired"):
+        paired_distance(a, a[:1])
+
+
+def test_rows_are_complete_json_without_nan(tmp_path):
+    metrics = {"frechet": 1.5, "clip": math.nan, "density": None, "per_attribute": {"a": math.inf, "b": torch.tensor(0.5)}}
+    row = make_row("lcm@4", 4, 7.5, 512, 4, 0.01, metrics)
+    assert list(row) == ["name", "steps", "guidance", "n", "nfe", "seconds_per_image", "metrics"]
+    path = tmp_path / "new" / "metrics.json"
+    write_rows(path, [row])
+    assert json.loads(path.read_text()) == [
+        row | {"metrics": {"frechet": 1.5, "clip": None, "density": None, "per_attribute": {"a": None, "b": 0.5}}}
+    ]
+    before = path.read_text()
+    with pytest.raises(TypeError):
+        write_rows(path, [row | {"name": object()}])
+    assert path.read_text() == before and [p.name for p in path.parent.iterdir()] == ["metrics.json"]
+
+
+def test_table_shows_what_there_is():
+    rows = [make_row("teacher@32", 32, 3.0, 512, 64, 0.5, {"frechet": 1.25, "clip": None})]
+    rows.append(make_row("lcm@4", 4, 3.0, 512, 4, None, {"frechet": 2.5}))
+    text = table(rows).splitlines()
+    assert "NFE" in text[0] and "chet" in text[0] and "CLIP" not in text[0]
+    assert "teacher@32" in text[1] and "1.250" in text[1] and "64" in text[1] and "lcm@4" in text[2]
+
+
+# the built-in data
+
+
+def truth(data: str):
+    """A sampler that draws from the law of the data: fresh scenes that agree with the prompt, or other writers' digits."""
+    from ddil_lightning.miniature import digits, shapes
+
+    if data == "digits":
+        images, labels = digits.split("train")
+
+        def sample(prompts: list[str], seed: int) -> Tensor:
+            rng = torch.Generator().manual_seed(seed)
+            said = [digits.parse(p).get("digit", i % 10) for i, p in enumerate(prompts)]
+            rows = [torch.nonzero(labels == k)[:, 0] for k in range(10)]
+            return images[[int(rows[k][torch.randint(len(rows[k]), (1,), generator=rng)]) for k in said]]
+    else:
+
+        def sample(prompts: list[str], seed: int) -> Tensor:
+            pool = shapes.draw_scenes(2000, seed)
+            said = shapes.encode(prompts)
+            drawn = []
+            for i in range(len(prompts)):
+                # geometry is matched; shape, colour and background are independent of it and set, colours never equal
+                geometry = [(getattr(said, k)[i], getattr(pool, k)) for k in ("count", "relation", "position", "size")]
+                fits = [((have == want) | (want < 0)).reshape(len(have), -1).all(1) for want, have in geometry]
+                free = {k: (getattr(said, k)[i], getattr(pool, k)) for k in ("shape", "colour", "background")}
+                given = {k: torch.where(want < 0, have, want) for k, (want, have) in free.items()}
+                fits.append(given["colour"][:, 0] != given["colour"][:, 1])
+                rows = torch.nonzero(torch.stack(fits).all(0))[:, 0]
+                row = rows[i % len(rows)]
+                drawn.append([field[row] for field in pool._replace(**given)])
+            return shapes.render(shapes.Scenes(*(torch.stack(f) for f in zip(*drawn, strict=True))))
+
+    return sample
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """A fresh evaluator in place of the one that ships: enough for everything but what its features mean."""
+    from ddil_lightning.miniature import evaluator
+
+    torch.manual_seed(0)
+    monkeypatch.setattr(evaluator, "load_evaluator", lambda: evaluator.Evaluator().requires_grad_(False).eval())
+
+
+@pytest.mark.parametrize("data", ["shapes", "digits"])
+def test_builtin_suite(untrained, data):
+    s = Suite.builtin(data, n=32, extra=60)
+    assert len(s.prompts) == 32 and s.protocol["seeds"] * s.protocol["probes"] == 60
+    true, constant = s.score(truth(data)), s.score(lambda p, seed: truth(data)(p[:1], 0).expand(len(p), -1, -1, -1))
+    assert set(true) == {*KEYS, "per_attribute"} and all(isinstance(true[k], float) for k in KEYS)
+    assert true["attribute_accuracy"] > 0.97 and true["all_right"] > 0.9 and true["sharpness"] < 0.05
+    assert true["mode_coverage"] > 0.6 and constant["mode_coverage"] < 0.1
+    assert constant["lpips_diversity"] == pytest.approx(0, abs=1e-6) and true["lpips_diversity"] > 0.01
+    assert constant["coverage"] < 0.5 * true["coverage"] and constant["frechet"] > 3 * true["frechet"]
+
+
+def test_builtin_prompts_and_images_are_one_held_out_set(untrained):
+    """The reference's own captions say what its images show, and another seed is other data."""
+    from ddil_lightning.miniature import judge, shapes
+    from ddil_lightning.miniature.sources import HELD_OUT
+
+    s = Suite.builtin("shapes", n=48, seed=3)
+    reference = shapes.render(shapes.draw_scenes(48, HELD_OUT + 3))
+    assert float(judge.judge(reference, s.prompts).all_right.mean()) == 1
+    out = Suite.builtin("shapes", n=48, seed=3, batch=48).score(lambda p, seed: reference.repeat(9, 1, 1, 1)[: len(p)])
+    assert out["frechet"] == pytest.approx(0, abs=1e-6) and (out["density"], out["coverage"]) == (1, 1)
+    assert Suite.builtin("shapes", n=48).prompts != s.prompts
+    with pytest.raises(ValueError, match="choose shapes or digits"):
+        Suite.builtin("faces")
+    with pytest.raises(ValueError, match="at least 16"):
+        Suite.builtin("shapes", n=4)
+
+
+@pytest.mark.parametrize("data", ["shapes", "digits"])
+def test_the_evaluator_that_ships_tells_right_from_wrong(data):
+    s = Suite.builtin(data, n=48, extra=30)
+    true = s.score(truth(data))
+    swapped = s.score(lambda p, seed: truth(data)(p, seed).roll(1, 0))
+    noise = s.score(
+        lambda p, seed: truth(data)(p, seed) * 0.3 + 0.3 * torch.randn(len(p), 3, 1, 1, generator=torch.Generator().manual_seed(seed))
+    )
+    assert true["clip"] > swapped["clip"] + 0.1
+    assert noise["frechet"] > 3 * true["frechet"] and noise["coverage"] < true["coverage"]
+
+
+def test_text_needs_features():
+    with pytest.raises(ValueError, match="give both"):
+        suite(features=None, text=lambda p: torch.zeros(len(p), 3))
+    out = suite(text=lambda p: levels(list(p))[:, None].expand(-1, 3), probes=[], prompts=["level 9"] * 20).score(sampler())
+    by_hand = torch.cosine_similarity(colours(sampler()(["level 9"] * 20, 0)), torch.full((20, 3), 0.4))
+    assert out["clip"] == pytest.approx(float(by_hand.mean()), abs=0.01)

@@ -1,0 +1,187 @@
+"""The behaviour suite: what holds for every method of suite.METHODS (resuming and processes have files of their own)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningDataModule
+from torch.utils.data import DataLoader
+
+from ddil_lightning.data.sampler import CounterSampler
+from ddil_lightning.feed import Feed
+from ddil_lightning.imitation.rollout import Streams, forward
+from suite import (
+    ALL,
+    EPOCH,
+    FORWARD,
+    METHODS,
+    MIXED,
+    Entry,
+    Gradients,
+    Run,
+    build,
+    captions,
+    digest,
+    equal,
+    fit,
+    frozen,
+    pictures,
+    state,
+    train,
+)
+
+
+class Watch(Gradients):
+    """Also looks for gradients where none belong."""
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        assert all(p.grad is None for p in pl_module.parameters() if not p.requires_grad)
+        assert all(p.grad is None and not p.requires_grad for part in frozen(pl_module) for p in part.parameters())
+        mine = [p for group in optimizer.param_groups for p in group["params"]]
+        assert mine and all(p.grad is not None and bool(p.grad.isfinite().all()) for p in mine)
+        assert sum(float(p.grad.abs().sum()) for p in mine) > 0
+
+
+@pytest.fixture(scope="module", **{"params": METHODS, "ids": ALL["ids"]})
+def long(request: pytest.FixtureRequest, tiny: Path) -> tuple[Entry, Run, str]:
+    """Sixty updates on roll-outs and forward latents, and the hash of the frozen networks before them."""
+    before = digest(*frozen(build(request.param, tiny)))
+    return request.param, fit(build(request.param, tiny, updates=60, lr=2e-3), captions(tiny, collect_every=10), Watch()), before
+
+
+# A run ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_fit_runs_and_the_clock_counts(long: tuple[Entry, Run, str]) -> None:
+    _, run, _ = long
+    assert run.method.student_updates == 60 and run.method.progress == 1.0
+    assert [row["student_updates"] for row in run.rows] == list(range(1, 61))
+    assert run.data.done >= 60 and run.trainer.current_epoch >= 60 // EPOCH
+    assert run.method.evaluations["student"] >= 60 * 4 and run.method.evaluations["teacher"] > 0
+    last = run.rows[-1]
+    assert last["prior/student"] == 0.25 and last["buffer/share_mixed"] > 0 and last["lr"] == pytest.approx(2e-3 * 0.05)
+    assert all(row.get("loss/forward", 1) > 0 for row in run.rows)
+
+
+def test_the_loss_falls(long: tuple[Entry, Run, str]) -> None:
+    entry, run, _ = long
+    losses = torch.tensor([row[entry.falls] for row in run.rows])
+    assert losses[-15:].mean() < 0.8 * losses[:15].mean()
+
+
+def test_the_pipeline_stays_frozen_and_out_of_the_way(long: tuple[Entry, Run, str]) -> None:
+    _, run, before = long
+    assert digest(*frozen(run.method)) == before
+    assert not any(m.training for part in frozen(run.method) for m in part.modules())
+    theirs = {p.data_ptr() for part in frozen(run.method) for p in part.parameters()}
+    kept = [*run.method.parameters(), *run.method.state_dict().values()]
+    assert theirs and not theirs & {x.data_ptr() for x in kept}
+
+
+def test_only_the_student_side_is_trained(long: tuple[Entry, Run, str], tiny: Path) -> None:
+    entry, run, _ = long
+    start = build(entry, tiny).state_dict()
+    moved = {name for name, x in run.method.state_dict().items() if not torch.equal(x, start[name])}
+    students = {name for name, _ in run.method.named_parameters() if name.startswith("student.")}
+    assert students <= moved
+    assert all(m.training for m in run.method.student.network.modules())
+
+
+# Seeds and the underlying method --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry", **ALL)
+def test_a_seed_is_a_run(entry: Entry, tiny: Path) -> None:
+    runs = [state(train(entry, tiny, seed=seed, updates=2)) for seed in (0, 0, 1)]
+    assert equal(runs[0], runs[1])
+    assert not equal(runs[0]["weights"], runs[2]["weights"])
+
+
+class Plain(LightningDataModule, Feed):
+    """The underlying method's own training: noised data, no prior, no buffer, no roll-outs."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.rows, self.done = pictures(folder), 0
+
+    def setup(self, stage: str) -> None:
+        self.trainer.lightning_module.feed = self  # type: ignore[union-attr,assignment]
+
+    def train_dataloader(self) -> DataLoader:
+        sampler = CounterSampler(len(self.rows), 4, 0, 1, 0, lambda: self.done)
+        return DataLoader(self.rows, batch_size=None, sampler=sampler)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return forward(batch, self.trainer.lightning_module, Streams(0, self.done))  # type: ignore[arg-type,union-attr]
+
+    def commit(self) -> None:
+        self.done += 1
+
+
+@pytest.mark.parametrize("entry", **ALL)
+def test_prior_1_0_0_is_the_method_without_ddil(entry: Entry, tiny: Path) -> None:
+    box = [[-0.2] * 4, [0.2] * 4]
+    plain = fit(build(entry, tiny, box=box, updates=3), Plain(tiny))
+    with_ddil = fit(build(entry, tiny, box=box, updates=3), captions(tiny, FORWARD, collect_every=1, priority=0.6))
+    assert equal(state(plain)["weights"], state(with_ddil)["weights"])
+    assert equal(state(plain)["optimizers"], state(with_ddil)["optimizers"])
+    assert plain.method.evaluations == with_ddil.method.evaluations
+    assert [row["loss"] for row in plain.rows] == [row["loss"] for row in with_ddil.rows]
+
+
+# Trouble --------------------------------------------------------------------------------------------------------------------------
+
+
+class Poison(Callback):
+    """Breaks the student after its second update."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if pl_module.student_updates == 2:
+            next(pl_module.student.parameters()).data.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("entry", **ALL)
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_update(entry: Entry, tiny: Path) -> None:
+    with pytest.raises(FloatingPointError, match="loss is nan at student update 2"):
+        train(entry, tiny, Poison(), prior=FORWARD)
+    with pytest.raises(FloatingPointError, match=r"not finite at t = \d+, student update 2"):
+        train(entry, tiny, Poison(), prior=MIXED)
+
+
+@pytest.mark.parametrize("entry", **ALL)
+def test_a_source_without_a_target_is_refused(entry: Entry, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entry.method, "sources", ("forward", "student"))
+    words = rf"gives 0\.25 to teacher latents, on which {entry.method.__name__} has no target: .* forward, student"
+    with pytest.raises(ValueError, match=words):
+        train(entry, tiny, prior=MIXED)
+
+
+# Precision and memory -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry", **ALL)
+def test_bf16_mixed_runs_networks_in_bf16_and_the_rest_in_float32(entry: Entry, tiny: Path) -> None:
+    kinds: set[tuple[torch.dtype, bool]] = set()
+    method = build(entry, tiny, updates=2)
+    method.student.network.register_forward_hook(lambda net, args, out: kinds.add((out.dtype, torch.is_grad_enabled())))
+    run = fit(method, captions(tiny), precision="bf16-mixed")
+    assert kinds == {(torch.bfloat16, True), (torch.bfloat16, False)}  # in training and in roll-outs
+    assert {p.dtype for p in method.parameters()} == {torch.float32}
+    exact = train(entry, tiny, updates=2)
+    assert run.method.student_updates == 2
+    for a, b in zip(run.rows, exact.rows, strict=True):
+        assert a[entry.falls] != b[entry.falls] and a[entry.falls] == pytest.approx(b[entry.falls], rel=0.1)
+
+
+@pytest.mark.parametrize("entry", **ALL)
+def test_gradient_checkpointing_changes_memory_only(entry: Entry, tiny: Path) -> None:
+    seen = [Gradients(), Gradients()]
+    runs = [train(entry, tiny, g, updates=1, gradient_checkpointing=flag) for g, flag in zip(seen, (False, True), strict=True)]
+    assert [run.method.student.network.unet.is_gradient_checkpointing for run in runs] == [False, True]
+    assert runs[0].rows[0][entry.falls] == runs[1].rows[0][entry.falls]
+    for name, grad in seen[0].steps[-1].items():
+        torch.testing.assert_close(seen[1].steps[-1][name], grad, rtol=1e-4, atol=1e-7)

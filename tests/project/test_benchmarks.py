@@ -1,0 +1,323 @@
+"""Every benchmark runs with --quick on a random pipeline, and prints the table that its JSON holds."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a file of benchmarks/ as its command does: its folder stands first on the path."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield importlib.import_module
+    for name in [p.stem for p in BENCHMARKS.glob("*.py")]:
+        sys.modules.pop(name, None)
+
+
+def run(module: ModuleType, tiny: Path, folder: Path, capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, Any]:
+    """The JSON of a quick run, after a look that every cell of the printed tables comes from it."""
+    threads = torch.get_num_threads()
+    file = folder / "out.json"
+    module.main(["--quick", "--json", str(file), "--pipeline", str(tiny), *more])
+    torch.set_num_threads(threads)
+    report = json.loads(file.read_text())
+    assert capsys.readouterr().out.rstrip().endswith(sys.modules["common"].markdown(report))
+    assert report["settings"]["quick"] is True and report["machine"]["torch"]
+    return report
+
+
+def test_step_cost(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run(script("step_cost"), tiny, tmp_path, capsys, "--threads", "1", "--cpu_time")
+    rows = {row["name"]: row for row in report["rows"]}
+    student, teacher, target = (rows[name] for name in sys.modules["step_cost"].PARTS)
+    assert (student["evaluations"], teacher["evaluations"], target["evaluations"]) == (1, 2, 1)
+    # Medians of sums are not sums of medians, but with three rounds they are not far from each other.
+    assert rows["floor"]["seconds"] == pytest.approx(student["seconds"] + teacher["seconds"] + target["seconds"], rel=0.5)
+    assert rows["Lightning step"]["ratio"] > rows["floor"]["ratio"] == 1
+    (goal,) = report["targets"]
+    assert goal["value"] == rows["Lightning step"]["ratio"] and goal["met"] is (goal["value"] <= goal["limit"])
+
+
+@pytest.mark.slow
+def test_dmd2_cost(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The published sequence in closed form for k = 5: 2.5 k student, k + 1 critic and 2 teacher forwards, 2 k + 1 encoder passes."""
+    report = run(script("dmd2_cost"), tiny, tmp_path, capsys, "--set", "data.collect_every=1")
+    base, plain, ddil = report["rows"]
+    assert [base[key] for key in ("student", "critic", "teacher", "encoder")] == [12.5, 6, 2, 11]
+    assert (plain["critic"], plain["teacher"], plain["encoder"]) == (6, 2, 6) and ddil["critic"] == 6 and ddil["teacher"] > 2
+    assert plain["student"] == 5 + 3  # a roll-out of three transitions
+    share = (base["forwards"] - 20.5) / 11
+    assert 0.1 < share < 0.7 and plain["forwards"] == pytest.approx(16 + 6 * share)
+    # Backwards: the student's 2, the critic's 2 k, the input's for the GAN 1, the encoder's 2 for every side of the discriminator.
+    assert base["units"] == pytest.approx(20.5 + 2 + 10 + share * (11 + 1 + 20))
+    assert plain["units"] == pytest.approx(16 + 2 + 10 + share * (6 + 1 + 10))
+    assert [t["value"] for t in report["targets"]] == [plain["ratio"], ddil["ratio"]]
+
+
+@pytest.mark.slow
+def test_overhead(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--set", "data.collect_every=2", "--set", "data.batch_size=8"]
+    report = run(script("overhead"), tiny, tmp_path, capsys, "--threads", "1", *more)
+    plain, default, *others = report["rows"]
+    assert plain["formula"] == plain["counted"] == 0 and plain["prior"] == [1, 0, 0]
+    # q c / (u C) with 3.5 nodes on average: 2.5 transitions of 8 trajectories every 2 updates, over 6 forwards of 8 samples.
+    assert default["formula"] == pytest.approx(2.5 / (2 * 6)) and default["uses"] == pytest.approx(0.7 * 8 * 2 / (3.5 * 8))
+    by_name = {row["name"]: row for row in others}
+    assert by_name["0.25 teacher, every 2"]["formula"] == pytest.approx(2 * default["formula"])
+    assert by_name["0.7 student, no buffer"]["formula"] == pytest.approx(0.7 * 1.25 / 6)
+    for row in (default, *others):  # lengths of 2 or 3 transitions are drawn: the count lies between the two
+        if row["collect_every"]:
+            assert row["formula"] * 0.8 - 1e-9 <= row["counted"] <= row["formula"] * 1.2 + 1e-9
+
+
+def test_overhead_formula_is_the_one_of_the_methods(script: Any) -> None:
+    """q c / (u C) for the mixed roll-outs of METHODS 1.7, with the last state stored but not evaluated."""
+    module = script("overhead")
+    setting = module.Setting("", module.SamplingPrior(0.5, 0.15, 0.35), every=1, buffer=module.ReplayBuffer(1000))
+    uses, overhead = module.predicted(setting, batch=40, trajectories=5, nodes=4)
+    assert uses == 0.5 * 40 / (4 * 5)
+    assert overhead == pytest.approx(0.5 * (3 / 4) * (2 - 0.3) / (6 * uses))
+
+
+@pytest.fixture
+def evaluator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random features, so that the test needs no trained evaluator."""
+    from ddil_lightning.miniature import evaluator as module
+
+    torch.manual_seed(0)
+    made = module.Evaluator().requires_grad_(False).eval()
+    monkeypatch.setattr(module, "load_evaluator", lambda *args: made)
+
+
+@pytest.mark.usefixtures("evaluator")
+def test_builtin(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("builtin")
+    options = ["--jobs", "1", "--cache", str(tmp_path / "cache"), "--variants", "base", "both", "same_times_reflected"]
+    report = run(module, tiny, tmp_path, capsys, *options)
+    teachers = [row for row in report["rows"] if row["variant"] == "teacher"]
+    assert [row["name"] for row in teachers] == ["teacher@32", "teacher@4", "teacher@2", "teacher@1"]
+    assert [row["nfe"] for row in teachers] == [64, 8, 4, 2] and teachers[0]["metrics"]["paired"] is None
+    means = [row for row in report["rows"] if row["seed"] == "mean"]
+    assert [row["name"] for row in means] == ["student@4", "student@2", "student@1"] * 3 and [row["nfe"] for row in means[:3]] == [4, 2, 1]
+    for row in means:
+        keys = ("frechet", "clip", "density", "coverage", "lpips_diversity", "attribute_accuracy", "all_right", "mode_coverage", "paired")
+        assert set(keys) <= {k for k, v in row["metrics"].items() if v is not None}
+    assert {(d["variant"], d["against"]) for d in report["parts"][0]["rows"]} == {
+        ("both", "base"),
+        ("same_times_reflected", "base"),
+        ("both", "same_times_reflected"),
+    }
+    records = [json.loads(p.read_text()) for p in (tmp_path / "cache").glob("*-0-*.json")]
+    shares = {r["variant"]: r["network_evaluations"] for r in records}
+    # The control calls no network for its stand-ins, the roll-outs do.
+    assert shares["same_times_reflected"] == shares["base"] and shares["both"]["student"] > shares["base"]["student"]
+    monkeypatch.setattr(module, "train", None)
+    for file in (tmp_path / "cache").glob("*-0-*.json"):
+        file.unlink()  # what other prompts would ask for is not there either: the students are scored anew, and not trained
+    anew = run(module, tiny, tmp_path, capsys, *options)
+    assert [row["metrics"] for row in anew["rows"]] == [row["metrics"] for row in report["rows"]] and anew["notes"] == report["notes"]
+    monkeypatch.setattr(module, "student", None)  # another call reads the cache alone
+    again = run(module, tiny, tmp_path, capsys, *options)
+    assert again["rows"] == anew["rows"]
+
+
+def test_builtin_sets_a_method_s_own_options_on_its_students_alone(script: Any, tiny: Path, tmp_path: Path) -> None:
+    module = script("builtin")
+    common = {"cache": str(tmp_path), "updates": None, "captions": None, "threads": 1, "seed": 0, "seeds": 1, "variants": ["both"]}
+
+    def tasks(method: str, *words: str, n: int = 16) -> Any:
+        return module.tasks(SimpleNamespace(method=method, set=[*words], n=n, **common), str(tiny))
+
+    (teacher, runs), (plain, others) = tasks("pd", "model.init_args.teacher_steps=16"), tasks("lcm")
+    assert runs[0]["overrides"][-1] == "model.init_args.teacher_steps=16" and runs[0]["file"] != others[0]["file"]
+    _, (more,) = tasks("pd", "model.init_args.teacher_steps=16", n=32)  # more prompts: other rows of the same student
+    assert more["students"] == runs[0]["students"] != others[0]["students"] and more["file"] != runs[0]["file"]
+    # The teacher's rows come from lcm.yaml, which would refuse the option; they serve all methods.
+    assert teacher["overrides"] == [] and teacher["file"] == plain["file"]
+
+
+def test_paired_differences_and_gaps_in_closed_form(script: Any) -> None:
+    module = script("builtin_table")
+    rest = dict.fromkeys(module.MEASURES)
+
+    def rows(values: dict[int, float], name: str) -> list[dict[str, Any]]:
+        known = {k: {**rest, "frechet": v, "all_right": 1 / v, "attribute_accuracy": 0.9} for k, v in values.items()}
+        return [{"name": f"{name}@{k}", "steps": k, "metrics": metrics} for k, metrics in known.items()]
+
+    baseline = {"rows": rows({32: 1.0, 4: 2.0, 2: 5.0, 1: 9.0}, "teacher")}
+    made = {("base", 0): 4.0, ("base", 1): 5.0, ("both", 0): 2.0, ("both", 1): 4.0}
+    records = [
+        {"variant": v, "seed": s, "rows": rows({4: 0.9, 2: x, 1: x}, "student"), "seconds": 1.0, "updates": 7}
+        | {"network_evaluations": {"student": 1000 * (s + 1), "teacher": 500}}
+        for (v, s), x in made.items()
+    ]
+    report = module.report("lcm", baseline, records, ["base", "both"], {"seeds": 2, "prompts": 16})
+    assert "network evaluations of a training, one sample each: base 2,000, both 2,000" in report["notes"]
+    mean = next(r for r in report["rows"] if (r["variant"], r["name"]) == ("both", "student@2"))
+    assert mean["metrics"]["frechet"] == 3 and mean["se"]["frechet"] == pytest.approx(1.0)
+    assert mean["metrics"]["gap_frechet"] == pytest.approx(((5 - 2) / 4 + (5 - 4) / 4) / 2)
+    (part,) = report["parts"]
+    minus = next(r for r in part["rows"] if r["name"] == "student@2")
+    assert (minus["variant"], minus["against"]) == ("both", "base")
+    assert minus["metrics"]["frechet"] == pytest.approx(-1.5) and minus["se"]["frechet"] == pytest.approx(0.5)
+    met = {t["name"]: t["met"] for t in report["targets"]}
+    assert met["Fréchet distance, 4 steps against the teacher's 32"] is True  # 0.9 against 1.0
+    assert met["gap closed in frechet, 2 step(s)"] is False and met["gap closed in frechet, 1 step(s)"] is True  # 0.5 and 0.75
+
+
+def test_paired_scores_the_images_of_the_prompts_alone(script: Any) -> None:
+    module = script("builtin")
+    pictures = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def score(sample: Any) -> dict[str, Any]:
+        sample(["a", "b"], 0), sample(["c"], 2), sample(["probe"], 3)
+        return {"frechet": 1.0}
+
+    suite = SimpleNamespace(prompts=["a", "b", "c"], score=score)
+    first = module.Paired(suite)
+    assert first.score(lambda prompts, seed: pictures[seed : seed + len(prompts)])["paired"] is None
+    assert first.images.shape == (3, 3, 4, 4) and (first.images - pictures[:3]).abs().max() <= 1 / 255 + 1e-6
+    second = module.Paired(suite, first.images)
+    metrics = second.score(lambda prompts, seed: (first.images.repeat(2, 1, 1, 1)[seed : seed + len(prompts)] * 0).add(0.0))
+    zero = round(127.5) / 127.5 - 1  # zero as an 8-bit file holds it
+    assert metrics["paired"] == pytest.approx(float((first.images.double() - zero).square().mean()), rel=1e-5)
+
+
+def test_toy2d(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module, file, picture = script("toy2d"), tmp_path / "out.json", tmp_path / "toy.png"
+    options = ["--methods", "pd", "lcm", "--variants", "both", "ddil", "longer_base", "same_times", "--jobs", "1", "--seed", "7"]
+    threads = torch.get_num_threads()
+    module.main(["--quick", "--json", str(file), "--plot", str(picture), *options])
+    torch.set_num_threads(threads)
+    report = json.loads(file.read_text())
+    assert capsys.readouterr().out.rstrip().endswith(sys.modules["common"].markdown(report))
+    rows = {(r["method"], r["variant"]): r for r in report["rows"]}
+    assert [v for m, v in rows if m == "pd"] == ["base", "ddil", "both", "longer_base", "same_times"]
+    for method in ("pd", "lcm"):
+        base, ddil, longer = (rows[method, v] for v in ("base", "ddil", "longer_base"))
+        assert base["energy_distance"]["paired"] is None and base["seeds"] == 2
+        for key in ("energy_distance", "coverage", "density", "mode_kl", "high_quality", "teacher_rmse", "shift"):
+            pair = ddil[key]["paired"]
+            assert pair["mean"] == pytest.approx(ddil[key]["mean"] - base[key]["mean"])
+            assert pair["p"] is None or 0 <= pair["p"] <= 1
+        nodes = ddil["shift_at"]  # at few samples an energy distance may be below 0
+        assert len(nodes) == 3 and ddil["shift"]["mean"] == pytest.approx(sum(v["mean"] for v in nodes.values()) / 3)
+        assert rows[method, "same_times"]["evaluations"] == base["evaluations"] < ddil["evaluations"]
+        # Whole updates can only come near the evaluations that ddil has spent.
+        assert longer["updates"] > base["updates"] and longer["evaluations"] == pytest.approx(ddil["evaluations"], rel=0.35)
+    from PIL import Image
+
+    assert Image.open(picture).size[0] > 1000
+
+
+def test_a_prior_of_ones_own_is_of_the_variants_with_ddil(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy2d, seen = script("toy2d"), set()
+    build = toy2d.common.build
+
+    def watched(config: str, *, overrides: list[str], **kwargs: Any) -> Any:
+        trainer, method, data = build(config, overrides=overrides, **kwargs)
+        seen.add((config, "data.control=true" in overrides, dataclasses.astuple(data.prior)[:3]))
+        return trainer, method, data
+
+    monkeypatch.setattr(toy2d.common, "build", watched)
+    variants = ["--variants", "ddil", "same_times", "teacher_rollouts", "student_rollouts"]
+    toy2d.main(
+        ["--quick", "--methods", "dmd2", *variants, "--prior", "0.5", "0.25", "0.25", "--jobs", "1", "--json", str(tmp_path / "x.json")]
+    )
+    ddil = "toy2d/dmd2_ddil.yaml"
+    ours = {(ddil, False, (0.5, 0.25, 0.25)), (ddil, True, (0.5, 0.25, 0.25)), (ddil, False, (0.5, 0, 0.5)), (ddil, False, (0.5, 0.5, 0))}
+    assert seen == {("toy2d/dmd2.yaml", False, (0, 1, 0)), *ours}
+
+
+def test_paired_t_against_scipy_and_a_table(script: Any) -> None:
+    from scipy import stats
+
+    paired = script("toy2d_table").paired
+    a, b = torch.randn(2, 12, generator=torch.Generator().manual_seed(0)).tolist()
+    found, known = paired(a, b), stats.ttest_rel(a, b)
+    assert found["t"] == pytest.approx(known.statistic) and found["p"] == pytest.approx(known.pvalue)
+    # Differences 1, 2, 3: mean 2, standard error 1 / sqrt 3, t = 3.4641; with 2 degrees of freedom p = 1 - t / sqrt(t^2 + 2).
+    pair = paired([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
+    assert pair["mean"] == 2 and pair["t"] == pytest.approx(12**0.5) and pair["p"] == pytest.approx(1 - (12 / 14) ** 0.5)
+    assert paired([1.0, 1.0], [0.5, 0.5]) == {"mean": 0.5, "t": None, "p": None} and paired([1.0], [0.0])["p"] is None
+
+
+def test_a_standard_error_has_the_decimals_of_its_value(script: Any) -> None:
+    cell = script("common").cell
+    shown = [cell(0.0324, 6e-7), cell(24.58, 0.123), cell(0.008178, 7.9e-5), cell(2e-9, 1e-9), cell(0.5), cell(None, None)]
+    assert shown == ["0.032 ± 0.000", "24.58 ± 0.12", "0.008178 ± 0.000079", "2e-09 ± 1e-09", "0.500", "–"]
+
+
+def test_toy2d_targets_know_their_direction(script: Any) -> None:
+    table = script("toy2d_table")
+
+    def records(both: float) -> list[dict[str, Any]]:
+        scores = {"base": [0.0, 0.1, 0.2, 0.1], "both": [both + x for x in (0.0, 0.1, 0.21, 0.1)]}
+        made = []
+        for variant, values in scores.items():
+            for k in (0, 2):
+                each = dict.fromkeys(table.MEASURES, values[k : k + 2])
+                rest = {"seconds": 1.0, "updates": 1, "evaluations": 10}
+                made.append({"method": "pd", "variant": variant, "seeds": [k, k + 1], "scores": each, **rest})
+        return made
+
+    size = {"seeds": 4, "members": 2, "n": 8}
+    worse, better = (table.report(records(d), size)["targets"] for d in (0.5, -0.5))
+    # An energy distance should fall and a coverage rise: the same shift can only please one of them.
+    assert [t["met"] for t in worse] == [False, True] and [t["met"] for t in better] == [True, False]
+
+
+ORPHANS = """
+import os, sys, time
+sys.path.insert(0, {folder!r})
+import common
+
+def work(seconds):
+    print(os.getpid(), flush=True)
+    time.sleep(seconds)
+    return seconds
+
+if __name__ == "__main__":
+    print(list(common.parallel(work, [float(x) for x in sys.argv[1:]], 2)), flush=True)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at other processes by /proc")
+def test_workers_do_their_part_and_end_with_their_parent(tmp_path: Path) -> None:
+    file = tmp_path / "orphans.py"
+    file.write_text(ORPHANS.format(folder=str(BENCHMARKS)))
+    *_, last = subprocess.run([sys.executable, file, "0.1", "0.2", "0.3"], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert sorted(ast.literal_eval(last)) == [0.1, 0.2, 0.3]
+
+    parent = subprocess.Popen([sys.executable, file, "300", "300"], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    workers = [int(parent.stdout.readline()) for _ in range(2)]
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 30
+    while any(map(alive, workers)) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert not any(map(alive, workers))
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs: neither gone nor waiting to be collected."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

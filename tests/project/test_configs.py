@@ -1,0 +1,128 @@
+"""Every shipped config runs: ddil-fit's for two updates on a random pipeline, ddil-pretrain's for a few steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from ddil_lightning.commands.configs import FIT_SHORT, config_names, configs_folder, expand, find_config
+from ddil_lightning.commands.fitting import fit as ddil_fit
+from ddil_lightning.miniature import pretrain
+
+PRETRAIN = [name for name in config_names() if name.startswith("pretrain")]
+TOY = [name for name in config_names() if name.startswith("toy2d/")]
+LARGE = ["dmd2_ddil_ssd1b.yaml", "lcm_ddil_sd15.yaml", "pd_ddil_sd15.yaml"]
+FIT = [name for name in config_names() if name not in (*PRETRAIN, *TOY, *LARGE)]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", FIT)
+def test_fit(name: str, tiny: Path, here: Path) -> None:
+    small = "{data: {captions: {class_path: Digits}, batch_size: 4, trajectories: 4, cache: true, workers: 0}}"
+    words = ["--config", str(find_config(name)), "--config", small, f"--model.pipeline={tiny}", "--trainer.fast_dev_run=2", "--test.n=0"]
+    words += ["--previews.every=0", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--run_dir=r"]
+    if name.startswith("dmd2"):  # every batch is the student's, and takes two steps of Lightning's
+        words += ["--model.critic_steps=1", "--trainer.fast_dev_run=4"]
+    assert ddil_fit(words) == 0
+    assert json.loads((here / "r" / "summary.json").read_text())["student_updates"] == 2
+    assert (here / "r" / "pipeline" / "model_index.json").is_file()
+    assert (here / "runs" / name.removesuffix(".yaml") / "latest").resolve() == here / "r"
+
+
+HALVES = "{steps: 16, updates: 1}", "{steps: 8, PARTS}", "{steps: 4, updates: 1, parts: []}", "{steps: 2, updates: 1, parts: []}"
+PARTS = "parts: [{updates: 1, forward: 0.5, student: 0.15, teacher: 0.35}, {updates: 1, forward: 0.4, student: 0.42, teacher: 0.18}]"
+PLAN = ", ".join(["{kind: eps_to_v, updates: 1}", "{kind: guidance, updates: 1}", *HALVES]).replace("PARTS", PARTS)
+OWN = {  # what makes a large run small; everything else of its config stays
+    "lcm_ddil_sd15.yaml": ("sd15", ["--updates", "2"]),
+    "pd_ddil_sd15.yaml": ("sd15", [f"model.stages=[{PLAN}]"]),
+    "dmd2_ddil_ssd1b.yaml": ("ssd1b", ["--updates", "2", "model.critic_steps=2"]),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_configs_run_to_their_end_on_a_small_pipeline_of_their_layout(
+    name: str, here: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    """bfloat16, gradient checkpointing, data from a folder on the fly, captions that are too long, previews, every export of every stage.
+
+    `data.truncate` and one of the first four captions too long: all updates ran, and then the export refused the prompt.
+    """
+    layout, own = OWN[name]
+    (here / "pictures").mkdir()
+    for i in range(8):
+        Image.new("RGB", (20, 16), (30 * i, 0, 0)).save(here / "pictures" / f"{i}.png")
+        (here / "pictures" / f"{i}.txt").write_text("a small red circle " * (1 + 9 * (i % 2)))
+    words = ["--config", name, *own, f"model.pipeline={request.getfixturevalue(layout)}", "--run_dir", "r", "data.captions.path=pictures"]
+    words += ["data.captions.size=16", "data.batch_size=4", "data.workers=1", "previews.every=2", "previews.prompts=null", "model.warmup=0"]
+    words += ["trainer.accelerator=cpu", "trainer.devices=1", "trainer.strategy=auto", "previews.teacher_steps=[2]"]
+    assert ddil_fit(expand(words, FIT_SHORT)) == 0
+    said = capsys.readouterr().out
+    assert "export, test and report were tried on the untrained student" in said and "pipeline written and checked: r/pipeline" in said
+    summary = json.loads((here / "r" / "summary.json").read_text())
+    assert "failed" not in summary and (here / "r" / "report.html").is_file() and list((here / "r" / "samples").glob("*.png"))
+    stages = sorted(p.name for p in (here / "r" / "stages").glob("*"))
+    assert stages == (["01-eps_to_v", "02-guidance", "03-16-steps", "04-8-steps", "05-4-steps", "06-2-steps"] if "pd" in name else [])
+    assert not any("safety" in str(p) or "unverified" in str(p) for p in (here / "r").rglob("*"))
+    pipe = DiffusionPipeline.from_pretrained(here / "r" / "pipeline")
+    assert {x.dtype for x in pipe.vae.parameters()} == {x.dtype for x in pipe.unet.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", TOY)
+def test_toy(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--config", str(find_config(name)), "--model.pipeline.init_args.width=8", "--model.pipeline.init_args.members=1"]
+    assert (
+        ddil_fit(
+            [*words, f"--trainer.fast_dev_run={12 if 'dmd2' in name else 2}", "--test.n=64", "--test.teacher_steps=[4]", "--run_dir=r"]
+        )
+        == 0
+    )
+    assert "no pipeline can hold this student" in capsys.readouterr().out
+    summary = json.loads((here / "r" / "summary.json").read_text())
+    roles = [row["name"].split("@")[0] for row in summary["rows"]]
+    assert roles[:2] == ["teacher", "student"] and set(roles[1:]) == {"student"}
+    assert all(row["metrics"]["energy_distance"] is not None for row in summary["rows"])
+    assert (
+        (here / "r" / "student.safetensors").is_file() and (here / "r" / "report.html").is_file() and not (here / "r" / "pipeline").exists()
+    )
+    assert (here / "runs" / name.removesuffix(".yaml") / "latest").resolve() == here / "r"
+
+
+@pytest.mark.parametrize("name", [name for name in TOY if "_ddil" in name])
+def test_toy_configs_differ_in_the_prior_alone(name: str) -> None:
+    plain, ddil = (yaml.safe_load(find_config(n).read_text()) for n in (name.replace("_ddil", ""), name))
+    assert plain["data"].pop("prior") != ddil["data"].pop("prior") and plain == ddil
+
+
+@pytest.mark.parametrize("name", PRETRAIN)
+def test_pretrain(name: str, here: Path) -> None:
+    words = ["--config", str(find_config(name)), "--images=32", "--batch_size=8", "--devices=1", "--autoencoder_steps=2"]
+    words += ["--decoder_steps=2", "--prompts=4", "--guidance=[2.0]", "--interim=null", "--progress=false", "--out=out"]
+    pretrain.main(words)
+    about = json.loads((here / "out" / "ddil.json").read_text())
+    assert about["dataset"] == yaml.safe_load(find_config(name).read_text())["dataset"] and about["images"] == 32
+
+
+@pytest.mark.parametrize("name", ["dmd2", "lcm", "pd"])
+def test_a_method_with_and_without_ddil_differs_in_one_line(name: str) -> None:
+    plain, ddil = ((configs_folder() / file).read_text().splitlines() for file in (f"{name}.yaml", f"{name}_ddil.yaml"))
+    different = [(a, b) for a, b in zip(plain, ddil, strict=True) if a != b]
+    assert len(different) == 1 and all("prior:" in line for line in different[0])
+    assert all(line.startswith("#") for line in (plain[0], ddil[0]))  # the first line says what it is
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_configs_are_short_and_named(name: str) -> None:
+    text = find_config(name).read_text()
+    assert text.startswith("# ") and len(text.splitlines()) <= 60
+    assert isinstance(yaml.safe_load(text), dict)

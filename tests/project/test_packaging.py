@@ -1,0 +1,45 @@
+"""What a user installs: the wheel holds the configs and the weights, and its commands exist."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    out = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return zipfile.ZipFile(next(out.glob("*.whl")))
+
+
+def test_wheel_holds_configs_weights_and_page_style(wheel: zipfile.ZipFile) -> None:
+    names = set(wheel.namelist())
+    configs = {f"ddil_lightning/configs/{p.relative_to(ROOT / 'configs')}" for p in (ROOT / "configs").rglob("*.yaml")}
+    package = ROOT / "src"
+    data = {str(p.relative_to(package)) for p in (package / "ddil_lightning" / "miniature" / "weights").rglob("*") if p.is_file()}
+    assert "ddil_lightning/configs/lcm_ddil.yaml" in configs and configs <= names
+    assert data <= names
+    assert {"ddil_lightning/runs/report.css", "ddil_lightning/py.typed", "ddil_lightning/__init__.pyi"} <= names
+    assert not [n for n in names if n.startswith(("tests/", "runs/", "configs/"))]
+    assert sum(i.compress_size for i in wheel.infolist()) < 15e6
+
+
+def test_commands_of_the_wheel_exist(wheel: zipfile.ZipFile) -> None:
+    info = next(n for n in wheel.namelist() if n.endswith("entry_points.txt"))
+    commands = dict(line.split(" = ") for line in wheel.read(info).decode().splitlines() if " = " in line)
+    assert set(commands) == {f"ddil-{name}" for name in ("fit", "test", "sample", "export", "pretrain")}
+    tree = ast.parse((ROOT / "src" / "ddil_lightning" / "commands" / "main.py").read_text())
+    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for target in commands.values():
+        module, function = target.split(":")
+        assert module == "ddil_lightning.commands.main" and function in functions

@@ -1,0 +1,127 @@
+"""What all methods inherit: clipping, accumulation, the learning rate, the clock's rows, the average, the box and guidance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.plugins import MixedPrecision
+
+from ddil_lightning.data.encoded import Encoded
+from ddil_lightning.imitation.prior import SamplingPrior
+from suite import FORWARD, METHODS, Gradients, backbone, build, captions, fit, pictures, train
+
+FIRST = METHODS[0]
+
+
+def test_accumulation_averages_the_gradients(tiny: Path) -> None:
+    """Two micro-batches at the same weights (a learning rate of zero keeps them) against one update of both."""
+    single, double = Gradients(), Gradients()
+    train(FIRST, tiny, single, prior=FORWARD, updates=2, lr=0.0, clip=0.0)
+    run = train(FIRST, tiny, double, prior=FORWARD, updates=1, lr=0.0, clip=0.0, accumulate=2)
+    assert run.data.done == 2 and len(double.steps) == 1 and len(run.rows) == 1
+    for name, grad in double.steps[0].items():
+        torch.testing.assert_close(grad, (single.steps[0][name] + single.steps[1][name]) / 2, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_clipping_bounds_the_norm(precision: str, tiny: Path) -> None:
+    """In every precision; a gradient scaler multiplies the limit too, as gradients are clipped before they are unscaled."""
+    norms = []
+    for clip in (0.0, 1e-3):
+        seen, kwargs = Gradients(), {"precision": precision}
+        if precision == "16-mixed":  # Lightning would take bf16 on a CPU
+            kwargs = {"plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))}
+        fit(build(FIRST, tiny, updates=1, clip=clip), captions(tiny), seen, **kwargs)
+        norms.append(float(torch.cat([x.flatten() for x in seen.steps[0].values()]).norm()))
+    assert norms[0] > 1e-2 and norms[1] == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_the_learning_rate_warms_up_and_falls(tiny: Path) -> None:
+    method = build(FIRST, tiny, updates=12, warmup=4, final_lr=0.2)
+    factors = []
+    for method.student_updates in range(13):
+        factors.append(method.lr_factor())
+    assert factors == pytest.approx([0.25, 0.5, 0.75, 1.0, *(1 - 0.1 * k for k in range(9))])
+
+
+def test_every_update_is_logged_once_however_many_batches_it_takes(tiny: Path) -> None:
+    run = train(FIRST, tiny, updates=5, accumulate=3, log_every=2)
+    assert [row["student_updates"] for row in run.rows] == [2, 4, 5] and run.data.done == 15
+
+
+def test_the_average_follows_the_student(tiny: Path) -> None:
+    """average <- d average + (1 - d) student with d = min(ema, (1 + n) / (10 + n)) after update n."""
+    weights = []
+
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            weights.append(next(pl_module.student.network.parameters()).detach().clone())
+
+    method = build(FIRST, tiny, ema=0.3, updates=5)
+    expected = next(method.student.network.parameters()).detach().clone()
+    fit(method, captions(tiny), Keep())
+    for n, w in enumerate(weights, 1):
+        d = min(0.3, (1 + n) / (10 + n))
+        expected = d * expected + (1 - d) * w
+    torch.testing.assert_close(next(method.average.parameters()), expected)
+    assert method.deployed() is method.average and build(FIRST, tiny, ema=0.0).deployed() is not None
+
+
+def test_the_box_comes_from_the_data_unless_it_is_given(tiny: Path) -> None:
+    run = train(FIRST, tiny, updates=1)
+    found, box = run.data.box(), run.method.reflection
+    assert found is not None and box.lo.tolist() == pytest.approx(found[0]) and box.hi.tolist() == pytest.approx(found[1])
+    box = train(FIRST, tiny, updates=1, box=[[-1.0] * 4, [2.0] * 4]).method.reflection
+    assert box.lo.tolist() == [-1.0] * 4 and box.hi.tolist() == [2.0] * 4
+
+
+def test_a_box_that_no_data_gave_is_named(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for kwargs in ({}, {"box": [[-1.0] * 4, [2.0] * 4]}, {"reflect": "off"}):
+        data = captions(tiny, SamplingPrior(0.0, 0.5, 0.5))
+        data.captions = Encoded(None, pictures(tiny).c)
+        method = fit(build(FIRST, tiny, updates=1, **kwargs), data).method
+        assert method.reflection.lo.tolist() == [-1.0 if "box" in kwargs else -4.5] * 4
+    (said,) = [r.getMessage() for r in caplog.records if r.name.startswith("ddil_lightning")]  # only where a box acts and none was given
+    assert said == (
+        "reflect: static without images to take the box from: it is -4.5 to 4.5 in every channel; "
+        "give another by model.box: [[lo, ...], [hi, ...]], a number per channel"
+    )
+
+
+def test_losses_and_shares_of_an_update_are_those_of_all_its_batches(tiny: Path) -> None:
+    method = build(FIRST, tiny, accumulate=2)
+    b = SimpleNamespace(source=torch.tensor([0, 0, 0, 1]), weight=torch.ones(4))
+    for micro, losses in ((0, [9.0] * 4), (0, [1.0, 2.0, 3.0, 8.0]), (1, [2.0, 2.0, 2.0, 4.0])):
+        method._micro["loss"] = micro
+        method.feedback(b, torch.tensor(losses))
+    assert method.source_losses == {"forward": 2.0, "student": 6.0}
+    rows = method.means.flush()
+    shares = {name: rows[f"drawn/share_{name}"] for name in ("forward", "student", "teacher", "mixed")}
+    assert shares == {"forward": 0.75, "student": 0.25, "teacher": 0.0, "mixed": 0.0}
+
+
+def test_a_range_of_guidance_needs_a_student_that_is_told(tiny: Path) -> None:
+    for entry in METHODS:
+        if "w_conditioned" in entry.kwargs or entry.name == "dmd2":
+            with pytest.raises(ValueError, match="'s student is not told the guidance: give one number, not 2.0 to 4.0"):
+                build(entry, tiny, guidance=[2.0, 4.0])
+    pd = next(entry for entry in METHODS if entry.name == "pd")
+    with pytest.raises(ValueError, match="^PD's student is not told the guidance.*or set model.w_conditioned to true$"):
+        build(pd, tiny, w_conditioned=False, guidance=[2.0, 4.0])
+    assert build(pd, tiny, w_conditioned=False, guidance=[2.0, 2.0]).guidance == (2.0, 2.0)
+
+
+def test_guidance_is_what_the_pipeline_recommends_unless_it_is_given(tiny: Path) -> None:
+    assert build(FIRST, tiny, guidance=None).guidance == (backbone(tiny).guidance,) * 2 == (2.0, 2.0)
+    assert build(FIRST, tiny, guidance=5).guidance == (5.0, 5.0) and build(FIRST, tiny, guidance=[1, 3]).guidance == (1.0, 3.0)
+
+
+@pytest.mark.parametrize("kwargs", [{"updates": 0}, {"accumulate": 0}, {"ema": 1.0}, {"reflect": "twice"}])
+def test_settings_outside_their_range_are_refused(kwargs: dict[str, Any], tiny: Path) -> None:
+    with pytest.raises(ValueError, match=str(next(iter(kwargs.values())))):
+        build(FIRST, tiny, **kwargs)

@@ -1,0 +1,224 @@
+"""Networks sharded over two processes (fsdp2) against whole ones (ddp), for every method: forked, gloo, on the CPU.
+
+What trains on two processes is marked slow: it takes two minutes, and now and then a forked process has died in native code.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ddil_lightning.callbacks import Checkpoints
+from ddil_lightning.commands.fitting import fit as ddil_fit
+from ddil_lightning.data.datamodule import DDILDataModule
+from ddil_lightning.training.sharding import Sharded
+from forks import WORLD, ddp, forked
+from suite import ALL, FORWARD, METHODS, MIXED, Entry, Gradients, Run, build, captions, equal, fit, pictures
+
+UPDATES = 4
+ONE_EACH = [next(entry for entry in METHODS if entry.method is method) for method in dict.fromkeys(entry.method for entry in METHODS)]
+TWO = {"devices": WORLD, "num_nodes": 1}
+
+
+def local(x: Any) -> Any:
+    """A process's own share, in dicts and lists too."""
+    if isinstance(x, dict):
+        return {k: local(v) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+        return [local(v) for v in x]
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def report(run: Run, seen: Gradients) -> dict[str, Any]:
+    """What a process has at the end of a run: its shares, and on rank 0 the whole student."""
+    gradients = [{n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in step.items()} for step in seen.steps]
+    method = run.method
+    found = {"mine": local(method.state_dict()), "optimizers": [local(o.state_dict()) for o in run.trainer.optimizers]}
+    found |= {"gradients": gradients, "evaluations": method.evaluations, "rows": run.rows, "buffer": run.data.buffer.state_dict()}
+    return found | {"deployed": method.deployed().state_dict() if run.trainer.is_global_zero else None}
+
+
+@pytest.fixture(scope="module", params=ONE_EACH, ids=lambda entry: entry.name)
+def runs(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Entry, dict[str, list[Any]]]:
+    """(method, what the processes report of a run under ddp, under fsdp2, and under fsdp2 resumed from its middle)."""
+    entry, folder = request.param, tmp_path_factory.mktemp(request.param.name)
+    pictures(tiny)  # encoded once, before the fork
+
+    def settings() -> tuple[Any, Any]:
+        return build(entry, tiny, updates=UPDATES), captions(tiny, MIXED)
+
+    def job(rank: int) -> None:
+        run = fit(*settings(), seen := Gradients(), **ddp(entry))
+        torch.save(report(run, seen), folder / f"ddp{rank}.pt")
+        save = Checkpoints(every=2, keep=9, folder=str(folder))
+        run = fit(*settings(), seen := Gradients(), save, strategy="fsdp2", **TWO)
+        torch.save(report(run, seen), folder / f"fsdp2{rank}.pt")
+        run = fit(*settings(), seen := Gradients(), ckpt=folder / "updates=2.ckpt", strategy="fsdp2", **TWO)
+        torch.save(report(run, seen), folder / f"resumed{rank}.pt")
+
+    forked(job)
+    kinds = ("ddp", "fsdp2", "resumed")
+    return entry, {kind: [torch.load(folder / f"{kind}{rank}.pt") for rank in range(WORLD)] for kind in kinds}
+
+
+@pytest.mark.slow
+def test_training_is_that_of_whole_networks(runs: Any) -> None:
+    """Clipped gradients of every optimiser step, and losses, to rounding. Adam makes that rounding visible where a gradient is next to
+    nothing, so the weights at the end are compared by their norm."""
+    _, found = runs
+    whole, sharded = found["ddp"][0], found["fsdp2"][0]
+    assert whole["evaluations"] == sharded["evaluations"] and len(whole["rows"]) == len(sharded["rows"]) == UPDATES
+    for a, b in zip(whole["rows"], sharded["rows"], strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+    for n, (mine, theirs) in enumerate(zip(sharded["gradients"], whole["gradients"], strict=True)):
+        assert mine.keys() == {name for name, grad in theirs.items() if grad.any()}
+        size = max(float(grad.norm()) for grad in theirs.values())
+        for name, grad in mine.items():
+            assert float((grad - theirs[name]).norm()) < (3e-2 if n else 1e-3) * (float(theirs[name].norm()) + 1e-2 * size), (n, name)
+    a, b = (torch.cat([x.flatten() for x in run["deployed"].values()]) for run in (whole, sharded))
+    assert whole["deployed"].keys() == sharded["deployed"].keys() and float((a - b).norm()) < 1e-3 * float(a.norm())
+
+
+@pytest.mark.slow
+def test_a_process_holds_its_share_alone(runs: Any) -> None:
+    """Of weights, averages and optimiser states."""
+    _, found = runs
+
+    def numbers(x: Any) -> int:
+        values = x.values() if isinstance(x, dict) else x if isinstance(x, list) else ()
+        return x.numel() if isinstance(x, Tensor) else sum(map(numbers, values))
+
+    for kind in ("mine", "optimizers"):
+        whole = numbers(found["ddp"][0][kind])
+        shares = [numbers(found["fsdp2"][rank][kind]) for rank in range(WORLD)]
+        assert max(shares) < 0.6 * whole and sum(shares) < 1.1 * whole
+
+
+@pytest.mark.slow
+def test_resuming_is_exact(runs: Any) -> None:
+    _, found = runs
+    for a, b in zip(found["fsdp2"], found["resumed"], strict=True):
+        assert all(equal(a[name], b[name]) for name in ("mine", "optimizers", "evaluations", "buffer", "deployed"))
+        assert a["rows"][2:] == b["rows"]
+
+
+def config(tiny: Path, folder: Path) -> Path:
+    """A run in stages with everything that looks at the student on its way."""
+    path = folder / "staged.yaml"
+    path.write_text(f"""
+model:
+  class_path: PD
+  init_args:
+    pipeline: {tiny}
+    guidance: 2.0
+    w_conditioned: false
+    teacher_steps: 8
+    stages: [{{steps: 4, updates: 3}}, {{steps: 2, updates: 3}}]
+    ema: 0.9
+    reflect: static
+    gradient_checkpointing: true
+    log_every: 1
+data: {{batch_size: 4, prior: {{forward: 0.5, student: 0.25, teacher: 0.25}}, collect_every: 2}}
+test: {{n: 0}}
+previews: {{every: 3, count: 2, teacher_steps: [4]}}
+checkpoints: {{every: 3}}
+trainer:
+  strategy: fsdp2
+  precision: bf16-mixed
+  devices: {WORLD}
+  callbacks+:
+    - class_path: ShiftProbe
+      init_args: {{every: 3, count: 8, steps: 2, teacher_steps: 4}}
+""")
+    return path
+
+
+@pytest.mark.slow
+def test_a_run_by_the_command_line(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Previews, probe, stages, checkpoints, the export and its check, in bf16 and with gradient checkpointing."""
+    monkeypatch.chdir(tmp_path)
+    path = config(tiny, tmp_path)
+
+    def job(rank: int) -> None:
+        assert ddil_fit(["--config", str(path), "--run_dir", "run"]) == 0
+
+    forked(job)
+    run = tmp_path / "run"
+    assert {p.name for p in (run / "stages").iterdir()} == {"01-4-steps", "02-2-steps"}
+    assert [p.stem for p in sorted((run / "samples").glob("*.png"))] == ["000000", "000003", "000006"]
+    assert "shift/teacher" in (run / "metrics.csv").read_text().splitlines()[0]
+    assert json.loads((run / "summary.json").read_text())["export_difference"] < 1e-3
+    # The first stage's student has become the teacher; what was exported last is what the last checkpoint holds.
+    unets = [load_file(p / "unet" / "diffusion_pytorch_model.safetensors") for p in (run / "stages" / "02-2-steps", run / "pipeline")]
+    kept = torch.load(run / "checkpoints" / "updates=6.ckpt", weights_only=True)["state_dict"]
+    for name, weight in unets[0].items():
+        assert torch.equal(weight, unets[1][name]) and torch.equal(weight, kept[f"average.unet.{name}"])
+
+
+@pytest.mark.slow
+def test_a_sharded_checkpoint_is_a_checkpoint(tiny: Path, tmp_path: Path) -> None:
+    """Whole networks go on from it; the other way round is refused, because the optimisers' states are numbered otherwise."""
+    pictures(tiny)
+    entry = METHODS[-1]
+
+    def job(rank: int) -> None:
+        made = lambda: (build(entry, tiny, updates=3), captions(tiny, MIXED))  # noqa: E731
+        fit(*made(), Checkpoints(every=2, keep=9, folder=str(tmp_path / "sharded")), strategy="fsdp2", **TWO)
+        straight = fit(*made(), Checkpoints(every=2, keep=9, folder=str(tmp_path / "whole")), **ddp(entry))
+        resumed = fit(*made(), ckpt=tmp_path / "sharded" / "updates=2.ckpt", **ddp(entry))
+        a, b = (torch.cat([p.detach().flatten() for p in run.method.parameters()]) for run in (straight, resumed))
+        assert float((a - b).norm()) < 1e-2 * float(a.norm())
+        with pytest.raises(ValueError, match=r"updates=2.ckpt was written with whole networks: go on without trainer.strategy=fsdp2"):
+            fit(*made(), ckpt=tmp_path / "whole" / "updates=2.ckpt", strategy="fsdp2", **TWO)
+
+    forked(job)
+    kept = [torch.load(tmp_path / kind / "updates=2.ckpt", weights_only=True)["optimizer_states"] for kind in ("whole", "sharded")]
+    for whole, sharded in zip(*kept, strict=True):
+        for a, b in zip(whole["state"].values(), sharded["state"].values(), strict=True):
+            assert a["step"] == b["step"] and float((a["exp_avg"] - b["exp_avg"]).norm()) < 1e-2 * float(a["exp_avg"].norm())
+
+
+@pytest.mark.slow
+def test_all_processes_stop_when_one_meets_a_number_that_is_not_finite(tiny: Path) -> None:
+    """The search for the network to blame asks sharded networks too, and must not leave one process waiting for the other."""
+    pictures(tiny)
+
+    def job(rank: int) -> None:
+        words = "the loss is not finite on another" if rank == 0 else "the loss is nan.*the latents themselves are not finite"
+        with pytest.raises(FloatingPointError, match=words):
+            fit(build(METHODS[0], tiny, updates=UPDATES), Poisoned(pictures(tiny), FORWARD, batch_size=4), strategy="fsdp2", **TWO)
+
+    forked(job, timeout=60)
+
+
+class Poisoned(DDILDataModule):
+    """Its second process draws latents that are not finite."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        drawn: Any = super().on_after_batch_transfer(batch, dataloader_idx)
+        return drawn._replace(x_t=drawn.x_t * float("nan")) if self.trainer and self.trainer.global_rank else drawn
+
+
+@pytest.mark.parametrize("strategy", [ModelParallelStrategy, FSDPStrategy])
+@pytest.mark.parametrize("entry", **ALL)
+def test_another_strategy_that_splits_networks_is_refused(entry: Entry, strategy: Any, tiny: Path) -> None:
+    """Before anything is sharded: in setup, which comes before the strategy's own."""
+    method = build(entry, tiny)
+    method.trainer = SimpleNamespace(strategy=strategy(), precision="32-true")
+    with pytest.raises(ValueError, match=f"trainer.strategy {strategy.__name__} splits the networks .* not supported: take fsdp2"):
+        method.setup("fit")
+
+
+def test_a_gradient_scaler_is_refused_over_shards(tiny: Path) -> None:
+    method = build(METHODS[0], tiny)
+    method.trainer = SimpleNamespace(strategy=Sharded(), precision="16-mixed")
+    with pytest.raises(ValueError, match="16-mixed scales gradients, which is not supported under fsdp2: take bf16-mixed"):
+        method.setup("fit")
