@@ -19,7 +19,7 @@ fit: $(READY) ## install, then train a few-step student of the built-in pipeline
 	$(BIN)/ddil-fit --config $(CONFIG) $(ARGS)
 
 test: $(READY) ## install, then run the tests, JOBS files at a time (ARGS, JOBS)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(READY) ## check style and types
 	$(BIN)/python -m ruff check

@@ -30,6 +30,7 @@ from torch import Tensor
 from ddil_lightning.evaluation.metrics.base import as_saved
 from ddil_lightning.evaluation.suite import KEYS, Suite, paired_distance
 from ddil_lightning.evaluation.table import write_rows
+from ddil_lightning.files import replacing
 
 OFF, STATIC = "model.init_args.reflect=off", "model.init_args.reflect=static"
 VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -131,10 +132,8 @@ def train(task: dict[str, Any], folder: Path) -> None:
     trainer.fit(method, datamodule=data)
     state: dict[str, Any] = {"state_dict": method.state_dict(), "seconds": time.perf_counter() - start}
     method.on_save_checkpoint(state)
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{CHECKPOINT}.part"
-    torch.save(state, part)
-    part.replace(folder / CHECKPOINT)
+    with replacing(folder / CHECKPOINT) as part:
+        torch.save(state, part)
 
 
 def built(task: dict[str, Any], *more: str) -> tuple[Any, Any, Any]:

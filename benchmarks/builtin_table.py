@@ -19,7 +19,7 @@ AGAINST = [(name, "base") for name in ("reflected", "ddil", "both", "same_times"
 TEACHER_STEPS = (32, 4, 2, 1)
 STUDENT_STEPS: dict[str, tuple[int, ...]] = {"lcm": (4, 2, 1), "pd": (4, 2), "dmd2": (4, 2)}
 GAPS = ("frechet", "all_right")
-MEASURES = (*(m.key for m in METRICS), "sharpness", "paired", *(f"gap_{k}" for k in GAPS))
+MEASURES = (*(m.key for m in METRICS), "blur", "paired", *(f"gap_{k}" for k in GAPS))
 HEADINGS = (
     "Fréchet ↓",
     "CLIP ↑",

@@ -19,6 +19,19 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell starts its back
 
 WORDS = "a an handwritten digit zero one two three four five six seven eight nine small large red blue circle square left of above".split()
 
+LONG = (
+    "test_resume", "test_fuzz", "test_methods", "test_tail", "test_benchmarks", "test_configs", "test_processes", "test_bad_data",
+    "test_callbacks", "test_fit_cli", "test_stages", "test_dmd2_turns", "test_readme", "test_schedulers", "test_bad_input", "test_commands",
+    "test_pretrain", "test_notebooks", "test_contributing",
+)  # fmt: skip
+"""Files of ten seconds and more, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: processes that take a file at a time then end together."""
+    place = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
 
 def make_pipeline(folder: Path, prediction_type: str = "v_prediction") -> Path:
     """An untrained Stable Diffusion in miniature: 8 x 8 latents, 60 k parameters."""

@@ -74,7 +74,7 @@ def test_the_true_law_scores_as_it_should():
     assert out["lpips_diversity"] == pytest.approx(2 * 0.2**2, rel=0.4)  # E (a - b)^2 = 2 sigma^2
     assert out["attribute_accuracy"] == out["all_right"] == out["per_attribute"]["level"]
     assert out["attribute_accuracy"] == pytest.approx(math.erf(0.2 / spread / 2**0.5), abs=0.06) and out["per_attribute"]["never"] is None
-    assert out["mode_coverage"] == pytest.approx(0.5, abs=0.3) and out["sharpness"] > 0
+    assert out["mode_coverage"] == pytest.approx(0.5, abs=0.3) and out["blur"] > 0
 
 
 def test_worse_samplers_score_worse():
@@ -344,7 +344,7 @@ def test_builtin_suite(untrained, data):
     assert len(s.prompts) == 32 and s.protocol["seeds"] * s.protocol["probes"] == 60
     true, constant = s.score(truth(data)), s.score(lambda p, seed: truth(data)(p[:1], 0).expand(len(p), -1, -1, -1))
     assert set(true) == {*KEYS, "per_attribute"} and all(isinstance(true[k], float) for k in KEYS)
-    assert true["attribute_accuracy"] > 0.97 and true["all_right"] > 0.9 and true["sharpness"] < 0.05
+    assert true["attribute_accuracy"] > 0.97 and true["all_right"] > 0.9 and true["blur"] < 0.05
     assert true["mode_coverage"] > 0.6 and constant["mode_coverage"] < 0.1
     assert constant["lpips_diversity"] == pytest.approx(0, abs=1e-6) and true["lpips_diversity"] > 0.01
     assert constant["coverage"] < 0.5 * true["coverage"] and constant["frechet"] > 3 * true["frechet"]

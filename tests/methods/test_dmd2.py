@@ -273,6 +273,14 @@ def test_features_are_the_critics_and_the_students_side_of_the_gan(tiny: Path, m
     assert all(p.grad is None and p.requires_grad for part in (method.critic, method.head) for p in part.parameters())
 
 
+def test_what_was_frozen_before_a_turn_is_frozen_after_it() -> None:
+    """A base that adapters share, which came out of a turn with gradients on."""
+    part = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
+    with untouched(part, None):
+        assert not any(p.requires_grad for p in part.parameters())
+    assert [p.requires_grad for p in part.parameters()] == [False, False, True, True]
+
+
 def test_without_its_weight_the_student_asks_the_discriminator_nothing(tiny: Path) -> None:
     method, b, x = with_data(tiny, gan_weight=0.0)
     assert method.realism(x, b) == 0.0 and method.critic.evaluations == method.teacher.evaluations == 0

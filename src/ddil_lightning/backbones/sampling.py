@@ -90,6 +90,11 @@ def pipeline_latents(pipe: Any, prompts: Sequence[str], steps: int, g: float, se
     return torch.cat(out)
 
 
+def to_uint8(images: Tensor) -> Tensor:
+    """Images [..., H, W] in [-1, 1] as uint8 on the CPU, rounded."""
+    return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
 def sheet(rows: Sequence[Tensor], labels: Sequence[str], captions: Sequence[str], scale: int = 3) -> Any:
     """A PIL picture: one labelled row of images [N, 3, H, W] per model, the prompts as a legend below."""
     from PIL import Image, ImageDraw
@@ -101,7 +106,7 @@ def sheet(rows: Sequence[Tensor], labels: Sequence[str], captions: Sequence[str]
     draw = ImageDraw.Draw(picture)
     for r, (row, label) in enumerate(zip(rows, labels, strict=True)):
         draw.text((6, r * (h + 4) + h // 2 - 6), label, fill="black")
-        pixels = ((row.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        pixels = to_uint8(row).permute(0, 2, 3, 1).numpy()
         for k in range(count):
             tile = Image.fromarray(pixels[k]).resize((w, h), Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
             picture.paste(tile, (left + k * (w + 4), r * (h + 4)))
@@ -115,7 +120,6 @@ def tiles(x: Tensor, scale: int, columns: int) -> Any:
     from PIL import Image
     from torchvision.utils import make_grid
 
-    pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    large = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    large = to_uint8(x).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     whole = large[0] if len(large) == 1 else make_grid(large, nrow=columns, padding=4, pad_value=255)
     return Image.fromarray(whole.permute(1, 2, 0).numpy())

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Sampler = Callable[[list[str], int], Tensor]
 Scorer = Callable[[Tensor, Sequence[str]], Tensor]
-KEYS = ("frechet", "clip", "density", "coverage", "lpips_diversity", "attribute_accuracy", "all_right", "mode_coverage", "sharpness")
+KEYS = ("frechet", "clip", "density", "coverage", "lpips_diversity", "attribute_accuracy", "all_right", "mode_coverage", "blur")
 
 
 class Timed:
@@ -187,7 +187,7 @@ class Suite:
         out["per_attribute"] = {}
         if verdicts:
             out |= attribute_accuracy({k: torch.cat([v[k] for v in verdicts]) for k in verdicts[0]})
-            out["sharpness"] = float(torch.cat(residuals).mean())
+            out["blur"] = float(torch.cat(residuals).mean())
         return out | self._probe(sample)
 
     def _probe(self, sample: Sampler) -> dict[str, float]:

@@ -250,13 +250,12 @@ def direction(x: Tensor, real: Tensor, fake: Tensor, normaliser: Normaliser = "s
 
 @contextmanager
 def untouched(*modules: nn.Module | None) -> Iterator[None]:
-    """No gradient reaches the parameters of `modules` inside; it still passes through them."""
-    for module in modules:
-        if module is not None:
-            module.requires_grad_(False)
+    """No gradient reaches the parameters of `modules` inside; it still passes through them. Those that had none before have none after."""
+    trained = [p for module in modules if module is not None for p in module.parameters() if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
     try:
         yield
     finally:
-        for module in modules:
-            if module is not None:
-                module.requires_grad_(True)
+        for p in trained:
+            p.requires_grad_(True)

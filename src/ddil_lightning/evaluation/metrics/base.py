@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from ddil_lightning.backbones.sampling import to_uint8
+
 Features = Callable[[Tensor], Tensor]
 """Images [B, 3, H, W] in [-1, 1] to features [B, D]. Brings its own weights and device."""
 
@@ -25,11 +27,6 @@ def as_saved(images: Tensor) -> Tensor:
         bad = (~torch.isfinite(images).flatten(1).all(1)).sum()
         raise ValueError(f"images: {bad} of {len(images)} hold NaN or infinity; the sampler diverged, nothing can be scored")
     return to_uint8(images).float() / 127.5 - 1
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Images [..., H, W] in [-1, 1] as uint8 on the CPU, rounded."""
-    return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
 @torch.no_grad()

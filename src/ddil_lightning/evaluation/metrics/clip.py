@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from ddil_lightning.evaluation.metrics.base import to_uint8
+from ddil_lightning.backbones.sampling import to_uint8
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddil_lightning.evaluation.metrics.base import FeatureMetric, Features, to_uint8
+from ddil_lightning.backbones.sampling import to_uint8
+from ddil_lightning.evaluation.metrics.base import FeatureMetric, Features
 
 
 def gaussian_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:

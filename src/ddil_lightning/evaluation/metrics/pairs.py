@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ddil_lightning.backbones.sampling import to_uint8
 from ddil_lightning.data.folders import Row, list_folder, read_rows
 from ddil_lightning.data.pictures import read_squares, square
-from ddil_lightning.evaluation.metrics.base import to_uint8
 from ddil_lightning.texts import caption_text, file_text, parse_json, place, read_text, shown
 
 COLUMNS = ("file_name", "image"), ("text", "caption", "prompt")
