@@ -81,6 +81,8 @@ class Lasting:
         """As the stream does."""
         try:
             return int(self._stream.write(text))
+        except UnicodeEncodeError as error:  # it is there, and knows fewer letters
+            return int(self._stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding)))
         except (OSError, ValueError):
             return self._lost(len(text))
 

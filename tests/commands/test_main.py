@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from ddil_lightning.commands import main
 from ddil_lightning.commands.configs import FIT_SHORT, config_names, expand, find_config
 from ddil_lightning.errors import Refusal
+from ddil_lightning.messages import lasting
 
 LIGHT = """
 import sys
@@ -161,3 +163,13 @@ def test_wrong_options_of_every_command(capsys: Any) -> None:
         out, err = capsys.readouterr()
         assert out == "" and err.startswith("ddil-x: ") and err.count("\n") == 1, (words, err)
     assert "images" in err and "many" in err
+
+
+def test_a_stream_that_knows_fewer_letters_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of a run has arrows in its head."""
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, "ascii"))
+    with lasting():
+        print("Fréchet ↓")
+        print("and on", flush=True)
+    assert raw.getvalue() == b"Fr\\xe9chet \\u2193\nand on\n"
