@@ -78,11 +78,11 @@ def suite(dataset: str, n: int) -> Suite:
 @functools.lru_cache(maxsize=1)
 def encoded(pipeline: str, n: int | None) -> Any:
     """The training data after the frozen encoders, once per process; `n`: only so many captions."""
-    from ddil_lightning.backbones.pipeline import Backbone
+    from ddil_lightning.backbones.pipeline import Pipeline
     from ddil_lightning.data.captions import Shapes, builtin
     from ddil_lightning.data.encoded import encode
 
-    backbone = Backbone(pipeline)
+    backbone = Pipeline(pipeline)
     dataset = backbone.about.get("dataset", "shapes")
     return encode(Shapes(n) if n and dataset == "shapes" else builtin(dataset), backbone)
 
@@ -96,7 +96,7 @@ def teacher(task: dict[str, Any]) -> dict[str, Any]:
     held_out, rows, reference = suite(method.backbone.about["dataset"], task["n"]), [], None
     for steps in TEACHER_STEPS:
         paired = Paired(held_out, reference)
-        rows.append(policy_row(paired, method.backbone, f"teacher@{steps}", *method.teacher_sampler(steps), method.eval_guidance))  # type: ignore[arg-type]
+        rows.append(policy_row(paired, method.backbone, f"teacher@{steps}", *method.baseline.sampler(steps), method.eval_guidance))  # type: ignore[arg-type]
         reference = paired.images if reference is None else reference
     torch.save(reference, task["reference"])
     return {"variant": "teacher", "seed": None, "rows": rows}
@@ -158,10 +158,10 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
 
 def fingerprint(pipeline: str) -> str:
     """A hash of all weights of a pipeline."""
-    from ddil_lightning.backbones.pipeline import Backbone
+    from ddil_lightning.backbones.pipeline import Pipeline
 
     found = hashlib.sha256()
-    for name, part in sorted(Backbone(pipeline).pipe.components.items()):
+    for name, part in sorted(Pipeline(pipeline).pipe.components.items()):
         for key, value in (part.state_dict() if isinstance(part, torch.nn.Module) else {}).items():
             found.update(f"{name}.{key}".encode() + value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]

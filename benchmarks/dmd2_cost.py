@@ -52,7 +52,7 @@ class Counter:
     def running(self) -> Iterator[Counter]:
         """Count inside."""
         handles = []
-        for role, denoiser in self.method.denoisers().items():
+        for role, denoiser in self.method.roles.items():
             unet = denoiser.network.unet
             handles.append(unet.register_forward_pre_hook(self._begin(role, unet), with_kwargs=True))
             handles.append(unet.up_blocks[-1].register_forward_pre_hook(self._decode))
@@ -90,8 +90,8 @@ class Counter:
 def published(method: Any, b: LatentBatch, updates: int) -> None:
     """The calls of the published sequence. j runs through 0 to 3 in turn, so that four updates have its mean exactly."""
     student, critic, teacher = method.student, method.critic, method.teacher
-    for i in range(updates * method.critic_steps):
-        turn = (i + 1) % method.critic_steps == 0
+    for i in range(updates * method.adversary.every):
+        turn = (i + 1) % method.adversary.every == 0
         x, t = b.x_t, b.t
         with torch.no_grad():
             for _ in range(i % len(method.grid)):
@@ -165,7 +165,7 @@ def measure(args: argparse.Namespace) -> common.Report:
             common.target(f"forwards per student update of {name}, over the published sequence's", row["ratio"], 0.75, at_most=True)
             for name, row in zip(names, rows[1:], strict=True)
         ],
-        "notes": [f"{method.critic_steps} critic updates per student update, batch {size}; an encoder pass is {share:.2f} of a forward"],
+        "notes": [f"{method.adversary.every} critic updates per student update, batch {size}; an encoder pass is {share:.2f} of a forward"],
     }
 
 

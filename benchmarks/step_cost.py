@@ -19,11 +19,10 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from ddil_lightning.data.encoded import Encoded, encode
+from ddil_lightning.diffusion.losses import distance
 from ddil_lightning.diffusion.solver import ddim
 from ddil_lightning.imitation.rollout import guided
-from ddil_lightning.methods.losses import distance
 from ddil_lightning.records import LatentBatch, take
-from ddil_lightning.training.averaging import lerp_
 
 PARTS = ("student forward + backward, B", "teacher forward, 2 B", "target forward, B")
 COLUMNS = (
@@ -62,7 +61,7 @@ class BareLoop:
     def __init__(self, method: Any, data: Encoded, batch: int) -> None:
         self.method, self.data, self.batch = method, data, batch
         self.parameters = [p for p in method.student.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=method.lr, betas=method.betas, fused=True)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=method.lr, betas=method.descent.betas, fused=True)
         self.times = method.grid.times.to(method.backbone.device)
 
     def step(self) -> None:
@@ -80,12 +79,11 @@ class BareLoop:
             target = self.f(m.target, x_s, s, c, reflect=True)
         y = self.f(m.student, x_t, t, c)
         distance(m.distance, y, target, m.huber).mean().backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, m.clip)
+        torch.nn.utils.clip_grad_norm_(self.parameters, m.descent.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        lerp_(m.target, m.student, m.target_decay)
-        if m.average is not None:
-            lerp_(m.average, m.student.network, m.ema)
+        m.target.follow(m.student, m.target_decay)
+        m.averaging.follow(m.student, m.student_updates)
 
     def f(self, denoiser: Any, x: Tensor, t: Tensor, c: Any, reflect: bool = False) -> Tensor:
         """The consistency function."""

@@ -122,7 +122,7 @@ def train(task: dict[str, Any]) -> list[dict[str, Any]]:
         start = time.perf_counter()
         trainer.fit(method, datamodule=data)
         seconds = time.perf_counter() - start
-        scores = exam(PLAIN.format(task["method"]), group, task["n"], task["seeds"][0]).score(*method.eval().sampler(STEPS))
+        scores = exam(PLAIN.format(task["method"]), group, task["n"], task["seeds"][0]).score(*method.eval().deployment.sampler(STEPS))
         counts = {"updates": method.student_updates, "evaluations": sum(method.evaluations.values())}
         records.append(
             {"method": task["method"], "variant": variant, "seeds": task["seeds"], "seconds": seconds, **counts, "scores": scores}

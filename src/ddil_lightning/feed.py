@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -13,13 +14,32 @@ class Feed:
     """The side of the data. A method has one from the start, `Distillation.feed`: this one, which stands for any loader of LatentBatch.
 
     `DDILDataModule` is the one that rolls out; it hands itself to the method in its `setup`, before the method's own. `prior`: its
-    SamplingPrior, which schedules set. `collect_every`: student updates between two roll-outs, which a cadence sets.
+    SamplingPrior. `collect_every`: student updates between two roll-outs, which a cadence sets.
     `truncate`: whether captions that are too long are cut.
     """
 
-    prior: Any = None
     collect_every: int = 1
     truncate: bool = False
+    _given: Any = None
+    _steered: Mapping[str, Any] = {}
+
+    @property
+    def prior(self) -> Any:
+        """The prior in force: that of the plan's present stage or part, else that of the schedule, else its own."""
+        return self._steered.get("plan") or self._steered.get("schedule") or self._given
+
+    @prior.setter
+    def prior(self, own: Any) -> None:
+        self._given = own
+
+    @property
+    def own_prior(self) -> Any:
+        """What it was given, which holds where nobody steers."""
+        return self._given
+
+    def steer(self, by: Literal["plan", "schedule"], prior: Any) -> None:
+        """What a plan or a schedule asks for from now on; None to leave it to the others. The one way in which a run changes its prior."""
+        self._steered = {**self._steered, by: prior}
 
     def box(self) -> tuple[list[float], list[float]] | None:
         """(lo, hi) per channel of the latents of its images; None where there are none, or none that it knows of."""

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ddil_lightning.backbones.loading import BUILTIN, CARD, load_pipeline, pipeline_folder, recommended
-from ddil_lightning.backbones.pipeline import Backbone
+from ddil_lightning.backbones.pipeline import Pipeline
 
 
 def edited(tiny: Path, folder: Path, name: str, **values: Any) -> Path:
@@ -24,27 +24,27 @@ def edited(tiny: Path, folder: Path, name: str, **values: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def backbone(tiny: Path) -> Backbone:
-    return Backbone(str(tiny))
+def backbone(tiny: Path) -> Pipeline:
+    return Pipeline(str(tiny))
 
 
-def test_a_folder_is_loaded_frozen(backbone: Backbone, tiny: Path) -> None:
+def test_a_folder_is_loaded_frozen(backbone: Pipeline, tiny: Path) -> None:
     parts = [p for p in backbone.pipe.components.values() if isinstance(p, torch.nn.Module)]
     assert len(parts) == 3 and not any(p.training for part in parts for p in part.modules())
     assert not any(p.requires_grad for part in parts for p in part.parameters())
     assert backbone.predicts == "v" and backbone.latent_shape == (4, 8, 8) and backbone.schedule.steps == 1000
     assert backbone.guidance == 2.0 and recommended(tiny)["dataset"] == "digits"
-    assert backbone.teacher().unet is backbone.pipe.unet  # shared, no second copy in memory
+    assert backbone.network().unet is backbone.pipe.unet  # shared, no second copy in memory
 
 
 def test_eps_pipelines_say_so(tiny_eps: Path) -> None:
-    assert Backbone(str(tiny_eps)).predicts == "eps"
+    assert Pipeline(str(tiny_eps)).predicts == "eps"
 
 
 def test_without_a_card_guidance_is_stable_diffusions(tiny: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny, tmp_path / "bare")
     (tmp_path / "bare" / "ddil.json").unlink()
-    assert recommended(tmp_path / "bare") == {} and Backbone(str(tmp_path / "bare")).guidance == 7.5
+    assert recommended(tmp_path / "bare") == {} and Pipeline(str(tmp_path / "bare")).guidance == 7.5
 
 
 @pytest.mark.parametrize("name", BUILTIN)
@@ -55,9 +55,9 @@ def test_builtin_names_lead_to_the_packaged_weights(name: str, tiny: Path, monke
     if not folder.is_dir():
         shutil.copytree(tiny, tmp_path / "miniature" / "weights" / BUILTIN[name])
         monkeypatch.setattr("ddil_lightning.backbones.loading.resources.files", lambda package: tmp_path)
-    made = Backbone(name)
+    made = Pipeline(name)
     x, t = torch.randn(1, *made.latent_shape), torch.tensor([500])
-    assert made.teacher()(x, t, made.null()).shape == x.shape and made.about["dataset"] in ("shapes", "digits")
+    assert made.network()(x, t, made.null()).shape == x.shape and made.about["dataset"] in ("shapes", "digits")
 
 
 def test_missing_places_are_named(tmp_path: Path) -> None:
@@ -76,23 +76,23 @@ def test_a_hub_id_that_cannot_be_read_is_one_line() -> None:
 def test_folders_that_are_no_pipelines_are_refused(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"has no model_index\.json"):
-        Backbone(str(tmp_path / "empty"))
+        Pipeline(str(tmp_path / "empty"))
     shutil.copytree(tiny, tmp_path / "headless")
     shutil.rmtree(tmp_path / "headless" / "unet")
     with pytest.raises(ValueError, match="has no U-Net"):
-        Backbone(str(tmp_path / "headless"))
+        Pipeline(str(tmp_path / "headless"))
 
 
 def test_an_unknown_prediction_type_is_refused(tiny: Path, tmp_path: Path) -> None:
     folder = edited(tiny, tmp_path / "odd", "scheduler/scheduler_config.json", prediction_type="score")
     with pytest.raises(ValueError, match="predicts 'score': known are epsilon, v_prediction, sample"):
-        Backbone(str(folder))
+        Pipeline(str(folder))
 
 
 def refused(folder: Path) -> str:
     """The one line with which a pipeline is refused."""
     with pytest.raises(ValueError) as error:
-        Backbone(str(folder))
+        Pipeline(str(folder))
     assert "\n" not in str(error.value)
     return str(error.value)
 

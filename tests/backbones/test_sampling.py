@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddil_lightning.backbones import sampling
-from ddil_lightning.backbones.pipeline import load_pipeline
+from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.callbacks import ShiftProbe
 from ddil_lightning.streams import normal
 from suite import METHODS, build, captions
@@ -32,7 +32,7 @@ def renoised(method: Any, n: int, seed: int, chunk: int, monkeypatch: pytest.Mon
 
     with monkeypatch.context() as patch:
         patch.setattr("ddil_lightning.diffusion.solver.normal", kept)
-        policy, grid = method.sampler(2)
+        policy, grid = method.deployment.sampler(2)
         sampling.latents(method.backbone, policy, grid, PROMPTS[:n], 2.0, seed, chunk)
     return torch.cat(seen)
 
@@ -51,7 +51,7 @@ def test_an_image_depends_neither_on_its_batch_nor_on_its_place(tiny: Path, monk
     whole = renoised(method, 7, 5, 128, monkeypatch)
     assert torch.equal(whole, renoised(method, 7, 5, 2, monkeypatch))
     assert torch.equal(whole[3:], renoised(method, 4, 8, 3, monkeypatch))  # sample 3 of seed 5 is sample 0 of seed 8
-    policy, grid = method.sampler(4)
+    policy, grid = method.deployment.sampler(4)
     draw = lambda n, seed, chunk: sampling.latents(method.backbone, policy, grid, PROMPTS[:n], 2.0, seed, chunk)  # noqa: E731
     torch.testing.assert_close(draw(7, 0, 128), draw(7, 0, 3), rtol=0, atol=1e-5)
 
@@ -62,7 +62,7 @@ def test_a_diffusers_pipeline_draws_the_same_numbers(tiny: Path) -> None:
 
     like = torch.empty(3, 4, 8, 8)
     assert torch.equal(normal(like, generators()), randn_tensor(like.shape, generator=generators(), device=like.device, dtype=like.dtype))
-    pipe = load_pipeline(tiny)
+    pipe = Pipeline(str(tiny))
     whole = sampling.pipeline_latents(pipe, PROMPTS, 2, 2.0, seed=1)
     torch.testing.assert_close(whole, sampling.pipeline_latents(pipe, PROMPTS, 2, 2.0, seed=1, chunk=2), rtol=0, atol=1e-5)
 

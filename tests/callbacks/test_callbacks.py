@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import os
 import signal
 from pathlib import Path
@@ -22,6 +22,7 @@ from ddil_lightning.imitation.prior import Constant, Gated, Linear, Piecewise, S
 from ddil_lightning.imitation.shift import shift_report
 from ddil_lightning.records import FORWARD, STUDENT
 from ddil_lightning.runs.checkpoint import clock_of, sorted_checkpoints
+from ddil_lightning.training.method import Distillation
 from suite import EPOCH, METHODS, StopAt, build, captions, fit, pictures
 
 PLAIN, ROLLED = SamplingPrior(), SamplingPrior(0.0, 1.0)
@@ -80,30 +81,28 @@ def test_a_later_forward_share_needs_images(tiny: Path) -> None:
     assert len(sources.seen) == 1
 
 
-_updates = itertools.count(1)
-
-
-def losses(feed: Feed, **values: float) -> Any:
-    """A method after one more update."""
-    return SimpleNamespace(feed=feed, source_losses=values, check_prior=lambda prior: None, student_updates=next(_updates))
-
-
 def test_a_gated_schedule_hears_the_losses_and_remembers_its_level() -> None:
     def callback() -> AnnealPrior:
         return AnnealPrior(Gated(SamplingPrior(0.9, 0.1), SamplingPrior(0.1, 0.9), ratio=1.5, steps=4, patience=2))
 
     feed = Feed()
+    method = SimpleNamespace(feed=feed, check_prior=lambda prior: None)
+
+    def update(annealed: AnnealPrior, **losses: float) -> None:
+        annealed.schedule.hear(1, losses)
+        annealed.apply(None, method, 0)
+
     annealed = callback()
     for loss, level in ((1.0, 0), (1.0, 1), (1.0, 1), (2.0, 1), (1.0, 1), (1.0, 2), (1.0, 2)):
-        annealed.apply(None, losses(feed, forward=1.0, student=loss), 0)
+        update(annealed, forward=1.0, student=loss)
         assert annealed.schedule.level == level
         assert feed.prior.student == pytest.approx(0.1 + 0.2 * level)
     again = callback()
     again.load_state_dict(annealed.state_dict())
     assert again.state_dict() == annealed.state_dict() == {"level": 2, "passed": 1}
-    again.apply(None, losses(feed, student=1.0), 0)  # without a forward loss there is nothing to compare
+    update(again, student=1.0)  # without a forward loss there is nothing to compare
     assert again.schedule.level == 2
-    again.apply(None, losses(feed, forward=1.0, student=1.0, mixed=1.9), 0)  # all roll-outs together
+    update(again, forward=1.0, student=1.0, mixed=1.9)  # all roll-outs together
     assert again.schedule.level == 3 and AnnealPrior(Constant(PLAIN)).state_dict() == {}
 
 
@@ -118,7 +117,7 @@ def test_a_gate_hears_every_update_once(entry: Any, kwargs: dict[str, int], tiny
 
     class Losses(Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-            seen.append((pl_module.student_updates, pl_module.source_losses))
+            seen.append((pl_module.student_updates, pl_module.measures.source_losses))
 
     fit(build(entry, tiny, updates=3, **kwargs), captions(tiny, half, capacity=0), Losses(), AnnealPrior(Gate(half, half)))
     ends = [after for (n, _), (m, after) in zip([(0, {}), *seen], seen, strict=False) if n != m]
@@ -186,7 +185,7 @@ def test_checkpoints_of_later_updates_are_not_touched(tiny: Path, tmp_path: Path
 def test_a_run_that_ends_within_an_update_is_saved_as_the_last_whole_one_left_it(tiny: Path, tmp_path: Path) -> None:
     """max_epochs and the like know nothing of accumulated batches."""
     run = fit(build(LCM, tiny, accumulate=4), captions(tiny), Checkpoints(every=0, folder=str(tmp_path)), max_epochs=1)
-    assert run.method.halfway() and run.method.student_updates == EPOCH // 4
+    assert run.method.descent.halfway and run.method.student_updates == EPOCH // 4
     assert names(tmp_path) == [f"updates={EPOCH // 4}.ckpt"]
 
 
@@ -249,7 +248,7 @@ def test_several_processes_stop_after_the_same_batch() -> None:
     trainer = SimpleNamespace(world_size=2, strategy=SimpleNamespace(reduce_boolean_decision=decide))
     callback = Checkpoints()
     callback.signal = signal.SIGINT
-    method = SimpleNamespace(student_updates=0, updates=9, stage_is_over=False, halfway=lambda: True)
+    method = SimpleNamespace(student_updates=0, updates=9, stage_is_over=False, descent=SimpleNamespace(halfway=True))
 
     def batches(n: int) -> None:
         for i in range(n):
@@ -291,7 +290,7 @@ def test_the_shift_probe_is_the_energy_distance_of_the_report(tiny: Path, monkey
         monkeypatch.setattr(f"ddil_lightning.imitation.shift.{name}", lambda *args: pytest.fail("computed for nothing"))
     values = probe.measure(run.method, run.data)
     monkeypatch.undo()
-    batch, (policy, grid) = run.data.reference(12), run.method.sampler(4)
+    batch, (policy, grid) = run.data.reference(12), run.method.deployment.sampler(4)
     mine = probe._states(policy, grid, run.method, batch, probe.seed)
     for name, reference in probe._references.items():
         report = shift_report(mine, reference)
@@ -304,13 +303,15 @@ def test_the_shift_probe_is_the_energy_distance_of_the_report(tiny: Path, monkey
 # Previews and progress ---------------------------------------------------------------------------------------------------------------
 
 
-def test_previews_show_the_same_prompts_and_noise_each_time(tiny: Path, tmp_path: Path) -> None:
+def test_previews_show_the_same_prompts_and_noise_each_time(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
+    original: Any = Distillation.baseline
 
     def draw(folder: str, lr: float) -> list[bytes]:
         method = build(LCM, tiny, lr=lr, updates=3)
-        sampler = method.teacher_sampler
-        method.__dict__["teacher_sampler"] = lambda steps: calls.append(steps) or sampler(steps)
+        baseline = original.fget(method)
+        told = dataclasses.replace(baseline, grid=lambda steps: calls.append(steps) or baseline.grid(steps))
+        monkeypatch.setattr(Distillation, "baseline", told)
         shown = Previews(every=2, prompts=["a handwritten one", "a handwritten two", "a"], count=2, teacher_steps=[4, 1], student_steps=[2])
         fit(method, captions(tiny), shown, default_root_dir=tmp_path / folder)
         assert names(tmp_path / folder / "samples") == ["000000.png", "000002.png", "000003.png"]

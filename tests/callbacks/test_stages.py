@@ -75,7 +75,7 @@ def test_an_eps_teacher_is_converted_first(tiny_eps: Path) -> None:
     with pytest.raises(ValueError, match=r"predicts eps and the student .* v: begin the plan with a stage \{kind: eps_to_v"):
         build(PD_2, tiny_eps)
     method = build(PD_2, tiny_eps, stages=[Stage(kind="eps_to_v", updates=1), *PLAN])
-    assert method.student.predicts == "v" and method.teacher.predicts == "eps" and method.steps == (16,)
+    assert method.student.predicts == "v" and method.teacher.predicts == "eps" and method.deployment.steps == (16,)
 
 
 def test_nothing_would_carry_out_the_plan(tiny: Path) -> None:
@@ -107,7 +107,7 @@ class Watch(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         if pl_module.stage_updates == pl_module.stage_length:  # Stages comes after this callback
-            self.before.append([p.detach().clone() for p in pl_module.deployed().parameters()])
+            self.before.append([p.detach().clone() for p in pl_module.deployment.network.parameters()])
 
 
 def watched(entry: Entry, folder: Path, prior: SamplingPrior = MIXED, **kwargs: Any) -> tuple[Run, Watch]:
@@ -131,7 +131,7 @@ def test_parts_and_stages_have_their_priors_and_grids(tiny: Path) -> None:
     assert [prior for _, _, prior, _ in watch.seen] == priors
     grids = [set(range(1000)), {999, 749, 499, 249}, {999, 499}]
     assert all(set(t.tolist()) <= grids[stage] for stage, _, _, t in watch.seen)
-    assert run.method.grid.times.tolist() == [999, 499, -1] and run.method.steps == (2,)
+    assert run.method.grid.times.tolist() == [999, 499, -1] and run.method.deployment.steps == (2,)
     stages = [stage for stage, *_ in watch.seen]
     assert all(times <= grids[stage] for times, stage in zip(watch.stored, stages, strict=True))  # nothing of an older stage is left
     assert watch.stored[0] == set() and watch.stored[2] and watch.stored[5]
@@ -230,7 +230,7 @@ def test_resuming_is_exact_in_every_stage_and_at_every_boundary(cut: int, tiny: 
 def test_a_run_that_was_cut_at_a_boundary_goes_on_exactly(tiny: Path, tmp_path: Path, straight: Run) -> None:
     """--updates ends the run with the stage: its student is the run's, and the next stage begins only when the run is made longer."""
     short = fit(build(PD_3, tiny, updates=5), captions(tiny))
-    assert short.method.stage == 1 and short.method.steps == (4,) and short.method.student_updates == 5
+    assert short.method.stage == 1 and short.method.deployment.steps == (4,) and short.method.student_updates == 5
     short.trainer.save_checkpoint(tmp_path / "short.ckpt")
     longer = fit(build(PD_3, tiny), captions(tiny), ckpt=tmp_path / "short.ckpt")
     same(straight, longer)

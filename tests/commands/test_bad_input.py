@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from commandline import refused
-from ddil_lightning.backbones.pipeline import Backbone
+from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.callbacks import Previews
 from ddil_lightning.commands import checks, fit_cli, fitting
 from ddil_lightning.data.datamodule import DDILDataModule
@@ -82,6 +82,8 @@ def test_a_wrong_word_is_answered_in_one_line(fault: str, tiny_config: Path, cap
 
 VALUES = {
     "prior": (["data.prior.student=0.5"], "the prior's shares sum to 1.25, not 1: forward 0.75 + student 0.5 + teacher 0"),
+    "min steps": (["trainer.min_steps=0"], "trainer.min_steps is 0: leave it out, --updates says how long a run is"),
+    "min epochs": (["trainer.min_epochs=1"], "trainer.min_epochs is 1: leave it out, --updates says how long a run is"),
     "share": (["data.prior.student=-1"], "share student = -1.0 is not between 0 and 1"),
     "grid": (["model.solver_steps=30"], "solver_steps = 30 does not divide the schedule's 1000 times: take 25"),
     "rollouts": (["model.rollouts=[60]"], "an LCM grid of 60 steps does not fit on the 50 nodes of its solver"),
@@ -182,7 +184,7 @@ def test_the_seed_of_the_data_is_found_in_every_text_that_a_config_can_be(here: 
 
 
 def test_long_prompts_of_previews_are_cut_only_where_captions_are(tiny: Path) -> None:
-    previews, pipeline = Previews(prompts=["a zero", "a " * 30], count=2), Backbone(str(tiny))
+    previews, pipeline = Previews(prompts=["a zero", "a " * 30], count=2), Pipeline(str(tiny))
     with pytest.raises(ValueError, match=r"previews\.prompts: .* reads 16: shorten it, or set data\.truncate to true"):
         previews.setup(None, SimpleNamespace(backbone=pipeline, feed=DDILDataModule()), "fit")
     previews.check_prompts(pipeline, DDILDataModule(truncate=True))

@@ -199,7 +199,7 @@ def test_a_restored_method_holds_the_one_network_that_is_asked_for(which: int, t
     tensors = [*method.parameters(), *(p for part in method.backbone.parts() for p in part.parameters())]
     assert len(unets) == 1 and not any(p.is_meta for p in tensors)
     state = torch.load("r/checkpoints/updates=2.ckpt", weights_only=True)["state_dict"]
-    deployed = method.deployed().state_dict()
+    deployed = method.deployment.network.state_dict()
     assert all(torch.equal(value, state[f"average.{name}"]) for name, value in deployed.items())
     assert torch.equal(method.reflection.lo, state["reflection.lo"]) and method.student_updates == 2 and not method.training
     assert call(capsys, main.command("export"), "--ckpt_path", "r", "--out", "out")[0] == 0

@@ -74,7 +74,7 @@ def test_options_overrides_and_several_configs(tiny_config: Path, here: Path) ->
     (here / "more.yaml").write_text("data: {batch_size: 5}\nmodel: {init_args: {lr: 0.5}}\n")
     words = ["--updates", "7", "--seed", "3", "--checkpoint_every", "2", "data.capacity=9", "--model.ema=0.5"]
     made = parse("--config", str(tiny_config), "--config", "more.yaml", "--config", "{previews: {count: 1}}", *words)
-    assert (made.model.updates, made.model.lr, made.model.ema, made.model.clip) == (7, 0.5, 0.5, 1.0)
+    assert (made.model.updates, made.model.lr, made.model.averaging.decay, made.model.descent.clip) == (7, 0.5, 0.5, 1.0)
     assert (made.datamodule.batch_size, made.datamodule.seed, made.datamodule.buffer.capacity) == (5, 3, 9)
     assert made.datamodule.prior.student == 0.25 and made.config_init.previews.count == 1 and made.config_init.checkpoints.every == 2
     assert made.name == "tiny" and made.config.seed_everything == 3

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddil_lightning.backbones.pipeline import Backbone
+from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.data.captions import Captions
 from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.data.encoded import Encoded
@@ -114,7 +114,7 @@ class Counted(Captions):
 def real(tiny: Path) -> Toy:
     """The toy with the encoders of the tiny pipeline."""
     toy = Toy()
-    toy.backbone = Backbone(str(tiny))
+    toy.backbone = Pipeline(str(tiny))
     return toy
 
 
@@ -159,7 +159,7 @@ def test_the_pipeline_names_the_data(monkeypatch: pytest.MonkeyPatch, real: Toy)
 def test_encoding_happens_on_the_trainers_device(monkeypatch: pytest.MonkeyPatch, real: Toy) -> None:
     """Lightning moves the method after setup; the encoders go ahead, or a whole data set would be encoded on the CPU."""
     moved: list[torch.device] = []
-    monkeypatch.setattr(Backbone, "to", lambda self, device: (moved.append(device), self)[1])
+    monkeypatch.setattr(Pipeline, "to", lambda self, device: (moved.append(device), self)[1])
     made = attach(DDILDataModule(Counted(), batch_size=4), real)
     made.trainer.strategy.root_device = torch.device("cuda", 1)  # type: ignore[union-attr,misc]
     made.setup("fit")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ddil_lightning.backbones.pipeline import Backbone
+from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.data import encoded
 from ddil_lightning.data.captions import Captions, RawBatch
 from ddil_lightning.data.encoded import Encoded, Notices, cached, encode, encode_batch
@@ -20,8 +20,8 @@ from ddil_lightning.records import CaptionBatch, Context
 
 
 @pytest.fixture(scope="module")
-def backbone(tiny: Path) -> Backbone:
-    return Backbone(str(tiny))
+def backbone(tiny: Path) -> Pipeline:
+    return Pipeline(str(tiny))
 
 
 class Few(Captions):
@@ -41,7 +41,7 @@ class Few(Captions):
         return None if self._pixels is None else self._pixels[list(index)]
 
 
-def test_encoding_at_once_is_encoding_batch_by_batch(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoding_at_once_is_encoding_batch_by_batch(backbone: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     few = Few()
     monkeypatch.setattr(encoded, "CHUNK", 4)  # an uneven last chunk
     whole = encode(few, backbone)
@@ -54,18 +54,18 @@ def test_encoding_at_once_is_encoding_batch_by_batch(backbone: Backbone, monkeyp
     assert batch.rows.tolist() == direct.rows.tolist() == rows
 
 
-def test_captions_alone_have_no_latents(backbone: Backbone) -> None:
+def test_captions_alone_have_no_latents(backbone: Pipeline) -> None:
     whole = encode(Few(images=False), backbone)
     assert whole.latents is None and whole[[1, 2]].latent is None
     assert encode_batch(Few(images=False)[[0]], backbone).latent is None
 
 
-def written(path: Path, captions: Captions, backbone: Backbone, truncate: bool = False, notices: Notices | None = None) -> Encoded:
+def written(path: Path, captions: Captions, backbone: Pipeline, truncate: bool = False, notices: Notices | None = None) -> Encoded:
     return cached(path, captions, backbone, truncate, 0, notices or Notices(), Processes())
 
 
 @pytest.mark.parametrize("images", [True, False])
-def test_a_cache_file_holds_half_precision_and_is_mapped(images: bool, backbone: Backbone, tmp_path: Path) -> None:
+def test_a_cache_file_holds_half_precision_and_is_mapped(images: bool, backbone: Pipeline, tmp_path: Path) -> None:
     path, few = tmp_path / "deep" / "cache.safetensors", Few(images)
     first, again, whole = written(path, few, backbone), written(path, few, backbone), encode(few, backbone)
     assert [p.name for p in path.parent.iterdir()] == [path.name] and len(first) == len(again) == 6
@@ -81,7 +81,7 @@ def test_a_cache_file_holds_half_precision_and_is_mapped(images: bool, backbone:
         assert path.name in Path("/proc/self/maps").read_text()
 
 
-def test_a_file_of_ours_is_a_safetensors_file(backbone: Backbone, tmp_path: Path) -> None:
+def test_a_file_of_ours_is_a_safetensors_file(backbone: Pipeline, tmp_path: Path) -> None:
     """Whoever reads it with the library finds the same numbers, aligned; sizes of SDXL and masks keep their type."""
     c = Context(torch.randn(6, 5, 3), torch.ones(6, 5, dtype=torch.int64), torch.randn(6, 7), torch.full((6, 6), 4096.0 + 1))
     batch = CaptionBatch(torch.randn(6, 4, 3, 3), c, torch.arange(6))
@@ -97,7 +97,7 @@ def test_a_file_of_ours_is_a_safetensors_file(backbone: Backbone, tmp_path: Path
 
 
 @pytest.mark.parametrize("change", ["first caption", "middle caption", "last picture", "order", "fewer", "none"])
-def test_a_cache_of_other_rows_is_refused_whichever_row_it_is(change: str, backbone: Backbone, tmp_path: Path) -> None:
+def test_a_cache_of_other_rows_is_refused_whichever_row_it_is(change: str, backbone: Pipeline, tmp_path: Path) -> None:
     path, few = tmp_path / "cache", Few()
     written(path, few, backbone)
 
@@ -124,14 +124,14 @@ def test_a_cache_of_other_rows_is_refused_whichever_row_it_is(change: str, backb
         written(path, Other(), backbone)
 
 
-def test_a_cache_of_other_encoders_is_refused(backbone: Backbone, tiny: Path, tmp_path: Path) -> None:
+def test_a_cache_of_other_encoders_is_refused(backbone: Pipeline, tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "cache"
     written(path, Few(), backbone)
-    other = Backbone(str(tiny))
+    other = Pipeline(str(tiny))
     assert other.encoders() == backbone.encoders()
     with torch.no_grad():
         other.pipe.vae.encoder.conv_in.bias[0] += 1e-6
-    half = Backbone(str(tiny), torch.bfloat16)
+    half = Pipeline(str(tiny), torch.bfloat16)
     for made in (other, half):
         with pytest.raises(
             ValueError, match=f"the cache {path} was made by another pipeline's encoders, or in another precision of theirs"
@@ -139,7 +139,7 @@ def test_a_cache_of_other_encoders_is_refused(backbone: Backbone, tiny: Path, tm
             written(path, Few(), made)
 
 
-def test_pictures_that_were_copied_are_the_same_pictures(backbone: Backbone, tmp_path: Path) -> None:
+def test_pictures_that_were_copied_are_the_same_pictures(backbone: Pipeline, tmp_path: Path) -> None:
     """Their times are other ones, and their contents decide; as long as nothing is touched, no picture is read for it."""
     from PIL import Image
 
@@ -162,7 +162,7 @@ def test_pictures_that_were_copied_are_the_same_pictures(backbone: Backbone, tmp
         written(path, Images(str(folder), size=16), backbone)
 
 
-def test_a_full_disk_is_known_before_anything_is_encoded(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_known_before_anything_is_encoded(backbone: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole file takes its room first; here files may not grow, as on a full disk."""
     resource = pytest.importorskip("resource")
     monkeypatch.setattr(encoded, "_encoded", lambda *args: pytest.fail("encoded"))
@@ -176,7 +176,7 @@ def test_a_full_disk_is_known_before_anything_is_encoded(backbone: Backbone, tmp
     assert (error.value.errno, error.value.filename) == (errno.EFBIG, str(tmp_path / "cache")) and list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_cache_says_so(backbone: Backbone, tmp_path: Path) -> None:
+def test_a_damaged_cache_says_so(backbone: Pipeline, tmp_path: Path) -> None:
     path = tmp_path / "cache"
     written(path, Few(), backbone)
     path.write_bytes(path.read_bytes()[:-1])
@@ -189,14 +189,14 @@ def test_a_damaged_cache_says_so(backbone: Backbone, tmp_path: Path) -> None:
         Encoded.load(path)
 
 
-def test_values_that_half_precision_cannot_hold_are_refused(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_that_half_precision_cannot_hold_are_refused(backbone: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backbone, "encode_text", lambda prompts, truncate=False: Context(torch.full((len(prompts), 2, 3), 1e5)))
     with pytest.raises(ValueError, match="the text of rows 0 to 5 are too large for half precision: set data.cache to true"):
         written(tmp_path / "cache", Few(), backbone)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pictures_are_loaded_so_many_pixels_at_a_time(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_are_loaded_so_many_pixels_at_a_time(backbone: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
 
     class Watched(Few):
@@ -226,7 +226,7 @@ def test_rows_that_are_skipped_or_enlarged_are_told_once_and_counted(caplog: pyt
     ]  # fmt: skip
 
 
-def test_long_captions_are_refused_or_cut(backbone: Backbone) -> None:
+def test_long_captions_are_refused_or_cut(backbone: Pipeline) -> None:
     class Long(Few):
         def prompts(self, index: Any) -> list[str]:
             return ["blue " * 30 for _ in index]
@@ -236,7 +236,7 @@ def test_long_captions_are_refused_or_cut(backbone: Backbone) -> None:
     assert len(encode(Long(), backbone, truncate=True)) == 6
 
 
-def test_data_that_are_encoded_are_not_replaced_by_a_cache(backbone: Backbone, tmp_path: Path) -> None:
+def test_data_that_are_encoded_are_not_replaced_by_a_cache(backbone: Pipeline, tmp_path: Path) -> None:
     """A file that lay there took the place of data that had nothing to do with it; the rows of that very file are at home there."""
     path, own = tmp_path / "cache", encode(Few(), backbone)
     assert written(path, own, backbone) is own and not path.exists()
@@ -246,7 +246,7 @@ def test_data_that_are_encoded_are_not_replaced_by_a_cache(backbone: Backbone, t
         written(path, own, backbone)
 
 
-def test_a_cache_of_prompts_that_may_be_cut_is_refused_where_they_are_not_cut(backbone: Backbone, tmp_path: Path) -> None:
+def test_a_cache_of_prompts_that_may_be_cut_is_refused_where_they_are_not_cut(backbone: Pipeline, tmp_path: Path) -> None:
     path = tmp_path / "cache"
     written(path, Few(), backbone, truncate=True)
     written(path, Few(), backbone, truncate=True)
@@ -256,7 +256,7 @@ def test_a_cache_of_prompts_that_may_be_cut_is_refused_where_they_are_not_cut(ba
     written(tmp_path / "whole", Few(), backbone, truncate=True)  # no prompt in it was too long
 
 
-def test_rows_that_were_skipped_stay_known(backbone: Backbone, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_that_were_skipped_stay_known(backbone: Pipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Holes(Few):
         def pixels(self, index: Any) -> torch.Tensor | None:
             gone = [i for i in index if i in (2, 5)]
@@ -280,7 +280,7 @@ def test_rows_that_were_skipped_stay_known(backbone: Backbone, tmp_path: Path, c
 
 
 @pytest.mark.parametrize("key", ["content", "truncate", "skipped"])
-def test_a_cache_that_does_not_say_what_it_is_is_refused(key: str, backbone: Backbone, tmp_path: Path) -> None:
+def test_a_cache_that_does_not_say_what_it_is_is_refused(key: str, backbone: Pipeline, tmp_path: Path) -> None:
     """As those of older versions do not; one whose rows were never counted is not whole."""
     from safetensors import safe_open
 

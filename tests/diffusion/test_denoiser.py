@@ -155,7 +155,7 @@ def test_gradients_reach_the_network():
 def test_w_embedding_is_that_of_diffusers_pipeline(dim: int):
     from diffusers import LatentConsistencyModelPipeline
 
-    from ddil_lightning.backbones.pipeline import w_embedding
+    from ddil_lightning.diffusion.denoiser import w_embedding
 
     w = torch.tensor([-1.0, 0.0, 0.5, 6.5, 13.0])
     theirs = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, w, embedding_dim=dim)

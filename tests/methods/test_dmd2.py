@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from ddil_lightning.backbones.pipeline import Backbone
+from backbones import LatentsAlone
+from ddil_lightning.backbones.roles import Role
 from ddil_lightning.diffusion.analytic import Gaussian
 from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.methods import DMD2
-from ddil_lightning.methods.dmd2 import direction, untouched
+from ddil_lightning.methods.dmd2 import direction
 from ddil_lightning.records import Context, LatentBatch
+from ddil_lightning.training.adversary import untouched
 from suite import Entry, backbone, build
 
 SD = NoiseSchedule.scaled_linear()
@@ -33,22 +35,22 @@ class Affine(nn.Module):
         return self.a + self.b * x_t
 
 
-class Exact(Backbone):
+class Exact(LatentsAlone):
     """A teacher N(mu, S^2), a generator a + b z, and the critic that knows the law of the latter."""
 
     def __init__(self, mu: float, s: float, a: float, b: float, schedule: NoiseSchedule = SD, critic: nn.Module | None = None) -> None:
-        self.schedule, self.predicts, self.about, self.latent_shape = schedule, "x0", {"guidance": 1.0}, (1,)
+        super().__init__("gaussian", schedule, "x0", (1,), {"guidance": 1.0})
         self.real, self.net = Gaussian(mu, s, schedule), Affine(a, b)
         self.fake = critic or Gaussian(a, b, schedule)
 
-    def teacher(self) -> nn.Module:
+    def network(self) -> Any:
         return self.real
 
-    def student(self, w_conditioned: bool = False, gradient_checkpointing: bool = False) -> nn.Module:
-        return self.net
-
-    def critic(self, gradient_checkpointing: bool = False) -> nn.Module:
-        return self.fake
+    def role(self, name: str, **kwargs: Any) -> Role:
+        kwargs.pop("recompute", None)
+        if name == "teacher":
+            return super().role(name, **kwargs)
+        return Role(name, self.fake if name == "critic" else self.net, self.schedule, self.predicts)
 
     def null(self) -> Context:
         return Context(torch.zeros(1, 1, 1))
@@ -88,11 +90,11 @@ def test_the_pseudo_losss_gradient_is_g_over_numel(normaliser: str, reflect: str
     method.matching(x, b).mean().backward()
 
     with torch.no_grad():
-        y, tau, eps = method.diffuse(x, "matching", *method.tau)
+        y, tau, eps = method.adversary.diffuse(x, "matching", *method.tau)
         bar = method.backbone.pipe.scheduler.alphas_cumprod[tau].view(-1, 1, 1, 1)
         a, s = bar.sqrt(), (1 - bar).sqrt()
         torch.testing.assert_close(y, a * x + s * eps)
-        unet, null = method.backbone.teacher(), method.backbone.null().expand(3)
+        unet, null = method.backbone.network(), method.backbone.null().expand(3)
         given, free = unet(y, tau, c.guided(None)), unet(y, tau, null)
         real, fake = a * y - s * (given + 1.5 * (given - free)), a * y - s * method.critic.network(y, tau, c)
         lo, hi = (torch.tensor(side).view(1, -1, 1, 1) for side in box)
@@ -114,7 +116,7 @@ def test_a_real_score_without_guidance_is_the_teacher_alone_in_one_evaluation(ti
     b = LatentBatch(x.detach(), t, t, t, c, None, t, torch.ones(3), t)
     method.matching(x, b).mean().backward()
     assert (method.teacher.evaluations, method.critic.evaluations) == (3, 3)
-    y, tau, _ = method.diffuse(x.detach(), "matching", *method.tau)
+    y, tau, _ = method.adversary.diffuse(x.detach(), "matching", *method.tau)
     with torch.no_grad():
         real, fake = method.teacher(y, tau, c.guided(None)).x0, method.critic(y, tau, c).x0
         expected = (fake - real) / (x - real).abs().mean((1, 2, 3), keepdim=True) / x.numel()
@@ -129,7 +131,7 @@ def kl(method: DMD2, t: int, n: int = 4096) -> tuple[Tensor, Tensor]:
     raw = torch.randn(n, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     z, eps = (torch.linalg.qr(raw - raw.mean(0))[0] * n**0.5).split(1, 1)
     b, times = noise(n)._replace(x_t=z), torch.full((n,), t)
-    method.diffuse = lambda x, *args: (SD.add_noise(x, eps, times), times, eps)  # type: ignore[method-assign]
+    method.adversary.diffuse = lambda x, *args: (SD.add_noise(x, eps, times), times, eps)  # type: ignore[method-assign]
     x = method.student(b.x_t, b.t, b.c).x0
     x.retain_grad()
     method.matching(x, b).mean().backward(retain_graph=True)
@@ -209,10 +211,10 @@ def test_the_critics_regression_converges_to_the_closed_form() -> None:
     x = a + b * (batch.x_t - batch.x_t.mean()) / batch.x_t.std()
     optimizer = torch.optim.Adam(table.parameters(), lr=0.1)
     for k in range(150):
-        method.critic_updates = k  # new noise
+        method.adversary.updates = k  # new noise
         optimizer.param_groups[0]["lr"] = 0.1 * (1 - k / 150)
         optimizer.zero_grad()
-        method.following(x, batch).backward()
+        method.adversary.following(x, batch).backward()
         optimizer.step()
     t = torch.arange(steps)
     for y in (-1.0, 2.0):
@@ -245,8 +247,8 @@ def with_data(tiny: Path, **kwargs: Any) -> tuple[DMD2, LatentBatch, Tensor]:
 def test_the_critics_loss_by_hand(whose: str, tiny: Path) -> None:
     """Denoising in v, fake logits from the same noisy outputs, real logits from noised data under the data's own captions."""
     method, b, x = with_data(tiny, gan_features=whose, critic_gan_weight=0.3)
-    loss = float(method.following(x, b).detach())
-    (y, t, eps), (z, t_real, _) = method.diffuse(x, "critic"), method.diffuse(b.real, "real")
+    loss = float(method.adversary.following(x, b).detach())
+    (y, t, eps), (z, t_real, _) = method.adversary.diffuse(x, "critic"), method.adversary.diffuse(b.real, "real")
     alpha, sigma = SD.at(t, x)
     net = method.critic.network if whose == "critic" else method.teacher.network
     with torch.no_grad():
@@ -264,9 +266,9 @@ def test_features_are_the_critics_and_the_students_side_of_the_gan(tiny: Path, m
     monkeypatch.setattr(method.critic.network, "features", lambda *args: method.critic.network.with_features(*args)[1])
     x.requires_grad_()
     with untouched(method.critic, method.head):
-        loss = method.realism(x, b)
+        loss = method.adversary.realism(x, b)
         loss.mean().backward()
-    y, t, _ = method.diffuse(x, "realism")
+    y, t, _ = method.adversary.diffuse(x, "realism")
     logits = method.head(method.critic.network.with_features(y, t, b.c)[1])
     torch.testing.assert_close(loss, softplus(-logits).flatten())
     assert float(x.grad.abs().max()) > 0
@@ -283,12 +285,12 @@ def test_what_was_frozen_before_a_turn_is_frozen_after_it() -> None:
 
 def test_without_its_weight_the_student_asks_the_discriminator_nothing(tiny: Path) -> None:
     method, b, x = with_data(tiny, gan_weight=0.0)
-    assert method.realism(x, b) == 0.0 and method.critic.evaluations == method.teacher.evaluations == 0
+    assert method.adversary.realism(x, b) == 0.0 and method.critic.evaluations == method.teacher.evaluations == 0
     assert method.head is not None and build(ENTRY, tiny, gan_weight=0.0, critic_gan_weight=0.0).head is None
 
 
 def test_features_are_the_bottlenecks_and_cost_no_decoder(tiny: Path) -> None:
-    net = backbone(tiny).critic()
+    net = backbone(tiny).trainable()
     x, t, c = torch.randn(2, 4, 8, 8), torch.tensor([3, 999]), backbone(tiny).encode_text(["a", "a zero"])
     called: list[nn.Module] = []
     handle = net.unet.up_blocks[0].register_forward_hook(lambda module, args, out: called.append(module))

@@ -22,6 +22,7 @@ from ddil_lightning.imitation.rollout import roll
 from ddil_lightning.methods import DMD2
 from ddil_lightning.records import FORWARD, SOURCES, Context, LatentBatch
 from ddil_lightning.runs import export
+from ddil_lightning.training.adversary import Adversary
 from suite import MIXED, Entry, backbone, build, captions, equal, fit, pictures, state, train
 
 SD = NoiseSchedule.scaled_linear()
@@ -41,7 +42,7 @@ class Turns(Callback):
         self.steps: list[tuple[bool, bool]] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.batches.append((pl_module.student_turn, batch))
+        self.batches.append((pl_module.adversary.student_turn, batch))
         self.before.append((weights(pl_module.student), weights(pl_module.critic, pl_module.head)))
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -60,21 +61,21 @@ def test_every_third_batch_updates_the_student_and_every_batch_the_critic(tiny: 
     critic, student = (False, True), (True, False)
     assert seen.steps == [critic, critic, student, critic] * 3
     assert [turn for turn, _ in seen.batches] == [False, False, True] * 3
-    assert (run.method.student_updates, run.method.critic_updates, run.data.done) == (3, 9, 9)
+    assert (run.method.student_updates, run.method.adversary.updates, run.data.done) == (3, 9, 9)
     moved = [not equal(a[0], b[0]) for a, b in zip(seen.before, seen.before[1:], strict=False)]
     assert moved == [False, False, True] * 2 + [False, False]  # the student stands still on the critic's turns
     assert all(not equal(a[1], b[1]) for a, b in zip(seen.before, seen.before[1:], strict=False))
     assert len({row["lr"] for row in run.rows}) == 3 and run.rows[0]["critic_loss"] > 0
 
 
-def nothing(self: DMD2, x: Tensor, b: LatentBatch) -> Tensor:
+def nothing(self: Adversary, x: Tensor, b: LatentBatch) -> Tensor:
     """A loss of the critic with a gradient of zero, so that its optimiser moves nothing that has no other gradient."""
     assert not x.requires_grad
     return sum((0 * p.sum() for m in (self.critic, self.head) for p in m.parameters()), torch.zeros(()))  # type: ignore[union-attr]
 
 
 def test_the_students_turn_moves_no_weight_of_critic_and_head(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DMD2, "following", nothing)
+    monkeypatch.setattr(Adversary, "following", nothing)
     start = build(ENTRY, tiny)
     run = train(ENTRY, tiny, updates=2, accumulate=2, gan_weight=1.0)
     assert equal(weights(run.method.critic, run.method.head), weights(start.critic, start.head))
@@ -94,14 +95,14 @@ def test_both_turns_draw_from_the_same_mixture(tiny: Path, monkeypatch: pytest.M
     outputs: dict[str, list[Tensor]] = {"matching": [], "following": []}
 
     def keep(name: str) -> Any:
-        def loss(self: DMD2, x: Tensor, b: LatentBatch) -> Tensor:
+        def loss(self: Any, x: Tensor, b: LatentBatch) -> Tensor:
             outputs[name].append(x.detach())
             return 0 * x.flatten(1).mean(1) if name == "matching" else nothing(self, x, b)
 
         return loss
 
     for name in outputs:
-        monkeypatch.setattr(DMD2, name, keep(name))
+        monkeypatch.setattr(DMD2 if name == "matching" else Adversary, name, keep(name))
     seen = Turns()
     settings = {"updates": 40, "critic_steps": 2, "gan_weight": 0.0, "teacher_steps": 4}
     run = train(ENTRY, tiny, seen, prior=SamplingPrior(0.25, 0.5, 0.25), **settings)
@@ -141,7 +142,7 @@ class StopInside(Checkpoint):
         self.updates, self.file = updates, file
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        if pl_module.critic_updates == self.updates and not pl_module.halfway():
+        if pl_module.adversary.updates == self.updates and not pl_module.descent.halfway:
             trainer.save_checkpoint(self.file)
             trainer.should_stop = True
 
@@ -155,10 +156,10 @@ def test_resuming_inside_a_cycle_is_exact(accumulate: int, tiny: Path, tmp_path:
     for done in (4, 5)[: 3 - accumulate]:
         file = tmp_path / f"{done}.ckpt"
         cut = fit(*parts(0), StopInside(done, file))
-        assert cut.method.critic_updates == done and cut.method.student_updates == 1
+        assert cut.method.adversary.updates == done and cut.method.student_updates == 1
         resumed = fit(*parts(1), ckpt=file)  # another seed: weights and the seed of the noise come from the checkpoint
         resumed.data.seed = straight.data.seed
-        assert equal(state(straight), state(resumed)) and resumed.method.critic_updates == 12
+        assert equal(state(straight), state(resumed)) and resumed.method.adversary.updates == 12
 
 
 # Data ---------------------------------------------------------------------------------------------------------------------------------
@@ -242,7 +243,7 @@ def test_the_teachers_rollout_is_its_sampler(tiny: Path) -> None:
     method = build(ENTRY, tiny, reflect="off")
     c = backbone(tiny).encode_text(["a", "a zero"]).guided(1.0)
     made = roll(method.policies, method.grid, [False] * 4, c, (4, 8, 8), torch.Generator().manual_seed(5))
-    policy, fine = method.teacher_sampler(32)
+    policy, fine = method.baseline.sampler(32)
     walk = list(policy.walk(made.x_t[:2], fine, c))
     for j in (1, 2, 3):
         torch.testing.assert_close(made.x_t[2 * j : 2 * j + 2], walk[8 * j - 1])
@@ -254,10 +255,10 @@ def test_the_teachers_rollout_is_its_sampler(tiny: Path) -> None:
 def test_trained_nodes_are_the_exported_ones(tiny: Path) -> None:
     """Bit-equal for 4, 2 and 1 steps, with diffusers' defaults: 499, not 500; LCM's own 999, 759, 499, 259 were never trained."""
     method = build(ENTRY, tiny)
-    scheduler = LCMScheduler.from_config(method.scheduler().config)
+    scheduler = LCMScheduler.from_config(method.deployment.scheduler().config)
     for steps, nodes in {4: [999, 749, 499, 249], 2: [999, 499], 1: [999]}.items():
         scheduler.set_timesteps(steps)
-        _, grid = method.sampler(steps)
+        _, grid = method.deployment.sampler(steps)
         assert scheduler.timesteps.tolist() == grid.nodes.tolist() == nodes
         method.grid.rows(grid.nodes)  # all of them are training nodes
     for t in (999, 749, 499, 249):
@@ -270,7 +271,7 @@ def test_the_exported_folder_samples_as_dmd2_does(tiny: Path, tmp_path: Path) ->
     method, folder, prompts = build(ENTRY, tiny).eval(), tmp_path / "out", ["a handwritten one", "", "a small red circle"]
     torch.manual_seed(7)
     with torch.no_grad():
-        for p in method.deployed().parameters():
+        for p in method.deployment.network.parameters():
             p.add_(0.05 * torch.randn_like(p))
     assert export.deliver(method, folder, prompts, 4) < 1e-4
     pipe = DiffusionPipeline.from_pretrained(folder)
@@ -284,4 +285,4 @@ def test_the_exported_folder_samples_as_dmd2_does(tiny: Path, tmp_path: Path) ->
             x0 = bar[t].sqrt() * x - (1 - bar[t]).sqrt() * method.student.network(x, torch.full((3,), t), c)
             fresh = torch.stack([torch.randn(4, 8, 8, generator=g) for g in generators])
             x = x0 if s is None else bar[s].sqrt() * x0 + (1 - bar[s]).sqrt() * fresh
-    assert export.relative(x, sampling.pipeline_latents(pipe, prompts, 4, 1.0)) < 1e-4
+    assert export.relative(x, sampling.pipeline_latents(method.backbone.holding(pipe), prompts, 4, 1.0)) < 1e-4

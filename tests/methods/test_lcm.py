@@ -84,7 +84,7 @@ class ByHand:
         x, t, s = b.x_t.double(), b.t, (b.t - 20).clamp(min=0)
         y = self.f(x, t, self.x0_eps(self.method.student.network, x, t, b.c)[0])
         with torch.no_grad():
-            unet, w, none = self.method.backbone.teacher(), b.c.w.double().view(-1, 1, 1, 1), b.c.guided(None)
+            unet, w, none = self.method.backbone.network(), b.c.w.double().view(-1, 1, 1, 1), b.c.guided(None)
             null = self.method.backbone.null().expand(len(x))
             given, free = self.x0_eps(unet, x, t, none), self.x0_eps(unet, x, t, null)
             x0, eps = (one + w * (one - other) for one, other in zip(given, free, strict=True))
@@ -208,16 +208,16 @@ def test_evaluations_count_every_network_call(tiny: Path) -> None:
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 8])
 def test_the_sampler_walks_the_schedulers_times(steps: int, tiny: Path) -> None:
     method = build(LCM_W, tiny)
-    scheduler = method.scheduler()
+    scheduler = method.deployment.scheduler()
     scheduler.set_timesteps(steps)
-    _, grid = method.sampler(steps)
+    _, grid = method.deployment.sampler(steps)
     assert grid.nodes.tolist() == scheduler.timesteps.tolist() and grid.times[-1] == -1
     method.grid.rows(grid.nodes)  # all of them are training nodes
 
 
 def test_the_sampler_is_the_rollout_policy_with_the_deployed_weights(tiny: Path) -> None:
     method = build(LCM_W, tiny, updates=1, ema=0.0)
-    policy, grid = method.sampler(4)
+    policy, grid = method.deployment.sampler(4)
     x, c = torch.randn(2, 4, 8, 8), backbone(tiny).encode_text(["a red circle", "a"]).guided(2.0)
     a, b = (p.sample(x, grid, c, torch.Generator().manual_seed(3)) for p in (policy, method.policies.student))
     assert torch.equal(a, b)

@@ -12,7 +12,7 @@ import torch
 from test_lcm import Batches
 from torch import Tensor, nn
 
-from ddil_lightning.backbones.pipeline import Backbone
+from backbones import LatentsAlone
 from ddil_lightning.diffusion.analytic import Gaussian, PointMass
 from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
 from ddil_lightning.diffusion.solver import Multistep, Policy, ddim
@@ -55,21 +55,17 @@ class Affine(nn.Module):
         return self.a[t].view(-1, 1, 1, 1) * x_t + self.b[t].view(-1, 1, 1, 1)
 
 
-class Exact(Backbone):
+class Exact(LatentsAlone):
     """An exact teacher behind the interface of a pipeline, with affine students."""
 
     def __init__(self, exact: nn.Module, schedule: NoiseSchedule) -> None:
-        self.path, self.dtype, self.about = "exact", torch.float32, {"guidance": 1.0}
-        self.schedule, self.predicts, self.latent_shape = schedule, "v", (2, 2, 2)
-        self.network = AsV(exact, schedule).eval()
+        super().__init__("exact", schedule, "v", (2, 2, 2), {"guidance": 1.0})
+        self.exact = AsV(exact, schedule).eval()
 
-    def parts(self) -> list[nn.Module]:
-        return [self.network]
+    def network(self) -> Any:
+        return self.exact
 
-    def teacher(self) -> nn.Module:
-        return self.network
-
-    def student(self, w_conditioned: bool = False, gradient_checkpointing: bool = False) -> nn.Module:
+    def trainable(self, w_conditioned: bool = False) -> Any:
         return Affine(self.schedule.steps)
 
     def null(self) -> Context:
@@ -155,7 +151,7 @@ def distilled(law: Gaussian, schedule: NoiseSchedule, steps: int) -> PD:
 @pytest.mark.parametrize("schedule", [SD, ZERO], ids=["sd", "zero-snr"])
 def test_after_all_halvings_one_step_is_the_product_of_the_rotations(schedule: NoiseSchedule) -> None:
     method = distilled(Gaussian(0.0, 1.0, schedule), schedule, 16)
-    policy, grid = method.sampler(1)
+    policy, grid = method.deployment.sampler(1)
     phi = torch.atan2(schedule.sigmas, schedule.alphas)[Grid.named("trailing", 16).times]
     x = noise(3)
     found = policy.sample(x, grid, Context(torch.zeros(3, 1, 1)))
@@ -168,7 +164,7 @@ def test_one_step_converges_to_the_flow() -> None:
     errors = []
     for steps in (16, 64, 256):
         method = distilled(law, SD, steps)
-        found = method.sampler(1)[0].sample(x, Grid.named("trailing", 1), c)
+        found = method.deployment.sampler(1)[0].sample(x, Grid.named("trailing", 1), c)
         fine = Policy(method.teacher, "ddim").sample(x, Grid.named("trailing", steps), c.guided(0.0))
         torch.testing.assert_close(found, fine, rtol=1e-8, atol=1e-9)
         errors.append(float((found - law.flow(x, 999, END)).abs().max()))
@@ -188,7 +184,7 @@ def test_the_targets_x0_is_a_mean_of_the_teachers_two(schedule: NoiseSchedule) -
     share = torch.where(r_s.isinf(), 0.0, (r_m - r) / (r_s - r))
     x0 = schedule.prediction("v", b.x_t, b.t, method.target(b)).x0
     torch.testing.assert_close(x0, share * first.x0 + (1 - share) * second.x0, rtol=1e-7, atol=1e-8)
-    assert x0.abs().max() <= 0.5 + 1e-9 and 0.1 < method.means.flush()["reflect/saturated"] < 1
+    assert x0.abs().max() <= 0.5 + 1e-9 and 0.1 < method.measures.flush()["reflect/saturated"] < 1
     assert method.teacher.reflection is not None and method.former is None
 
 
@@ -221,7 +217,7 @@ class ByHand:
 
     def teacher(self, x: Tensor, t: Tensor, c: Context, guided: bool = True) -> tuple[Tensor, Tensor]:
         """(x0, eps), guided and reflected."""
-        unet, null = self.method.backbone.teacher(), self.method.backbone.null().expand(len(x))
+        unet, null = self.method.backbone.network(), self.method.backbone.null().expand(len(x))
         out = unet(x.float(), t, c.guided(None)).double()
         if guided:
             out = out + c.w.double().view(-1, 1, 1, 1) * (out - unet(x.float(), t, null).double())  # type: ignore[union-attr]
@@ -335,9 +331,9 @@ def test_the_exported_scheduler_holds_the_trained_nodes(rule: str, tiny: Path) -
     for k, stage in enumerate(method.stages):
         method.stage = k
         method._begin()
-        scheduler = method.scheduler()
+        scheduler = method.deployment.scheduler()
         scheduler.set_timesteps(stage.steps)
-        assert scheduler.timesteps.tolist() == method.grid.nodes.tolist() and method.steps == (stage.steps,)
+        assert scheduler.timesteps.tolist() == method.grid.nodes.tolist() and method.deployment.steps == (stage.steps,)
         fits = rule == "trailing" and stage.steps != 16
         assert type(scheduler).__name__ == ("DDIMScheduler" if fits else "DPMSolverMultistepScheduler")
         assert scheduler.config.prediction_type == "v_prediction"
@@ -352,9 +348,9 @@ def test_the_sampler_is_the_schedulers(steps: int, rule: str, tiny: Path) -> Non
     plan = {"stages": [Stage(steps=steps, updates=1)], "teacher_steps": 2 * steps, "rule": rule}
     method = build(PD_W, tiny, **plan, w_conditioned=False, guidance=2.0)
     x, c = torch.randn(2, 4, 8, 8), backbone(tiny).encode_text(["a", "one"])
-    policy, grid = method.sampler(steps)
-    second = DPMSolverMultistepScheduler.from_config(method.scheduler().config, solver_order=2)
-    for scheduler, mine in ((method.scheduler(), policy), (second, Multistep(policy.denoiser))):
+    policy, grid = method.deployment.sampler(steps)
+    second = DPMSolverMultistepScheduler.from_config(method.deployment.scheduler().config, solver_order=2)
+    for scheduler, mine in ((method.deployment.scheduler(), policy), (second, Multistep(policy.denoiser))):
         scheduler.set_timesteps(steps)
         y = x
         for t in scheduler.timesteps:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from ddil_lightning.backbones import sampling
 from ddil_lightning.backbones.loading import load_pipeline
-from ddil_lightning.backbones.pipeline import Backbone
+from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.runs import export
 from suite import METHODS, build
 
@@ -28,7 +28,7 @@ def student(tiny: Path, which: int = 0, **kwargs: Any) -> Any:
     method = build(METHODS[which], tiny, **{"ema": 0.0, **kwargs}).eval()
     torch.manual_seed(7)
     with torch.no_grad():
-        for p in method.deployed().parameters():
+        for p in method.deployment.network.parameters():
             p.add_(0.05 * torch.randn_like(p))
     return method
 
@@ -43,13 +43,13 @@ def test_a_folder_samples_as_the_trainer_does(which: int, tiny: Path, tmp_path: 
     about = json.loads((folder / "ddil.json").read_text())
     for steps in (1, 2, 4):
         assert export.verify(method, folder, PROMPTS, steps) < 1e-4
-        policy, grid = method.sampler(steps)
+        policy, grid = method.deployment.sampler(steps)
         mine = sampling.latents(method.backbone, policy, grid, PROMPTS, method.eval_guidance)
-        theirs = sampling.pipeline_latents(pipe, PROMPTS, steps, about["guidance_scale"])
+        theirs = sampling.pipeline_latents(method.backbone.holding(pipe), PROMPTS, steps, about["guidance_scale"])
         assert export.relative(mine, theirs) < 1e-4
     assert about["timesteps"] == pipe.scheduler.timesteps.tolist() == grid.nodes.tolist()
     if which == 0:  # told another w, it answers something else
-        assert export.relative(mine, sampling.pipeline_latents(pipe, PROMPTS, 4, 1.5)) > 1e-2
+        assert export.relative(mine, sampling.pipeline_latents(method.backbone.holding(pipe), PROMPTS, 4, 1.5)) > 1e-2
 
 
 def test_a_folder_says_what_it_is(tiny: Path, tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_a_folder_says_what_it_is(tiny: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     card = (tmp_path / "a" / "README.md").read_text()
     assert "A 3-step student" in card and "123 student updates" in card and "guidance_scale=2)" in card and "999, 679, 339" in card
-    again = Backbone(str(tmp_path / "a"))
+    again = Pipeline(str(tmp_path / "a"))
     assert again.guidance == 2.0 and again.pipe.scheduler.config.original_inference_steps == 50
     about = export.about_student(fixed, 4)
     assert (about["guidance"], about["guidance_scale"], about["guidance_range"]) == (2.0, 1.0, [2.0, 2.0])
@@ -82,7 +82,7 @@ def test_half_precision_is_checked_as_strictly_and_leaves_the_method_as_it_was(d
     export.export(method, whole)
     assert export.deliver(method, half, PROMPTS, 4, dtype) < 1e-4
     exact, kept = load_file(whole / WEIGHTS), load_file(half / WEIGHTS)
-    assert all(torch.equal(exact[name], p) for name, p in method.deployed().unet.named_parameters())
+    assert all(torch.equal(exact[name], p) for name, p in method.deployment.network.unet.named_parameters())
     assert all(torch.equal(exact[name].to(dtype), x) for name, x in kept.items()) and {x.dtype for x in kept.values()} == {dtype}
     assert (half / WEIGHTS).stat().st_size < 0.6 * (whole / WEIGHTS).stat().st_size
 
@@ -101,10 +101,10 @@ def test_a_folder_that_does_not_sample_as_trained_is_kept_under_another_name(tin
     from diffusers import LCMScheduler
 
     method, folder = student(tiny), tmp_path / "out"
-    wrong = LCMScheduler.from_config(method.scheduler().config, original_inference_steps=25)  # other timesteps
+    wrong = LCMScheduler.from_config(method.deployment.scheduler().config, original_inference_steps=25)  # other timesteps
     (folder / "unet").mkdir(parents=True)
     (folder / "unet" / "old").touch()
-    monkeypatch.setattr(type(method), "scheduler", lambda self: wrong)
+    monkeypatch.setattr(type(method.backbone), "scheduler", lambda *args: wrong)
     said = r"does not sample as the trainer does: at 4 steps its latents differ by .*, where rounding explains .*; it is kept as .*ified"
     with pytest.raises(export.NotAsTrained, match=said):
         export.deliver(method, folder, PROMPTS, 4)
@@ -146,16 +146,18 @@ def test_verification_computes_in_full_precision_and_one_layout(tiny: Path, tmp_
     assert layouts == {True}  # channels last, as in training
     assert (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == before
     pipe = load_pipeline(folder)
-    policy, grid = method.sampler(4)
+    policy, grid = method.deployment.sampler(4)
     mine = sampling.latents(method.backbone, policy, grid, PROMPTS, method.eval_guidance)
-    assert export.relative(mine, sampling.pipeline_latents(pipe, PROMPTS, 4, method.eval_guidance)) > 3e-4  # what it refused
+    assert (
+        export.relative(mine, sampling.pipeline_latents(method.backbone.holding(pipe), PROMPTS, 4, method.eval_guidance)) > 3e-4
+    )  # what it refused
 
 
 def test_the_tolerance_is_that_of_the_very_network(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A student that amplifies is given more room, and the same difference is refused in a calm one."""
     method, folder = student(tiny), tmp_path / "out"
     export.export(method, folder)
-    policy, grid = method.sampler(4)
+    policy, grid = method.deployment.sampler(4)
     latents = lambda: sampling.latents(method.backbone, policy, grid, PROMPTS, method.eval_guidance)  # noqa: E731
     calm = export.sensitivity(method.backbone, policy, grid, PROMPTS, method.eval_guidance, 0, latents())
     assert 1e-6 < calm < 1e-3
@@ -176,15 +178,14 @@ def test_the_end_of_every_stage_is_tried_on_the_untrained_student(tiny: Path, tm
     tried: list[int] = []
     compare = export.compare
     monkeypatch.setattr(
-        export, "compare", lambda method, pipe, prompts, steps: tried.append(steps) or compare(method, pipe, prompts, steps)
+        export, "compare", lambda method, deployment, made, prompts, n: tried.append(n) or compare(method, deployment, made, prompts, n)
     )
-    with method.at_stage(1):
-        pass
-    assert method.stage == 0 and len(method.grid) == 8
     export.rehearse(method, tmp_path / "p", PROMPTS, 1)
     assert tried == [8, 4, 1] and method.stage == 0 and len(method.grid) == 8  # the last one at the step count that is asked for
-    scheduler = type(method).scheduler
-    monkeypatch.setattr(type(method), "scheduler", lambda self: type(s := scheduler(self)).from_config(s.config, use_karras_sigmas=True))
+    scheduler = type(method.backbone).scheduler
+    monkeypatch.setattr(
+        type(method.backbone), "scheduler", lambda *args: type(s := scheduler(*args)).from_config(s.config, use_karras_sigmas=True)
+    )
     with pytest.raises(export.NotAsTrained, match="at 8 steps"):
         export.rehearse(method, tmp_path / "q", PROMPTS, None)
 
@@ -199,13 +200,13 @@ def test_all_components_are_converted(tiny: Path, tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_not_left_in_half(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method = student(tiny)
-    save = type(method.deployed().unet).save_pretrained
+    save = type(method.deployment.network.unet).save_pretrained
 
     def full(self: Any, folder: Any, **kwargs: Any) -> None:
         save(self, folder, **kwargs)
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")  # no OSError
 
-    monkeypatch.setattr(type(method.deployed().unet), "save_pretrained", full)
+    monkeypatch.setattr(type(method.deployment.network.unet), "save_pretrained", full)
     for write in (lambda: export.export(method, tmp_path / "a"), lambda: export.deliver(method, tmp_path / "b", PROMPTS, 4)):
         with pytest.raises(OSError, match="No space left") as error:
             write()
@@ -213,8 +214,8 @@ def test_a_folder_that_cannot_be_written_is_not_left_in_half(tiny: Path, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_unets_are_exported(tiny: Path, tmp_path: Path) -> None:
+def test_a_pipeline_holds_a_network_of_its_own_family_alone(tiny: Path, tmp_path: Path) -> None:
     method = student(tiny)
     method.student.network = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="only diffusers U-Nets can be exported, and this student is a Linear"):
+    with pytest.raises(ValueError, match="hold a UNet, and this student is a Linear"):
         export.export(method, tmp_path / "out")

@@ -11,7 +11,8 @@ import diffusers
 import pytest
 import torch
 
-from ddil_lightning.backbones.pipeline import PROCESS, Backbone
+from ddil_lightning.backbones.pipeline import Pipeline
+from ddil_lightning.backbones.schedulers import PROCESS
 from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.methods import DMD2, LCM, PD
 from ddil_lightning.runs import export
@@ -71,7 +72,7 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
 PROMPTS = ["a handwritten one", "a small red circle"]
 
 
-def teacher(name: str, tiny: Path, folder: Path) -> Backbone:
+def teacher(name: str, tiny: Path, folder: Path) -> Pipeline:
     """The tiny pipeline with one of these schedulers, through its folder."""
     kind, own = SHIPPED[name]
     known = getattr(diffusers, kind)
@@ -80,15 +81,15 @@ def teacher(name: str, tiny: Path, folder: Path) -> Backbone:
     known.from_config({**SD, **own}).save_pretrained(folder / "scheduler")
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", kind]}))
-    return Backbone(str(folder))
+    return Pipeline(str(folder))
 
 
-def made(method: str, backbone: Backbone) -> Any:
+def made(method: str, backbone: Pipeline) -> Any:
     cls, kwargs = METHODS[method]
     torch.manual_seed(0)
     built = cls(pipeline=backbone, **kwargs).eval()
     with torch.no_grad():
-        for p in built.deployed().parameters():
+        for p in built.deployment.network.parameters():
             p.add_(0.05 * torch.randn_like(p))
     return built
 
@@ -102,7 +103,7 @@ def said(scheduler: Any) -> dict[str, Any]:
 def plain(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What the methods' schedulers are on a plain teacher, which test_export and test_dmd2_turns compare by samples."""
     backbone = teacher("DPM++ 2M", tiny, tmp_path_factory.mktemp("plain") / "p")
-    return {name: said(made(name, backbone).scheduler()) for name in METHODS}
+    return {name: said(made(name, backbone).deployment.scheduler()) for name in METHODS}
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name not in OTHER_PROCESS])
@@ -110,7 +111,7 @@ def test_a_teachers_ways_to_sample_are_not_the_students(name: str, tiny: Path, t
     backbone = teacher(name, tiny, tmp_path / "p")
     assert torch.equal(backbone.schedule.alphas, NoiseSchedule.scaled_linear().alphas)
     for method, expected in plain.items():
-        assert said(made(method, backbone).scheduler()) == expected, method
+        assert said(made(method, backbone).deployment.scheduler()) == expected, method
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -118,9 +119,9 @@ def test_a_teachers_ways_to_sample_are_not_the_students(name: str, tiny: Path, t
 def test_a_forward_process_of_its_own_survives(name: str, method: str, tiny: Path, tmp_path: Path) -> None:
     """Compared by samples, through the folder; the flags of the process are those of the teacher."""
     built = made(method, teacher(name, tiny, tmp_path / "p"))
-    config, given = built.scheduler().config, built.backbone.pipe.scheduler.config
+    config, given = built.deployment.scheduler().config, built.backbone.pipe.scheduler.config
     assert all(config[key] == given[key] for key in PROCESS if key in given)
-    export.deliver(built, tmp_path / "out", PROMPTS, built.steps[0])
+    export.deliver(built, tmp_path / "out", PROMPTS, built.deployment.steps[0])
 
 
 @pytest.mark.parametrize("name", ["DPM++ 2M Karras", "Euler, Karras"])
@@ -128,7 +129,7 @@ def test_pd_by_linspace_from_a_karras_teacher(name: str, tiny: Path, tmp_path: P
     """This was refused after the training: latents differed by 0.67."""
     built = made("pd-linspace", teacher(name, tiny, tmp_path / "p"))
     assert export.deliver(built, tmp_path / "out", PROMPTS, 4) < 1e-4
-    assert built.scheduler().config.use_karras_sigmas is False
+    assert built.deployment.scheduler().config.use_karras_sigmas is False
 
 
 @pytest.mark.parametrize("kind", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"])

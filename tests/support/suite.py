@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 
-from ddil_lightning.backbones.pipeline import Backbone
+from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.callbacks import Stages
 from ddil_lightning.data.captions import Captions
 from ddil_lightning.data.datamodule import DDILDataModule
@@ -124,9 +124,9 @@ class Run(NamedTuple):
 
 
 @lru_cache
-def backbone(folder: Path) -> Backbone:
+def backbone(folder: Path) -> Pipeline:
     """Shared by all runs of a session: a frozen pipeline has nothing to lose."""
-    return Backbone(str(folder))
+    return Pipeline(str(folder))
 
 
 @lru_cache

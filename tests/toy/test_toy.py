@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddil_lightning.backbones.pipeline import w_embedding
 from ddil_lightning.callbacks import Checkpoints, Stages
 from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.data.encoded import encode
-from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.denoiser import Denoiser, w_embedding
 from ddil_lightning.diffusion.reflection import Reflection
 from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.solver import Policy
@@ -90,7 +89,7 @@ def test_an_ensemble_is_its_members(toy: Toy, told: bool) -> None:
 
 
 def test_a_member_has_no_gradient_in_the_weights_of_another(toy: Toy) -> None:
-    net, head = toy.student(), toy.head()
+    net, head = toy.trainable(), toy.head()
     assert isinstance(head, Head)
     x, t, c = batch(toy)
     out, features = net.with_features(x, t, c)
@@ -101,17 +100,17 @@ def test_a_member_has_no_gradient_in_the_weights_of_another(toy: Toy) -> None:
 
 def test_an_ensemble_that_is_told_guidance_needs_it(toy: Toy) -> None:
     x, t, c = batch(toy)
-    torch.testing.assert_close(toy.student(True)(x, t, c.guided(3.0)), toy.student()(x, t, c))  # the embedding starts at zero
+    torch.testing.assert_close(toy.trainable(True)(x, t, c.guided(3.0)), toy.trainable()(x, t, c))  # the embedding starts at zero
     with pytest.raises(ValueError, match="no w"):
-        toy.student(True)(x, t, c)
+        toy.trainable(True)(x, t, c)
 
 
 def test_the_teacher_is_the_mixture_for_every_member(toy: Toy) -> None:
     x, t, c = batch(toy)
     t = t.clamp(min=20)
-    guided = Denoiser(toy.teacher(), toy.schedule, "v", null=toy.null())
+    guided = Denoiser(toy.network(), toy.schedule, "v", null=toy.null())
     p = guided(x, t, c.guided(2.0))
-    assert isinstance(toy.teacher(), Exact) and guided.evaluations == 2 * len(x)
+    assert isinstance(toy.network(), Exact) and guided.evaluations == 2 * len(x)
     for m in range(2):
         with_class, without = toy.mixture(x[..., m], t, c), toy.mixture(x[..., m], t, toy.null().expand(len(x)))
         torch.testing.assert_close(p.x0[..., m], without + 3.0 * (with_class - without), atol=2e-4, rtol=1e-4)
@@ -121,9 +120,9 @@ def test_the_box_is_per_coordinate(toy: Toy) -> None:
     """Guidance leaves the hull of the data; reflection keeps every member in the box, which differs between the two coordinates."""
     x, _, c = batch(toy, 64)
     t = torch.full((64,), 900)
-    free = Denoiser(toy.teacher(), toy.schedule, "v", null=toy.null())(x, t, c.guided(6.0))
+    free = Denoiser(toy.network(), toy.schedule, "v", null=toy.null())(x, t, c.guided(6.0))
     box = Reflection([-1.0, -2.0], [1.0, 2.0], "static")
-    p = Denoiser(toy.teacher(), toy.schedule, "v", null=toy.null(), reflection=box)(x, t, c.guided(6.0))
+    p = Denoiser(toy.network(), toy.schedule, "v", null=toy.null(), reflection=box)(x, t, c.guided(6.0))
     assert float(free.x0.abs().amax()) > 2
     assert float(p.x0[:, 0].abs().amax()) == 1 and 1 < float(p.x0[:, 1].abs().amax()) <= 2
     alpha, sigma = toy.schedule.at(t, x)
@@ -138,9 +137,9 @@ def test_students_start_near_the_unguided_teacher(toy: Toy) -> None:
         x = wide.schedule.add_noise(x0, torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)), times)
         c = wide.encode_text(prompts)
         exact = wide.exact(x, times, c)
-        assert float((wide.student()(x, times, c) - exact).square().mean() / exact.square().mean()) < limit
-    again = Toy(members=1, seed=3, width=32).student()
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), wide.student().parameters(), strict=True))
+        assert float((wide.trainable()(x, times, c) - exact).square().mean() / exact.square().mean()) < limit
+    again = Toy(members=1, seed=3, width=32).trainable()
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), wide.trainable().parameters(), strict=True))
 
 
 # Data and prompts ----------------------------------------------------------------------------------------------------------------
@@ -205,7 +204,7 @@ def test_resuming_is_exact(toy: Toy, name: str, tmp_path: Path) -> None:
 
 def test_the_teacher_passes_its_own_exam(toy: Toy) -> None:
     exam = Exam(toy, g=1.0, n=600, near=300)
-    teacher = Denoiser(toy.teacher(), toy.schedule, "v", null=toy.null())
+    teacher = Denoiser(toy.network(), toy.schedule, "v", null=toy.null())
     fine = Grid.named("trailing", 32, 1000)
     scores = exam.score(Policy(teacher, "ddim", fine=fine), Grid.named("trailing", 4, 1000))
     assert {len(v) for v in scores.values()} == {2}

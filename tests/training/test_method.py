@@ -69,7 +69,7 @@ def test_the_average_follows_the_student(tiny: Path) -> None:
         d = min(0.3, (1 + n) / (10 + n))
         expected = d * expected + (1 - d) * w
     torch.testing.assert_close(next(method.average.parameters()), expected)
-    assert method.deployed() is method.average and build(FIRST, tiny, ema=0.0).deployed() is not None
+    assert method.deployment.network is method.average and build(FIRST, tiny, ema=0.0).average is None
 
 
 def test_the_box_comes_from_the_data_unless_it_is_given(tiny: Path) -> None:
@@ -97,10 +97,10 @@ def test_losses_and_shares_of_an_update_are_those_of_all_its_batches(tiny: Path)
     method = build(FIRST, tiny, accumulate=2)
     b = SimpleNamespace(source=torch.tensor([0, 0, 0, 1]), weight=torch.ones(4))
     for micro, losses in ((0, [9.0] * 4), (0, [1.0, 2.0, 3.0, 8.0]), (1, [2.0, 2.0, 2.0, 4.0])):
-        method._micro["loss"] = micro
+        method.descent.micro["loss"] = micro
         method.feedback(b, torch.tensor(losses))
-    assert method.source_losses == {"forward": 2.0, "student": 6.0}
-    rows = method.means.flush()
+    assert method.measures.source_losses == {"forward": 2.0, "student": 6.0}
+    rows = method.measures.flush()
     shares = {name: rows[f"drawn/share_{name}"] for name in ("forward", "student", "teacher", "mixed")}
     assert shares == {"forward": 0.75, "student": 0.25, "teacher": 0.0, "mixed": 0.0}
 

@@ -120,7 +120,7 @@ class Heard(Callback):
         self.seen: list[dict[str, float]] = []
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        self.seen.append(pl_module.source_losses)
+        self.seen.append(pl_module.measures.source_losses)
 
 
 def test_all_processes_hear_the_same_losses(tiny: Path, tmp_path: Path) -> None:

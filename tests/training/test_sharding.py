@@ -43,7 +43,7 @@ def report(run: Run, seen: Gradients) -> dict[str, Any]:
     method = run.method
     found = {"mine": local(method.state_dict()), "optimizers": [local(o.state_dict()) for o in run.trainer.optimizers]}
     found |= {"gradients": gradients, "evaluations": method.evaluations, "rows": run.rows, "buffer": run.data.buffer.state_dict()}
-    return found | {"deployed": method.deployed().state_dict() if run.trainer.is_global_zero else None}
+    return found | {"deployed": method.deployment.network.state_dict() if run.trainer.is_global_zero else None}
 
 
 @pytest.fixture(scope="module", params=ONE_EACH, ids=lambda entry: entry.name)

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 BUILTIN = {"builtin": "shapes", "builtin/shapes": "shapes", "builtin/digits": "digits"}
-REQUIRED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+DENOISERS = ("unet", "transformer")
+"""Where a pipeline keeps the network that denoises."""
+REQUIRED = ("vae", "text_encoder", "tokenizer", "scheduler")
 SPARED = ("safety_checker", "feature_extractor", "image_encoder")
 """Components that distillation does not use: neither loaded nor exported unless somebody asks (1.2 GB in Stable Diffusion 1.5)."""
 
@@ -41,7 +43,8 @@ def pipeline_folder(path: str | Path) -> Path | None:
         return None
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} is no pipeline folder: it has no model_index.json")
-    if "unet" not in read_json(folder / "model_index.json") or not (folder / "unet").is_dir():
+    index = read_json(folder / "model_index.json")
+    if not any(name in index and (folder / name).is_dir() for name in DENOISERS):
         raise ValueError(f"the pipeline {folder} has no U-Net (folder unet/): distillation needs a Stable Diffusion class pipeline")
     return folder
 
@@ -84,14 +87,15 @@ def load_pipeline(path: str | Path, dtype: Any = torch.float32, spare: bool = Tr
     if folder is not None:
         check_files(folder, kwargs)
     try:
-        index = read_json(folder / "model_index.json") if folder is not None else DiffusionPipeline.load_config(str(path))
+        index = index_of(path)
         # Components that a folder stores as null must be passed as None, or loading raises.
         absent = {name: None for name, library in _libraries(index, path).items() if library is None or (spare and name in SPARED)}
         extra = {"requires_safety_checker": False} if "safety_checker" in absent else {}
         pipe = DiffusionPipeline.from_pretrained(str(folder or path), dtype=dtype, use_safetensors=True, **{**absent, **extra, **kwargs})
     except Exception as error:  # whatever a library makes of a file that is not as it expects
         raise ValueError(f"the pipeline {path} could not be loaded: {reason(error)}") from error
-    missing = [name for name in REQUIRED if getattr(pipe, name, None) is None]
+    missing = [] if any(getattr(pipe, name, None) is not None for name in DENOISERS) else ["U-Net"]
+    missing += [name for name in REQUIRED if getattr(pipe, name, None) is None]
     if missing or not hasattr(pipe, "encode_prompt"):
         what = f"has no {missing[0]}" if missing else f"is a {type(pipe).__name__}"
         raise ValueError(f"the pipeline {path} {what}: distillation needs a Stable Diffusion class text-to-image pipeline")
@@ -172,16 +176,27 @@ def check_files(folder: Path, given: Collection[str] = ()) -> None:
                 )
 
 
-def empty_unet(path: str | Path) -> Any:
-    """The U-Net of a pipeline without memory for its weights. Raises ValueError."""
-    from diffusers import UNet2DConditionModel
+def index_of(path: str | Path) -> dict[str, Any]:
+    """The components of a pipeline by name, as its model_index.json lists them."""
+    from diffusers import DiffusionPipeline
+
+    folder = pipeline_folder(path)
+    return read_json(folder / "model_index.json") if folder is not None else dict(DiffusionPipeline.load_config(str(path)))
+
+
+def empty_network(path: str | Path) -> dict[str, Any]:
+    """The network of a pipeline that denoises, by its component's name, without memory for its weights. Raises ValueError."""
+    import diffusers
 
     folder = pipeline_folder(path)
     try:
+        index = index_of(path)
+        name = next(name for name in DENOISERS if name in index)
+        kind = getattr(diffusers, index[name][1])
         with torch.device("meta"):
-            return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(str(folder or path), subfolder="unet"))
+            return {name: kind.from_config(kind.load_config(str(folder or path), subfolder=name))}
     except Exception as error:
-        raise ValueError(f"the U-Net of the pipeline {path} could not be made: {reason(error)}") from error
+        raise ValueError(f"the network of the pipeline {path} could not be made: {reason(error)}") from error
 
 
 def check_weights(pipe: Any, path: str | Path, given: Collection[str] = ()) -> None:

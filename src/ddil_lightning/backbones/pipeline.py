@@ -1,142 +1,84 @@
-"""diffusers pipelines as teachers and students: networks, text and image encoders, schedulers.
+"""diffusers pipelines as backbones: networks, text and image encoders, schedulers.
 
-The built-in miniatures, a local folder and a hub id all come through `Backbone`: there is no second path for the toy.
+The built-in miniatures, a local folder and a hub id all come through `Pipeline`: there is no second path for the toy.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ddil_lightning.backbones.loading import check_weights, empty_unet, load_pipeline, pipeline_folder, recommended
+from ddil_lightning.backbones import schedulers
+from ddil_lightning.backbones.family import Family
+from ddil_lightning.backbones.interface import Backbone
+from ddil_lightning.backbones.loading import DENOISERS, check_weights, empty_network, load_pipeline, pipeline_folder, recommended
+from ddil_lightning.backbones.unet import UNet
 from ddil_lightning.diffusion.schedule import NoiseSchedule, Predicts
 from ddil_lightning.records import Context
 from ddil_lightning.texts import check_prompts
 
-W_EMBEDDING = 256
+FAMILIES: dict[str, type[Family]] = {"UNet2DConditionModel": UNet}
+"""The family of a pipeline by the class of its network in diffusers. A third party's is an entry made where its file is imported."""
 PREDICTS: dict[str, Predicts] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-"""What a diffusers scheduler says of the forward process. Everything else in its configuration is a way to sample."""
 PIXELS = 4 * 512 * 512
 """How many pixels the autoencoder works on at a time: some 4 GB in float32, whatever the size of an image. A larger one is tiled."""
 
 
-def w_embedding(w: Tensor, dim: int = W_EMBEDDING) -> Tensor:
-    """[B, dim] sinusoids of guidance w [B]: sin then cos of 1000 w 10000^(-j / (dim / 2 - 1)) (LCM's embedding, METHODS 0.4)."""
-    rate = torch.exp(
-        torch.arange(dim // 2, device=w.device, dtype=torch.float32)
-        * (-torch.log(torch.tensor(1e4, dtype=torch.float32, device=w.device)) / (dim // 2 - 1))
-    )
-    angle = 1000.0 * w.float()[:, None] * rate
-    return torch.cat([angle.sin(), angle.cos()], dim=1)
+def family_of(pipe: Any, path: str) -> Family:
+    """The network of a pipeline in its family. Raises ValueError for a pipeline of no known one."""
+    name = next(name for name in DENOISERS if getattr(pipe, name, None) is not None)
+    model = getattr(pipe, name)
+    if type(model).__name__ not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"the pipeline {path} denoises with a {type(model).__name__}: known are {known}; another is an entry of FAMILIES")
+    return FAMILIES[type(model).__name__](model)
 
 
-class _Bottleneck(Exception):
-    """Ends a U-Net's forward once the features are there."""
+class Pipeline(Backbone):
+    """A teacher pipeline of diffusers.
 
-
-class UNet(nn.Module):
-    """A UNet2DConditionModel as a network `(x_t, t, c) -> output`."""
-
-    def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
-        self.unet = unet
-
-    @property
-    def w_conditioned(self) -> bool:
-        """Whether it is told the guidance."""
-        return cast(Any, self.unet).config.time_cond_proj_dim is not None
-
-    def features(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
-        """[B, F, h, w] what leaves the bottleneck; the decoder is not run."""
-        return self._watched(x_t, t, c, encoder_only=True)[1]
-
-    def with_features(self, x_t: Tensor, t: Tensor, c: Context) -> tuple[Tensor, Tensor]:
-        """(output, features) from one forward."""
-        return self._watched(x_t, t, c)
-
-    def _watched(self, x_t: Tensor, t: Tensor, c: Context, encoder_only: bool = False) -> tuple[Tensor, Tensor]:
-        kept: list[Tensor] = []
-
-        def keep(module: nn.Module, args: Any, out: Any) -> None:
-            kept.append(out[0] if isinstance(out, tuple) else out)  # a down block also returns what its skips carry
-            if encoder_only:
-                raise _Bottleneck  # the one way out of diffusers' forward that does not repeat its first half here
-
-        unet = cast(Any, self.unet)
-        handle = (unet.down_blocks[-1] if unet.mid_block is None else unet.mid_block).register_forward_hook(keep)
-        out = x_t
-        try:
-            with suppress(_Bottleneck):
-                out = self.forward(x_t, t, c)  # not self(...): under FSDP2 the call of `features` has gathered the weights already
-        finally:
-            handle.remove()
-        return out, kept[0]
-
-    def forward(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
-        """[B, C, H, W] in the unet's prediction space. Raises ValueError when a w-conditioned U-Net is not told w."""
-        kwargs: dict[str, Any] = {}
-        dtype = next(self.unet.parameters()).dtype  # a teacher may be in half precision; its answer is upcast by the schedule
-        if self.w_conditioned:
-            if c.w is None:
-                raise ValueError("this U-Net is conditioned on guidance, but the context carries no w: give it guidance g (w = g - 1)")
-            kwargs["timestep_cond"] = w_embedding(c.w, cast(Any, self.unet).config.time_cond_proj_dim).to(dtype)
-        if c.pooled is not None:
-            kwargs["added_cond_kwargs"] = {"text_embeds": c.pooled.to(dtype), "time_ids": c.ids}
-        text = c.text.to(dtype)
-        return self.unet(x_t.to(dtype), t, encoder_hidden_states=text, encoder_attention_mask=c.mask, return_dict=False, **kwargs)[0]
-
-
-class Backbone:
-    """A teacher pipeline and what a method needs of it. Loaded once; `unet` stays frozen in eval mode.
-
-    `path`: built-in name, folder or hub id. `dtype`: of the frozen U-Net and text encoders (the student is always made in float32).
-    `vae_dtype`: of the autoencoder, whose latents are what training takes for data. `bare`: U-Nets, the teacher's too, are without memory
+    `path`: built-in name, folder or hub id. `dtype`: of the frozen network and text encoders (the student is always made in float32).
+    `vae_dtype`: of the autoencoder, whose latents are what training takes for data. `bare`: networks, the teacher's too, are without memory
     for weights; the one that is wanted gets them from a checkpoint.
     """
+
+    holds_students = True
 
     def __init__(
         self, path: str = "builtin", dtype: torch.dtype = torch.float32, vae_dtype: torch.dtype = torch.float32, bare: bool = False
     ) -> None:
-        self.path, self.dtype, self.bare = str(path), dtype, bare
-        self.about = recommended(path)
-        empty = {"unet": empty_unet(path)} if bare else {}
+        about = recommended(path)
+        empty = empty_network(path) if bare else {}
         self.pipe: Any = load_pipeline(path, {"default": dtype, "vae": vae_dtype}, **empty)
         check_weights(self.pipe, path, empty)
+        self._network = family_of(self.pipe, str(path))
         for part in self.parts():
             part.requires_grad_(False).eval()
-        for part in (self.pipe.unet, self.pipe.vae):
+        for part in (self._network.model, self.pipe.vae):
             part.to(memory_format=torch.channels_last)  # convolutions run faster so, on CPUs and on tensor cores
-        config = self.pipe.scheduler.config
         if "Flow" in type(self.pipe.scheduler).__name__:
             raise ValueError(f"the pipeline {path} has a flow-matching scheduler, which is not supported with a U-Net yet")
-        self.schedule = NoiseSchedule.from_scheduler(self.pipe.scheduler)
-        kind = config.get("prediction_type", "epsilon")
+        schedule = NoiseSchedule.from_scheduler(self.pipe.scheduler)
+        kind = self.pipe.scheduler.config.get("prediction_type", "epsilon")
         if kind not in PREDICTS:
             raise ValueError(f"the pipeline {path} predicts {kind!r}: known are {', '.join(PREDICTS)}")
-        self.predicts: Predicts = PREDICTS[kind]
-        unet = self.pipe.unet.config
-        if unet.in_channels != unet.out_channels or unet.in_channels != self.pipe.vae.config.latent_channels:
-            raise ValueError(
-                f"the U-Net of {path} reads {unet.in_channels} channels and writes {unet.out_channels}, and its autoencoder has "
-                f"{self.pipe.vae.config.latent_channels}: only text-to-image is distilled, no inpainting, editing or upscaling"
-            )
-        self.latent_shape: tuple[int, ...] = (unet.in_channels, unet.sample_size, unet.sample_size)
-
-    captions: Any = None
-    """The data set that comes with the backbone itself (the analytic toy's)."""
+        self._network.check(str(path), self.pipe.vae.config.latent_channels)
+        super().__init__(str(path), schedule, PREDICTS[kind], self._network.latent_shape, about, dtype)
+        self.bare = bare
 
     def parts(self) -> list[nn.Module]:
         """The frozen modules."""
         return [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
 
-    def to(self, device: torch.device) -> Backbone:
+    def to(self, device: torch.device) -> Pipeline:
         """The frozen encoders and the teacher on `device`."""
         self.pipe.to(device)
         return self
@@ -147,79 +89,132 @@ class Backbone:
         return next(self.pipe.vae.parameters()).device
 
     @property
-    def guidance(self) -> float:
-        """The guidance g that the pipeline's own card recommends (7.5, Stable Diffusion's, without one)."""
-        return float(self.about.get("guidance", 7.5))
+    def side(self) -> int:
+        """The edge of its images in pixels."""
+        return self.latent_shape[-1] * int(self.pipe.vae_scale_factor)
 
-    @property
-    def baked(self) -> bool:
-        """Whether it is a student with its guidance in the weights, to be called with guidance_scale 1."""
-        return "method" in self.about and self.pipe.unet.config.time_cond_proj_dim is None
+    # Networks ------------------------------------------------------------------------------------------------------------------------
+
+    def network(self) -> Family:
+        """The frozen network itself, shared, not copied."""
+        return self._network
 
     def stands_in(self, network: nn.Module) -> None:
         """Put a student's network in the place of a `bare` pipeline's own, which has no weights."""
-        self.pipe.unet = cast(UNet, network).unet
+        self._network = cast(Family, network)
+        setattr(self.pipe, self._network.component, self._network.model)
 
-    def teacher(self) -> nn.Module:
-        """The frozen network itself, shared, not copied."""
-        return UNet(self.pipe.unet)
-
-    def student(self, w_conditioned: bool = False, gradient_checkpointing: bool = False) -> nn.Module:
-        """A trainable float32 copy. With `w_conditioned` it has an embedding of w behind a bias-free linear layer that starts at zero,
-        so that the copy equals its source at every w."""
-        source = self.pipe.unet
-        extra = {"time_cond_proj_dim": W_EMBEDDING} if w_conditioned and source.config.time_cond_proj_dim is None else {}
+    def trainable(self, w_conditioned: bool = False) -> Family:
+        """A trainable float32 copy. With `w_conditioned` it has an embedding of w whose layer starts at zero, so that the copy equals its
+        source at every w."""
+        source = self._network
+        extra = source.told() if w_conditioned and not source.w_conditioned else {}
         with self._memory():
             # Where the teacher lay on this machine is nobody else's business.
-            unet = type(source).from_config({k: v for k, v in {**source.config, **extra}.items() if k != "_name_or_path"})
+            config = {k: v for k, v in {**source.model.config, **extra}.items() if k != "_name_or_path"}
+            model = type(source.model).from_config(config)
         if not self.bare:
-            missing, unexpected = unet.load_state_dict(self._weights(), strict=False)
-            if unexpected or set(missing) - {"time_embedding.cond_proj.weight"}:
-                raise ValueError(f"the U-Net of {self.path} could not be copied: missing {missing}, unexpected {unexpected}")
-            if extra:
-                nn.init.zeros_(unet.time_embedding.cond_proj.weight)
-        if gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-        return UNet(unet.to(memory_format=torch.channels_last).requires_grad_(True).train())
-
-    def critic(self, gradient_checkpointing: bool = False) -> nn.Module:
-        """A trainable float32 copy that follows the student's outputs, and whose features a GAN reads."""
-        return self.student(gradient_checkpointing=gradient_checkpointing)
+            missing, unexpected = model.load_state_dict(self._weights(), strict=False)
+            if unexpected or (missing and not extra):
+                raise ValueError(f"the network of {self.path} could not be copied: missing {missing}, unexpected {unexpected}")
+            for name in missing:
+                nn.init.zeros_(model.get_parameter(name))
+        return type(source)(model.to(memory_format=torch.channels_last).requires_grad_(True).train())
 
     def head(self) -> nn.Module:
-        """DMD2's discriminator: bottleneck features [B, F, h, w] -> logits [B, 1, 1, 1] (convolution, group norm, SiLU, stride 2)."""
-        config = self.pipe.unet.config
-        width, side = config.block_out_channels[-1], config.sample_size >> (len(config.block_out_channels) - 1)
-        layers: list[nn.Module] = []
+        """A discriminator's head on its networks' features."""
         with self._memory():
-            while side > 1:
-                layers += [nn.Conv2d(width, width, 4, 2, 1), nn.GroupNorm(config.norm_num_groups or 1, width), nn.SiLU()]
-                side //= 2
-            return nn.Sequential(*layers, nn.Conv2d(width, 1, 1)).to(memory_format=torch.channels_last)
+            return self._network.head()
 
     def _memory(self) -> Any:
         """Where new networks are made: as usual, or without memory."""
         return torch.device("meta") if self.bare else nullcontext()
 
-    def scheduler(self, kind: str, **own: Any) -> Any:
-        """diffusers' scheduler `kind` on the pipeline's forward process, with `own` options and nothing else of the teacher's.
-
-        A teacher's ways to sample (Karras or other sigmas, thresholding, an offset, rules for the last step) are not the student's.
-        """
-        import diffusers
-
-        process = {name: value for name, value in self.pipe.scheduler.config.items() if name in PROCESS}
-        # An offset of 1 has no effect but on `leading` times, and diffusers warns of any other at every load.
-        common = {"steps_offset": 1, "prediction_type": self.pipe.scheduler.config.get("prediction_type", "epsilon"), "thresholding": False}
-        return getattr(diffusers, kind)(**{**process, **common, **own})
-
     def _weights(self) -> dict[str, Tensor]:
-        """The U-Net's weights in float32, as they are stored: a half-precision teacher has rounded its own."""
-        unet = self.pipe.unet
+        """The network's weights in float32, as they are stored: a half-precision teacher has rounded its own."""
+        model = self._network.model
         if self.dtype != torch.float32:
             where = str(pipeline_folder(self.path) or self.path)
-            unet = type(unet).from_pretrained(where, subfolder="unet", use_safetensors=True, dtype=torch.float32)
-        return {name: value.float() for name, value in unet.state_dict().items()}
+            model = type(model).from_pretrained(where, subfolder=self._network.component, use_safetensors=True, dtype=torch.float32)
+        return {name: value.float() for name, value in model.state_dict().items()}
+
+    # Called as its users call it -----------------------------------------------------------------------------------------------------
+
+    def holding(self, pipe: Any) -> Pipeline:
+        """The same backbone around another pipeline of its kind, such as a student's that was read again, on the same device."""
+        other = copy.copy(self)
+        other.pipe = pipe.to(self.device)
+        other._network = family_of(pipe, self.path)
+        return other
+
+    def stepping(self, scheduler: Any) -> Pipeline:
+        """The same pipeline with another scheduler."""
+        other = copy.copy(self)
+        other.pipe = copy.copy(self.pipe)
+        other.pipe.scheduler = scheduler
+        return other
+
+    def with_solver(self, dpm: bool) -> Pipeline:
+        """The pipeline with its own scheduler, or with DPM-Solver++ 2M made from it."""
+        return self.stepping(schedulers.dpm(self.pipe.scheduler)) if dpm else self
+
+    @property
+    def steps_by_ddim(self) -> bool:
+        """Whether its scheduler is DDIM's, or DPM-Solver++'s, which is DDIM in its first order."""
+        return type(self.pipe.scheduler).__name__ in ("DDIMScheduler", "DPMSolverMultistepScheduler")
+
+    def check_steps(self, n: int) -> None:
+        """Raises ValueError, with its scheduler's reason, for a step count that it cannot take."""
+        schedulers.check_steps(self.pipe.scheduler, n, self.device)
+
+    @contextmanager
+    def counting(self) -> Iterator[list[int]]:
+        """Inside, the first entry of the list counts the network's evaluations of one sample each."""
+        calls = [0]
+
+        def count(module: Any, args: Any, kwargs: Any) -> None:
+            calls[0] += len(args[0] if args else kwargs[next(name for name in ("sample", "hidden_states") if name in kwargs)])
+
+        handle = self._network.model.register_forward_pre_hook(count, with_kwargs=True)
+        try:
+            yield calls
+        finally:
+            handle.remove()
+
+    # Students ------------------------------------------------------------------------------------------------------------------------
+
+    def scheduler(self, transition: str, predicts: Predicts, rule: str, steps: int, scaling: float | None = None) -> Any:
+        """The scheduler of diffusers that steps as a student does (`backbones.schedulers`)."""
+        kind = next(name for name, space in PREDICTS.items() if space == predicts)
+        return schedulers.student(self.pipe.scheduler, transition, kind, rule, steps, scaling)
+
+    def save(self, folder: Path, network: nn.Module, scheduler: Callable[[], Any], dtype: torch.dtype, safety_checker: bool) -> Path:
+        """A pipeline folder: the teacher's encoders, the student's network, its scheduler, all of it in `dtype`.
+
+        Frozen parts that were trained with in half precision are read again and saved as they came. `safety_checker`: with the teacher's.
+        """
+        kind = type(self._network)
+        if not isinstance(network, kind):
+            raise ValueError(f"pipelines of {self.path} hold a {kind.__name__}, and this student is a {type(network).__name__}")
+        own = {kind.component: network.model, "scheduler": scheduler()}
+        whole = {part.dtype for part in self.parts() if part is not self._network.model} == {torch.float32}
+        if safety_checker or not whole:
+            parts = load_pipeline(self.path, spare=not safety_checker, **own).components
+        else:
+            parts = {**self.pipe.components, **own}
+        if dtype != torch.float32:
+            parts = {name: copy.deepcopy(part).to(dtype) if isinstance(part, nn.Module) else part for name, part in parts.items()}
+        extra = {"requires_safety_checker": parts["safety_checker"] is not None} if "safety_checker" in parts else {}
+        type(self.pipe)(**parts, **extra).save_pretrained(folder, safe_serialization=True)
+        return folder
+
+    def laid_out_as(self, network: nn.Module) -> Pipeline:
+        """The pipeline with its network's weights in the memory layout of `network`: another takes other kernels, which round otherwise."""
+        last = [p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in network.parameters() if p.ndim == 4]
+        self._network.model.to(memory_format=torch.channels_last if any(last) else torch.contiguous_format)
+        return self
+
+    # Encoders ------------------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str], truncate: bool = False) -> Context:
@@ -227,19 +222,13 @@ class Backbone:
         check_prompts(prompts)
         if not truncate:
             self.check_length(prompts)
-        made = self.pipe.encode_prompt(prompt=list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
-        if len(made) == 2:
-            return Context(made[0].float())
-        text, _, pooled, _ = made
-        side = float(self.latent_shape[1] * self.pipe.vae_scale_factor)
-        ids = torch.tensor([side, side, 0.0, 0.0, side, side], device=self.device).repeat(len(prompts), 1)
-        return Context(text.float(), pooled=pooled.float(), ids=ids)
+        return self._network.context(self.pipe, prompts, self.device, self.side)
 
     def encoders(self) -> str:
         """A digest of everything that makes latents and text states: weights of the encoders, the latents' scale, the vocabulary."""
         digest = hashlib.sha256()
         for name, part in sorted(self.pipe.components.items()):
-            if isinstance(part, nn.Module) and name != "unet":
+            if isinstance(part, nn.Module) and name != self._network.component:
                 for key, value in sorted(part.state_dict().items()):
                     data = value.detach().cpu().flatten().contiguous().view(torch.uint8)
                     digest.update(f"{name}.{key} {value.dtype} {tuple(value.shape)}".encode() + memoryview(data.numpy()))
@@ -276,15 +265,15 @@ class Backbone:
             parts = [vae.encode(part.to(self.device, vae.dtype)).latent_dist.mode().float() for part in pixels.split(chunk)]
         return ((torch.cat(parts) - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor).contiguous()
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] of scaled latents, on the backbone's device."""
+    def decode(self, latents: Tensor, gradients: bool = False) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] of scaled latents, on the backbone's device; with `gradients`, not clamped."""
         vae = self.pipe.vae
         made = []
-        with self._autoencoder(latents.shape[2] * latents.shape[3] * self.pipe.vae_scale_factor**2) as chunk:
-            for part in latents.split(chunk):
+        with torch.set_grad_enabled(gradients), self._autoencoder(latents.shape[2] * latents.shape[3] * self.pipe.vae_scale_factor**2) as n:
+            for part in latents.split(n):
                 z = part.to(self.device, vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
-                made.append(vae.decode(z, return_dict=False)[0].float().clamp(-1, 1))
+                image = vae.decode(z, return_dict=False)[0].float()
+                made.append(image if gradients else image.clamp(-1, 1))
         return torch.cat(made)
 
     @contextmanager

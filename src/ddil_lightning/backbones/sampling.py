@@ -15,7 +15,8 @@ from ddil_lightning.diffusion.solver import Policy
 from ddil_lightning.streams import Streams
 
 if TYPE_CHECKING:
-    from ddil_lightning.backbones.pipeline import Backbone
+    from ddil_lightning.backbones.interface import Backbone
+    from ddil_lightning.backbones.pipeline import Pipeline
 
 
 def noise(n: int, shape: Sequence[int], seed: int) -> Tensor:
@@ -70,10 +71,9 @@ def decoded(backbone: Backbone, made: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def pipeline_latents(pipe: Any, prompts: Sequence[str], steps: int, g: float, seed: int = 0, chunk: int | None = None) -> Tensor:
+def pipeline_latents(backbone: Pipeline, prompts: Sequence[str], steps: int, g: float, seed: int = 0, chunk: int | None = None) -> Tensor:
     """Final latents of a diffusers pipeline called as its users call it, from the same noise as `latents`."""
-    out = []
-    shape = (pipe.unet.config.in_channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size)
+    out, shape, pipe = [], backbone.latent_shape, backbone.pipe
     chunk = chunk or batch(shape)
     x_T, generators = noise(len(prompts), shape, seed), renoising(len(prompts), seed)
     for start in range(0, len(prompts), chunk):
@@ -82,7 +82,7 @@ def pipeline_latents(pipe: Any, prompts: Sequence[str], steps: int, g: float, se
             prompt=list(prompts[part]),
             num_inference_steps=steps,
             guidance_scale=g,
-            latents=x_T[part].to(pipe.device, pipe.unet.dtype),
+            latents=x_T[part].to(backbone.device, backbone.network().model.dtype),
             generator=generators[part],
             output_type="latent",
         )

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ddil_lightning.bounds import at_least
 from ddil_lightning.feed import Feed
-from ddil_lightning.imitation.prior import Gated, SamplingPrior, Schedule
+from ddil_lightning.imitation.prior import SamplingPrior, Schedule
 
 
 class OnClock(Callback):
@@ -38,53 +38,37 @@ def check_images(feed: Feed, what: str, remedy: str = "give that share to the te
 
 
 class AnnealPrior(OnClock):
-    """Sets the DataModule's prior to `schedule(clock)`. Every prior is checked against the method's sources before it is used."""
+    """Steers the DataModule's prior by `schedule(clock)`. Every prior is checked against the method's sources before it is used."""
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
-        self._heard: int | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Check the whole schedule now: a prior that comes after days of training must not be the one that stops it."""
         if stage != "fit":
             return
-        ends = [self.schedule.first, self.schedule.last] if isinstance(self.schedule, Gated) else []
-        clocks = {round(k / 100 * pl_module.updates) for k in range(101)} | set(getattr(self.schedule, "starts", []))
-        priors = ends or [self.schedule(clock) for clock in sorted(clocks)]
+        priors = self.schedule.ahead(pl_module.updates)
         for prior in priors:
             pl_module.check_prior(prior)
         if max(prior.forward for prior in priors) > 1e-6:  # an interpolation rounds
             check_images(pl_module.feed, "the schedule of AnnealPrior")
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """The clock as it stands; losses from before belong to another run."""
-        self._heard = pl_module.student_updates
-        super().on_train_start(trainer, pl_module)
+        if self.schedule.hears:
+            pl_module.measures.listen(self.schedule.hear, every_update=True)
 
     def apply(self, trainer: Any, method: Any, clock: int) -> None:
-        """The prior of this clock; a gated schedule first hears the losses of an update, once."""
-        # Called after every batch, also those of a critic and the first ones of an update of several, and once more at a stage's end.
-        moved, self._heard = method.student_updates != self._heard, method.student_updates
-        if isinstance(self.schedule, Gated) and moved:
-            losses = method.source_losses
-            rolled = [value for name, value in losses.items() if name != "forward"]
-            if rolled and "forward" in losses:
-                self.schedule.observe(sum(rolled) / len(rolled), losses["forward"])
-        if getattr(getattr(method, "now", None), "preliminary", False):
-            return  # a stage on forward latents, whichever of the callbacks comes last
+        """The prior of this clock."""
         prior: SamplingPrior = self.schedule(clock)
-        if prior != method.feed.prior:
-            method.check_prior(prior)
-            method.feed.prior = prior
+        method.check_prior(prior)
+        method.feed.steer("schedule", prior)
 
     def state_dict(self) -> dict[str, Any]:
-        """The level of a gated schedule; other schedules have no memory."""
-        return {"level": self.schedule.level, "passed": self.schedule.passed} if isinstance(self.schedule, Gated) else {}
+        """What the schedule remembers."""
+        return dict(self.schedule.state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore it."""
-        if isinstance(self.schedule, Gated) and state_dict:
-            self.schedule.level, self.schedule.passed = state_dict["level"], state_dict["passed"]
+        if state_dict:
+            self.schedule.state = state_dict
 
 
 class Cadence(OnClock):

@@ -74,7 +74,7 @@ class Checkpoints(Checkpoint):
         self._alive, self._longest = now, max(self._longest, now - self._alive)
         clock = pl_module.student_updates
         self._batches += 1
-        if self._agreed(trainer) and not pl_module.halfway():
+        if self._agreed(trainer) and not pl_module.descent.halfway:
             self.save(trainer, pl_module)
             trainer.should_stop = True
             return
@@ -94,7 +94,7 @@ class Checkpoints(Checkpoint):
         Of one process alone: several would have to save together. Not in the midst of a step, which may have changed half of the weights.
         """
         self._listen_no_more()
-        between = self._saved_at is not None and not self._stepping and not pl_module.halfway()
+        between = self._saved_at is not None and not self._stepping and not pl_module.descent.halfway
         if trainer.world_size == 1 and between and isinstance(exception, Exception) and pl_module.student_updates != self._saved_at:
             with suppress(OSError, FloatingPointError):
                 self.save(trainer, pl_module)

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from ddil_lightning.backbones import sampling
 from ddil_lightning.bounds import at_least, lengths, seeds, within
-from ddil_lightning.diffusion.schedule import Grid
-from ddil_lightning.diffusion.solver import Policy
 from ddil_lightning.feed import Feed
 from ddil_lightning.files import replacing
+from ddil_lightning.training.deployment import Deployment
 
 
 class Previews(Callback):
@@ -77,11 +76,11 @@ class Previews(Callback):
         backbone = method.backbone
         prompts = self.prompts or backbone.about.get("previews") or method.feed.examples(self.count)
         prompts = list(prompts)[: self.count]
-        steps = list(self.student_steps or method.steps)
+        steps = list(self.student_steps or method.deployment.steps)
         with trainer.precision_plugin.forward_context():
             if not self._teacher:
-                self._teacher = [self._row(method, method.teacher_sampler(n), prompts) for n in self.teacher_steps]
-            student = [self._row(method, method.sampler(n), prompts) for n in steps]
+                self._teacher = [self._row(method.backbone, method.baseline, n, prompts) for n in self.teacher_steps]
+            student = [self._row(method.backbone, method.deployment, n, prompts) for n in steps]
         if not trainer.is_global_zero or not keep:
             return
         labels = [f"teacher@{n}" for n in self.teacher_steps] + [f"student@{n}" for n in steps]
@@ -94,6 +93,5 @@ class Previews(Callback):
             if hasattr(logger, "log_image"):
                 logger.log_image("samples", [picture], step=method.student_updates)
 
-    def _row(self, method: Any, sampler: tuple[Policy, Grid], prompts: list[str]) -> Tensor:
-        policy, grid = sampler
-        return sampling.images(method.backbone, policy, grid, prompts, method.eval_guidance, self.seed)
+    def _row(self, backbone: Any, deployment: Deployment, steps: int, prompts: list[str]) -> Tensor:
+        return sampling.images(backbone, *deployment.sampler(steps), prompts, deployment.guidance, self.seed)

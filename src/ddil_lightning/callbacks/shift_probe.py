@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddil_lightning.backbones.sampling import noise, renoising
 from ddil_lightning.bounds import at_least, seeds, within
-from ddil_lightning.diffusion.denoiser import Denoiser, to_w
+from ddil_lightning.diffusion.denoiser import to_w
 from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.solver import Policy
 from ddil_lightning.imitation.shift import energy_distance
@@ -39,7 +39,7 @@ class ShiftProbe(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Raises ValueError on all processes, now, for a step count that the student cannot take."""
-        pl_module.sampler(self.steps)
+        pl_module.deployment.sampler(self.steps)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Probe when the clock says so. All processes sample, a sharded student answers only then."""
@@ -49,15 +49,14 @@ class ShiftProbe(Callback):
         self._probed = clock
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             values = self.measure(pl_module, pl_module.feed)
-        for logger in trainer.loggers:
-            logger.log_metrics({"student_updates": clock, **values}, step=clock)
+        pl_module.measures.publish(clock, values)
 
     def measure(self, method: Any, data: Any) -> dict[str, float]:
         """The measures now; the references are made once."""
         batch = data.reference(self.count)
-        policy, grid = method.sampler(self.steps)
+        policy, grid = method.deployment.sampler(self.steps)
         if not self._references:
-            walker = Policy(self._teacher(method), "ddim", fine=Grid.named("trailing", self.teacher_steps, method.teacher.schedule.steps))
+            walker = Policy(method.teacher.apart(), "ddim", fine=Grid.named("trailing", self.teacher_steps, method.teacher.schedule.steps))
             # Every set of latents has seeds of its own: seed + i is that of sample i.
             self._references["teacher"] = self._states(walker, grid, method, batch, self.seed + self.count)
             if batch.latent is not None:
@@ -77,7 +76,3 @@ class ShiftProbe(Callback):
 
     def _noise(self, batch: Any, method: Any, seed: int) -> Tensor:
         return noise(len(batch.rows), method.backbone.latent_shape, seed).to(method.device)
-
-    def _teacher(self, method: Any) -> Denoiser:
-        teacher = method.teacher
-        return Denoiser(teacher.network, teacher.schedule, teacher.predicts, null=teacher.null)

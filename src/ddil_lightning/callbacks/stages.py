@@ -29,21 +29,17 @@ class Stages(Callback):
 
     def __init__(self, pipelines: bool = True, folder: str | None = None) -> None:
         self.pipelines, self.folder = pipelines, folder
-        self._own = SamplingPrior()
-        self._annealed = False
         self._clock = 0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Check every prior of the plan now: one that comes after days of training must not be the one that stops it."""
         if stage != "fit" or not staged(pl_module):
             return
-        self._own = pl_module.feed.prior or self._own
-        self._annealed = any(isinstance(c, AnnealPrior) for c in trainer.callbacks)
         parts = [part for s in pl_module.stages for part in s.parts]
-        if parts and self._annealed:
+        if parts and any(isinstance(c, AnnealPrior) for c in trainer.callbacks):
             raise ValueError("the plan's parts and AnnealPrior both set the prior: give the priors in one place")
         for part in parts:
-            pl_module.check_prior(self._of(part))
+            pl_module.check_prior(self._of(part, pl_module))
         forward = [s for s in pl_module.stages if any(part.forward > 0 for part in s.parts) or (s.preliminary and not s.parts)]
         if forward:
             check_images(pl_module.feed, f"the plan's stage {forward[0]}", "give it parts without one")
@@ -80,9 +76,7 @@ class Stages(Callback):
         more = method.stage + 1 < len(method.stages) and method.student_updates < method.updates
         if more and method.stage_updates >= method.stage_length:
             self.next_stage(trainer, method)
-        prior = self.prior(method)
-        if prior is not None:
-            method.feed.prior = prior
+        method.feed.steer("plan", self.prior(method))
 
     def next_stage(self, trainer: Any, method: Any) -> None:
         """Swap, halve, restart, forget. Whatever else hangs on the clock of the stage is told of its new beginning."""
@@ -93,24 +87,20 @@ class Stages(Callback):
                 callback.apply(trainer, method, 0)
 
     def prior(self, method: Any) -> SamplingPrior | None:
-        """The prior of the present stage and part; None where an annealing sets it."""
+        """The prior of the present stage and part; None where the plan has none, and the schedule's or the DataModule's own holds."""
         part = method.now.part(method.stage_updates)
         if part is not None:
-            return self._of(part)
-        if method.now.preliminary:
-            return SamplingPrior()
-        return None if self._annealed else self._own
+            return self._of(part, method)
+        return SamplingPrior() if method.now.preliminary else None
 
     def place(self, method: Any, root: str | Path) -> Path:
         """The folder of the present stage's pipeline."""
-        name = method.now.kind if method.now.preliminary else f"{method.steps[0]}-steps"
+        name = method.now.kind if method.now.preliminary else f"{method.deployment.steps[0]}-steps"
         return Path(self.folder or Path(root) / "stages") / f"{method.stage + 1:02d}-{name}"
 
     def owed(self, method: Any, root: str | Path) -> Path | None:
         """The folder that the end of the present stage asks for and that is not there, or is that of another update."""
-        from ddil_lightning.runs import export
-
-        if not (self.pipelines and staged(method) and method.stage_is_over and export.exportable(method)):
+        if not (self.pipelines and staged(method) and method.stage_is_over and method.backbone.holds_students):
             return None
         place = self.place(method, root)
         return None if read_table(place / "ddil.json").get("student_updates") == method.student_updates else place
@@ -119,19 +109,21 @@ class Stages(Callback):
         """The stage's student as a pipeline folder; None for one that cannot be exported. One that samples otherwise is said and kept."""
         from ddil_lightning.runs import export
 
-        if not export.exportable(method):
+        if not method.backbone.holds_students:
             return None
         place = self.place(method, root)
         try:
-            with evaluating(method.deployed()):
-                export.deliver(method, place, export.check_prompts(method, examples), method.steps[0])
+            with evaluating(method.deployment.network):
+                export.deliver(method, place, export.check_prompts(method, examples), method.deployment.steps[0])
         except export.NotAsTrained as error:
             # Days of training may lie ahead, and the checkpoint has this student.
             logging.getLogger(__name__).warning(f"the pipeline of {method.now}: {error}")
         return place
 
-    def _of(self, part: Any) -> SamplingPrior:
-        return SamplingPrior(part.forward, part.student, part.teacher, self._own.mix)
+    @staticmethod
+    def _of(part: Any, method: Any) -> SamplingPrior:
+        mix = (method.feed.own_prior or SamplingPrior()).mix
+        return SamplingPrior(part.forward, part.student, part.teacher, mix)
 
 
 def staged(method: Any) -> bool:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ddil_lightning.errors import Refusal, one_line
+from ddil_lightning.errors import Refusal
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,19 +77,12 @@ def baked(what: Any, g: float) -> str:
 
 def check_steps(backbone: Any, counts: Sequence[int], solvers: Sequence[bool] = (False,)) -> None:
     """Raises Refusal for a step count that the pipeline's scheduler cannot take, before an hour of sampling with another one."""
-    from diffusers import DPMSolverMultistepScheduler
-
-    own = backbone.pipe.scheduler
-    for scheduler in (DPMSolverMultistepScheduler.from_config(own.config, solver_order=2) if dpm else own for dpm in solvers):
+    for solved in (backbone.with_solver(dpm) for dpm in solvers):
         for n in counts:
             try:
-                scheduler.set_timesteps(n, device=backbone.device)
-                # Without sigmas to interpolate, a scheduler looks its times up: "leading" ones with an offset may lie beyond the last.
-                if not hasattr(scheduler, "sigmas") and int(scheduler.timesteps.max()) >= scheduler.config.num_train_timesteps:
-                    raise ValueError(f"its times begin at {int(scheduler.timesteps.max())}")
-            except Exception as error:  # whatever a scheduler of diffusers raises
-                why = f"{type(scheduler).__name__}: {one_line(error).split('. ')[0]}"
-                raise Refusal(f"--steps {n}: {backbone.path} cannot be sampled in so many steps ({why}): give another number") from error
+                solved.check_steps(n)
+            except ValueError as why:
+                raise Refusal(f"--steps {n}: {backbone.path} cannot be sampled in so many steps ({why}): give another number") from why
 
 
 def device() -> Any:

@@ -29,18 +29,18 @@ def check_steps(method: Distillation, config: Any) -> None:
 
     Also for a prompt of the previews that their text encoder cannot take whole: it is known before the data are encoded.
     """
-    test, previews = config.test, config.previews
-    asked = [("export_steps", [config.export_steps] if config.export_steps is not None else [], method.sampler)]
-    asked += [("test.student_steps", test.student_steps or [], method.sampler)]
-    asked += [("test.teacher_steps", test.teacher_steps if test.n else [], method.teacher_sampler)]
+    test, previews, student, teacher = config.test, config.previews, method.deployment.sampler, method.baseline.sampler
+    asked = [("export_steps", [config.export_steps] if config.export_steps is not None else [], student)]
+    asked += [("test.student_steps", test.student_steps or [], student)]
+    asked += [("test.teacher_steps", test.teacher_steps if test.n else [], teacher)]
     if previews.every:
         previews.check_prompts(method.backbone, config.data)
-        asked += [("previews.student_steps", previews.student_steps or [], method.sampler)]
-        asked += [("previews.teacher_steps", previews.teacher_steps, method.teacher_sampler)]
+        asked += [("previews.student_steps", previews.student_steps or [], student)]
+        asked += [("previews.teacher_steps", previews.teacher_steps, teacher)]
     callbacks = config.trainer.callbacks or []
     for probe in (c for c in (callbacks if isinstance(callbacks, list) else [callbacks]) if isinstance(c, ShiftProbe)):
-        asked += [("the steps of ShiftProbe", [probe.steps], method.sampler)]
-        asked += [("its teacher_steps", [probe.teacher_steps], method.teacher_sampler)]
+        asked += [("the steps of ShiftProbe", [probe.steps], student)]
+        asked += [("its teacher_steps", [probe.teacher_steps], teacher)]
     for name, steps, sampler in asked:
         for n in steps:
             try:
@@ -53,20 +53,16 @@ def check_room(method: Distillation, data: DDILDataModule) -> None:
     """Raises ValueError for a buffer that cannot hold a single roll-out of some stage."""
     if data.buffer is None:
         return
-    for stage in range(method.stage_count):
-        with method.at_stage(stage):
-            grid: Any = method.grid
-            longest = max(len(walk) for walk in grid.rollouts)
-            preliminary = getattr(getattr(method, "now", None), "preliminary", False)  # such a stage has no roll-outs
-        if longest * data.trajectories > data.buffer.capacity and not preliminary:
-            raise ValueError(
-                f"data.capacity {data.buffer.capacity} cannot hold one roll-out: {data.trajectories} trajectories of {longest} states; "
-                "raise it, or set data.trajectories lower, or data.capacity to 0 for roll-outs that are made for every batch"
-            )
+    longest = max((len(walk) for walk in method.walks()), default=0)
+    if longest * data.trajectories > data.buffer.capacity:
+        raise ValueError(
+            f"data.capacity {data.buffer.capacity} cannot hold one roll-out: {data.trajectories} trajectories of {longest} states; "
+            "raise it, or set data.trajectories lower, or data.capacity to 0 for roll-outs that are made for every batch"
+        )
 
 
 GROUPS = ("data", "trainer", "test", *(cls.__name__.lower() for cls in OWN))
-BARE: tuple[tuple[type, str], ...] = ((Distillation, "sampler"), (Captions, "__len__"), (Schedule, "__call__"), (OnClock, "apply"))
+BARE: tuple[tuple[type, str], ...] = ((Distillation, "deploy"), (Captions, "__len__"), (Schedule, "__call__"), (OnClock, "apply"))
 """Classes that are there to be derived from, each with what a class that can be used defines."""
 
 
@@ -97,10 +93,13 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
 
 
 def check_trainer(config: Any) -> None:
-    """Raises ValueError for settings of the Trainer under which no update would be made."""
+    """Raises ValueError for settings of the Trainer under which no update would be made, or more than are asked for."""
     for name in ("max_epochs", "max_steps"):
         if config.get(name) is not None and (config[name] == 0 or config[name] < -1):
             raise ValueError(f"trainer.{name} is {config[name]}: give -1, since --updates says how long a run is, or at least 1")
+    for name in ("min_epochs", "min_steps"):
+        if config.get(name) is not None:  # Lightning goes on with the epoch then, whoever has stopped it
+            raise ValueError(f"trainer.{name} is {config[name]}: leave it out, --updates says how long a run is")
     if config.get("limit_train_batches") in (0, 0.0):
         raise ValueError("trainer.limit_train_batches is 0: leave it out, --updates says how long a run is")
 

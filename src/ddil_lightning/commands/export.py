@@ -22,12 +22,12 @@ def export(argv: list[str]) -> int:
     import torch
 
     from ddil_lightning.commands.restore import restore
-    from ddil_lightning.runs.export import check_prompts, deliver, exportable
+    from ddil_lightning.runs.export import check_prompts, deliver
 
     method = restore(args.ckpt_path).to(device())
-    if not exportable(method):
+    if not method.backbone.holds_students:
         raise Refusal(f"no pipeline can hold the student of {args.ckpt_path}: its weights are in the checkpoint")
-    prompts, steps, dtype = check_prompts(method, []), args.steps or method.steps[0], getattr(torch, args.dtype)
+    prompts, steps, dtype = check_prompts(method, []), args.steps or method.deployment.steps[0], getattr(torch, args.dtype)
     difference = deliver(method, args.out, prompts, steps, dtype, args.safety_checker)
     print(f"pipeline written and checked: {args.out} (latents differ by {difference:.1e})")
     return 0

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
-from ddil_lightning.backbones.pipeline import Backbone
+from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.commands.configs import read_config
 from ddil_lightning.errors import Refusal
 from ddil_lightning.messages import explain, plain, quiet
@@ -17,7 +17,7 @@ from ddil_lightning.training.method import Distillation
 
 
 def rebuild(config: Path) -> Distillation:
-    """The method that a run's config.yaml describes, for inference: of a diffusers pipeline its U-Nets are without weights.
+    """The method that a run's config.yaml describes, for inference: of a diffusers pipeline its networks are without weights.
 
     Data, callbacks and trainer are not made. Raises Refusal, naming the file, for a config that is none or that describes no method.
     """
@@ -27,7 +27,7 @@ def rebuild(config: Path) -> Distillation:
         parsed = parser.parse_object({"model": read_config(config).get("model")})
         args = parsed.model.init_args
         if isinstance(args.pipeline, str):
-            args.pipeline = Backbone(args.pipeline, getattr(torch, args.teacher_dtype), getattr(torch, args.vae_dtype), bare=True)
+            args.pipeline = Pipeline(args.pipeline, getattr(torch, args.teacher_dtype), getattr(torch, args.vae_dtype), bare=True)
         return parser.instantiate_classes(parsed).model
     except ArgumentError as error:
         raise Refusal(f"{config}: {explain(str(error), [], [Distillation])}") from error

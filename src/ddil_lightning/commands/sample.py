@@ -25,9 +25,9 @@ def sample(argv: list[str]) -> int:
         raise Refusal(f"--out {args.out}: give a picture's name, such as x.png")
     check_writable(args.out)
     from ddil_lightning.backbones import sampling
-    from ddil_lightning.backbones.pipeline import Backbone
+    from ddil_lightning.backbones.pipeline import Pipeline
 
-    backbone = Backbone(args.pipeline).to(device())
+    backbone = Pipeline(args.pipeline).to(device())
     prompts = [p for p in args.prompt for _ in range(args.n)]
     if not args.truncate:
         with advising("--truncate"):
@@ -35,7 +35,7 @@ def sample(argv: list[str]) -> int:
     steps = args.steps or int(backbone.about.get("steps", 32))
     g = guidance_scale(backbone, args.guidance)
     check_steps(backbone, [steps])
-    made = sampling.decoded(backbone, sampling.pipeline_latents(backbone.pipe, prompts, steps, g, args.seed))
+    made = sampling.decoded(backbone, sampling.pipeline_latents(backbone, prompts, steps, g, args.seed))
     scale = args.scale or max(1, 256 // made.shape[-1])
     picture = sampling.tiles(made, scale, columns=args.n if args.n > 1 else len(made))
     with replacing(args.out) as temporary:

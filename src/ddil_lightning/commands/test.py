@@ -75,7 +75,7 @@ def _count(args: argparse.Namespace) -> int:
 
 
 def _pipeline_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    from ddil_lightning.backbones.pipeline import Backbone
+    from ddil_lightning.backbones.pipeline import Pipeline
     from ddil_lightning.evaluation.rows import pipeline_row
     from ddil_lightning.runs.folder import stage_pipelines
 
@@ -83,7 +83,7 @@ def _pipeline_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise Refusal(f"no pipeline can hold the student of {args.run}, so there is none to test: its rows are in summary.json")
     if args.run and not (Path(args.run) / "pipeline").is_dir():
         raise Refusal(f"{args.run} holds no exported pipeline (pipeline/): give a finished run, or --ckpt_path for one that is not")
-    backbone = Backbone(str(Path(args.run) / "pipeline") if args.run else args.pipeline).to(device())
+    backbone = Pipeline(str(Path(args.run) / "pipeline") if args.run else args.pipeline).to(device())
     suite = _suite(args, backbone)
     _check_prompts(args, suite, backbone)
     stages = stage_pipelines(Path(args.run)) if args.run else {}
@@ -92,15 +92,14 @@ def _pipeline_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     counts, rows = args.steps or sorted({*stages, *own}, reverse=True), []
     check_steps(backbone, [n for n in counts if n not in stages], _solvers(args, backbone))
     for n in counts:
-        tested = Backbone(str(stages[n])).to(device()) if n in stages else backbone
+        tested = Pipeline(str(stages[n])).to(device()) if n in stages else backbone
         rows += [pipeline_row(suite, tested, n, g, dpm) for dpm in _solvers(args, tested)]
     return rows
 
 
 def _solvers(args: argparse.Namespace, backbone: Any) -> list[bool]:
     """Whether DPM-Solver++ 2M, for each row of a step count."""
-    ddim = type(backbone.pipe.scheduler).__name__ in ("DDIMScheduler", "DPMSolverMultistepScheduler")
-    return [False, True] if args.dpm and ddim else [False]
+    return [False, True] if args.dpm and backbone.steps_by_ddim else [False]
 
 
 def _checkpoint_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -110,10 +109,12 @@ def _checkpoint_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     method = restore(args.ckpt_path).to(device())
     suite = _suite(args, method.backbone)
     _check_prompts(args, suite, method.backbone)
-    if args.guidance is not None and not method.deployed().w_conditioned:
-        raise Refusal(baked(args.ckpt_path, method.student_guidance))
-    g = method.student_guidance if args.guidance is None else args.guidance
-    return student_rows(suite, method.backbone, {n: method.sampler(n) for n in args.steps or method.steps}, g, args.dpm)
+    deployment = method.deployment
+    if args.guidance is not None and not deployment.told:
+        raise Refusal(baked(args.ckpt_path, deployment.quoted))
+    g = deployment.quoted if args.guidance is None else args.guidance
+    samplers = {n: deployment.sampler(n) for n in args.steps or deployment.steps}
+    return student_rows(suite, method.backbone, samplers, g, args.dpm)
 
 
 def _suite(args: argparse.Namespace, backbone: Any) -> Any:

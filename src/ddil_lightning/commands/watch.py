@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from os import pipe
 from typing import Any
 
 from ddil_lightning.signals import ending
@@ -55,7 +56,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         if threading.current_thread() is threading.main_thread():
-            self._pipe = os.pipe()
+            self._pipe = pipe()
             os.set_blocking(self._pipe[1], False)
             # The number of a signal is written there at once, also while this process waits in native code.
             self._before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ddil_lightning.backbones.pipeline import Backbone
+from ddil_lightning.backbones.interface import Backbone
 from ddil_lightning.data.captions import Captions, RawBatch
 from ddil_lightning.files import replacing
 from ddil_lightning.messages import counted

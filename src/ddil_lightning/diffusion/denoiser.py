@@ -22,6 +22,20 @@ def to_w(g: float) -> float:
     return g - 1
 
 
+W_EMBEDDING = 256
+"""The width of the embedding of w that a student is told by."""
+
+
+def w_embedding(w: Tensor, dim: int = W_EMBEDDING) -> Tensor:
+    """[B, dim] sinusoids of guidance w [B]: sin then cos of 1000 w 10000^(-j / (dim / 2 - 1)) (LCM's embedding, METHODS 0.4)."""
+    rate = torch.exp(
+        torch.arange(dim // 2, device=w.device, dtype=torch.float32)
+        * (-torch.log(torch.tensor(1e4, dtype=torch.float32, device=w.device)) / (dim // 2 - 1))
+    )
+    angle = 1000.0 * w.float()[:, None] * rate
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
 class Denoiser(nn.Module):
     """A network that speaks `Prediction`.
 
@@ -60,6 +74,10 @@ class Denoiser(nn.Module):
         self.evaluations += len(x_t)
         out, features = self.network.with_features(x_t, t, c)  # type: ignore[operator]
         return self.schedule.prediction(self.predicts, x_t, t, out), features
+
+    def output(self, p: Prediction) -> Tensor:
+        """What the network itself would have said, of a prediction: the hub, walked back."""
+        return self.schedule.output(self.predicts, p)
 
     def reflected(self, x_t: Tensor, t: Tensor, p: Prediction, reflection: Reflection) -> Prediction:
         """`p` with its x0 inside the box and eps, v re-derived, so that alpha x0 + sigma eps = x_t still holds."""

@@ -142,6 +142,10 @@ class NoiseSchedule:
             raise ValueError(f"a network predicts 'eps', 'v', 'x0' or 'flow', not {kind!r}")
         return Prediction(x0, eps, alpha * eps - sigma * x0)
 
+    def output(self, kind: Predicts, p: Prediction) -> Tensor:
+        """What a network of `kind` says where another one's answer is `p`: the inverse of `prediction`."""
+        return p.eps - p.x0 if kind == "flow" else {"x0": p.x0, "eps": p.eps, "v": p.v}[kind]
+
     def target(self, kind: Predicts, x0: Tensor, eps: Tensor, t: Tensor | int) -> Tensor:
         """What a network of `kind` should answer at x_t = alpha x0 + sigma eps: the target of a denoising loss."""
         alpha, sigma = self.at(t, x0)

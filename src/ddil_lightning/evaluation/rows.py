@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ddil_lightning.backbones import sampling
-from ddil_lightning.backbones.pipeline import Backbone
+from ddil_lightning.backbones.interface import Backbone
+from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.solver import Multistep, Policy
@@ -50,14 +50,14 @@ def method_rows(
     `stages`: pipeline folders of earlier students by their step counts, which are tested instead of the present student at these counts.
     `student_steps`: default all of `stages` and of the present student. `dpm`: see `finish.Test`.
     """
-    stages, g, rows = stages or {}, method.eval_guidance, []
+    stages, rows, deployment, baseline = stages or {}, [], method.deployment, method.baseline
     for n in teacher_steps:
         say(f"teacher@{n}")
-        rows.append(policy_row(suite, method.backbone, f"teacher@{n}", *method.teacher_sampler(n), g))
-    for n in sorted({*stages, *method.steps}, reverse=True) if student_steps is None else student_steps:
+        rows.append(policy_row(suite, method.backbone, f"teacher@{n}", *baseline.sampler(n), baseline.guidance))
+    for n in sorted({*stages, *deployment.steps}, reverse=True) if student_steps is None else student_steps:
         say(f"student@{n}")
-        sampler = folder_sampler(stages[n], method.device) if n in stages else method.sampler(n)
-        rows += student_rows(suite, method.backbone, {n: sampler}, method.student_guidance, dpm)
+        sampler = folder_sampler(stages[n], method.device) if n in stages else deployment.sampler(n)
+        rows += student_rows(suite, method.backbone, {n: sampler}, deployment.quoted, dpm)
     return rows
 
 
@@ -75,30 +75,20 @@ def student_rows(
 
 def folder_sampler(folder: Path, device: torch.device) -> tuple[Policy, Grid]:
     """The student of an exported pipeline that steps by DDIM, on the nodes that its card names."""
-    backbone = Backbone(str(folder)).to(device)
-    return Policy(Denoiser(backbone.teacher(), backbone.schedule, backbone.predicts), "ddim"), Grid([*backbone.about["timesteps"], END])
+    backbone = Pipeline(str(folder)).to(device)
+    return Policy(Denoiser(backbone.network(), backbone.schedule, backbone.predicts), "ddim"), Grid([*backbone.about["timesteps"], END])
 
 
-def pipeline_row(suite: Suite, backbone: Backbone, steps: int, guidance_scale: float, dpm: bool = False) -> dict[str, Any]:
+def pipeline_row(suite: Suite, backbone: Pipeline, steps: int, guidance_scale: float, dpm: bool = False) -> dict[str, Any]:
     """A diffusers pipeline, called as its users call it, with its own scheduler, or (`dpm`) DPM-Solver++ 2M made from it."""
-    pipe, calls = copy.copy(backbone.pipe), [0]
-    if dpm:
-        from diffusers import DPMSolverMultistepScheduler
-
-        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, solver_order=2)
-
-    def count(module: Any, args: Any, kwargs: Any) -> None:
-        calls[0] += len(args[0] if args else kwargs["sample"])
+    solved = backbone.with_solver(dpm)
 
     def sample(prompts: list[str], seed: int) -> Tensor:
-        return sampling.decoded(backbone, sampling.pipeline_latents(pipe, prompts, steps, guidance_scale, seed))
+        return sampling.decoded(solved, sampling.pipeline_latents(solved, prompts, steps, guidance_scale, seed))
 
-    handle = pipe.unet.register_forward_pre_hook(count, with_kwargs=True)
     timed = Timed(sample)
-    try:
+    with solved.counting() as calls:
         metrics = suite.score(timed)
-    finally:
-        handle.remove()
     name = "student" if "method" in backbone.about else "teacher"
     title = f"{name}@{steps} dpm++" if dpm else f"{name}@{steps}"
     g = backbone.guidance if backbone.baked else guidance_scale

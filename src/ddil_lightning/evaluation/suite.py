@@ -28,7 +28,7 @@ from ddil_lightning.evaluation.metrics.pairs import choose, image_batches, read_
 from ddil_lightning.evaluation.metrics.prdc import density_coverage
 
 if TYPE_CHECKING:
-    from ddil_lightning.backbones.pipeline import Backbone
+    from ddil_lightning.backbones.interface import Backbone
 
 Sampler = Callable[[list[str], int], Tensor]
 Scorer = Callable[[Tensor, Sequence[str]], Tensor]
@@ -150,7 +150,7 @@ class Suite:
 
     def for_pipeline(self, backbone: Backbone) -> Suite:
         """The suite itself. Raises ValueError for a pipeline whose pictures are of another size than the judge can read."""
-        side = backbone.latent_shape[-1] * backbone.pipe.vae_scale_factor
+        side = backbone.side
         if self.side not in (None, side):
             raise ValueError(
                 f"{self.name} are pictures of {self.side} pixels and the pipeline {backbone.path} makes {side}, which their judge cannot "

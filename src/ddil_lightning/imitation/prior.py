@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,11 +55,34 @@ class SamplingPrior:
 
 
 class Schedule:
-    """A function clock -> SamplingPrior. The clock counts student updates of the current stage."""
+    """A function clock -> SamplingPrior. The clock counts student updates of the current stage.
+
+    One that depends on how the training goes sets `hears`, writes `hear`, and keeps what it remembers in a dict `state`.
+    """
+
+    hears: bool = False
+    """Whether it is told the losses of every update, which costs a wait for the device."""
 
     def __call__(self, clock: int) -> SamplingPrior:
         """The prior at `clock` student updates."""
         raise TypeError(f"{type(self).__name__} is no schedule: give it a __call__(clock) -> SamplingPrior")
+
+    def hear(self, clock: int, losses: Mapping[str, float]) -> None:
+        """The mean losses of update number `clock` by source (forward, student, teacher, mixed), over all processes."""
+
+    def ahead(self, updates: int) -> list[SamplingPrior]:
+        """Priors that it may give in a run of so many updates, its extremes among them, to be checked before it begins."""
+        clocks = {round(k / 100 * updates) for k in range(101)} | set(getattr(self, "starts", []))
+        return [self(clock) for clock in sorted(clocks)]
+
+    @property
+    def state(self) -> dict[str, int]:
+        """What it remembers, for a checkpoint; nothing, where it is a function of the clock alone."""
+        return {}
+
+    @state.setter
+    def state(self, state: Mapping[str, int]) -> None:
+        pass
 
 
 class Constant(Schedule):
@@ -134,8 +157,10 @@ class Exponential(Schedule):
 class Gated(Schedule):
     """Performance-gated: one of `steps` equal moves from `first` to `last` whenever on-policy loss / forward loss is below `ratio`.
 
-    The only schedule with a memory: `observe` is fed by the AnnealPrior callback, `level` is part of its state.
+    It hears the losses of every update; `level` is its memory.
     """
+
+    hears = True
 
     def __init__(self, first: SamplingPrior, last: SamplingPrior, ratio: float = 1.25, steps: int = 10, patience: int = 20) -> None:
         at_least(1, steps=steps, patience=patience)
@@ -151,6 +176,25 @@ class Gated(Schedule):
     def __call__(self, clock: int) -> SamplingPrior:
         """The prior at the present level."""
         return self.first.towards(self.last, self.level / self.steps)
+
+    def ahead(self, updates: int) -> list[SamplingPrior]:
+        """Its ends: where it comes to between them depends on the training."""
+        return [self.first, self.last]
+
+    def hear(self, clock: int, losses: Mapping[str, float]) -> None:
+        """Compare the mean of all roll-outs with forward latents; an update that lacks one of them says nothing."""
+        rolled = [value for name, value in losses.items() if name != "forward"]
+        if rolled and "forward" in losses:
+            self.observe(sum(rolled) / len(rolled), losses["forward"])
+
+    @property
+    def state(self) -> dict[str, int]:
+        """The level, and how many updates in a row have passed."""
+        return {"level": self.level, "passed": self.passed}
+
+    @state.setter
+    def state(self, state: Mapping[str, int]) -> None:
+        self.level, self.passed = state["level"], state["passed"]
 
     def observe(self, on_policy: float, forward: float) -> None:
         """One update's mean losses on roll-out and on forward latents; `patience` passes in a row raise the level."""

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import copy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ddil_lightning.backbones.roles import Role
 from ddil_lightning.bounds import above, at_least, fraction, lengths
 from ddil_lightning.diffusion.denoiser import Consistency, Denoiser
+from ddil_lightning.diffusion.losses import Distance, check_distance, distance
 from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.solver import Policies, Policy, ddim
-from ddil_lightning.methods.losses import Distance, check_distance, distance
 from ddil_lightning.records import LatentBatch
-from ddil_lightning.training.averaging import lerp_
+from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.method import Distillation
 
 
@@ -29,6 +30,8 @@ class LCM(Distillation):
     `solver_steps`: nodes of the training grid. `rollouts`: the step counts of student roll-outs. `target_decay`: EMA of the target (0: the
     online student without gradient). `loss`, `huber`: the distance and its width. `scaling`, `sigma_data`: of the boundary conditions.
     """
+
+    target: Role
 
     def __init__(
         self,
@@ -52,13 +55,11 @@ class LCM(Distillation):
         at_least(1, rollouts=rollouts)
         self.distance, self.huber, self.target_decay = loss, huber, target_decay
         self.boundary = {"scaling": scaling, "sigma_data": sigma_data}
-        backbone, schedule, predicts = self.backbone, self.backbone.schedule, self.backbone.predicts
-        self.grid = Grid.consistency(solver_steps, schedule.steps, rollouts)
-        self.student = Denoiser(backbone.student(w_conditioned, self.gradient_checkpointing), schedule, predicts)
-        self.target = Denoiser(copy.deepcopy(self.student.network), schedule, predicts).requires_grad_(False).eval()
-        self.__dict__["teacher"] = Denoiser(backbone.teacher(), schedule, predicts, null=backbone.null(), reflection=self.reflection)
-        self.__dict__["policies"] = Policies(self._policy(self.student), Policy(self.teacher, "ddim", fine=self.grid))
-        self.with_average()
+        backbone = self.backbone
+        self.grid = Grid.consistency(solver_steps, backbone.schedule.steps, rollouts)
+        student = backbone.role("student", w_conditioned=w_conditioned, recompute=self.gradient_checkpointing)
+        self.cast(student=student, target=student.copied("target"), teacher=backbone.role("teacher", reflection=self.reflection))
+        self.policies = Policies(self._policy(self.student), Policy(self.teacher, "ddim", fine=self.grid))
 
     def training_step(self, b: LatentBatch, i: int) -> None:
         """One consistency update."""
@@ -72,29 +73,22 @@ class LCM(Distillation):
         loss = distance(self.distance, y, target, self.huber)
         if self.descend(self.optimizers(), self.feedback(b, loss)):
             self.advance()
-            lerp_(self.target, self.student, self.target_decay)
+            self.target.follow(self.student, self.target_decay)
 
     def f(self, denoiser: Denoiser, x: Tensor, t: Tensor, b: LatentBatch, reflect: bool = False) -> Tensor:
         """The consistency function's value [B, C, H, W]: c_skip x + c_out x0, with x0 reflected on the target's side."""
         p = denoiser(x, t, b.c)
         if reflect:
-            self.record(**{"reflect/saturated": self.reflection.saturation(p.x0)})
+            self.measures.record(**{"reflect/saturated": self.reflection.saturation(p.x0)})
             p = denoiser.reflected(x, t, p, self.reflection)
         return Consistency(denoiser, **self.boundary).bounded(x, t, p).x0
 
-    def denoisers(self) -> dict[str, Denoiser]:
-        """Student, teacher and target."""
-        return {"student": self.student, "teacher": self.teacher, "target": self.target}
-
-    def sampler(self, steps: int) -> tuple[Policy, Grid]:
+    def deploy(self, student: Denoiser) -> Deployment:
         """Multistep consistency sampling on the nodes of LCMScheduler."""
-        deployed = Denoiser(self.deployed(), self.student.schedule, self.student.predicts)
-        return self._policy(deployed), Grid.named("lcm", steps, self.student.schedule.steps, solver_steps=len(self.grid))
-
-    def scheduler(self) -> Any:
-        """LCMScheduler on the training grid."""
-        own = {"original_inference_steps": len(self.grid), "timestep_scaling": self.boundary["scaling"]}
-        return self.backbone.scheduler("LCMScheduler", set_alpha_to_one=True, clip_sample=False, **own)
+        n, total = len(self.grid), self.student.schedule.steps
+        scheduler = partial(self.backbone.scheduler, "renoise", student.predicts, "lcm", n, self.boundary["scaling"])
+        grid = partial(Grid.named, "lcm", total=total, solver_steps=n)
+        return Deployment(self._policy(student), grid, (4, 2, 1), self.eval_guidance, scheduler)
 
     def _policy(self, denoiser: Denoiser) -> Policy:
         return Policy(Consistency(denoiser, **self.boundary), "renoise")

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ddil_lightning.backbones.roles import Role
 from ddil_lightning.bounds import within
 from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.losses import Distance, check_distance, distance
 from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
 from ddil_lightning.diffusion.solver import Policies, Policy, ddim
-from ddil_lightning.methods.losses import Distance, check_distance, distance
 from ddil_lightning.records import END, LatentBatch
-from ddil_lightning.training.averaging import lerp_
+from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.plan import Stage, check_plan
 
@@ -40,7 +39,7 @@ class PD(Distillation):
     confuses two targets.
     """
 
-    former: Denoiser | None
+    former: Role | None
     """The former student; None while the plan never needs one."""
 
     def __init__(
@@ -65,15 +64,11 @@ class PD(Distillation):
         self.stages, self.teacher_steps, self.rule = stages, teacher_steps, rule
         check_distance(loss, huber)
         self.weight, self.distance, self.huber, self._own = weight, loss, huber, (self.lr, self.warmup)
-        self.student = Denoiser(backbone.student(w_conditioned, self.gradient_checkpointing), schedule, "v")
-        self.__dict__["teacher"] = Denoiser(
-            backbone.teacher(), schedule, backbone.predicts, null=backbone.null(), reflection=self.reflection
-        )
+        student = backbone.role("student", w_conditioned=w_conditioned, recompute=self.gradient_checkpointing, predicts="v")
         self.former = None
-        if any(self._inherits(k) for k in range(len(stages))):
-            network = copy.deepcopy(self.student.network).requires_grad_(False).eval()
-            self.former = Denoiser(network, schedule, "v", reflection=self.reflection)
-        self.with_average()
+        inherits = any(self._inherits(k) for k in range(len(stages)))
+        former = {"former": student.copied("former", self.reflection)} if inherits else {}
+        self.cast(student=student, **former, teacher=backbone.role("teacher", reflection=self.reflection))
         self._begin()
 
     def training_step(self, b: LatentBatch, i: int) -> None:
@@ -96,7 +91,7 @@ class PD(Distillation):
         p = T(x_t, t, b.c)
         x_m = ddim(schedule, x_t, p, t, m)
         x_s = ddim(schedule, x_m, T(x_m, m, b.c), m, s)
-        self.record(**{"reflect/saturated": self.reflection.saturation(p.x0)})
+        self.measures.record(**{"reflect/saturated": self.reflection.saturation(p.x0)})
         return one_step(schedule, x_t, x_s, t, s)
 
     # Stages ----------------------------------------------------------------------------------------------------------------------
@@ -118,30 +113,9 @@ class PD(Distillation):
         return max(self.now.length, self.updates - self.stage_start) if last else self.now.length
 
     @property
-    def steps(self) -> tuple[int, ...]:
-        """The one step count that the present student is made for."""
-        return (self.teacher_steps if self.now.preliminary else len(self.grid),)
-
-    @property
     def stage_is_over(self) -> bool:
         """Of a last stage that goes on to the end of the run, after the plan's own updates."""
         return self.stage_updates == self.now.length
-
-    @property
-    def stage_count(self) -> int:
-        """Those of the plan."""
-        return len(self.stages)
-
-    @contextmanager
-    def at_stage(self, stage: int) -> Iterator[None]:
-        """Inside, grids, step count and scheduler are those of that stage."""
-        present, self.stage = self.stage, stage
-        self._begin()
-        try:
-            yield
-        finally:
-            self.stage = present
-            self._begin()
 
     def _inherits(self, stage: int) -> bool:
         """Whether the teacher of stage number `stage` is the former student: of a halving, once one of guidance or halving has been."""
@@ -156,15 +130,15 @@ class PD(Distillation):
         n = self.now.steps or self.teacher_steps // 2
         self.fine = Grid.named(self.rule, 2 * n, total)
         self.grid = Grid([*range(total - 1, -1, -1), END], rule="all") if self.now.preliminary else Grid.named(self.rule, n, total)
-        self.__dict__["policies"] = Policies(Policy(self.student, "ddim"), Policy(self.expert, "ddim", fine=self.fine))
+        self.policies = Policies(Policy(self.student, "ddim"), Policy(self.expert, "ddim", fine=self.fine))
 
     def next_stage(self) -> None:
         """The deployed student becomes the teacher and starts anew as its copy, in place; optimiser, learning rate and average restart."""
-        deployed = self.deployed()
+        average = self.averaging.role
         if self.former is not None:
-            lerp_(self.former.network, deployed, 0.0)
-        if deployed is not self.student.network:
-            lerp_(self.student.network, deployed, 0.0)
+            self.former.follow(self.student if average is None else average)
+        if average is not None:
+            self.student.follow(average)
         self.stage, self.stage_start = self.stage + 1, self.student_updates
         self._begin()
         for optimizer in self.trainer.optimizers:
@@ -174,23 +148,24 @@ class PD(Distillation):
 
     # What the rest of the library asks -------------------------------------------------------------------------------------------
 
-    def denoisers(self) -> dict[str, Denoiser]:
-        """Student, teacher and, where the plan has one, the former student."""
-        return {"student": self.student, "teacher": self.teacher} | ({} if self.former is None else {"former": self.former})
+    def deploy(self, student: Denoiser) -> Deployment:
+        """DDIM on the nodes of the rule, in the one step count that the present stage makes."""
+        return self._deploy(student, self.stage)
 
-    def sampler(self, steps: int) -> tuple[Policy, Grid]:
-        """DDIM on the nodes of the rule."""
-        deployed = Denoiser(self.deployed(), self.student.schedule, "v")
-        return Policy(deployed, "ddim"), Grid.named(self.rule, steps, self.student.schedule.steps)
+    def deployments(self) -> list[Deployment]:
+        """A stage to come has the same student so far, and its own step count."""
+        student = self.deployment.denoiser
+        return [self._deploy(student, k) for k in range(self.stage, len(self.stages))]
 
-    def scheduler(self) -> Any:
-        """DDIMScheduler on trailing nodes; where it would leave them, DPM-Solver++ of first order, which is DDIM between any nodes."""
-        own = {"prediction_type": "v_prediction", "timestep_spacing": self.rule}
-        # DDIMScheduler steps down by T // N, whatever the next node is.
-        if self.rule == "trailing" and self.student.schedule.steps % self.steps[0] == 0:
-            return self.backbone.scheduler("DDIMScheduler", set_alpha_to_one=True, clip_sample=False, **own)
-        rest = {"algorithm_type": "dpmsolver++", "solver_order": 1, "final_sigmas_type": "zero"}
-        return self.backbone.scheduler("DPMSolverMultistepScheduler", **rest, **own)
+    def walks(self) -> list[Grid]:
+        """A halving's roll-outs walk its own nodes; preliminary stages have none."""
+        counts = [stage.steps for stage in self.stages[self.stage :] if stage.steps is not None]
+        return [Grid.named(self.rule, n, self.student.schedule.steps) for n in counts]
+
+    def _deploy(self, student: Denoiser, stage: int) -> Deployment:
+        n, total = self.stages[stage].steps or self.teacher_steps, self.student.schedule.steps
+        scheduler = partial(self.backbone.scheduler, "ddim", student.predicts, self.rule, n)
+        return Deployment(Policy(student, "ddim"), partial(Grid.named, self.rule, total=total), (n,), self.eval_guidance, scheduler)
 
     def setup(self, stage: str) -> None:
         """Raises ValueError where nothing would carry out the plan."""

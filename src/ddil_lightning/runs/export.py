@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ddil_lightning.backbones import sampling
 from ddil_lightning.backbones.loading import load_pipeline
-from ddil_lightning.backbones.pipeline import UNet
 from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.solver import Policy
 from ddil_lightning.files import move_contents, read_table, replacing_folder, unused
 
 if TYPE_CHECKING:
+    from ddil_lightning.backbones.pipeline import Pipeline
+    from ddil_lightning.training.deployment import Deployment
     from ddil_lightning.training.method import Distillation
-
-
-def scale(method: Distillation, g: float) -> float:
-    """The `guidance_scale` to call the exported pipeline with: g for a w-conditioned student, 1 for one with g baked in."""
-    return g if _network(method).w_conditioned else 1.0
-
-
-def exportable(method: Distillation) -> bool:
-    """Whether the student is a network that a diffusers pipeline can hold."""
-    return isinstance(method.deployed(), UNet)
 
 
 def exported(folder: Path) -> bool:
@@ -46,25 +36,17 @@ def check_prompts(method: Distillation, examples: Sequence[str]) -> list[str]:
 
 
 def export(method: Distillation, folder: Path, steps: int = 4, dtype: torch.dtype = torch.float32, safety_checker: bool = False) -> Path:
-    """Write the deployed student as a pipeline folder: the teacher's encoders, the student's U-Net, the trained scheduler, a card.
+    """Write the deployed student as a pipeline folder: the teacher's encoders, the student's network, the trained scheduler, a card.
 
-    All of it in `dtype`. Frozen parts that were trained with in half precision are read again and exported as they came.
-    `safety_checker`: with the teacher's, if it has one. An older folder is replaced when the new one is complete.
+    All of it in `dtype` (`Backbone.save`). `safety_checker`: with the teacher's, if it has one. An older folder is replaced when the new
+    one is complete. Raises ValueError where the backbone's students are no pipelines.
     """
-    backbone = method.backbone
-    own = {"unet": _network(method).unet, "scheduler": method.scheduler()}
-    whole = {part.dtype for part in backbone.parts() if part is not backbone.pipe.unet} == {torch.float32}
-    if safety_checker or not whole:
-        parts = load_pipeline(backbone.path, spare=not safety_checker, **own).components
-    else:
-        parts = {**backbone.pipe.components, **own}
-    if dtype != torch.float32:
-        parts = {name: copy.deepcopy(part).to(dtype) if isinstance(part, nn.Module) else part for name, part in parts.items()}
-    extra = {"requires_safety_checker": parts["safety_checker"] is not None} if "safety_checker" in parts else {}
-    pipe = type(backbone.pipe)(**parts, **extra)
+    backbone, deployment = method.backbone, method.deployment
+    if not backbone.holds_students or deployment.scheduler is None:
+        raise ValueError(f"no pipeline can hold the student of {backbone.path}: its weights are in checkpoints")
     about = about_student(method, steps)
     with replacing_folder(folder) as temporary:
-        pipe.save_pretrained(temporary, safe_serialization=True)
+        backbone.save(temporary, deployment.network, deployment.scheduler, dtype, safety_checker)
         (temporary / "ddil.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         (temporary / "README.md").write_text(card(about, backbone.path), encoding="utf-8")
     return folder
@@ -72,17 +54,17 @@ def export(method: Distillation, folder: Path, steps: int = 4, dtype: torch.dtyp
 
 def about_student(method: Distillation, steps: int) -> dict[str, Any]:
     """ddil.json: what a folder says of itself."""
-    g = method.student_guidance
-    _, grid = method.sampler(steps)
+    deployment = method.deployment
+    g = deployment.quoted
     return {
         "method": type(method).__name__,
         "student_updates": method.student_updates,
         "steps": steps,
-        "made_for": list(method.steps),
+        "made_for": list(deployment.steps),
         "guidance": g,
-        "guidance_scale": scale(method, g),
-        "guidance_range": list(method.guidance) if _network(method).w_conditioned else [g, g],
-        "timesteps": grid.nodes.tolist(),
+        "guidance_scale": g if deployment.told else 1.0,
+        "guidance_range": list(method.guidance) if deployment.told else [g, g],
+        "timesteps": deployment.grid(steps).nodes.tolist(),
         "dataset": method.backbone.about.get("dataset"),
         "teacher": method.backbone.path,
     }
@@ -115,26 +97,32 @@ class NotAsTrained(ValueError):
     """An exported pipeline that does not sample as the trainer does. It is not deleted."""
 
 
-def verify(method: Distillation, folder: Path, prompts: Sequence[str], steps: int, seed: int = 0, halved: bool = False) -> float:
+def verify(method: Distillation, folder: Path, prompts: Sequence[str], steps: int, halved: bool = False) -> float:
     """`compare` with the folder, loaded as its users load it."""
-    return compare(method, load_pipeline(folder), prompts, steps, seed, halved)
+    return compare(method, method.deployment, reloaded(method, folder), prompts, steps, halved)
 
 
-def compare(method: Distillation, pipe: Any, prompts: Sequence[str], steps: int, seed: int = 0, halved: bool = False) -> float:
+def reloaded(method: Distillation, folder: Path) -> Pipeline:
+    """A student's pipeline from its folder, in the place of the method's own."""
+    return cast("Pipeline", method.backbone).holding(load_pipeline(folder))
+
+
+def compare(
+    method: Distillation, deployment: Deployment, made: Pipeline, prompts: Sequence[str], steps: int, halved: bool = False, seed: int = 0
+) -> float:
     """The largest difference between latents of a reloaded pipeline and of the trainer's own sampler, relative to their size.
 
     Both compute in float32 without TF32, from weights of one layout. What rounding alone can do depends on the network, so it is measured
     (`sensitivity`). Raises NotAsTrained above MARGIN times that: then scheduler, timesteps, guidance or weights are not the trained ones.
     `halved`: the encoders were exported in half precision, so both sides read the pipeline's text states.
     """
-    (policy, grid), g, backbone = method.sampler(steps), method.eval_guidance, method.backbone
+    (policy, grid), g, backbone = deployment.sampler(steps), deployment.guidance, method.backbone
     with full_precision(backbone.device):
-        pipe = laid_out(pipe.to(backbone.device), _network(method))
+        made = made.laid_out_as(deployment.network)
         if halved or backbone.dtype != torch.float32:
-            backbone = copy.copy(backbone)
-            backbone.pipe = pipe
+            backbone = made
         mine = sampling.latents(backbone, policy, grid, prompts, g, seed).cpu()
-        theirs = sampling.pipeline_latents(pipe, prompts, steps, scale(method, g), seed).cpu()
+        theirs = sampling.pipeline_latents(made, prompts, steps, deployment.guidance_scale, seed).cpu()
         difference = relative(mine, theirs)
         tolerance = max(LEAST, MARGIN * sensitivity(backbone, policy, grid, prompts, g, seed, mine))
     if not difference <= tolerance:
@@ -182,13 +170,6 @@ def full_precision(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def laid_out(pipe: Any, network: UNet) -> Any:
-    """`pipe` with its U-Net's weights in the memory layout of `network`: another layout takes other kernels, which round otherwise."""
-    last = [p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in network.parameters() if p.ndim == 4]
-    pipe.unet.to(memory_format=torch.channels_last if any(last) else torch.contiguous_format)
-    return pipe
-
-
 def deliver(
     method: Distillation, folder: Path, prompts: Sequence[str], steps: int, dtype: torch.dtype = torch.float32, safety_checker: bool = False
 ) -> float:
@@ -200,7 +181,7 @@ def deliver(
     unverified = folder.with_name(f"{folder.name}-unverified")
     if unverified.exists() and not exported(unverified):
         unverified = unused(unverified)
-    with replacing_folder(folder) as temporary, rounded(_network(method), dtype):
+    with replacing_folder(folder) as temporary, rounded(method.deployment.network, dtype):
         made = export(method, temporary / "made", steps, dtype, safety_checker)
         try:
             difference = verify(method, made, prompts, steps, halved=dtype != torch.float32)
@@ -218,18 +199,17 @@ def rehearse(method: Distillation, folder: Path, prompts: Sequence[str], export_
 
     The weights are written once: they are the same for all stages. `export_steps`: those of the last one. Raises as `deliver` does.
     """
-    stages = range(method.stage, method.stage_count)
-    pipe = None
-    for stage in stages:
-        with method.at_stage(stage):
-            steps = export_steps if export_steps is not None and stage == stages[-1] else method.steps[0]
-            if pipe is None:
-                pipe = load_pipeline(export(method, folder, steps))
-            else:
-                made = method.scheduler()
-                made.save_pretrained(folder / "scheduler")
-                pipe.scheduler = type(made).from_pretrained(folder / "scheduler")
-            compare(method, pipe, prompts, steps)
+    made, ahead = None, method.deployments()
+    for deployment in ahead:
+        steps = export_steps if export_steps is not None and deployment is ahead[-1] else deployment.steps[0]
+        if made is None:
+            made = reloaded(method, export(method, folder, steps))
+        else:
+            assert deployment.scheduler is not None  # the first one could be exported
+            scheduler = deployment.scheduler()
+            scheduler.save_pretrained(folder / "scheduler")
+            made = made.stepping(type(scheduler).from_pretrained(folder / "scheduler"))
+        compare(method, deployment, made, prompts, steps)
 
 
 @contextmanager
@@ -249,10 +229,3 @@ def rounded(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 def relative(a: Tensor, b: Tensor) -> float:
     """max |a - b| / rms(a)."""
     return float((a - b).abs().max() / a.square().mean().sqrt())
-
-
-def _network(method: Distillation) -> UNet:
-    network = method.deployed()
-    if not isinstance(network, UNet):
-        raise ValueError(f"only diffusers U-Nets can be exported, and this student is a {type(network).__name__}")
-    return network

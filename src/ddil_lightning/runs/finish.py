@@ -16,8 +16,7 @@ import torch
 from ddil_lightning.bounds import at_least, lengths, seeds, within
 from ddil_lightning.diffusion.denoiser import evaluating
 from ddil_lightning.errors import one_line
-from ddil_lightning.files import replacing, replacing_folder
-from ddil_lightning.toy import Toy
+from ddil_lightning.files import replacing_folder
 from ddil_lightning.training.method import Distillation
 
 
@@ -69,8 +68,9 @@ def finish(
         "failed": {},
     }
     with trying("pipeline", summary["failed"]):
-        if export.exportable(method):
-            prompts, steps = export.check_prompts(method, examples), method.steps[0] if export_steps is None else export_steps
+        if method.backbone.holds_students:
+            steps = method.deployment.steps[0] if export_steps is None else export_steps
+            prompts = export.check_prompts(method, examples)
             summary["export_difference"] = difference = export.deliver(method, folder / "pipeline", prompts, steps)
             print(f"pipeline written and checked: {folder / 'pipeline'} (latents differ by {difference:.1e})", flush=True)
         else:
@@ -103,25 +103,22 @@ def rehearse(method: Distillation, folder: Path, test: Test, export_steps: int |
     from ddil_lightning.runs.report import write_report
 
     counts = method.evaluations
-    with torch.random.fork_rng(), evaluating(method.deployed()), replacing_folder(folder / "rehearsal", keep=False) as place:
-        if export.exportable(method):
+    with torch.random.fork_rng(), evaluating(method.deployment.network), replacing_folder(folder / "rehearsal", keep=False) as place:
+        if method.backbone.holds_students:
             export.rehearse(method, place / "pipeline", export.check_prompts(method, examples), export_steps)
         else:
             _save_weights(method, place)
-        rows = _rows(method, place, test.smallest(method.steps), quiet=True) if test.n else []
+        rows = _rows(method, place, test.smallest(method.deployment.steps), quiet=True) if test.n else []
         write_rows(place / "summary.json", {"rows": rows, "student_updates": 0})  # type: ignore[arg-type]
         write_report(place)
-    for name, denoiser in method.denoisers().items():
-        denoiser.evaluations = counts[name]
+    for name, role in method.roles.items():
+        role.evaluations = counts[name]
 
 
 def _save_weights(method: Distillation, folder: Path) -> Path:
-    from safetensors.torch import save_file
-
-    path = folder / "student.safetensors"
-    with replacing(path) as temporary:
-        save_file({k: v.contiguous() for k, v in method.deployed().state_dict().items()}, temporary)
-    return path
+    deployment = method.deployment
+    assert deployment.scheduler is not None  # a student's
+    return method.backbone.save(folder, deployment.network, deployment.scheduler, torch.float32, False)
 
 
 def _rows(method: Distillation, folder: Path, test: Test, quiet: bool = False) -> list[dict[str, Any]]:
@@ -129,14 +126,14 @@ def _rows(method: Distillation, folder: Path, test: Test, quiet: bool = False) -
     from ddil_lightning.evaluation.rows import method_rows
     from ddil_lightning.evaluation.suite import Suite
     from ddil_lightning.runs.folder import stage_pipelines
-    from ddil_lightning.toy import scores
 
     def say(name: str) -> None:
         if not quiet:
-            print(f"testing {name} on {test.n} {'points' if isinstance(method.backbone, Toy) else 'prompts'}", flush=True)
+            print(f"testing {name} on {test.n} {method.backbone.samples}", flush=True)
 
-    if isinstance(method.backbone, Toy):
-        return scores.method_rows(method, test.teacher_steps, test.student_steps or method.steps, test.n, test.seed, say)
+    measured = method.backbone.measured(method, test, say)
+    if measured is not None:
+        return measured
     dataset = method.backbone.about.get("dataset")
     if not dataset:
         return []

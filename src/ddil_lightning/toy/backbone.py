@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddil_lightning.backbones.pipeline import Backbone
+from ddil_lightning.backbones.interface import Backbone, Network
 from ddil_lightning.bounds import above, seeds, within
 from ddil_lightning.data.captions import Captions
 from ddil_lightning.diffusion.analytic import Mixture
@@ -28,6 +29,8 @@ class Toy(Backbone):
     `guidance`: what the pipeline recommends; `width`, `depth`: of the students' MLPs; `size`: points of every member's data set.
     A student starts from the exact unguided teacher, as far as an MLP learns it in 800 steps.
     """
+
+    samples = "points"
 
     def __init__(
         self,
@@ -48,14 +51,13 @@ class Toy(Backbone):
         within(0, 1000, guidance=guidance)
         above(0, scale=scale)
         seeds(seed=seed)
-        self.path, self.dtype, self.about, self.bare = f"toy2d/{problem}", torch.float32, {"guidance": guidance}, False
         first = torch.initial_seed() % 2**31 if seed is None else seed
         self.seeds = tuple(range(first, first + members))
-        self.problem, self.schedule, self.predicts = PROBLEMS[problem](scale), NoiseSchedule.scaled_linear(), "v"
-        self.latent_shape: tuple[int, ...] = (2, members)
-        self.mixture = Mixture(self.problem.weights, self.problem.means, self.problem.sd, self.problem.classes, self.schedule)
-        self.exact = Exact(self.mixture, self.schedule).requires_grad_(False).eval()
-        self.about["previews"] = [f"class {k}" for k in range(self.mixture.num_classes)]
+        self.problem, schedule = PROBLEMS[problem](scale), NoiseSchedule.scaled_linear()
+        self.mixture = Mixture(self.problem.weights, self.problem.means, self.problem.sd, self.problem.classes, schedule)
+        self.exact = Exact(self.mixture, schedule).requires_grad_(False).eval()
+        about = {"guidance": guidance, "previews": [f"class {k}" for k in range(self.mixture.num_classes)]}
+        super().__init__(f"toy2d/{problem}", schedule, "v", (2, members), about)
         self._shape, self._size = (problem, scale, width, depth), size
 
     def parts(self) -> list[nn.Module]:
@@ -77,19 +79,15 @@ class Toy(Backbone):
         """The members' data."""
         return Points(self, self._size)
 
-    def teacher(self) -> nn.Module:
+    def network(self) -> Network:
         """The exact posterior mean, as v."""
         return self.exact
 
-    def student(self, w_conditioned: bool = False, gradient_checkpointing: bool = False) -> nn.Module:
-        """A trainable copy of the members' common start; checkpointing would save nothing here and is not done."""
+    def trainable(self, w_conditioned: bool = False) -> Network:
+        """A trainable copy of the members' common start."""
         made = self.ensemble(w_conditioned)
         made.load_state_dict(_pretrained(self.seeds, *self._shape), strict=False)
         return made.requires_grad_(True).train()
-
-    def critic(self, gradient_checkpointing: bool = False) -> nn.Module:
-        """Another copy of the students' start, with `with_features`."""
-        return self.student()
 
     def head(self) -> nn.Module:
         """A discriminator's head on the critic's last hidden layer."""
@@ -116,17 +114,19 @@ class Toy(Backbone):
     def check_length(self, prompts: Sequence[str]) -> None:
         """No prompt is too long."""
 
-    def null(self) -> Context:
-        """All classes."""
-        return self.encode_text([""])
-
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Points are latents."""
         return pixels.to(self.device)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, gradients: bool = False) -> Tensor:
         """Raises ValueError: points are no pictures."""
         raise ValueError("the toy's samples are points, not images: set previews.every to 0")
+
+    def measured(self, method: Any, test: Any, say: Callable[[str], None]) -> list[dict[str, Any]]:
+        """The rows of its own law (toy.scores)."""
+        from ddil_lightning.toy.scores import method_rows
+
+        return method_rows(method, test.teacher_steps, test.student_steps or method.deployment.steps, test.n, test.seed, say)
 
 
 class Points(Captions):

@@ -9,15 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddil_lightning.backbones.pipeline import W_EMBEDDING, w_embedding
+from ddil_lightning.backbones.interface import Network
 from ddil_lightning.diffusion.analytic import Mixture
+from ddil_lightning.diffusion.denoiser import W_EMBEDDING, w_embedding
 from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.records import Context
 
 FREQUENCIES = 16
 
 
-class Exact(nn.Module):
+class Exact(Network):
     """`Mixture` for every member: [B, 2, S] in, v [B, 2, S] out, in the space in which the students predict."""
 
     def __init__(self, mixture: Mixture, schedule: NoiseSchedule) -> None:
@@ -32,7 +33,7 @@ class Exact(nn.Module):
         return self.schedule.from_x0(x_t, t, x0.unflatten(0, (len(x_t), -1)).transpose(1, 2)).v
 
 
-class Ensemble(nn.Module):
+class Ensemble(Network):
     """S MLPs in one call: member s reads and answers column s of [B, 2, S] with weights of its own; the output is v.
 
     Input and output are scaled by the standard deviations of x_t and v (`moment` = E|x0|^2 / 2). Every member is told the time (Fourier
@@ -68,10 +69,6 @@ class Ensemble(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
         """v [B, 2, S]. Raises ValueError when a w-conditioned ensemble is not told w."""
         return self.with_features(x_t, t, c)[0]
-
-    def features(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
-        """What the last layer reads, [B, width, S]."""
-        return self.with_features(x_t, t, c)[1]
 
     def with_features(self, x_t: Tensor, t: Tensor, c: Context) -> tuple[Tensor, Tensor]:
         """v [B, 2, S] and what the last layer reads, [B, width, S]."""

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ddil_lightning.diffusion.analytic import Mixture
 from ddil_lightning.diffusion.denoiser import Denoiser, to_w
-from ddil_lightning.diffusion.schedule import Grid
+from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule, Predicts
 from ddil_lightning.diffusion.solver import Policy
 from ddil_lightning.evaluation.metrics.prdc import density_coverage
 from ddil_lightning.evaluation.suite import make_row
 from ddil_lightning.imitation.shift import energy_distance
 from ddil_lightning.records import Context
-from ddil_lightning.toy.backbone import Toy
 from ddil_lightning.toy.problems import Problem, sample
 
 if TYPE_CHECKING:
@@ -30,6 +30,34 @@ SIGMAS = 4  # a sample within so many standard deviations of a mode of its class
 REAL, NOISE, AGAIN, RENOISE = (k * 1_000_000 for k in range(1, 5))  # what is added to a member's seed for each purpose
 
 
+class Law(Protocol):
+    """What an exam asks of a toy (`toy.Toy`): its law, its teacher and its seeds."""
+
+    problem: Problem
+    mixture: Mixture
+    seeds: tuple[int, ...]
+    schedule: NoiseSchedule
+    predicts: Predicts
+    about: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the teacher is."""
+        ...
+
+    def network(self) -> Any:
+        """The exact teacher's network."""
+        ...
+
+    def encode_text(self, prompts: Sequence[str]) -> Context:
+        """The context of classes by their names."""
+        ...
+
+    def null(self) -> Context:
+        """The context of no class."""
+        ...
+
+
 class Exam:
     """Held-out points of the true law and the teacher's samples, against which a toy's samplers are scored.
 
@@ -38,7 +66,7 @@ class Exam:
     that a law is compared with come from noise of their own.
     """
 
-    def __init__(self, toy: Toy, g: float, n: int = 2000, near: int = 1000, seed: int = 0) -> None:
+    def __init__(self, toy: Law, g: float, n: int = 2000, near: int = 1000, seed: int = 0) -> None:
         self.toy, self.g, self.near = toy, g, min(near, n)
         problem = toy.problem
         generator = torch.Generator().manual_seed(seed)
@@ -48,7 +76,7 @@ class Exam:
         self.seeds = [member + 13 * seed for member in toy.seeds]
         self.real = sample(toy.mixture, self.real_classes, [s + REAL for s in self.seeds])
         self.noise, again = (self._normal(n, offset) for offset in (NOISE, AGAIN))
-        teacher = Denoiser(toy.teacher(), toy.schedule, toy.predicts, null=toy.null())
+        teacher = Denoiser(toy.network(), toy.schedule, toy.predicts, null=toy.null())
         fine = Policy(teacher, "ddim"), Grid.named("trailing", TEACHER_STEPS, toy.schedule.steps)
         self.paired = self._walk(*fine, self.noise, self.classes)[-1]  # the teacher's answer to the students' own noise
         self._fine, self._again = fine, again
@@ -149,18 +177,17 @@ def method_rows(
     say: Callable[[str], None] = lambda name: None,
 ) -> list[dict[str, Any]]:
     """Rows of results of a method on the toy, means over members."""
-    toy = method.backbone
-    assert isinstance(toy, Toy)
-    exam, rows = Exam(toy, method.eval_guidance, n=n, seed=seed), []
+    toy: Any = method.backbone
+    exam, rows = Exam(toy, method.deployment.guidance, n=n, seed=seed), []
     c = exam.context(exam.classes)
-    wanted = [("teacher", k, method.teacher_sampler) for k in teacher_steps] + [("student", k, method.sampler) for k in student_steps]
-    for role, steps, sampler in wanted:
+    wanted = [("teacher", k, method.baseline) for k in teacher_steps] + [("student", k, method.deployment) for k in student_steps]
+    for role, steps, deployment in wanted:
         say(f"{role}@{steps}")
-        policy, grid = sampler(steps)
+        policy, grid = deployment.sampler(steps)
         denoiser = next(m for m in policy.modules() if isinstance(m, Denoiser))
         before, start = denoiser.evaluations, time.perf_counter()
         policy.sample(exam.noise.to(toy.device), grid, c, torch.Generator(toy.device).manual_seed(seed))
         seconds, nfe = (time.perf_counter() - start) / n, round((denoiser.evaluations - before) / n)
         metrics = {key: mean(values) for key, values in exam.score(policy, grid).items()}
-        rows.append(make_row(f"{role}@{steps}", steps, method.eval_guidance, n, nfe, seconds, metrics))
+        rows.append(make_row(f"{role}@{steps}", steps, exam.g, n, nfe, seconds, metrics))
     return rows

@@ -1,36 +1,23 @@
-"""Averages of a network's weights."""
+"""The average of a student's weights that is evaluated and exported in its place."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from ddil_lightning.backbones.roles import Role
 
 
-@torch.no_grad()
-def lerp_(average: nn.Module, online: nn.Module, decay: float) -> None:
-    """average <- decay average + (1 - decay) online, all parameters in one fused call; buffers are copied."""
-    (mine, copies), (theirs, values) = _tensors(average), _tensors(online)
-    torch._foreach_lerp_(mine, theirs, 1 - decay)
-    for a, b in zip(copies, values, strict=True):
-        a.copy_(b)
+class Averaging:
+    """An exponential moving average over student updates, with `decay`; 0 for none, and the online student is deployed."""
 
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.role: Role | None = None
 
-def _tensors(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters and buffers, each once, in one order for equal architectures: a walk of its own, because `parameters()` and
-    `buffers()` take longer than the averaging itself, at every update."""
-    parameters: dict[int, Tensor] = {}
-    buffers: dict[int, Tensor] = {}
-    left, seen = [module], set()
-    while left:
-        m = left.pop()
-        if id(m) in seen:
-            continue
-        seen.add(id(m))
-        for p in m._parameters.values():
-            if p is not None:
-                parameters[id(p)] = p
-        for b in m._buffers.values():
-            if b is not None:
-                buffers[id(b)] = b
-        left += [child for child in m._modules.values() if child is not None]
-    return list(parameters.values()), list(buffers.values())
+    def start(self, student: Role) -> Role | None:
+        """The average of a student that was just made: its copy, None without a decay."""
+        self.role = student.copied("average") if self.decay else None
+        return self.role
+
+    def follow(self, student: Role, age: int) -> None:
+        """The student was updated for the `age`-th time. A young average follows faster, or first previews would show initial weights."""
+        if self.role is not None:
+            self.role.follow(student, min(self.decay, (1 + age) / (10 + age)))

@@ -1,41 +1,15 @@
-"""The one clock of a run, student updates: what happens when it moves, and the running means that are written by it."""
+"""The one clock of a run, student updates: what happens when it moves."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback
-from torch import Tensor
-
-from ddil_lightning.records import SOURCES
-
-
-class Means:
-    """Running means on the device: adding never waits for it, only `flush` reads."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, tuple[Tensor | float, Tensor | int]] = {}
-
-    def add(self, name: str, total: Tensor | float, n: Tensor | int = 1) -> None:
-        """Add a sum of `n` values."""
-        before, count = self._sums.get(name, (0.0, 0))
-        self._sums[name] = (before + total, count + n)
-
-    def by_source(self, loss: Tensor, source: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Add per-sample losses [B] under loss/<source>; sums and counts of this batch, by source."""
-        sums = {name: ((loss * (source == tag)).sum(), (source == tag).sum()) for tag, name in enumerate(SOURCES)}
-        for name, (total, n) in sums.items():
-            self.add(f"loss/{name}", total, n)
-        return sums
-
-    def flush(self) -> dict[str, float]:
-        """The means since the last flush; a name without values is left out."""
-        sums, self._sums = self._sums, {}
-        return {name: float(total) / int(n) for name, (total, n) in sums.items() if int(n)}
 
 
 class Clock(Callback):
-    """After every batch: commit the data position, write the running means, stop at `updates`.
+    """After every batch: commit the data position, publish the running means, stop at `updates`.
 
     A callback and not a module hook, because checkpoint callbacks run before the module's own hook and would save a stale counter.
     """
@@ -43,6 +17,8 @@ class Clock(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Nothing is left to do in a run that resumes from its end."""
         self._logged = pl_module.student_updates
+        self._loggers = list(trainer.loggers)
+        pl_module.measures.listen(self.write)
         if pl_module.student_updates >= pl_module.updates:
             trainer.should_stop = True
 
@@ -52,9 +28,12 @@ class Clock(Callback):
         clock = pl_module.student_updates
         if clock != self._logged and (clock % pl_module.log_every == 0 or clock >= pl_module.updates):
             self._logged = clock
-            values = {"student_updates": clock, "lr": pl_module.lr * pl_module.lr_factor(), **pl_module.means.flush()}
-            values |= pl_module.feed.statistics()
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=clock)
+            values = {"lr": pl_module.lr * pl_module.lr_factor(), **pl_module.measures.flush()}
+            pl_module.measures.publish(clock, values | pl_module.feed.statistics())
         if clock >= pl_module.updates:
             trainer.should_stop = True
+
+    def write(self, clock: int, values: Mapping[str, float]) -> None:
+        """What is published, to the loggers."""
+        for logger in self._loggers:
+            logger.log_metrics({"student_updates": clock, **values}, step=clock)

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
-from ddil_lightning.backbones.pipeline import Backbone
+from ddil_lightning.backbones.interface import Backbone
+from ddil_lightning.backbones.pipeline import Pipeline
+from ddil_lightning.backbones.roles import Role
 from ddil_lightning.bounds import fraction, lengths, within
 from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.reflection import BOX, Mode, Reflection
 from ddil_lightning.diffusion.schedule import Grid
-from ddil_lightning.diffusion.solver import Policy
-from ddil_lightning.training.averaging import lerp_
+from ddil_lightning.diffusion.solver import Policies, Policy
+from ddil_lightning.feed import Feed
+from ddil_lightning.records import LatentBatch
+from ddil_lightning.training.averaging import Averaging
 from ddil_lightning.training.clock import Clock
+from ddil_lightning.training.deployment import Deployment
+from ddil_lightning.training.measures import Measures
 from ddil_lightning.training.optimisation import Descent
-from ddil_lightning.training.sharding import Shardable, check_strategy
+from ddil_lightning.training.sharding import Shards, check_strategy
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -50,20 +55,25 @@ def checked_box(box: list[list[float]] | None, channels: int) -> list[list[float
     return box
 
 
-class Distillation(Descent, Shardable):
-    """Base of every method. A method builds `student`, `policies` and `grid` and writes `training_step`.
+class Distillation(LightningModule):
+    """Base of every method: the Lightning shell around parts that it holds (optimisation, averaging, sharding, measures).
+
+    A method, in its constructor, casts its roles (`cast`: student, teacher and what else it needs), sets `policies` and `grid`, and writes
+    `training_step` and `deploy`. What it leaves out is named by `check_complete`.
 
     `pipeline`: built-in name, folder, hub id, or a loaded Backbone. `guidance`: g, or a range [g_min, g_max] for a student that is told it
     (default: what the pipeline recommends). `updates`: student updates in all, the one clock. `lr` rises over `warmup` updates and falls
     linearly to `final_lr * lr`. `clip`: gradient norm. `accumulate`: micro-batches per update. `ema`: decay of the average that is
     evaluated and exported (0: the online student). `reflect`, `box`: thresholding of x0 estimates; the box (lo, hi per channel) is
-    estimated from the data if it is not given. `teacher_dtype`: of the frozen U-Net and text encoders, `vae_dtype` of the autoencoder that
-    makes the training's latents (the student's weights are float32; `trainer.precision` says what it computes in).
+    estimated from the data if it is not given. `teacher_dtype`: of the frozen network and text encoders, `vae_dtype` of the autoencoder
+    that makes the training's latents (the student's weights are float32; `trainer.precision` says what it computes in).
     """
 
-    backbone: Backbone
-    student: Denoiser
-    teacher: Denoiser
+    student: Role
+    policies: Policies
+    """Who can act in a roll-out: the student as it is deployed, and the teacher."""
+    grid: Grid
+    """The times the student trains on, with the grids that inference walks."""
 
     sources: tuple[str, ...] = ("forward", "student", "teacher")
     """The sources on which the method's targets are defined (METHODS 1.4)."""
@@ -88,25 +98,106 @@ class Distillation(Descent, Shardable):
         vae_dtype: Dtype = "float32",
         log_every: int = 10,
     ) -> None:
-        super().__init__(betas=betas, weight_decay=weight_decay, clip=clip, accumulate=accumulate)
+        super().__init__()
+        self.automatic_optimization = False
+        self.descent, self.averaging = Descent(betas, weight_decay, clip, accumulate), Averaging(ema)
+        self.shards, self.measures, self.feed = Shards(), Measures(), Feed()
+        self.roles: dict[str, Role] = {}
         within(1, 10**9, updates=updates, log_every=log_every)
         within(0, 10**9, warmup=warmup)
         within(0, 10, lr=lr, final_lr=final_lr)
         fraction(ema=ema)
-        # Frozen networks stay out of parameters(), state_dict and DDP: they live behind the module's back.
         dtypes = getattr(torch, teacher_dtype), getattr(torch, vae_dtype)
-        self.__dict__["backbone"] = pipeline if isinstance(pipeline, Backbone) else Backbone(pipeline, *dtypes)
+        self.backbone: Backbone = pipeline if isinstance(pipeline, Backbone) else Pipeline(pipeline, *dtypes)
         g = self.backbone.guidance if guidance is None else guidance
         self.guidance = guidance_range(g)
-        self.updates, self.lr, self.final_lr, self.warmup, self.ema = updates, lr, final_lr, warmup, ema
+        self.updates, self.lr, self.final_lr, self.warmup = updates, lr, final_lr, warmup
         self.gradient_checkpointing, self.log_every = gradient_checkpointing, log_every
         self.has_box = box is not None or reflect == "off"
         lo, hi = checked_box(box, self.backbone.latent_shape[0])
         self.reflection = Reflection(lo, hi, reflect)
         self.student_updates, self.stage, self.stage_start = 0, 0, 0
         self.average: nn.Module | None = None
+        self._batch: LatentBatch | None = None
 
-    # What the draw and inference ask -----------------------------------------------------------------------------------------
+    # Roles and deployment ----------------------------------------------------------------------------------------------------------
+
+    def cast(self, **parts: nn.Module) -> None:
+        """Take the method's roles, by name, and other modules that it trains beside them. Called once, in the constructor.
+
+        Roles with weights of their own become submodules; the frozen teacher stays out of parameters, checkpoints, DDP and shards. The
+        student's average, which is deployed where `ema` asks for one, is made here.
+        """
+        for name, part in parts.items():
+            if isinstance(part, Role):
+                self.roles[name] = part
+            if not isinstance(part, Role) or part.own:
+                setattr(self, name, part)
+        if "student" in parts:
+            average = self.averaging.start(self.student)
+            self.average = None if average is None else average.network
+
+    def check_complete(self) -> None:
+        """Raises TypeError, naming it, for what a method has not set that it must."""
+        lacking = [f"{name} (cast it in the constructor)" for name in ("student", "teacher") if name not in self.roles]
+        lacking += [name for name in ("policies", "grid") if not hasattr(self, name)]
+        lacking += ["deploy(student)"] if type(self).deploy is Distillation.deploy else []
+        if lacking:
+            raise TypeError(f"{type(self).__name__} lacks {', '.join(lacking)}: see Distillation and CONTRIBUTING.md")
+
+    @property
+    def teacher(self) -> Role:
+        """The frozen pipeline, guided."""
+        return self.roles["teacher"]
+
+    def deploy(self, student: Denoiser) -> Deployment:
+        """How `student` is used: policy, grids, step counts and scheduler. Every method writes it; a function of the present stage."""
+        raise TypeError(f"{type(self).__name__} does not say how its student is deployed: write deploy(student)")
+
+    @property
+    def deployment(self) -> Deployment:
+        """The student as it is now: the average if there is one, the whole of it where it was sharded and has been gathered.
+
+        Under fsdp2 it is sharded while it trains, and all processes must call it together; see `gathered`.
+        """
+        return self.deploy(self._outgoing.apart(self.shards.whole))
+
+    def deployments(self) -> list[Deployment]:
+        """How the student will be deployed at the end of every stage to come, the present one first."""
+        return [self.deployment]
+
+    @property
+    def _outgoing(self) -> Role:
+        """The role that is deployed."""
+        return self.averaging.role or self.student
+
+    def walks(self) -> Sequence[Grid]:
+        """The grids that roll-outs walk, now and in all stages to come."""
+        return self.grid.rollouts
+
+    @property
+    def baseline(self) -> Deployment:
+        """The frozen pipeline with DDIM on trailing nodes, without reflection: the first rows of every table."""
+        policy, total = Policy(self.teacher.apart(), "ddim"), self.teacher.schedule.steps
+        return Deployment(policy, lambda n: Grid.named("trailing", n, total), (32,), self.eval_guidance)
+
+    @property
+    def eval_guidance(self) -> float:
+        """The guidance g of previews and tests: what the pipeline recommends, if it was trained, else the middle of the range."""
+        low, high = self.guidance
+        g = self.backbone.guidance
+        return g if low <= g <= high else (low + high) / 2
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Inside, the deployed network is whole on the first process. All processes enter together."""
+        self.shards.gather(self._outgoing.network, self.device)
+        try:
+            yield
+        finally:
+            self.shards.forget()
+
+    # Clocks -----------------------------------------------------------------------------------------------------------------------
 
     @property
     def stage_updates(self) -> int:
@@ -124,21 +215,6 @@ class Distillation(Descent, Shardable):
         return self.stage_updates == self.stage_length
 
     @property
-    def stage_count(self) -> int:
-        """How many stages there are."""
-        return 1
-
-    @contextmanager
-    def at_stage(self, stage: int) -> Iterator[None]:
-        """Inside, `steps`, `sampler` and `scheduler` are those of stage number `stage`: what will be exported then can be tried now."""
-        yield
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        """The step counts that the present student is made for, the one that its pipeline recommends first."""
-        return (4, 2, 1)
-
-    @property
     def progress(self) -> float:
         """The share of the run that is done, 0 to 1."""
         return min(self.student_updates / self.updates, 1.0)
@@ -146,50 +222,7 @@ class Distillation(Descent, Shardable):
     @property
     def evaluations(self) -> dict[str, int]:
         """Network evaluations of one sample each so far, by role."""
-        return {name: d.evaluations for name, d in self.denoisers().items()}
-
-    def denoisers(self) -> dict[str, Denoiser]:
-        """The networks by role."""
-        return {"student": self.student, "teacher": self.teacher}
-
-    def deployed(self) -> nn.Module:
-        """The student network (a backbones.UNet) that is evaluated and exported: the average if there is one.
-
-        Under fsdp2 it is sharded while it trains, and all processes must call it together; see `gathered`.
-        """
-        if self.whole is not None:
-            return self.whole
-        return self.average if self.average is not None else self.student.network
-
-    def with_average(self) -> None:
-        """Called by a method once its student exists."""
-        if self.ema:
-            self.average = copy.deepcopy(self.student.network).requires_grad_(False).eval()
-
-    @property
-    def eval_guidance(self) -> float:
-        """The guidance g of previews and tests: what the pipeline recommends, if it was trained, else the middle of the range."""
-        low, high = self.guidance
-        g = self.backbone.guidance
-        return g if low <= g <= high else (low + high) / 2
-
-    @property
-    def student_guidance(self) -> float:
-        """The guidance g that the student's samples stand for: what it is asked for, or what was baked into it."""
-        return self.eval_guidance
-
-    def teacher_sampler(self, steps: int) -> tuple[Policy, Grid]:
-        """The frozen pipeline with DDIM on trailing nodes, without reflection: the baseline of every table."""
-        teacher = Denoiser(self.backbone.teacher(), self.teacher.schedule, self.teacher.predicts, null=self.teacher.null)
-        return Policy(teacher, "ddim"), Grid.named("trailing", steps, self.teacher.schedule.steps)
-
-    def sampler(self, steps: int) -> tuple[Policy, Grid]:
-        """How the student is deployed in `steps` steps; the same object serves previews, tests and the check of the export."""
-        raise TypeError(f"{type(self).__name__} does not say how it samples")
-
-    def scheduler(self) -> Any:
-        """The diffusers scheduler that holds the trained times, for the exported pipeline."""
-        raise TypeError(f"{type(self).__name__} does not say its scheduler")
+        return {name: role.evaluations for name, role in self.roles.items()}
 
     def check_guidance(self, told: bool, switch: str = "") -> None:
         """Raises ValueError for a range of guidance and a student that is not `told` its w; `switch`: the option that would tell it."""
@@ -203,7 +236,7 @@ class Distillation(Descent, Shardable):
         if not self.backbone.bare:
             self.load_state_dict(weights)
             return
-        network = self.deployed()
+        network = self._outgoing.network
         name = next(name for name, module in self.named_modules() if module is network)
         network.load_state_dict({k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}, assign=True)
         self.reflection.load_state_dict({k.removeprefix("reflection."): v for k, v in weights.items() if k.startswith("reflection.")})
@@ -218,7 +251,39 @@ class Distillation(Descent, Shardable):
 
     def configure_optimizers(self) -> Any:
         """AdamW over what the student trains."""
-        return self.adamw(self.student, self.lr)
+        return self.adamw(self.student.weights(), self.lr)
+
+    def adamw(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.AdamW:
+        """The method's optimiser over `parameters`."""
+        return self.descent.adamw(parameters, lr, self.trainer)
+
+    def feedback(self, b: LatentBatch, loss: Tensor) -> Tensor:
+        """The scalar loss of per-sample losses [B]; the buffer's priorities and the measures hear of it on the way."""
+        self._batch = b
+        self.measures.losses(loss.detach(), b.source, going_on=bool(self.descent.micro.get("loss")))
+        self.feed.observe(b, loss)
+        return (b.weight * loss).mean()
+
+    def descend(self, optimizer: Any, loss: Tensor, name: str = "loss") -> bool:
+        """One micro-batch of `loss`; True when it completed an update (`optimisation.Descent.step`)."""
+        self.measures.record(**{name: loss})
+        return self.descent.step(self, optimizer, loss, name)
+
+    @torch.no_grad()
+    def suspects(self) -> str:
+        """Which networks answer the last batch with values that are not finite, in words."""
+        b = self._batch
+        if b is None:
+            return ""
+        bad = [name for name, role in self.roles.items() if not bool(role(b.x_t, b.t, b.c).x0.isfinite().all())]
+        if not bool(b.x_t.isfinite().all()):
+            return ": the latents themselves are not finite"
+        return f": not finite is the output of the {' and the '.join(bad)} network" if bad else ": the outputs of all networks are finite"
+
+    @property
+    def last_loss(self) -> float | None:
+        """The loss of the last micro-batch."""
+        return None if self.descent.last is None else float(self.descent.last)
 
     def lr_factor(self) -> float:
         """The learning rate's multiple at the present clock: linear warm-up, then linear to `final_lr`, in every stage anew."""
@@ -228,16 +293,16 @@ class Distillation(Descent, Shardable):
         return 1 - (1 - self.final_lr) * (u - self.warmup) / max(self.stage_length - self.warmup, 1)
 
     def advance(self) -> None:
-        """The student was updated: the clock and the averages follow."""
+        """The student was updated: the clock, the average and those who listen to every update follow."""
         self.student_updates += 1
-        if self.average is not None:
-            # A young average follows faster, or the first previews would show the initial weights.
-            lerp_(self.average, self.student.network, min(self.ema, (1 + self.stage_updates) / (10 + self.stage_updates)))
+        self.averaging.follow(self.student, self.stage_updates)
+        self.measures.updated(self.student_updates)
 
     # Lightning -------------------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Check strategy and precision, and the prior against the method. Raises ValueError."""
+        """Check the method itself, strategy and precision, and the prior against the method. Raises TypeError or ValueError."""
+        self.check_complete()
         check_strategy(self.trainer.strategy, self.trainer.precision)
         self.check_precision(self.trainer.precision)
         if self.feed.prior is not None:
@@ -272,6 +337,14 @@ class Distillation(Descent, Shardable):
                 logging.getLogger(__name__).warning(f"{said}; give another by model.box: [[lo, ...], [hi, ...]], a number per channel")
             self.has_box = True
 
+    def configure_model(self) -> None:
+        """Shard, where the strategy says so."""
+        self.shards.set_up(self, self._outgoing.network, self.trainer.strategy)
+
+    def on_train_end(self) -> None:
+        """What comes after training is the first process's alone."""
+        self.shards.gather(self._outgoing.network, self.device)
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The module's hook is the last one of a batch: what must not be done before a checkpoint is written is done now."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
@@ -285,7 +358,7 @@ class Distillation(Descent, Shardable):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The clock and the counts."""
         names = ("student_updates", "stage", "stage_start", "has_box", "evaluations")
-        own = {"micro": dict(self._micro), "sharded": self.sharded}
+        own = {"micro": dict(self.descent.micro), "sharded": self.shards.split}
         checkpoint["ddil"] = {**{name: getattr(self, name) for name in names}, **own}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -293,12 +366,12 @@ class Distillation(Descent, Shardable):
         state = checkpoint["ddil"]
         for name in ("student_updates", "stage", "stage_start", "has_box"):
             setattr(self, name, state[name])
-        self._micro = dict(state["micro"])
-        for name, denoiser in self.denoisers().items():
-            denoiser.evaluations = state["evaluations"][name]
+        self.descent.micro = dict(state["micro"])
+        for name, role in self.roles.items():
+            role.evaluations = state["evaluations"][name]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Distillation:
         super()._apply(fn, recurse)
-        for part in (*self.backbone.parts(), *filter(None, [self.whole])):
+        for part in (*self.backbone.parts(), *filter(None, [self.shards.whole])):
             part._apply(fn)
         return self

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch import nn
 
+from ddil_lightning.backbones.interface import Network
 from ddil_lightning.diffusion.denoiser import Denoiser
-
-BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
-"""Parts of a U-Net that are gathered one at a time: memory then holds the weights of one of them, not of the whole network."""
 
 
 class Sharded(ModelParallelStrategy):
@@ -57,22 +53,22 @@ def check_strategy(strategy: Any, precision: str) -> None:
         )
 
 
-def shard(method: nn.Module, mesh: Any) -> None:
-    """Split every network that `method` trains or averages, each a root of its own."""
+def shard(networks: Iterable[nn.Module], mesh: Any) -> None:
+    """Split networks, each a root of its own."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    for network in networks(method):
+    for network in networks:
         network.to(memory_format=torch.contiguous_format)  # FSDP2 cuts plain layouts only
         # Resharded after every forward, the root too: else a network that is never trained would stay gathered.
-        for part in [m for m in network.modules() if type(m).__name__ in BLOCKS] + [network]:
+        for part in (*(network.blocks() if isinstance(network, Network) else ()), network):
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
-        for name in ("features", "with_features"):  # of a U-Net: other ways in than forward
-            if hasattr(network, name):
+        if isinstance(network, Network):
+            for name in ("features", "with_features"):  # other ways in than forward
                 register_fsdp_forward_method(network, name)
 
 
 def networks(method: nn.Module) -> Iterator[nn.Module]:
-    """The networks behind a method's submodules: those of its denoisers, and other modules with parameters, called by their forward."""
+    """The networks behind a method's submodules: those of its roles, and other modules with parameters, called by their forward."""
     for child in method.children():
         network = child.network if isinstance(child, Denoiser) else child
         if next(network.parameters(), None) is not None:
@@ -97,43 +93,31 @@ def gather(network: nn.Module, bare: nn.Module) -> nn.Module | None:
     return made.requires_grad_(False).eval()
 
 
-class Shardable(LightningModule):
-    """A module whose networks `fsdp2` shards, and whose deployed one comes back whole for what the first process does alone."""
+class Shards:
+    """The networks of a method under `fsdp2`, and the deployed one whole, for what the first process does alone."""
 
-    whole: nn.Module | None = None  # the deployed network, where it was sharded and has been gathered
-    _bare: nn.Module | None = None  # the same without its weights
-
-    def deployed(self) -> nn.Module:
-        """The network that is evaluated and exported: `whole`, if there is one."""
-        raise NotImplementedError
+    def __init__(self) -> None:
+        self.whole: nn.Module | None = None  # the deployed network, where it was sharded and has been gathered
+        self._bare: nn.Module | None = None  # the same without its weights
 
     @property
-    def sharded(self) -> bool:
+    def split(self) -> bool:
         """Whether the networks are split over the processes."""
         return self._bare is not None
 
-    def configure_model(self) -> None:
-        """Shard, where the strategy says so."""
-        self.__dict__["whole"] = None
-        strategy: Any = self.trainer.strategy
-        if isinstance(strategy, Sharded) and not self.sharded:
-            self.__dict__["_bare"] = skeleton(self.deployed())
-            shard(self, strategy.device_mesh["data_parallel"])
+    def set_up(self, method: nn.Module, deployed: nn.Module, strategy: Any) -> None:
+        """Split the networks of `method`, where the strategy says so."""
+        self.whole = None
+        if isinstance(strategy, Sharded) and not self.split:
+            self._bare = skeleton(deployed)
+            shard(networks(method), strategy.device_mesh["data_parallel"])
 
-    @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Inside, `deployed()` is the whole network on the first process. All processes enter together."""
-        self._gather()
-        try:
-            yield
-        finally:
-            self.__dict__["whole"] = None
-
-    def on_train_end(self) -> None:
-        """What comes after training is the first process's alone."""
-        self._gather()
-
-    def _gather(self) -> None:
+    def gather(self, deployed: nn.Module, device: torch.device) -> None:
+        """Make the deployed network whole on the first process. All processes ask together; does nothing where none is split."""
         if self._bare is not None:
-            found = gather(self.deployed(), self._bare)
-            self.__dict__["whole"] = None if found is None else found.to(self.device)
+            found = gather(deployed, self._bare)
+            self.whole = None if found is None else found.to(device)
+
+    def forget(self) -> None:
+        """Let go of the whole network."""
+        self.whole = None

@@ -36,7 +36,3 @@ def check_distance(kind: str, h: float) -> None:
 def distance(kind: Distance, a: Tensor, b: Tensor, h: float = 1e-3) -> Tensor:
     """[B] by name: `huber` (with its width h) or `mse`, as `check_distance` accepts them."""
     return pseudo_huber(a, b, h) if kind == "huber" else mse(a, b)
-
-
-
-

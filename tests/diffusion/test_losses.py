@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ddil_lightning.backbones.roles import lerp_
 from ddil_lightning.bounds import above, at_least, fraction, seeds, within
 from ddil_lightning.diffusion.analytic import Gaussian
 from ddil_lightning.diffusion.denoiser import Consistency, Denoiser
+from ddil_lightning.diffusion.losses import check_distance, distance, mse, per_sample, pseudo_huber
 from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
 from ddil_lightning.diffusion.solver import Policy
-from ddil_lightning.methods.losses import check_distance, distance, mse, per_sample, pseudo_huber
 from ddil_lightning.records import Context
-from ddil_lightning.training.averaging import lerp_
 
 SD = NoiseSchedule.scaled_linear()
 MU, STD = 0.8, 0.5

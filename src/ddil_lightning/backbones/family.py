@@ -1,0 +1,65 @@
+"""Families of diffusers pipelines: the one place that knows what a network of diffusers is called with and made of, a file each."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import nn
+
+from ddil_lightning.backbones.interface import Network
+from ddil_lightning.records import Context
+
+
+class Family(Network):
+    """A component of a diffusers pipeline as a `Network`: what `Pipeline` asks of it besides.
+
+    A family is a subclass that writes `forward`, `latent_shape` and, where its texts are encoded otherwise than by two answers of
+    `encode_prompt`, `context`; and an entry of `pipeline.FAMILIES` under the name of diffusers' class. What it leaves out is refused by
+    name where somebody needs it: `with_features` and `head` (a discriminator), `told` (a student that is told its guidance).
+    """
+
+    component: ClassVar[str] = "transformer"
+    """The component of the pipeline that it wraps."""
+
+    blocks_of: ClassVar[tuple[str, ...]] = ()
+    """Names of the classes of its blocks, which `blocks` lists."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.add_module(self.component, model)
+
+    @property
+    def model(self) -> Any:
+        """The network of diffusers."""
+        return getattr(self, self.component)
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, ...]:
+        """[C, h, w] of the samples that it was trained on."""
+
+    def check(self, path: str, channels: int | None) -> None:
+        """Raises ValueError for a network that does not denoise latents of so many `channels`, or is made for another task."""
+
+    def told(self) -> Mapping[str, Any]:
+        """The changes of its configuration that give it an embedding of w, whose new weights are zero: a copy then equals its source."""
+        raise ValueError(f"{type(self).__name__} cannot be told the guidance: set model.w_conditioned to false")
+
+    def recompute(self) -> None:
+        """diffusers' gradient checkpointing."""
+        self.model.enable_gradient_checkpointing()
+
+    def blocks(self) -> Sequence[nn.Module]:
+        """The modules whose class is named in `blocks_of`."""
+        return [m for m in self.modules() if type(m).__name__ in self.blocks_of]
+
+    @staticmethod
+    def context(pipe: Any, prompts: Sequence[str], device: torch.device, side: int) -> Context:
+        """What the network is told of `prompts`, unguided, for images of `side` pixels."""
+        text, _ = cast(Any, pipe).encode_prompt(
+            prompt=list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return Context(text.float())

@@ -1,0 +1,204 @@
+"""What a family of models is to the rest of the library: `Network`, and `Backbone`, where networks, encoders and schedulers come from.
+
+A third party adds a family of diffusers pipelines by one subclass of `backbones.family.Family` and one entry of `FAMILIES`, and a model
+that is no diffusers pipeline by a subclass of `Backbone` (as toy/ does), which a YAML names by `pipeline: {class_path: ...}`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddil_lightning.backbones.roles import Role
+from ddil_lightning.diffusion.reflection import Reflection
+from ddil_lightning.diffusion.schedule import NoiseSchedule, Predicts
+from ddil_lightning.files import replacing
+from ddil_lightning.records import Context
+
+
+class Network(nn.Module):
+    """A network `(x_t, t, c) -> output`, which nobody asks what it is made of.
+
+    `forward` is all that every method needs. The rest is for those who need it: `features` and `with_features` for discriminators,
+    `head` for theirs, `blocks` for sharding, `recompute` for gradient checkpointing.
+    """
+
+    w_conditioned: bool = False
+    """Whether it is told the guidance: it then reads `c.w`, and refuses a context without it by ValueError."""
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
+        """[B, C, H, W] in the space that the backbone `predicts`, of latents x_t [B, C, H, W] at integer times t [B]."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward(x_t, t, c)")
+
+    def features(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
+        """[B, F, ...] what a discriminator reads; the output is not computed."""
+        return self.with_features(x_t, t, c)[1]
+
+    def with_features(self, x_t: Tensor, t: Tensor, c: Context) -> tuple[Tensor, Tensor]:
+        """(output, features) from one forward."""
+        raise NotImplementedError(f"{type(self).__name__} gives no features, which a discriminator reads: set its weights to 0")
+
+    def head(self) -> nn.Module:
+        """A discriminator's head, fresh: features -> logits [B, ...]."""
+        raise NotImplementedError(f"{type(self).__name__} has no discriminator's head: set the discriminator's weights to 0")
+
+    def blocks(self) -> Sequence[nn.Module]:
+        """Parts that are gathered one at a time where weights are sharded: memory then holds one of them, not the whole network."""
+        return ()
+
+    def recompute(self) -> None:
+        """Compute activations again in the backward pass instead of keeping them, where that saves memory (gradient checkpointing)."""
+
+
+class Backbone(ABC):
+    """A teacher and what a method, the data and an evaluation need of it. Loaded once; its own parts stay frozen, in eval mode.
+
+    A subclass says in its constructor, through this one: `path`, the name that texts call it by; `schedule`; `predicts`, the space of its
+    network's outputs; `latent_shape` [C, h, w] of one sample. `about` is what its card recommends (guidance, dataset, previews, steps);
+    `dtype` that of the frozen network. The methods without a body must be written, the others have an answer that fits most.
+    """
+
+    bare: bool = False
+    """Whether its networks are without memory for weights until a checkpoint brings them."""
+
+    captions: Any = None
+    """The data set that comes with the backbone itself (the analytic toy's)."""
+
+    samples: str = "prompts"
+    """What a test counts, in a word."""
+
+    def __init__(
+        self,
+        path: str,
+        schedule: NoiseSchedule,
+        predicts: Predicts,
+        latent_shape: Sequence[int],
+        about: dict[str, Any] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.path, self.schedule, self.predicts, self.dtype = path, schedule, predicts, dtype
+        self.latent_shape: tuple[int, ...] = tuple(latent_shape)
+        self.about = dict(about or {})
+
+    # Networks ------------------------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def network(self) -> Network:
+        """The frozen teacher's network itself, shared, not copied."""
+
+    @abstractmethod
+    def trainable(self, w_conditioned: bool = False) -> Network:
+        """A trainable float32 copy of it. With `w_conditioned` it is told w, and equals its source at every w before training."""
+
+    @abstractmethod
+    def parts(self) -> list[nn.Module]:
+        """The frozen modules: the teacher's network and the encoders."""
+
+    @abstractmethod
+    def to(self, device: torch.device) -> Backbone:
+        """Move the frozen parts, and answer itself."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the frozen parts are."""
+
+    def role(
+        self,
+        name: str,
+        *,
+        w_conditioned: bool = False,
+        recompute: bool = False,
+        predicts: Predicts | None = None,
+        reflection: Reflection | None = None,
+    ) -> Role:
+        """The network in its part: `teacher`, frozen, guided by the empty prompt; any other name (`student`, `critic`) a trainable copy.
+
+        `recompute`: with gradient checkpointing. `predicts`: of its outputs, where that is not the teacher's. `reflection` of its x0.
+        A target, an average or a former student is made from a role: `student.copied("target")`.
+        """
+        space = self.predicts if predicts is None else predicts
+        if name == "teacher":
+            return Role(name, self.network(), self.schedule, space, null=self.null(), reflection=reflection, own=False)
+        network = self.trainable(w_conditioned)
+        if recompute:
+            network.recompute()
+        return Role(name, network, self.schedule, space, reflection=reflection)
+
+    def head(self) -> nn.Module:
+        """A discriminator's head on its networks' features."""
+        return self.network().head()
+
+    # Encoders ------------------------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def encode_text(self, prompts: Sequence[str], truncate: bool = False) -> Context:
+        """The unguided context of `prompts`. Raises ValueError for one that is no prompt here, or is too long without `truncate`."""
+
+    @abstractmethod
+    def check_length(self, prompts: Sequence[str]) -> None:
+        """Raises ValueError, naming it, for the first of `prompts` that would be cut."""
+
+    @abstractmethod
+    def encoders(self) -> str:
+        """A digest of everything that makes latents and text states: a cache is good for one of these alone."""
+
+    @abstractmethod
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Scaled latents [B, C, h, w] of images [B, 3, H, W] in [-1, 1]."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor, gradients: bool = False) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] of scaled latents; with `gradients` they flow back to the latents, and nothing is clamped."""
+
+    def null(self) -> Context:
+        """The context of the empty prompt, one sample: the unconditional branch of guidance."""
+        return self.encode_text([""])
+
+    # What its card says --------------------------------------------------------------------------------------------------------------
+
+    @property
+    def guidance(self) -> float:
+        """The guidance g that it recommends (7.5, Stable Diffusion's, where it says nothing)."""
+        return float(self.about.get("guidance", 7.5))
+
+    @property
+    def baked(self) -> bool:
+        """Whether it is a student with its guidance in the weights, to be called with guidance_scale 1."""
+        return "method" in self.about and not self.network().w_conditioned
+
+    @property
+    def side(self) -> int | None:
+        """The edge of its images in pixels; None where its samples are no images."""
+        return None
+
+    # Students --------------------------------------------------------------------------------------------------------------------------
+
+    holds_students: bool = False
+    """Whether `save` writes a pipeline that samples by itself, so that an export can be reloaded and compared."""
+
+    def scheduler(self, transition: str, predicts: Predicts, rule: str, steps: int, scaling: float | None = None) -> Any:
+        """The scheduler that steps as a student does: see `backbones.schedulers`. Raises ValueError where there is none."""
+        raise ValueError(f"no pipeline can hold a student of {self.path}, so it has no scheduler")
+
+    def save(self, folder: Path, network: nn.Module, scheduler: Callable[[], Any], dtype: torch.dtype, safety_checker: bool) -> Path:
+        """Write a student below `folder` -> where. Here its weights alone, student.safetensors."""
+        from safetensors.torch import save_file
+
+        path = folder / "student.safetensors"
+        with replacing(path) as temporary:
+            save_file({k: v.to(dtype).contiguous() for k, v in network.state_dict().items()}, temporary)
+        return path
+
+    def stands_in(self, network: nn.Module) -> None:
+        """Put a student's network in the place of a `bare` backbone's own, which has no weights."""
+        raise ValueError(f"{self.path} has weights of its own")
+
+    def measured(self, method: Any, test: Any, say: Callable[[str], None]) -> list[dict[str, Any]] | None:
+        """Rows of results by a law that the backbone itself knows (`test`: runs.finish.Test); None: its images are judged by a suite."""
+        return None

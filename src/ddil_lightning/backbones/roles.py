@@ -1,0 +1,81 @@
+"""Roles: a network in its part of a method, and how one follows another. Methods ask for roles and never copy a network themselves."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.reflection import Reflection
+from ddil_lightning.diffusion.schedule import NoiseSchedule, Predicts
+from ddil_lightning.records import Context
+
+
+class Role(Denoiser):
+    """A denoiser with a name, which knows what of it is trained, saved, sharded and copied.
+
+    `own`: whether it has weights of its own. The frozen teacher has not: it shares the pipeline's, and stays out of parameters,
+    checkpoints, DDP and shards. Everything else of a role is its denoiser's.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        schedule: NoiseSchedule,
+        predicts: Predicts = "eps",
+        null: Context | None = None,
+        reflection: Reflection | None = None,
+        own: bool = True,
+    ) -> None:
+        super().__init__(network, schedule, predicts, null=null, reflection=reflection)
+        self.name, self.own = name, own
+
+    def weights(self) -> list[nn.Parameter]:
+        """The parameters that training moves."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def copied(self, name: str, reflection: Reflection | None = None) -> Role:
+        """A frozen copy with weights of its own, in eval mode: a target, an average, a former student. Its guidance is baked or told."""
+        network = copy.deepcopy(self.network).requires_grad_(False).eval()
+        return Role(name, network, self.schedule, self.predicts, reflection=reflection).eval()
+
+    def follow(self, other: Denoiser, decay: float = 0.0) -> None:
+        """self <- decay self + (1 - decay) other, in place: weights alone, whatever the reflection and the null context of either."""
+        lerp_(self.network, other.network, decay)
+
+    def apart(self, network: nn.Module | None = None) -> Denoiser:
+        """The same network (or the whole of it, `network`) as it is used at inference: not reflected, counting for itself."""
+        return Denoiser(self.network if network is None else network, self.schedule, self.predicts, null=self.null)
+
+
+@torch.no_grad()
+def lerp_(average: nn.Module, online: nn.Module, decay: float) -> None:
+    """average <- decay average + (1 - decay) online, all parameters in one fused call; buffers are copied."""
+    (mine, copies), (theirs, values) = _tensors(average), _tensors(online)
+    torch._foreach_lerp_(mine, theirs, 1 - decay)
+    for a, b in zip(copies, values, strict=True):
+        a.copy_(b)
+
+
+def _tensors(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters and buffers, each once, in one order for equal architectures: a walk of its own, because `parameters()` and
+    `buffers()` take longer than the averaging itself, at every update."""
+    parameters: dict[int, Tensor] = {}
+    buffers: dict[int, Tensor] = {}
+    left, seen = [module], set()
+    while left:
+        m = left.pop()
+        if id(m) in seen:
+            continue
+        seen.add(id(m))
+        for p in m._parameters.values():
+            if p is not None:
+                parameters[id(p)] = p
+        for b in m._buffers.values():
+            if b is not None:
+                buffers[id(b)] = b
+        left += [child for child in m._modules.values() if child is not None]
+    return list(parameters.values()), list(buffers.values())

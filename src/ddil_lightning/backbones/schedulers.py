@@ -1,0 +1,63 @@
+"""diffusers schedulers: one that steps as a student does, DPM-Solver++ 2M for any, and whether one can take so many steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ddil_lightning.errors import one_line
+
+PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+"""What a diffusers scheduler says of the forward process. Everything else in its configuration is a way to sample."""
+
+
+def student(teacher: Any, transition: str, prediction: str, rule: str, steps: int, scaling: float | None = None) -> Any:
+    """The scheduler that steps as a student does which was trained at given nodes, on the forward process of its `teacher`'s scheduler.
+
+    `renoise` on `steps` nodes of LCM's training grid: LCMScheduler, whose boundary conditions have the time scaling `scaling` (None: they
+    vanish). `ddim` on `steps` nodes of the `rule` (trailing, linspace): DDIMScheduler; where it would leave them, DPM-Solver++ of first
+    order, which is DDIM between any nodes. `prediction`: the network's, by diffusers' name. Raises ValueError for another transition.
+    """
+    own: dict[str, Any] = {"prediction_type": prediction}
+    if transition == "renoise":
+        own |= {"original_inference_steps": steps, "timestep_scaling": 1e10 if scaling is None else scaling}
+        return _made("LCMScheduler", teacher, set_alpha_to_one=True, clip_sample=False, **own)
+    if transition != "ddim":
+        raise ValueError(f"no scheduler of diffusers is known to step by {transition!r}: known are ddim and renoise")
+    own["timestep_spacing"] = rule
+    # DDIMScheduler steps down by T // N, whatever the next node is.
+    if rule == "trailing" and teacher.config.num_train_timesteps % steps == 0:
+        return _made("DDIMScheduler", teacher, set_alpha_to_one=True, clip_sample=False, **own)
+    rest = {"algorithm_type": "dpmsolver++", "solver_order": 1, "final_sigmas_type": "zero"}
+    return _made("DPMSolverMultistepScheduler", teacher, **rest, **own)
+
+
+def _made(kind: str, teacher: Any, **own: Any) -> Any:
+    """diffusers' scheduler `kind` on the teacher's forward process, with `own` options and nothing else of the teacher's.
+
+    A teacher's ways to sample (Karras or other sigmas, thresholding, an offset, rules for the last step) are not the student's.
+    """
+    import diffusers
+
+    process = {name: value for name, value in teacher.config.items() if name in PROCESS}
+    # An offset of 1 has no effect but on `leading` times, and diffusers warns of any other at every load.
+    return getattr(diffusers, kind)(**{**process, "steps_offset": 1, "thresholding": False, **own})
+
+
+def dpm(scheduler: Any) -> Any:
+    """DPM-Solver++ 2M with everything else as `scheduler` has it."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    return DPMSolverMultistepScheduler.from_config(scheduler.config, solver_order=2)
+
+
+def check_steps(scheduler: Any, n: int, device: torch.device) -> None:
+    """Raises ValueError, with its reason, for a step count that a scheduler cannot take."""
+    try:
+        scheduler.set_timesteps(n, device=device)
+        # Without sigmas to interpolate, a scheduler looks its times up: "leading" ones with an offset may lie beyond the last.
+        if not hasattr(scheduler, "sigmas") and int(scheduler.timesteps.max()) >= scheduler.config.num_train_timesteps:
+            raise ValueError(f"its times begin at {int(scheduler.timesteps.max())}")
+    except Exception as error:  # whatever a scheduler of diffusers raises
+        raise ValueError(f"{type(scheduler).__name__}: {one_line(error).split('. ')[0]}") from error

@@ -1,0 +1,155 @@
+"""The adversary: a critic that follows the student's distribution, and a discriminator on its features, on a time scale of their own.
+
+DMD and DMD2, EM distillation, adversarial distillation in latents or pixels and moment matching share it: a method holds one, asks it whose
+turn it is, and hands it its samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from ddil_lightning.backbones.roles import Role
+from ddil_lightning.bounds import within
+from ddil_lightning.diffusion.losses import mse, per_sample
+from ddil_lightning.diffusion.schedule import NoiseSchedule
+from ddil_lightning.records import LatentBatch
+from ddil_lightning.streams import Streams
+
+
+@dataclass(frozen=True)
+class Gan:
+    """A discriminator's part: `weight` lambda_g in the student's loss, `critic_weight` lambda_d in the critic's, 0 and 0 for none.
+
+    `features`: whose the head reads, the critic's (which learns to tell them apart) or the frozen teacher's.
+    """
+
+    weight: float = 0.0
+    critic_weight: float = 0.0
+    features: Literal["critic", "teacher"] = "critic"
+
+    def __post_init__(self) -> None:
+        within(0, 1000, gan_weight=self.weight, critic_gan_weight=self.critic_weight)
+        if self.weight and not self.critic_weight:
+            raise ValueError(f"gan_weight = {self.weight} needs a discriminator that learns: set critic_gan_weight")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is a discriminator at all."""
+        return bool(self.weight or self.critic_weight)
+
+
+class Adversary:
+    """Critic and head of a `method` (a Distillation), which casts them: their turns, their losses, their noise and their state.
+
+    `every`: the critic's updates to one of the student's. The student's turn is the last batch of its cycle, so that the critic has caught
+    up. `seed`: of the noise of all losses, which follows from it and from the clocks, so that a resumed run repeats it.
+    """
+
+    def __init__(self, method: Any, critic: Role, head: nn.Module | None, every: int, gan: Gan, seed: int) -> None:
+        within(1, 10**6, critic_steps=every)
+        self.method, self.critic, self.head = method, critic, head
+        self.every, self.gan, self.seed = every, gan, seed
+        self.updates = 0
+
+    @property
+    def student_turn(self) -> bool:
+        """Whether the present batch updates the student too."""
+        return (self.updates + 1) % self.every == 0
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Inside, no gradient reaches critic and head; it still passes through them to the student's samples."""
+        with untouched(self.critic, self.head):
+            yield
+
+    def weights(self) -> list[nn.Parameter]:
+        """What its optimiser moves."""
+        parts = [self.critic] if self.head is None else [self.critic, self.head]
+        return [p for part in parts for p in part.parameters() if p.requires_grad]
+
+    # Losses --------------------------------------------------------------------------------------------------------------------------
+
+    def realism(self, x: Tensor, b: LatentBatch) -> Tensor | float:
+        """[B] the student's side of the GAN on its samples x [B, C, H, W]: softplus(-D)."""
+        if not self.gan.weight:
+            return 0.0
+        y, t, _ = self.diffuse(x, "realism")
+        return per_sample(softplus(-self._logits(self._discriminator.features(y, t, b.c))))
+
+    def descend(self, optimizer: Any, x: Tensor, b: LatentBatch) -> None:
+        """Follow the student: one micro-batch of `following` on its samples x, detached."""
+        if self.method.descend(optimizer, self.following(x, b), "critic_loss"):
+            self.updates += 1
+
+    def following(self, x: Tensor, b: LatentBatch) -> Tensor:
+        """The critic's denoising loss on samples x in the network's own space, and the other side of the GAN, from one forward of both."""
+        y, t, eps = self.diffuse(x, "critic")
+        p, features = self.critic.with_features(y, t, b.c)
+        loss = mse(self.critic.output(p), self.critic.schedule.target(self.critic.predicts, x, eps, t))
+        self.method.measures.record(denoising=loss)
+        if not self.gan.critic_weight or b.real is None or b.real_c is None:
+            return (b.weight * loss).mean()
+        if self.gan.features == "teacher":
+            features = self.method.teacher.features(y, t, b.c)
+        z, t, _ = self.diffuse(b.real, "real")
+        fake, real = self._logits(features), self._logits(self._discriminator.features(z, t, b.real_c))
+        gan = b.weight * per_sample(softplus(fake)) + per_sample(softplus(-real))
+        self.method.measures.record(gan=gan)
+        return (b.weight * loss + self.gan.critic_weight * gan).mean()
+
+    def diffuse(self, x: Tensor, purpose: str, low: int = 0, high: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(alpha x + sigma eps, t, eps) with t [B] ~ U{low..high} (all times), each rank and purpose with numbers of its own."""
+        step = self.updates * self.method.descent.accumulate + self.method.descent.micro.get("critic_loss", 0)
+        generator = Streams(self.seed, step, self.method.stage, self.method.global_rank).local(purpose, x.device)
+        schedule: NoiseSchedule = self.critic.schedule
+        t = torch.randint(low, (schedule.steps - 1 if high is None else high) + 1, (len(x),), generator=generator, device=x.device)
+        eps = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        return schedule.add_noise(x, eps, t), t, eps
+
+    @property
+    def _discriminator(self) -> Role:
+        """Whose features the head reads."""
+        return self.critic if self.gan.features == "critic" else self.method.teacher
+
+    def _logits(self, features: Tensor) -> Tensor:
+        """[B, ...] of the head in float32; a batch's features may come from a network in half precision."""
+        assert self.head is not None
+        return self.head(features.float()).float().flatten(1)
+
+    # State ---------------------------------------------------------------------------------------------------------------------------
+
+    def check_data(self, has_images: bool) -> None:
+        """Raises ValueError for a GAN without data."""
+        if self.head is not None and not has_images:
+            raise ValueError(
+                f"{type(self.method).__name__}'s GAN compares with data, but the data set has no images: give images, or set "
+                "model.gan_weight and model.critic_gan_weight to 0"
+            )
+
+    def state(self) -> dict[str, int]:
+        """Where it stands, for a checkpoint."""
+        return {"critic_updates": self.updates, "noise_seed": self.seed}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.updates, self.seed = state["critic_updates"], state["noise_seed"]
+
+
+@contextmanager
+def untouched(*modules: nn.Module | None) -> Iterator[None]:
+    """No gradient reaches the parameters of `modules` inside; it still passes through them. Those that had none before have none after."""
+    trained = [p for module in modules if module is not None for p in module.parameters() if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)

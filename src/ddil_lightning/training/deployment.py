@@ -1,0 +1,59 @@
+"""How a student is used: a value that previews, tests, probes and the export share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.schedule import Grid
+from ddil_lightning.diffusion.solver import Policy
+
+
+@dataclass(frozen=True, eq=False)
+class Deployment:
+    """Inference, whole: `policy` down `grid(steps)` at `guidance`, and the scheduler that makes diffusers do the same.
+
+    A method makes one in `deploy`. `steps`: the step counts that the student is made for, the one that its pipeline recommends first.
+    `scheduler`: makes the scheduler of the exported pipeline; None for a teacher, which has its own. `guidance`: the g that samples are
+    asked for; `stands_for`: the g that they stand for, where another was baked in.
+    """
+
+    policy: Policy
+    grid: Callable[[int], Grid]
+    steps: tuple[int, ...]
+    guidance: float
+    scheduler: Callable[[], Any] | None = None
+    stands_for: float | None = None
+
+    def sampler(self, steps: int) -> tuple[Policy, Grid]:
+        """The policy and its grid in `steps` steps. Raises ValueError for a count that the grid cannot take."""
+        return self.policy, self.grid(steps)
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """What the policy asks, below whatever is wrapped around it; it counts the evaluations of this deployment."""
+        return next(m for m in self.policy.modules() if isinstance(m, Denoiser))
+
+    @property
+    def network(self) -> nn.Module:
+        """The network that is deployed."""
+        return self.denoiser.network
+
+    @property
+    def told(self) -> bool:
+        """Whether the network is told the guidance; else it is baked in (or, of a teacher, made of two evaluations)."""
+        return bool(getattr(self.network, "w_conditioned", False))
+
+    @property
+    def guidance_scale(self) -> float:
+        """The `guidance_scale` to call the exported pipeline with: g for a student that is told it, 1 for one with g baked in."""
+        return self.guidance if self.told else 1.0
+
+    @property
+    def quoted(self) -> float:
+        """The guidance that a table names."""
+        return self.guidance if self.stands_for is None else self.stands_for
