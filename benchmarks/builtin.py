@@ -27,8 +27,9 @@ import torch
 from builtin_table import STUDENT_STEPS, TEACHER_STEPS, report
 from torch import Tensor
 
-from ddil_lightning.evaluation.metrics.base import as_saved
-from ddil_lightning.evaluation.suite import KEYS, Suite, paired_distance
+from ddil_lightning.evaluation.batches import as_saved
+from ddil_lightning.evaluation.registry import keys
+from ddil_lightning.evaluation.suite import Suite, paired_distance
 from ddil_lightning.evaluation.table import write_rows
 from ddil_lightning.files import replacing
 
@@ -50,7 +51,7 @@ class Paired:
     """A suite that also compares a sampler's images with `reference` [N, 3, H, W], images of the same prompts from the same noise."""
 
     def __init__(self, suite: Suite, reference: Tensor | None = None) -> None:
-        self.suite, self.prompts, self.reference = suite, suite.prompts, reference
+        self.suite, self.prompts, self.reference, self.protocol = suite, suite.prompts, reference, suite.protocol
 
     def score(self, sample: Callable[[list[str], int], Tensor]) -> dict[str, Any]:
         """The suite's metrics and `paired`, the mean squared difference of 8-bit images in [-1, 1]."""
@@ -182,7 +183,7 @@ def tasks(args: argparse.Namespace, pipeline: str) -> tuple[dict[str, Any], list
     def task(variant: str, seed: int | None, config: str, own: Sequence[str]) -> dict[str, Any]:
         overrides = [*own, *updates, *args.set] if variant else []
         said: list[Any] = [variant, seed, find_config(config).read_text(), overrides, args.captions]
-        key, trained = digest([weights, args.n, KEYS, *(said if variant else [])]), digest([weights, *said])
+        key, trained = digest([weights, args.n, keys(), *(said if variant else [])]), digest([weights, *said])
         what = {"variant": variant, "seed": seed, "config": config, "overrides": overrides, "pipeline": pipeline, "n": args.n}
         name = f"{args.method}-{variant}-{seed}" if variant else "teacher"
         return {

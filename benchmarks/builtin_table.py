@@ -7,7 +7,9 @@ from typing import Any
 
 import common
 
-from ddil_lightning.evaluation.table import METRICS, gap_closed
+from ddil_lightning.evaluation.columns import Column
+from ddil_lightning.evaluation.registry import columns
+from ddil_lightning.evaluation.table import gap_closed
 
 SHIPPED = "both"  # what `ddil-fit --config METHOD_ddil.yaml` trains, and the targets are about
 AGAINST = [(name, "base") for name in ("reflected", "ddil", "both", "same_times", "same_times_reflected")] + [
@@ -18,21 +20,13 @@ AGAINST = [(name, "base") for name in ("reflected", "ddil", "both", "same_times"
 ]
 TEACHER_STEPS = (32, 4, 2, 1)
 STUDENT_STEPS: dict[str, tuple[int, ...]] = {"lcm": (4, 2, 1), "pd": (4, 2), "dmd2": (4, 2)}
-GAPS = ("frechet", "all_right")
-MEASURES = (*(m.key for m in METRICS), "blur", "paired", *(f"gap_{k}" for k in GAPS))
-HEADINGS = (
-    "Fréchet ↓",
-    "CLIP ↑",
-    "density",
-    "coverage ↑",
-    "LPIPS div.",
-    "attributes ↑",
-    "all right ↑",
-    "modes ↑",
-    "blur ↓",
-    "to teacher ↓",
+GAPS = tuple(c.key for c in columns() if c.headline)
+OWN = (
+    Column("paired", "to teacher", "lower", "mean squared difference to the teacher's images in 32 steps from the same noise"),
+    *(Column(f"gap_{c.key}", f"gap {c.short}", "higher", "share of the teacher's gap that is closed") for c in columns() if c.headline),
 )
-COLUMNS = (("variant", ""), ("name", ""), *zip(MEASURES, (*HEADINGS, "gap Fréchet ↑", "gap all right ↑"), strict=True))
+MEASURES = tuple(c.key for c in (*columns(), *OWN))
+COLUMNS = (("variant", ""), ("name", ""), *((c.key, c.heading) for c in (*columns(), *OWN)))
 
 
 def report(

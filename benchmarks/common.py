@@ -185,13 +185,13 @@ def markdown(report: Report) -> str:
 def grid(columns: Sequence[Sequence[str]], rows: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table of (key, heading) columns. Values are a row's own or among its `metrics`; errors are in its `se`."""
 
+    from ddil_lightning.evaluation.table import tabulate
+
     def show(row: Mapping[str, Any], key: str) -> str:
         value = row[key] if key in row else row.get("metrics", {}).get(key)
-        return cell(value, (row.get("se") or {}).get(key)).replace("|", "\\|")
+        return cell(value, (row.get("se") or {}).get(key))
 
-    lines = [[heading for _, heading in columns], ["---", *["---:"] * (len(columns) - 1)]]
-    lines += [[show(row, key) for key, _ in columns] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return tabulate(rows, columns, show).markdown()
 
 
 def publish(report: Report, args: argparse.Namespace) -> Report:

@@ -9,17 +9,22 @@ from typing import Any
 
 import common
 
+from ddil_lightning.evaluation.registry import column
+
 MEASURES = {
-    "energy_distance": "energy distance ↓",
-    "energy_class": "per class ↓",
-    "energy_teacher": "to the teacher ↓",
-    "coverage": "coverage ↑",
-    "density": "density ↑",
-    "mode_kl": "mode KL ↓",
-    "high_quality": "high quality ↑",
-    "teacher_rmse": "RMSE to teacher ↓",
-    "shift": "shift ↓",
-    "outside": "outside ↓",
+    key: column(key).heading
+    for key in (
+        "energy_distance",
+        "energy_class",
+        "energy_teacher",
+        "coverage",
+        "density",
+        "mode_kl",
+        "high_quality",
+        "teacher_rmse",
+        "shift",
+        "outside",
+    )
 }
 AGAINST = (
     ("both", "reflected"),
@@ -69,7 +74,7 @@ def report(records: Sequence[dict[str, Any]], size: dict[str, int], quick: bool 
         parts.append({"title": "Paired differences, mean [t]", "columns": shown, "rows": flat})
     return {
         "benchmark": "toy2d",
-        "columns": [("method", "method"), ("variant", ""), ("energy_distance", "energy distance ↓"), ("coverage", "coverage ↑")],
+        "columns": [("method", "method"), ("variant", ""), *((k, MEASURES[k]) for k in ("energy_distance", "coverage"))],
         "rows": rows,
         "parts": parts,
         "targets": [] if quick else targets(rows),

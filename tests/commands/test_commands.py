@@ -15,13 +15,16 @@ from PIL import Image
 from ddil_lightning.commands import main
 from ddil_lightning.commands.restore import restore
 from ddil_lightning.evaluation import rows as scoring
-from ddil_lightning.evaluation.suite import KEYS, Suite
+from ddil_lightning.evaluation.batches import Given, Judge
+from ddil_lightning.evaluation.networks import Networks
+from ddil_lightning.evaluation.registry import keys
+from ddil_lightning.evaluation.suite import Suite
 from ddil_lightning.methods import DMD2
 from ddil_lightning.miniature import digits
 from ddil_lightning.runs import export
 from suite import METHODS, Entry, build
 
-ROW = {"name", "steps", "guidance", "n", "nfe", "seconds_per_image", "metrics"}
+ROW = {"name", "steps", "guidance", "n", "nfe", "seconds_per_image", "metrics", "protocol"}
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +39,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def builtin(data: str, n: int, seed: int) -> Suite:
         assert data == "digits"
-        return Suite(data, digits.prompts(n, seed), judge=digits.judge, seed=seed, batch=8)
+        return Suite(data, digits.prompts(n, seed), Given(judge=Judge(digits.judge)), seed=seed, batch=8)
 
     monkeypatch.setattr(Suite, "builtin", staticmethod(builtin))
 
@@ -58,8 +61,10 @@ def scored(capsys: Any, *words: Any, out: str = "metrics.json") -> list[dict[str
     code, shown, err = call(capsys, main.command("test"), *words, "--n", 16)
     assert code == 0 and f"written to {out}" in shown, err
     rows = json.loads(Path(out).read_text())["rows"]
-    assert all(set(row) == ROW and row["name"] in shown and row["n"] == 16 and row["seconds_per_image"] > 0 for row in rows)
-    assert all(set(KEYS) <= set(row["metrics"]) and 0 <= row["metrics"]["attribute_accuracy"] <= 1 for row in rows)
+    assert all(
+        set(row) == ROW and row["name"] in shown and row["n"] == row["protocol"]["n"] == 16 and row["seconds_per_image"] > 0 for row in rows
+    )
+    assert all(set(keys()) <= set(row["metrics"]) and 0 <= row["metrics"]["attribute_accuracy"] <= 1 for row in rows)
     return rows
 
 
@@ -131,8 +136,7 @@ def test_a_set_of_one_s_own(tiny: Path, here: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
     assert "need torch-fidelity: pip install 'ddil-lightning[eval]'" in refused(capsys, main.command("test"), *words, "set")
     whole = Suite.from_folder
-    none = {"features": None, "clip": None, "distance": None}
-    monkeypatch.setattr(Suite, "from_folder", lambda *args, **kwargs: whole(*args, **kwargs, **none))
+    monkeypatch.setattr(Suite, "from_folder", lambda *args, **kwargs: whole(*args, **kwargs, networks=Networks()))
     for given, n in (([], 17), (["--n", 16], 16)):
         assert call(capsys, main.command("test"), *words, "set", *given)[0] == 0
         kept = json.loads((here / "metrics.json").read_text())

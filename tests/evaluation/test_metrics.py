@@ -1,19 +1,37 @@
 """Metrics against closed forms, against the libraries they replace, and over two processes."""
 
+from __future__ import annotations
+
 import math
 import warnings
+from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ddil_lightning.evaluation.metrics.alignment import AttributeAccuracy, ModeCoverage, attribute_accuracy
-from ddil_lightning.evaluation.metrics.base import as_saved, chunked
-from ddil_lightning.evaluation.metrics.clip import ClipNet, CLIPScore, cosine, open_clip_net
-from ddil_lightning.evaluation.metrics.diversity import LPIPSDiversity, MapDistance, check_range, lpips_distance, seed_diversity
-from ddil_lightning.evaluation.metrics.frechet import FrechetDistance, frechet_distance, gaussian_distance, inception_features
-from ddil_lightning.evaluation.metrics.prdc import DensityCoverage, density_coverage, expected_coverage
+from ddil_lightning.diffusion.gaussians import frechet_distance
+from ddil_lightning.evaluation.batches import Batch, Given, Judge, Reference, as_saved, chunked
+from ddil_lightning.evaluation.metrics.alignment import Alignment, attribute_accuracy
+from ddil_lightning.evaluation.metrics.base import Metric
+from ddil_lightning.evaluation.metrics.diversity import Diversity, check_range, seed_diversity
+from ddil_lightning.evaluation.metrics.frechet import Frechet
+from ddil_lightning.evaluation.metrics.modes import ModeCoverage
+from ddil_lightning.evaluation.metrics.prdc import density_coverage, expected_coverage
+from ddil_lightning.evaluation.networks import (
+    ClipNet,
+    MapDistance,
+    Networks,
+    cosine,
+    inception_features,
+    lpips_distance,
+    open_clip_net,
+    said,
+)
+from ddil_lightning.evaluation.registry import metrics, unmeasured
+from ddil_lightning.evaluation.suite import Probes, Suite
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -55,75 +73,13 @@ def test_chunks_do_not_change_features():
 # Frechet
 
 
-def test_frechet_of_gaussians_closed_form():
-    """Commuting covariances: |m1 - m2|^2 + sum (s1 - s2)^2 in their common eigenbasis."""
-    q = torch.linalg.qr(randn(5, 5).double()).Q
-    s1, s2 = torch.tensor([0.1, 1.0, 2.0, 3.0, 0.0]).double(), torch.tensor([1.0, 0.5, 2.0, 0.0, 4.0]).double()
-    m1, m2 = randn(5, seed=1), randn(5, seed=2)
-    got = gaussian_distance(m1, q * s1.square() @ q.T, m2, q * s2.square() @ q.T)
-    expected = (m1 - m2).double().square().sum() + (s1 - s2).square().sum()
-    assert float(got) == pytest.approx(float(expected), rel=1e-7)
-
-
-def test_frechet_of_affine_copies_is_exact():
-    """Y = 3 X + b has mean 3 m + b and covariance 9 C, so the distance is |2 m + b|^2 + 4 tr C without sampling error."""
-    x, b = randn(200, 6).double() * torch.arange(1, 7), randn(6, seed=3).double()
-    expected = (2 * x.mean(0) + b).square().sum() + 4 * x.T.cov().trace()
-    assert frechet_distance(x, 3 * x + b) == pytest.approx(float(expected), rel=1e-9)
-
-
-@pytest.mark.parametrize("n", [4, 300])
-def test_frechet_of_a_set_with_itself_is_zero(n):
-    """Also with fewer images than features, where the covariance is singular."""
-    x = randn(n, 32) @ randn(32, 32, seed=1) + 5
-    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-5)
-
-
-def test_frechet_equals_scipy_and_torchmetrics():
-    import scipy.linalg
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
-    a, b = randn(120, 6) @ randn(6, 6, seed=1), randn(90, 6, seed=2) * 1.3 + 0.4
-    ca, cb = a.double().T.cov().numpy(), b.double().T.cov().numpy()
-    root = scipy.linalg.sqrtm(ca @ cb).real
-    expected = float((a.double().mean(0) - b.double().mean(0)).square().sum()) + (ca + cb - 2 * root).trace()
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
-
-    stock = FrechetInceptionDistance(feature=WithSize())
-    stock.update(a, real=True)
-    stock.update(b, real=False)
-    assert frechet_distance(a, b) == pytest.approx(float(stock.compute()), rel=1e-5)
-
-
-class WithSize(nn.Identity):
-    num_features = 6
-
-
-def test_frechet_streams_to_the_same_value():
-    real, fake = randn(101, 8) + 10, randn(77, 8, seed=1) + 10.5
-    m = FrechetDistance(8)
-    for x, is_real in ((real, True), (fake, False)):
-        for part in x.split(13):
-            m.update(part, real=is_real)
-    assert float(m.compute()) == pytest.approx(frechet_distance(real, fake), rel=1e-9)
-
-
-def test_frechet_keeps_the_reference():
-    m = FrechetDistance(4, keep_real=True)
-    m.update(randn(20, 4), real=True)
-    m.update(randn(20, 4, seed=1) + 3, real=False)
-    m.compute()
-    m.reset()
-    m.update(randn(20, 4, seed=2), real=False)
-    assert float(m.compute()) == pytest.approx(frechet_distance(randn(20, 4), randn(20, 4, seed=2)), rel=1e-9)
-
-
-def test_frechet_needs_two_images_and_the_declared_size():
-    m = FrechetDistance(4)
-    with pytest.raises(ValueError, match="two of each"):
-        m.compute()
-    with pytest.raises(ValueError, match="dim=4"):
-        m.update(randn(3, 5), real=True)
+def test_frechet_in_batches_is_that_of_the_whole():
+    real, fake = pictures(101, 3, 2, 2), pictures(77, 3, 2, 2, seed=1) * 0.5
+    metric = measured(Frechet(), fake, given(real.flatten(1)), size=13)
+    assert metric.compute() == {"frechet": frechet_distance(real.flatten(1), fake.flatten(1))}
+    metric.reset()
+    with pytest.warns(UserWarning, match="before the ``update``"), pytest.raises(ValueError, match="metric Frechet: nothing was measured"):
+        metric.compute()
 
 
 def test_inception_without_torch_fidelity_says_what_to_install(monkeypatch):
@@ -186,14 +142,12 @@ def test_cosine_closed_form():
     assert cosine(a, b).tolist() == pytest.approx([0.96, -1.0])
 
 
-def test_clip_score_ignores_batch_order_and_size():
-    x, prompts, order = pictures(9, 3, 8, 8), [f"a red {i}" for i in range(9)], [4, 2, 0, 8, 6, 1, 3, 5, 7]
-    whole, parts = CLIPScore(encoders().score), CLIPScore(encoders().score)
-    whole.update(x, prompts)
-    for group in (order[:2], order[2:]):
-        parts.update(x[group], [prompts[i] for i in group])
-    assert float(whole.compute()) == pytest.approx(float(parts.compute()), rel=1e-6)
-    torch.testing.assert_close(encoders().score(x, prompts, chunk=2), encoders().score(x, prompts))
+def test_clip_score_ignores_the_size_of_batches():
+    x, prompts = pictures(9, 3, 8, 8), [f"a red {i}" for i in range(9)]
+    whole = encoders().score(x, prompts)
+    torch.testing.assert_close(encoders().score(x, prompts, chunk=2), whole)
+    by_hand = [torch.cosine_similarity(encoders().image(x[i : i + 1]), encoders().text([p])) for i, p in enumerate(prompts)]
+    torch.testing.assert_close(whole, torch.cat(by_hand).double(), rtol=1e-5, atol=1e-6)
 
 
 def test_clip_prefix_is_prepended():
@@ -271,12 +225,10 @@ def test_diversity_is_the_mean_over_pairs_then_prompts():
     images = values[:, :, None, None, None].expand(2, 3, 3, 4, 4)
     got = seed_diversity(images, lambda a, b: (a - b)[:, 0, 0, 0].square())
     assert got.tolist() == pytest.approx([(0.04 + 0.16 + 0.36) / 3, 0.0], abs=1e-7)
-    m = LPIPSDiversity(MapDistance(trunk()))
     x = pictures(3, 4, 3, 12, 12)
-    m.update(x[:1])
-    m.update(x[1:])
     explicit = seed_diversity(x, lambda a, b: MapDistance(trunk())(a, b))  # without `embed`: pair by pair
-    assert float(m.compute()) == pytest.approx(float(explicit.mean()), rel=1e-5)
+    m = measured(Diversity(), x.flatten(0, 1), Given(Networks(distance=MapDistance(trunk()))), size=4, seeds=4)
+    assert m.compute() == {"lpips_diversity": pytest.approx(float(explicit.mean()), rel=1e-5)}
 
 
 def test_range_check():
@@ -303,12 +255,15 @@ def test_attribute_accuracy_by_hand():
     out = attribute_accuracy(v)
     assert out["attribute_accuracy"] == pytest.approx((1 + 0.75 + 1) / 3) and out["all_right"] == pytest.approx(2 / 3)
     assert out["per_attribute"] == {"colour": pytest.approx(2.5 / 3), "shape": 1.0, "size": None}
-    m = AttributeAccuracy(list(v))
-    m.update({k: x[:1] for k, x in v.items()})
-    m.update({k: x[1:] for k, x in v.items()})
+
+    def judge(images: Tensor, prompts: list[str]) -> Verdict:
+        rows = [int(p) for p in prompts]
+        return Verdict({k: x[rows] for k, x in v.items()}, torch.zeros(len(rows)))
+
+    m = measured(Alignment(), pictures(4, 3, 2, 2), Given(judge=Judge(judge)), prompts=["0", "1", "2", "3"], size=3)
     assert m.compute() == out
-    with pytest.raises(ValueError, match="expected"):
-        m.update({"colour": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"verdicts on \['colour'\], expected"):
+        measured(m, pictures(1, 3, 2, 2), Given(judge=Judge(lambda x, p: Verdict({"colour": torch.ones(1)}, torch.zeros(1)))))
     with pytest.raises(ValueError, match="share right"):
         attribute_accuracy({"colour": torch.tensor([1.5])})
     assert attribute_accuracy({"size": v["size"]})["attribute_accuracy"] is None
@@ -320,42 +275,69 @@ def brightness(images: Tensor, captions) -> float:
 
 
 def test_mode_coverage_sees_all_images_and_their_prompts():
-    x, m = pictures(5, 3, 4, 4), ModeCoverage(["a", "a red", "a large"], brightness)
-    m.update(x[:2], torch.tensor([0, 1]))
-    m.update(x[2:], torch.tensor([2, 2, 1]))
-    assert float(m.compute()) == pytest.approx(brightness(as_saved(x), ["a", "a red", "a large", "a large", "a red"]))
-    with pytest.raises(ValueError, match="one number below 3"):
-        m.update(x[:1], torch.tensor([3]))
+    x, prompts = pictures(5, 3, 4, 4), ["a", "a red", "a large", "a large", "a red"]
+    m = measured(ModeCoverage(), x, Given(judge=Judge(modes=brightness)), prompts=prompts, size=2)
+    assert m.compute() == {"mode_coverage": pytest.approx(brightness(x, prompts))}
 
 
 # all of them
 
 
-def metrics() -> dict[str, object]:
-    return {
-        "frechet": FrechetDistance(8, net=net().eval()),
-        "prdc": DensityCoverage(k=2, net=net().eval()),
-        "clip": CLIPScore(encoders().score),
-        "diversity": LPIPSDiversity(MapDistance(trunk())),
-        "alignment": AttributeAccuracy(["colour", "shape"]),
-        "modes": ModeCoverage(["a", "a red", "a large"], brightness),
-    }
+class Verdict(NamedTuple):
+    correct: dict[str, Tensor]
+    residual: Tensor
+
+
+def given(real: Tensor) -> Given:
+    """The pixels themselves as features."""
+    return Given(Networks(lambda x: x.flatten(1)), Reference(real))
+
+
+def measured(metric: Metric, images: Tensor, given: Given, prompts: list[str] | None = None, size: int = 100, seeds: int = 1) -> Metric:
+    """A metric that has seen images in batches of `size`."""
+    asked = prompts or ["x"] * len(images)
+    for rows in torch.arange(len(images)).split(size) if len(images) else ():
+        metric.update(Batch(images[rows], rows, asked, given, seeds))
+    return metric
+
+
+class Brightness(nn.Module):
+    """A judge that is a network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 1, 1)
+
+    def forward(self, images: Tensor, prompts: list[str]) -> float:
+        return brightness(images, prompts)
+
+
+def everything() -> Given:
+    """All that a metric can need, networks among it."""
+
+    def judge(images: Tensor, prompts: list[str]) -> Verdict:
+        right = (torch.tensor([int(p.split()[-1]) for p in prompts]) % 3 > 0).float()
+        return Verdict({"colour": right, "shape": 1 - right}, images.flatten(1).std(1))
+
+    networks = Networks(net().eval(), encoders().score, MapDistance(trunk()))
+    return Given(networks, Reference(chunked(net().eval(), pictures(15, 3, 12, 12))), Judge(judge, Brightness()))
 
 
 def fill(rank: int, world: int) -> dict[str, object]:
-    """Update all metrics with every `world`-th image from `rank` (unequal shares) and compute."""
-    x, y = pictures(15, 3, 8, 8), pictures(13, 3, 8, 8, seed=1) * 0.8
-    prompts, right = [f"caption {i}" for i in range(13)], (torch.arange(26).view(2, 13) % 3 > 0).float()
-    m = metrics()
-    m["frechet"].update(x[rank::world], real=True)
-    m["frechet"].update(y[rank::world], real=False)
-    m["prdc"].update(x[rank::world], real=True)
-    m["prdc"].update(y[rank::world], real=False)
-    m["clip"].update(y[rank::world], prompts[rank::world])
-    m["diversity"].update(pictures(3, 3, 3, 12, 12)[rank::world])
-    m["alignment"].update({"colour": right[0, rank::world], "shape": right[1, rank::world]})
-    m["modes"].update(y[rank::world], torch.arange(13)[rank::world] % 3)
-    return {name: metric.compute() for name, metric in m.items()}
+    """All metrics of every `world`-th image, or probe of three images, from `rank`: unequal shares."""
+    images, prompts = pictures(13, 3, 12, 12, seed=1) * 0.8, [f"caption {i}" for i in range(13)]
+    probed = pictures(15, 3, 12, 12, seed=2)
+    out: dict[str, object] = {}
+    for kind in metrics():
+        metric = kind(sync_on_compute=True)
+        if kind.over == "prompts":
+            metric.update(Batch(images[rank::world], torch.arange(13)[rank::world], prompts, everything()))
+        else:
+            index = torch.arange(15).view(5, 3)[rank::world].flatten()
+            asked = [f"probe {'x' * (i // 3)}" for i in range(15)]
+            metric.update(Batch(probed[index], index, asked, everything(), seeds=3))
+        out |= metric.compute()
+    return out
 
 
 def worker(rank: int, folder: str) -> None:
@@ -372,19 +354,52 @@ def flat(values: dict) -> dict[str, float]:
 def test_two_processes_equal_one(tmp_path: Path):
     torch.multiprocessing.start_processes(worker, (str(tmp_path),), nprocs=2, start_method="fork")
     one, both = flat(fill(0, 1)), [flat(torch.load(tmp_path / f"{r}.pt")) for r in (0, 1)]
-    assert set(one) >= {"frechet.", "prdc.density", "prdc.coverage", "clip.", "diversity.", "alignment.all_right", "modes."}
+    assert {k.split(".")[0] for k in one} == set(unmeasured()) and one["attribute_accuracy."] == 0.5
     for got in both:
         torch.testing.assert_close(got, one, rtol=1e-6, atol=1e-9)
 
 
+def alone(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timedelta(seconds=20)
+    )
+    if rank == 0:
+        suite = Suite("alone", [f"caption {i}" for i in range(13)], everything(), Probes(["probe"], 3))
+        score = suite.score(lambda prompts, seed: pictures(len(prompts), 3, 12, 12, seed=seed))
+        torch.save(score, f"{folder}/score.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_a_process_that_scores_waits_for_no_other(tmp_path: Path):
+    """Several processes train, one of them scores: a metric that gathered over all of them would hang."""
+    torch.multiprocessing.start_processes(alone, (str(tmp_path),), nprocs=2, start_method="fork")
+    score = torch.load(tmp_path / "score.pt")
+    assert set(score) == set(unmeasured()) and None not in score.values()
+
+
 def test_no_metric_owns_a_network():
-    holder = nn.Module()
-    for name, metric in metrics().items():
-        setattr(holder, name, metric)
+    holder, batch = nn.Module(), Batch(pictures(12, 3, 12, 12), torch.arange(12), [f"caption {i}" for i in range(12)], everything(), 3)
+    for i, kind in enumerate(metrics()):
+        metric = kind()
+        metric.update(batch)
+        setattr(holder, f"metric{i}", metric)
     assert not list(holder.parameters()) and not holder.state_dict()
     assert not any(isinstance(c, nn.Conv2d) for c in holder.modules())
 
 
-def test_features_and_images_are_not_mixed_up():
-    with pytest.raises(ValueError, match="give the metric a `net`"):
-        FrechetDistance(8).update(pictures(2, 3, 8, 8), real=True)
+def test_networks_are_named_in_words():
+    assert Networks("inception", "open_clip", "lpips").about() == {
+        "features": "Inception-v3 pool3 (TensorFlow FID weights, torch-fidelity)",
+        "clip": "OpenCLIP ViT-g-14 laion2b_s12b_b42k",
+        "distance": "LPIPS 0.1 alex",
+        "text": None,
+    }
+    assert said(lpips_distance(random_trunk=True)) == "LPIPS 0.1 alex with a random trunk"
+    assert said(net()) == "torch.nn.modules.container.Sequential" and said(brightness) == f"{__name__}.brightness"
+    assert said(MapDistance(encoders().score)).startswith("unweighted LPIPS of torch.nn")
+    with pytest.raises(ValueError, match="no network 'dino': choose inception, open_clip, lpips"):
+        Networks(distance="dino").load()
+    with pytest.raises(ValueError, match="Given: the network 'lpips' is named and not made; give Networks"):
+        Given(Networks(distance="lpips"))

@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddil_lightning.evaluation.metrics.diversity import lpips_distance
+from ddil_lightning.evaluation.batches import Given, Judge, Reference
 from ddil_lightning.evaluation.metrics.pairs import choose, load_images, read_pairs, resize
 from ddil_lightning.evaluation.metrics.prdc import expected_coverage
-from ddil_lightning.evaluation.suite import KEYS, Suite, Timed, make_row, paired_distance
-from ddil_lightning.evaluation.table import table, write_rows
+from ddil_lightning.evaluation.networks import Networks, lpips_distance
+from ddil_lightning.evaluation.registry import ROW, keys
+from ddil_lightning.evaluation.suite import Probes, Suite, Timed, make_row, paired_distance
+from ddil_lightning.evaluation.table import protocols, table, write_rows
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -47,26 +49,29 @@ def colours(images: Tensor) -> Tensor:
     return images.mean((2, 3))
 
 
+PROBES = Probes(["level 3", "level 7", "level 5"], 10)
+
+
 def suite(**changes) -> Suite:
     prompts = [f"level {i % 10}" for i in range(300)]
     base = {
-        "name": "levels",
-        "prompts": prompts,
-        "real": colours(sampler()(prompts, 12345)),
         "features": colours,
         "clip": lambda x, p: 1 - (x.mean((1, 2, 3)) - levels(list(p))).abs(),
         "distance": lambda a, b: (a - b).square().mean((1, 2, 3)),
-        "probes": ["level 3", "level 7", "level 5"],
-        "seeds": 10,
-        "judge": judge,
+        "text": None,
+        "real": colours(sampler()(prompts, 12345)),
+        "verdict": judge,
         "modes": lambda x, p: float((x.mean((1, 2, 3)) > levels(list(p))).float().mean()),
     }
-    return Suite(**{**base, **changes})
+    own = base | {k: changes.pop(k) for k in list(changes) if k in base}
+    nets = Networks(**{k: own[k] for k in ("features", "clip", "distance", "text")})
+    has = Given(nets, Reference(own["real"], "more of the same"), Judge(own["verdict"], own["modes"]))
+    return Suite(**{"name": "levels", "prompts": prompts, "given": has, "probes": PROBES, **changes})
 
 
 def test_the_true_law_scores_as_it_should():
     out = suite().score(sampler())
-    assert set(out) == {*KEYS, "per_attribute"}
+    assert list(out) == [*keys(), "per_attribute"]
     assert 0 <= out["frechet"] < 0.02
     assert out["density"] == pytest.approx(1, abs=0.15) and out["coverage"] == pytest.approx(expected_coverage(300, 300), abs=0.04)
     spread = 0.2 / 3**0.5  # of an image's mean over three channels
@@ -109,13 +114,13 @@ def test_probe_groups_hold_whole_prompts():
 
 
 def test_undefined_metrics_are_none():
-    out = suite(judge=None, modes=None, clip=None, features=None, distance=None).score(sampler())
-    assert all(out[k] is None for k in KEYS) and out["per_attribute"] == {}
+    out = suite(verdict=None, modes=None, clip=None, features=None, distance=None).score(sampler())
+    assert all(out[k] is None for k in keys()) and out["per_attribute"] == {}
 
 
 def test_images_are_scored_as_saved():
     seen = []
-    suite(features=lambda x: seen.append(x) or colours(x), probes=[]).score(lambda p, s: 3 * sampler()(p, s))
+    suite(features=lambda x: seen.append(x) or colours(x), probes=Probes()).score(lambda p, s: 3 * sampler()(p, s))
     x = torch.cat(seen)
     assert x.abs().max() <= 1 and torch.equal(((x + 1) * 127.5).round(), ((x + 1) * 127.5 + 1e-3).floor())
 
@@ -136,7 +141,7 @@ def test_broken_samplers_are_refused(sample, message):
 def test_score_needs_no_gradients_and_leaves_none():
     weight = torch.ones((), requires_grad=True)
     out = suite().score(lambda p, s: sampler()(p, s) * weight)
-    assert all(isinstance(out[k], float) for k in KEYS) and weight.grad is None
+    assert all(isinstance(out[k], float) for k in keys()) and weight.grad is None
 
 
 def test_timed():
@@ -242,22 +247,22 @@ def tiny(d: int = 4) -> nn.Module:
 
 def test_suite_from_folder(folder):
     """The real images themselves as a sampler: distance 0, everything covered; only where generated and real sizes agree."""
-    s = Suite.from_folder(folder, size=16, features=tiny(), clip=None, distance=lpips_distance(random_trunk=True), probes=2, seeds=3)
+    s = Suite.from_folder(folder, size=16, networks=Networks(tiny(), distance=lpips_distance(random_trunk=True)), probes=(2, 3))
     real = load_images([p.image for p in read_pairs(folder)], 16)
     number = [int(p.split()[-1]) for p in s.prompts]
 
     def sample(prompts, seed):
         return torch.nn.functional.interpolate(real[[int(p.split()[-1]) for p in prompts]], scale_factor=4, mode="nearest")
 
-    assert number == list(range(12)) and s.protocol["n"] == 12 and s.protocol["resize"] == "centre crop, Lanczos 16"
+    assert number == list(range(12)) and s.protocol["n"] == 12
     out = s.score(sample)
     assert out["lpips_diversity"] == 0 and out["coverage"] > 0.8 and out["frechet"] < 1e-2
     assert out["clip"] is out["mode_coverage"] is out["attribute_accuracy"] is None
-    without = Suite.from_folder(folder, size=16, features=tiny(), clip=None, distance=None)
+    without = Suite.from_folder(folder, size=16, networks=Networks(tiny()))
     exact = without.score(lambda prompts, seed: real[[int(p.split()[-1]) for p in prompts]])
     assert exact["frechet"] == pytest.approx(0, abs=1e-6) and (exact["density"], exact["coverage"]) == (1, 1)
     with pytest.raises(ValueError, match="no network 'dino'"):
-        Suite.from_folder(folder, features="dino")
+        Suite.from_folder(folder, networks=Networks("dino"))
 
 
 # rows
@@ -272,8 +277,8 @@ def test_paired_distance():
 
 def test_rows_are_complete_json_without_nan(tmp_path):
     metrics = {"frechet": 1.5, "clip": math.nan, "density": None, "per_attribute": {"a": math.inf, "b": torch.tensor(0.5)}}
-    row = make_row("lcm@4", 4, 7.5, 512, 4, 0.01, metrics)
-    assert list(row) == ["name", "steps", "guidance", "n", "nfe", "seconds_per_image", "metrics"]
+    row = make_row("lcm@4", 4, 7.5, 4, 0.01, metrics, {"n": 512})
+    assert list(row) == list(ROW) and row["n"] == 512
     path = tmp_path / "new" / "metrics.json"
     write_rows(path, [row])
     assert json.loads(path.read_text()) == [
@@ -286,11 +291,39 @@ def test_rows_are_complete_json_without_nan(tmp_path):
 
 
 def test_table_shows_what_there_is():
-    rows = [make_row("teacher@32", 32, 3.0, 512, 64, 0.5, {"frechet": 1.25, "clip": None})]
-    rows.append(make_row("lcm@4", 4, 3.0, 512, 4, None, {"frechet": 2.5}))
+    rows = [make_row("teacher@32", 32, 3.0, 64, 0.5, {"frechet": 1.25, "clip": None}, {"n": 512})]
+    rows.append(make_row("lcm@4", 4, 3.0, 4, None, {"frechet": 2.5}, {"n": 512}))
     text = table(rows).splitlines()
     assert "NFE" in text[0] and "chet" in text[0] and "CLIP" not in text[0]
     assert "teacher@32" in text[1] and "1.250" in text[1] and "64" in text[1] and "lcm@4" in text[2]
+
+
+def test_a_row_says_what_it_was_measured_by(folder):
+    s = Suite.from_folder(folder, size=16, networks=Networks(tiny(), distance=lpips_distance(random_trunk=True)), probes=(2, 3))
+    assert s.protocol == {
+        "n": 12,
+        "prompts": f"{folder}, all",
+        "reference": {"source": "the images of these prompts", "images": 12},
+        "resize": "centre crop, Lanczos 16",
+        "networks": {
+            "features": "torch.nn.modules.container.Sequential",
+            "clip": None,
+            "distance": "LPIPS 0.1 alex with a random trunk",
+            "text": None,
+            "judge": None,
+            "modes": None,
+        },
+        "seeds": {"first": 0, "probes": 2, "per_probe": 3},
+        "batch": 16,
+    }
+    assert json.loads(json.dumps(s.protocol)) == s.protocol
+    assert Suite.from_folder(folder, n=5, seed=2, networks=Networks()).protocol["prompts"] == f"{folder}, 5 of 12 chosen by seed 2"
+    same, other = suite().protocol, [suite(seed=1), suite(real=None), suite(verdict=None), suite(probes=Probes(["level 3"], 10))]
+    assert suite().protocol == same and all(x.protocol != same for x in other)
+    assert protocols([{"protocol": same}, {"protocol": dict(same)}, {"name": "old"}, {"protocol": other[0].protocol}]) == [
+        same,
+        other[0].protocol,
+    ]
 
 
 # the built-in data
@@ -341,9 +374,9 @@ def untrained(monkeypatch):
 @pytest.mark.parametrize("data", ["shapes", "digits"])
 def test_builtin_suite(untrained, data):
     s = Suite.builtin(data, n=32, extra=60)
-    assert len(s.prompts) == 32 and s.protocol["seeds"] * s.protocol["probes"] == 60
+    assert len(s.prompts) == 32 and s.probes.seeds * len(s.probes.prompts) == 60
     true, constant = s.score(truth(data)), s.score(lambda p, seed: truth(data)(p[:1], 0).expand(len(p), -1, -1, -1))
-    assert set(true) == {*KEYS, "per_attribute"} and all(isinstance(true[k], float) for k in KEYS)
+    assert set(true) == {*keys(), "per_attribute"} and all(isinstance(true[k], float) for k in keys())
     assert true["attribute_accuracy"] > 0.97 and true["all_right"] > 0.9 and true["blur"] < 0.05
     assert true["mode_coverage"] > 0.6 and constant["mode_coverage"] < 0.1
     assert constant["lpips_diversity"] == pytest.approx(0, abs=1e-6) and true["lpips_diversity"] > 0.01
@@ -382,6 +415,6 @@ def test_the_evaluator_that_ships_tells_right_from_wrong(data):
 def test_text_needs_features():
     with pytest.raises(ValueError, match="give both"):
         suite(features=None, text=lambda p: torch.zeros(len(p), 3))
-    out = suite(text=lambda p: levels(list(p))[:, None].expand(-1, 3), probes=[], prompts=["level 9"] * 20).score(sampler())
+    out = suite(text=lambda p: levels(list(p))[:, None].expand(-1, 3), probes=Probes(), prompts=["level 9"] * 20).score(sampler())
     by_hand = torch.cosine_similarity(colours(sampler()(["level 9"] * 20, 0)), torch.full((20, 3), 0.4))
     assert out["clip"] == pytest.approx(float(by_hand.mean()), abs=0.01)

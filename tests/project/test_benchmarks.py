@@ -188,7 +188,7 @@ def test_paired_scores_the_images_of_the_prompts_alone(script: Any) -> None:
         sample(["a", "b"], 0), sample(["c"], 2), sample(["probe"], 3)
         return {"frechet": 1.0}
 
-    suite = SimpleNamespace(prompts=["a", "b", "c"], score=score)
+    suite = SimpleNamespace(prompts=["a", "b", "c"], score=score, protocol={"n": 3})
     first = module.Paired(suite)
     assert first.score(lambda prompts, seed: pictures[seed : seed + len(prompts)])["paired"] is None
     assert first.images.shape == (3, 3, 4, 4) and (first.images - pictures[:3]).abs().max() <= 1 / 255 + 1e-6

@@ -22,7 +22,8 @@ import ddil_lightning
 from ddil_lightning.backbones.loading import BUILTIN
 from ddil_lightning.commands import main
 from ddil_lightning.commands.configs import config_names, find_config
-from ddil_lightning.evaluation.table import METRICS, results_table
+from ddil_lightning.evaluation.registry import columns
+from ddil_lightning.evaluation.table import results_table
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -249,7 +250,7 @@ def test_rows_of_the_contract(first: Ran, ran: dict[str, Ran]) -> None:
     assert all(isinstance(n, int) and n > 0 for n in first.summary["network_evaluations"].values())
     assert [row["name"] for row in first.summary["rows"]] == ROWS and set(keys(r"; `name` is (.*?), …;")) <= set(ROWS)
     metrics = keys(r"`metrics` is `\{(.*?)\}`")
-    assert metrics == [m.key for m in METRICS]
+    assert metrics == [c.key for c in columns() if c.shown]
     tested = json.loads((the(ran, "ddil-export").folder / "metrics.json").read_text())["rows"]
     for row in (*first.summary["rows"], *tested):
         assert list(row) == keys(r"A row is `\{(.*?)\}`") and row["n"] == 16
@@ -355,6 +356,6 @@ def test_numbers_that_configs_and_packages_say() -> None:
 
 
 def test_the_first_table_is_the_one_that_a_run_prints() -> None:
-    rows = [{"name": "x", "nfe": 1, "seconds_per_image": 1.0, "metrics": {m.key: 1.0 for m in METRICS}}]
+    rows = [{"name": "x", "nfe": 1, "seconds_per_image": 1.0, "metrics": {c.key: 1.0 for c in columns()}}]
     head, rule, *_ = results_table(rows).splitlines()
     assert f"{head}\n{rule}\n" in TEXT

@@ -148,6 +148,18 @@ def test_full_disk_leaves_the_older_report(run: Path, monkeypatch: pytest.Monkey
     assert (run / "report.html").read_text() == before and not list(run.glob("*.part"))
 
 
+def test_what_the_rows_were_measured_by(run: Path) -> None:
+    """Rows of older runs have no protocol, and are shown as ever; rows of two protocols are not to be compared."""
+    assert "How it was measured" not in write_report(run).read_text()
+    mine = {"n": 1000, "prompts": "held-out <b>", "reference": {"images": 900}, "resize": None, "seeds": {"first": 0}}
+    summary = {"rows": [row | {"protocol": mine} for row in ROWS]}
+    page = write_report(run, summary).read_text()
+    assert "<b>prompts</b>held-out &lt;b&gt;" in page and "<b>reference images</b>900" in page and "resize" not in page
+    assert "compare only rows of the same" not in page
+    summary["rows"][0] = ROWS[0] | {"protocol": mine | {"n": 16}}
+    assert "The rows were measured by 2 protocols: compare only rows of the same." in write_report(run, summary).read_text()
+
+
 def test_results_table() -> None:
     table = results_table([row("teacher@32", 1.0, 0.9), row("student@2", 21.345, 0.12345, clip=0.3)])
     assert table.splitlines() == [

@@ -132,4 +132,4 @@ def _check_prompts(args: argparse.Namespace, suite: Any, backbone: Any) -> None:
     """Raises ValueError for a prompt that would be cut, before an hour of sampling and not in it."""
     if not args.truncate:
         with advising("--truncate"):
-            backbone.check_length([*suite.prompts, *suite.probes])
+            backbone.check_length([*suite.prompts, *suite.probes.prompts])

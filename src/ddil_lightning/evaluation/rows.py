@@ -33,7 +33,7 @@ def policy_row(suite: Suite, backbone: Backbone, name: str, policy: Policy, grid
     timed = Timed(sample)
     metrics = suite.score(timed)
     nfe = round((denoiser.evaluations - before) / timed.images)
-    return make_row(name, len(grid), g, len(suite.prompts), nfe, timed.seconds_per_image, metrics)
+    return make_row(name, len(grid), g, nfe, timed.seconds_per_image, metrics, suite.protocol)
 
 
 def method_rows(
@@ -92,4 +92,4 @@ def pipeline_row(suite: Suite, backbone: Pipeline, steps: int, guidance_scale: f
     name = "student" if "method" in backbone.about else "teacher"
     title = f"{name}@{steps} dpm++" if dpm else f"{name}@{steps}"
     g = backbone.guidance if backbone.baked else guidance_scale
-    return make_row(title, steps, g, len(suite.prompts), round(calls[0] / timed.images), timed.seconds_per_image, metrics)
+    return make_row(title, steps, g, round(calls[0] / timed.images), timed.seconds_per_image, metrics, suite.protocol)

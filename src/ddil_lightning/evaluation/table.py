@@ -8,66 +8,102 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ddil_lightning.evaluation.columns import POINTS, Column
+from ddil_lightning.evaluation.registry import columns
 from ddil_lightning.files import write_text
 from ddil_lightning.messages import number
 
 CLOCK = "student_updates"
 
 Row = Mapping[str, Any]
-"""One line of the results: name, steps, guidance, n, nfe, seconds_per_image, metrics {key: value}."""
+"""One line of the results: name, steps, guidance, n, nfe, seconds_per_image, metrics {key: value}, protocol (which rows of old
+runs lack)."""
+
+NAME, END = ("name", ""), ("seconds_per_image", "s/image")
+SHORT = (NAME, ("nfe", "NFE"))
+TERMINAL = (("name", "name"), ("steps", "steps"), ("guidance", "g"), ("nfe", "NFE"))
 
 
-class Metric(NamedTuple):
-    """A column of the results: `better` is an arrow, or empty where neither direction is better by itself."""
+class Table(NamedTuple):
+    """Cells as text, one renderer for all that shows them: the terminal, Markdown, and a page."""
 
-    key: str
-    label: str
-    better: str
-    meaning: str
+    head: Sequence[str]
+    lines: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """For a README or a benchmark."""
+        rule = ["---", *["---:"] * (len(self.head) - 1)]
+        lines = [[cell.replace("|", "\\|") for cell in line] for line in self.lines]
+        return "\n".join(f"| {' | '.join(line)} |" for line in (self.head, rule, *lines))
+
+    def html(self, marks: Sequence[str] = (), dots: Sequence[int] = ()) -> str:
+        """For a page. `marks`: a class for each line; `dots`: the number of the colour that stands before its name."""
+        top = "".join(f"<th>{escape(h)}</th>" for h in self.head)
+        rows = ""
+        for line, mark, dot in zip_longest(self.lines, marks, dots):
+            before = "" if dot is None else f'<i style="background:var(--c{dot})"></i>'
+            rows += f'<tr class="{mark or ""}"><td>{before}' + "</td><td>".join(map(escape, line)) + "</td></tr>"
+        return f'<div class="scroll"><table><tr>{top}</tr>{rows}</table></div>'
+
+    def text(self, width: int = 160) -> str:
+        """For a terminal."""
+        from rich.console import Console
+        from rich.table import Table as Rich
+
+        grid = Rich(self.head[0], box=None, header_style="bold", pad_edge=False)
+        for head in self.head[1:]:
+            grid.add_column(head, justify="right")
+        for line in self.lines:
+            grid.add_row(*line)
+        console = Console(width=width, color_system=None, file=(text := io.StringIO()))
+        console.print(grid)
+        return text.getvalue()
 
 
-METRICS = (
-    Metric("frechet", "Fréchet distance", "↓", "distance between generated and held-out real images in the evaluator's features"),
-    Metric("clip", "CLIP score", "↑", "similarity of image and prompt in the evaluator's joint space"),
-    Metric("density", "Density", "↑", "how deep generated images lie in regions of real ones; may exceed 1"),
-    Metric("coverage", "Coverage", "↑", "share of real images that have a generated one in their neighbourhood"),
-    Metric("lpips_diversity", "LPIPS diversity", "", "mean perceptual distance between images of one prompt; compare with the teacher's"),
-    Metric("attribute_accuracy", "Attributes right", "↑", "share of the attributes in the prompts that the judge finds in the images"),
-    Metric("all_right", "All right", "↑", "share of images in which every attribute of the prompt is right"),
-    Metric("mode_coverage", "Mode coverage", "↑", "how evenly the values that a partial prompt leaves open are produced; 1 is uniform"),
-)
-"""The metrics of a results row, in the order of the columns."""
+def tabulate(rows: Sequence[Row], columns: Sequence[Sequence[str]], show: Callable[[Row, str], str] | None = None) -> Table:
+    """The rows under (key, heading) columns; `show`: a row's cell under a key, by default `shown`."""
+    return Table([head for _, head in columns], [[(show or shown)(row, key) for key, _ in columns] for row in rows])
 
-POINTS = (
-    Metric("energy_distance", "Energy distance", "↓", "between the samples and the true law, unbiased, so 0 or less for a perfect sampler"),
-    Metric("energy_teacher", "to the teacher", "↓", "energy distance between the samples and the 32-step teacher's under guidance"),
-    Metric("mode_kl", "Mode KL", "↓", "KL divergence of the modes' true weights from their shares of the samples; large where one is lost"),
-    Metric("high_quality", "High quality", "↑", "share of samples within four standard deviations of a mode of their class"),
-    Metric("shift", "Shift", "↓", "energy distance between the student's own latents at its nodes and the teacher's, mean over nodes"),
-)
-"""Further metrics of the analytic toy's rows."""
+
+def headings(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """The metrics that at least one row has, as columns of `tabulate`."""
+    return [(column.key, column.heading) for column in present(rows)]
 
 
 def results_table(rows: Sequence[Row]) -> str:
     """The rows of summary.json or metrics.json as a Markdown table: the columns that at least one row has, arrows for what is better."""
-    metrics = present(rows)
-    head = ["", "NFE", *(f"{m.label} {m.better}".strip() for m in metrics), "s/image"]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    for row in rows:
-        values = [cell(values_of(row).get(m.key)) for m in metrics]
-        lines.append([str(row.get("name")).replace("|", "\\|"), cell(row.get("nfe")), *values, cell(row.get("seconds_per_image"))])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return tabulate(rows, [*SHORT, *headings(rows), END]).markdown()
 
 
-def present(rows: Sequence[Row]) -> list[Metric]:
-    """The metrics that at least one row has."""
-    return [m for m in (*METRICS, *POINTS) if any(values_of(row).get(m.key) is not None for row in rows)]
+def table(rows: Sequence[Row], width: int = 160) -> str:
+    """The same as text for a terminal, with steps and guidance."""
+    return tabulate(rows, [*TERMINAL, *headings(rows), END]).text(width)
+
+
+def present(rows: Sequence[Row]) -> list[Column]:
+    """The columns of tables that at least one row has, of the suite's metrics and of the toy's."""
+    return [c for c in (*columns(), *POINTS) if c.shown and any(values_of(row).get(c.key) is not None for row in rows)]
+
+
+def shown(row: Row, key: str) -> str:
+    """A row's own value or that among its metrics, as text."""
+    if key in row:
+        return cell(row[key])
+    value = values_of(row).get(key)
+    return "–" if value is None else cell(value, decimals_of(key))
+
+
+def decimals_of(key: str) -> int | None:
+    """How many decimals a metric asks for; None where it leaves that to its size, or is none that is known."""
+    return next((c.decimals for c in (*columns(), *POINTS) if c.key == key), None)
 
 
 def values_of(row: Row) -> Mapping[str, Any]:
@@ -76,10 +112,12 @@ def values_of(row: Row) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def cell(value: Any) -> str:
-    """A value as text for a table: three decimals (two from 10 on), whole numbers with separators, a dash for nothing."""
+def cell(value: Any, decimals: int | None = None) -> str:
+    """A value as text for a table: three decimals (two from 10 on) or so many, whole numbers with separators, a dash for nothing."""
     if value is None:
         return "–"
+    if decimals is not None and isinstance(value, float) and math.isfinite(value):
+        return f"{value:.{decimals}f}"
     if isinstance(value, float) and math.isfinite(value) and value != int(value):
         return f"{value:.3f}" if 0.01 <= abs(value) < 10 else f"{value:.2f}" if 10 <= abs(value) < 1000 else number(value)
     return number(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
@@ -100,23 +138,13 @@ def gap_closed(student: float, teacher: float, reference: float) -> float | None
     return (teacher - student) / gap if abs(gap) >= 0.1 * abs(reference) and gap != 0 else None
 
 
-def table(rows: Sequence[Mapping[str, Any]], width: int = 160) -> str:
-    """The rows as text for a terminal: the columns that at least one row has, arrows for what is better."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from ddil_lightning.evaluation.table import cell, present, values_of
-
-    shown = present(rows)
-    grid = Table("name", box=None, header_style="bold", pad_edge=False)
-    for head in ("steps", "g", "NFE", *(f"{m.label} {m.better}".strip() for m in shown), "s/image"):
-        grid.add_column(head, justify="right")
-    for row in rows:
-        cells = [row["steps"], row["guidance"], row["nfe"], *(values_of(row).get(m.key) for m in shown), row["seconds_per_image"]]
-        grid.add_row(str(row["name"]), *map(cell, cells))
-    console = Console(width=width, color_system=None, file=(text := io.StringIO()))
-    console.print(grid)
-    return text.getvalue()
+def protocols(rows: Sequence[Row]) -> list[Mapping[str, Any]]:
+    """The different protocols that rows were measured by. Rows of older runs have none, and are passed over."""
+    found: list[Mapping[str, Any]] = []
+    for protocol in (row.get("protocol") for row in rows):
+        if isinstance(protocol, Mapping) and protocol not in found:
+            found.append(protocol)
+    return found
 
 
 def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:

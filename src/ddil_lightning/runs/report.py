@@ -16,7 +16,21 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from ddil_lightning.evaluation.table import CLOCK, METRICS, Row, cell, gap_closed, present, results_table, role, values_of
+from ddil_lightning.evaluation.registry import columns
+from ddil_lightning.evaluation.table import (
+    CLOCK,
+    Row,
+    cell,
+    gap_closed,
+    headings,
+    present,
+    protocols,
+    results_table,
+    role,
+    shown,
+    tabulate,
+    values_of,
+)
 from ddil_lightning.files import write_text
 from ddil_lightning.messages import number
 from ddil_lightning.runs.charts import ROLE_COLOURS, Series, line_chart
@@ -24,6 +38,7 @@ from ddil_lightning.runs.curves import families, read_curves, read_summary, unit
 
 __all__ = ["results_table", "write_report"]
 
+COLUMNS = (("name", ""), ("steps", "Steps"), ("guidance", "Guidance"), ("nfe", "NFE"))
 STRIP = 10  # sheets between the first and the last one that are embedded
 SHOWN = {"config", "config_name", "name", "rows", CLOCK, "seconds", "network_evaluations"}
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -67,20 +82,21 @@ def _header(name: str, summary: Mapping[str, Any]) -> str:
 
 
 def _tiles(rows: Sequence[Row]) -> str:
-    """One tile per student row: its Fréchet distance, beside the teacher's at the same steps and at its most steps."""
+    """One tile per student row: its first headline metric, beside the teacher's at the same steps and at its most steps."""
+    main = next(c for c in columns() if c.headline)
     by_name = {str(row["name"]): row for row in rows}
     teachers = [row for row in rows if role(row) == "teacher" and isinstance(row.get("steps"), int)]
     best = max(teachers, key=lambda row: row["steps"], default=None)
     tiles = []
-    for row in (r for r in rows if role(r) == "student" and _number(values_of(r).get("frechet"))):
+    for row in (r for r in rows if role(r) == "student" and _number(values_of(r).get(main.key))):
         same = by_name.get(f"teacher@{row.get('steps')}")
-        value = values_of(row)["frechet"]
-        text = [f"{escape(r['name'])} {cell(v)}" for r in (same, best) if r and _number(v := values_of(r).get("frechet"))]
+        text = [f"{escape(r['name'])} {shown(r, main.key)}" for r in (same, best) if r and _number(values_of(r).get(main.key))]
         closed = _closed(row, same, best)
         steps = "1 step" if row.get("steps") == 1 else f"{cell(row.get('steps'))} steps"
         steps += "".join(f", {solver}" for solver in str(row["name"]).split()[1:])  # student@4 dpm++
         tiles.append(
-            f'<div class="tile"><h3>Student, {escape(steps)}</h3><div class="big">{cell(value)}<small>Fréchet distance</small></div>'
+            f'<div class="tile"><h3>Student, {escape(steps)}</h3>'
+            f'<div class="big">{shown(row, main.key)}<small>{escape(main.label)}</small></div>'
             f"<p>{' · '.join(dict.fromkeys(text))}</p>{closed}</div>"
         )
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
@@ -91,38 +107,40 @@ def _closed(row: Row, same: Row | None, best: Row | None) -> str:
     if same is None or best is None or same is best:
         return ""
     parts = []
-    for key, label in (("frechet", "Fréchet"), ("all_right", "all-right")):
-        values = [v for r in (row, same, best) if _number(v := values_of(r).get(key))]
+    for column in (c for c in columns() if c.headline):
+        values = [v for r in (row, same, best) if _number(v := values_of(r).get(column.key))]
         share = gap_closed(*values) if len(values) == 3 else None
         if share is not None:
-            parts.append(f"{min(share, 1):.0%} of the {label} gap" + (" and more" if share > 1 else ""))
+            parts.append(f"{min(share, 1):.0%} of the {column.short or column.label} gap" + (" and more" if share > 1 else ""))
     return f"<p>closes {', '.join(parts)}</p>" if parts else ""
 
 
 def _results(rows: Sequence[Row], problem: str) -> str:
     if not rows:
         return f'<h2>Results</h2><p class="note">{escape(problem or "summary.json holds no rows of results.")}</p>'
-    metrics = present(rows)
-    head = ["", "Steps", "Guidance", "NFE", *(f"{m.label} {m.better}" for m in metrics), "s / image", "Images"]
-    lines, marks, before = [], [], ""
-    for row in rows:
-        colour = ROLE_COLOURS.get(role(row), 8)
-        values = [row.get("steps"), row.get("guidance"), row.get("nfe"), *(values_of(row).get(m.key) for m in metrics)]
-        values += [row.get("seconds_per_image"), row.get("n")]
-        name = f'<i style="background:var(--c{colour})"></i>{escape(str(row["name"]))}'
-        lines.append([name, *(escape(cell(v)) for v in values)])
-        marks.append("cut" if before and role(row) != before else "")
-        before = role(row)
-    meanings = "".join(f"<dt>{escape(m.label)} {m.better}</dt><dd>{escape(m.meaning)}</dd>" for m in metrics)
+    roles = [role(row) for row in rows]
+    marks = ["cut" if before and mine != before else "" for before, mine in zip(["", *roles], roles, strict=False)]
+    table = tabulate(rows, [*COLUMNS, *headings(rows), ("seconds_per_image", "s / image"), ("n", "Images")])
+    page = table.html(marks, [ROLE_COLOURS.get(mine, 8) for mine in roles])
+    meanings = "".join(f"<dt>{escape(c.heading)}</dt><dd>{escape(c.meaning)}</dd>" for c in present(rows))
     meanings += "<dt>NFE</dt><dd>network evaluations for one image; a guided step counts twice</dd>"
     legend = f"<details><summary>What the columns mean</summary><dl>{meanings}</dl></details>"
-    return f"<h2>Results</h2>{_table(head, lines, marks)}{legend}{_quality(rows)}"
+    return f"<h2>Results</h2>{page}{legend}{_protocols(rows)}{_quality(rows)}"
+
+
+def _protocols(rows: Sequence[Row]) -> str:
+    """What the numbers must be quoted with, and a note where the rows cannot be compared."""
+    found = protocols(rows)
+    note = f"The rows were measured by {len(found)} protocols: compare only rows of the same." if len(found) > 1 else ""
+    facts = "".join(_facts({k.replace("/", " "): v for k, v in _flat(p).items() if v is not None}) for p in found)
+    text = f"<details><summary>How it was measured</summary>{facts}</details>" if found else ""
+    return (f'<p class="note">{note}</p>' if note else "") + text
 
 
 def _quality(rows: Sequence[Row]) -> str:
-    """Quality against the number of steps, one line per role, for the two metrics that say most."""
+    """Quality against the number of steps, one line per role, for the metrics that say most."""
     charts = []
-    for metric in (m for m in METRICS if m.key in ("frechet", "all_right")):
+    for metric in (c for c in columns() if c.headline):
         points: dict[str, list[tuple[float, float]]] = {}
         for row in rows:
             value = values_of(row).get(metric.key)
@@ -132,9 +150,7 @@ def _quality(rows: Sequence[Row]) -> str:
         if not any(len(s.x) > 1 for s in series):
             continue
         steps = sorted({x for s in series for x in s.x})
-        title = f"{metric.label} {metric.better}"
-        y_range = (0.0, 1.0) if metric.key == "all_right" else None
-        charts.append(line_chart(series, title=title, x_label="sampling steps", log_x=True, x_ticks=steps, y_range=y_range))
+        charts.append(line_chart(series, title=metric.heading, x_label="sampling steps", log_x=True, x_ticks=steps, y_range=metric.span))
     return f'<div class="charts" style="margin-top:18px">{"".join(charts)}</div>' if charts else ""
 
 
@@ -217,14 +233,6 @@ def _facts(values: Mapping[str, Any]) -> str:
     named = {k.rsplit("/", 1)[-1].replace("_", " "): cell(v) for k, v in flat.items()}
     spans = "".join(f"<span><b>{escape(k)}</b>{escape(v)}</span>" for k, v in named.items())
     return f'<p class="facts" style="max-width:none">{spans}</p>' if spans else ""
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]], marks: Sequence[str] = ()) -> str:
-    """A table of cells that are HTML already; `head` is text."""
-    top = "".join(f"<th>{escape(h)}</th>" for h in head)
-    classes = list(marks) + [""] * (len(lines) - len(marks))
-    rows = "".join(f'<tr class="{c}">{"".join(f"<td>{v}</td>" for v in line)}</tr>' for line, c in zip(lines, classes, strict=True))
-    return f'<div class="scroll"><table><tr>{top}</tr>{rows}</table></div>'
 
 
 def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

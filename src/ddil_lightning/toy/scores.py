@@ -95,6 +95,19 @@ class Exam:
         times = grid.nodes.tolist()[1:]
         return merge([self._member(m, times, [s[..., m] for s in states], [r[..., m] for r in reference]) for m in range(len(self.seeds))])
 
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What a number must be quoted with, as a suite's."""
+        n = len(self.classes)
+        return {
+            "n": n,
+            "prompts": "classes by the weights of the law",
+            "reference": {"source": "points of the true law", "points": n, "near": self.near},
+            "resize": None,
+            "networks": {},
+            "seeds": {"members": self.seeds},
+        }
+
     def teacher_states(self, grid: Grid) -> list[Tensor]:
         """The teacher's latents at the nodes of `grid` after the first and at its end, from noise of its own; made once per grid."""
         key = tuple(grid.times.tolist())
@@ -189,5 +202,5 @@ def method_rows(
         policy.sample(exam.noise.to(toy.device), grid, c, torch.Generator(toy.device).manual_seed(seed))
         seconds, nfe = (time.perf_counter() - start) / n, round((denoiser.evaluations - before) / n)
         metrics = {key: mean(values) for key, values in exam.score(policy, grid).items()}
-        rows.append(make_row(f"{role}@{steps}", steps, exam.g, n, nfe, seconds, metrics))
+        rows.append(make_row(f"{role}@{steps}", steps, exam.g, nfe, seconds, metrics, exam.protocol))
     return rows

@@ -1,5 +1,5 @@
-"""Evaluation metrics, a file each: pure functions, and a `torchmetrics.Metric` whose states add up or concatenate over processes.
+"""Evaluation metrics, a file each: a pure function where there is one, and a `base.Metric` around it.
 
-`frechet` (FID), `prdc` (density, coverage), `clip` (CLIP score), `diversity` (LPIPS diversity), `alignment` (attributes, modes).
-Nothing is imported here: torchmetrics alone costs seconds.
+`frechet` (FID), `clip` (CLIP score), `prdc` (density, coverage), `diversity` (LPIPS diversity), `alignment` (attributes), `modes` (mode
+coverage), `blur`. Nothing is imported here: torchmetrics alone costs seconds. The list is `evaluation.registry.METRICS`.
 """

@@ -1,62 +1,73 @@
-"""What the metrics share: 8-bit images, features in chunks, and a Metric that uses a network without owning it."""
+"""The contract of a metric: one file, one entry, and every table, chart and benchmark knows it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from abc import abstractmethod
+from typing import Any, ClassVar
 
-import torch
+import torchmetrics
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_cat
 
-from ddil_lightning.backbones.sampling import to_uint8
-
-Features = Callable[[Tensor], Tensor]
-"""Images [B, 3, H, W] in [-1, 1] to features [B, D]. Brings its own weights and device."""
+from ddil_lightning.evaluation.batches import Batch
+from ddil_lightning.evaluation.columns import Column
 
 
-def as_saved(images: Tensor) -> Tensor:
-    """Images [B, 3, H, W] as an 8-bit file would hold them: clamped to [-1, 1], rounded to 256 levels, on the CPU, float32.
+class Metric(torchmetrics.Metric):
+    """A measure of a sampler's images, which `Suite.score` makes, updates batch by batch and asks for its numbers.
 
-    Public FID numbers are of saved files, and a sampler without a threshold overshoots [-1, 1] a little; both ends are settled here.
-    Raises ValueError for integers, another shape, or values that are not finite.
+    A metric of one's own, in any module; what imports the module can measure by it:
+
+        @register                                    # ddil_lightning.evaluation.registry
+        class Saturation(Metric):
+            columns = (Column("saturation", "Saturation", "", "mean distance of the colours from grey"),)
+            states = ("values",)
+
+            def update(self, batch):
+                self.values.append((batch.images - batch.images.mean(1, keepdim=True)).abs().mean((1, 2, 3)))
+
+            def compute(self):
+                return {"saturation": float(self.all("values").mean())}
+
+    `columns` are the numbers that it gives; a table shows them in this order. `needs` are the members of the batch that not every suite has
+    (`batches.NEEDS`): where one is missing, the metric's numbers are None. `over` says which images it is of: `prompts`, one of every
+    held-out prompt, or `probes`, several of a few. `states` are lists of tensors, a row an image (or a prompt), to which `update` appends;
+    over processes they are put together in the order of the ranks. `details` is what it gives beside its numbers, for the files alone, with
+    its value where nothing is measured.
+
+    The networks are in the batch, so no metric owns one. What `compute` needs of a batch beside the states is put into `held`, a dict: a
+    network in it is in no state_dict, no optimiser and no checkpoint of what holds the metric.
+
+    It is a `torchmetrics.Metric`: it can be reset, moved and, with `sync_on_compute=True`, computed over processes. That is off by default:
+    a suite is scored by one process, and the others would be waited for in vain.
     """
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError(f"images: {images.dtype} {tuple(images.shape)}; pass floats [N, 3, H, W] in [-1, 1]")
-    if not torch.isfinite(images).all():
-        bad = (~torch.isfinite(images).flatten(1).all(1)).sum()
-        raise ValueError(f"images: {bad} of {len(images)} hold NaN or infinity; the sampler diverged, nothing can be scored")
-    return to_uint8(images).float() / 127.5 - 1
 
-
-@torch.no_grad()
-def chunked(net: Features, images: Tensor, chunk: int = 128) -> Tensor:
-    """`net` over images [B, ...] at most `chunk` at a time, as float32 [B, D] on the CPU. Raises ValueError for other shapes."""
-    out = torch.cat([net(x).float().cpu() for x in images.split(chunk)]) if len(images) else torch.empty(0, 0)
-    if out.ndim != 2 or len(out) != len(images):
-        raise ValueError(f"feature network: {tuple(out.shape)} for {len(images)} images; it must return [B, D]")
-    return out
-
-
-class FeatureMetric(Metric):
-    """A Metric over features. With `net` its updates take images, without it features [B, D].
-
-    `net` sits in `__dict__`: as a submodule it would enter the state_dict, the optimiser and the checkpoint of the module that
-    holds the metric, as torchmetrics' own FID does.
-    """
+    columns: ClassVar[tuple[Column, ...]] = ()
+    needs: ClassVar[tuple[str, ...]] = ()
+    over: ClassVar[str] = "prompts"
+    states: ClassVar[tuple[str, ...]] = ()
+    details: ClassVar[dict[str, Any]] = {}
 
     is_differentiable = False
     full_state_update = False
 
-    def __init__(self, net: Features | None = None, chunk: int = 128, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.__dict__["net"] = net
-        self.chunk = chunk
+    def __init__(self, sync_on_compute: bool = False, **kwargs: Any) -> None:
+        super().__init__(sync_on_compute=sync_on_compute, **kwargs)
+        self.held: dict[str, Any] = {}
+        for name in self.states:
+            self.add_state(name, [], dist_reduce_fx="cat")
 
-    def features(self, x: Tensor) -> Tensor:
-        """[B, D] on the metric's device."""
-        if self.__dict__["net"] is not None:
-            x = chunked(self.__dict__["net"], x, self.chunk)
-        elif x.ndim != 2:
-            raise ValueError(f"features: {tuple(x.shape)} instead of [B, D]; give the metric a `net` to pass images")
-        return x.detach().to(self.device)
+    @abstractmethod
+    def update(self, batch: Batch) -> None:
+        """Take what is needed of a batch."""
+
+    @abstractmethod
+    def compute(self) -> dict[str, Any]:
+        """A number, or None where it is not defined, for every column, and the details."""
+
+    def all(self, state: str) -> Tensor:
+        """A state's rows [N, ...], of all updates. Raises ValueError before the first."""
+        rows = getattr(self, state)
+        if isinstance(rows, list) and not rows:
+            raise ValueError(f"metric {type(self).__name__}: nothing was measured; update it first")
+        return dim_zero_cat(rows)

@@ -7,20 +7,14 @@ is another number, so the range is checked.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-
-class Distance(Protocol):
-    """Paired images [B, 3, H, W] in [-1, 1] to distances [B]."""
-
-    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """The distances [B]."""
-        ...
+from ddil_lightning.evaluation.batches import Batch
+from ddil_lightning.evaluation.columns import Column
+from ddil_lightning.evaluation.metrics.base import Metric
+from ddil_lightning.evaluation.networks import Distance
 
 
 def check_range(images: Tensor, who: str = "LPIPS") -> Tensor:
@@ -36,29 +30,6 @@ def check_range(images: Tensor, who: str = "LPIPS") -> Tensor:
     if low >= 0:
         warnings.warn(f"{who}: no value below 0 in {len(images)} images; it expects [-1, 1], not [0, 1]", stacklevel=2)
     return images
-
-
-class MapDistance:
-    """LPIPS without learned weights over any network's feature maps.
-
-    Each map is normalised to unit length over its channels; squared differences are summed over channels and averaged over positions
-    and over maps (the `lpips=False` baseline of the LPIPS code divided by its number of layers). In [0, 4].
-    `maps`: images [B, 3, H, W] in [-1, 1] to a list of [B, C, h, w].
-    """
-
-    def __init__(self, maps: Callable[[Tensor], Sequence[Tensor]]) -> None:
-        self.maps = maps
-
-    @torch.no_grad()
-    def embed(self, images: Tensor) -> Tensor:
-        """[B, F] whose squared Euclidean distance is the distance, so that a pair costs no network call."""
-        maps = self.maps(images)
-        flat = [(f / (f.norm(dim=1, keepdim=True) + 1e-10) / (f[0, 0].numel() * len(maps)) ** 0.5).flatten(1) for f in maps]
-        return torch.cat(flat, 1)
-
-    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """Distances [B]."""
-        return (self.embed(a) - self.embed(b)).square().sum(1)
 
 
 @torch.no_grad()
@@ -83,48 +54,23 @@ def seed_diversity(images: Tensor, distance: Distance, chunk: int = 32) -> Tenso
     return torch.stack(out)
 
 
-class LPIPSDiversity(Metric):
-    """`update(images)`, [P, S, 3, H, W]: all seeds of P prompts in one call. Sums over prompts add up over processes."""
+class Diversity(Metric):
+    """The mean over the probes of the mean over pairs of their images. Raises ValueError as `seed_diversity` does."""
 
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    total: Tensor
-    prompts: Tensor
+    columns = (
+        Column(
+            "lpips_diversity", "LPIPS diversity", "", "mean perceptual distance between images of one prompt; compare with the teacher's"
+        ),
+    )
+    needs = ("distance",)
+    over = "probes"
+    states = ("per_prompt",)
+    per_prompt: list[Tensor]
 
-    def __init__(self, distance: Distance, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.__dict__["distance"] = distance  # a network here must not become a submodule
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("prompts", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+    def update(self, batch: Batch) -> None:
+        """Add whole prompts."""
+        self.per_prompt.append(seed_diversity(batch.images.unflatten(0, (-1, batch.seeds)), batch.distance))
 
-    def update(self, images: Tensor) -> None:
-        """Add P prompts. Raises ValueError as `seed_diversity` does."""
-        self.total += seed_diversity(images, self.__dict__["distance"]).sum().to(self.total.device)
-        self.prompts += len(images)
-
-    def compute(self) -> Tensor:
-        """Scalar. Raises ValueError before any update."""
-        if self.prompts == 0:
-            raise ValueError("LPIPSDiversity: no prompt was scored")
-        return self.total / self.prompts
-
-
-def lpips_distance(net: str = "alex", device: str | torch.device = "cpu", random_trunk: bool = False) -> Distance:
-    """LPIPS v0.1 with backbone `net` (alex, vgg, squeeze; the trunk's ImageNet weights are downloaded once).
-
-    `random_trunk` needs no download and means nothing perceptual: for tests. Raises ValueError without lpips.
-    """
-    try:
-        from lpips import LPIPS
-    except ModuleNotFoundError as e:
-        raise ValueError("LPIPS needs the package lpips: pip install lpips") from e
-    with warnings.catch_warnings():  # lpips calls torchvision by names of old
-        warnings.filterwarnings("ignore", message=".*pretrained.*|.*weight enum.*", category=UserWarning)
-        model = LPIPS(net=net, pnet_rand=random_trunk, verbose=False).eval().requires_grad_(False).to(device)
-
-    @torch.no_grad()
-    def distance(a: Tensor, b: Tensor) -> Tensor:
-        return model(a.to(device), b.to(device)).flatten()
-
-    return distance
+    def compute(self) -> dict[str, float]:
+        """The mean."""
+        return {"lpips_diversity": float(self.all("per_prompt").mean())}

@@ -7,13 +7,12 @@ E coverage = 1 - prod_{j=1..k} (N - j)/(M + N - j), about 1 - 2^-k for M = N.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torchmetrics.utilities.data import dim_zero_cat
 
-from ddil_lightning.evaluation.metrics.base import FeatureMetric, Features
+from ddil_lightning.evaluation.batches import Batch
+from ddil_lightning.evaluation.columns import Column
+from ddil_lightning.evaluation.metrics.base import Metric
 
 
 def expected_coverage(n: int, m: int, k: int = 5) -> float:
@@ -54,28 +53,23 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5, chunk: int = 1024) 
     return inside / (k * len(fake)), hit / len(real)
 
 
-class DensityCoverage(FeatureMetric):
-    """`update(x, real)`: images with a `net`, else features [B, D]; `compute` gives {"density", "coverage"}.
+class DensityCoverage(Metric):
+    """Both numbers of all features. Raises ValueError as `density_coverage` does."""
 
-    All features are kept and concatenated over processes (10 000 x 2048 float32 are 82 MB).
-    """
+    columns = (
+        Column("density", "Density", "higher", "how deep generated images lie in regions of real ones; may exceed 1"),
+        Column("coverage", "Coverage", "higher", "share of real images that have a generated one in their neighbourhood"),
+    )
+    needs = ("features", "real")
+    states = ("features",)
+    features: list[Tensor]
 
-    real: list[Tensor]
-    fake: list[Tensor]
+    def update(self, batch: Batch) -> None:
+        """Add features."""
+        self.features.append(batch.features)
+        self.held["real"] = batch.real
 
-    def __init__(self, k: int = 5, net: Features | None = None, **kwargs: Any) -> None:
-        super().__init__(net=net, **kwargs)
-        self.k = k
-        self.add_state("real", [], dist_reduce_fx="cat")
-        self.add_state("fake", [], dist_reduce_fx="cat")
-
-    def update(self, x: Tensor, real: bool) -> None:
-        """Add images or features."""
-        (self.real if real else self.fake).append(self.features(x).float())
-
-    def compute(self) -> dict[str, Tensor]:
-        """Two scalars. Raises ValueError as `density_coverage` does."""
-        if not len(self.real) or not len(self.fake):
-            raise ValueError("DensityCoverage: update it with real and with generated features first")
-        density, coverage = density_coverage(dim_zero_cat(self.real), dim_zero_cat(self.fake), self.k)
-        return {"density": torch.tensor(density), "coverage": torch.tensor(coverage)}
+    def compute(self) -> dict[str, float]:
+        """Density and coverage."""
+        density, coverage = density_coverage(self.held["real"], self.all("features"))
+        return {"density": density, "coverage": coverage}

@@ -1,0 +1,37 @@
+"""Gaussians that are fitted to samples, and the Fréchet distance of two of them: of images' features (FID) and of latents alike.
+
+The distance is biased upwards for few samples, by about their number of features over their number: compare at equal counts alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gaussian_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of means [D] and covariances [D, D], in float64. Scalar, never negative.
+
+    The trace of the root is taken of sqrt(C1) C2 sqrt(C1), which has the eigenvalues of C1 C2 and is symmetric: rank-deficient
+    covariances (fewer images than features) need no ridge and give no complex numbers.
+    """
+    mean1, cov1, mean2, cov2 = (x.double() for x in (mean1, cov1, mean2, cov2))
+    values, vectors = torch.linalg.eigh(cov1)
+    half = vectors * values.clamp(min=0).sqrt()
+    root = torch.linalg.eigvalsh(half.T @ cov2 @ half).clamp(min=0).sqrt().sum()
+    return ((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * root).clamp(min=0)
+
+
+def moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [D] and unbiased covariance [D, D] of features [N, D], float64. Raises ValueError for fewer than two."""
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"features: {tuple(features.shape)}; a covariance needs [N, D] with N >= 2")
+    x = features.double()
+    mean = x.mean(0)
+    return mean, (x - mean).T @ (x - mean) / (len(x) - 1)
+
+
+@torch.no_grad()
+def frechet_distance(real: Tensor, fake: Tensor) -> float:
+    """Fréchet distance of features [N, D] and [M, D] (Heusel et al. 2017). Raises ValueError as `moments` does."""
+    return float(gaussian_distance(*moments(real), *moments(fake)))

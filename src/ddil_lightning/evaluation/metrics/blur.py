@@ -1,0 +1,26 @@
+"""Blur: how far an image is from the sharp drawing of what the judge reads in it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ddil_lightning.evaluation.batches import Batch
+from ddil_lightning.evaluation.columns import Column
+from ddil_lightning.evaluation.metrics.base import Metric
+
+
+class Blur(Metric):
+    """The mean residual of the judge's template fit."""
+
+    columns = (Column("blur", "Blur", "lower", "mean residual of the judge's fit: an image less its ideal drawing", shown=False),)
+    needs = ("verdict",)
+    states = ("residuals",)
+    residuals: list[Tensor]
+
+    def update(self, batch: Batch) -> None:
+        """Add residuals."""
+        self.residuals.append(batch.verdict.residual.double().cpu())
+
+    def compute(self) -> dict[str, float]:
+        """The mean."""
+        return {"blur": float(self.all("residuals").mean())}

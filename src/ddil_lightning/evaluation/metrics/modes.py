@@ -1,0 +1,35 @@
+"""Mode coverage: do the images of one caption show everything that it leaves open? For data whose judge can tell."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ddil_lightning.evaluation.batches import Batch
+from ddil_lightning.evaluation.columns import Column
+from ddil_lightning.evaluation.metrics.base import Metric
+
+
+class ModeCoverage(Metric):
+    """The judge's own number, of all images of the probes together: they are kept, which is meant for the small ones of the miniature."""
+
+    columns = (
+        Column(
+            "mode_coverage", "Mode coverage", "higher", "how evenly the values that a partial prompt leaves open are produced; 1 is uniform"
+        ),
+    )
+    needs = ("modes",)
+    over = "probes"
+    states = ("images", "index")
+    images: list[Tensor]
+    index: list[Tensor]
+
+    def update(self, batch: Batch) -> None:
+        """Add images."""
+        self.images.append(batch.images)
+        self.index.append(batch.index)
+        self.held |= {"modes": batch.modes, "asked": batch.asked}
+
+    def compute(self) -> dict[str, float]:
+        """The coverage."""
+        prompts = [self.held["asked"][i] for i in self.all("index").tolist()]
+        return {"mode_coverage": float(self.held["modes"](self.all("images"), prompts))}

@@ -1,0 +1,236 @@
+"""The networks that metrics look through, by name or given: each is made once, for all metrics, and no metric owns one.
+
+Defaults are the paper's: Inception-v3 for the Fréchet distance, OpenCLIP ViT-g/14 for the CLIP score, LPIPS for diversity. Their packages
+are loaded when they are asked for.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ddil_lightning.backbones.sampling import to_uint8
+
+Features = Callable[[Tensor], Tensor]
+"""Images [B, 3, H, W] in [-1, 1] to features [B, D]. Brings its own weights and device."""
+Scorer = Callable[[Tensor, Sequence[str]], Tensor]
+"""Images and their prompts to a number each, [B]."""
+
+
+class Distance(Protocol):
+    """Paired images [B, 3, H, W] in [-1, 1] to distances [B]."""
+
+    def __call__(self, a: Tensor, b: Tensor, /) -> Tensor:
+        """The distances [B]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What a suite looks through: a callable, the name of a default (`load` makes it), or None, which leaves its metrics None.
+
+    `features`: of images. `clip`: cosines of images and prompts, or instead of it `text`: prompts to [B, D], compared with `features`.
+    `distance`: of two images. Raises ValueError for `text` without `features`.
+    """
+
+    features: Features | str | None = None
+    clip: Scorer | str | None = None
+    distance: Distance | str | None = None
+    text: Callable[[Sequence[str]], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.text is not None and self.features is None:
+            raise ValueError("Suite: `text` is compared with `features`, which is None; give both, or `clip`")
+
+    def load(self, device: str | torch.device = "cpu") -> Networks:
+        """With a network for every name, on `device`. Raises ValueError for another name, or where its package is not installed."""
+        asked = {field.name: getattr(self, field.name) for field in fields(self)}
+        for given in (v for v in asked.values() if isinstance(v, str)):
+            if given not in DEFAULTS:
+                raise ValueError(f"no network {given!r}: choose {', '.join(DEFAULTS)}, pass a callable, or None to skip its metrics")
+        return replace(self, **{k: DEFAULTS[v].make(device) for k, v in asked.items() if isinstance(v, str)})
+
+    def about(self) -> dict[str, str | None]:
+        """What they are, for a protocol."""
+        return {field.name: said(getattr(self, field.name)) for field in fields(self)}
+
+
+class Default(NamedTuple):
+    """A network by name: what a protocol calls it, and what makes it on a device."""
+
+    about: str
+    make: Callable[[Any], Any]
+
+
+def said(net: Any) -> str | None:
+    """A network in words: a default's own, else the names of its class or function; None for none."""
+    if net is None or isinstance(net, str):
+        return DEFAULTS[net].about if net in DEFAULTS else net
+    owner = getattr(net, "__self__", None)
+    if isinstance(owner, ClipNet):
+        return said(owner.image)
+    known = getattr(net, "about", None)
+    if isinstance(known, str):
+        return known
+    if owner is not None:
+        return f"{type(owner).__module__}.{type(owner).__name__}.{net.__name__}"
+    named = net if hasattr(net, "__qualname__") else type(net)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+class Named:
+    """A function with the name that a protocol gives it."""
+
+    def __init__(self, about: str, call: Callable[..., Tensor]) -> None:
+        self.about, self.call = about, call
+
+    def __call__(self, *args: Any) -> Tensor:
+        """The function's own answer."""
+        return self.call(*args)
+
+
+INCEPTION = "Inception-v3 pool3 (TensorFlow FID weights, torch-fidelity)"
+
+
+def inception_features(weights: str | None = None, device: str | torch.device = "cpu") -> Features:
+    """Inception-v3 pool3 features [B, 2048] with the ported TensorFlow FID weights (torch-fidelity), of images in [-1, 1].
+
+    The images are rounded to 8 bits and resized to 299 by the network's own TensorFlow-1 bilinear. `weights`: a local file instead
+    of the download. Raises ValueError without torch-fidelity.
+    """
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ModuleNotFoundError as e:
+        raise ValueError("the Inception features of a Frechet distance need torch-fidelity: pip install 'ddil-lightning[eval]'") from e
+    net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights).eval().to(device)
+
+    @torch.no_grad()
+    def features(images: Tensor) -> Tensor:
+        return net(to_uint8(images).to(device))[0].flatten(1)
+
+    return Named(INCEPTION if weights is None else f"{INCEPTION}, {weights}", features)
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine of paired embeddings [B, D], [B]. Raises ValueError for other shapes."""
+    if a.shape != b.shape or a.ndim != 2:
+        raise ValueError(f"cosine: embeddings {tuple(a.shape)} and {tuple(b.shape)}; they must be paired [B, D]")
+    return torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=1)
+
+
+class ClipNet(NamedTuple):
+    """A pair of encoders. `image`: [B, 3, H, W] in [-1, 1] to [B, D]; `text`: B strings to [B, D]; `prefix` stands before each.
+
+    A prefix moves the score ("A photo depicts" in the DMD2 evaluator), so it is stored with the network and off by default.
+    """
+
+    image: Callable[[Tensor], Tensor]
+    text: Callable[[list[str]], Tensor]
+    prefix: str = ""
+
+    @torch.no_grad()
+    def score(self, images: Tensor, prompts: Sequence[str], chunk: int = 64) -> Tensor:
+        """Cosine per pair, [B] float64 on the CPU. Raises ValueError when the numbers of images and prompts differ."""
+        if len(images) != len(prompts):
+            raise ValueError(f"CLIP score: {len(images)} images and {len(prompts)} prompts; they must be paired")
+        texts = [f"{self.prefix} {p}" if self.prefix else p for p in prompts]
+        out = [torch.empty(0, dtype=torch.float64)]
+        for i in range(0, len(texts), chunk):
+            out.append(cosine(self.image(images[i : i + chunk]).cpu(), self.text(texts[i : i + chunk]).cpu()))
+        return torch.cat(out)
+
+
+def open_clip_net(
+    name: str = "ViT-g-14", pretrained: str = "laion2b_s12b_b42k", prefix: str = "", device: str | torch.device = "cpu"
+) -> ClipNet:
+    """An OpenCLIP model by architecture and weights: a tag (downloaded once) or a local checkpoint file.
+
+    Own code because torchmetrics' CLIPScore fails with transformers 5. Images are rounded to 8 bits and go through the model's own PIL
+    preprocessing, as in public evaluators. Raises ValueError without open_clip, FileNotFoundError for a checkpoint that does not exist.
+    """
+    try:
+        import open_clip
+        from torchvision.transforms.functional import to_pil_image
+    except ModuleNotFoundError as e:
+        raise ValueError("the CLIP score needs open_clip: pip install open_clip_torch") from e
+    if Path(pretrained).suffix in {".pt", ".pth", ".bin", ".safetensors"} and not Path(pretrained).is_file():
+        raise FileNotFoundError(f"open_clip_net: no checkpoint {pretrained}; give a file or a tag of open_clip.list_pretrained()")
+    model, preprocess = open_clip.create_model_from_pretrained(name, pretrained, device=device)
+    model = model.eval().requires_grad_(False)
+    tokenizer = open_clip.get_tokenizer(name)
+
+    @torch.no_grad()
+    def image(images: Tensor) -> Tensor:
+        return model.encode_image(torch.stack([preprocess(to_pil_image(x)) for x in to_uint8(images)]).to(device)).float()
+
+    @torch.no_grad()
+    def text(prompts: list[str]) -> Tensor:
+        return model.encode_text(tokenizer(prompts).to(device)).float()
+
+    about = f"OpenCLIP {name} {pretrained}" + (f", prefix {prefix!r}" if prefix else "")
+    return ClipNet(Named(about, image), text, prefix)
+
+
+class MapDistance:
+    """LPIPS without learned weights over any network's feature maps.
+
+    Each map is normalised to unit length over its channels; squared differences are summed over channels and averaged over positions
+    and over maps (the `lpips=False` baseline of the LPIPS code divided by its number of layers). In [0, 4].
+    `maps`: images [B, 3, H, W] in [-1, 1] to a list of [B, C, h, w].
+    """
+
+    def __init__(self, maps: Callable[[Tensor], Sequence[Tensor]]) -> None:
+        self.maps = maps
+
+    @property
+    def about(self) -> str:
+        """For a protocol."""
+        return f"unweighted LPIPS of {said(self.maps)}"
+
+    @torch.no_grad()
+    def embed(self, images: Tensor) -> Tensor:
+        """[B, F] whose squared Euclidean distance is the distance, so that a pair costs no network call."""
+        maps = self.maps(images)
+        flat = [(f / (f.norm(dim=1, keepdim=True) + 1e-10) / (f[0, 0].numel() * len(maps)) ** 0.5).flatten(1) for f in maps]
+        return torch.cat(flat, 1)
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """Distances [B]."""
+        return (self.embed(a) - self.embed(b)).square().sum(1)
+
+
+def lpips_distance(net: str = "alex", device: str | torch.device = "cpu", random_trunk: bool = False) -> Distance:
+    """LPIPS v0.1 with backbone `net` (alex, vgg, squeeze; the trunk's ImageNet weights are downloaded once).
+
+    `random_trunk` needs no download and means nothing perceptual: for tests. Raises ValueError without lpips.
+    """
+    try:
+        from lpips import LPIPS
+    except ModuleNotFoundError as e:
+        raise ValueError("LPIPS needs the package lpips: pip install lpips") from e
+    with warnings.catch_warnings():  # lpips calls torchvision by names of old
+        warnings.filterwarnings("ignore", message=".*pretrained.*|.*weight enum.*", category=UserWarning)
+        model = LPIPS(net=net, pnet_rand=random_trunk, verbose=False).eval().requires_grad_(False).to(device)
+
+    @torch.no_grad()
+    def distance(a: Tensor, b: Tensor) -> Tensor:
+        return model(a.to(device), b.to(device)).flatten()
+
+    return Named(f"LPIPS 0.1 {net}" + (" with a random trunk" if random_trunk else ""), distance)
+
+
+DEFAULTS = {
+    "inception": Default(INCEPTION, lambda device: inception_features(device=device)),
+    "open_clip": Default("OpenCLIP ViT-g-14 laion2b_s12b_b42k", lambda device: open_clip_net(device=device).score),
+    "lpips": Default("LPIPS 0.1 alex", lambda device: lpips_distance(device=device)),
+}
+"""The networks that a suite of one's own images can name."""
+
+PAPER = Networks("inception", "open_clip", "lpips")
+"""Those of the paper's tables."""

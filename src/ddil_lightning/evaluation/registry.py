@@ -1,0 +1,124 @@
+"""The metrics that a suite measures by, an entry each: the package's own, and those of anyone who registers one.
+
+Every list of keys, labels and directions is made from here. The package's own are loaded when the first is asked for, for torchmetrics
+alone costs seconds.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ddil_lightning.evaluation.columns import ARROWS, POINTS, Column
+
+if TYPE_CHECKING:
+    from ddil_lightning.evaluation.metrics.base import Metric
+
+M = TypeVar("M", bound="type[Metric]")
+
+METRICS = (
+    "frechet.Frechet",
+    "clip.ClipScore",
+    "prdc.DensityCoverage",
+    "diversity.Diversity",
+    "alignment.Alignment",
+    "modes.ModeCoverage",
+    "blur.Blur",
+)
+"""The package's own, FILE.CLASS below `evaluation/metrics/`, in the order of the columns."""
+
+PASSES = ("prompts", "probes")
+"""The images that a metric can be over: one of every held-out prompt, or several of a few."""
+
+ROW = ("name", "steps", "guidance", "n", "nfe", "seconds_per_image", "metrics", "protocol")
+"""What a row of results holds beside its metrics, so no metric can be called it."""
+
+_added: dict[str, type[Metric]] = {}
+
+
+def metrics() -> list[type[Metric]]:
+    """All of them: the package's own, then the registered ones in their order."""
+    return [*_own(), *_added.values()]
+
+
+def register(metric: M) -> M:
+    """Add a metric, as a decorator or called: from now on every suite measures by it, and every table has its columns.
+
+    One that comes again from the same place (a cell that is run twice) replaces itself. Raises ValueError, a line that names it, for what
+    it has not declared, and for a key that is another's.
+    """
+    name = f"{metric.__module__}.{metric.__qualname__}"
+    taken = {c.key: other.__name__ for other in metrics() if f"{other.__module__}.{other.__qualname__}" != name for c in other.columns}
+    taken |= {c.key: "the analytic toy" for c in POINTS}
+    wrong = next(_faults(metric, taken), None)
+    if wrong:
+        raise ValueError(f"metric {metric.__name__}: {wrong}")
+    _added[name] = metric
+    return metric
+
+
+def unregister(metric: type[Metric]) -> None:
+    """Take a registered metric out again; one of the package's own stays."""
+    _added.pop(f"{metric.__module__}.{metric.__qualname__}", None)
+
+
+def columns() -> list[Column]:
+    """The columns of all metrics."""
+    return [column for metric in metrics() for column in metric.columns]
+
+
+def keys() -> list[str]:
+    """Their keys, the names in a row's `metrics`."""
+    return [column.key for column in columns()]
+
+
+def column(key: str) -> Column:
+    """The column of a key, of a suite's metric or of the toy's. Raises KeyError for one that nothing measures."""
+    return {c.key: c for c in (*POINTS, *columns())}[key]
+
+
+def unmeasured() -> dict[str, Any]:
+    """What a row's `metrics` hold where nothing was measured: None for every number, and the details empty."""
+    details = [(name, value) for metric in metrics() for name, value in metric.details.items()]
+    return dict.fromkeys(keys()) | {name: type(value)(value) for name, value in details}
+
+
+@cache
+def _own() -> tuple[type[Metric], ...]:
+    found = []
+    for entry in METRICS:
+        file, name = entry.split(".")
+        found.append(getattr(import_module(f"ddil_lightning.evaluation.metrics.{file}"), name))
+    return tuple(found)
+
+
+def _faults(metric: type[Metric], taken: dict[str, str]) -> Iterator[str]:
+    """What keeps a metric from being registered, in words."""
+    from ddil_lightning.evaluation.batches import NEEDS
+    from ddil_lightning.evaluation.metrics.base import Metric
+
+    if not (inspect.isclass(metric) and issubclass(metric, Metric)):
+        yield "it is no subclass of ddil_lightning.evaluation.metrics.base.Metric"
+        return
+    missing = sorted(metric.__abstractmethods__)
+    if missing:
+        yield f"it does not define {' and '.join(missing)}"
+    if not metric.columns:
+        yield "it declares no number; write `columns = (Column(key, label, better, meaning),)`"
+    for c in metric.columns:
+        if not isinstance(c, Column) or not (c.key and c.label and c.meaning):
+            yield f"a column needs a key, a label and a meaning: {c!r}"
+        elif c.better not in ARROWS:
+            yield f"{c.key}: better={c.better!r}; it is 'higher', 'lower', or '' where neither is"
+        elif c.key in taken:
+            yield f"{c.key} is a number of {taken[c.key]} already; choose another key"
+        elif c.key in ROW:
+            yield f"{c.key} is the name of another part of a row; choose another key"
+    unknown = sorted(set(metric.needs) - set(NEEDS))
+    if unknown:
+        yield f"needs {', '.join(unknown)}: no suite has it; choose among {', '.join(NEEDS)}"
+    if metric.over not in PASSES:
+        yield f"over={metric.over!r}; it is {' or '.join(map(repr, PASSES))}"
