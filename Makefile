@@ -6,9 +6,10 @@ JOBS ?= 2
 
 BIN := .venv/bin
 READY := .venv/.ready
+DOCS_READY := .venv/.docs-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help fit test lint format clean
+.PHONY: help fit test lint docs format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,13 +26,17 @@ lint: $(READY) ## check style and types
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m mypy
 
+docs: $(DOCS_READY) ## install mkdocs, then build the site of README.md, docs/ and the docstrings in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo 'built: site/index.html'
+
 format: $(READY) ## sort imports and format the code
 	$(BIN)/python -m ruff check --fix
 	$(BIN)/python -m ruff format
 
 clean: ## remove caches and built packages; .venv and runs/ stay
-	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache
-	find src tests benchmarks notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf build dist site .pytest_cache .ruff_cache .mypy_cache
+	find src tests benchmarks notebooks docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("ddil-lightning needs Python 3.10 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
@@ -39,4 +44,8 @@ $(READY): pyproject.toml
 	@echo 'installing into .venv; the first time this takes some minutes, PyTorch is large'
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+$(DOCS_READY): $(READY)
+	@$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	@touch $@

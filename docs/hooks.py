@@ -17,6 +17,7 @@ PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGEL
 """Texts outside docs/ and the names of their pages."""
 
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)(?=[)#])")
+ITEM = re.compile(r"([*-]|\d+\.) ")
 FENCE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.M | re.S)
 PACKAGE = "ddil_lightning"
 
@@ -44,6 +45,19 @@ def translated(text: str, path: str) -> str:
     return "".join(parts)
 
 
+def spaced(text: str) -> str:
+    """The text with an empty line before every list: GitHub lets one begin right below a line of text, mkdocs does not."""
+    lines: list[str] = []
+    code = False
+    for line in text.split("\n"):
+        before = lines[-1] if lines else ""
+        if ITEM.match(line) and not code and before and not before.startswith(" ") and not ITEM.match(before):
+            lines.append("")
+        code ^= line.startswith("```")
+        lines.append(line)
+    return "\n".join(lines)
+
+
 def home(module: str, name: str) -> str:
     """The module that defines what `module` offers as `name`: imports are followed, nothing is run."""
     base = ROOT / "src" / module.replace(".", "/")
@@ -61,13 +75,18 @@ def public() -> dict[str, str]:
     return {alias.name: home(str(node.module), alias.name) for node in imports for alias in node.names}
 
 
+def about(package: str) -> str:
+    """What a package says of itself."""
+    source = (ROOT / "src" / PACKAGE / package / "__init__.py").read_text(encoding="utf-8")
+    return ast.get_docstring(ast.parse(source)) or ""
+
+
 def reference() -> str:
     """The part of reference.md that lists every public name under its package."""
     packages: dict[str, list[str]] = {}
     for name, module in public().items():
-        packages.setdefault(module.split(".")[1], []).append(f"{module}.{name}")
-    lines = [f"## {package}\n\n" + "\n".join(f"::: {path}\n" for path in paths) for package, paths in packages.items()]
-    return "\n".join(lines)
+        packages.setdefault(module.split(".")[1], []).append(f"::: {module}.{name}\n")
+    return "\n".join(f"## {package}\n\n{about(package)}\n\n" + "\n".join(paths) for package, paths in packages.items())
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -85,5 +104,5 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """The page as the site needs it."""
     source = next((path for path, name in PAGES.items() if name == page.file.src_uri), f"docs/{page.file.src_uri}")
-    text = translated(markdown, source)
+    text = spaced(translated(markdown, source))
     return f"{text}\n\n{reference()}" if page.file.src_uri == "reference.md" else text
