@@ -26,8 +26,9 @@ lint: $(READY) ## check style and types
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m mypy
 
+# not --quiet: warnings would neither be shown nor counted
 docs: $(DOCS_READY) ## install mkdocs, then build the site of README.md, docs/ and the docstrings in site/; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo 'built: site/index.html'
 
 format: $(READY) ## sort imports and format the code

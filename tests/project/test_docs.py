@@ -229,6 +229,12 @@ def test_the_first_table_of_the_results_is_the_one_that_a_run_prints() -> None:
 # The site ------------------------------------------------------------------------------------------------------------------------------
 
 
+def test_a_warning_of_the_site_fails_the_check() -> None:
+    (build,) = re.findall(r"mkdocs build(.*)", (ROOT / "Makefile").read_text())
+    assert build.split() == ["--strict"]  # --quiet would hide warnings from --strict, too
+    assert re.findall(r"^make (\w+)$", (ROOT / ".ci" / "run").read_text(), re.M) == ["lint", "test", "docs"]
+
+
 def test_the_reference_has_every_public_name_where_it_is_defined(hooks: ModuleType) -> None:
     public = hooks.public()
     assert sorted(public) == ddil_lightning.__all__
