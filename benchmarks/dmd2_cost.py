@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddil_lightning.data.encoded import encode
-from ddil_lightning.methods.dmd2 import untouched
+from ddil_lightning.training.adversary import untouched
 from ddil_lightning.records import LatentBatch
 
 COLUMNS = (
