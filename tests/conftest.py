@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from pair import Pair
 
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell starts its background jobs so: Ctrl-C would then be ignored rightly
@@ -131,6 +136,16 @@ def ssd1b(xl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ssd1b") / "SSD-1B"
     pipe.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """Two processes that run functions as one process group: `pair.run(job, ...)`."""
+    from pair import Pair
+
+    made = Pair(tmp_path_factory.mktemp("pair"))
+    yield made
+    made.workers.close()
 
 
 TINY_RUN = """

@@ -1,4 +1,4 @@
-"""Two processes against one, for every method of suite.METHODS: forked, gloo, on the CPU."""
+"""Two processes against one, for every method of suite.METHODS: gloo, on the CPU."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from ddil_lightning.callbacks import Checkpoints
-from forks import WORLD, ddp, forked
-from suite import BATCH, FORWARD, METHODS, MIXED, PER_METHOD, Entry, Gradients, Run, build, captions, equal, fit, pictures, state
+from ddil_lightning.imitation.prior import SamplingPrior
+from pair import WORLD, Pair, ddp
+from suite import BATCH, FORWARD, METHODS, MIXED, PER_METHOD, Entry, Gradients, Run, build, captions, equal, fit, state
 
 UPDATES = 4
 
@@ -33,23 +34,21 @@ def report(run: Run, gradients: Gradients) -> dict[str, Any]:
     return {"state": state(run), "steps": gradients.steps, "done": run.data.done, "mine": run.data.buffer.state_dict()}
 
 
+def straight_and_resumed(rank: int, entry: Entry, tiny: Path, folder: Path) -> list[dict[str, Any]]:
+    """What a process reports of a run, and of the same run resumed from its middle."""
+    seen = Gradients()
+    save = Checkpoints(every=2, keep=9, folder=str(folder))
+    straight = report(fit(*settings(entry, tiny, clip=0.0), seen, save, **ddp(entry)), seen)
+    resumed = fit(*settings(entry, tiny, clip=0.0), ckpt=folder / "updates=2.ckpt", **ddp(entry))
+    return [straight, report(resumed, Gradients())]
+
+
 @pytest.fixture(scope="module", **{"params": PER_METHOD["argvalues"], "ids": PER_METHOD["ids"]})
-def ranks(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Entry, list[Any], list[Any]]:
+def ranks(request: pytest.FixtureRequest, pair: Pair, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Entry, Any, Any]:
     """(method, what the ranks of a run report, what they report when the run is resumed from its middle)."""
     entry, folder = request.param, tmp_path_factory.mktemp(request.param.name)
-    pictures(tiny)  # encoded once, before the fork
-
-    def job(rank: int) -> None:
-        seen = Gradients()
-        save = Checkpoints(every=2, keep=9, folder=str(folder))
-        run = fit(*settings(entry, tiny, clip=0.0), seen, save, **ddp(entry))
-        torch.save(report(run, seen), folder / f"straight{rank}.pt")
-        resumed = fit(*settings(entry, tiny, clip=0.0), ckpt=folder / "updates=2.ckpt", **ddp(entry))
-        torch.save(report(resumed, Gradients()), folder / f"resumed{rank}.pt")
-
-    forked(job)
-    found = [[torch.load(folder / f"{kind}{rank}.pt") for rank in range(WORLD)] for kind in ("straight", "resumed")]
-    return entry, found[0], found[1]
+    straight, resumed = zip(*pair.run(straight_and_resumed, entry, tiny, folder), strict=True)
+    return entry, straight, resumed
 
 
 def test_ranks_stay_equal(ranks: Any) -> None:
@@ -123,17 +122,15 @@ class Heard(Callback):
         self.seen.append(pl_module.measures.source_losses)
 
 
-def test_all_processes_hear_the_same_losses(tiny: Path, tmp_path: Path) -> None:
+def hearing(rank: int, tiny: Path) -> list[dict[str, float]]:
+    heard = Heard()
+    fit(build(METHODS[0], tiny, updates=UPDATES), captions(tiny, MIXED, capacity=0), heard, **ddp(METHODS[0]))
+    return heard.seen
+
+
+def test_all_processes_hear_the_same_losses(pair: Pair, tiny: Path) -> None:
     """Their mean: else a gated prior would change on one process and not on the other, and the two would wait for each other."""
-    pictures(tiny)
-
-    def job(rank: int) -> None:
-        heard = Heard()
-        fit(build(METHODS[0], tiny, updates=UPDATES), captions(tiny, MIXED, capacity=0), heard, **ddp(METHODS[0]))
-        torch.save(heard.seen, tmp_path / f"{rank}.pt")
-
-    forked(job, timeout=60)
-    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD))
+    one, other = pair.run(hearing, tiny, timeout=60)
     assert one == other and len(one) == UPDATES and all(len(found) > 1 for found in one)
 
 
@@ -148,14 +145,18 @@ class PoisonOne(Callback):
             next(pl_module.student.parameters()).data.fill_(float("nan"))
 
 
+def stopped(rank: int, tiny: Path, prior: SamplingPrior) -> str:
+    """What a process says of the number that the second one has met."""
+    with pytest.raises(FloatingPointError) as raised:
+        fit(build(METHODS[0], tiny, updates=UPDATES), captions(tiny, prior, collect_every=1), PoisonOne(2), **ddp(METHODS[0]))
+    return str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("prior", "words"), [(FORWARD, ("the loss is not finite on another", "the loss is nan")), (MIXED, ("of another", "policy"))]
 )
-def test_all_processes_stop_when_one_meets_a_number_that_is_not_finite(prior: Any, words: tuple[str, str], tiny: Path) -> None:
-    pictures(tiny)
-
-    def job(rank: int) -> None:
-        with pytest.raises(FloatingPointError, match=words[rank]):
-            fit(build(METHODS[0], tiny, updates=UPDATES), captions(tiny, prior, collect_every=1), PoisonOne(2), **ddp(METHODS[0]))
-
-    forked(job, timeout=60)
+def test_all_processes_stop_when_one_meets_a_number_that_is_not_finite(
+    prior: SamplingPrior, words: tuple[str, str], pair: Pair, tiny: Path
+) -> None:
+    for said, expected in zip(pair.run(stopped, tiny, prior, timeout=60), words, strict=True):
+        assert expected in said

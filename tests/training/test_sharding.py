@@ -1,11 +1,9 @@
-"""Networks sharded over two processes (fsdp2) against whole ones (ddp), for every method: forked, gloo, on the CPU.
-
-What trains on two processes is marked slow: it takes two minutes, and now and then a forked process has died in native code.
-"""
+"""Networks sharded over two processes (fsdp2) against whole ones (ddp), for every method: gloo, on the CPU."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +18,7 @@ from ddil_lightning.callbacks import Checkpoints
 from ddil_lightning.commands.fitting import fit as ddil_fit
 from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.training.sharding import Sharded
-from forks import WORLD, ddp, forked
+from pair import WORLD, Pair, ddp
 from suite import ALL, FORWARD, METHODS, MIXED, Entry, Gradients, Run, build, captions, equal, fit, pictures
 
 UPDATES = 4
@@ -46,35 +44,29 @@ def report(run: Run, seen: Gradients) -> dict[str, Any]:
     return found | {"deployed": method.deployment.network.state_dict() if run.trainer.is_global_zero else None}
 
 
+def whole_sharded_resumed(rank: int, entry: Entry, tiny: Path, folder: Path) -> dict[str, Any]:
+    """What a process reports of a run under ddp, under fsdp2, and under fsdp2 resumed from its middle."""
+
+    def run(*callbacks: Any, **kwargs: Any) -> dict[str, Any]:
+        seen = Gradients()
+        return report(fit(build(entry, tiny, updates=UPDATES), captions(tiny, MIXED), seen, *callbacks, **kwargs), seen)
+
+    found = {"ddp": run(**ddp(entry))}
+    found["fsdp2"] = run(Checkpoints(every=2, keep=9, folder=str(folder)), strategy="fsdp2", **TWO)
+    return found | {"resumed": run(ckpt=folder / "updates=2.ckpt", strategy="fsdp2", **TWO)}
+
+
 @pytest.fixture(scope="module", params=ONE_EACH, ids=lambda entry: entry.name)
-def runs(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Entry, dict[str, list[Any]]]:
-    """(method, what the processes report of a run under ddp, under fsdp2, and under fsdp2 resumed from its middle)."""
-    entry, folder = request.param, tmp_path_factory.mktemp(request.param.name)
-    pictures(tiny)  # encoded once, before the fork
-
-    def settings() -> tuple[Any, Any]:
-        return build(entry, tiny, updates=UPDATES), captions(tiny, MIXED)
-
-    def job(rank: int) -> None:
-        run = fit(*settings(), seen := Gradients(), **ddp(entry))
-        torch.save(report(run, seen), folder / f"ddp{rank}.pt")
-        save = Checkpoints(every=2, keep=9, folder=str(folder))
-        run = fit(*settings(), seen := Gradients(), save, strategy="fsdp2", **TWO)
-        torch.save(report(run, seen), folder / f"fsdp2{rank}.pt")
-        run = fit(*settings(), seen := Gradients(), ckpt=folder / "updates=2.ckpt", strategy="fsdp2", **TWO)
-        torch.save(report(run, seen), folder / f"resumed{rank}.pt")
-
-    forked(job)
-    kinds = ("ddp", "fsdp2", "resumed")
-    return entry, {kind: [torch.load(folder / f"{kind}{rank}.pt") for rank in range(WORLD)] for kind in kinds}
+def runs(request: pytest.FixtureRequest, pair: Pair, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """What the processes report of a run, by its kind: ddp, fsdp2, resumed."""
+    found = pair.run(whole_sharded_resumed, request.param, tiny, tmp_path_factory.mktemp(request.param.name))
+    return {kind: [reported[kind] for reported in found] for kind in found[0]}
 
 
-@pytest.mark.slow
 def test_training_is_that_of_whole_networks(runs: Any) -> None:
     """Clipped gradients of every optimiser step, and losses, to rounding. Adam makes that rounding visible where a gradient is next to
     nothing, so the weights at the end are compared by their norm."""
-    _, found = runs
-    whole, sharded = found["ddp"][0], found["fsdp2"][0]
+    whole, sharded = runs["ddp"][0], runs["fsdp2"][0]
     assert whole["evaluations"] == sharded["evaluations"] and len(whole["rows"]) == len(sharded["rows"]) == UPDATES
     for a, b in zip(whole["rows"], sharded["rows"], strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
@@ -87,25 +79,21 @@ def test_training_is_that_of_whole_networks(runs: Any) -> None:
     assert whole["deployed"].keys() == sharded["deployed"].keys() and float((a - b).norm()) < 1e-3 * float(a.norm())
 
 
-@pytest.mark.slow
 def test_a_process_holds_its_share_alone(runs: Any) -> None:
     """Of weights, averages and optimiser states."""
-    _, found = runs
 
     def numbers(x: Any) -> int:
         values = x.values() if isinstance(x, dict) else x if isinstance(x, list) else ()
         return x.numel() if isinstance(x, Tensor) else sum(map(numbers, values))
 
     for kind in ("mine", "optimizers"):
-        whole = numbers(found["ddp"][0][kind])
-        shares = [numbers(found["fsdp2"][rank][kind]) for rank in range(WORLD)]
+        whole = numbers(runs["ddp"][0][kind])
+        shares = [numbers(runs["fsdp2"][rank][kind]) for rank in range(WORLD)]
         assert max(shares) < 0.6 * whole and sum(shares) < 1.1 * whole
 
 
-@pytest.mark.slow
 def test_resuming_is_exact(runs: Any) -> None:
-    _, found = runs
-    for a, b in zip(found["fsdp2"], found["resumed"], strict=True):
+    for a, b in zip(runs["fsdp2"], runs["resumed"], strict=True):
         assert all(equal(a[name], b[name]) for name in ("mine", "optimizers", "evaluations", "buffer", "deployed"))
         assert a["rows"][2:] == b["rows"]
 
@@ -141,16 +129,14 @@ trainer:
     return path
 
 
-@pytest.mark.slow
-def test_a_run_by_the_command_line(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def by_the_command_line(rank: int, *words: str) -> int:
+    return ddil_fit(list(words))
+
+
+def test_a_run_by_the_command_line(pair: Pair, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Previews, probe, stages, checkpoints, the export and its check, in bf16 and with gradient checkpointing."""
     monkeypatch.chdir(tmp_path)
-    path = config(tiny, tmp_path)
-
-    def job(rank: int) -> None:
-        assert ddil_fit(["--config", str(path), "--run_dir", "run"]) == 0
-
-    forked(job)
+    assert pair.run(by_the_command_line, "--config", str(config(tiny, tmp_path)), "--run_dir", "run") == [0] * WORLD
     run = tmp_path / "run"
     assert {p.name for p in (run / "stages").iterdir()} == {"01-4-steps", "02-2-steps"}
     assert [p.stem for p in sorted((run / "samples").glob("*.png"))] == ["000000", "000003", "000006"]
@@ -163,40 +149,30 @@ def test_a_run_by_the_command_line(tiny: Path, tmp_path: Path, monkeypatch: pyte
         assert torch.equal(weight, unets[1][name]) and torch.equal(weight, kept[f"average.unet.{name}"])
 
 
-@pytest.mark.slow
-def test_a_sharded_checkpoint_is_a_checkpoint(tiny: Path, tmp_path: Path) -> None:
+def going_on(rank: int, tiny: Path, folder: Path) -> tuple[float, str]:
+    """How far whole networks that go on from a sharded checkpoint end from whole networks, and what is said the other way round."""
+    entry, at_2 = METHODS[-1], "updates=2.ckpt"
+
+    def run(*callbacks: Any, **kwargs: Any) -> Run:
+        return fit(build(entry, tiny, updates=3), captions(tiny, MIXED), *callbacks, **kwargs)
+
+    run(Checkpoints(every=2, keep=9, folder=str(folder / "sharded")), strategy="fsdp2", **TWO)
+    straight = run(Checkpoints(every=2, keep=9, folder=str(folder / "whole")), **ddp(entry))
+    resumed = run(ckpt=folder / "sharded" / at_2, **ddp(entry))
+    a, b = (torch.cat([p.detach().flatten() for p in found.method.parameters()]) for found in (straight, resumed))
+    with pytest.raises(ValueError) as raised:
+        run(ckpt=folder / "whole" / at_2, strategy="fsdp2", **TWO)
+    return float((a - b).norm() / a.norm()), str(raised.value)
+
+
+def test_a_sharded_checkpoint_is_a_checkpoint(pair: Pair, tiny: Path, tmp_path: Path) -> None:
     """Whole networks go on from it; the other way round is refused, because the optimisers' states are numbered otherwise."""
-    pictures(tiny)
-    entry = METHODS[-1]
-
-    def job(rank: int) -> None:
-        made = lambda: (build(entry, tiny, updates=3), captions(tiny, MIXED))  # noqa: E731
-        fit(*made(), Checkpoints(every=2, keep=9, folder=str(tmp_path / "sharded")), strategy="fsdp2", **TWO)
-        straight = fit(*made(), Checkpoints(every=2, keep=9, folder=str(tmp_path / "whole")), **ddp(entry))
-        resumed = fit(*made(), ckpt=tmp_path / "sharded" / "updates=2.ckpt", **ddp(entry))
-        a, b = (torch.cat([p.detach().flatten() for p in run.method.parameters()]) for run in (straight, resumed))
-        assert float((a - b).norm()) < 1e-2 * float(a.norm())
-        with pytest.raises(ValueError, match=r"updates=2.ckpt was written with whole networks: go on without trainer.strategy=fsdp2"):
-            fit(*made(), ckpt=tmp_path / "whole" / "updates=2.ckpt", strategy="fsdp2", **TWO)
-
-    forked(job)
+    for apart, said in pair.run(going_on, tiny, tmp_path):
+        assert apart < 1e-2 and "updates=2.ckpt was written with whole networks: go on without trainer.strategy=fsdp2" in said
     kept = [torch.load(tmp_path / kind / "updates=2.ckpt", weights_only=True)["optimizer_states"] for kind in ("whole", "sharded")]
     for whole, sharded in zip(*kept, strict=True):
         for a, b in zip(whole["state"].values(), sharded["state"].values(), strict=True):
             assert a["step"] == b["step"] and float((a["exp_avg"] - b["exp_avg"]).norm()) < 1e-2 * float(a["exp_avg"].norm())
-
-
-@pytest.mark.slow
-def test_all_processes_stop_when_one_meets_a_number_that_is_not_finite(tiny: Path) -> None:
-    """The search for the network to blame asks sharded networks too, and must not leave one process waiting for the other."""
-    pictures(tiny)
-
-    def job(rank: int) -> None:
-        words = "the loss is not finite on another" if rank == 0 else "the loss is nan.*the latents themselves are not finite"
-        with pytest.raises(FloatingPointError, match=words):
-            fit(build(METHODS[0], tiny, updates=UPDATES), Poisoned(pictures(tiny), FORWARD, batch_size=4), strategy="fsdp2", **TWO)
-
-    forked(job, timeout=60)
 
 
 class Poisoned(DDILDataModule):
@@ -205,6 +181,20 @@ class Poisoned(DDILDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         drawn: Any = super().on_after_batch_transfer(batch, dataloader_idx)
         return drawn._replace(x_t=drawn.x_t * float("nan")) if self.trainer and self.trainer.global_rank else drawn
+
+
+def stopped(rank: int, tiny: Path) -> str:
+    """What a process says of the number that the second one has met."""
+    with pytest.raises(FloatingPointError) as raised:
+        fit(build(METHODS[0], tiny, updates=UPDATES), Poisoned(pictures(tiny), FORWARD, batch_size=4), strategy="fsdp2", **TWO)
+    return str(raised.value)
+
+
+def test_all_processes_stop_when_one_meets_a_number_that_is_not_finite(pair: Pair, tiny: Path) -> None:
+    """The search for the network to blame asks sharded networks too, and must not leave one process waiting for the other."""
+    first, second = pair.run(stopped, tiny, timeout=60)
+    assert "the loss is not finite on another" in first
+    assert re.search("the loss is nan.*the latents themselves are not finite", second)
 
 
 @pytest.mark.parametrize("strategy", [ModelParallelStrategy, FSDPStrategy])
