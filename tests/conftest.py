@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,8 +24,10 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell starts its back
 
 WORDS = "a an handwritten digit zero one two three four five six seven eight nine small large red blue circle square left of above".split()
 
+PAIRED = ("test_sharding", "test_processes", "test_lockstep")
+"""Files that use `pair`. They are one to those who share out the files, so that its two interpreters import everything once."""
 LONG = (
-    "test_resume", "test_fuzz", "test_methods", "test_tail", "test_benchmarks", "test_configs", "test_processes", "test_bad_data",
+    *PAIRED, "test_resume", "test_fuzz", "test_methods", "test_tail", "test_benchmarks", "test_configs", "test_bad_data",
     "test_callbacks", "test_fit_cli", "test_stages", "test_dmd2_turns", "test_readme", "test_schedulers", "test_bad_input", "test_commands",
     "test_pretrain", "test_notebooks", "test_contributing",
 )  # fmt: skip
@@ -36,6 +38,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first: processes that take a file at a time then end together."""
     place = {name: i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """As --dist loadfile, but for the files of PAIRED."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "paired" if Path(file).stem in PAIRED else file
+
+    return Scheduling(config, log)
 
 
 def make_pipeline(folder: Path, prediction_type: str = "v_prediction") -> Path:

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from torch import distributed
 
-from suite import Entry
 from workers import Workers
 
 WORLD = 2
@@ -41,6 +39,9 @@ def in_group(rank: int, meet: str, timeout: float, job: Callable[..., Any], *giv
     return found
 
 
-def ddp(entry: Entry) -> dict[str, Any]:
+def ddp(entry: Any) -> dict[str, Any]:
+    """How a Trainer trains a method of suite.METHODS on both."""
+    from lightning.pytorch.strategies import DDPStrategy  # seconds, which not every job needs
+
     strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=entry.unused)
     return {"strategy": strategy, "devices": WORLD, "num_nodes": 1}

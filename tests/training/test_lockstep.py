@@ -5,13 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from ddil_lightning.diffusion.analytic import Gaussian
@@ -21,6 +18,7 @@ from ddil_lightning.diffusion.solver import Policies, Policy
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.imitation.rollout import Streams, counts, draw, plan
 from ddil_lightning.records import CaptionBatch, Context
+from pair import Pair
 
 SD = NoiseSchedule.scaled_linear()
 PRIOR = SamplingPrior(0.45, 0.25, 0.3)
@@ -79,21 +77,8 @@ def everything(rank: int) -> Tensor:
     return torch.cat([plans(rank), log[None], latents[None]])
 
 
-def one_rank(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    mine = everything(rank)
-    gathered = [torch.empty_like(mine) for _ in range(world)]
-    dist.all_gather(gathered, mine)
-    if rank == 0:
-        torch.save(gathered, f"{folder}/gathered.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.skipif("fork" not in mp.get_all_start_methods(), reason="needs fork")
-def test_two_ranks_and_one_draw_the_same_plan(tmp_path: Path):
-    mp.start_processes(one_rank, args=(2, str(tmp_path)), nprocs=2, start_method="fork")
-    first, second = torch.load(tmp_path / "gathered.pt")
+def test_two_ranks_and_one_draw_the_same_plan(pair: Pair):
+    first, second = pair.run(everything)
     alone = everything(0)
     assert torch.equal(first[: STEPS + 1], second[: STEPS + 1])  # plans, and the calls that follow from them
     assert not torch.equal(first[-1], second[-1])  # noise and guidance are each rank's own
