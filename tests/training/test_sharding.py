@@ -21,7 +21,7 @@ from ddil_lightning.training.sharding import Sharded
 from pair import WORLD, Pair, ddp
 from suite import ALL, FORWARD, METHODS, MIXED, Entry, Gradients, Run, build, captions, equal, fit, pictures
 
-UPDATES = 4
+UPDATES, MIDDLE = 4, "updates=2.ckpt"
 ONE_EACH = [next(entry for entry in METHODS if entry.method is method) for method in dict.fromkeys(entry.method for entry in METHODS)]
 TWO = {"devices": WORLD, "num_nodes": 1}
 
@@ -44,23 +44,29 @@ def report(run: Run, seen: Gradients) -> dict[str, Any]:
     return found | {"deployed": method.deployment.network.state_dict() if run.trainer.is_global_zero else None}
 
 
-def whole_sharded_resumed(rank: int, entry: Entry, tiny: Path, folder: Path) -> dict[str, Any]:
-    """What a process reports of a run under ddp, under fsdp2, and under fsdp2 resumed from its middle."""
+def every_way(rank: int, entry: Entry, tiny: Path, folder: Path) -> dict[str, Any]:
+    """What a process reports of a run under ddp and under fsdp2, and of runs that go on from the sharded checkpoint of its middle."""
 
     def run(*callbacks: Any, **kwargs: Any) -> dict[str, Any]:
         seen = Gradients()
         return report(fit(build(entry, tiny, updates=UPDATES), captions(tiny, MIXED), seen, *callbacks, **kwargs), seen)
 
-    found = {"ddp": run(**ddp(entry))}
-    found["fsdp2"] = run(Checkpoints(every=2, keep=9, folder=str(folder)), strategy="fsdp2", **TWO)
-    return found | {"resumed": run(ckpt=folder / "updates=2.ckpt", strategy="fsdp2", **TWO)}
+    sharded: Any = {"strategy": "fsdp2", **TWO}
+    save = {kind: Checkpoints(every=2, keep=9, folder=str(folder / kind)) for kind in ("ddp", "fsdp2")}
+    found = {"ddp": run(save["ddp"], **ddp(entry)), "fsdp2": run(save["fsdp2"], **sharded)}
+    found["resumed"] = run(ckpt=folder / "fsdp2" / MIDDLE, **sharded)
+    found["whole"] = run(ckpt=folder / "fsdp2" / MIDDLE, **ddp(entry))
+    with pytest.raises(ValueError) as raised:
+        run(ckpt=folder / "ddp" / MIDDLE, **sharded)
+    return found | {"refused": str(raised.value)}
 
 
 @pytest.fixture(scope="module", params=ONE_EACH, ids=lambda entry: entry.name)
-def runs(request: pytest.FixtureRequest, pair: Pair, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    """What the processes report of a run, by its kind: ddp, fsdp2, resumed."""
-    found = pair.run(whole_sharded_resumed, request.param, tiny, tmp_path_factory.mktemp(request.param.name))
-    return {kind: [reported[kind] for reported in found] for kind in found[0]}
+def runs(request: pytest.FixtureRequest, pair: Pair, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the processes report, by the kind of run, and the folder of their checkpoints."""
+    folder = tmp_path_factory.mktemp(request.param.name)
+    found = pair.run(every_way, request.param, tiny, folder)
+    return {"folder": folder} | {kind: [reported[kind] for reported in found] for kind in found[0]}
 
 
 def test_training_is_that_of_whole_networks(runs: Any) -> None:
@@ -96,6 +102,21 @@ def test_resuming_is_exact(runs: Any) -> None:
     for a, b in zip(runs["fsdp2"], runs["resumed"], strict=True):
         assert all(equal(a[name], b[name]) for name in ("mine", "optimizers", "evaluations", "buffer", "deployed"))
         assert a["rows"][2:] == b["rows"]
+
+
+def test_a_sharded_checkpoint_is_a_checkpoint(runs: Any) -> None:
+    """Whole networks go on from it; the other way round is refused, because the optimisers' states are numbered otherwise."""
+    for straight, resumed in zip(runs["ddp"], runs["whole"], strict=True):
+        assert resumed["rows"][0]["student_updates"] == 3 and straight["mine"].keys() == resumed["mine"].keys()
+        a, b = (torch.cat([x.flatten().double() for x in run["mine"].values()]) for run in (straight, resumed))
+        assert float((a - b).norm()) < 1e-2 * float(a.norm())
+    for said in runs["refused"]:
+        assert f"{MIDDLE} was written with whole networks: go on without trainer.strategy=fsdp2" in said
+    kept = [torch.load(runs["folder"] / kind / MIDDLE, weights_only=True)["optimizer_states"] for kind in ("ddp", "fsdp2")]
+    for whole, sharded in zip(*kept, strict=True):
+        assert len(whole["state"]) == len(sharded["state"]) > 0
+        for a, b in zip(whole["state"].values(), sharded["state"].values(), strict=True):
+            assert a["step"] == b["step"] and float((a["exp_avg"] - b["exp_avg"]).norm()) < 1e-2 * float(a["exp_avg"].norm())
 
 
 def config(tiny: Path, folder: Path) -> Path:
@@ -147,32 +168,6 @@ def test_a_run_by_the_command_line(pair: Pair, tiny: Path, tmp_path: Path, monke
     kept = torch.load(run / "checkpoints" / "updates=6.ckpt", weights_only=True)["state_dict"]
     for name, weight in unets[0].items():
         assert torch.equal(weight, unets[1][name]) and torch.equal(weight, kept[f"average.unet.{name}"])
-
-
-def going_on(rank: int, tiny: Path, folder: Path) -> tuple[float, str]:
-    """How far whole networks that go on from a sharded checkpoint end from whole networks, and what is said the other way round."""
-    entry, at_2 = METHODS[-1], "updates=2.ckpt"
-
-    def run(*callbacks: Any, **kwargs: Any) -> Run:
-        return fit(build(entry, tiny, updates=3), captions(tiny, MIXED), *callbacks, **kwargs)
-
-    run(Checkpoints(every=2, keep=9, folder=str(folder / "sharded")), strategy="fsdp2", **TWO)
-    straight = run(Checkpoints(every=2, keep=9, folder=str(folder / "whole")), **ddp(entry))
-    resumed = run(ckpt=folder / "sharded" / at_2, **ddp(entry))
-    a, b = (torch.cat([p.detach().flatten() for p in found.method.parameters()]) for found in (straight, resumed))
-    with pytest.raises(ValueError) as raised:
-        run(ckpt=folder / "whole" / at_2, strategy="fsdp2", **TWO)
-    return float((a - b).norm() / a.norm()), str(raised.value)
-
-
-def test_a_sharded_checkpoint_is_a_checkpoint(pair: Pair, tiny: Path, tmp_path: Path) -> None:
-    """Whole networks go on from it; the other way round is refused, because the optimisers' states are numbered otherwise."""
-    for apart, said in pair.run(going_on, tiny, tmp_path):
-        assert apart < 1e-2 and "updates=2.ckpt was written with whole networks: go on without trainer.strategy=fsdp2" in said
-    kept = [torch.load(tmp_path / kind / "updates=2.ckpt", weights_only=True)["optimizer_states"] for kind in ("whole", "sharded")]
-    for whole, sharded in zip(*kept, strict=True):
-        for a, b in zip(whole["state"].values(), sharded["state"].values(), strict=True):
-            assert a["step"] == b["step"] and float((a["exp_avg"] - b["exp_avg"]).norm()) < 1e-2 * float(a["exp_avg"].norm())
 
 
 class Poisoned(DDILDataModule):
