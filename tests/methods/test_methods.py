@@ -33,6 +33,14 @@ from suite import (
     train,
 )
 
+LONG = 30  # updates: enough for the loss to fall
+
+
+@pytest.fixture(scope="session")
+def tiny(light: Path) -> Path:
+    """What is trained here: these tests wait for calls of the U-Net more than for anything else."""
+    return light
+
 
 class Watch(Gradients):
     """Also looks for gradients where none belong."""
@@ -48,9 +56,9 @@ class Watch(Gradients):
 
 @pytest.fixture(scope="module", **{"params": METHODS, "ids": ALL["ids"]})
 def long(request: pytest.FixtureRequest, tiny: Path) -> tuple[Entry, Run, str]:
-    """Sixty updates on roll-outs and forward latents, and the hash of the frozen networks before them."""
+    """A run on roll-outs and forward latents, and the hash of the frozen networks before it."""
     before = digest(*frozen(build(request.param, tiny)))
-    return request.param, fit(build(request.param, tiny, updates=60, lr=2e-3), captions(tiny, collect_every=10), Watch()), before
+    return request.param, fit(build(request.param, tiny, updates=LONG, lr=2e-3), captions(tiny, collect_every=10), Watch()), before
 
 
 # A run ----------------------------------------------------------------------------------------------------------------------------
@@ -58,10 +66,10 @@ def long(request: pytest.FixtureRequest, tiny: Path) -> tuple[Entry, Run, str]:
 
 def test_fit_runs_and_the_clock_counts(long: tuple[Entry, Run, str]) -> None:
     _, run, _ = long
-    assert run.method.student_updates == 60 and run.method.progress == 1.0
-    assert [row["student_updates"] for row in run.rows] == list(range(1, 61))
-    assert run.data.done >= 60 and run.trainer.current_epoch >= 60 // EPOCH
-    assert run.method.evaluations["student"] >= 60 * 4 and run.method.evaluations["teacher"] > 0
+    assert run.method.student_updates == LONG and run.method.progress == 1.0
+    assert [row["student_updates"] for row in run.rows] == list(range(1, LONG + 1))
+    assert run.data.done >= LONG and run.trainer.current_epoch >= LONG // EPOCH
+    assert run.method.evaluations["student"] >= LONG * 4 and run.method.evaluations["teacher"] > 0
     last = run.rows[-1]
     assert last["prior/student"] == 0.25 and last["buffer/share_mixed"] > 0 and last["lr"] == pytest.approx(2e-3 * 0.05)
     assert all(row.get("loss/forward", 1) > 0 for row in run.rows)
@@ -70,7 +78,7 @@ def test_fit_runs_and_the_clock_counts(long: tuple[Entry, Run, str]) -> None:
 def test_the_loss_falls(long: tuple[Entry, Run, str]) -> None:
     entry, run, _ = long
     losses = torch.tensor([row[entry.falls] for row in run.rows])
-    assert losses[-15:].mean() < 0.8 * losses[:15].mean()
+    assert losses[-10:].mean() < 0.8 * losses[:10].mean()  # 0.57 to 0.68 of it; without learning 0.98 to 1.02
 
 
 def test_the_pipeline_stays_frozen_and_out_of_the_way(long: tuple[Entry, Run, str]) -> None:

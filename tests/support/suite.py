@@ -32,7 +32,7 @@ class Entry(NamedTuple):
     name: str
     method: type[Distillation]
     kwargs: dict[str, Any] = {}
-    falls: str = "loss"  # the logged loss that falls within 60 updates
+    falls: str = "loss"  # the logged loss that falls within 30 updates
     unused: bool = False  # some step leaves parameters of the method without a gradient (two optimisers): DDP must be told
 
 
