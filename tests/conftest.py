@@ -55,19 +55,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Scheduling(config, log)
 
 
-def make_pipeline(folder: Path, prediction_type: str = "v_prediction", attention: bool = True) -> Path:
-    """An untrained Stable Diffusion in miniature: 8 x 8 latents, 250 k parameters, or 180 k where only its middle attends to the text."""
+def make_pipeline(folder: Path, prediction_type: str = "v_prediction", unet: tuple[int, ...] = (16, 32)) -> Path:
+    """An untrained Stable Diffusion in miniature: 8 x 8 latents, 250 k parameters."""
     from ddil_lightning.miniature import networks
 
     torch.manual_seed(0)
-    sizes = networks.Sizes(image=16, tokens=16, text=16, autoencoder=(8, 8), unet=(16, 32))
+    sizes = networks.Sizes(image=16, tokens=16, text=16, autoencoder=(8, 8), unet=unet)
     tokenizer = networks.build_tokenizer(WORDS, sizes.tokens)
     text = networks.build_text_encoder(len(tokenizer), sizes)
-    unet = networks.build_unet(sizes)
-    if not attention:
-        plain = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
-        unet = type(unet).from_config({**unet.config, **plain})
-    pipe = networks.assemble(networks.build_autoencoder(sizes), text, tokenizer, unet)
+    pipe = networks.assemble(networks.build_autoencoder(sizes), text, tokenizer, networks.build_unet(sizes))
     pipe.scheduler = type(pipe.scheduler).from_config({**pipe.scheduler.config, "prediction_type": prediction_type})
     pipe.save_pretrained(folder)
     (folder / "ddil.json").write_text(json.dumps({"guidance": 2.0, "dataset": "digits"}))
@@ -82,8 +78,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def light(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with attention in the middle alone: two thirds of the time of a call, for tests that train."""
-    return make_pipeline(tmp_path_factory.mktemp("pipelines") / "light", attention=False)
+    """The same with one level, and attention in the middle alone: half the time of a call, for tests that train."""
+    return make_pipeline(tmp_path_factory.mktemp("pipelines") / "light", unet=(32,))
 
 
 @pytest.fixture(scope="session")
