@@ -29,6 +29,12 @@ PLAIN, ROLLED = SamplingPrior(), SamplingPrior(0.0, 1.0)
 LCM = METHODS[0]
 
 
+@pytest.fixture(scope="session")
+def tiny(light: Path) -> Path:
+    """What is trained here: these tests wait for calls of the U-Net more than for anything else."""
+    return light
+
+
 class Sources(Callback):
     """The sources of every batch, by the update it was drawn for."""
 
