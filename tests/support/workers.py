@@ -1,7 +1,8 @@
 """Several fresh interpreters that run functions of the tests together, started as torchrun would.
 
-They are not forked from the tests: a child of a process that has threads holds locks and memory of threads that it does not have, and
-dies in native code now and then. Because an interpreter needs seconds for its imports, the same ones run one task after the other.
+They are not forked from the tests: a child of a process that has had threads inherits what belonged to them. Autograd's threads died there
+now and then, of torch's own "Invalid thread pool!" (ParallelOpenMP.cpp), when several were started at once. Because an interpreter needs
+seconds for its imports, the same ones run one task after the other.
 """
 
 from __future__ import annotations
