@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddil_lightning.data.encoded import encode
-from ddil_lightning.training.adversary import untouched
 from ddil_lightning.records import LatentBatch
+from ddil_lightning.training.adversary import untouched
 
 COLUMNS = (
     ("name", ""),
