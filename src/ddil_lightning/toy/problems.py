@@ -44,6 +44,6 @@ PROBLEMS = {"ring8c": ring8c, "grid25c": grid25c}
 
 
 def sample(mixture: Mixture, classes: Tensor, seeds: Sequence[int]) -> Tensor:
-    """[N, 2, S] points of `classes` [N], member s from the seed `seeds[s]`."""
+    """[N, 2, S] points of `classes` [N] on the CPU, wherever the mixture is; member s from the seed `seeds[s]`."""
     every = [mixture.sample(len(classes), classes, torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(every, 2).float()
+    return torch.stack(every, 2).float().cpu()

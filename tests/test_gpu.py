@@ -1,0 +1,43 @@
+"""What only a CUDA device can show: `make test ARGS="-m gpu"` on a machine that has one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddil_lightning.backbones.pipeline import Pipeline
+from ddil_lightning.commands import main
+from ddil_lightning.commands.fit import fit as ddil_fit
+from ddil_lightning.runs import export
+from suite import METHODS, captions, fit
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("entry", METHODS, ids=lambda entry: entry.name)
+def test_a_method_trains_on_the_gpu_and_its_export_samples_as_it_does(entry: Any, precision: str, tiny: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    made = {"updates": 2, "guidance": [1.0, 4.0], "ema": 0.9, "reflect": "static", "gradient_checkpointing": True, **entry.kwargs}
+    method = entry.method(pipeline=Pipeline(str(tiny)), **made)  # not the shared one: it moves
+    run = fit(method, captions(tiny), accelerator="gpu", devices=1, precision=precision)
+    assert {p.device.type for part in (method, *method.backbone.parts()) for p in part.parameters()} <= {"cuda", "cpu"}
+    assert method.student_updates == 2 and method.backbone.device.type == "cuda"
+    assert all(torch.isfinite(torch.tensor(row["loss"])) for row in run.rows)
+    method = method.to(torch.device("cuda")).eval()
+    assert export.deliver(method, tmp_path / "out", ["a handwritten one", ""], method.deployment.steps[0]) < export.LEAST
+
+
+@pytest.mark.parametrize("name", ["lcm_ddil", "pd_ddil", "dmd2_ddil"])
+def test_the_toy_trains_and_is_tested_on_the_gpu(name: str, tmp_path: Path) -> None:
+    """Its law lives where its teacher does, and its points and scores on the CPU."""
+    words = ["--config", f"toy2d/{name}", "--updates", "12", "--run_dir", str(tmp_path / "r"), "test.n=64", "trainer.accelerator=gpu"]
+    words += ["model.stages=[{steps: 16, updates: 12}]"] if name == "pd_ddil" else []
+    with pytest.raises(SystemExit) as stop:
+        main.run(ddil_fit, "ddil-fit", words)
+    rows = json.loads((tmp_path / "r" / "summary.json").read_text())["rows"]
+    assert not stop.value.code and {row["name"].split("@")[0] for row in rows} == {"teacher", "student"}
