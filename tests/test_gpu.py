@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.commands import main
@@ -18,15 +19,23 @@ from suite import METHODS, captions, fit
 pytestmark = pytest.mark.gpu
 
 
+class Places(Callback):
+    """Where everything that a step needs is while it is trained."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        parts = (pl_module, *pl_module.backbone.parts())
+        self.found = {batch.x_t.device.type, pl_module.backbone.device.type, *(p.device.type for part in parts for p in part.parameters())}
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("entry", METHODS, ids=lambda entry: entry.name)
 def test_a_method_trains_on_the_gpu_and_its_export_samples_as_it_does(entry: Any, precision: str, tiny: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     made = {"updates": 2, "guidance": [1.0, 4.0], "ema": 0.9, "reflect": "static", "gradient_checkpointing": True, **entry.kwargs}
     method = entry.method(pipeline=Pipeline(str(tiny)), **made)  # not the shared one: it moves
-    run = fit(method, captions(tiny), accelerator="gpu", devices=1, precision=precision)
-    assert {p.device.type for part in (method, *method.backbone.parts()) for p in part.parameters()} <= {"cuda", "cpu"}
-    assert method.student_updates == 2 and method.backbone.device.type == "cuda"
+    seen = Places()
+    run = fit(method, captions(tiny), seen, accelerator="gpu", devices=1, precision=precision)
+    assert method.student_updates == 2 and seen.found == {"cuda"}
     assert all(torch.isfinite(torch.tensor(row["loss"])) for row in run.rows)
     method = method.to(torch.device("cuda")).eval()
     assert export.deliver(method, tmp_path / "out", ["a handwritten one", ""], method.deployment.steps[0]) < export.LEAST
