@@ -20,6 +20,8 @@ class Feed:
 
     collect_every: int = 1
     truncate: bool = False
+    dropout: int | None = None
+    """The seed of the dropout in the step that trains on the last batch; None leaves it to torch's own numbers."""
     _given: Any = None
     _steered: Mapping[str, Any] = {}
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import nn
 
 from ddil_lightning.callbacks import Checkpoints
@@ -69,6 +70,16 @@ def test_resuming_is_exact_in_every_variant(entry: Entry, variant: str, tiny: Pa
     same(run, fit(*objects(entry, tiny, variant), ckpt=ckpt))
 
 
+class Left(Callback):
+    """The seed of torch's own random numbers as every batch finds it."""
+
+    def __init__(self) -> None:
+        self.seeds: list[int] = []
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.seeds.append(torch.initial_seed())
+
+
 @pytest.mark.parametrize("entry", **PER_METHOD)
 def test_resuming_is_exact_with_dropout(entry: Entry, tiny: Path, tmp_path: Path, straight: Any) -> None:
     def dropping() -> tuple[Any, Any]:
@@ -78,8 +89,10 @@ def test_resuming_is_exact_with_dropout(entry: Entry, tiny: Path, tmp_path: Path
                 part.p = 0.3
         return method, data
 
-    run = fit(*dropping(), Checkpoints(every=CUT, keep=9, folder=str(tmp_path)))
+    left = Left()
+    run = fit(*dropping(), Checkpoints(every=CUT, keep=9, folder=str(tmp_path)), left)
     same(run, fit(*dropping(), ckpt=tmp_path / f"updates={CUT}.ckpt"))
+    assert len(left.seeds) >= TOTAL and len(set(left.seeds)) == 1  # nobody has reseeded them
     assert run.rows != straight(entry)[0].rows  # it was on
 
 

@@ -218,8 +218,7 @@ class DDILDataModule(LightningDataModule, Feed):
             encoded = self._encoded(batch)
             self._collect(encoded)
             streams = self.streams
-            # Dropout in the training step takes torch's own numbers: they follow from the counter too, so that a resumed run repeats them.
-            torch.manual_seed(streams.number("dropout"))
+            self.dropout = streams.number("dropout")
             return draw(
                 encoded,
                 learner,

@@ -28,6 +28,7 @@ from ddil_lightning.training.measures import Measures
 from ddil_lightning.training.optimisation import Descent
 from ddil_lightning.training.sharding import Shards, check_strategy
 
+DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -119,6 +120,8 @@ class Distillation(LightningModule):
         self.student_updates, self.stage, self.stage_start = 0, 0, 0
         self.average: nn.Module | None = None
         self._batch: LatentBatch | None = None
+        self._drops = False
+        self._random: tuple[Tensor, Tensor | None] | None = None
 
     # Roles and deployment ----------------------------------------------------------------------------------------------------------
 
@@ -327,7 +330,8 @@ class Distillation(LightningModule):
                 )
 
     def on_fit_start(self) -> None:
-        """The box from the data, once it is encoded."""
+        """The box from the data, once it is encoded; and whether anything in training has dropout, which needs its seeds."""
+        self._drops = any(isinstance(m, DROPOUT) and m.p > 0 for m in self.modules())
         if not self.has_box:
             found = self.feed.box()
             if found is not None:
@@ -345,8 +349,20 @@ class Distillation(LightningModule):
         """What comes after training is the first process's alone."""
         self.shards.gather(self._outgoing.network, self.device)
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Dropout takes torch's own numbers: for this step the feed's, so that a resumed run repeats them, and then as they were."""
+        if self._drops and self.feed.dropout is not None:
+            self._random = torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+            torch.manual_seed(self.feed.dropout)
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The module's hook is the last one of a batch: what must not be done before a checkpoint is written is done now."""
+        if self._random is not None:
+            cpu, cuda = self._random
+            torch.set_rng_state(cpu)
+            if cuda is not None:
+                torch.cuda.set_rng_state(cuda, self.device)
+            self._random = None
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if hasattr(callback, "after_checkpoints"):
                 callback.after_checkpoints(self.trainer, self)
