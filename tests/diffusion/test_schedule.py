@@ -184,6 +184,26 @@ def test_tables_made_for_a_preview_serve_training():
     assert float(out.grad) == pytest.approx(-float((SD.sigmas / SD.alphas)[3]), rel=1e-6)
 
 
+def test_rates_of_the_linear_path_are_those_of_t() -> None:
+    alpha, sigma = FLOW.rates(torch.arange(1000), torch.zeros(1000, 2, 2, dtype=torch.float64))
+    torch.testing.assert_close(alpha, torch.full((1000, 1, 1), -1.0, dtype=torch.float64), rtol=0, atol=1e-9)
+    torch.testing.assert_close(sigma, torch.full((1000, 1, 1), 1.0, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_rates_of_a_vp_schedule_stay_on_the_circle_and_are_those_of_its_betas() -> None:
+    """alpha^2 + sigma^2 = 1 differentiated, and d log alpha / dt = -beta / 2 in continuous time."""
+    t, like = torch.arange(1, 999), torch.zeros(998, 1, dtype=torch.float64)
+    (alpha, sigma), (da, ds) = SD.at(t, like), SD.rates(t, like)
+    assert float((alpha * da + sigma * ds)[20:].abs().max()) < 1e-3  # of rates of 0.4 and more; sigma begins like a root of t
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()[1:-1, None]
+    torch.testing.assert_close(da / alpha / 1000, -betas / 2, rtol=2e-2, atol=0)
+    x0, eps = torch.randn(2, 998, 1, dtype=torch.float64)
+    step = SD.add_noise(x0, eps, t + 1) - SD.add_noise(x0, eps, t - 1)
+    torch.testing.assert_close(step * 500, da * x0 + ds * eps, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="not of END"):
+        SD.rates(END, like)
+
+
 def test_rotation_is_for_variance_preserving_paths():
     x = torch.zeros(1, 1, dtype=torch.float64)
     cos, sin = SD.rotation(torch.tensor([749]), torch.tensor([500]), x)

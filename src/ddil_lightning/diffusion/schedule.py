@@ -103,6 +103,21 @@ class NoiseSchedule:
         shape = (-1,) + (1,) * (like.ndim - 1)
         return alphas[t].view(shape), sigmas[t].view(shape)
 
+    def rates(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(d alpha / dt, d sigma / dt) at `t` in units of 1 / T, so that t / T runs from 0 to 1; shaped like `at`. Not for END.
+
+        By central differences of the tables, one-sided at both ends: exact for the linear path, to second order in 1 / T for others. Along
+        the probability flow dx / dt = alpha' x0 + sigma' eps (the velocity that rectified flows regress on).
+        """
+        if bool(torch.as_tensor(t).lt(0).any()):
+            raise ValueError("the rates of a schedule are those of its times 0 to T - 1, not of END")
+        alpha, sigma = (torch.gradient(table[:-1] * self.steps)[0] for table in (self.alphas, self.sigmas))
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        where = torch.as_tensor(t)
+        shape = (1,) * like.ndim if isinstance(t, int) else (-1, *(1,) * (like.ndim - 1))
+        a, s = (table[where.cpu()].to(like.device, dtype).view(shape) for table in (alpha, sigma))
+        return a, s
+
     def snr(self, t: Tensor, like: Tensor) -> Tensor:
         """alpha^2 / sigma^2 at `t`, shaped like `at`; infinite at END."""
         alpha, sigma = self.at(t, like)
