@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
 import torch
@@ -16,9 +17,10 @@ from ddil_lightning.records import Context
 class Family(Network):
     """A component of a diffusers pipeline as a `Network`: what `Pipeline` asks of it besides.
 
-    A family is a subclass that writes `forward`, `latent_shape` and, where its texts are encoded otherwise than by two answers of
-    `encode_prompt`, `context`; and an entry of `pipeline.FAMILIES` under the name of diffusers' class. What it leaves out is refused by
-    name where somebody needs it: `with_features` and `head` (a discriminator), `told` (a student that is told its guidance).
+    A family is a subclass that writes `forward` and `latent_shape`, and an entry of `pipeline.FAMILIES` under the name of diffusers' class.
+    It says besides where its pipelines differ from Stable Diffusion's: `component`, `blocks_of` and `called_with`, `tokens`, and `context`
+    where its texts are encoded otherwise than by two answers of `encode_prompt`. `check` turns away what it cannot do. What it leaves out
+    is refused by name where somebody needs it: `with_features` and `head` (a discriminator), `told` (a student that is told its guidance).
     """
 
     component: ClassVar[str] = "transformer"
@@ -26,6 +28,9 @@ class Family(Network):
 
     blocks_of: ClassVar[tuple[str, ...]] = ()
     """Names of the classes of its blocks, which `blocks` lists."""
+
+    called_with: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """What a call of its pipelines is given besides prompts, steps, guidance and latents, so that these are taken as they are."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -57,8 +62,13 @@ class Family(Network):
         return [m for m in self.modules() if type(m).__name__ in self.blocks_of]
 
     @staticmethod
+    def tokens(pipe: Any, prompts: Sequence[str]) -> tuple[list[int], int]:
+        """How many tokens each of `prompts` has, and how many of them are read."""
+        return [len(ids) for ids in pipe.tokenizer(list(prompts)).input_ids], pipe.tokenizer.model_max_length
+
+    @staticmethod
     def context(pipe: Any, prompts: Sequence[str], device: torch.device, side: int) -> Context:
-        """What the network is told of `prompts`, unguided, for images of `side` pixels."""
+        """What the network is told of `prompts`, unguided, for images of `side` pixels; texts of any batch are of one length."""
         text, _ = cast(Any, pipe).encode_prompt(
             prompt=list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )

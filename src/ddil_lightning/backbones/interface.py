@@ -21,19 +21,19 @@ from ddil_lightning.files import replacing
 from ddil_lightning.records import Context
 
 
-class Network(nn.Module):
+class Network(nn.Module, ABC):
     """A network `(x_t, t, c) -> output`, which nobody asks what it is made of.
 
-    `forward` is all that every method needs. The rest is for those who need it: `features` and `with_features` for discriminators,
+    `forward` must be written and is all that every method needs. The rest is for those who need it: `features` and `with_features` for discriminators,
     `head` for theirs, `blocks` for sharding, `recompute` for gradient checkpointing.
     """
 
     w_conditioned: bool = False
     """Whether it is told the guidance: it then reads `c.w`, and refuses a context without it by ValueError."""
 
+    @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
         """[B, C, H, W] in the space that the backbone `predicts`, of latents x_t [B, C, H, W] at integer times t [B]."""
-        raise NotImplementedError(f"{type(self).__name__} has no forward(x_t, t, c)")
 
     def features(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
         """[B, F, ...] what a discriminator reads; the output is not computed."""

@@ -28,7 +28,7 @@ SPARED = ("safety_checker", "feature_extractor", "image_encoder")
 def pipeline_folder(path: str | Path) -> Path | None:
     """The folder behind `path`: a built-in name, or a local pipeline folder; None where it can only be a hub id.
 
-    Raises ValueError for a folder that holds no pipeline with a U-Net, for a file, and for a path that looks local but does not exist.
+    Raises ValueError for a folder that holds no network that denoises, for a file, and for a path that looks local but does not exist.
     """
     if str(path) in BUILTIN:
         return Path(str(resources.files("ddil_lightning"))) / "miniature" / "weights" / BUILTIN[str(path)]
@@ -45,7 +45,7 @@ def pipeline_folder(path: str | Path) -> Path | None:
         raise ValueError(f"{folder} is no pipeline folder: it has no model_index.json")
     index = read_json(folder / "model_index.json")
     if not any(name in index and (folder / name).is_dir() for name in DENOISERS):
-        raise ValueError(f"the pipeline {folder} has no U-Net (folder unet/): distillation needs a Stable Diffusion class pipeline")
+        raise ValueError(f"the pipeline {folder} has no U-Net (folder unet/) and no transformer: only text-to-image pipelines are distilled")
     return folder
 
 
@@ -94,11 +94,11 @@ def load_pipeline(path: str | Path, dtype: Any = torch.float32, spare: bool = Tr
         pipe = DiffusionPipeline.from_pretrained(str(folder or path), dtype=dtype, use_safetensors=True, **{**absent, **extra, **kwargs})
     except Exception as error:  # whatever a library makes of a file that is not as it expects
         raise ValueError(f"the pipeline {path} could not be loaded: {reason(error)}") from error
-    missing = [] if any(getattr(pipe, name, None) is not None for name in DENOISERS) else ["U-Net"]
+    missing = [] if any(getattr(pipe, name, None) is not None for name in DENOISERS) else ["U-Net and no transformer"]
     missing += [name for name in REQUIRED if getattr(pipe, name, None) is None]
     if missing or not hasattr(pipe, "encode_prompt"):
         what = f"has no {missing[0]}" if missing else f"is a {type(pipe).__name__}"
-        raise ValueError(f"the pipeline {path} {what}: distillation needs a Stable Diffusion class text-to-image pipeline")
+        raise ValueError(f"the pipeline {path} {what}: only text-to-image pipelines in latents are distilled")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -193,10 +193,17 @@ def empty_network(path: str | Path) -> dict[str, Any]:
         index = index_of(path)
         name = next(name for name in DENOISERS if name in index)
         kind = getattr(diffusers, index[name][1])
-        with torch.device("meta"):
+        with without_weights():
             return {name: kind.from_config(kind.load_config(str(folder or path), subfolder=name))}
     except Exception as error:
         raise ValueError(f"the network of the pipeline {path} could not be made: {reason(error)}") from error
+
+
+def without_weights() -> Any:
+    """Inside, networks are made without memory for their weights. Their buffers are there: no checkpoint brings those that are computed."""
+    from accelerate import init_empty_weights
+
+    return init_empty_weights(include_buffers=False)
 
 
 def check_weights(pipe: Any, path: str | Path, given: Collection[str] = ()) -> None:

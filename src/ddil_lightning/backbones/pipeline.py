@@ -16,7 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ddil_lightning.backbones import schedulers
+from ddil_lightning import plugins
+from ddil_lightning.backbones import loading, schedulers
 from ddil_lightning.backbones.family import Family
 from ddil_lightning.backbones.interface import Backbone
 from ddil_lightning.backbones.loading import DENOISERS, check_weights, empty_network, load_pipeline, pipeline_folder, recommended
@@ -37,8 +38,10 @@ def family_of(pipe: Any, path: str) -> Family:
     name = next(name for name in DENOISERS if getattr(pipe, name, None) is not None)
     model = getattr(pipe, name)
     if type(model).__name__ not in FAMILIES:
+        plugins.load()
+    if type(model).__name__ not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise ValueError(f"the pipeline {path} denoises with a {type(model).__name__}: known are {known}; another is an entry of FAMILIES")
+        raise ValueError(f"the pipeline {path} denoises with a {type(model).__name__}: known are {known}; CONTRIBUTING.md adds one")
     return FAMILIES[type(model).__name__](model)
 
 
@@ -65,7 +68,7 @@ class Pipeline(Backbone):
         for part in (self._network.model, self.pipe.vae):
             part.to(memory_format=torch.channels_last)  # convolutions run faster so, on CPUs and on tensor cores
         if "Flow" in type(self.pipe.scheduler).__name__:
-            raise ValueError(f"the pipeline {path} has a flow-matching scheduler, which is not supported with a U-Net yet")
+            raise ValueError(f"the pipeline {path} has a flow-matching scheduler, which is not supported yet")
         schedule = NoiseSchedule.from_scheduler(self.pipe.scheduler)
         kind = self.pipe.scheduler.config.get("prediction_type", "epsilon")
         if kind not in PREDICTS:
@@ -128,7 +131,7 @@ class Pipeline(Backbone):
 
     def _memory(self) -> Any:
         """Where new networks are made: as usual, or without memory."""
-        return torch.device("meta") if self.bare else nullcontext()
+        return loading.without_weights() if self.bare else nullcontext()
 
     def _weights(self) -> dict[str, Tensor]:
         """The network's weights in float32, as they are stored: a half-precision teacher has rounded its own."""
@@ -241,13 +244,12 @@ class Pipeline(Backbone):
     def check_length(self, prompts: Sequence[str]) -> None:
         """Raises ValueError, naming the first prompt that the tokenizer would cut or does not take."""
         check_prompts(prompts)
-        tokenizer = self.pipe.tokenizer
-        limit = tokenizer.model_max_length
-        for prompt, ids in zip(prompts, tokenizer(list(prompts)).input_ids, strict=True):
-            if len(ids) > limit:
+        counts, limit = self._network.tokens(self.pipe, prompts)
+        for prompt, count in zip(prompts, counts, strict=True):
+            if count > limit:
                 shown = prompt if len(prompt) < 80 else prompt[:77] + "..."
                 raise ValueError(
-                    f"the prompt {shown!r} has {len(ids)} tokens and the text encoder reads {limit}: shorten it, or allow truncation"
+                    f"the prompt {shown!r} has {count} tokens and the text encoder reads {limit}: shorten it, or allow truncation"
                 )
 
     def null(self) -> Context:

@@ -85,6 +85,7 @@ def pipeline_latents(backbone: Pipeline, prompts: Sequence[str], steps: int, g: 
             latents=x_T[part].to(backbone.device, backbone.network().model.dtype),
             generator=generators[part],
             output_type="latent",
+            **backbone.network().called_with,
         )
         out.append(made.images.float())
     return torch.cat(out)

@@ -13,6 +13,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from ddil_lightning import plugins
 from ddil_lightning.callbacks import Checkpoints, Stages
 from ddil_lightning.commands.fit_cli import FitCLI, launched_by
 from ddil_lightning.commands.watch import Watch, is_lost
@@ -29,6 +30,7 @@ def fit(words: list[str]) -> int:
     """Train, export, check, test, report. Returns 0; after a signal raises Stopped, which says how to go on."""
     quiet()
     begun, parent = time.time(), os.getppid()
+    plugins.load()  # before the config is read, which may name their classes in short
     cli = FitCLI(words)
     checkpoints = next(c for c in cli.trainer.callbacks if isinstance(c, Checkpoints))  # type: ignore[attr-defined]
     try:

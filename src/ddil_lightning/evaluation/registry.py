@@ -12,6 +12,7 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ddil_lightning import plugins
 from ddil_lightning.evaluation.columns import ARROWS, POINTS, Column
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ _added: dict[str, type[Metric]] = {}
 
 
 def metrics() -> list[type[Metric]]:
-    """All of them: the package's own, then the registered ones in their order."""
+    """All of them: the package's own, then the registered ones in their order, those of plugins among them."""
+    plugins.load()
     return [*_own(), *_added.values()]
 
 
