@@ -24,8 +24,8 @@ from ddil_lightning.records import Context
 class Network(nn.Module, ABC):
     """A network `(x_t, t, c) -> output`, which nobody asks what it is made of.
 
-    `forward` must be written and is all that every method needs. The rest is for those who need it: `features` and `with_features` for discriminators,
-    `head` for theirs, `blocks` for sharding, `recompute` for gradient checkpointing.
+    `forward` must be written and is all that every method needs. The rest is for those who need it: `features` and `with_features` for
+    discriminators, `head` for theirs, `blocks` for sharding, `recompute` for gradient checkpointing.
     """
 
     w_conditioned: bool = False

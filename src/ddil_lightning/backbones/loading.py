@@ -45,7 +45,7 @@ def pipeline_folder(path: str | Path) -> Path | None:
         raise ValueError(f"{folder} is no pipeline folder: it has no model_index.json")
     index = read_json(folder / "model_index.json")
     if not any(name in index and (folder / name).is_dir() for name in DENOISERS):
-        raise ValueError(f"the pipeline {folder} has no U-Net (folder unet/) and no transformer: only text-to-image pipelines are distilled")
+        raise ValueError(f"the pipeline {folder} has no U-Net (folder unet/) and no transformer: a text-to-image pipeline is needed")
     return folder
 
 
