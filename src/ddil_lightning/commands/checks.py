@@ -49,6 +49,14 @@ def check_steps(method: Distillation, config: Any) -> None:
                 raise ValueError(f"{name} {n}: {error}") from error
 
 
+def check_method(method: Distillation) -> None:
+    """Raises Refusal, naming it, for what a method of one's own has not set that it must."""
+    try:
+        method.check_complete()
+    except TypeError as error:
+        raise Refusal(str(error)) from error
+
+
 def check_room(method: Distillation, data: DDILDataModule) -> None:
     """Raises ValueError for a buffer that cannot hold a single roll-out of some stage."""
     if data.buffer is None:

@@ -21,6 +21,7 @@ from ddil_lightning.bounds import seeds
 from ddil_lightning.callbacks import AnnealPrior, Cadence, Checkpoints, FlushBuffer, Previews, Progress, ShiftProbe, Stages  # noqa: F401 (short names in configs)
 from ddil_lightning.commands.checks import (
     check_callbacks,
+    check_method,
     check_room,
     check_shape,
     check_steps,
@@ -171,6 +172,7 @@ class FitCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Check what the parts ask of each other, take the run folder, and make the trainer that writes to it."""
+        check_method(self.model)
         self.model.check_prior(self.datamodule.prior)
         if self.rebuild:
             return super().instantiate_trainer(logger=False, **kwargs)

@@ -304,8 +304,7 @@ class Distillation(LightningModule):
     # Lightning -------------------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Check the method itself, strategy and precision, and the prior against the method. Raises TypeError or ValueError."""
-        self.check_complete()
+        """Check strategy and precision, and the prior against the method. Raises ValueError."""
         check_strategy(self.trainer.strategy, self.trainer.precision)
         self.check_precision(self.trainer.precision)
         if self.feed.prior is not None:
@@ -368,7 +367,11 @@ class Distillation(LightningModule):
                 callback.after_checkpoints(self.trainer, self)
 
     def configure_callbacks(self) -> list[Callback]:
-        """The clock travels with the method, so that a bare Trainer gets it too."""
+        """The clock travels with the method, so that a bare Trainer gets it too.
+
+        A Trainer calls this hook first: what the method lacks is named before the data ask for it.
+        """
+        self.check_complete()
         return [Clock()]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
