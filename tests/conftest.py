@@ -15,6 +15,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from toys import WORDS
+
 if TYPE_CHECKING:
     from pair import Pair
 
@@ -22,7 +24,6 @@ torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell starts its background jobs so: Ctrl-C would then be ignored rightly
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-WORDS = "a an handwritten digit zero one two three four five six seven eight nine small large red blue circle square left of above".split()
 
 PAIRED = ("test_sharding", "test_processes", "test_lockstep")
 """Files that use `pair`. They are one to those who share out the files, so that its two interpreters import everything once."""

@@ -16,7 +16,6 @@ import pytest
 import test_methods
 import test_resume
 import torch
-from conftest import WORDS
 from PIL import Image
 from test_layers import ORDER, ROOT
 from torch import Tensor
@@ -32,6 +31,7 @@ from ddil_lightning.evaluation import registry
 from ddil_lightning.evaluation.suite import Suite, Timed, make_row
 from ddil_lightning.evaluation.table import results_table
 from ddil_lightning.runs.export import export, verify
+from toys import WORDS
 
 PAGE = pages.read(pages.ROOT / "CONTRIBUTING.md")
 FILES = {found[1]: code for _, code in PAGE.blocks if (found := pages.NAMED.match(code))}
