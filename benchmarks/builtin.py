@@ -39,9 +39,9 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "reflected": ("{}.yaml", (STATIC,)),
     "ddil": ("{}_ddil.yaml", (OFF,)),
     "both": ("{}_ddil.yaml", (STATIC,)),
-    "both_critic": ("{}_ddil.yaml", (STATIC, "model.init_args.reflect_critic=true")),  # of DMD2 alone
-    "same_times": ("{}_ddil.yaml", (OFF, "data.control=true")),
-    "same_times_reflected": ("{}_ddil.yaml", (STATIC, "data.control=true")),
+    "both_critic": ("{}_ddil.yaml", (STATIC, "model.init_args.reflects.critic=true")),  # of DMD2 alone
+    "same_times": ("{}_ddil.yaml", (OFF, "data.rollouts.control=true")),
+    "same_times_reflected": ("{}_ddil.yaml", (STATIC, "data.rollouts.control=true")),
 }
 CHECKPOINT = "student.ckpt"
 DEFAULT = ["base", "reflected", "ddil", "both", "same_times_reflected"]

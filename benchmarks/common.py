@@ -67,7 +67,7 @@ def quiet() -> None:
 def build(config: str, *, pipeline: str | None, seed: int, overrides: Sequence[str] = ()) -> tuple[Any, Any, Any]:
     """(trainer, method, data) of a shipped config, parsed as ddil-fit does, without what a run writes and shows.
 
-    `pipeline`: None for the config's own. `overrides`: "model.init_args.lr=1e-3" and the like. The trainer keeps the callbacks that decide
+    `pipeline`: None for the config's own. `overrides`: "model.init_args.ema=0.9" and the like. The trainer keeps the callbacks that decide
     what is trained on.
     """
     from ddil_lightning.callbacks import Checkpoints, Previews, Progress

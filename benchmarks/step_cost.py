@@ -19,7 +19,6 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from ddil_lightning.data.encoded import Encoded, encode
-from ddil_lightning.diffusion.losses import distance
 from ddil_lightning.diffusion.solver import ddim
 from ddil_lightning.imitation.rollout import guided
 from ddil_lightning.records import LatentBatch, take
@@ -78,7 +77,7 @@ class BareLoop:
             x_s = ddim(m.teacher.schedule, x_t, m.teacher(x_t, t, c), t, s)
             target = self.f(m.target, x_s, s, c, reflect=True)
         y = self.f(m.student, x_t, t, c)
-        distance(m.distance, y, target, m.huber).mean().backward()
+        m.distance(y, target).mean().backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, m.descent.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -91,7 +90,7 @@ class BareLoop:
 
         p = denoiser(x, t, c)
         p = denoiser.reflected(x, t, p, self.method.reflection) if reflect else p
-        return Consistency(denoiser, **self.method.boundary).bounded(x, t, p).x0
+        return Consistency(denoiser, self.method.boundary).bounded(x, t, p).x0
 
 
 class Beside(Callback):

@@ -25,7 +25,7 @@ import torch
 from toy2d_table import plot, report
 
 STEPS = 4
-OFF, STATIC, CONTROL = "model.init_args.reflect=off", "model.init_args.reflect=static", "data.control=true"
+OFF, STATIC, CONTROL = "model.init_args.reflect=off", "model.init_args.reflect=static", "data.rollouts.control=true"
 TEACHER, STUDENT, BACKWARD = "teacher", "student", "backward"  # who takes the roll-outs, in place of the config's shares
 PLAIN, DDIL = "toy2d/{}.yaml", "toy2d/{}_ddil.yaml"
 COMMON: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -175,8 +175,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 TINY_RUN = """
 model:
   class_path: LCM
-  init_args: {{pipeline: {pipeline}, guidance: [1.0, 3.0], updates: 12, lr: 1.0e-3, reflect: static, ema: 0.9, log_every: 1}}
-data: {{batch_size: 8, prior: {{forward: 0.75, student: 0.25}}, collect_every: 4}}
+  init_args: {{pipeline: {pipeline}, guidance: [1.0, 3.0], updates: 12, optimizer: {{lr: 1.0e-3}}, reflect: static, ema: 0.9, log_every: 1}}
+data: {{batch_size: 8, prior: {{forward: 0.75, student: 0.25}}, rollouts: {{every: 4}}}}
 test: {{n: 0}}
 previews: {{every: 6, count: 2, teacher_steps: [4], student_steps: [2, 1]}}
 checkpoints: {{every: 4}}

@@ -3,13 +3,19 @@ from ddil_lightning.backbones.pipeline import Pipeline as Pipeline
 from ddil_lightning.callbacks import AnnealPrior as AnnealPrior, Cadence as Cadence, Checkpoints as Checkpoints, FlushBuffer as FlushBuffer, Previews as Previews, Progress as Progress, ShiftProbe as ShiftProbe, Stages as Stages
 from ddil_lightning.data.captions import Captions as Captions, Digits as Digits, Images as Images, Prompts as Prompts, Shapes as Shapes
 from ddil_lightning.data.datamodule import DDILDataModule as DDILDataModule
-from ddil_lightning.diffusion.denoiser import Denoiser as Denoiser
+from ddil_lightning.diffusion.denoiser import Boundary as Boundary, Denoiser as Denoiser
+from ddil_lightning.diffusion.losses import Distance as Distance
 from ddil_lightning.diffusion.reflection import Reflection as Reflection
 from ddil_lightning.diffusion.schedule import Grid as Grid, NoiseSchedule as NoiseSchedule
 from ddil_lightning.diffusion.solver import Policy as Policy
 from ddil_lightning.imitation.buffer import ReplayBuffer as ReplayBuffer
+from ddil_lightning.imitation.options import Buffer as Buffer, Rollouts as Rollouts
 from ddil_lightning.imitation.prior import Cosine as Cosine, Exponential as Exponential, Gated as Gated, Linear as Linear, Piecewise as Piecewise, SamplingPrior as SamplingPrior, Schedule as Schedule
 from ddil_lightning.imitation.rollout import draw as draw, roll as roll
 from ddil_lightning.methods import DMD2 as DMD2, LCM as LCM, PD as PD
+from ddil_lightning.methods.dmd2 import Reflects as Reflects, Scores as Scores
+from ddil_lightning.training.adversary import Critic as Critic, Gan as Gan
+from ddil_lightning.training.memory import Memory as Memory
 from ddil_lightning.training.method import Distillation as Distillation
+from ddil_lightning.training.optimisation import Optimizer as Optimizer
 from ddil_lightning.training.plan import Part as Part, Stage as Stage

@@ -12,8 +12,10 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields, is_dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -22,6 +24,7 @@ PATIENCE = 15.0  # seconds without a word
 LEAVES = (  # what went wrong, in the order in which a message is searched for it
     r"(?:Option|option) '(?P<option>[^']+)'(?: is not accepted)?$",
     r"unrecognized arguments: (?P<word>.*)",
+    r"Unable to load config ['\"](?P<table>.*)['\"]$",
     r"Expected a dot import path string: (?P<unknown>.+)",
     r"Import path (?P<unknown>\S+) does not correspond to a subclass",
     r"(?P<missing>No module named .*|.*has no attribute .*|.*not an? (?:sub)?class of.*)",
@@ -31,11 +34,18 @@ LEAVES = (  # what went wrong, in the order in which a message is searched for i
 )
 
 
-def explain(message: str, keys: Sequence[str], bases: Sequence[type] = ()) -> str:
+def explain(message: str, keys: Sequence[str], bases: Sequence[type] = (), moved: Mapping[str, str] = MappingProxyType({})) -> str:
     """One line for a message of an ArgumentError.
 
-    `keys`: all dotted keys that exist; `bases`: classes whose subclasses a config may name; both for the did-you-mean.
+    `keys`: all dotted keys that exist; `bases`: classes whose subclasses a config may name; both for the did-you-mean. `moved`: dotted keys
+    that there were once, and what they are now.
     """
+    said = _explain(message, keys, bases)
+    key = re.match(r"unknown key (\S+?)[:;]", said)
+    return f"unknown key {key[1]}: it is {moved[key[1]]} now" if key and key[1] in moved else said
+
+
+def _explain(message: str, keys: Sequence[str], bases: Sequence[type]) -> str:
     lines = [line for line in message.splitlines() if line.strip(" -")]
     for pattern in LEAVES:
         for i, line in enumerate(lines):
@@ -144,9 +154,11 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 
 def parameters(cls: type) -> list[str]:
-    """The names that the constructors of a class and of its bases accept."""
+    """The names that the constructors of a class and of its bases accept, and the dotted ones of fields, where a record is the default."""
     signatures = [inspect.signature(c).parameters.values() for c in cls.__mro__[:-1]]
-    return list(dict.fromkeys(p.name for found in signatures for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)))
+    known = {p.name: p.default for found in reversed(signatures) for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    records = {name: record for name, record in known.items() if is_dataclass(record)}
+    return [*known, *(f"{name}.{field.name}" for name, record in records.items() for field in fields(record))]
 
 
 def subclasses(bases: Sequence[type]) -> Iterator[type]:
@@ -157,16 +169,21 @@ def subclasses(bases: Sequence[type]) -> Iterator[type]:
 
 
 def _say(found: dict[str, str | None], lines: list[str], i: int, keys: Sequence[str], bases: Sequence[type]) -> str:
-    where, cls = _place(lines, i, bases)
+    table = found.get("table")
+    where, cls = _place(lines, i if table is None else i - 1, bases)  # such a line is no deeper than its key, which is above it
     if found.get("word"):
         word = (found["word"] or "").split()[0]
         if not word.startswith("-"):
             return f"{word} is neither an option nor an override: write key=value"
-        return _unknown_key(word.lstrip("-").partition("=")[0], keys)
+        key = word.lstrip("-").partition("=")[0]
+        return _unknown_key(key, keys) if cls is None else _unknown_key(f"{where}.{key}", [f"{where}.{name}" for name in parameters(cls)])
+    if table is not None:
+        return f"{where} is a table of options, such as {{key: value}}, not {shorten(table, 80)}"
     if found.get("option"):
         group = re.search(r"Group '([^']+)'", lines[i])
         option = found["option"] or ""
         if cls is not None:
+            option = f"{group[1]}.{option}" if group else option
             return _unknown_key(f"{where}.{option}", [f"{where}.{name}" for name in parameters(cls)])
         return _unknown_key(f"{group[1]}.{option}" if group else option, keys)
     if found.get("unknown"):
@@ -174,7 +191,7 @@ def _say(found: dict[str, str | None], lines: list[str], i: int, keys: Sequence[
     if found.get("required"):
         return f"{where or 'the command'} needs {found['required']}"
     if found.get("type"):
-        return f"{where} takes {_types(found['type'] or '')}, not {found['value']}"
+        return f"{where} takes {_types(found['type'] or '')}, not {'null' if found['value'] == 'None' else found['value']}"
     if found.get("types"):
         given = next((line.partition("Given value:")[2].strip() for line in lines[i:] if "Given value:" in line), "")
         return f"{where} takes {_types(found['types'] or '')}, not {shorten(given, 80)}"

@@ -16,6 +16,7 @@ from ddil_lightning.diffusion.denoiser import W_EMBEDDING, Denoiser, w_embedding
 from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.solver import Policy
 from ddil_lightning.records import Context
+from ddil_lightning.training.memory import Memory
 from suite import METHODS
 
 PROMPTS = ["a handwritten seven", "a small red circle left of a large blue square", "a"]
@@ -51,7 +52,7 @@ def test_the_autoencoder_has_a_precision_of_its_own(tiny: Path) -> None:
     asked = Pipeline(str(tiny), vae_dtype=torch.bfloat16)
     assert asked.pipe.vae.dtype == torch.bfloat16 and asked.pipe.unet.dtype == torch.float32
     assert not torch.equal(asked.encode_images(pixels), exact)
-    assert METHODS[0].method(pipeline=str(tiny), teacher_dtype="bfloat16", vae_dtype="bfloat16").backbone.pipe.vae.dtype == torch.bfloat16
+    assert METHODS[0].method(pipeline=str(tiny), memory=Memory("bfloat16", "bfloat16")).backbone.pipe.vae.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("side", "limit", "largest"), [(16, 2**20, 5), (16, 600, 2), (16, 256, 1), (32, 600, 1)])

@@ -56,7 +56,7 @@ def names(folder: Path) -> list[str]:
 def test_an_annealed_prior_is_not_one_batch_late(capacity: int, tiny: Path, tmp_path: Path) -> None:
     def run(sources: Sources, *more: Callback, **kwargs: Any) -> None:
         annealed = AnnealPrior(Piecewise([PLAIN, ROLLED], [0, 3]))
-        fit(build(LCM, tiny, updates=5), captions(tiny, PLAIN, capacity=capacity), annealed, sources, *more, **kwargs)
+        fit(build(LCM, tiny, updates=5), captions(tiny, PLAIN, buffer={"capacity": capacity}), annealed, sources, *more, **kwargs)
 
     whole = Sources()
     run(whole, StopAt(4, tmp_path / "4.ckpt"))
@@ -112,7 +112,9 @@ def test_a_gated_schedule_hears_the_losses_and_remembers_its_level() -> None:
     assert again.schedule.level == 3 and AnnealPrior(Constant(PLAIN)).state_dict() == {}
 
 
-@pytest.mark.parametrize(("entry", "kwargs"), [(LCM, {"accumulate": 3}), (METHODS[-1], {"critic_steps": 3})], ids=["lcm", "dmd2"])
+@pytest.mark.parametrize(
+    ("entry", "kwargs"), [(LCM, {"optimizer": {"accumulate": 3}}), (METHODS[-1], {"critic": {"steps": 3}})], ids=["lcm", "dmd2"]
+)
 def test_a_gate_hears_every_update_once(entry: Any, kwargs: dict[str, int], tiny: Path) -> None:
     """Not once per micro-batch, nor on the turns of a critic; of micro-batches it hears the mean."""
     half, heard, seen = SamplingPrior(0.5, 0.5), [], []
@@ -125,7 +127,7 @@ def test_a_gate_hears_every_update_once(entry: Any, kwargs: dict[str, int], tiny
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
             seen.append((pl_module.student_updates, pl_module.measures.source_losses))
 
-    fit(build(entry, tiny, updates=3, **kwargs), captions(tiny, half, capacity=0), Losses(), AnnealPrior(Gate(half, half)))
+    fit(build(entry, tiny, updates=3, **kwargs), captions(tiny, half, buffer={"capacity": 0}), Losses(), AnnealPrior(Gate(half, half)))
     ends = [after for (n, _), (m, after) in zip([(0, {}), *seen], seen, strict=False) if n != m]
     assert len(seen) == 9 and heard == [(found["student"], found["forward"]) for found in ends] and len(heard) == 3
 
@@ -135,9 +137,9 @@ def test_the_level_of_a_gate_travels_with_the_checkpoint(tiny: Path, tmp_path: P
         return AnnealPrior(Gated(SamplingPrior(0.5, 0.5), ROLLED, ratio=1e9, steps=20, patience=1))
 
     first, second, sources = gate(), gate(), Sources()
-    fit(build(LCM, tiny), captions(tiny, SamplingPrior(0.5, 0.5), capacity=0), first, StopAt(4, tmp_path / "4.ckpt"))
+    fit(build(LCM, tiny), captions(tiny, SamplingPrior(0.5, 0.5), buffer={"capacity": 0}), first, StopAt(4, tmp_path / "4.ckpt"))
     assert first.schedule.level == 4
-    fit(build(LCM, tiny), captions(tiny, PLAIN, capacity=0), second, sources, ckpt=tmp_path / "4.ckpt")
+    fit(build(LCM, tiny), captions(tiny, PLAIN, buffer={"capacity": 0}), second, sources, ckpt=tmp_path / "4.ckpt")
     assert second.schedule.level == 6 and sources.seen[0] == (4, {FORWARD, STUDENT})
 
 
@@ -190,7 +192,7 @@ def test_checkpoints_of_later_updates_are_not_touched(tiny: Path, tmp_path: Path
 
 def test_a_run_that_ends_within_an_update_is_saved_as_the_last_whole_one_left_it(tiny: Path, tmp_path: Path) -> None:
     """max_epochs and the like know nothing of accumulated batches."""
-    run = fit(build(LCM, tiny, accumulate=4), captions(tiny), Checkpoints(every=0, folder=str(tmp_path)), max_epochs=1)
+    run = fit(build(LCM, tiny, optimizer={"accumulate": 4}), captions(tiny), Checkpoints(every=0, folder=str(tmp_path)), max_epochs=1)
     assert run.method.descent.halfway and run.method.student_updates == EPOCH // 4
     assert names(tmp_path) == [f"updates={EPOCH // 4}.ckpt"]
 
@@ -226,7 +228,7 @@ class Press(Callback):
 
 def test_ctrl_c_waits_for_the_update_in_progress(tiny: Path, tmp_path: Path) -> None:
     listener, saved = signal.getsignal(signal.SIGINT), Checkpoints(every=0, folder=str(tmp_path))
-    run = fit(build(LCM, tiny, accumulate=2), captions(tiny), Press(2), saved)  # the first half of the second update
+    run = fit(build(LCM, tiny, optimizer={"accumulate": 2}), captions(tiny), Press(2), saved)  # the first half of the second update
     assert saved.signal == signal.SIGINT and run.method.student_updates == 2 and names(tmp_path) == ["updates=2.ckpt"]
     state = torch.load(tmp_path / "updates=2.ckpt", weights_only=True)
     assert state["ddil"]["micro"] == {"loss": 0} and state["DDILDataModule"]["done"] == 4
@@ -314,7 +316,7 @@ def test_previews_show_the_same_prompts_and_noise_each_time(tiny: Path, tmp_path
     original: Any = Distillation.baseline
 
     def draw(folder: str, lr: float) -> list[bytes]:
-        method = build(LCM, tiny, lr=lr, updates=3)
+        method = build(LCM, tiny, optimizer={"lr": lr}, updates=3)
         baseline = original.fget(method)
         told = dataclasses.replace(baseline, grid=lambda steps: calls.append(steps) or baseline.grid(steps))
         monkeypatch.setattr(Distillation, "baseline", told)

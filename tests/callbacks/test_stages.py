@@ -150,7 +150,7 @@ def test_the_deployed_student_is_the_next_teacher_and_the_next_student(ema: floa
 
 
 def test_the_learning_rate_and_the_optimiser_start_anew(tiny: Path) -> None:
-    run = fit(build(PD_3, tiny, lr=1e-3, warmup=0, final_lr=0.0), captions(tiny))
+    run = fit(build(PD_3, tiny, optimizer={"lr": 1e-3, "warmup": 0, "final_lr": 0.0}), captions(tiny))
     lrs = [row["lr"] for row in run.rows]  # of the stage's next update; at its end, what it has fallen to
     assert lrs[1:4] == pytest.approx([0.0, 5e-4 * 2 / 3, 5e-4 / 3]) and lrs[4:] == pytest.approx([0.0, 1e-3, 1e-3, 0.0])
     moments = run.trainer.optimizers[0].state

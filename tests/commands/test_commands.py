@@ -85,7 +85,7 @@ def test_any_pipeline_with_steps_and_guidance(tiny: Path, judged: None, capsys: 
 
 
 def test_guidance_in_the_weights_is_reported_and_not_given_again(tiny: Path, here: Path, judged: None, capsys: Any) -> None:
-    method = build(Entry("dmd2", DMD2, {"guidance": 2.0, "real_guidance": 1.5}), tiny)
+    method = build(Entry("dmd2", DMD2, {"guidance": 2.0, "scores": {"guidance": 1.5}}), tiny)
     export.export(method, here / "student", steps=2)
     about = json.loads((here / "student" / "ddil.json").read_text())
     assert (about["guidance"], about["guidance_scale"], about["guidance_range"]) == (1.5, 1.0, [1.5, 1.5])

@@ -71,8 +71,8 @@ def test_checkpoints_hold_no_teacher(finished: Path, tiny: Path) -> None:
 
 
 def test_options_overrides_and_several_configs(tiny_config: Path, here: Path) -> None:
-    (here / "more.yaml").write_text("data: {batch_size: 5}\nmodel: {init_args: {lr: 0.5}}\n")
-    words = ["--updates", "7", "--seed", "3", "--checkpoint_every", "2", "data.capacity=9", "--model.ema=0.5"]
+    (here / "more.yaml").write_text("data: {batch_size: 5}\nmodel: {init_args: {optimizer: {lr: 0.5}}}\n")
+    words = ["--updates", "7", "--seed", "3", "--checkpoint_every", "2", "data.buffer.capacity=9", "--model.ema=0.5"]
     made = parse("--config", str(tiny_config), "--config", "more.yaml", "--config", "{previews: {count: 1}}", *words)
     assert (made.model.updates, made.model.lr, made.model.averaging.decay, made.model.descent.clip) == (7, 0.5, 0.5, 1.0)
     assert (made.datamodule.batch_size, made.datamodule.seed, made.datamodule.buffer.capacity) == (5, 3, 9)
@@ -89,8 +89,8 @@ def test_config_yaml_of_a_run_can_be_given_again(finished: Path, tiny_config: Pa
 
 
 def test_print_config(tiny_config: Path, capsys: Any) -> None:
-    code, out, err = fit(capsys, "--config", str(tiny_config), "--print_config", "model.lr=0.25")
-    assert code == 0 and yaml.safe_load(out)["model"]["init_args"]["lr"] == 0.25 and err == ""
+    code, out, err = fit(capsys, "--config", str(tiny_config), "--print_config", "model.optimizer.lr=0.25")
+    assert code == 0 and yaml.safe_load(out)["model"]["init_args"]["optimizer"]["lr"] == 0.25 and err == ""
 
 
 def test_names_of_runs(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,16 +141,22 @@ def test_ctrl_c_saves_and_the_run_goes_on_exactly(finished: Path, tiny_config: P
 
 def test_a_run_goes_on_with_the_settings_it_began_with(tiny_config: Path, here: Path, capsys: Any) -> None:
     words = ["--config", str(tiny_config), "previews.every=0"]
-    assert fit(capsys, *words, "--updates", "2", "--seed", "5", "model.lr=2e-3", "data.batch_size=4")[0] == 0
+    assert fit(capsys, *words, "--updates", "2", "--seed", "5", "model.optimizer.lr=2e-3", "data.batch_size=4")[0] == 0
     began = (Path("runs/tiny/latest") / "config.yaml").read_text()
     code, out, _ = fit(capsys, *words, "--ckpt_path", "last", "--updates", "3")
     assert code == 0
-    assert "going on as the run began: " in out and "model.init_args.lr 0.002 (not 0.001)" in out and "data.batch_size 4 (not 8)" in out
+    assert (
+        "going on as the run began: " in out
+        and "model.init_args.optimizer.lr 0.002 (not 0.001)" in out
+        and "data.batch_size 4 (not 8)" in out
+    )
     assert "updates 2" not in out and "seed_everything 5 (not 0)" in out
     assert (Path("runs/tiny/latest") / "config.yaml").read_text() == began.replace("updates: 2\n", "updates: 3\n")
     assert (
         "going on as"
-        not in fit(capsys, *words, "--ckpt_path", "last", "--updates", "4", "--seed", "5", "model.lr=2e-3", "data.batch_size=4")[1]
+        not in fit(capsys, *words, "--ckpt_path", "last", "--updates", "4", "--seed", "5", "model.optimizer.lr=2e-3", "data.batch_size=4")[
+            1
+        ]
     )
     branched = fit(capsys, *words, "--ckpt_path", "runs/tiny/latest", "--run_dir", "branch", "--updates", "5")
     assert branched[0] == 0 and "lr: 0.001" in Path("branch/config.yaml").read_text()
@@ -256,7 +262,7 @@ def test_nan_stops_with_the_step_the_network_and_the_last_good_checkpoint(
     code, _, err = fit(capsys, "--config", str(tiny_config), "--run_dir", "r", "previews.every=0")
     assert code == 2 and err == (
         "ddil-fit: the loss is nan at student update 6: not finite is the output of the target network; "
-        "the last good checkpoint is r/checkpoints/updates=4.ckpt: go on from it with a lower model.lr\n"
+        "the last good checkpoint is r/checkpoints/updates=4.ckpt: go on from it with a lower model.optimizer.lr\n"
     )
 
 

@@ -23,10 +23,10 @@ MODEL = {
     "lcm": "{class_path: LCM, init_args: {pipeline: TINY, guidance: [1.0, 3.0], updates: 8, ema: 0.9, reflect: static, log_every: 1}}",
     "pd": "{class_path: PD, init_args: {pipeline: TINY, guidance: 2.0, w_conditioned: false, teacher_steps: 8, ema: 0.9, log_every: 1, "
     "stages: [{steps: 4, updates: 4}, {steps: 2, updates: 4}]}}",
-    "dmd2": "{class_path: DMD2, init_args: {pipeline: TINY, guidance: 2.0, updates: 4, critic_steps: 2, ema: 0.9, log_every: 1}}",
+    "dmd2": "{class_path: DMD2, init_args: {pipeline: TINY, guidance: 2.0, updates: 4, critic: {steps: 2}, ema: 0.9, log_every: 1}}",
 }
 REST = """
-data: {batch_size: 4, captions: {class_path: Digits}, prior: {forward: 0.5, student: 0.5}, collect_every: 2, capacity: 128}
+data: {batch_size: 4, captions: {class_path: Digits}, prior: {forward: 0.5, student: 0.5}, rollouts: {every: 2}, buffer: {capacity: 128}}
 test: {n: 16, teacher_steps: [1]}
 previews: {every: 2, count: 2, teacher_steps: [2]}
 checkpoints: {every: 1}

@@ -75,23 +75,23 @@ def test_configs_in_folders_keep_their_folder(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("words", "full"),
     [
-        (["model.lr=1e-4"], ["--model.lr=1e-4"]),
-        (["--model.lr", "1e-4", "data.batch_size=3"], ["--model.lr", "1e-4", "--data.batch_size=3"]),
+        (["model.optimizer.lr=1e-4"], ["--model.optimizer.lr=1e-4"]),
+        (["--model.optimizer.lr", "1e-4", "data.batch_size=3"], ["--model.optimizer.lr", "1e-4", "--data.batch_size=3"]),
         (["--updates", "5"], ["--model.init_args.updates", "5"]),
         (["--updates=5", "seed=3"], ["--model.init_args.updates=5", "--seed_everything=3"]),
         (["updates=5", "--checkpoint_every", "7"], ["--model.init_args.updates=5", "--checkpoints.every", "7"]),
         (["--ckpt_path", "updates=12.ckpt"], ["--ckpt_path", "updates=12.ckpt"]),  # a value, although it looks like an override
         (["--ckpt_path=a/updates=12.ckpt"], ["--ckpt_path=a/updates=12.ckpt"]),
-        (["--run_dir", "a=b", "model.lr=1"], ["--run_dir", "a=b", "--model.lr=1"]),
-        (["--print_config", "model.lr=1"], ["--print_config", "--model.lr=1"]),
+        (["--run_dir", "a=b", "model.optimizer.lr=1"], ["--run_dir", "a=b", "--model.optimizer.lr=1"]),
+        (["--print_config", "model.optimizer.lr=1"], ["--print_config", "--model.optimizer.lr=1"]),
         (["trainer.callbacks+=Cadence"], ["--trainer.callbacks+=Cadence"]),
         (["--config", "{data: {batch_size: 3}}"], ["--config", "{data: {batch_size: 3}}"]),
         (["--model.help", "LCM", "--config", "{a: 1}"], ["--config", "{a: 1}", "--model.help", "LCM"]),
         (["--model.help", "--config", "{a: 1}", "seed=3"], ["--config", "{a: 1}", "--model.help", "--seed_everything=3"]),
         (["--model.help", "-c", "{a: 1}"], ["--config", "{a: 1}", "--model.help"]),
-        (["--model.help", "model.lr=1"], ["--model.help", "--model.lr=1"]),
+        (["--model.help", "model.optimizer.lr=1"], ["--model.help", "--model.optimizer.lr=1"]),
         (["--trainer.help", "--config", "{a: 1}"], ["--config", "{a: 1}", "--help"]),  # jsonargparse knows no help of a group alone
-        (["--model.lr", "-1"], ["--model.lr", "-1"]),
+        (["--model.optimizer.lr", "-1"], ["--model.optimizer.lr", "-1"]),
     ],
 )
 def test_expand(words: list[str], full: list[str]) -> None:

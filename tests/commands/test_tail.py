@@ -248,8 +248,8 @@ def test_settings_of_a_run_that_went_on_twice_from_one_clock_are_all_kept(tiny_c
     save = Mapped.save_checkpoint
     for lr in ("2e-3", "3e-3"):
         monkeypatch.setattr(Mapped, "save_checkpoint", once(save, OSError(28, "full"), 1))
-        assert fit(capsys, "--config", "r/config.yaml", "--ckpt_path", "r", "--updates", "3", f"model.lr={lr}")[0] == 2
-    kept = {p.name: str(yaml.safe_load(p.read_text())["model"]["init_args"]["lr"]) for p in Path("r").glob("config*.yaml")}
+        assert fit(capsys, "--config", "r/config.yaml", "--ckpt_path", "r", "--updates", "3", f"model.optimizer.lr={lr}")[0] == 2
+    kept = {p.name: str(yaml.safe_load(p.read_text())["model"]["init_args"]["optimizer"]["lr"]) for p in Path("r").glob("config*.yaml")}
     assert kept == {"config.before-2.yaml": "0.001", "config.before-2-2.yaml": "0.002", "config.yaml": "0.003"}
 
 
@@ -291,11 +291,30 @@ def test_a_working_directory_that_cannot_be_written_to_is_fine(tiny_config: Path
 
 TYPED: list[tuple[list[str], Any]] = [  # and the updates, learning rate and batch size that win
     (["--updates", "5", "--config", "CONFIG"], (5, 0.001, 8)),
-    (["model.lr=2e-3", "--seed", "7", "--config=CONFIG", "data.batch_size=3"], (12, 0.002, 3)),
-    (["--config", "CONFIG", "--model.lr=0.125", "--config", "{model: {init_args: {lr: 0.5}}, data: {batch_size: 9}}"], (12, 0.125, 9)),
+    (["model.optimizer.lr=2e-3", "--seed", "7", "--config=CONFIG", "data.batch_size=3"], (12, 0.002, 3)),
+    (
+        [
+            "--config",
+            "CONFIG",
+            "--model.optimizer.lr=0.125",
+            "--config",
+            "{model: {init_args: {optimizer: {lr: 0.5}}}, data: {batch_size: 9}}",
+        ],
+        (12, 0.125, 9),
+    ),
     (["data.prior={forward: 0.25, student: 0.75}", "previews.prompts=['a: b', 'it''s', '~/x', '#', 'é']", "-c", "CONFIG"], None),
     (["trainer.callbacks+=ShiftProbe", "trainer.callbacks.steps=2", "--config", "CONFIG", "model.guidance=[1.5, 2.5]"], None),
-    (["model.betas=[0.5, 0.75]", "--config", "CONFIG", "model.huber=1e-7", "model.reflect=dynamic", "test.student_steps=[2]"], None),
+    (
+        [
+            "model.optimizer.betas=[0.5, 0.75]",
+            "--config",
+            "CONFIG",
+            "model.distance.width=1e-7",
+            "model.reflect=dynamic",
+            "test.student_steps=[2]",
+        ],
+        None,
+    ),
 ]
 
 
@@ -312,7 +331,7 @@ def test_the_command_line_wins_and_config_yaml_repeats_what_was_typed(words: lis
     mine, theirs = ({k: v for k, v in c.config.as_dict().items() if k not in ("config", "run_dir", "name")} for c in (first, again))
     assert mine == theirs
     if wins is not None:
-        assert (first.config.model.init_args.updates, first.config.model.init_args.lr, first.config.data.batch_size) == wins
+        assert (first.config.model.init_args.updates, first.config.model.init_args.optimizer.lr, first.config.data.batch_size) == wins
     if words[0].startswith("data.prior"):
         assert first.config.previews.prompts == ["a: b", "it's", "~/x", "#", "é"]
 

@@ -82,7 +82,7 @@ def test_evaluating_gives_every_flag_back() -> None:
 
 def test_rollouts_come_at_their_cadence() -> None:
     toy = Toy()
-    made, calls, sizes = module(toy=toy, collect_every=3), [], []
+    made, calls, sizes = module(toy=toy, rollouts={"every": 3}), [], []
     for _ in islice(batches(made), 8):
         calls.append(toy.calls)
         sizes.append(made.statistics()["buffer/size"])
@@ -92,7 +92,7 @@ def test_rollouts_come_at_their_cadence() -> None:
 
 def test_the_clock_counts_updates_not_batches() -> None:
     toy = Toy()
-    made = module(toy=toy, collect_every=1)
+    made = module(toy=toy, rollouts={"every": 1})
     for i, raw in zip(range(4), made.train_dataloader(), strict=False):
         made.on_after_batch_transfer(raw, 0)  # critic turns or micro-batches: the clock stands
         made.commit()
@@ -100,15 +100,15 @@ def test_the_clock_counts_updates_not_batches() -> None:
 
 
 def test_fewer_trajectories_than_samples() -> None:
-    made = module(trajectories=2, capacity=64)
+    made = module(rollouts={"trajectories": 2}, buffer={"capacity": 64})
     first(1, made)
     assert made.buffer is not None and len(made.buffer) == 8
-    assert module(trajectories=99).trajectories == 4
+    assert module(rollouts={"trajectories": 99}).trajectories == 4
 
 
 def test_without_a_buffer_every_batch_is_rolled_out_afresh() -> None:
     toy = Toy()
-    made = module(SamplingPrior(0.5, 0.25, 0.25, "trajectory"), toy=toy, capacity=0)
+    made = module(SamplingPrior(0.5, 0.25, 0.25, "trajectory"), toy=toy, buffer={"capacity": 0})
     found = first(12, made)
     assert made.buffer is None and "buffer/size" not in made.statistics()
     for b in found:
@@ -121,7 +121,7 @@ def test_without_a_buffer_every_batch_is_rolled_out_afresh() -> None:
 @pytest.mark.parametrize("images", [True, False])
 def test_a_small_buffer_gives_the_whole_share(images: bool) -> None:
     """Four states for a batch of five, and none of them older than an update: with replacement that is enough, from the first batch on."""
-    made = module(STUDENT_ONLY, data(images=images), collect_every=2, max_age=1, trajectories=1, batch_size=5)
+    made = module(STUDENT_ONLY, data(images=images), rollouts={"every": 2, "trajectories": 1}, buffer={"max_age": 1}, batch_size=5)
     for b in first(6, made):
         assert b.source.eq(STUDENT).all() and b.slot.ge(0).all()
         assert made.buffer is not None and len(made.buffer) == 4
@@ -129,7 +129,7 @@ def test_a_small_buffer_gives_the_whole_share(images: bool) -> None:
 
 def test_roll_outs_that_are_all_rejected_show(caplog: pytest.LogCaptureFixture) -> None:
     """A student whose states leave the band of the buffer: the run goes on with forward latents, and says that DDIL is off."""
-    made = module(STUDENT_ONLY, toy=Toy(bias=1e4), collect_every=1)
+    made = module(STUDENT_ONLY, toy=Toy(bias=1e4), rollouts={"every": 1})
     made._expected = lambda t: torch.full((len(t),), 1e-6)  # type: ignore[method-assign]
     assert all(b.source.eq(FORWARD).all() for b in first(2, made))
     stats = made.statistics()
@@ -153,7 +153,12 @@ def test_prior_1_0_0_is_plain_training_bit_by_bit() -> None:
         toy, epoch = Toy(), data()
         raw = epoch[rows(9, batch=4, seed=0)[done]]
         plain.append(forward(raw, toy, Streams(0, done)))
-    for kwargs in ({}, {"capacity": 0}, {"collect_every": 1, "priority": 0.6}, {"granularity": "step", "trajectories": 1}):
+    for kwargs in (
+        {},
+        {"buffer": {"capacity": 0}},
+        {"rollouts": {"every": 1}, "buffer": {"priority": 0.6}},
+        {"rollouts": {"granularity": "step", "trajectories": 1}},
+    ):
         toy = Toy()
         assert equal(first(8, module(FORWARD_ONLY, toy=toy, **kwargs)), plain)
         assert toy.calls == 0
@@ -161,7 +166,7 @@ def test_prior_1_0_0_is_plain_training_bit_by_bit() -> None:
 
 def test_a_rollout_batch_has_its_own_captions_and_guidance() -> None:
     """x_t, caption and w travel together: the latents of a buffer draw are those of the roll-out with that very context."""
-    made = module(STUDENT_ONLY, capacity=64)
+    made = module(STUDENT_ONLY, buffer={"capacity": 64})
     b = first(1, made)[0]
     assert made.buffer is not None and b.c.w is not None
     (chunk,) = made.buffer.state_dict()["chunks"]
@@ -173,12 +178,12 @@ def test_a_rollout_batch_has_its_own_captions_and_guidance() -> None:
 
 
 def test_step_granularity_gives_a_batch_one_source() -> None:
-    tags = [b.source.unique().tolist() for b in first(16, module(granularity="step"))]
+    tags = [b.source.unique().tolist() for b in first(16, module(rollouts={"granularity": "step"}))]
     assert all(len(tag) == 1 for tag in tags) and {tag[0] for tag in tags} == {FORWARD, STUDENT}
 
 
 def test_pure_noise_has_no_signal_at_the_first_node() -> None:
-    found = [first(6, module(FORWARD_ONLY, pure_noise=flag)) for flag in (False, True)]
+    found = [first(6, module(FORWARD_ONLY, rollouts={"pure_noise": flag})) for flag in (False, True)]
     for a, b in zip(*found, strict=True):
         differs = (a.x_t != b.x_t).flatten(1).any(1)
         assert torch.equal(differs, a.node == 0)
@@ -199,11 +204,11 @@ def test_broken_rollouts_stop_the_run_and_say_where() -> None:
 
 
 def test_priorities_follow_the_losses() -> None:
-    made = module(STUDENT_ONLY, priority=1.0, capacity=64)
+    made = module(STUDENT_ONLY, buffer={"priority": 1.0, "capacity": 64})
     b = first(1, made)[0]._replace(t=torch.full((4,), 999))
     b = b._replace(slot=torch.tensor([0, 1, -1, 2]))
     made.observe(b, torch.tensor([1.0, 3.0, 1000.0, 2.0]))
     assert made.buffer is not None
     u = made.buffer.state_dict()["chunks"][0]["states"]["u"]
     torch.testing.assert_close(u[:4], torch.tensor([0.5, 1.5, 1.0, 0.0], dtype=torch.float64))
-    module(STUDENT_ONLY, capacity=0).observe(b, torch.ones(4))  # nothing to rank: nothing happens
+    module(STUDENT_ONLY, buffer={"capacity": 0}).observe(b, torch.ones(4))  # nothing to rank: nothing happens

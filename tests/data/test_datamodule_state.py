@@ -22,13 +22,15 @@ from toys import FORWARD_ONLY, HALF, Toy, attach, data, equal, first, module
 
 
 def test_ranks_agree_on_the_plan_and_differ_in_noise() -> None:
-    runs = [first(8, module(SamplingPrior(0.4, 0.3, 0.3), rank=r, world=2, batch_size=5, capacity=0)) for r in range(2)]
+    runs = [first(8, module(SamplingPrior(0.4, 0.3, 0.3), rank=r, world=2, batch_size=5, buffer={"capacity": 0})) for r in range(2)]
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a.source, b.source) and torch.equal(a.t[a.source != FORWARD], b.t[b.source != FORWARD])
         assert not torch.isclose(a.x_t, b.x_t).any() and not torch.equal(a.c.w, b.c.w)
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"capacity": 0}, {"priority": 0.6, "capacity": 40}], ids=["buffer", "fresh", "priority"])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"buffer": {"capacity": 0}}, {"buffer": {"priority": 0.6, "capacity": 40}}], ids=["buffer", "fresh", "priority"]
+)
 @pytest.mark.parametrize("at", [3, 5, 7])
 def test_resuming_repeats_every_bit(at: int, kwargs: dict[str, Any]) -> None:
     """Batches 3 (inside an epoch), 5 (its end) and 7 on, from a state that went through a file."""
@@ -66,7 +68,7 @@ def test_every_rank_gets_its_own_buffer_back() -> None:
 
 def test_a_flush_forgets_the_rollouts_and_collects_at_once() -> None:
     toy = Toy()
-    made = module(toy=toy, collect_every=100)
+    made = module(toy=toy, rollouts={"every": 100})
     first(2, made)
     made.flush()
     assert made.buffer is not None and len(made.buffer) == 0 and toy.calls == 3
@@ -85,10 +87,17 @@ def test_without_a_trainer_the_way_out_is_named() -> None:
         _ = DDILDataModule(data()).learner
 
 
-@pytest.mark.parametrize("kwargs", [{"batch_size": 0}, {"collect_every": 0}, {"capacity": -1}])
-def test_settings_outside_their_range_are_refused(kwargs: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"^{} is {}: give a number of at least".format(*next(iter(kwargs.items())))):
-        DDILDataModule(data(), **kwargs)
+@pytest.mark.parametrize(
+    ("kwargs", "name"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"rollouts": {"every": 0}}, "rollouts.every is 0"),
+        ({"buffer": {"capacity": -1}}, "buffer.capacity is -1"),
+    ],
+)
+def test_settings_outside_their_range_are_refused(kwargs: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: give a number of at least"):
+        module(**kwargs)
 
 
 # Encoding -------------------------------------------------------------------------------------------------------------------------

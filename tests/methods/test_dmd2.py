@@ -18,6 +18,7 @@ from ddil_lightning.methods import DMD2
 from ddil_lightning.methods.dmd2 import direction
 from ddil_lightning.records import Context, LatentBatch
 from ddil_lightning.training.adversary import untouched
+from options import options
 from suite import Entry, backbone, build
 
 SD = NoiseSchedule.scaled_linear()
@@ -58,9 +59,9 @@ class Exact(LatentsAlone):
 
 def gaussian(mu: float, s: float, a: float, b: float, **kwargs: Any) -> DMD2:
     torch.manual_seed(0)
-    made: dict[str, Any] = {"gan_weight": 0.0, "critic_gan_weight": 0.0, "guidance": 1.0}
+    made: dict[str, Any] = {"gan": {"weight": 0.0, "critic_weight": 0.0}, "guidance": 1.0}
     parts = {name: kwargs.pop(name) for name in ("schedule", "critic") if name in kwargs}
-    return DMD2(pipeline=Exact(mu, s, a, b, **parts), **{**made, **kwargs})
+    return DMD2(pipeline=Exact(mu, s, a, b, **parts), **options(DMD2, made, kwargs))
 
 
 def noise(n: int, seed: int = 3) -> LatentBatch:
@@ -78,8 +79,8 @@ def noise(n: int, seed: int = 3) -> LatentBatch:
 def test_the_pseudo_losss_gradient_is_g_over_numel(normaliser: str, reflect: str, tiny: Path) -> None:
     """With everything written out by hand from the networks' raw outputs: guidance, conversion, reflection, normaliser."""
     box = [[-0.3, -0.2, -0.25, -0.1], [0.2, 0.3, 0.15, 0.2]]
-    clamped = {"reflect": "off" if reflect == "off" else "static", "reflect_critic": reflect == "both", "box": box}
-    method = build(ENTRY, tiny, normaliser=normaliser, guidance=3.0, real_guidance=2.5, **clamped)
+    clamped = {"reflect": "off" if reflect == "off" else "static", "reflects": {"critic": reflect == "both"}, "box": box}
+    method = build(ENTRY, tiny, scores={"normaliser": normaliser, "guidance": 2.5}, guidance=3.0, **clamped)
     with torch.no_grad():
         for p in method.critic.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -107,7 +108,7 @@ def test_the_pseudo_losss_gradient_is_g_over_numel(normaliser: str, reflect: str
 
 
 def test_a_real_score_without_guidance_is_the_teacher_alone_in_one_evaluation(tiny: Path) -> None:
-    method = build(ENTRY, tiny, guidance=3.0, real_guidance=1.0)
+    method = build(ENTRY, tiny, guidance=3.0, scores={"guidance": 1.0})
     with torch.no_grad():
         for p in method.critic.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -246,7 +247,7 @@ def with_data(tiny: Path, **kwargs: Any) -> tuple[DMD2, LatentBatch, Tensor]:
 @pytest.mark.parametrize("whose", ["critic", "teacher"])
 def test_the_critics_loss_by_hand(whose: str, tiny: Path) -> None:
     """Denoising in v, fake logits from the same noisy outputs, real logits from noised data under the data's own captions."""
-    method, b, x = with_data(tiny, gan_features=whose, critic_gan_weight=0.3)
+    method, b, x = with_data(tiny, gan={"features": whose, "critic_weight": 0.3})
     loss = float(method.adversary.following(x, b).detach())
     (y, t, eps), (z, t_real, _) = method.adversary.diffuse(x, "critic"), method.adversary.diffuse(b.real, "real")
     alpha, sigma = SD.at(t, x)
@@ -284,9 +285,9 @@ def test_what_was_frozen_before_a_turn_is_frozen_after_it() -> None:
 
 
 def test_without_its_weight_the_student_asks_the_discriminator_nothing(tiny: Path) -> None:
-    method, b, x = with_data(tiny, gan_weight=0.0)
+    method, b, x = with_data(tiny, gan={"weight": 0.0})
     assert method.adversary.realism(x, b) == 0.0 and method.critic.evaluations == method.teacher.evaluations == 0
-    assert method.head is not None and build(ENTRY, tiny, gan_weight=0.0, critic_gan_weight=0.0).head is None
+    assert method.head is not None and build(ENTRY, tiny, gan={"weight": 0.0, "critic_weight": 0.0}).head is None
 
 
 def test_features_are_the_bottlenecks_and_cost_no_decoder(tiny: Path) -> None:
@@ -308,14 +309,14 @@ def test_features_are_the_bottlenecks_and_cost_no_decoder(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"gan_weight": 1e300}, "gan_weight is 1e+300: give a number from 0 to 1000"),
-        ({"critic_gan_weight": -1.0}, "critic_gan_weight is -1.0: give a number from 0 to 1000"),
-        ({"critic_steps": 0}, "critic_steps is 0: give a number from 1 to 1e+06"),
+        ({"gan": {"weight": 1e300}}, "gan.weight is 1e+300: give a number from 0 to 1000"),
+        ({"gan": {"critic_weight": -1.0}}, "gan.critic_weight is -1.0: give a number from 0 to 1000"),
+        ({"critic": {"steps": 0}}, "critic.steps is 0: give a number from 1 to 1e+06"),
         ({"teacher_steps": 4 * 10**12}, "teacher_steps is 4000000000000: give a number from 1 to 1000"),
         ({"rollouts": (4, 10**12)}, "rollouts is (4, 1000000000000): give numbers from 1 to 1000"),
-        ({"tau": (0.02, 1e300)}, "tau is (0.02, 1e+300): give numbers from 0 to 1"),
-        ({"tau": (0.5,)}, "tau is [0.5]: give 2 numbers"),
-        ({"tau": (0.9, 0.1)}, "tau is [0.9, 0.1]: give shares of T with 0 <= tau[0] < tau[1] <= 1"),
+        ({"scores": {"tau": (0.02, 1e300)}}, "scores.tau is (0.02, 1e+300): give numbers from 0 to 1"),
+        ({"scores": {"tau": (0.5,)}}, "scores.tau is [0.5]: give 2 numbers"),
+        ({"scores": {"tau": (0.9, 0.1)}}, "scores.tau is [0.9, 0.1]: give shares of T with 0 <= tau[0] < tau[1] <= 1"),
     ],
     ids=str,
 )
@@ -326,4 +327,4 @@ def test_a_number_out_of_range_is_told_by_its_own_rule(wrong: dict[str, Any], sa
 
 
 def test_a_range_of_times_that_rounds_to_the_last_one_is_that_one(tiny: Path) -> None:
-    assert build(ENTRY, tiny, tau=(0.9999, 1.0)).tau == (999, 999)
+    assert build(ENTRY, tiny, scores={"tau": (0.9999, 1.0)}).tau == (999, 999)

@@ -26,7 +26,7 @@ from ddil_lightning.training.adversary import Adversary
 from suite import MIXED, Entry, backbone, build, captions, equal, fit, pictures, state, train
 
 SD = NoiseSchedule.scaled_linear()
-ENTRY = Entry("dmd2", DMD2, {"guidance": 2.0, "critic_steps": 3, "ema": 0.0})
+ENTRY = Entry("dmd2", DMD2, {"guidance": 2.0, "critic": {"steps": 3}, "ema": 0.0})
 
 
 def weights(*modules: nn.Module) -> list[Tensor]:
@@ -77,7 +77,7 @@ def nothing(self: Adversary, x: Tensor, b: LatentBatch) -> Tensor:
 def test_the_students_turn_moves_no_weight_of_critic_and_head(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Adversary, "following", nothing)
     start = build(ENTRY, tiny)
-    run = train(ENTRY, tiny, updates=2, accumulate=2, gan_weight=1.0)
+    run = train(ENTRY, tiny, updates=2, optimizer={"accumulate": 2}, gan={"weight": 1.0})
     assert equal(weights(run.method.critic, run.method.head), weights(start.critic, start.head))
     assert not equal(weights(run.method.student), weights(start.student))
 
@@ -85,7 +85,7 @@ def test_the_students_turn_moves_no_weight_of_critic_and_head(tiny: Path, monkey
 def test_the_critics_turn_moves_no_weight_of_the_student(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DMD2, "matching", lambda self, x, b: 0 * x.flatten(1).mean(1))
     start = build(ENTRY, tiny)
-    run = train(ENTRY, tiny, updates=2, gan_weight=0.0)
+    run = train(ENTRY, tiny, updates=2, gan={"weight": 0.0})
     assert equal(weights(run.method.student), weights(start.student))
     assert not equal(weights(run.method.critic), weights(start.critic)) and not equal(weights(run.method.head), weights(start.head))
 
@@ -104,7 +104,7 @@ def test_both_turns_draw_from_the_same_mixture(tiny: Path, monkeypatch: pytest.M
     for name in outputs:
         monkeypatch.setattr(DMD2 if name == "matching" else Adversary, name, keep(name))
     seen = Turns()
-    settings = {"updates": 40, "critic_steps": 2, "gan_weight": 0.0, "teacher_steps": 4}
+    settings = {"updates": 40, "critic": {"steps": 2}, "gan": {"weight": 0.0}, "teacher_steps": 4}
     run = train(ENTRY, tiny, seen, prior=SamplingPrior(0.25, 0.5, 0.25), **settings)
     assert all(torch.equal(x, outputs["following"][2 * k + 1]) for k, x in enumerate(outputs["matching"]))
     shares = []
@@ -120,7 +120,7 @@ def test_both_turns_draw_from_the_same_mixture(tiny: Path, monkeypatch: pytest.M
 
 def test_the_first_rung_is_pure_noise_and_real_keeps_its_captions(tiny: Path) -> None:
     seen = Turns()
-    fit(build(ENTRY, tiny, updates=4), captions(tiny, SamplingPrior(0.5, 0.5, 0.0), pure_noise=True), seen)
+    fit(build(ENTRY, tiny, updates=4), captions(tiny, SamplingPrior(0.5, 0.5, 0.0), rollouts={"pure_noise": True}), seen)
     first = torch.cat([b.x_t[b.node == 0] for _, b in seen.batches])
     assert len(first) > 4 and float(first.std()) == pytest.approx(1.0, abs=0.05)
     signal = torch.cat([(b.x_t * b.real)[(b.node == 0) & (b.source == FORWARD)] for _, b in seen.batches])
@@ -150,7 +150,7 @@ class StopInside(Checkpoint):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_resuming_inside_a_cycle_is_exact(accumulate: int, tiny: Path, tmp_path: Path) -> None:
     def parts(seed: int) -> tuple[Any, Any]:
-        return build(ENTRY, tiny, seed, updates=4, accumulate=accumulate, ema=0.9), captions(tiny, MIXED)
+        return build(ENTRY, tiny, seed, updates=4, optimizer={"accumulate": accumulate}, ema=0.9), captions(tiny, MIXED)
 
     straight = fit(*parts(0))
     for done in (4, 5)[: 3 - accumulate]:
@@ -177,7 +177,7 @@ def test_a_gan_without_data_is_refused_in_one_line(tiny: Path, tmp_path: Path, m
     Path("words.txt").write_text("a handwritten seven\na zero\n")
     Path("c.yaml").write_text(CONFIG.format(pipeline=tiny))
     said = refused(capsys, "--config", "c.yaml")
-    assert said.startswith("DMD2's GAN compares with data, but the data set has no images") and said.endswith("critic_gan_weight to 0")
+    assert said.startswith("DMD2's GAN compares with data, but the data set has no images") and said.endswith("gan.critic_weight to 0")
     said = refused(capsys, "--config", "c.yaml", "model.guidance=[1.0,3.0]")
     assert said == "DMD2's student is not told the guidance: give one number, not 1.0 to 3.0"
 
@@ -185,16 +185,16 @@ def test_a_gan_without_data_is_refused_in_one_line(tiny: Path, tmp_path: Path, m
 def test_without_a_gan_captions_are_enough(tiny: Path) -> None:
     data = captions(tiny, SamplingPrior(0, 0.5, 0.5))
     data.captions = Encoded(None, pictures(tiny).c)
-    run = fit(build(ENTRY, tiny, updates=2, gan_weight=0.0, critic_gan_weight=0.0, box=[[-4.0] * 4, [4.0] * 4]), data)
+    run = fit(build(ENTRY, tiny, updates=2, gan={"weight": 0.0, "critic_weight": 0.0}, box=[[-4.0] * 4, [4.0] * 4]), data)
     assert run.method.student_updates == 2 and run.method.head is None
 
 
 WRONG = {
     "steps": ({"steps": 3}, "steps = 3 does not divide the schedule's 1000 times"),
     "teacher": ({"teacher_steps": 6}, "teacher_steps = 6 is no multiple of steps = 4"),
-    "critic": ({"critic_steps": 0}, "critic_steps is 0: give a number from 1"),
-    "tau": ({"tau": (0.9, 0.1)}, "0 <= tau"),
-    "weights": ({"critic_gan_weight": 0.0}, "needs a discriminator that learns"),
+    "critic": ({"critic": {"steps": 0}}, "critic.steps is 0: give a number from 1"),
+    "tau": ({"scores": {"tau": (0.9, 0.1)}}, "0 <= tau"),
+    "weights": ({"gan": {"critic_weight": 0.0}}, "needs a discriminator that learns"),
     "rollouts": ({"rollouts": (8,)}, "8 steps does not fit on the 4 nodes"),
 }
 

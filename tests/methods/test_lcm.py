@@ -34,7 +34,7 @@ class Batches(Callback):
 def one_step(folder: Path, prior: SamplingPrior = MIXED, **kwargs: Any) -> tuple[Run, LatentBatch, dict[str, Tensor]]:
     """One update that moves nothing: the run, its batch, its gradients."""
     batches, gradients = Batches(), Gradients()
-    run = train(LCM_W, folder, batches, gradients, prior=prior, updates=1, lr=0.0, clip=0.0, **kwargs)
+    run = train(LCM_W, folder, batches, gradients, prior=prior, updates=1, optimizer={"lr": 0.0, "clip": 0.0}, **kwargs)
     return run, batches.seen[0], gradients.steps[0]
 
 
@@ -120,7 +120,7 @@ def test_loss_and_gradient_are_the_algorithm_box(kind: str, reflect: str, reques
 
 
 def test_the_mse_distance(tiny: Path) -> None:
-    run, b, _ = one_step(tiny, reflect="off", loss="mse")
+    run, b, _ = one_step(tiny, reflect="off", distance={"kind": "mse"})
     _, y, target = ByHand(run.method, clamp=False).loss(b)
     assert run.rows[0]["loss"] == pytest.approx(float((y - target).square().mean()), rel=1e-4)
 
@@ -197,7 +197,7 @@ def test_evaluations_count_every_network_call(tiny: Path) -> None:
     run = train(LCM_W, tiny, prior=FORWARD, updates=3)
     assert run.method.evaluations == {"student": 12, "teacher": 24, "target": 12}
     seen = Batches()
-    run = fit(build(LCM_W, tiny, updates=3, rollouts=(4,)), captions(tiny, SamplingPrior(0, 1, 0), capacity=0), seen)
+    run = fit(build(LCM_W, tiny, updates=3, rollouts=(4,)), captions(tiny, SamplingPrior(0, 1, 0), buffer={"capacity": 0}), seen)
     walk = [999, 759, 499, 259]
     assert run.method.evaluations["student"] == 12 + sum(4 * walk.index(int(b.t[0])) for b in seen.seen)
 
@@ -227,8 +227,8 @@ def test_the_sampler_is_the_rollout_policy_with_the_deployed_weights(tiny: Path)
     ("kwargs", "words"),
     [
         ({"target_decay": 1.0}, "target_decay is 1.0: give a number from 0 to below 1"),
-        ({"loss": "l3"}, "not 'l3'"),
-        ({"huber": -1.0}, "above 0, got -1"),
+        ({"distance": {"kind": "l3"}}, "not 'l3'"),
+        ({"distance": {"width": -1.0}}, "above 0, got -1"),
     ],
 )
 def test_settings_outside_their_range_are_refused(kwargs: dict[str, Any], words: str, tiny: Path) -> None:

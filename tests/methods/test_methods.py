@@ -58,7 +58,11 @@ class Watch(Gradients):
 def long(request: pytest.FixtureRequest, tiny: Path) -> tuple[Entry, Run, str]:
     """A run on roll-outs and forward latents, and the hash of the frozen networks before it."""
     before = digest(*frozen(build(request.param, tiny)))
-    return request.param, fit(build(request.param, tiny, updates=LONG, lr=2e-3), captions(tiny, collect_every=10), Watch()), before
+    return (
+        request.param,
+        fit(build(request.param, tiny, updates=LONG, optimizer={"lr": 2e-3}), captions(tiny, rollouts={"every": 10}), Watch()),
+        before,
+    )
 
 
 # A run ----------------------------------------------------------------------------------------------------------------------------
@@ -134,7 +138,7 @@ class Plain(LightningDataModule, Feed):
 def test_prior_1_0_0_is_the_method_without_ddil(entry: Entry, tiny: Path) -> None:
     box = [[-0.2] * 4, [0.2] * 4]
     plain = fit(build(entry, tiny, box=box, updates=3), Plain(tiny))
-    with_ddil = fit(build(entry, tiny, box=box, updates=3), captions(tiny, FORWARD, collect_every=1, priority=0.6))
+    with_ddil = fit(build(entry, tiny, box=box, updates=3), captions(tiny, FORWARD, rollouts={"every": 1}, buffer={"priority": 0.6}))
     assert equal(state(plain)["weights"], state(with_ddil)["weights"])
     assert equal(state(plain)["optimizers"], state(with_ddil)["optimizers"])
     assert plain.method.evaluations == with_ddil.method.evaluations
@@ -188,7 +192,7 @@ def test_bf16_mixed_runs_networks_in_bf16_and_the_rest_in_float32(entry: Entry, 
 @pytest.mark.parametrize("entry", **ALL)
 def test_gradient_checkpointing_changes_memory_only(entry: Entry, tiny: Path) -> None:
     seen = [Gradients(), Gradients()]
-    runs = [train(entry, tiny, g, updates=1, gradient_checkpointing=flag) for g, flag in zip(seen, (False, True), strict=True)]
+    runs = [train(entry, tiny, g, updates=1, memory={"gradient_checkpointing": flag}) for g, flag in zip(seen, (False, True), strict=True)]
     assert [run.method.student.network.unet.is_gradient_checkpointing for run in runs] == [False, True]
     assert runs[0].rows[0][entry.falls] == runs[1].rows[0][entry.falls]
     for name, grad in seen[0].steps[-1].items():

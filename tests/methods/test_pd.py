@@ -245,7 +245,13 @@ def one_update(folder: Path, **kwargs: Any) -> tuple[Run, LatentBatch]:
     """One update that moves nothing: the run and its batch."""
     seen = Batches()
     run = train(
-        PD_W, folder, seen, prior=FORWARD, updates=1, lr=0.0, **{"reflect": "static", "box": TIGHT, "guidance": [2.0, 6.0], **kwargs}
+        PD_W,
+        folder,
+        seen,
+        prior=FORWARD,
+        updates=1,
+        optimizer={"lr": 0.0},
+        **{"reflect": "static", "box": TIGHT, "guidance": [2.0, 6.0], **kwargs},
     )
     return run, seen.seen[0]
 
@@ -276,7 +282,7 @@ def test_the_weighted_loss(weight: str, factor: Any, tiny: Path) -> None:
 
 @pytest.mark.parametrize(("weight", "factor"), [("snr+1", lambda a, s: torch.ones_like(a)), ("x0", lambda a, s: s)])
 def test_the_pseudo_huber_loss_of_the_weighted_error(weight: str, factor: Any, tiny: Path) -> None:
-    run, b = one_update(tiny, weight=weight, loss="huber", huber=0.07, w_conditioned=False, guidance=4.0)
+    run, b = one_update(tiny, weight=weight, distance={"kind": "huber", "width": 0.07}, w_conditioned=False, guidance=4.0)
     m = run.method
     with torch.no_grad():
         error = factor(SD.alphas[b.t], SD.sigmas[b.t]).view(-1, 1, 1, 1) * (m.student(b.x_t, b.t, b.c).v - m.target(b))
@@ -285,7 +291,9 @@ def test_the_pseudo_huber_loss_of_the_weighted_error(weight: str, factor: Any, t
     assert float(by_hand) != pytest.approx(float(error.square().mean()), rel=1e-2)
 
 
-@pytest.mark.parametrize(("wrong", "words"), [({"loss": "l3"}, "not 'l3'"), ({"loss": "huber", "huber": 0.0}, "above 0, got 0")])
+@pytest.mark.parametrize(
+    ("wrong", "words"), [({"distance": {"kind": "l3"}}, "not 'l3'"), ({"distance": {"kind": "huber", "width": 0.0}}, "above 0, got 0")]
+)
 def test_a_loss_that_is_none(wrong: dict[str, Any], words: str, tiny: Path) -> None:
     with pytest.raises(ValueError, match=words):
         build(PD_W, tiny, stages=PLAN, **wrong)

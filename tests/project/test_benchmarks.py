@@ -56,7 +56,7 @@ def test_step_cost(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.slow
 def test_dmd2_cost(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The published sequence in closed form for k = 5: 2.5 k student, k + 1 critic and 2 teacher forwards, 2 k + 1 encoder passes."""
-    report = run(script("dmd2_cost"), tiny, tmp_path, capsys, "--set", "data.collect_every=1")
+    report = run(script("dmd2_cost"), tiny, tmp_path, capsys, "--set", "data.rollouts.every=1")
     base, plain, ddil = report["rows"]
     assert [base[key] for key in ("student", "critic", "teacher", "encoder")] == [12.5, 6, 2, 11]
     assert (plain["critic"], plain["teacher"], plain["encoder"]) == (6, 2, 6) and ddil["critic"] == 6 and ddil["teacher"] > 2
@@ -71,7 +71,7 @@ def test_dmd2_cost(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.Captu
 
 @pytest.mark.slow
 def test_overhead(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ["--set", "data.collect_every=2", "--set", "data.batch_size=8"]
+    more = ["--set", "data.rollouts.every=2", "--set", "data.batch_size=8"]
     report = run(script("overhead"), tiny, tmp_path, capsys, "--threads", "1", *more)
     plain, default, *others = report["rows"]
     assert plain["formula"] == plain["counted"] == 0 and plain["prior"] == [1, 0, 0]
@@ -231,7 +231,7 @@ def test_a_prior_of_ones_own_is_of_the_variants_with_ddil(script: Any, tmp_path:
 
     def watched(config: str, *, overrides: list[str], **kwargs: Any) -> Any:
         trainer, method, data = build(config, overrides=overrides, **kwargs)
-        seen.add((config, "data.control=true" in overrides, dataclasses.astuple(data.prior)[:3]))
+        seen.add((config, "data.rollouts.control=true" in overrides, dataclasses.astuple(data.prior)[:3]))
         return trainer, method, data
 
     monkeypatch.setattr(toy2d.common, "build", watched)

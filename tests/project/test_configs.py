@@ -29,11 +29,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("name", FIT)
 def test_fit(name: str, tiny: Path, here: Path) -> None:
-    small = "{data: {captions: {class_path: Digits}, batch_size: 4, trajectories: 4, cache: true, workers: 0}}"
+    small = "{data: {captions: {class_path: Digits}, batch_size: 4, rollouts: {trajectories: 4}, cache: true, workers: 0}}"
     words = ["--config", str(find_config(name)), "--config", small, f"--model.pipeline={tiny}", "--trainer.fast_dev_run=2", "--test.n=0"]
     words += ["--previews.every=0", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--run_dir=r"]
     if name.startswith("dmd2"):  # every batch is the student's, and takes two steps of Lightning's
-        words += ["--model.critic_steps=1", "--trainer.fast_dev_run=4"]
+        words += ["--model.critic.steps=1", "--trainer.fast_dev_run=4"]
     assert ddil_fit(words) == 0
     assert json.loads((here / "r" / "summary.json").read_text())["student_updates"] == 2
     assert (here / "r" / "pipeline" / "model_index.json").is_file()
@@ -46,7 +46,7 @@ PLAN = ", ".join(["{kind: eps_to_v, updates: 1}", "{kind: guidance, updates: 1}"
 OWN = {  # what makes a large run small; everything else of its config stays
     "lcm_ddil_sd15.yaml": ("sd15", ["--updates", "2"]),
     "pd_ddil_sd15.yaml": ("sd15", [f"model.stages=[{PLAN}]"]),
-    "dmd2_ddil_ssd1b.yaml": ("ssd1b", ["--updates", "2", "model.critic_steps=2"]),
+    "dmd2_ddil_ssd1b.yaml": ("ssd1b", ["--updates", "2", "model.critic.steps=2"]),
 }
 
 
@@ -64,7 +64,14 @@ def test_large_configs_run_to_their_end_on_a_small_pipeline_of_their_layout(
         Image.new("RGB", (20, 16), (30 * i, 0, 0)).save(here / "pictures" / f"{i}.png")
         (here / "pictures" / f"{i}.txt").write_text("a small red circle " * (1 + 9 * (i % 2)))
     words = ["--config", name, *own, f"model.pipeline={request.getfixturevalue(layout)}", "--run_dir", "r", "data.captions.path=pictures"]
-    words += ["data.captions.size=16", "data.batch_size=4", "data.workers=1", "previews.every=2", "previews.prompts=null", "model.warmup=0"]
+    words += [
+        "data.captions.size=16",
+        "data.batch_size=4",
+        "data.workers=1",
+        "previews.every=2",
+        "previews.prompts=null",
+        "model.optimizer.warmup=0",
+    ]
     words += ["trainer.accelerator=cpu", "trainer.devices=1", "trainer.strategy=auto", "previews.teacher_steps=[2]"]
     assert ddil_fit(expand(words, FIT_SHORT)) == 0
     said = capsys.readouterr().out

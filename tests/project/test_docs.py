@@ -116,16 +116,24 @@ def test_options_of_the_contract() -> None:
     (usage,) = GUIDES["contract.md"].of("")
     options = dict(re.findall(r"\[(--\w+) ([^\]]+)\]", usage))
     typed = [word for name, value in options.items() for word in (name, "7" if value == "N" else value)]
-    said = printed("--config", "lcm_ddil", *typed, "model.lr=0.5", "--model.ema=0.5")
+    said = printed("--config", "lcm_ddil", *typed, "model.optimizer.lr=0.5", "--model.ema=0.5")
     model = said["model"]["init_args"]
-    assert (model["updates"], said["seed_everything"], said["checkpoints"]["every"], model["lr"], model["ema"]) == (7, 7, 7, 0.5, 0.5)
+    assert (model["updates"], said["seed_everything"], said["checkpoints"]["every"], model["optimizer"]["lr"], model["ema"]) == (
+        7,
+        7,
+        7,
+        0.5,
+        0.5,
+    )
     assert (said["run_dir"], said["ckpt_path"], len(options)) == ("DIR", "PATH|last", 5)
 
 
 def test_settings_in_the_text_exist() -> None:
     said = printed("--config", "lcm_ddil_sd15.yaml")
     named = {word.partition("=")[::2] for code in INLINE for word in code.split() if re.match(r"(model|data|trainer)\.[\w.]+(=|$)", word)}
-    assert {"data.captions.path", "data.cache", "data.prior.mix", "model.accumulate", "trainer.devices"} <= {key for key, _ in named}
+    assert {"data.captions.path", "data.cache", "data.prior.mix", "model.optimizer.accumulate", "trainer.devices"} <= {
+        key for key, _ in named
+    }
     for key, value in named:
         at: Any = said
         for part in key.split("."):

@@ -120,7 +120,7 @@ def test_fit_and_its_second_run(first: Ran, ran: Done) -> None:
     again = the(ran, "--seed 1")
     assert first.summary["student_updates"] == again.summary["student_updates"] == 3 and first.folder != again.folder
     assert (first.summary["seed"], again.summary["seed"]) == (0, 1)
-    assert yaml.safe_load(again.config)["model"]["init_args"]["lr"] == 1e-4
+    assert yaml.safe_load(again.config)["model"]["init_args"]["optimizer"]["lr"] == 1e-4
 
 
 def test_last_goes_on_where_the_newest_run_stopped(ran: Done) -> None:
@@ -131,7 +131,9 @@ def test_last_goes_on_where_the_newest_run_stopped(ran: Done) -> None:
 
 def test_print_config_and_wandb(ran: Done) -> None:
     every = yaml.safe_load(the(ran, "--print_config").out)
-    assert every["model"]["init_args"]["clip"] == 1.0 and every["data"]["capacity"] == 2048 and every["wandb"] == "off"  # defaults, too
+    assert (
+        every["model"]["init_args"]["optimizer"]["clip"] == 1.0 and every["data"]["buffer"]["capacity"] == 2048 and every["wandb"] == "off"
+    )  # defaults, too
     offline = yaml.safe_load(the(ran, "--wandb offline").out)
     assert offline == {**every, "wandb": "offline"}
 

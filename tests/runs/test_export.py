@@ -17,6 +17,7 @@ from ddil_lightning.backbones import sampling
 from ddil_lightning.backbones.loading import load_pipeline
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.runs import export
+from ddil_lightning.training.memory import Memory
 from suite import METHODS, build
 
 PROMPTS = ["a handwritten one", "", "a small red circle"]
@@ -89,7 +90,7 @@ def test_half_precision_is_checked_as_strictly_and_leaves_the_method_as_it_was(d
 
 def test_frozen_parts_in_half_precision_are_exported_as_they_came(tiny: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    method = METHODS[0].method(pipeline=str(tiny), guidance=2.0, teacher_dtype="bfloat16").eval()
+    method = METHODS[0].method(pipeline=str(tiny), guidance=2.0, memory=Memory("bfloat16")).eval()
     assert export.deliver(method, tmp_path / "out", PROMPTS, 4) < 1e-4
     for part in (Path("text_encoder") / "model.safetensors", Path("vae") / "diffusion_pytorch_model.safetensors"):
         mine, theirs = load_file(tmp_path / "out" / part), load_file(tiny / part)

@@ -24,6 +24,7 @@ from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.methods import DMD2, LCM, PD
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.plan import Stage
+from options import options
 
 
 class Entry(NamedTuple):
@@ -40,9 +41,9 @@ PLAN = [Stage(steps=8, updates=3), Stage(steps=4, updates=4, warmup=2)]  # the l
 METHODS = [
     Entry("lcm", LCM),
     Entry("lcm-fixed-guidance", LCM, {"w_conditioned": False, "guidance": 2.0}),
-    Entry("lcm-online-target", LCM, {"target_decay": 0.0, "ema": 0.0, "loss": "mse"}),
+    Entry("lcm-online-target", LCM, {"target_decay": 0.0, "ema": 0.0, "distance": {"kind": "mse"}}),
     Entry("pd", PD, {"stages": PLAN, "teacher_steps": 16}),
-    Entry("dmd2", DMD2, {"guidance": 2.0, "critic_steps": 2}, falls="critic_loss", unused=True),
+    Entry("dmd2", DMD2, {"guidance": 2.0, "critic": {"steps": 2}}, falls="critic_loss", unused=True),
 ]
 ALL = {"argvalues": METHODS, "ids": [entry.name for entry in METHODS]}
 """pytest.mark.parametrize("entry", **ALL)."""
@@ -137,12 +138,13 @@ def pictures(folder: Path) -> Encoded:
 def build(entry: Entry, folder: Path, seed: int = 0, **kwargs: Any) -> Any:
     """The method in a setting that has everything on: an average, reflection, a range of guidance."""
     torch.manual_seed(seed)
-    settings = {"updates": 6, "lr": 1e-3, "guidance": [1.0, 4.0], "ema": 0.9, "reflect": "static", "log_every": 1}
-    return entry.method(pipeline=backbone(folder), **{**settings, **entry.kwargs, **kwargs})
+    settings = {"updates": 6, "optimizer": {"lr": 1e-3}, "guidance": [1.0, 4.0], "ema": 0.9, "reflect": "static", "log_every": 1}
+    return entry.method(pipeline=backbone(folder), **options(entry.method, settings, entry.kwargs, kwargs))
 
 
 def captions(folder: Path, prior: SamplingPrior = MIXED, **kwargs: Any) -> DDILDataModule:
-    return DDILDataModule(pictures(folder), prior, **{"batch_size": BATCH, "collect_every": 2, "capacity": 64, **kwargs})
+    settings = {"batch_size": BATCH, "rollouts": {"every": 2}, "buffer": {"capacity": 64}}
+    return DDILDataModule(pictures(folder), prior, **options(DDILDataModule, settings, kwargs))
 
 
 def fit(method: Any, data: LightningDataModule, *callbacks: Callback, ckpt: Path | None = None, **kwargs: Any) -> Run:

@@ -21,6 +21,7 @@ from ddil_lightning.diffusion.solver import Policies, Policy
 from ddil_lightning.feed import Feed
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.records import Context, LatentBatch
+from options import options
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 FORWARD_ONLY, STUDENT_ONLY, HALF = SamplingPrior(), SamplingPrior(0, 1, 0), SamplingPrior(0.5, 0.5)
@@ -66,7 +67,7 @@ def attach(made: DDILDataModule, toy: Any, rank: int = 0, world: int = 1, traini
 def module(
     prior: SamplingPrior = HALF, captions: Captions | None = None, toy: Any = None, rank: int = 0, world: int = 1, **kwargs: Any
 ) -> DDILDataModule:
-    made = DDILDataModule(captions or data(), prior, **{"batch_size": 4, "collect_every": 3, **kwargs})
+    made = DDILDataModule(captions or data(), prior, **options(DDILDataModule, {"batch_size": 4, "rollouts": {"every": 3}}, kwargs))
     return attach(made, toy or Toy(), rank, world)
 
 

@@ -18,6 +18,7 @@ from ddil_lightning.diffusion.denoiser import Denoiser, w_embedding
 from ddil_lightning.diffusion.reflection import Reflection
 from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.solver import Policy
+from ddil_lightning.imitation.options import Buffer, Rollouts
 from ddil_lightning.imitation.shift import energy_distance
 from ddil_lightning.methods import DMD2, LCM, PD
 from ddil_lightning.toy import Toy
@@ -25,6 +26,7 @@ from ddil_lightning.toy.networks import Ensemble, Exact, Head
 from ddil_lightning.toy.problems import PROBLEMS, Problem
 from ddil_lightning.toy.scores import Exam, high_quality, method_rows, mode_kl, outside
 from ddil_lightning.training.plan import Stage
+from options import options
 from suite import MIXED, Run, equal, fit, state
 
 BOX = [[-2.4, -2.4], [2.4, 2.4]]  # given, not estimated: the data of all members would have a say in it
@@ -32,7 +34,7 @@ ENTRIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "lcm": (LCM, {"w_conditioned": False, "solver_steps": 10, "rollouts": (2, 5)}),
     "lcm-told-guidance": (LCM, {"solver_steps": 10, "rollouts": (2, 5), "guidance": [1.0, 4.0]}),
     "pd": (PD, {"w_conditioned": False, "teacher_steps": 8, "stages": [Stage(steps=4, updates=3), Stage(steps=2, updates=3)]}),
-    "dmd2": (DMD2, {"normaliser": "batch", "critic_steps": 2, "reflect_critic": False}),
+    "dmd2": (DMD2, {"scores": {"normaliser": "batch"}, "critic": {"steps": 2}}),
 }
 
 
@@ -52,12 +54,12 @@ def train(toy: Toy, name: str, points: Tensor | None = None, ckpt: Path | None =
     """Six updates of a method on the toy's data, or on other `points` with the same classes."""
     cls, kwargs = ENTRIES[name]
     torch.manual_seed(5)
-    settings = {"updates": 6, "lr": 1e-2, "clip": 0.0, "reflect": "static", "box": BOX, "ema": 0.5, "log_every": 1}
-    method = cls(pipeline=toy, **{**settings, **kwargs})
+    settings = {"updates": 6, "optimizer": {"lr": 1e-2, "clip": 0.0}, "reflect": "static", "box": BOX, "ema": 0.5, "log_every": 1}
+    method = cls(pipeline=toy, **options(cls, settings, kwargs))
     data = encode(toy.captions, toy)
     if points is not None:
         data.latents = points
-    module = DDILDataModule(data, MIXED, batch_size=8, collect_every=2, capacity=128)
+    module = DDILDataModule(data, MIXED, batch_size=8, rollouts=Rollouts(every=2), buffer=Buffer(capacity=128))
     return fit(method, module, Stages(pipelines=False), *callbacks, ckpt=ckpt)
 
 

@@ -21,8 +21,8 @@ FIRST = METHODS[0]
 def test_accumulation_averages_the_gradients(tiny: Path) -> None:
     """Two micro-batches at the same weights (a learning rate of zero keeps them) against one update of both."""
     single, double = Gradients(), Gradients()
-    train(FIRST, tiny, single, prior=FORWARD, updates=2, lr=0.0, clip=0.0)
-    run = train(FIRST, tiny, double, prior=FORWARD, updates=1, lr=0.0, clip=0.0, accumulate=2)
+    train(FIRST, tiny, single, prior=FORWARD, updates=2, optimizer={"lr": 0.0, "clip": 0.0})
+    run = train(FIRST, tiny, double, prior=FORWARD, updates=1, optimizer={"lr": 0.0, "clip": 0.0, "accumulate": 2})
     assert run.data.done == 2 and len(double.steps) == 1 and len(run.rows) == 1
     for name, grad in double.steps[0].items():
         torch.testing.assert_close(grad, (single.steps[0][name] + single.steps[1][name]) / 2, rtol=1e-4, atol=1e-7)
@@ -36,13 +36,13 @@ def test_clipping_bounds_the_norm(precision: str, tiny: Path) -> None:
         seen, kwargs = Gradients(), {"precision": precision}
         if precision == "16-mixed":  # Lightning would take bf16 on a CPU
             kwargs = {"plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))}
-        fit(build(FIRST, tiny, updates=1, clip=clip), captions(tiny), seen, **kwargs)
+        fit(build(FIRST, tiny, updates=1, optimizer={"clip": clip}), captions(tiny), seen, **kwargs)
         norms.append(float(torch.cat([x.flatten() for x in seen.steps[0].values()]).norm()))
     assert norms[0] > 1e-2 and norms[1] == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_the_learning_rate_warms_up_and_falls(tiny: Path) -> None:
-    method = build(FIRST, tiny, updates=12, warmup=4, final_lr=0.2)
+    method = build(FIRST, tiny, updates=12, optimizer={"warmup": 4, "final_lr": 0.2})
     factors = []
     for method.student_updates in range(13):
         factors.append(method.lr_factor())
@@ -50,7 +50,7 @@ def test_the_learning_rate_warms_up_and_falls(tiny: Path) -> None:
 
 
 def test_every_update_is_logged_once_however_many_batches_it_takes(tiny: Path) -> None:
-    run = train(FIRST, tiny, updates=5, accumulate=3, log_every=2)
+    run = train(FIRST, tiny, updates=5, optimizer={"accumulate": 3}, log_every=2)
     assert [row["student_updates"] for row in run.rows] == [2, 4, 5] and run.data.done == 15
 
 
@@ -94,7 +94,7 @@ def test_a_box_that_no_data_gave_is_named(tiny: Path, caplog: pytest.LogCaptureF
 
 
 def test_losses_and_shares_of_an_update_are_those_of_all_its_batches(tiny: Path) -> None:
-    method = build(FIRST, tiny, accumulate=2)
+    method = build(FIRST, tiny, optimizer={"accumulate": 2})
     b = SimpleNamespace(source=torch.tensor([0, 0, 0, 1]), weight=torch.ones(4))
     for micro, losses in ((0, [9.0] * 4), (0, [1.0, 2.0, 3.0, 8.0]), (1, [2.0, 2.0, 2.0, 4.0])):
         method.descent.micro["loss"] = micro
@@ -121,7 +121,16 @@ def test_guidance_is_what_the_pipeline_recommends_unless_it_is_given(tiny: Path)
     assert build(FIRST, tiny, guidance=5).guidance == (5.0, 5.0) and build(FIRST, tiny, guidance=[1, 3]).guidance == (1.0, 3.0)
 
 
-@pytest.mark.parametrize("kwargs", [{"updates": 0}, {"accumulate": 0}, {"ema": 1.0}, {"reflect": "twice"}])
-def test_settings_outside_their_range_are_refused(kwargs: dict[str, Any], tiny: Path) -> None:
-    with pytest.raises(ValueError, match=str(next(iter(kwargs.values())))):
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"updates": 0}, "^updates is 0"),
+        ({"optimizer": {"accumulate": 0}}, "^optimizer.accumulate is 0"),
+        ({"optimizer": {"lr": -1.0}}, "^optimizer.lr is -1.0"),
+        ({"ema": 1.0}, "^ema is 1.0"),
+        ({"reflect": "twice"}, "not 'twice'"),
+    ],
+)
+def test_settings_outside_their_range_are_refused(kwargs: dict[str, Any], words: str, tiny: Path) -> None:
+    with pytest.raises(ValueError, match=words):
         build(FIRST, tiny, **kwargs)

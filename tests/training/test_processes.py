@@ -38,8 +38,8 @@ def straight_and_resumed(rank: int, entry: Entry, tiny: Path, folder: Path) -> l
     """What a process reports of a run, and of the same run resumed from its middle."""
     seen = Gradients()
     save = Checkpoints(every=2, keep=9, folder=str(folder))
-    straight = report(fit(*settings(entry, tiny, clip=0.0), seen, save, **ddp(entry)), seen)
-    resumed = fit(*settings(entry, tiny, clip=0.0), ckpt=folder / "updates=2.ckpt", **ddp(entry))
+    straight = report(fit(*settings(entry, tiny, optimizer={"clip": 0.0}), seen, save, **ddp(entry)), seen)
+    resumed = fit(*settings(entry, tiny, optimizer={"clip": 0.0}), ckpt=folder / "updates=2.ckpt", **ddp(entry))
     return [straight, report(resumed, Gradients())]
 
 
@@ -74,7 +74,7 @@ def test_the_gradient_is_the_mean_over_the_ranks(ranks: Any, tiny: Path) -> None
     alone = []
     for rank in range(WORLD):
         seen = Gradients()
-        fit(*settings(entry, tiny, clip=0.0), seen, limit_train_batches=1, max_epochs=1, strategy=Pretend(rank))
+        fit(*settings(entry, tiny, optimizer={"clip": 0.0}), seen, limit_train_batches=1, max_epochs=1, strategy=Pretend(rank))
         alone.append(seen.steps[0])
     scale = max(float(x.abs().max()) for x in alone[0].values())
     for name, grad in a["steps"][0].items():
@@ -124,7 +124,7 @@ class Heard(Callback):
 
 def hearing(rank: int, tiny: Path) -> list[dict[str, float]]:
     heard = Heard()
-    fit(build(METHODS[0], tiny, updates=UPDATES), captions(tiny, MIXED, capacity=0), heard, **ddp(METHODS[0]))
+    fit(build(METHODS[0], tiny, updates=UPDATES), captions(tiny, MIXED, buffer={"capacity": 0}), heard, **ddp(METHODS[0]))
     return heard.seen
 
 
@@ -148,7 +148,7 @@ class PoisonOne(Callback):
 def stopped(rank: int, tiny: Path, prior: SamplingPrior) -> str:
     """What a process says of the number that the second one has met."""
     with pytest.raises(FloatingPointError) as raised:
-        fit(build(METHODS[0], tiny, updates=UPDATES), captions(tiny, prior, collect_every=1), PoisonOne(2), **ddp(METHODS[0]))
+        fit(build(METHODS[0], tiny, updates=UPDATES), captions(tiny, prior, rollouts={"every": 1}), PoisonOne(2), **ddp(METHODS[0]))
     return str(raised.value)
 
 

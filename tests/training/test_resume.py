@@ -17,8 +17,8 @@ from suite import ALL, EPOCH, METHODS, PER_METHOD, Entry, Run, StopAt, build, ca
 TOTAL, CUT = 9, 5
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "buffer": ({}, {}),
-    "priority": ({}, {"priority": 0.6, "capacity": 40}),  # small: old roll-outs are evicted
-    "accumulate": ({"accumulate": 2}, {"collect_every": 1}),
+    "priority": ({}, {"buffer": {"priority": 0.6, "capacity": 40}}),  # small: old roll-outs are evicted
+    "accumulate": ({"optimizer": {"accumulate": 2}}, {"rollouts": {"every": 1}}),
 }
 
 

@@ -133,9 +133,9 @@ model:
     stages: [{{steps: 4, updates: 3}}, {{steps: 2, updates: 3}}]
     ema: 0.9
     reflect: static
-    gradient_checkpointing: true
+    memory: {{gradient_checkpointing: true}}
     log_every: 1
-data: {{batch_size: 4, prior: {{forward: 0.5, student: 0.25, teacher: 0.25}}, collect_every: 2}}
+data: {{batch_size: 4, prior: {{forward: 0.5, student: 0.25, teacher: 0.25}}, rollouts: {{every: 2}}}}
 test: {{n: 0}}
 previews: {{every: 3, count: 2, teacher_steps: [4]}}
 checkpoints: {{every: 3}}

@@ -64,8 +64,8 @@ def check_room(method: Distillation, data: DDILDataModule) -> None:
     longest = max((len(walk) for walk in method.walks()), default=0)
     if longest * data.trajectories > data.buffer.capacity:
         raise ValueError(
-            f"data.capacity {data.buffer.capacity} cannot hold one roll-out: {data.trajectories} trajectories of {longest} states; "
-            "raise it, or set data.trajectories lower, or data.capacity to 0 for roll-outs that are made for every batch"
+            f"data.buffer.capacity {data.buffer.capacity} cannot hold one roll-out: {data.trajectories} trajectories of {longest} states; "
+            "raise it, or set data.rollouts.trajectories lower, or data.buffer.capacity to 0 for roll-outs that are made for every batch"
         )
 
 

@@ -88,11 +88,51 @@ def check_yaml(words: Sequence[str]) -> None:
 
 
 def read_config(given: Path | str) -> dict[str, Any]:
-    """The table that --config names: of a YAML file, or the text `{...}` itself. Raises Refusal, naming it, for anything else."""
+    """The table that --config names: of a YAML file, or the text `{...}` itself. Raises Refusal, naming it, for anything else.
+
+    The config.yaml of a run of an older version is translated (`MOVED`).
+    """
     import yaml
 
     check_yaml(["--config", str(given)])
-    return yaml.safe_load(_config_text(str(given)))
+    config = yaml.safe_load(_config_text(str(given)))
+    return _translated(config) if _is_of_an_older_run(config) else config
+
+
+def in_present_names(words: Sequence[str]) -> list[str]:
+    """An expanded command line in which a config.yaml of an older version's run is given as its text, translated."""
+    import yaml
+
+    found = list(words)
+    for i, (key, value) in enumerate(zip(words, words[1:], strict=False)):
+        if key == "--config" and _is_of_an_older_run(yaml.safe_load(_config_text(value))):
+            found[i + 1] = yaml.safe_dump(read_config(value), default_flow_style=True, sort_keys=False, width=10**9)
+    return found
+
+
+def _is_of_an_older_run(config: dict[str, Any]) -> bool:
+    """Whether a config holds every option, as a run writes it, under the names that were all at one level."""
+    model = config.get("model")
+    arguments = model.get("init_args") if isinstance(model, dict) else None
+    return (
+        {"name", "run_dir", "ckpt_path"} <= set(config)
+        and isinstance(arguments, dict)
+        and "lr" in arguments
+        and "optimizer" not in arguments
+    )
+
+
+def _translated(config: dict[str, Any]) -> dict[str, Any]:
+    model = {**config["model"], "init_args": _grouped(config["model"]["init_args"], MOVED["model"])}
+    return {**config, "model": model, "data": _grouped(config.get("data") or {}, MOVED["data"])}
+
+
+def _grouped(options: dict[str, Any], moved: dict[str, str]) -> dict[str, Any]:
+    grouped: dict[str, Any] = {}
+    for name, value in options.items():
+        record, _, field = moved.get(name, name).partition(".")
+        grouped[record] = {**grouped.get(record, {}), field: value} if field else value
+    return grouped
 
 
 def _inline(config: str) -> bool:
@@ -138,6 +178,24 @@ def _size(node: Any, known: dict[int, float]) -> float:
 OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*\+?=.*", re.DOTALL)
 
 FLAGS = ("--help", "--print_config")  # options without a value of their own
+
+MOVED = {
+    "model": {
+        **{name: f"optimizer.{name}" for name in ("lr", "final_lr", "warmup", "betas", "weight_decay", "clip", "accumulate")},
+        **{name: f"memory.{name}" for name in ("teacher_dtype", "vae_dtype", "gradient_checkpointing")},
+        **{"loss": "distance.kind", "huber": "distance.width", "scaling": "boundary.scaling", "sigma_data": "boundary.sigma_data"},
+        **{"critic_steps": "critic.steps", "critic_lr": "critic.lr"},
+        **{"gan_weight": "gan.weight", "critic_gan_weight": "gan.critic_weight", "gan_features": "gan.features"},
+        **{"real_guidance": "scores.guidance", "normaliser": "scores.normaliser", "tau": "scores.tau"},
+        **{f"reflect_{name}": f"reflects.{name}" for name in ("real", "critic", "student")},
+    },
+    "data": {
+        "collect_every": "rollouts.every",
+        **{name: f"rollouts.{name}" for name in ("trajectories", "granularity", "pure_noise", "control")},
+        **{name: f"buffer.{name}" for name in ("capacity", "max_age", "priority")},
+    },
+}
+"""Options that were at one level, and the records that they are in now: for a run that goes on, and for who types an old name."""
 
 NODES = 100_000  # values in a config; the largest one of ours has some hundred
 

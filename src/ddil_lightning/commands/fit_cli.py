@@ -29,7 +29,7 @@ from ddil_lightning.commands.checks import (
     refuse_data_seed,
     refuse_null,
 )
-from ddil_lightning.commands.configs import FIT_SHORT, configs_folder
+from ddil_lightning.commands.configs import FIT_SHORT, MOVED, configs_folder, in_present_names
 from ddil_lightning.data.captions import Captions, Digits, Images, Prompts, Shapes  # noqa: F401
 from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.errors import Refusal, one_line
@@ -114,11 +114,13 @@ class FitCLI(LightningCLI):
 
     def _parsed(self, parser: LightningArgumentParser, args: Any) -> Any:
         try:
-            return at_home(parser.parse_args(args))
+            return at_home(parser.parse_args(in_present_names(args)))
         except ArgumentError as error:
-            methods = sorted({f"model.{name}" for cls in subclasses([Distillation]) for name in parameters(cls)})
+            methods = dict.fromkeys(f"model.{name}" for cls in subclasses([Distillation]) for name in parameters(cls))
             short = [name.lstrip("-") for name in FIT_SHORT]
-            raise Refusal(explain(str(error), [*short, *methods, *parser.get_defaults(skip_validation=True).keys()], BASES)) from error
+            keys = [*short, *methods, *parser.get_defaults(skip_validation=True).keys()]
+            moved = {f"{group}.{old}": f"{group}.{new}" for group, names in MOVED.items() for old, new in names.items()}
+            raise Refusal(explain(str(error), keys, BASES, moved)) from error
 
     def _as_it_began(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:
         """A run goes on with its own settings, whatever was on its command line, and with those of this command line on top."""

@@ -57,7 +57,7 @@ def train(cli: FitCLI, checkpoints: Checkpoints, parent: int) -> None:
             trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.resumed, weights_only=True if cli.resumed else None)
     except FloatingPointError as error:
         again = "go on from it" if newest(cli, checkpoints) else "begin again"
-        raise FloatingPointError(f"{error}; {last_good(cli, checkpoints)}: {again} with a lower model.lr") from error
+        raise FloatingPointError(f"{error}; {last_good(cli, checkpoints)}: {again} with a lower model.optimizer.lr") from error
     except OSError as error:
         if error.errno in FULL and "last good" not in str(error):
             raise OSError(error.errno, f"{error.strerror} ({error.filename or cli.folder}); {last_good(cli, checkpoints)}") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
 from ddil_lightning.backbones.pipeline import Pipeline
@@ -13,6 +12,7 @@ from ddil_lightning.commands.configs import read_config
 from ddil_lightning.errors import Refusal
 from ddil_lightning.messages import explain, plain, quiet
 from ddil_lightning.runs.checkpoint import check_clocks, check_fits, config_of, find_checkpoint, load_checkpoint
+from ddil_lightning.training.memory import Memory
 from ddil_lightning.training.method import Distillation
 
 
@@ -27,7 +27,7 @@ def rebuild(config: Path) -> Distillation:
         parsed = parser.parse_object({"model": read_config(config).get("model")})
         args = parsed.model.init_args
         if isinstance(args.pipeline, str):
-            args.pipeline = Pipeline(args.pipeline, getattr(torch, args.teacher_dtype), getattr(torch, args.vae_dtype), bare=True)
+            args.pipeline = Pipeline(args.pipeline, *Memory(**vars(args.memory)).dtypes, bare=True)
         return parser.instantiate_classes(parsed).model
     except ArgumentError as error:
         raise Refusal(f"{config}: {explain(str(error), [], [Distillation])}") from error

@@ -20,8 +20,9 @@ from ddil_lightning.diffusion.denoiser import evaluating
 from ddil_lightning.diffusion.reflection import estimate_box
 from ddil_lightning.feed import Feed
 from ddil_lightning.imitation.buffer import ReplayBuffer
+from ddil_lightning.imitation.options import Buffer, Rollouts
 from ddil_lightning.imitation.prior import SamplingPrior
-from ddil_lightning.imitation.rollout import Granularity, Learner, collect, draw
+from ddil_lightning.imitation.rollout import Learner, collect, draw
 from ddil_lightning.messages import counted
 from ddil_lightning.processes import Processes
 from ddil_lightning.records import SOURCES, CaptionBatch, LatentBatch, take, to
@@ -36,49 +37,44 @@ ASKED = ("feed", *(name for name in vars(Learner) if not name.startswith("_")))
 class DDILDataModule(LightningDataModule, Feed):
     """Data, prior, roll-outs and buffer of DDIL, for any method.
 
-    `captions`: a data set (default: the built-in one that the pipeline names). `prior`: shares of forward, student and teacher latents
-    (annealed by the AnnealPrior callback). `batch_size`: per process. `collect_every`: student updates between two roll-outs of
-    `trajectories` (default batch_size) trajectories, whose interior states all go to the buffer. `capacity`: states kept per process; 0
-    rolls out afresh for every batch. `max_age`, `priority`: of the buffer. `granularity`: `sample` splits every batch by the shares,
-    `step` gives each batch one source. `pure_noise`: forward latents at the first node carry no signal. `cache`: encode everything once
-    (`true`), keep it in a file in half precision (a path), or encode on the fly (`false`). `truncate`: cut long prompts instead of
-    refusing them. `on_error`: a row whose picture or caption cannot be read stops the run, or is skipped, counted and told.
-    `control`: the same-timestep control; every roll-out is replaced by data noised to its times, without a network call (`stand_in`).
+    Args:
+        captions: a data set; by default the built-in one that the pipeline names.
+        prior: the shares of forward, student and teacher latents; annealed by the callback AnnealPrior.
+        batch_size: samples per process and micro-batch.
+        rollouts: when roll-outs are made, and how a batch is mixed with them.
+        buffer: what is kept of them.
+        cache: encode everything once (`true`), keep it in a file in half precision (a path), or encode on the fly (`false`).
+        truncate: cut prompts that are too long, instead of refusing them.
+        workers: processes that read captions and pictures.
+        seed: of everything random here; a run gives its own.
+        on_error: a row whose picture or caption cannot be read stops the run (`stop`), or is left out, counted and told (`skip`).
     """
 
     def __init__(
         self,
         captions: Captions | None = None,
-        prior: SamplingPrior = SamplingPrior(),  # noqa: B008 (frozen)
+        prior: SamplingPrior = SamplingPrior(),
         batch_size: int = 32,
-        collect_every: int = 10,
-        trajectories: int | None = None,
-        capacity: int = 2048,
-        max_age: int = 500,
-        priority: float = 0.0,
-        granularity: Granularity = "sample",
-        pure_noise: bool = False,
+        rollouts: Rollouts = Rollouts(),
+        buffer: Buffer = Buffer(),
         cache: bool | str = True,
         truncate: bool = False,
         workers: int = 0,
         seed: int = 0,
-        control: bool = False,
         on_error: Literal["stop", "skip"] = "stop",
     ) -> None:
         super().__init__()
-        at_least(1, batch_size=batch_size, collect_every=collect_every, trajectories=trajectories, max_age=max_age)
-        at_least(0, capacity=capacity)
-        within(0, 10, priority=priority)
+        at_least(1, batch_size=batch_size)
         within(0, 512, workers=workers)
         seeds(seed=seed)
         if cache == "":
             raise ValueError("cache is an empty path: give a file's name, true or false")
         self.captions, self.prior, self.batch_size = captions, prior, batch_size
-        self.collect_every, self.trajectories = collect_every, min(trajectories or batch_size, batch_size)
-        self.granularity, self.pure_noise, self.seed = granularity, pure_noise, seed
-        self.cache, self.truncate, self.workers, self.control, self.on_error = cache, truncate, workers, control, on_error
+        self.rollouts, self.collect_every = rollouts, rollouts.every
+        self.trajectories = min(rollouts.trajectories or batch_size, batch_size)
+        self.cache, self.truncate, self.workers, self.seed, self.on_error = cache, truncate, workers, seed, on_error
         self.notices = Notices()
-        self.buffer = ReplayBuffer(capacity, max_age=max_age, priority=priority) if capacity else None
+        self.buffer = ReplayBuffer(buffer.capacity, buffer.max_age, buffer.priority) if buffer.capacity else None
         self.done = 0
         self._examples: list[str] = []
         self._moment: float | None = None
@@ -227,10 +223,10 @@ class DDILDataModule(LightningDataModule, Feed):
                 shape=backbone.latent_shape,
                 buffer=self.buffer,
                 clock=self.clock,
-                granularity=self.granularity,
-                pure_noise=self.pure_noise,
+                granularity=self.rollouts.granularity,
+                pure_noise=self.rollouts.pure_noise,
                 progress=learner.progress,
-                control=self.control,
+                control=self.rollouts.control,
             )
 
     def _encoded(self, batch: Any) -> CaptionBatch:
@@ -252,7 +248,7 @@ class DDILDataModule(LightningDataModule, Feed):
             return
         learner = self.learner
         shape = learner.backbone.latent_shape
-        made = collect(take(batch, slice(self.trajectories)), learner, self.prior, self.streams, shape, self.control)
+        made = collect(take(batch, slice(self.trajectories)), learner, self.prior, self.streams, shape, self.rollouts.control)
         fine = bool(torch.isfinite(made.x_t).all())
         # All processes stop together: one that left alone would leave the others waiting for its gradients.
         if not (fine if self.trainer is None else self.trainer.strategy.reduce_boolean_decision(fine)):

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ddil_lightning.bounds import above
 from ddil_lightning.diffusion.reflection import Reflection
 from ddil_lightning.diffusion.schedule import NoiseSchedule, Predicts
 from ddil_lightning.records import Context, Prediction, cat, to
@@ -102,15 +104,28 @@ def _like(null: Context, c: Context) -> Context:
     return null._replace(ids=c.ids[:1] if null.ids is None and c.ids is not None else null.ids)
 
 
-class Consistency(nn.Module):
-    """LCM's consistency function f = c_skip x_t + c_out x0 around a denoiser (METHODS 3), itself a denoiser.
+@dataclass(frozen=True)
+class Boundary:
+    """The boundary conditions of a consistency function: c_skip = sd^2 / ((k t)^2 + sd^2), c_out = k t / sqrt((k t)^2 + sd^2).
 
-    c_skip = sd^2 / ((k t)^2 + sd^2), c_out = k t / sqrt((k t)^2 + sd^2) with `scaling` k = 10 and `sigma_data` sd = 0.5, so f(x, 0) = x.
+    Args:
+        scaling: k, of the time t (an index into the schedule).
+        sigma_data: sd, the standard deviation that the data are taken to have.
     """
 
-    def __init__(self, denoiser: Denoiser, scaling: float = 10.0, sigma_data: float = 0.5) -> None:
+    scaling: float = 10.0
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        above(0, **{"boundary.scaling": self.scaling, "boundary.sigma_data": self.sigma_data})
+
+
+class Consistency(nn.Module):
+    """LCM's consistency function f = c_skip x_t + c_out x0 around a denoiser (METHODS 3), itself a denoiser: f(x, 0) = x."""
+
+    def __init__(self, denoiser: Denoiser, boundary: Boundary = Boundary()) -> None:
         super().__init__()
-        self.denoiser, self.scaling, self.sigma_data = denoiser, scaling, sigma_data
+        self.denoiser, self.scaling, self.sigma_data = denoiser, boundary.scaling, boundary.sigma_data
         self.schedule = denoiser.schedule
 
     def forward(self, x_t: Tensor, t: Tensor, c: Context) -> Prediction:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
-
-Distance = Literal["huber", "mse"]
 
 
 def per_sample(x: Tensor) -> Tensor:
@@ -24,15 +23,27 @@ def mse(a: Tensor, b: Tensor) -> Tensor:
     return per_sample((a - b).square())
 
 
-def check_distance(kind: str, h: float) -> None:
-    """Raises ValueError for a distance that is not known, or whose width float32 cannot compute with."""
-    if kind not in ("huber", "mse"):
-        raise ValueError(f"a loss is 'huber' or 'mse', not {kind!r}")
-    # Below, h^2 is nothing in float32, and the gradient at 0 no number; above, errors are lost in the rounding of h^2.
-    if not 1e-12 <= h <= 1e3:
-        raise ValueError(f"huber, the width of the pseudo-Huber loss, is at most 1000 and, squared in float32, still above 0, got {h:g}")
+@dataclass(frozen=True)
+class Distance:
+    """How far a tensor is from its target, per sample [B].
 
+    Args:
+        kind: `huber`, the pseudo-Huber distance, which asks for a median, or `mse`, which asks for a mean.
+        width: of the pseudo-Huber distance, in units of the tensors: below it errors count by their squares, above by their size.
+    """
 
-def distance(kind: Distance, a: Tensor, b: Tensor, h: float = 1e-3) -> Tensor:
-    """[B] by name: `huber` (with its width h) or `mse`, as `check_distance` accepts them."""
-    return pseudo_huber(a, b, h) if kind == "huber" else mse(a, b)
+    kind: Literal["huber", "mse"] = "huber"
+    width: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("huber", "mse"):
+            raise ValueError(f"distance.kind is 'huber' or 'mse', not {self.kind!r}")
+        # Below, its square is nothing in float32, and the gradient at 0 no number; above, errors are lost in the rounding of the square.
+        if not 1e-12 <= self.width <= 1e3:
+            raise ValueError(
+                f"distance.width of the pseudo-Huber loss is at most 1000 and, squared in float32, still above 0, got {self.width:g}"
+            )
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """[B] the distance of a and b [B, ...]."""
+        return pseudo_huber(a, b, self.width) if self.kind == "huber" else mse(a, b)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,11 +19,10 @@ from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
 from ddil_lightning.diffusion.solver import Policies
 from ddil_lightning.feed import Feed
 from ddil_lightning.imitation.buffer import ReplayBuffer
+from ddil_lightning.imitation.options import Granularity
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.records import FORWARD, MIXED, STUDENT, TEACHER, CaptionBatch, Context, LatentBatch, cat, take, to
 from ddil_lightning.streams import Streams
-
-Granularity = Literal["sample", "step"]
 
 
 class Learner(Protocol):
@@ -221,7 +220,7 @@ def _made(
     if not control:
         return roll(learner.policies, walk, actors, c, shape, generator, upto)
     if batch.latent is None:
-        raise ValueError("the same-timestep control noises data, but the data set has no images: set data.control to false")
+        raise ValueError("the same-timestep control noises data, but the data set has no images: set data.rollouts.control to false")
     return stand_in(batch.latent, learner.policies.student.schedule, walk, c, generator, upto)
 
 

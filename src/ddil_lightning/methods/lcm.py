@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ddil_lightning.backbones.roles import Role
-from ddil_lightning.bounds import above, at_least, fraction, lengths
-from ddil_lightning.diffusion.denoiser import Consistency, Denoiser
-from ddil_lightning.diffusion.losses import Distance, check_distance, distance
+from ddil_lightning.bounds import at_least, fraction, lengths
+from ddil_lightning.diffusion.denoiser import Boundary, Consistency, Denoiser
+from ddil_lightning.diffusion.losses import Distance
 from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.solver import Policies, Policy, ddim
 from ddil_lightning.records import LatentBatch
@@ -26,9 +26,14 @@ class LCM(Distillation):
     the paper's (they are possible: its DDIM steps down the training grid). Reflection acts on the guided teacher's x0 and on the target's,
     never on the student's.
 
-    `w_conditioned`: the student is told w (zero-initialised embedding); without it, one guidance is baked in; only the teacher sees w.
-    `solver_steps`: nodes of the training grid. `rollouts`: the step counts of student roll-outs. `target_decay`: EMA of the target (0: the
-    online student without gradient). `loss`, `huber`: the distance and its width. `scaling`, `sigma_data`: of the boundary conditions.
+    Args:
+        w_conditioned: the student is told w (a zero-initialised embedding); without it one guidance is baked in, and the teacher
+            alone sees w.
+        solver_steps: nodes of the training grid, between which the teacher takes one step.
+        rollouts: the step counts of student roll-outs, one of which is drawn for each.
+        target_decay: decay of the average of the student that gives targets; 0: the online student, without gradient.
+        distance: of the consistency function's values at both ends of a step.
+        boundary: the boundary conditions of the consistency function.
     """
 
     target: Role
@@ -40,21 +45,16 @@ class LCM(Distillation):
         solver_steps: int = 50,
         rollouts: tuple[int, ...] = (3, 4, 5),
         target_decay: float = 0.95,
-        loss: Distance = "huber",
-        huber: float = 1e-3,
-        scaling: float = 10.0,
-        sigma_data: float = 0.5,
+        distance: Distance = Distance(),
+        boundary: Boundary = Boundary(),
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.check_guidance(w_conditioned, "w_conditioned")
-        check_distance(loss, huber)
         fraction(target_decay=target_decay)
-        above(0, scaling=scaling, sigma_data=sigma_data)
         lengths(rollouts=rollouts)
         at_least(1, rollouts=rollouts)
-        self.distance, self.huber, self.target_decay = loss, huber, target_decay
-        self.boundary = {"scaling": scaling, "sigma_data": sigma_data}
+        self.distance, self.boundary, self.target_decay = distance, boundary, target_decay
         backbone = self.backbone
         self.grid = Grid.consistency(solver_steps, backbone.schedule.steps, rollouts)
         student = backbone.role("student", w_conditioned=w_conditioned, recompute=self.gradient_checkpointing)
@@ -70,7 +70,7 @@ class LCM(Distillation):
 
         # The student comes last: its activations do not lie in memory, and out of the cache, while the other two work.
         y = self.f(self.student, b.x_t, b.t, b)
-        loss = distance(self.distance, y, target, self.huber)
+        loss = self.distance(y, target)
         if self.descend(self.optimizers(), self.feedback(b, loss)):
             self.advance()
             self.target.follow(self.student, self.target_decay)
@@ -81,14 +81,14 @@ class LCM(Distillation):
         if reflect:
             self.measures.record(**{"reflect/saturated": self.reflection.saturation(p.x0)})
             p = denoiser.reflected(x, t, p, self.reflection)
-        return Consistency(denoiser, **self.boundary).bounded(x, t, p).x0
+        return Consistency(denoiser, self.boundary).bounded(x, t, p).x0
 
     def deploy(self, student: Denoiser) -> Deployment:
         """Multistep consistency sampling on the nodes of LCMScheduler."""
         n, total = len(self.grid), self.student.schedule.steps
-        scheduler = partial(self.backbone.scheduler, "renoise", student.predicts, "lcm", n, self.boundary["scaling"])
+        scheduler = partial(self.backbone.scheduler, "renoise", student.predicts, "lcm", n, self.boundary.scaling)
         grid = partial(Grid.named, "lcm", total=total, solver_steps=n)
         return Deployment(self._policy(student), grid, (4, 2, 1), self.eval_guidance, scheduler)
 
     def _policy(self, denoiser: Denoiser) -> Policy:
-        return Policy(Consistency(denoiser, **self.boundary), "renoise")
+        return Policy(Consistency(denoiser, self.boundary), "renoise")

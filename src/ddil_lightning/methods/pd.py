@@ -11,7 +11,7 @@ from torch import Tensor
 from ddil_lightning.backbones.roles import Role
 from ddil_lightning.bounds import within
 from ddil_lightning.diffusion.denoiser import Denoiser
-from ddil_lightning.diffusion.losses import Distance, check_distance, distance
+from ddil_lightning.diffusion.losses import Distance
 from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
 from ddil_lightning.diffusion.solver import Policies, Policy, ddim
 from ddil_lightning.records import END, LatentBatch
@@ -29,14 +29,17 @@ class PD(Distillation):
     steps on 2N nodes, and mixtures of both. Reflection acts on the teacher's x0, after guidance, and so on the target: its x0 is the mean
     of the teacher's two, weighted by the growth of alpha / sigma in each step, and a mean stays in the box. The student predicts v.
 
-    `stages`: the plan (methods.plan), carried out by the callback Stages. `eps_to_v` turns a copy of an eps teacher into a v network;
-    `guidance` teaches it guidance; both train on all times. Without a guidance stage the first halving does both: its teacher is the guided
-    pipeline, at twice the evaluations. `updates` (default: the sum of the stages) cuts the plan short, or lengthens its last stage.
-    `teacher_steps`: the first teacher's grid. `w_conditioned`: the student is told w (zero-initialised embedding); without it, the guidance
-    is baked in and only the pipeline sees w. `rule`: of all grids, `trailing` (DDIM) or `linspace` (DPM-Solver++). `weight`: of the squared
-    error in x0, SNR + 1 (the squared error in v), max(SNR, 1), SNR or 1. `loss`, `huber`: the distance of the error so weighted; mse is
-    the paper's. The pseudo-Huber one of that width asks for a median where mse asks for a mean, which is blurred while the student still
-    confuses two targets.
+    Args:
+        stages: the plan, carried out by the callback Stages. `eps_to_v` turns a copy of an eps teacher into a v network, `guidance` teaches
+            it guidance; both train on all times. Without a guidance stage the first halving does both: its teacher is the guided pipeline,
+            at twice the evaluations.
+        teacher_steps: of the first teacher's grid.
+        w_conditioned: the student is told w (a zero-initialised embedding); without it guidance is baked in, and only the pipeline sees w.
+        weight: of the squared error in x0: SNR + 1 (the squared error in v), max(SNR, 1), SNR or 1 (`x0`).
+        distance: of the error so weighted; mse is the paper's. The pseudo-Huber one asks for a median where mse asks for a mean, which is
+            blurred while the student still confuses two targets.
+        rule: of all grids, `trailing` (DDIM) or `linspace` (DPM-Solver++).
+        updates: student updates in all, by default the sum of the stages; it cuts the plan short, or lengthens its last stage.
     """
 
     former: Role | None
@@ -49,8 +52,7 @@ class PD(Distillation):
         teacher_steps: int = 32,
         w_conditioned: bool = True,
         weight: Weight = "snr+1",
-        loss: Distance = "mse",
-        huber: float = 1e-3,
+        distance: Distance = Distance("mse"),
         rule: Literal["trailing", "linspace"] = "trailing",
         updates: int | None = None,
         **kwargs: Any,
@@ -62,8 +64,7 @@ class PD(Distillation):
         within(2, schedule.steps, teacher_steps=teacher_steps)
         check_plan(stages, teacher_steps, rule, schedule.steps, backbone.predicts)
         self.stages, self.teacher_steps, self.rule = stages, teacher_steps, rule
-        check_distance(loss, huber)
-        self.weight, self.distance, self.huber, self._own = weight, loss, huber, (self.lr, self.warmup)
+        self.weight, self.distance, self._own = weight, distance, (self.lr, self.warmup)
         student = backbone.role("student", w_conditioned=w_conditioned, recompute=self.gradient_checkpointing, predicts="v")
         self.former = None
         inherits = any(self._inherits(k) for k in range(len(stages)))
@@ -77,7 +78,7 @@ class PD(Distillation):
             target = self.target(b)
         v = self.student(b.x_t, b.t, b.c).v
         scale = v_weight(self.weight, self.student.schedule, b.t, b.x_t).sqrt().view(-1, *(1,) * (v.ndim - 1))
-        loss = distance(self.distance, scale * v, scale * target, self.huber)
+        loss = self.distance(scale * v, scale * target)
         if self.descend(self.optimizers(), self.feedback(b, loss)):
             self.advance()
 

@@ -25,9 +25,12 @@ from ddil_lightning.streams import Streams
 
 @dataclass(frozen=True)
 class Gan:
-    """A discriminator's part: `weight` lambda_g in the student's loss, `critic_weight` lambda_d in the critic's, 0 and 0 for none.
+    """A discriminator's part; 0 and 0 for none.
 
-    `features`: whose the head reads, the critic's (which learns to tell them apart) or the frozen teacher's.
+    Args:
+        weight: lambda_g, of the discriminator's verdict in the student's loss.
+        critic_weight: lambda_d, of telling real from fake in the critic's loss.
+        features: whose bottleneck the head reads: the critic's, which learns to tell them apart, or the frozen teacher's.
     """
 
     weight: float = 0.0
@@ -35,14 +38,31 @@ class Gan:
     features: Literal["critic", "teacher"] = "critic"
 
     def __post_init__(self) -> None:
-        within(0, 1000, gan_weight=self.weight, critic_gan_weight=self.critic_weight)
+        within(0, 1000, **{"gan.weight": self.weight, "gan.critic_weight": self.critic_weight})
         if self.weight and not self.critic_weight:
-            raise ValueError(f"gan_weight = {self.weight} needs a discriminator that learns: set critic_gan_weight")
+            raise ValueError(f"gan.weight = {self.weight} needs a discriminator that learns: set gan.critic_weight")
 
     @property
     def is_on(self) -> bool:
         """Whether there is a discriminator at all."""
         return bool(self.weight or self.critic_weight)
+
+
+@dataclass(frozen=True)
+class Critic:
+    """A critic's time scale.
+
+    Args:
+        steps: updates of the critic to one of the student's.
+        lr: its learning rate, by default the student's.
+    """
+
+    steps: int = 5
+    lr: float | None = None
+
+    def __post_init__(self) -> None:
+        within(1, 10**6, **{"critic.steps": self.steps})
+        within(0, 10, **{"critic.lr": self.lr})
 
 
 class Adversary:
@@ -53,7 +73,6 @@ class Adversary:
     """
 
     def __init__(self, method: Any, critic: Role, head: nn.Module | None, every: int, gan: Gan, seed: int) -> None:
-        within(1, 10**6, critic_steps=every)
         self.method, self.critic, self.head = method, critic, head
         self.every, self.gan, self.seed = every, gan, seed
         self.updates = 0
@@ -130,7 +149,7 @@ class Adversary:
         if self.head is not None and not has_images:
             raise ValueError(
                 f"{type(self.method).__name__}'s GAN compares with data, but the data set has no images: give images, or set "
-                "model.gan_weight and model.critic_gan_weight to 0"
+                "model.gan.weight and model.gan.critic_weight to 0"
             )
 
     def state(self) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -25,11 +25,11 @@ from ddil_lightning.training.averaging import Averaging
 from ddil_lightning.training.clock import Clock
 from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.measures import Measures
-from ddil_lightning.training.optimisation import Descent
+from ddil_lightning.training.memory import Memory
+from ddil_lightning.training.optimisation import Descent, Optimizer
 from ddil_lightning.training.sharding import Shards, check_strategy
 
 DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def guidance_range(g: float | Sequence[float]) -> tuple[float, float]:
@@ -62,12 +62,16 @@ class Distillation(LightningModule):
     A method, in its constructor, casts its roles (`cast`: student, teacher and what else it needs), sets `policies` and `grid`, and writes
     `training_step` and `deploy`. What it leaves out is named by `check_complete`.
 
-    `pipeline`: built-in name, folder, hub id, or a loaded Backbone. `guidance`: g, or a range [g_min, g_max] for a student that is told it
-    (default: what the pipeline recommends). `updates`: student updates in all, the one clock. `lr` rises over `warmup` updates and falls
-    linearly to `final_lr * lr`. `clip`: gradient norm. `accumulate`: micro-batches per update. `ema`: decay of the average that is
-    evaluated and exported (0: the online student). `reflect`, `box`: thresholding of x0 estimates; the box (lo, hi per channel) is
-    estimated from the data if it is not given. `teacher_dtype`: of the frozen network and text encoders, `vae_dtype` of the autoencoder
-    that makes the training's latents (the student's weights are float32; `trainer.precision` says what it computes in).
+    Args:
+        pipeline: what is distilled: the name of a built-in pipeline, a folder, a hub id, or a loaded Backbone.
+        guidance: g = 1 + w, or a range [g_min, g_max] for a student that is told it; by default what the pipeline recommends.
+        updates: student updates in all, the one clock of a run.
+        optimizer: AdamW and its learning rate.
+        ema: decay of the average of the student that is evaluated and exported; 0 for the online student.
+        reflect: how estimates of x0 are held in the box of the data: `off`, `static` (clamped to it), or `dynamic` (scaled into it first).
+        box: [[lo, ...], [hi, ...]], a number per channel of the latents; estimated from the data if it is not given.
+        memory: what saves memory.
+        log_every: student updates between two rows of `metrics.csv`.
     """
 
     student: Role
@@ -84,36 +88,25 @@ class Distillation(LightningModule):
         pipeline: str | Backbone = "builtin",
         guidance: float | list[float] | None = None,
         updates: int = 1000,
-        lr: float = 1e-5,
-        final_lr: float = 0.05,
-        warmup: int = 0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 0.0,
-        clip: float = 1.0,
-        accumulate: int = 1,
+        optimizer: Optimizer = Optimizer(),
         ema: float = 0.0,
         reflect: Mode = "off",
         box: list[list[float]] | None = None,
-        gradient_checkpointing: bool = False,
-        teacher_dtype: Dtype = "float32",
-        vae_dtype: Dtype = "float32",
+        memory: Memory = Memory(),
         log_every: int = 10,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.descent, self.averaging = Descent(betas, weight_decay, clip, accumulate), Averaging(ema)
+        self.descent, self.averaging = Descent(optimizer), Averaging(ema)
         self.shards, self.measures, self.feed = Shards(), Measures(), Feed()
         self.roles: dict[str, Role] = {}
         within(1, 10**9, updates=updates, log_every=log_every)
-        within(0, 10**9, warmup=warmup)
-        within(0, 10, lr=lr, final_lr=final_lr)
         fraction(ema=ema)
-        dtypes = getattr(torch, teacher_dtype), getattr(torch, vae_dtype)
-        self.backbone: Backbone = pipeline if isinstance(pipeline, Backbone) else Pipeline(pipeline, *dtypes)
+        self.backbone: Backbone = pipeline if isinstance(pipeline, Backbone) else Pipeline(pipeline, *memory.dtypes)
         g = self.backbone.guidance if guidance is None else guidance
         self.guidance = guidance_range(g)
-        self.updates, self.lr, self.final_lr, self.warmup = updates, lr, final_lr, warmup
-        self.gradient_checkpointing, self.log_every = gradient_checkpointing, log_every
+        self.updates, self.lr, self.final_lr, self.warmup = updates, optimizer.lr, optimizer.final_lr, optimizer.warmup
+        self.gradient_checkpointing, self.log_every = memory.gradient_checkpointing, log_every
         self.has_box = box is not None or reflect == "off"
         lo, hi = checked_box(box, self.backbone.latent_shape[0])
         self.reflection = Reflection(lo, hi, reflect)
@@ -316,7 +309,7 @@ class Distillation(LightningModule):
             mixed = precision.replace("true", "mixed")
             raise ValueError(
                 f"trainer.precision {precision} would round most updates of the student to nothing: take {mixed}, which keeps its weights "
-                "in float32, and model.teacher_dtype for the frozen networks"
+                "in float32, and model.memory.teacher_dtype for the frozen networks"
             )
 
     def check_prior(self, prior: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,19 +13,47 @@ from torch import Tensor, nn
 from ddil_lightning.bounds import at_least, fraction, lengths, within
 
 
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW and its learning rate, by the clock of student updates.
+
+    Args:
+        lr: the learning rate, which rises linearly over `warmup` updates and then falls linearly to `final_lr * lr` at the end of the run.
+        final_lr: the share of `lr` that is left at the end; 1 keeps it, 0 anneals it away.
+        warmup: student updates until `lr` is reached.
+        betas: AdamW's decays of the gradient's mean and of its square.
+        weight_decay: AdamW's, per step and in units of the learning rate.
+        clip: the norm to which gradients are clipped; 0 for no clipping.
+        accumulate: micro-batches of `data.batch_size` in one update.
+    """
+
+    lr: float = 1e-5
+    final_lr: float = 0.05
+    warmup: int = 0
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        within(0, 10, **{"optimizer.lr": self.lr, "optimizer.final_lr": self.final_lr})
+        within(0, 10**9, **{"optimizer.warmup": self.warmup})
+        lengths(2, **{"optimizer.betas": self.betas})
+        fraction(**{"optimizer.betas": self.betas})
+        within(0, 1, **{"optimizer.weight_decay": self.weight_decay})
+        at_least(0, **{"optimizer.clip": self.clip})
+        within(1, 10**6, **{"optimizer.accumulate": self.accumulate})
+
+
 class Descent:
-    """What turns a loss into an optimiser step: AdamW's `betas` and `weight_decay`, the norm `clip`, `accumulate` micro-batches per update.
+    """What turns a loss into an optimiser step, as `optimizer` says: AdamW, clipping, several micro-batches per update.
 
     `micro`: how many micro-batches of the update under way are done, by the name of the loss; it belongs to a checkpoint.
     """
 
-    def __init__(self, betas: tuple[float, float], weight_decay: float, clip: float, accumulate: int) -> None:
-        within(1, 10**6, accumulate=accumulate)
-        at_least(0, clip=clip)
-        within(0, 1, weight_decay=weight_decay)
-        lengths(2, betas=betas)
-        fraction(betas=betas)
-        self.betas, self.weight_decay, self.clip, self.accumulate = betas, weight_decay, clip, accumulate
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.betas, self.weight_decay = optimizer.betas, optimizer.weight_decay
+        self.clip, self.accumulate = optimizer.clip, optimizer.accumulate
         self.micro: dict[str, int] = {}
         self.last: Tensor | None = None
 

@@ -17,7 +17,7 @@ from ddil_lightning.diffusion.denoiser import Denoiser
 class Sharded(ModelParallelStrategy):
     """`trainer.strategy=fsdp2`: every process keeps its share of the weights, gradients, averages and optimiser states.
 
-    The frozen pipeline stays whole on every process (`model.teacher_dtype` halves it), because every call of it would gather it anew.
+    The frozen pipeline stays whole on every process (`model.memory.teacher_dtype` halves it), because each call would gather it anew.
     Checkpoints are single files with whole weights, as under DDP.
     """
 

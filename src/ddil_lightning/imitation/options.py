@@ -1,0 +1,52 @@
+"""What a config says of roll-outs and of what is kept of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ddil_lightning.bounds import at_least, within
+
+Granularity = Literal["sample", "step"]
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """When roll-outs are made, and how a batch is mixed with them.
+
+    Args:
+        every: student updates between two roll-outs; the callback Cadence changes it while a run goes on.
+        trajectories: of one roll-out, whose interior states all go to the buffer; by default, and at most, `batch_size`.
+        granularity: `sample` splits every batch by the shares of the prior, `step` gives each batch one source.
+        pure_noise: forward latents at the first node carry no signal, as the first states of roll-outs do not.
+        control: the same-timestep control: every roll-out is replaced by data noised to its times, without a network call.
+    """
+
+    every: int = 10
+    trajectories: int | None = None
+    granularity: Granularity = "sample"
+    pure_noise: bool = False
+    control: bool = False
+
+    def __post_init__(self) -> None:
+        at_least(1, **{"rollouts.every": self.every, "rollouts.trajectories": self.trajectories})
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """The replay buffer of roll-outs, from which batches are drawn with replacement.
+
+    Args:
+        capacity: states kept per process; 0 keeps none, and rolls out afresh for every batch.
+        max_age: student updates after which a state is forgotten.
+        priority: the exponent by which states of a larger loss are drawn more often; 0 draws uniformly.
+    """
+
+    capacity: int = 2048
+    max_age: int = 500
+    priority: float = 0.0
+
+    def __post_init__(self) -> None:
+        at_least(0, **{"buffer.capacity": self.capacity})
+        at_least(1, **{"buffer.max_age": self.max_age})
+        within(0, 10, **{"buffer.priority": self.priority})
