@@ -198,7 +198,12 @@ def test_snippet(page: str, code: str, ran: Done) -> None:
 def keywords(code: str, name: str) -> dict[str, Any]:
     """The keyword arguments of the one call of `name`."""
     (found,) = [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == name]
-    return {k.arg or "": ast.literal_eval(k.value) for k in found.keywords if not isinstance(k.value, ast.Call)}
+    return {k.arg or "": table(k.value) for k in found.keywords if not isinstance(k.value, ast.Call) or k.arg in ("distance", "optimizer")}
+
+
+def table(value: ast.expr) -> Any:
+    """A literal, or the keywords of a record, as a config says them."""
+    return {k.arg: table(k.value) for k in value.keywords} if isinstance(value, ast.Call) else ast.literal_eval(value)
 
 
 def notebook(kind: str) -> str:
