@@ -14,6 +14,7 @@ from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.commands import main
 from ddil_lightning.commands.fit import fit as ddil_fit
 from ddil_lightning.runs import export
+from ddil_lightning.training.memory import Memory
 from suite import METHODS, captions, fit
 
 pytestmark = pytest.mark.gpu
@@ -31,7 +32,14 @@ class Places(Callback):
 @pytest.mark.parametrize("entry", METHODS, ids=lambda entry: entry.name)
 def test_a_method_trains_on_the_gpu_and_its_export_samples_as_it_does(entry: Any, precision: str, tiny: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    made = {"updates": 2, "guidance": [1.0, 4.0], "ema": 0.9, "reflect": "static", "gradient_checkpointing": True, **entry.kwargs}
+    made = {
+        "updates": 2,
+        "guidance": [1.0, 4.0],
+        "ema": 0.9,
+        "reflect": "static",
+        "memory": Memory(gradient_checkpointing=True),
+        **entry.kwargs,
+    }
     method = entry.method(pipeline=Pipeline(str(tiny)), **made)  # not the shared one: it moves
     seen = Places()
     run = fit(method, captions(tiny), seen, accelerator="gpu", devices=1, precision=precision)
