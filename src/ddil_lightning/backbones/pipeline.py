@@ -48,9 +48,11 @@ def family_of(pipe: Any, path: str) -> Family:
 class Pipeline(Backbone):
     """A teacher pipeline of diffusers.
 
-    `path`: built-in name, folder or hub id. `dtype`: of the frozen network and text encoders (the student is always made in float32).
-    `vae_dtype`: of the autoencoder, whose latents are what training takes for data. `bare`: networks, the teacher's too, are without memory
-    for weights; the one that is wanted gets them from a checkpoint.
+    Args:
+        path: built-in name, folder or hub id.
+        dtype: of the frozen network and of the text encoders; the student is always made in float32.
+        vae_dtype: of the autoencoder, whose latents are what training takes for data.
+        bare: networks, the teacher's too, are without memory for weights; the one that is wanted gets them from a checkpoint.
     """
 
     holds_students = True

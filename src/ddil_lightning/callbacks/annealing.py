@@ -38,7 +38,11 @@ def check_images(feed: Feed, what: str, remedy: str = "give that share to the te
 
 
 class AnnealPrior(OnClock):
-    """Steers the DataModule's prior by `schedule(clock)`. Every prior is checked against the method's sources before it is used."""
+    """Steers the DataModule's prior by a schedule. Every prior is checked against the method's sources before it is used.
+
+    Args:
+        schedule: clock -> prior, the clock being the student updates of the present stage.
+    """
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
@@ -72,7 +76,12 @@ class AnnealPrior(OnClock):
 
 
 class Cadence(OnClock):
-    """Student updates between two roll-outs: `every[k]` from clock `starts[k]` on."""
+    """Changes `data.rollouts.every` while a run goes on.
+
+    Args:
+        every: student updates between two roll-outs, one after the other.
+        starts: the clocks from which they hold, rising from 0, as many.
+    """
 
     def __init__(self, every: Sequence[int], starts: Sequence[int]) -> None:
         if len(every) != len(starts) or not starts or starts[0] != 0 or list(starts) != sorted(set(starts)) or min(every) < 1:
@@ -87,7 +96,11 @@ class Cadence(OnClock):
 
 
 class FlushBuffer(OnClock):
-    """Forgets all roll-outs at the given clocks (and, by the Stages callback, at every stage)."""
+    """Forgets all roll-outs at given clocks (by the Stages callback they are forgotten at every stage as well).
+
+    Args:
+        at: student updates of a stage after which they are forgotten.
+    """
 
     def __init__(self, at: Sequence[int]) -> None:
         at_least(0, at=at)

@@ -21,12 +21,17 @@ AGREE = 10  # batches between two looks at whether any of several processes was 
 
 
 class Checkpoints(Checkpoint):
-    """`checkpoints/updates=N.ckpt` every `every` student updates (0: never), and at the end of a stage and of the run; the newest `keep`.
+    """`checkpoints/updates=N.ckpt` by the clock of student updates, and at the end of a stage and of the run.
 
     A checkpoint holds the student, its averages, the optimiser, the buffer and the clocks, never the frozen teacher. Lightning's own
-    ModelCheckpoint counts the steps of every optimiser, which is another clock. `folder` defaults to the trainer's root.
+    ModelCheckpoint counts the steps of every optimiser, which is another clock.
     Ctrl-C, SIGTERM and SIGHUP end the run after the update in progress, with a checkpoint; a second one stops at once. Weights that are not
     finite are not saved (FloatingPointError), so that the last checkpoint is a good one.
+
+    Args:
+        every: student updates between two checkpoints; 0 for those at an end alone.
+        keep: how many of the newest stay.
+        folder: where they are written, by default `checkpoints/` below the trainer's root.
     """
 
     def __init__(self, every: int = 200, keep: int = 2, folder: str | None = None) -> None:

@@ -17,11 +17,18 @@ from ddil_lightning.training.deployment import Deployment
 
 
 class Previews(Callback):
-    """`samples/NNNNNN.png` every `every` student updates (0: never), at the start and at the end.
+    """Sheets of samples, `samples/NNNNNN.png`: a row for every step count of the teacher and of the student, a column for every prompt.
 
-    Rows: the teacher at `teacher_steps`, the student at `student_steps` (default: those it is made for); columns: `count` prompts
-    (`prompts`, or the first of the data). A prompt that is too long is refused, or cut where `data.truncate` cuts the captions. The
-    teacher is sampled once. Loggers that take images get the sheet too.
+    The teacher is sampled once. Loggers that take images get the sheet too.
+
+    Args:
+        every: student updates between two sheets, besides those at the start and at the end; 0 for none at all.
+        count: how many prompts.
+        prompts: what to draw, by default the first captions of the data. One that is too long is refused, or cut where `data.truncate` cuts
+            the captions.
+        teacher_steps: the teacher's step counts.
+        student_steps: the student's step counts, by default those it is made for.
+        seed: of the noise, the same for all rows; that of column i is `seed` + i.
     """
 
     def __init__(

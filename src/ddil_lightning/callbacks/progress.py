@@ -10,7 +10,11 @@ from ddil_lightning.bounds import at_least
 
 
 class Progress(ProgressBar):
-    """A Rich bar over student updates with the loss and an estimate of the time left; about `lines` plain lines without a terminal."""
+    """A Rich bar over student updates with the loss and an estimate of the time left; plain lines where there is no terminal.
+
+    Args:
+        lines: about how many plain lines a run prints.
+    """
 
     def __init__(self, lines: int = 10) -> None:
         super().__init__()

@@ -20,12 +20,18 @@ PAIRS = 2000
 
 
 class ShiftProbe(Callback):
-    """Every `every` student updates: how far the student's own latents are from the teacher's and from forward latents, node by node.
+    """How far the student's own latents are from the teacher's and from forward latents, node by node.
 
-    `count` captions of the data, the student's `steps`-step sampler; the teacher walks `teacher_steps` DDIM steps under the same guidance
-    and is recorded at the student's nodes, from independent noise. Forward latents alone are the wrong yard-stick under guidance: the
-    guided teacher is shifted against them itself. Writes shift/teacher and shift/forward (energy distance, mean over nodes), and the same
-    with a node's time. Node 0 is pure noise for both and is left out.
+    The teacher walks its DDIM steps under the same guidance and is recorded at the student's nodes, from independent noise. Forward latents
+    alone are the wrong yard-stick under guidance: the guided teacher is shifted against them itself. Writes shift/teacher and shift/forward
+    (energy distance, mean over nodes), and the same with a node's time. Node 0 is pure noise for both and is left out.
+
+    Args:
+        every: student updates between two probes.
+        count: captions of the data that are sampled, the same ones every time.
+        steps: of the student's sampler.
+        teacher_steps: DDIM steps of the teacher.
+        seed: of the noise, the same for every probe.
     """
 
     def __init__(self, every: int = 100, count: int = 128, steps: int = 4, teacher_steps: int = 32, seed: int = 30_000) -> None:

@@ -22,9 +22,12 @@ class Stages(Callback):
     missing when a run goes on is made then.
 
     Every stage and every part of it gets its prior: that of the part, else the DataModule's own for halvings and forward latents for
-    preliminary stages. `pipelines`: write `stages/NN-K-steps/` below `folder` (default: the trainer's root), exported and verified, for
-    students that can be exported. The run's last update ends its stage too, but begins no other: a run that is made longer begins it then.
+    preliminary stages. The run's last update ends its stage too, but begins no other: a run that is made longer begins it then.
     Does nothing for a method without stages.
+
+    Args:
+        pipelines: write `NN-K-steps/` at the end of a stage, exported and verified, for students that can be exported.
+        folder: where these are written, by default `stages/` below the trainer's root.
     """
 
     def __init__(self, pipelines: bool = True, folder: str | None = None) -> None:

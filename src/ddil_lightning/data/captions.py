@@ -120,7 +120,12 @@ def _digest(parts: Iterable[Any]) -> str:
 
 
 class Shapes(Captions):
-    """The built-in coloured shapes: `n` scenes of `seed`, drawn in memory."""
+    """The built-in coloured shapes, drawn in memory.
+
+    Args:
+        n: how many scenes.
+        seed: of the scenes and of their captions.
+    """
 
     def __init__(self, n: int = 8192, seed: int = 1) -> None:
         from ddil_lightning.miniature import shapes
@@ -157,8 +162,15 @@ class Images(Captions):
 
     A folder holds `metadata.jsonl`, `.csv` or `.parquet` (`file_name` and the caption), or a `name.txt` beside each `name.jpg`
     (`folders.list_folder`). The image column holds pictures, their bytes, or paths from the folder of the file. Pictures are read as
-    `pictures.read_picture` says. `size`: side in pixels; the largest square at the centre is resized to it. `image`, `caption`: columns; of
-    several captions of a picture the first counts. `limit`: the first rows alone.
+    `pictures.read_picture` says.
+
+    Args:
+        path: the folder, the file or the hub id.
+        size: side in pixels; the largest square at the centre of a picture is resized to it.
+        image: the column of pictures.
+        caption: the column of captions; of several captions of a picture the first counts.
+        split: of a Hugging Face dataset.
+        limit: take the first rows alone; by default all of them.
     """
 
     def __init__(
@@ -227,7 +239,11 @@ class Images(Captions):
 
 
 class Prompts(Captions):
-    """Captions without images, one a line of a text file: for data-free training (a prior without a forward share)."""
+    """Captions without images: for data-free training (a prior without a forward share).
+
+    Args:
+        path: a text file with one caption a line; empty lines are left out.
+    """
 
     def __init__(self, path: str) -> None:
         self._lines = [line for line in read_lines(path) if line]

@@ -16,9 +16,12 @@ Mix = Literal["trajectory", "interval"]
 class SamplingPrior:
     """Where a latent comes from: shares that sum to 1 (DDIL Eq. 2); checked when made.
 
-    `forward`: noised data; `student` and `teacher`: roll-outs. `mix` says who acts within a roll-out: `trajectory` gives a whole
-    trajectory to one of them, `interval` tosses a coin of student / (student + teacher) at every interval of the student's grid
-    (the paper's mixed roll-outs, METHODS 1.5).
+    Args:
+        forward: the share of noised data.
+        student: the share of the student's roll-outs.
+        teacher: the share of the teacher's roll-outs.
+        mix: who acts within a roll-out. `trajectory` gives a whole trajectory to one of them, `interval` tosses a coin of student /
+            (student + teacher) at every interval of the student's grid (the paper's mixed roll-outs, METHODS 1.5).
     """
 
     forward: float = 1.0
@@ -86,7 +89,11 @@ class Schedule:
 
 
 class Constant(Schedule):
-    """The same prior always."""
+    """The same prior always.
+
+    Args:
+        prior: that one.
+    """
 
     def __init__(self, prior: SamplingPrior) -> None:
         self.prior = prior
@@ -97,7 +104,12 @@ class Constant(Schedule):
 
 
 class Piecewise(Schedule):
-    """`priors[k]` from clock `starts[k]` on (the paper's parts of a stage); `starts` rises from 0."""
+    """One prior after the other (the paper's parts of a stage).
+
+    Args:
+        priors: the priors.
+        starts: the clocks from which they hold, rising from 0, as many.
+    """
 
     def __init__(self, priors: Sequence[SamplingPrior], starts: Sequence[int]) -> None:
         if len(priors) != len(starts) or not starts or starts[0] != 0 or any(a >= b for a, b in zip(starts, starts[1:], strict=False)):
@@ -112,7 +124,14 @@ class Piecewise(Schedule):
 
 
 class _Ramp(Schedule):
-    """From `first` to `last` between the clocks `start` and `end`, along `shape(r)` with r from 0 to 1."""
+    """From `first` to `last` between the clocks `start` and `end`, along `shape(r)` with r from 0 to 1.
+
+    Args:
+        first: the prior up to `start`.
+        last: the prior from `end` on.
+        end: the student updates at which `last` is reached.
+        start: the student updates at which `first` is left.
+    """
 
     def __init__(self, first: SamplingPrior, last: SamplingPrior, end: int, start: int = 0) -> None:
         if end <= start or start < 0:
@@ -142,7 +161,14 @@ class Cosine(_Ramp):
 
 
 class Exponential(Schedule):
-    """DAgger's p^k: the distance to `last` shrinks by `rate` every `every` updates."""
+    """DAgger's p^k: the distance to `last` shrinks by a factor in every period.
+
+    Args:
+        first: the prior at clock 0.
+        last: the prior that is approached.
+        rate: the factor, between 0 and 1.
+        every: student updates in a period.
+    """
 
     def __init__(self, first: SamplingPrior, last: SamplingPrior, rate: float = 0.5, every: int = 100) -> None:
         if not 0 < rate < 1 or every < 1:
@@ -155,9 +181,16 @@ class Exponential(Schedule):
 
 
 class Gated(Schedule):
-    """Performance-gated: one of `steps` equal moves from `first` to `last` whenever on-policy loss / forward loss is below `ratio`.
+    """Performance-gated: one move from `first` to `last` whenever the student does on roll-outs nearly as well as on forward latents.
 
     It hears the losses of every update; `level` is its memory.
+
+    Args:
+        first: the prior at the start, with a share of forward latents and one of roll-outs, which are compared.
+        last: the prior after all moves.
+        ratio: on-policy loss / forward loss below which an update passes.
+        steps: in how many equal moves `last` is reached.
+        patience: how many updates in a row have to pass for a move.
     """
 
     hears = True

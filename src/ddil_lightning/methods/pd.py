@@ -30,9 +30,10 @@ class PD(Distillation):
     of the teacher's two, weighted by the growth of alpha / sigma in each step, and a mean stays in the box. The student predicts v.
 
     Args:
-        stages: the plan, carried out by the callback Stages. `eps_to_v` turns a copy of an eps teacher into a v network, `guidance` teaches
-            it guidance; both train on all times. Without a guidance stage the first halving does both: its teacher is the guided pipeline,
-            at twice the evaluations.
+        stages: the plan, carried out by the callback Stages: a list of {kind, steps, updates, parts, lr, warmup} (`training.plan.Stage`),
+            and of its parts {updates, forward, student, teacher}. `eps_to_v` turns a copy of an eps teacher into a v network, `guidance`
+            teaches it guidance; both train on all times. Without a guidance stage the first halving does both: its teacher is the guided
+            pipeline, at twice the evaluations.
         teacher_steps: of the first teacher's grid.
         w_conditioned: the student is told w (a zero-initialised embedding); without it guidance is baked in, and only the pipeline sees w.
         weight: of the squared error in x0: SNR + 1 (the squared error in v), max(SNR, 1), SNR or 1 (`x0`).

@@ -22,10 +22,15 @@ from ddil_lightning.training.method import Distillation
 
 @dataclass
 class Test:
-    """What a run is measured by when it ends: `n` held-out prompts, the rows, the suite's seed. n = 0: no test.
+    """What a run is measured by when it ends.
 
-    `student_steps` (default: all that the run has made students for): a count that a stage of the run has ended with is tested on that
-    stage's student. `dpm`: rows with DPM-Solver++ 2M too, for students that step by DDIM.
+    Args:
+        n: how many held-out prompts, at least 16; 0 for no test.
+        teacher_steps: the step counts of the teacher's rows.
+        student_steps: those of the student's rows, by default all that the run has made students for. A count that a stage of the run has
+            ended with is tested on that stage's student.
+        seed: of prompts and noise.
+        dpm: rows with DPM-Solver++ 2M too, for students that step by DDIM.
     """
 
     n: int = 256

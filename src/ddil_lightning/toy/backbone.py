@@ -25,9 +25,17 @@ PRETRAIN_STEPS, PRETRAIN_BATCH, PRETRAIN_LR = 800, 256, 3e-3
 class Toy(Backbone):
     """A problem of PROBLEMS as a pipeline: its exact teacher, students, prompts "class 0", "class 1", ..., and data.
 
-    `scale` in units of the prior's standard deviation; `members`: seeds trained at once, `seed`, `seed` + 1, ... (default: the run's seed);
-    `guidance`: what the pipeline recommends; `width`, `depth`: of the students' MLPs; `size`: points of every member's data set.
     A student starts from the exact unguided teacher, as far as an MLP learns it in 800 steps.
+
+    Args:
+        problem: a name of PROBLEMS: points in the plane with known classes and modes.
+        scale: of the problem, in units of the prior's standard deviation.
+        members: seeds trained at once, `seed`, `seed` + 1, ...
+        guidance: what the pipeline recommends.
+        width: of the students' MLPs, in units of a layer.
+        depth: of the students' MLPs, in hidden layers.
+        size: points of every member's data set.
+        seed: the first member's, by default the run's.
     """
 
     samples = "points"

@@ -16,7 +16,14 @@ RULES = ("trailing", "linspace")
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a stage with its own prior (DDIL: first mostly the teacher's transitions, then mostly the student's)."""
+    """A part of a stage with its own prior (DDIL: first mostly the teacher's transitions, then mostly the student's).
+
+    Args:
+        updates: student updates.
+        forward: the share of forward latents.
+        student: the share of the student's roll-outs.
+        teacher: the share of the teacher's roll-outs.
+    """
 
     updates: int
     forward: float = 1.0
@@ -26,10 +33,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: `kind`; of a halving the student's `steps` after it; `updates`, or the `parts` that add up to them.
+    """One stage. Without parts, a halving is trained under the DataModule's prior and a preliminary stage on forward latents.
 
-    `lr`, `warmup`: the method's own where they are left out. Without parts, a halving is trained under the DataModule's prior and a
-    preliminary stage (`eps_to_v`, `guidance`), whose student is still a many-step network, on forward latents.
+    Args:
+        kind: `halve`, or a preliminary stage, `eps_to_v` or `guidance`, whose student is still a many-step network.
+        steps: of a halving, the student's after it.
+        updates: student updates, where there are no parts.
+        parts: parts with priors of their own, whose updates add up to those of the stage.
+        lr: the learning rate, by default the method's own.
+        warmup: its warm-up in student updates, by default the method's own.
     """
 
     kind: Kind = "halve"
