@@ -101,7 +101,7 @@ class Half:
 class Whole:
     """Nothing of it."""
 
-    def __init__(self, half: Half = Half(), other: str = "x", more: float | None = None) -> None:  # noqa: B008 (frozen)
+    def __init__(self, half: Half = Half(), other: str = "x", more: float | None = None) -> None:
         """Nothing."""
 
 

@@ -197,7 +197,7 @@ def test_the_control_stands_at_the_same_times():
     assert float((eps.corrcoef() - torch.eye(len(eps))).abs().max()) < 5 / math.sqrt(b.latent.numel())
     drawn = draw(batch(8), m, HALF, Streams(0, 1), shape=SHAPE, control=True)
     assert torch.equal(drawn.t, draw(batch(8), m, HALF, Streams(0, 1), shape=SHAPE).t) and drawn.source.unique().tolist() == [FORWARD]
-    with pytest.raises(ValueError, match=r"no images: set data\.control to false"):
+    with pytest.raises(ValueError, match=r"no images: set data\.rollouts\.control to false"):
         collect(batch(images=False), m, STUDENTS, Streams(0, 3), SHAPE, control=True)
 
 

@@ -43,7 +43,7 @@ def test_deployments_of_methods(name: str, told: bool, tiny: Path) -> None:
 
 def test_what_dmd2_stands_for_is_the_guidance_of_its_real_score(tiny: Path) -> None:
     entry = next(entry for entry in METHODS if entry.name == "dmd2")
-    made = build(entry, tiny, real_guidance=5.0).deployment
+    made = build(entry, tiny, scores={"guidance": 5.0}).deployment
     assert (made.told, made.guidance, made.guidance_scale, made.quoted) == (False, 2.0, 1.0, 5.0)
 
 

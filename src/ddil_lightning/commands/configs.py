@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,13 @@ def in_present_names(words: Sequence[str]) -> list[str]:
 
     found = list(words)
     for i, (key, value) in enumerate(zip(words, words[1:], strict=False)):
-        if key == "--config" and _is_of_an_older_run(yaml.safe_load(_config_text(value))):
-            found[i + 1] = yaml.safe_dump(read_config(value), default_flow_style=True, sort_keys=False, width=10**9)
+        if key != "--config":
+            continue
+        with suppress(yaml.YAMLError):  # the parser says what is wrong with such a text
+            config = yaml.safe_load(_config_text(value))
+            if not isinstance(config, dict) or not _is_of_an_older_run(config):
+                continue
+            found[i + 1] = yaml.safe_dump(_translated(config), default_flow_style=True, sort_keys=False, width=10**9)
     return found
 
 
