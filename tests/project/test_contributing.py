@@ -319,6 +319,11 @@ def test_a_plugin_that_fails_is_named(pixart: Path, monkeypatch: pytest.MonkeyPa
 # The metric ---------------------------------------------------------------------------------------------------------------------------
 
 
+def test_the_metric_is_known_wherever_it_is_named(named: None) -> None:
+    """To tables and suites alone, without a command or a family that would have imported it."""
+    assert registry.columns()[-1].key == "colourfulness" and registry.unmeasured()["colourfulness"] is None
+
+
 def test_the_metric_is_measured_and_shown(place: Path) -> None:
     """Half pure red, half grey: |rg| is 255 or 0 and |yb| half of it, so spread 127.5 r and mean 127.5 r with r = sqrt(1 + 1/4)."""
     forget()
