@@ -156,7 +156,16 @@ def nearest(name: str, known: Sequence[str]) -> str:
 def parameters(cls: type) -> list[str]:
     """The names that the constructors of a class and of its bases accept, and the dotted ones of fields, where a record is the default."""
     signatures = [inspect.signature(c).parameters.values() for c in cls.__mro__[:-1]]
-    known = {p.name: p.default for found in reversed(signatures) for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    return _dotted(p for found in reversed(signatures) for p in found)
+
+
+def accepts(function: Callable[..., Any]) -> list[str]:
+    """As `parameters`, of a function."""
+    return _dotted(inspect.signature(function).parameters.values())
+
+
+def _dotted(found: Iterable[inspect.Parameter]) -> list[str]:
+    known = {p.name: p.default for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     records = {name: record for name, record in known.items() if is_dataclass(record)}
     return [*known, *(f"{name}.{field.name}" for name, record in records.items() for field in fields(record))]
 

@@ -64,7 +64,7 @@ def parameters(cls: type) -> list[str]:
     return [p.name for p in known if p.name not in ("self", "pipeline", "captions", "schedule", "first", "last", "stages", "prior")]
 
 
-def fit_options() -> Iterator[list[str]]:
+def fit_options() -> Iterator[list[str]]:  # noqa: C901 (a list of cases)
     """Words that end where a value is missing, for everything that ddil-fit takes numbers or names for."""
     plan = "model.stages=[{steps: 4, updates: 1}, {steps: 2, updates: 1}]"
     for cls, own in ((LCM, []), (DMD2, ["model.guidance=2.0"]), (PD, [plan, "model.teacher_steps=8"])):
@@ -215,8 +215,9 @@ OPTIONS = {
     "sample": ("--pipeline tiny --prompt digit --out x.png", "pipeline prompt steps guidance seed n scale out truncate"),
     "test": ("--pipeline tiny --n 16 --steps 1", "pipeline steps guidance n seed data images out ckpt_path dpm"),
     "export": ("--ckpt_path run --out out", "ckpt_path out steps dtype safety_checker"),
-    "pretrain": ("--out out", """dataset images batch_size lr seed devices out autoencoder_steps decoder_steps hold ema focus guidance
-                 prompts interim interim_every resume progress config"""),
+    "pretrain": ("--out out", """dataset images seed out unet unet.batch_size unet.lr unet.devices unet.hold unet.ema unet.focus autoencoder
+                 autoencoder.steps autoencoder.decoder_steps measurement.guidance measurement.prompts interim interim.folder interim.every
+                 resume progress config"""),
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.commands import fit_cli
 from ddil_lightning.commands.checks import OWN
 from ddil_lightning.messages import parameters, subclasses
+from ddil_lightning.miniature import pretrain
 from ddil_lightning.training.plan import Part, Stage
 
 OPTION = re.compile(r"^  (-.*?)(?=^  -|^\S|\Z)", re.M | re.S)
@@ -108,6 +109,14 @@ class Whole:
 def test_a_missing_meaning_is_found() -> None:
     assert unexplained(page_of(Half)) == ["--it.untold"] and meanings(page_of(Half))["--it.told"] == "what it is."
     assert {"--it.other", "--it.more", "--it.half.untold"} <= set(unexplained(page_of(Whole)))
+
+
+@pytest.mark.parametrize("option", ["--help", "--unet.lr"])
+def test_every_option_of_ddil_pretrain_has_its_meaning(option: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        pretrain.main(["--help"])
+    page = capsys.readouterr().out
+    assert unexplained(page) == [] and option in page
 
 
 def names(cls: type) -> set[str]:

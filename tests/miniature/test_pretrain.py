@@ -18,15 +18,16 @@ from ddil_lightning.miniature.sources import HELD_OUT, load_source
 from ddil_lightning.miniature.stages import AutoencoderStage, Denoiser, DenoiserStage, FreshLatents, Stage, held_then_cosine, token_ids
 
 TINY = [
-    "--dataset", "digits", "--images", "48", "--batch_size", "8", "--devices", "1", "--autoencoder_steps", "3",
-    "--decoder_steps", "2", "--prompts", "4", "--guidance", "[2.0]", "--interim_every", "32", "--progress", "false",
+    "--dataset", "digits", "--images", "48", "--unet.batch_size", "8", "--unet.devices", "1", "--autoencoder.steps", "3",
+    "--autoencoder.decoder_steps", "2", "--measurement.prompts", "4", "--measurement.guidance", "[2.0]",
+    "--interim.every", "32", "--progress", "false",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pretrain")
-    main([*TINY, "--out", str(folder / "a"), "--interim", str(folder / "interim")])
+    main([*TINY, "--out", str(folder / "a"), "--interim.folder", str(folder / "interim")])
     return folder
 
 
@@ -74,7 +75,7 @@ def test_a_disk_that_is_full_at_a_snapshot(tiny: Path, tmp_path: Path, capsys: A
     # Files may not grow as large as this part of a snapshot: the first to fail, because it is larger than those written before it.
     resource.setrlimit(resource.RLIMIT_FSIZE, ((tiny / "interim" / part).stat().st_size - 1, limits[1]))
     try:
-        code, said = refused(capsys, "--out", str(tmp_path / "out"), "--interim", str(interim))
+        code, said = refused(capsys, "--out", str(tmp_path / "out"), "--interim.folder", str(interim))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 2 and said.startswith("ddil-pretrain: File too large"), said
@@ -82,8 +83,8 @@ def test_a_disk_that_is_full_at_a_snapshot(tiny: Path, tmp_path: Path, capsys: A
 
 
 def test_the_same_seed_gives_the_same_weights_and_resume_goes_on(tiny: Path) -> None:
-    main([*TINY, "--out", str(tiny / "b"), "--interim", "null"])
-    main([*TINY, "--out", str(tiny / "c"), "--interim", "null", "--resume", str(tiny / "interim")])
+    main([*TINY, "--out", str(tiny / "b"), "--interim.folder", "null"])
+    main([*TINY, "--out", str(tiny / "c"), "--interim.folder", "null", "--resume", str(tiny / "interim")])
     first, again, more = ((tiny / name / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() for name in "abc")
     assert first == again and first != more
     assert json.loads((tiny / "c" / "ddil.json").read_text())["images"] == 96
@@ -92,7 +93,7 @@ def test_the_same_seed_gives_the_same_weights_and_resume_goes_on(tiny: Path) -> 
 def refused(capsys: Any, *words: str) -> tuple[int, str]:
     """ddil-pretrain's exit code and last line."""
     with pytest.raises(SystemExit) as stop:
-        run(command("pretrain"), "ddil-pretrain", [*TINY, "--interim", "null", *words])
+        run(command("pretrain"), "ddil-pretrain", [*TINY, "--interim.folder", "null", *words])
     return stop.value.code, capsys.readouterr().err.strip().split("\n")[-1]  # type: ignore[return-value]
 
 
@@ -104,20 +105,20 @@ def test_what_cannot_be_trained_is_refused_at_once(tmp_path: Path, monkeypatch: 
     for words, said in (
         (["--out", "thesis"], "thesis holds other files; give another --out"),
         (["--out", "thesis/a.tex"], "thesis/a.tex holds other files; give another --out"),
-        (["--out", "new", "--interim", "new/interim"], "interim new/interim lies in out new"),
-        (["--interim", "thesis"], "interim thesis is there and no link of ours"),
-        (["--devices", "0"], "devices is 0: give a number from 1 to 256"),
-        (["--batch_size", "3", "--devices", "2"], "batch_size 3: give a multiple of devices (2)"),
-        (["--batch_size", "0"], "batch_size is 0: give a number of at least 1"),
+        (["--out", "new", "--interim.folder", "new/interim"], "interim new/interim lies in out new"),
+        (["--interim.folder", "thesis"], "interim thesis is there and no link of ours"),
+        (["--unet.devices", "0"], "unet.devices is 0: give a number from 1 to 256"),
+        (["--unet.batch_size", "3", "--unet.devices", "2"], "unet.batch_size 3: give a multiple of unet.devices (2)"),
+        (["--unet.batch_size", "0"], "unet.batch_size is 0: give a number of at least 1"),
         (["--images", "0"], "images is 0: give a number of at least 1"),
-        (["--decoder_steps", "-1"], "decoder_steps is -1: give a number of at least 0"),
-        (["--autoencoder_steps", "-1"], "autoencoder_steps is -1"),
-        (["--prompts", "0"], "prompts is 0"),
-        (["--interim_every", "0"], "interim_every is 0"),
-        (["--hold", "1.5"], "hold is 1.5: give a number from 0 to 1"),
-        (["--ema", "1"], "ema is 1.0: give a number from 0 to below 1"),
-        (["--lr", ".nan"], "lr is nan"),
-        (["--guidance", "[]"], "guidance is []: give at least one"),
+        (["--autoencoder.decoder_steps", "-1"], "autoencoder.decoder_steps is -1: give a number of at least 0"),
+        (["--autoencoder.steps", "-1"], "autoencoder.steps is -1"),
+        (["--measurement.prompts", "0"], "measurement.prompts is 0"),
+        (["--interim.every", "0"], "interim.every is 0"),
+        (["--unet.hold", "1.5"], "unet.hold is 1.5: give a number from 0 to 1"),
+        (["--unet.ema", "1"], "unet.ema is 1.0: give a number from 0 to below 1"),
+        (["--unet.lr", ".nan"], "unet.lr is nan"),
+        (["--measurement.guidance", "[]"], "measurement.guidance is []: give at least one"),
         (["--seed", "-1"], "seed is -1: give a whole number from 0 to 4294967295"),
         (["--resume", "nowhere"], "resume: the snapshot nowhere/state.pt: it is not there; give the folder that --interim"),
         (["--resume", "thesis"], "resume: the snapshot thesis/state.pt: it is not there"),

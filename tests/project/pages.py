@@ -71,11 +71,14 @@ FILES = {found[1]: code for page in GUIDES.values() for _, code in page.blocks i
 SNIPPETS = [(page.path.name, code) for page in GUIDES.values() for code in page.of("python") if not NAMED.match(code)]
 
 FIT = "trainer.accelerator=cpu data.batch_size=8 previews.count=1 previews.teacher_steps=[4] checkpoints.every=2"
-PRETRAIN = "--images=16 --batch_size=8 --devices=1 --autoencoder_steps=1 --decoder_steps=1 --prompts=4 --guidance=[2.0] --progress=false"
+PRETRAIN = (
+    "--images=16 --unet.batch_size=8 --unet.devices=1 --autoencoder.steps=1 --autoencoder.decoder_steps=1 --measurement.prompts=4 "
+    "--measurement.guidance=[2.0] --progress=false"
+)
 SMALL = {
     "ddil-fit": FIT,
     "ddil-test": "--n 16",
-    "ddil-pretrain": f"{PRETRAIN} --interim=null --dataset=digits",
+    "ddil-pretrain": f"{PRETRAIN} --interim.folder=null --dataset=digits",
     "data.captions=Images": "data.captions.size=16",
     "lcm_ddil_sd15.yaml": "model.pipeline=builtin model.memory.teacher_dtype=float32 data.captions.size=16 data.workers=0 previews.every=0 "
     "trainer.devices=1 trainer.strategy=auto trainer.precision=32-true",

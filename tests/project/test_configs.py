@@ -113,8 +113,15 @@ def test_toy_configs_differ_in_the_prior_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", PRETRAIN)
 def test_pretrain(name: str, here: Path) -> None:
-    words = ["--config", str(find_config(name)), "--images=32", "--batch_size=8", "--devices=1", "--autoencoder_steps=2"]
-    words += ["--decoder_steps=2", "--prompts=4", "--guidance=[2.0]", "--interim=null", "--progress=false", "--out=out"]
+    words = ["--config", str(find_config(name)), "--images=32", "--unet.batch_size=8", "--unet.devices=1", "--autoencoder.steps=2"]
+    words += [
+        "--autoencoder.decoder_steps=2",
+        "--measurement.prompts=4",
+        "--measurement.guidance=[2.0]",
+        "--interim.folder=null",
+        "--progress=false",
+        "--out=out",
+    ]
     pretrain.main(words)
     about = json.loads((here / "out" / "ddil.json").read_text())
     assert about["dataset"] == yaml.safe_load(find_config(name).read_text())["dataset"] and about["images"] == 32

@@ -201,7 +201,14 @@ MOVED = {
         **{name: f"buffer.{name}" for name in ("capacity", "max_age", "priority")},
     },
 }
-"""Options that were at one level, and the records that they are in now: for a run that goes on, and for who types an old name."""
+"""Options of ddil-fit that were at one level, and where they are now: for a run that goes on, and for who types an old name."""
+
+PRETRAIN_MOVED = {
+    **{name: f"unet.{name}" for name in ("batch_size", "devices", "lr", "hold", "ema", "focus")},
+    **{"autoencoder_steps": "autoencoder.steps", "decoder_steps": "autoencoder.decoder_steps"},
+    **{"prompts": "measurement.prompts", "guidance": "measurement.guidance", "interim_every": "interim.every"},
+}
+"""The same of ddil-pretrain."""
 
 NODES = 100_000  # values in a config; the largest one of ours has some hundred
 

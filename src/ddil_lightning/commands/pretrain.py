@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-
-from ddil_lightning.commands.configs import expand
+from ddil_lightning.commands.configs import PRETRAIN_MOVED, expand
 from ddil_lightning.errors import Refusal
-from ddil_lightning.messages import explain
+from ddil_lightning.messages import accepts, explain
 
 
 def pretrain(argv: list[str]) -> int:
@@ -19,5 +17,5 @@ def pretrain(argv: list[str]) -> int:
     try:
         training.main(words)
     except ArgumentError as error:
-        raise Refusal(explain(str(error), list(inspect.signature(training.pretrain).parameters))) from error
+        raise Refusal(explain(str(error), accepts(training.pretrain), moved=PRETRAIN_MOVED)) from error
     return 0

@@ -229,7 +229,7 @@ def _rolled(learner: Learner, x_t: Tensor, t: Tensor, c: Context, source: Tensor
     return LatentBatch(x_t, t, learner.grid.times.to(t.device)[node + 1], node, c, None, source, weight, slot)
 
 
-def draw(
+def draw(  # noqa: PLR0913 (a pure function of all that Algorithm 1 depends on)
     batch: CaptionBatch,
     learner: Learner,
     prior: SamplingPrior,

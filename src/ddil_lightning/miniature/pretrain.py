@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
-from ddil_lightning.bounds import at_least, fraction, lengths, seeds, within
+from ddil_lightning.bounds import at_least, seeds
 from ddil_lightning.files import check_writable, replacing_folder, switch, unused
 from ddil_lightning.miniature import networks
 from ddil_lightning.miniature.card import guided, measure, save_teacher
+from ddil_lightning.miniature.settings import AutoencoderTraining, Interim, Measurement, UnetTraining
 from ddil_lightning.miniature.sources import load_source
 from ddil_lightning.miniature.stages import AutoencoderStage, Denoiser, DenoiserStage, FreshImages, FreshLatents, Stage, loader, token_ids
 
@@ -30,20 +31,12 @@ def pretrain(
     *,
     dataset: Literal["shapes", "digits"] = "shapes",
     images: int = 750_000,
-    batch_size: int = 64,
-    lr: float = 2e-3,
     seed: int = 0,
-    devices: int = 2,
     out: str = "runs/pretrain/shapes",
-    autoencoder_steps: int = 1000,
-    decoder_steps: int = 1300,
-    hold: float = 0.6,
-    ema: float = 0.998,
-    focus: float = 0.0,
-    guidance: tuple[float, ...] = (2.0, 3.0, 4.0),
-    prompts: int = 1000,
-    interim: str | None = "runs/pretrain/interim",
-    interim_every: int = 60_000,
+    unet: UnetTraining = UnetTraining(),
+    autoencoder: AutoencoderTraining = AutoencoderTraining(),
+    measurement: Measurement = Measurement(),
+    interim: Interim = Interim(),
     resume: str | None = None,
     progress: bool = True,
 ) -> Path:
@@ -51,37 +44,22 @@ def pretrain(
 
     Args:
         dataset: the built-in data set.
-        images: images that the U-Net sees; the learning rate decays over the last `1 - hold` of them.
-        batch_size: of the U-Net, over all devices.
-        lr: peak learning rate of the U-Net (AdamW).
-        seed: of weights, data and noise; the result is the same for the same `devices`.
-        devices: CPU processes of one thread each for the U-Net, since convolutions this small gain little from threads.
+        images: images that the U-Net sees.
+        seed: of weights, data and noise; the result is the same for the same `unet.devices`.
         out: folder to write; a pipeline folder of that name is replaced.
-        autoencoder_steps: batches of 16 for the autoencoder.
-        decoder_steps: batches of 16 for its decoder alone, afterwards; the latents stay the same.
-        hold: share of the training at the peak learning rate.
-        ema: decay of the averaged weights, which are the ones that ship.
-        focus: share of the timesteps drawn from .5 to .95 alone, where the caption decides about shapes.
-        guidance: scales to choose from by the judge, on held-out prompts.
-        prompts: held-out prompts of the final measurement.
-        interim: folder of a snapshot that is replaced while the U-Net trains (None: no snapshots).
-        interim_every: images between snapshots.
+        unet: the training of U-Net and text encoder.
+        autoencoder: the training of the autoencoder.
+        measurement: what the teacher is measured by.
+        interim: snapshots while the U-Net trains.
         resume: folder of an earlier run's snapshots; its autoencoder and last weights are trained on, with a fresh decay.
         progress: show progress bars.
 
     Raises ValueError before the training for an `out` that holds something else and for numbers that cannot be trained with.
     """
-    out, interim, resume = (None if path is None else os.path.expanduser(path) for path in (out, interim, resume))  # type: ignore[assignment]
-    at_least(1, images=images, batch_size=batch_size, prompts=prompts, interim_every=interim_every)
-    at_least(0, autoencoder_steps=autoencoder_steps, decoder_steps=decoder_steps)
-    within(1, 256, devices=devices)
-    within(0, 1, hold=hold, focus=focus)
-    within(0, 10, lr=lr)
-    within(0, 1000, guidance=guidance)
-    lengths(guidance=guidance)
-    fraction(ema=ema)
+    out, folder, resume = (None if path is None else os.path.expanduser(path) for path in (out, interim.folder, resume))  # type: ignore[assignment]
+    at_least(1, images=images)
     seeds(seed=seed)
-    check(out, interim, batch_size, devices)
+    check(out, folder)
     state = None if resume is None else _snapshot(Path(resume) / "state.pt")
     started = time.time()
     seed_everything(seed, verbose=False)
@@ -90,18 +68,17 @@ def pretrain(
         before = _restore(pipeline, state)
     else:
         before = 0
-        train_autoencoder(pipeline, dataset, steps=autoencoder_steps, seed=seed, progress=progress)
-    snapshots = None if interim is None else Snapshots(pipeline, interim, max(1, interim_every // batch_size), batch_size, before)
-    train_denoiser(
-        pipeline, dataset, steps=max(1, images // batch_size), batch_size=batch_size, lr=lr, seed=seed + before,
-        devices=devices, hold=hold, ema=ema, focus=focus, snapshots=snapshots, progress=progress,
-    )  # fmt: skip
-    train_autoencoder(pipeline, dataset, steps=decoder_steps, seed=seed + 1, progress=progress, decoder_only=True)
-    best, scores = guided(pipeline, dataset, guidance, n=min(256, prompts))
+        train_autoencoder(pipeline, dataset, steps=autoencoder.steps, seed=seed, progress=progress)
+    size = unet.batch_size
+    snapshots = None if folder is None else Snapshots(pipeline, folder, max(1, interim.every // size), size, before)
+    train_denoiser(pipeline, dataset, unet, steps=max(1, images // size), seed=seed + before, snapshots=snapshots, progress=progress)
+    train_autoencoder(pipeline, dataset, steps=autoencoder.decoder_steps, seed=seed + 1, progress=progress, decoder_only=True)
+    prompts = measurement.prompts
+    best, scores = guided(pipeline, dataset, measurement.guidance, n=min(256, prompts))
     table = {steps: measure(pipeline, dataset, n=prompts, steps=steps, guidance=best) for steps in (32, 4, 2, 1)}
     settings = {
-        "dataset": dataset, "seed": seed, "devices": devices, "images": images, "batch_size": batch_size, "lr": lr, "hold": hold,
-        "ema": ema, "focus": focus, "autoencoder_steps": autoencoder_steps, "decoder_steps": decoder_steps,
+        "dataset": dataset, "seed": seed, "devices": unet.devices, "images": images, "batch_size": size, "lr": unet.lr, "hold": unet.hold,
+        "ema": unet.ema, "focus": unet.focus, "autoencoder_steps": autoencoder.steps, "decoder_steps": autoencoder.decoder_steps,
     }  # fmt: skip
     facts = {
         "dataset": dataset, "guidance": best, "settings": settings, "images": images + before, "resumed": resume is not None,
@@ -110,15 +87,15 @@ def pretrain(
     return save_teacher(pipeline, out, facts, table)
 
 
-def check(out: str, interim: str | None, batch_size: int, devices: int) -> None:
+def check(out: str, interim: str | None) -> None:
     """Raises ValueError with one line for what would fail after the training, or delete what is not ours."""
-    if batch_size % devices:
-        raise ValueError(f"batch_size {batch_size}: give a multiple of devices ({devices}), among which a batch is divided")
     folder = Path(out).resolve()
     if interim is not None and Path(interim).absolute().is_relative_to(folder):
-        raise ValueError(f"interim {interim} lies in out {out}, which is replaced at the end: give another --interim")
+        raise ValueError(f"interim {interim} lies in out {out}, which is replaced at the end: give another --interim.folder")
     if interim is not None and Path(interim).exists() and not Path(interim).is_symlink():
-        raise ValueError(f"interim {interim} is there and no link of ours, which is switched to every snapshot: give another --interim")
+        raise ValueError(
+            f"interim {interim} is there and no link of ours, which is switched to every snapshot: give another --interim.folder"
+        )
     if folder.exists() and not (folder / "ddil.json").is_file() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{out} holds other files; give another --out: an empty or a new folder, or one that ddil-pretrain wrote")
     for path in filter(None, [out, interim]):
@@ -143,18 +120,18 @@ def train_autoencoder(
 
 
 def train_denoiser(
-    pipeline: StableDiffusionPipeline, dataset: str, *, steps: int, batch_size: int, lr: float, seed: int, devices: int,
-    hold: float, ema: float, focus: float = 0.0, snapshots: Callback | None = None, progress: bool = False,
+    pipeline: StableDiffusionPipeline, dataset: str, unet: UnetTraining, *,
+    steps: int, seed: int, snapshots: Callback | None = None, progress: bool = False,
 ) -> None:  # fmt: skip
-    """Train U-Net and text encoder of `pipeline` in place on latents of fresh images."""
+    """Train U-Net and text encoder of `pipeline` in place on `steps` batches of latents of fresh images."""
     stage = DenoiserStage(
         live=Denoiser(pipeline.unet.train(), pipeline.text_encoder.train()),
         scheduler=pipeline.scheduler,
         empty=token_ids(pipeline.tokenizer, [""]),
-        steps=steps, lr=lr, hold=hold, ema=ema, focus=focus, seed=seed,
+        steps=steps, lr=unet.lr, hold=unet.hold, ema=unet.ema, focus=unet.focus, seed=seed,
     )  # fmt: skip
-    data = FreshLatents(source=load_source(dataset).draw, pipeline=pipeline, batch_size=batch_size // devices, seed=seed)
-    fit(stage, loader(data), devices=devices, progress=progress, callbacks=[snapshots] if snapshots else [])
+    data = FreshLatents(source=load_source(dataset).draw, pipeline=pipeline, batch_size=unet.batch_size // unet.devices, seed=seed)
+    fit(stage, loader(data), devices=unet.devices, progress=progress, callbacks=[snapshots] if snapshots else [])
     put_average(pipeline, stage.average)
 
 
@@ -173,7 +150,7 @@ def _snapshot(file: Path) -> dict[str, Any]:
         return {name: state[name] for name in ("live", "vae", "scaling_factor", "images")}
     except Exception as error:
         reason = "it is not there" if isinstance(error, FileNotFoundError) else f"it cannot be read ({type(error).__name__})"
-        raise ValueError(f"resume: the snapshot {file}: {reason}; give the folder that --interim of an earlier run names") from error
+        raise ValueError(f"resume: the snapshot {file}: {reason}; give the folder that --interim.folder of an earlier run names") from error
 
 
 def _restore(pipeline: StableDiffusionPipeline, state: dict[str, Any]) -> int:
