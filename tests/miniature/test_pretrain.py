@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 from ddil_lightning.commands.main import command, run
+from ddil_lightning.messages import accepts
 from ddil_lightning.miniature import networks, shapes, weights_path
 from ddil_lightning.miniature.card import measure, sample, save_teacher
-from ddil_lightning.miniature.pretrain import Snapshots, main
+from ddil_lightning.miniature.pretrain import Snapshots, main, pretrain
 from ddil_lightning.miniature.sources import HELD_OUT, load_source
 from ddil_lightning.miniature.stages import AutoencoderStage, Denoiser, DenoiserStage, FreshLatents, Stage, held_then_cosine, token_ids
 
@@ -51,7 +53,8 @@ def test_a_tiny_run_says_what_it_did(tiny: Path) -> None:
     assert facts["dataset"] == "digits" and facts["guidance"] == 2.0 and facts["images"] == 48
     assert set(facts["figures"]) == {"32", "4", "2", "1"}
     card = (tiny / "a" / "README.md").read_text()
-    assert "ddil-pretrain --dataset digits --seed 0" in card and "| 32 |" in card
+    (typed,) = re.findall(r"`ddil-pretrain (--dataset digits --seed 0 .*)`", card)
+    assert set(re.findall(r"--(\S+)", typed)) <= set(accepts(pretrain)) and "--unet.lr 0.002" in typed and "| 32 |" in card
 
 
 def test_latents_have_unit_scale(tiny: Path) -> None:

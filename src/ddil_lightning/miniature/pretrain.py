@@ -76,10 +76,9 @@ def pretrain(
     prompts = measurement.prompts
     best, scores = guided(pipeline, dataset, measurement.guidance, n=min(256, prompts))
     table = {steps: measure(pipeline, dataset, n=prompts, steps=steps, guidance=best) for steps in (32, 4, 2, 1)}
-    settings = {
-        "dataset": dataset, "seed": seed, "devices": unet.devices, "images": images, "batch_size": size, "lr": unet.lr, "hold": unet.hold,
-        "ema": unet.ema, "focus": unet.focus, "autoencoder_steps": autoencoder.steps, "decoder_steps": autoencoder.decoder_steps,
-    }  # fmt: skip
+    parts = {"unet": unet, "autoencoder": autoencoder}
+    settings = {"dataset": dataset, "seed": seed, "images": images}
+    settings |= {f"{name}.{key}": value for name, part in parts.items() for key, value in vars(part).items()}
     facts = {
         "dataset": dataset, "guidance": best, "settings": settings, "images": images + before, "resumed": resume is not None,
         "minutes": round((time.time() - started) / 60, 1), "guidance_scores": scores,
