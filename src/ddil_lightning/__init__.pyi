@@ -15,7 +15,7 @@ from ddil_lightning.imitation.rollout import draw as draw, roll as roll
 from ddil_lightning.methods import DMD2 as DMD2, LCM as LCM, PD as PD
 from ddil_lightning.methods.dmd2 import Reflects as Reflects, Scores as Scores
 from ddil_lightning.training.adversary import Critic as Critic, Gan as Gan
-from ddil_lightning.training.memory import Memory as Memory
+from ddil_lightning.training.options import Memory as Memory
 from ddil_lightning.training.method import Distillation as Distillation
 from ddil_lightning.training.optimisation import Optimizer as Optimizer
 from ddil_lightning.training.plan import Part as Part, Stage as Stage

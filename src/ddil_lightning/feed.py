@@ -43,6 +43,10 @@ class Feed:
         """What a plan or a schedule asks for from now on; None to leave it to the others. The one way in which a run changes its prior."""
         self._steered = {**self._steered, by: prior}
 
+    def unsteered(self) -> None:
+        """A run begins: what plans and schedules of another one asked for no longer holds."""
+        self._steered = {}
+
     def box(self) -> tuple[list[float], list[float]] | None:
         """(lo, hi) per channel of the latents of its images; None where there are none, or none that it knows of."""
         return None

@@ -16,7 +16,7 @@ from ddil_lightning.diffusion.denoiser import W_EMBEDDING, Denoiser, w_embedding
 from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.solver import Policy
 from ddil_lightning.records import Context
-from ddil_lightning.training.memory import Memory
+from ddil_lightning.training.options import Memory
 from suite import METHODS
 
 PROMPTS = ["a handwritten seven", "a small red circle left of a large blue square", "a"]

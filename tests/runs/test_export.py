@@ -17,7 +17,7 @@ from ddil_lightning.backbones import sampling
 from ddil_lightning.backbones.loading import load_pipeline
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.runs import export
-from ddil_lightning.training.memory import Memory
+from ddil_lightning.training.options import Memory
 from suite import METHODS, build
 
 PROMPTS = ["a handwritten one", "", "a small red circle"]

@@ -43,7 +43,7 @@ class Toy:
         self.policies = Policies(Policy(Denoiser(student, SCHEDULE, "x0"), "renoise"), Policy(Denoiser(exact, SCHEDULE, "x0")))
         self.grid, self.guidance = Grid.named("linspace", 4), (2.0, 8.0)
         self.stage_updates, self.student_updates, self.progress, self.feed = 0, 0, 0.0, Feed()
-        self.backbone: Any = SimpleNamespace(latent_shape=(2, 4, 4), about={"dataset": "digits"})
+        self.backbone: Any = SimpleNamespace(latent_shape=(2, 4, 4), about={"dataset": "digits"}, captions=None)
 
     def act(self, x0: Tensor) -> Tensor:
         assert not torch.is_grad_enabled()

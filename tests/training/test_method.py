@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 
+from ddil_lightning.callbacks import AnnealPrior
 from ddil_lightning.data.encoded import Encoded
-from ddil_lightning.imitation.prior import SamplingPrior
-from suite import FORWARD, METHODS, Gradients, backbone, build, captions, fit, pictures, train
+from ddil_lightning.imitation.prior import Gated, SamplingPrior
+from suite import FORWARD, METHODS, MIXED, Gradients, backbone, build, captions, fit, pictures, train
 
 FIRST = METHODS[0]
 
@@ -52,6 +53,18 @@ def test_the_learning_rate_warms_up_and_falls(tiny: Path) -> None:
 def test_every_update_is_logged_once_however_many_batches_it_takes(tiny: Path) -> None:
     run = train(FIRST, tiny, updates=5, optimizer={"accumulate": 3}, log_every=2)
     assert [row["student_updates"] for row in run.rows] == [2, 4, 5] and run.data.done == 15
+
+
+def test_a_second_fit_of_a_method_is_told_to_its_own_logger_alone(tiny: Path) -> None:
+    """And neither a schedule of the first one nor what it asked for goes on."""
+    half = SamplingPrior(0.5, 0.5)
+    data, gate = captions(tiny), Gated(half, half)
+    first = fit(build(FIRST, tiny, updates=2), data, AnnealPrior(gate))
+    assert len(first.rows) == 2 and data.prior == half
+    first.method.updates = 4
+    second = fit(first.method, data)
+    assert [row["student_updates"] for row in second.rows] == [3, 4] and len(first.rows) == 2
+    assert data.prior == MIXED and first.method.measures._close == []
 
 
 def test_the_average_follows_the_student(tiny: Path) -> None:

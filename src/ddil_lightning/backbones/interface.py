@@ -186,7 +186,7 @@ class Backbone(ABC):
         """The scheduler that steps as a student does: see `backbones.schedulers`. Raises ValueError where there is none."""
         raise ValueError(f"no pipeline can hold a student of {self.path}, so it has no scheduler")
 
-    def save(self, folder: Path, network: nn.Module, scheduler: Callable[[], Any], dtype: torch.dtype, safety_checker: bool) -> Path:
+    def save(self, folder: Path, network: nn.Module, scheduler: Callable[[], Any] | None, dtype: torch.dtype, safety_checker: bool) -> Path:
         """Write a student below `folder` -> where. Here its weights alone, student.safetensors."""
         from safetensors.torch import save_file
 

@@ -193,7 +193,7 @@ class Pipeline(Backbone):
         kind = next(name for name, space in PREDICTS.items() if space == predicts)
         return schedulers.student(self.pipe.scheduler, transition, kind, rule, steps, scaling)
 
-    def save(self, folder: Path, network: nn.Module, scheduler: Callable[[], Any], dtype: torch.dtype, safety_checker: bool) -> Path:
+    def save(self, folder: Path, network: nn.Module, scheduler: Callable[[], Any] | None, dtype: torch.dtype, safety_checker: bool) -> Path:
         """A pipeline folder: the teacher's encoders, the student's network, its scheduler, all of it in `dtype`.
 
         Frozen parts that were trained with in half precision are read again and saved as they came. `safety_checker`: with the teacher's.
@@ -201,6 +201,8 @@ class Pipeline(Backbone):
         kind = type(self._network)
         if not isinstance(network, kind):
             raise ValueError(f"pipelines of {self.path} hold a {kind.__name__}, and this student is a {type(network).__name__}")
+        if scheduler is None:
+            raise ValueError("a pipeline needs the scheduler that its student was trained for: give Deployment one in deploy(student)")
         own = {kind.component: network.model, "scheduler": scheduler()}
         whole = {part.dtype for part in self.parts() if part is not self._network.model} == {torch.float32}
         if safety_checker or not whole:

@@ -56,8 +56,20 @@ class AnnealPrior(OnClock):
             pl_module.check_prior(prior)
         if max(prior.forward for prior in priors) > 1e-6:  # an interpolation rounds
             check_images(pl_module.feed, "the schedule of AnnealPrior")
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """The clock as it stands; a schedule that hears, hears from now on."""
         if self.schedule.hears:
             pl_module.measures.listen(self.schedule.hear, every_update=True)
+        super().on_train_start(trainer, pl_module)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """It hears no other run of the method."""
+        pl_module.measures.forget(self.schedule.hear)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """The same for a run that was broken off."""
+        pl_module.measures.forget(self.schedule.hear)
 
     def apply(self, trainer: Any, method: Any, clock: int) -> None:
         """The prior of this clock."""

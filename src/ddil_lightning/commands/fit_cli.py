@@ -43,6 +43,7 @@ from ddil_lightning.runs.folder import Claim, check_free, check_latest, point_la
 from ddil_lightning.runs.loggers import MetricsFile, check_wandb, masked, refuse_masked, wandb_logger
 from ddil_lightning.toy import Toy  # noqa: F401
 from ddil_lightning.training.method import Distillation
+from ddil_lightning.training.options import check_precision
 from ddil_lightning.training.plan import Part, Stage
 
 Wandb = Literal["off", "offline", "online"]
@@ -187,7 +188,7 @@ class FitCLI(LightningCLI):
         self._take_folder()
         try:
             trainer = super().instantiate_trainer(default_root_dir=str(self.folder), logger=self._loggers(), **kwargs)
-            self.model.check_precision(trainer.precision)
+            check_precision(trainer.precision)
             check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, (AnnealPrior, Stages)):

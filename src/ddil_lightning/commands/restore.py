@@ -12,8 +12,8 @@ from ddil_lightning.commands.configs import read_config
 from ddil_lightning.errors import Refusal
 from ddil_lightning.messages import explain, plain, quiet
 from ddil_lightning.runs.checkpoint import check_clocks, check_fits, config_of, find_checkpoint, load_checkpoint
-from ddil_lightning.training.memory import Memory
 from ddil_lightning.training.method import Distillation
+from ddil_lightning.training.options import Memory
 
 
 def rebuild(config: Path) -> Distillation:

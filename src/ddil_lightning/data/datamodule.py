@@ -114,12 +114,13 @@ class DDILDataModule(LightningDataModule, Feed):
                 f"{type(self.learner).__name__} has no {', '.join(lacking)}: derive it from Distillation, or see rollout.Learner"
             )
         self.learner.feed = self
+        self.unsteered()
         backbone = self.learner.backbone
         if self.trainer is not None:
             # Lightning moves the method only after this hook, and no data set should be encoded on a CPU beside an idle GPU.
             backbone.to(self.trainer.strategy.root_device)
         if self.captions is None:
-            self.captions = getattr(backbone, "captions", None) or self._own(backbone)
+            self.captions = backbone.captions or self._own(backbone)
         captions, processes = self.captions, Processes(self.trainer)
         captions.on_error = self.on_error
         if not isinstance(captions, Encoded):

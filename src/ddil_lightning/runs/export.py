@@ -42,7 +42,7 @@ def export(method: Distillation, folder: Path, steps: int = 4, dtype: torch.dtyp
     one is complete. Raises ValueError where the backbone's students are no pipelines.
     """
     backbone, deployment = method.backbone, method.deployment
-    if not backbone.holds_students or deployment.scheduler is None:
+    if not backbone.holds_students:
         raise ValueError(f"no pipeline can hold the student of {backbone.path}: its weights are in checkpoints")
     about = about_student(method, steps)
     with replacing_folder(folder) as temporary:
@@ -62,7 +62,7 @@ def about_student(method: Distillation, steps: int) -> dict[str, Any]:
         "steps": steps,
         "made_for": list(deployment.steps),
         "guidance": g,
-        "guidance_scale": g if deployment.told else 1.0,
+        "guidance_scale": deployment.guidance_scale,
         "guidance_range": list(method.guidance) if deployment.told else [g, g],
         "timesteps": deployment.grid(steps).nodes.tolist(),
         "dataset": method.backbone.about.get("dataset"),

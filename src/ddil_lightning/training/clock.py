@@ -33,6 +33,14 @@ class Clock(Callback):
         if clock >= pl_module.updates:
             trainer.should_stop = True
 
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """This trainer's loggers hear no other run of the method."""
+        pl_module.measures.forget(self.write)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """The same for a run that was broken off."""
+        pl_module.measures.forget(self.write)
+
     def write(self, clock: int, values: Mapping[str, float]) -> None:
         """What is published, to the loggers."""
         for logger in self._loggers:

@@ -34,6 +34,12 @@ class Measures:
         if hear not in listeners:
             listeners.append(hear)
 
+    def forget(self, hear: Hear) -> None:
+        """Have `hear` called no more."""
+        for listeners in (self._close, self._listeners):
+            if hear in listeners:
+                listeners.remove(hear)
+
     def publish(self, clock: int, values: Mapping[str, float]) -> None:
         """Tell the listeners."""
         for hear in self._listeners:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ddil_lightning.backbones.interface import Backbone
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.roles import Role
-from ddil_lightning.bounds import fraction, lengths, within
+from ddil_lightning.bounds import fraction, within
 from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.reflection import BOX, Mode, Reflection
 from ddil_lightning.diffusion.schedule import Grid
@@ -25,35 +25,10 @@ from ddil_lightning.training.averaging import Averaging
 from ddil_lightning.training.clock import Clock
 from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.measures import Measures
-from ddil_lightning.training.memory import Memory
 from ddil_lightning.training.optimisation import Descent, Optimizer
+from ddil_lightning.training.options import Memory, check_precision, checked_box, guidance_range
+from ddil_lightning.training.randomness import Borrowed
 from ddil_lightning.training.sharding import Shards, check_strategy
-
-DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-
-
-def guidance_range(g: float | Sequence[float]) -> tuple[float, float]:
-    """(g_min, g_max) of one guidance g or of a range. Raises ValueError for what is neither, or falls."""
-    ends = list(g) if isinstance(g, Sequence) else [g]
-    if len(ends) not in (1, 2):
-        raise ValueError(f"guidance is {g!r}: give one number, or a range [g_min, g_max]")
-    within(0, 1000, guidance=g)
-    low, high = ends[0], ends[-1]
-    if low > high:
-        raise ValueError(f"the range of guidance falls, from {low:g} to {high:g}: give the smaller one first")
-    return float(low), float(high)
-
-
-def checked_box(box: list[list[float]] | None, channels: int) -> list[list[float]]:
-    """(lo, hi) per channel, BOX where none is given. Raises ValueError for another shape than two lists with a number per channel."""
-    if box is None:
-        return [[-BOX] * channels, [BOX] * channels]
-    if len(box) != 2:
-        raise ValueError(f"box is {box!r}: give [[lo, ...], [hi, ...]], {channels} numbers each, one per channel of the latents")
-    for side in box:
-        lengths(channels, box=side)
-        within(-1e6, 1e6, box=side)
-    return box
 
 
 class Distillation(LightningModule):
@@ -113,8 +88,7 @@ class Distillation(LightningModule):
         self.student_updates, self.stage, self.stage_start = 0, 0, 0
         self.average: nn.Module | None = None
         self._batch: LatentBatch | None = None
-        self._drops = False
-        self._random: tuple[Tensor, Tensor | None] | None = None
+        self._random = Borrowed()
 
     # Roles and deployment ----------------------------------------------------------------------------------------------------------
 
@@ -299,18 +273,9 @@ class Distillation(LightningModule):
     def setup(self, stage: str) -> None:
         """Check strategy and precision, and the prior against the method. Raises ValueError."""
         check_strategy(self.trainer.strategy, self.trainer.precision)
-        self.check_precision(self.trainer.precision)
+        check_precision(self.trainer.precision)
         if self.feed.prior is not None:
             self.check_prior(self.feed.prior)
-
-    def check_precision(self, precision: str) -> None:
-        """Raises ValueError for a Trainer that would turn the student itself to half precision."""
-        if precision in ("bf16-true", "16-true"):
-            mixed = precision.replace("true", "mixed")
-            raise ValueError(
-                f"trainer.precision {precision} would round most updates of the student to nothing: take {mixed}, which keeps its weights "
-                "in float32, and model.memory.teacher_dtype for the frozen networks"
-            )
 
     def check_prior(self, prior: Any) -> None:
         """Raises ValueError when `prior` gives a share to a source on which this method has no target."""
@@ -322,8 +287,7 @@ class Distillation(LightningModule):
                 )
 
     def on_fit_start(self) -> None:
-        """The box from the data, once it is encoded; and whether anything in training has dropout, which needs its seeds."""
-        self._drops = any(isinstance(m, DROPOUT) and m.p > 0 for m in self.modules())
+        """The box from the data, once it is encoded."""
         if not self.has_box:
             found = self.feed.box()
             if found is not None:
@@ -342,19 +306,12 @@ class Distillation(LightningModule):
         self.shards.gather(self._outgoing.network, self.device)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Dropout takes torch's own numbers: for this step the feed's, so that a resumed run repeats them, and then as they were."""
-        if self._drops and self.feed.dropout is not None:
-            self._random = torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-            torch.manual_seed(self.feed.dropout)
+        """Dropout takes torch's own numbers: for this step they are the feed's, so that a resumed run repeats them."""
+        self._random.take(self.feed.dropout, self.device)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The module's hook is the last one of a batch: what must not be done before a checkpoint is written is done now."""
-        if self._random is not None:
-            cpu, cuda = self._random
-            torch.set_rng_state(cpu)
-            if cuda is not None:
-                torch.cuda.set_rng_state(cuda, self.device)
-            self._random = None
+        self._random.give_back()
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if hasattr(callback, "after_checkpoints"):
                 callback.after_checkpoints(self.trainer, self)

@@ -1,0 +1,68 @@
+"""What a config says of any method beside its optimiser: what memory is saved by, the range of guidance, the box of the latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ddil_lightning.bounds import lengths, within
+from ddil_lightning.diffusion.reflection import BOX
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What memory is saved by. The student's weights are float32 in any case; `trainer.precision` says what it computes in.
+
+    Args:
+        teacher_dtype: of the weights of the frozen network and of the text encoders.
+        vae_dtype: of the autoencoder that makes the latents of the training.
+        gradient_checkpointing: compute activations of the networks in training a second time for the backward pass, rather than keep them.
+    """
+
+    teacher_dtype: Dtype = "float32"
+    vae_dtype: Dtype = "float32"
+    gradient_checkpointing: bool = False
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Those of the frozen network and of the autoencoder."""
+        return getattr(torch, self.teacher_dtype), getattr(torch, self.vae_dtype)
+
+
+def guidance_range(g: float | Sequence[float]) -> tuple[float, float]:
+    """(g_min, g_max) of one guidance g or of a range. Raises ValueError for what is neither, or falls."""
+    ends = list(g) if isinstance(g, Sequence) else [g]
+    if len(ends) not in (1, 2):
+        raise ValueError(f"guidance is {g!r}: give one number, or a range [g_min, g_max]")
+    within(0, 1000, guidance=g)
+    low, high = ends[0], ends[-1]
+    if low > high:
+        raise ValueError(f"the range of guidance falls, from {low:g} to {high:g}: give the smaller one first")
+    return float(low), float(high)
+
+
+def checked_box(box: list[list[float]] | None, channels: int) -> list[list[float]]:
+    """(lo, hi) per channel, BOX where none is given. Raises ValueError for another shape than two lists with a number per channel."""
+    if box is None:
+        return [[-BOX] * channels, [BOX] * channels]
+    if len(box) != 2:
+        raise ValueError(f"box is {box!r}: give [[lo, ...], [hi, ...]], {channels} numbers each, one per channel of the latents")
+    for side in box:
+        lengths(channels, box=side)
+        within(-1e6, 1e6, box=side)
+    return box
+
+
+def check_precision(precision: str) -> None:
+    """Raises ValueError for a Trainer that would turn the student itself to half precision."""
+    if precision in ("bf16-true", "16-true"):
+        mixed = precision.replace("true", "mixed")
+        raise ValueError(
+            f"trainer.precision {precision} would round most updates of the student to nothing: take {mixed}, which keeps its weights "
+            "in float32, and model.memory.teacher_dtype for the frozen networks"
+        )
