@@ -19,7 +19,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from ddil_lightning.data.encoded import Encoded, encode
-from ddil_lightning.diffusion.solver import ddim
+from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.imitation.rollout import guided
 from ddil_lightning.records import LatentBatch, take
 

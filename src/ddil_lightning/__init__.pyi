@@ -7,7 +7,7 @@ from ddil_lightning.diffusion.denoiser import Boundary as Boundary, Denoiser as 
 from ddil_lightning.diffusion.losses import Distance as Distance
 from ddil_lightning.diffusion.reflection import Reflection as Reflection
 from ddil_lightning.diffusion.schedule import Grid as Grid, NoiseSchedule as NoiseSchedule
-from ddil_lightning.diffusion.solver import Policy as Policy
+from ddil_lightning.diffusion.policy import Policy as Policy
 from ddil_lightning.imitation.buffer import ReplayBuffer as ReplayBuffer
 from ddil_lightning.imitation.options import Buffer as Buffer, Rollouts as Rollouts
 from ddil_lightning.imitation.prior import Cosine as Cosine, Exponential as Exponential, Gated as Gated, Linear as Linear, Piecewise as Piecewise, SamplingPrior as SamplingPrior, Schedule as Schedule

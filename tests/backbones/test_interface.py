@@ -16,8 +16,9 @@ from backbones import LatentsAlone
 from ddil_lightning.backbones.family import Family
 from ddil_lightning.backbones.interface import Backbone, Network
 from ddil_lightning.backbones.pipeline import Pipeline
+from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
-from ddil_lightning.diffusion.solver import Policies, Policy
+from ddil_lightning.diffusion.transitions import Posterior, ddim
 from ddil_lightning.records import Context
 from ddil_lightning.training.method import Distillation
 
@@ -149,15 +150,17 @@ def test_what_a_backbone_does_not_do_is_refused_by_name() -> None:
     made = Latents("my latents", SCHEDULE, "eps", (1, 2, 2))
     assert (made.holds_students, made.side, made.guidance, made.baked) == (False, None, 7.5, False)
     with pytest.raises(ValueError, match="^no pipeline can hold a student of my latents, so it has no scheduler$"):
-        made.scheduler("ddim", "eps", "trailing", 4)
+        made.scheduler(ddim, "eps", "trailing", 4)
     with pytest.raises(ValueError, match="^my latents has weights of its own$"):
         made.stands_in(Half())
 
 
 def test_a_scheduler_for_a_transition_that_nobody_knows_is_refused_by_name(backbone: Pipeline) -> None:
-    with pytest.raises(ValueError, match="no scheduler of diffusers is known to step by 'leapfrog': known are ddim and renoise"):
-        backbone.scheduler("leapfrog", "v", "trailing", 4)
-    made = backbone.scheduler("ddim", "x0", "trailing", 4)
+    with pytest.raises(
+        ValueError, match=r"no scheduler of diffusers is known to step by Posterior\(eta=1.0\): known are DDIM\(\) and Renoise\(\)"
+    ):
+        backbone.scheduler(Posterior(), "v", "trailing", 4)
+    made = backbone.scheduler(ddim, "x0", "trailing", 4)
     assert type(made).__name__ == "DDIMScheduler" and made.config.prediction_type == "sample"
 
 

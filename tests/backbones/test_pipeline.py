@@ -13,8 +13,9 @@ from ddil_lightning.backbones import pipeline
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.unet import UNet
 from ddil_lightning.diffusion.denoiser import W_EMBEDDING, Denoiser, w_embedding
+from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.schedule import Grid
-from ddil_lightning.diffusion.solver import Policy
+from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.records import Context
 from ddil_lightning.training.options import Memory
 from suite import METHODS
@@ -200,7 +201,7 @@ def test_guided_sampling_is_the_pipelines_own(kind: str, request: pytest.Fixture
     kwargs: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 4, "output_type": "latent", "latents": x_t.clone()}
     expected = made.pipe(prompt=PROMPTS, guidance_scale=g, **kwargs).images
     teacher = Denoiser(made.network(), made.schedule, made.predicts, null=made.null())
-    got = Policy(teacher, "ddim").sample(x_t, Grid.named("trailing", 4), made.encode_text(PROMPTS).guided(g - 1))
+    got = Policy(teacher, ddim).sample(x_t, Grid.named("trailing", 4), made.encode_text(PROMPTS).guided(g - 1))
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
     assert teacher.evaluations == 2 * 3 * 4
 

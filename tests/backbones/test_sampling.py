@@ -31,7 +31,7 @@ def renoised(method: Any, n: int, seed: int, chunk: int, monkeypatch: pytest.Mon
         return seen[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr("ddil_lightning.diffusion.solver.normal", kept)
+        patch.setattr("ddil_lightning.diffusion.transitions.normal", kept)
         policy, grid = method.deployment.sampler(2)
         sampling.latents(method.backbone, policy, grid, PROMPTS[:n], 2.0, seed, chunk)
     return torch.cat(seen)

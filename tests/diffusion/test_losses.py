@@ -15,8 +15,8 @@ from ddil_lightning.bounds import above, at_least, fraction, seeds, within
 from ddil_lightning.diffusion.analytic import Gaussian
 from ddil_lightning.diffusion.denoiser import Consistency, Denoiser
 from ddil_lightning.diffusion.losses import Distance, mse, per_sample, pseudo_huber
+from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
-from ddil_lightning.diffusion.solver import Policy
 from ddil_lightning.records import Context
 
 SD = NoiseSchedule.scaled_linear()

@@ -12,7 +12,7 @@ from ddil_lightning.diffusion.analytic import UniformBox
 from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.reflection import Reflection, estimate_box
 from ddil_lightning.diffusion.schedule import NoiseSchedule
-from ddil_lightning.diffusion.solver import ddim
+from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.records import Context
 
 SD = NoiseSchedule.scaled_linear()

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from ddil_lightning.diffusion.analytic import Gaussian
 from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.losses import mse
+from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
-from ddil_lightning.diffusion.solver import Policies, Policy, ddim
+from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.imitation.rollout import Streams, draw
 from ddil_lightning.records import CaptionBatch, Context

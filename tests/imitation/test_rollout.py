@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ddil_lightning.diffusion.analytic import Gaussian, PointMass
 from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
-from ddil_lightning.diffusion.solver import Policies, Policy
+from ddil_lightning.diffusion.transitions import ddim, renoise
 from ddil_lightning.imitation.buffer import ReplayBuffer
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.imitation.rollout import Rollout, Streams, collect, draw, forward, fresh, guided, roll
@@ -50,7 +51,7 @@ class Method(NamedTuple):
         return [t for t, _ in getattr(self.policies, who).denoiser.network.calls]
 
 
-def method(student: nn.Module | None = None, teacher: nn.Module | None = None, how: Any = "ddim", **kwargs: Any) -> Method:
+def method(student: nn.Module | None = None, teacher: nn.Module | None = None, how: Any = ddim, **kwargs: Any) -> Method:
     a, b = Recorded(student or Gaussian(0.5, 0.7, SD)), Recorded(teacher or Gaussian(-0.5, 0.9, SD))
     return Method(Policies(Policy(Denoiser(a, SD, "x0"), how), Policy(Denoiser(b, SD, "x0"), fine=FINE)), **kwargs)
 
@@ -79,7 +80,7 @@ def same(a: LatentBatch, b: LatentBatch) -> bool:
 # Algorithm 2 --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["ddim", "renoise"])
+@pytest.mark.parametrize("how", [ddim, renoise], ids=["ddim", "renoise"])
 def test_student_roll_outs_are_the_states_of_its_sampler(how: Any):
     m = method(how=how)
     made = rolled(m, [True] * 4)
@@ -167,7 +168,7 @@ def test_roll_outs_leave_no_trace(training: bool):
 def test_the_noise_of_re_noising_is_fresh():
     """Read off the states of a point mass: uncorrelated over nodes, ranks and steps, and with the forward source's noise."""
     n = 400
-    m = method(PointMass(0.7, SD), how="renoise")
+    m = method(PointMass(0.7, SD), how=renoise)
 
     def noises(streams: Streams) -> list[Tensor]:
         made = collect(batch(n), m, STUDENTS, streams, SHAPE)
@@ -185,7 +186,7 @@ def test_the_noise_of_re_noising_is_fresh():
 
 def test_the_control_stands_at_the_same_times():
     """Forward latents at the very nodes of a roll-out, or timestep emphasis is mistaken for the correction of the shift."""
-    m, b = method(how="renoise", grid=Grid.consistency(), guidance=(2.0, 8.0)), batch(200)
+    m, b = method(how=renoise, grid=Grid.consistency(), guidance=(2.0, 8.0)), batch(200)
     made = collect(b, m, STUDENTS, Streams(0, 3), SHAPE)
     m.policies.student.denoiser.network.calls.clear()
     control = collect(b, m, STUDENTS, Streams(0, 3), SHAPE, control=True)
@@ -275,7 +276,7 @@ def test_guidance_is_uniform_in_w():
 
 def test_buffered_states_keep_their_caption_and_guidance():
     """LCM: collected on 3, 4 or 5 nodes, trained on the grid of 50, whose next node is 20 earlier and not the roll-out's."""
-    m, buffer = method(how="renoise", grid=Grid.consistency(), guidance=(2.0, 8.0)), ReplayBuffer(1000)
+    m, buffer = method(how=renoise, grid=Grid.consistency(), guidance=(2.0, 8.0)), ReplayBuffer(1000)
     known: dict[tuple[float, float], Tensor] = {}
     for step in range(6):
         made = collect(batch(8), m, STUDENTS, Streams(0, step), SHAPE)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from backbones import LatentsAlone
 from ddil_lightning.diffusion.analytic import Gaussian, PointMass
+from ddil_lightning.diffusion.policy import Multistep, Policy
 from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
-from ddil_lightning.diffusion.solver import Multistep, Policy, ddim
+from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.methods import PD
 from ddil_lightning.methods.pd import one_step, v_weight
 from ddil_lightning.records import END, Context, LatentBatch
@@ -165,7 +166,7 @@ def test_one_step_converges_to_the_flow() -> None:
     for steps in (16, 64, 256):
         method = distilled(law, SD, steps)
         found = method.deployment.sampler(1)[0].sample(x, Grid.named("trailing", 1), c)
-        fine = Policy(method.teacher, "ddim").sample(x, Grid.named("trailing", steps), c.guided(0.0))
+        fine = Policy(method.teacher, ddim).sample(x, Grid.named("trailing", steps), c.guided(0.0))
         torch.testing.assert_close(found, fine, rtol=1e-8, atol=1e-9)
         errors.append(float((found - law.flow(x, 999, END)).abs().max()))
     assert errors[2] < 0.02 and 2 < errors[0] / errors[1] < 6 and 2.5 < errors[1] / errors[2] < 6

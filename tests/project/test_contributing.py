@@ -25,8 +25,9 @@ import suite
 from ddil_lightning import plugins
 from ddil_lightning.backbones.pipeline import FAMILIES, Pipeline
 from ddil_lightning.commands import main
+from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.schedule import Grid
-from ddil_lightning.diffusion.solver import Policy
+from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.evaluation import registry
 from ddil_lightning.evaluation.suite import Suite, Timed, make_row
 from ddil_lightning.evaluation.table import results_table
@@ -199,7 +200,7 @@ def test_its_samples_are_the_pipelines_own(side: int, place: Path, tmp_path: Pat
     assert (c.ids is not None) is (side == 256)
     call = {"num_inference_steps": n, "latents": x_t.clone(), "output_type": "latent", "use_resolution_binning": False}
     expected = backbone.pipe(prompt=PROMPTS[:1], guidance_scale=3.0, **call).images
-    got = Policy(backbone.role("teacher"), "ddim").sample(x_t, Grid.named("trailing", n), c.guided(2.0))
+    got = Policy(backbone.role("teacher"), ddim).sample(x_t, Grid.named("trailing", n), c.guided(2.0))
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
 

@@ -16,8 +16,9 @@ from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.data.encoded import Encoded
 from ddil_lightning.diffusion.analytic import Corrupted, Gaussian
 from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
-from ddil_lightning.diffusion.solver import Policies, Policy
+from ddil_lightning.diffusion.transitions import renoise
 from ddil_lightning.feed import Feed
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.records import Context, LatentBatch
@@ -40,7 +41,7 @@ class Toy:
         self.calls = 0
         student = nn.Sequential(nn.Dropout(0.9)).train()
         student.forward = lambda x, t, c: self.act(student[0](Corrupted(exact, 1.1, bias)(x, t, c)))  # type: ignore[method-assign]
-        self.policies = Policies(Policy(Denoiser(student, SCHEDULE, "x0"), "renoise"), Policy(Denoiser(exact, SCHEDULE, "x0")))
+        self.policies = Policies(Policy(Denoiser(student, SCHEDULE, "x0"), renoise), Policy(Denoiser(exact, SCHEDULE, "x0")))
         self.grid, self.guidance = Grid.named("linspace", 4), (2.0, 8.0)
         self.stage_updates, self.student_updates, self.progress, self.feed = 0, 0, 0.0, Feed()
         self.backbone: Any = SimpleNamespace(latent_shape=(2, 4, 4), about={"dataset": "digits"}, captions=None)

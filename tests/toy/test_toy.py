@@ -15,9 +15,10 @@ from ddil_lightning.callbacks import Checkpoints, Stages
 from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.data.encoded import encode
 from ddil_lightning.diffusion.denoiser import Denoiser, w_embedding
+from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.reflection import Reflection
 from ddil_lightning.diffusion.schedule import Grid
-from ddil_lightning.diffusion.solver import Policy
+from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.imitation.options import Buffer, Rollouts
 from ddil_lightning.imitation.shift import energy_distance
 from ddil_lightning.methods import DMD2, LCM, PD
@@ -208,7 +209,7 @@ def test_the_teacher_passes_its_own_exam(toy: Toy) -> None:
     exam = Exam(toy, g=1.0, n=600, near=300)
     teacher = Denoiser(toy.network(), toy.schedule, "v", null=toy.null())
     fine = Grid.named("trailing", 32, 1000)
-    scores = exam.score(Policy(teacher, "ddim", fine=fine), Grid.named("trailing", 4, 1000))
+    scores = exam.score(Policy(teacher, ddim, fine=fine), Grid.named("trailing", 4, 1000))
     assert {len(v) for v in scores.values()} == {2}
     for m in range(2):
         assert abs(scores["energy_distance"][m]) < 0.02 and abs(scores["energy_teacher"][m]) < 0.02 and abs(scores["shift"][m]) < 0.02
@@ -216,7 +217,7 @@ def test_the_teacher_passes_its_own_exam(toy: Toy) -> None:
         assert scores["coverage"][m] > 0.85 and 0.8 < scores["density"][m] < 1.3 and scores["mode_kl"][m] < 0.03
         nodes = [scores[f"shift@{t}"][m] for t in (749, 499, 249)]
         assert scores["shift"][m] == pytest.approx(sum(nodes) / 3) and "shift@999" not in scores
-    one = exam.score(Policy(teacher, "ddim"), Grid.named("trailing", 1, 1000))
+    one = exam.score(Policy(teacher, ddim), Grid.named("trailing", 1, 1000))
     assert min(one["energy_distance"]) > 0.05 and min(one["teacher_rmse"]) > 0.3 and one["shift"] == [0.0, 0.0]
 
 

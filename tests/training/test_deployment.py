@@ -10,8 +10,9 @@ import torch
 
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.diffusion.denoiser import Consistency
+from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.schedule import Grid
-from ddil_lightning.diffusion.solver import Policy
+from ddil_lightning.diffusion.transitions import renoise
 from ddil_lightning.training.deployment import Deployment
 from suite import METHODS, build
 
@@ -23,7 +24,7 @@ GRID = partial(Grid.named, "trailing", total=1000)
 )
 def test_guidance_is_told_baked_or_stood_for(told: bool, stands_for: float | None, scale: float, quoted: float, tiny: Path) -> None:
     student = Pipeline(str(tiny)).role("student", w_conditioned=told)
-    made = Deployment(Policy(Consistency(student), "renoise"), GRID, (4, 2), 3.0, None, stands_for)
+    made = Deployment(Policy(Consistency(student), renoise), GRID, (4, 2), 3.0, None, stands_for)
     assert (made.told, made.guidance_scale, made.quoted) == (told, scale, quoted)
     assert made.denoiser is student and made.network is student.network  # below what is wrapped around it
 

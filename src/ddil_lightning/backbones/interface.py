@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ddil_lightning.backbones.roles import Role
 from ddil_lightning.diffusion.reflection import Reflection
 from ddil_lightning.diffusion.schedule import NoiseSchedule, Predicts
+from ddil_lightning.diffusion.transitions import Transition
 from ddil_lightning.files import replacing
 from ddil_lightning.records import Context
 
@@ -182,7 +183,7 @@ class Backbone(ABC):
     holds_students: bool = False
     """Whether `save` writes a pipeline that samples by itself, so that an export can be reloaded and compared."""
 
-    def scheduler(self, transition: str, predicts: Predicts, rule: str, steps: int, scaling: float | None = None) -> Any:
+    def scheduler(self, transition: Transition, predicts: Predicts, rule: str, steps: int, scaling: float | None = None) -> Any:
         """The scheduler that steps as a student does: see `backbones.schedulers`. Raises ValueError where there is none."""
         raise ValueError(f"no pipeline can hold a student of {self.path}, so it has no scheduler")
 

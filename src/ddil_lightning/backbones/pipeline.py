@@ -23,6 +23,7 @@ from ddil_lightning.backbones.interface import Backbone
 from ddil_lightning.backbones.loading import DENOISERS, check_weights, empty_network, load_pipeline, pipeline_folder, recommended
 from ddil_lightning.backbones.unet import UNet
 from ddil_lightning.diffusion.schedule import NoiseSchedule, Predicts
+from ddil_lightning.diffusion.transitions import Transition
 from ddil_lightning.records import Context
 from ddil_lightning.texts import check_prompts
 
@@ -188,7 +189,7 @@ class Pipeline(Backbone):
 
     # Students ------------------------------------------------------------------------------------------------------------------------
 
-    def scheduler(self, transition: str, predicts: Predicts, rule: str, steps: int, scaling: float | None = None) -> Any:
+    def scheduler(self, transition: Transition, predicts: Predicts, rule: str, steps: int, scaling: float | None = None) -> Any:
         """The scheduler of diffusers that steps as a student does (`backbones.schedulers`)."""
         kind = next(name for name, space in PREDICTS.items() if space == predicts)
         return schedulers.student(self.pipe.scheduler, transition, kind, rule, steps, scaling)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ddil_lightning.diffusion.denoiser import to_w
+from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.schedule import Grid
-from ddil_lightning.diffusion.solver import Policy
 from ddil_lightning.streams import Streams
 
 if TYPE_CHECKING:

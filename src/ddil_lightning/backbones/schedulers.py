@@ -6,25 +6,26 @@ from typing import Any
 
 import torch
 
+from ddil_lightning.diffusion.transitions import Transition, ddim, renoise
 from ddil_lightning.errors import one_line
 
 PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 """What a diffusers scheduler says of the forward process. Everything else in its configuration is a way to sample."""
 
 
-def student(teacher: Any, transition: str, prediction: str, rule: str, steps: int, scaling: float | None = None) -> Any:
+def student(teacher: Any, transition: Transition, prediction: str, rule: str, steps: int, scaling: float | None = None) -> Any:
     """The scheduler that steps as a student does which was trained at given nodes, on the forward process of its `teacher`'s scheduler.
 
-    `renoise` on `steps` nodes of LCM's training grid: LCMScheduler, whose boundary conditions have the time scaling `scaling` (None: they
-    vanish). `ddim` on `steps` nodes of the `rule` (trailing, linspace): DDIMScheduler; where it would leave them, DPM-Solver++ of first
+    `Renoise` on `steps` nodes of LCM's training grid: LCMScheduler, whose boundary conditions have the time scaling `scaling` (None: they
+    vanish). `DDIM` on `steps` nodes of the `rule` (trailing, linspace): DDIMScheduler; where it would leave them, DPM-Solver++ of first
     order, which is DDIM between any nodes. `prediction`: the network's, by diffusers' name. Raises ValueError for another transition.
     """
     own: dict[str, Any] = {"prediction_type": prediction}
-    if transition == "renoise":
+    if transition == renoise:
         own |= {"original_inference_steps": steps, "timestep_scaling": 1e10 if scaling is None else scaling}
         return _made("LCMScheduler", teacher, set_alpha_to_one=True, clip_sample=False, **own)
-    if transition != "ddim":
-        raise ValueError(f"no scheduler of diffusers is known to step by {transition!r}: known are ddim and renoise")
+    if transition != ddim:
+        raise ValueError(f"no scheduler of diffusers is known to step by {transition}: known are {ddim} and {renoise}")
     own["timestep_spacing"] = rule
     # DDIMScheduler steps down by T // N, whatever the next node is.
     if rule == "trailing" and teacher.config.num_train_timesteps % steps == 0:

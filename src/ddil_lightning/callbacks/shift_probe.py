@@ -11,8 +11,9 @@ from torch import Tensor
 from ddil_lightning.backbones.sampling import noise, renoising
 from ddil_lightning.bounds import at_least, seeds, within
 from ddil_lightning.diffusion.denoiser import to_w
+from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.schedule import Grid
-from ddil_lightning.diffusion.solver import Policy
+from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.imitation.shift import energy_distance
 
 PAIRS = 2000
@@ -62,7 +63,7 @@ class ShiftProbe(Callback):
         batch = data.reference(self.count)
         policy, grid = method.deployment.sampler(self.steps)
         if not self._references:
-            walker = Policy(method.teacher.apart(), "ddim", fine=Grid.named("trailing", self.teacher_steps, method.teacher.schedule.steps))
+            walker = Policy(method.teacher.apart(), ddim, fine=Grid.named("trailing", self.teacher_steps, method.teacher.schedule.steps))
             # Every set of latents has seeds of its own: seed + i is that of sample i.
             self._references["teacher"] = self._states(walker, grid, method, batch, self.seed + self.count)
             if batch.latent is not None:

@@ -13,8 +13,9 @@ from ddil_lightning.backbones import sampling
 from ddil_lightning.backbones.interface import Backbone
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.policy import Multistep, Policy
 from ddil_lightning.diffusion.schedule import Grid
-from ddil_lightning.diffusion.solver import Multistep, Policy
+from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.evaluation.suite import Suite, Timed, make_row
 from ddil_lightning.records import END
 
@@ -68,7 +69,7 @@ def student_rows(
     rows = []
     for n, (policy, grid) in samplers.items():
         rows.append(policy_row(suite, backbone, f"student@{n}", policy, grid, g))
-        if dpm and policy.transition == "ddim":
+        if dpm and policy.transition == ddim:
             rows.append(policy_row(suite, backbone, f"student@{n} dpm++", Multistep(policy.denoiser), grid, g))
     return rows
 
@@ -76,7 +77,7 @@ def student_rows(
 def folder_sampler(folder: Path, device: torch.device) -> tuple[Policy, Grid]:
     """The student of an exported pipeline that steps by DDIM, on the nodes that its card names."""
     backbone = Pipeline(str(folder)).to(device)
-    return Policy(Denoiser(backbone.network(), backbone.schedule, backbone.predicts), "ddim"), Grid([*backbone.about["timesteps"], END])
+    return Policy(Denoiser(backbone.network(), backbone.schedule, backbone.predicts), ddim), Grid([*backbone.about["timesteps"], END])
 
 
 def pipeline_row(suite: Suite, backbone: Pipeline, steps: int, guidance_scale: float, dpm: bool = False) -> dict[str, Any]:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ddil_lightning.diffusion.denoiser import to_w
+from ddil_lightning.diffusion.policy import Policies
 from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
-from ddil_lightning.diffusion.solver import Policies
 from ddil_lightning.feed import Feed
 from ddil_lightning.imitation.buffer import ReplayBuffer
 from ddil_lightning.imitation.options import Granularity

@@ -13,8 +13,9 @@ from ddil_lightning.backbones.roles import Role
 from ddil_lightning.bounds import lengths, within
 from ddil_lightning.diffusion.denoiser import Denoiser, to_w
 from ddil_lightning.diffusion.losses import mse
+from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.schedule import Grid
-from ddil_lightning.diffusion.solver import Policies, Policy
+from ddil_lightning.diffusion.transitions import ddim, renoise
 from ddil_lightning.records import LatentBatch
 from ddil_lightning.training.adversary import Adversary, Critic, Gan
 from ddil_lightning.training.deployment import Deployment
@@ -120,7 +121,7 @@ class DMD2(Distillation):
         )
         self.adversary = Adversary(self, self.critic, self.head, critic.steps, gan, noise_seed)
         fine = Grid.named("trailing", teacher_steps, total)
-        self.policies = Policies(Policy(self.student, "renoise"), Policy(self.teacher, "ddim", fine=fine))
+        self.policies = Policies(Policy(self.student, renoise), Policy(self.teacher, ddim, fine=fine))
 
     def training_step(self, b: LatentBatch, i: int) -> None:
         """One update of critic and head; every `critic.steps`-th time one of the student before it, on the same outputs."""
@@ -175,9 +176,9 @@ class DMD2(Distillation):
         """Re-noising on trained nodes alone, in the trained step count or fewer; its samples stand for the real score's guidance."""
         n, total = len(self.grid), self.student.schedule.steps
         steps = tuple(sorted({n, *(k for k in (4, 2, 1) if k < n)}, reverse=True))
-        scheduler = partial(self.backbone.scheduler, "renoise", student.predicts, "lcm", n)
+        scheduler = partial(self.backbone.scheduler, renoise, student.predicts, "lcm", n)
         grid = partial(Grid.named, "lcm", total=total, solver_steps=n)
-        return Deployment(Policy(student, "renoise"), grid, steps, self.eval_guidance, scheduler, self.scores.guidance)
+        return Deployment(Policy(student, renoise), grid, steps, self.eval_guidance, scheduler, self.scores.guidance)
 
     def _check(self, steps: int, teacher_steps: int) -> None:
         total = self.backbone.schedule.steps

@@ -12,8 +12,9 @@ from ddil_lightning.backbones.roles import Role
 from ddil_lightning.bounds import at_least, fraction, lengths
 from ddil_lightning.diffusion.denoiser import Boundary, Consistency, Denoiser
 from ddil_lightning.diffusion.losses import Distance
+from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.schedule import Grid
-from ddil_lightning.diffusion.solver import Policies, Policy, ddim
+from ddil_lightning.diffusion.transitions import ddim, renoise
 from ddil_lightning.records import LatentBatch
 from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.method import Distillation
@@ -59,7 +60,7 @@ class LCM(Distillation):
         self.grid = Grid.consistency(solver_steps, backbone.schedule.steps, rollouts)
         student = backbone.role("student", w_conditioned=w_conditioned, recompute=self.gradient_checkpointing)
         self.cast(student=student, target=student.copied("target"), teacher=backbone.role("teacher", reflection=self.reflection))
-        self.policies = Policies(self._policy(self.student), Policy(self.teacher, "ddim", fine=self.grid))
+        self.policies = Policies(self._policy(self.student), Policy(self.teacher, ddim, fine=self.grid))
 
     def training_step(self, b: LatentBatch, i: int) -> None:
         """One consistency update."""
@@ -86,9 +87,9 @@ class LCM(Distillation):
     def deploy(self, student: Denoiser) -> Deployment:
         """Multistep consistency sampling on the nodes of LCMScheduler."""
         n, total = len(self.grid), self.student.schedule.steps
-        scheduler = partial(self.backbone.scheduler, "renoise", student.predicts, "lcm", n, self.boundary.scaling)
+        scheduler = partial(self.backbone.scheduler, renoise, student.predicts, "lcm", n, self.boundary.scaling)
         grid = partial(Grid.named, "lcm", total=total, solver_steps=n)
         return Deployment(self._policy(student), grid, (4, 2, 1), self.eval_guidance, scheduler)
 
     def _policy(self, denoiser: Denoiser) -> Policy:
-        return Policy(Consistency(denoiser, self.boundary), "renoise")
+        return Policy(Consistency(denoiser, self.boundary), renoise)

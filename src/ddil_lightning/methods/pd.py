@@ -12,8 +12,9 @@ from ddil_lightning.backbones.roles import Role
 from ddil_lightning.bounds import within
 from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.losses import Distance
+from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
-from ddil_lightning.diffusion.solver import Policies, Policy, ddim
+from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.records import END, LatentBatch
 from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.method import Distillation
@@ -132,7 +133,7 @@ class PD(Distillation):
         n = self.now.steps or self.teacher_steps // 2
         self.fine = Grid.named(self.rule, 2 * n, total)
         self.grid = Grid([*range(total - 1, -1, -1), END], rule="all") if self.now.preliminary else Grid.named(self.rule, n, total)
-        self.policies = Policies(Policy(self.student, "ddim"), Policy(self.expert, "ddim", fine=self.fine))
+        self.policies = Policies(Policy(self.student, ddim), Policy(self.expert, ddim, fine=self.fine))
 
     def next_stage(self) -> None:
         """The deployed student becomes the teacher and starts anew as its copy, in place; optimiser, learning rate and average restart."""
@@ -166,8 +167,8 @@ class PD(Distillation):
 
     def _deploy(self, student: Denoiser, stage: int) -> Deployment:
         n, total = self.stages[stage].steps or self.teacher_steps, self.student.schedule.steps
-        scheduler = partial(self.backbone.scheduler, "ddim", student.predicts, self.rule, n)
-        return Deployment(Policy(student, "ddim"), partial(Grid.named, self.rule, total=total), (n,), self.eval_guidance, scheduler)
+        scheduler = partial(self.backbone.scheduler, ddim, student.predicts, self.rule, n)
+        return Deployment(Policy(student, ddim), partial(Grid.named, self.rule, total=total), (n,), self.eval_guidance, scheduler)
 
     def setup(self, stage: str) -> None:
         """Raises ValueError where nothing would carry out the plan."""

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ddil_lightning.backbones import sampling
 from ddil_lightning.backbones.loading import load_pipeline
 from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.schedule import Grid
-from ddil_lightning.diffusion.solver import Policy
 from ddil_lightning.files import move_contents, read_table, replacing_folder, unused
 
 if TYPE_CHECKING:

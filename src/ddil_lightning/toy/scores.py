@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ddil_lightning.diffusion.analytic import Mixture
 from ddil_lightning.diffusion.denoiser import Denoiser, to_w
+from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule, Predicts
-from ddil_lightning.diffusion.solver import Policy
+from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.evaluation.metrics.prdc import density_coverage
 from ddil_lightning.evaluation.suite import make_row
 from ddil_lightning.imitation.shift import energy_distance
@@ -77,7 +78,7 @@ class Exam:
         self.real = sample(toy.mixture, self.real_classes, [s + REAL for s in self.seeds])
         self.noise, again = (self._normal(n, offset) for offset in (NOISE, AGAIN))
         teacher = Denoiser(toy.network(), toy.schedule, toy.predicts, null=toy.null())
-        fine = Policy(teacher, "ddim"), Grid.named("trailing", TEACHER_STEPS, toy.schedule.steps)
+        fine = Policy(teacher, ddim), Grid.named("trailing", TEACHER_STEPS, toy.schedule.steps)
         self.paired = self._walk(*fine, self.noise, self.classes)[-1]  # the teacher's answer to the students' own noise
         self._fine, self._again = fine, again
         self._reference: dict[tuple[int, ...], list[Tensor]] = {}
@@ -112,7 +113,7 @@ class Exam:
         """The teacher's latents at the nodes of `grid` after the first and at its end, from noise of its own; made once per grid."""
         key = tuple(grid.times.tolist())
         if key not in self._reference:
-            policy = Policy(self._fine[0].denoiser, "ddim", fine=self._fine[1])
+            policy = Policy(self._fine[0].denoiser, ddim, fine=self._fine[1])
             self._reference[key] = self._walk(policy, grid, self._again, self.real_classes)
         return self._reference[key]
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.schedule import Grid
-from ddil_lightning.diffusion.solver import Policy
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,9 +16,10 @@ from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.roles import Role
 from ddil_lightning.bounds import fraction, within
 from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.reflection import BOX, Mode, Reflection
 from ddil_lightning.diffusion.schedule import Grid
-from ddil_lightning.diffusion.solver import Policies, Policy
+from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.feed import Feed
 from ddil_lightning.records import LatentBatch
 from ddil_lightning.training.averaging import Averaging
@@ -148,7 +149,7 @@ class Distillation(LightningModule):
     @property
     def baseline(self) -> Deployment:
         """The frozen pipeline with DDIM on trailing nodes, without reflection: the first rows of every table."""
-        policy, total = Policy(self.teacher.apart(), "ddim"), self.teacher.schedule.steps
+        policy, total = Policy(self.teacher.apart(), ddim), self.teacher.schedule.steps
         return Deployment(policy, lambda n: Grid.named("trailing", n, total), (32,), self.eval_guidance)
 
     @property

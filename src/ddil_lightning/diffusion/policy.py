@@ -1,33 +1,18 @@
-"""Transitions t -> s, stateless so that student and teacher may take turns within one trajectory, and policies made of them."""
+"""Policies, who acts in a roll-out and at inference: a denoiser with a transition; and DPM-Solver++ 2M, which remembers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
+from ddil_lightning.diffusion.transitions import Transition, ddim
 from ddil_lightning.records import END, Context, Prediction
-from ddil_lightning.streams import Generators, normal
-
-Transition = Literal["ddim", "renoise"]
-
-
-def ddim(schedule: NoiseSchedule, x_t: Tensor, p: Prediction, t: Tensor, s: Tensor) -> Tensor:
-    """The deterministic step (Song et al. 2021, eta = 0). For VP as the rotation cos x_t - sin v: no division, safe at alpha_t = 0."""
-    if schedule.variance_preserving:
-        cos, sin = schedule.rotation(t, s, x_t)
-        return cos * x_t - sin * p.v
-    alpha, sigma = schedule.at(s, x_t)
-    return alpha * p.x0 + sigma * p.eps
-
-
-def renoise(schedule: NoiseSchedule, p: Prediction, s: Tensor, noise: Tensor) -> Tensor:
-    """The step of LCM and DMD2: alpha_s x0 + sigma_s noise with fresh, independent noise; x0 itself at END."""
-    return schedule.add_noise(p.x0, noise, s)
+from ddil_lightning.streams import Generators
 
 
 class DPMSolver2M:
@@ -58,11 +43,11 @@ class DPMSolver2M:
 class Policy(nn.Module):
     """A denoiser and the way it steps: `(x_t, t, s, c) -> x_s`. "One student step is eight teacher steps" is `substeps=8`.
 
-    `transition`: `ddim` or `renoise`. `substeps` divide an interval evenly in t, rounded, or walk the nodes of `fine` inside it:
+    `transition`: one of diffusion.transitions. `substeps` divide an interval evenly in t, rounded, or walk the nodes of `fine` inside it:
     a progressive-distillation teacher must stand on its own grid, not on rounded halves of the student's.
     """
 
-    def __init__(self, denoiser: nn.Module, transition: Transition = "ddim", substeps: int = 1, fine: Grid | None = None) -> None:
+    def __init__(self, denoiser: nn.Module, transition: Transition = ddim, substeps: int = 1, fine: Grid | None = None) -> None:
         super().__init__()
         if substeps < 1:
             raise ValueError(f"a policy takes at least one substep per interval, got {substeps}")
@@ -74,7 +59,7 @@ class Policy(nn.Module):
         return self.denoiser.schedule  # type: ignore[return-value]
 
     def forward(self, x_t: Tensor, t: int, s: int, c: Context, generator: Generators | None = None) -> Tensor:
-        """One interval of the student's grid, all samples at the same times. `generator` draws the noise of re-noising (streams.normal)."""
+        """One interval of the student's grid, all samples at the same times. `generator` draws its noise (streams.normal)."""
         stops = self._stops(t, s)
         for a, b in zip(stops, stops[1:], strict=False):
             x_t = self.step(x_t, a, b, c, generator)
@@ -84,11 +69,9 @@ class Policy(nn.Module):
         """One network call and its transition."""
         now, then = (torch.full((len(x_t),), time, device=x_t.device) for time in (t, s))
         p: Prediction = self.denoiser(x_t, now, c)
-        if self.transition == "ddim":
-            return ddim(self.schedule, x_t, p, now, then)
-        if s == END:
+        if s == END and self.transition.noisy:
             return p.x0
-        return renoise(self.schedule, p, then, normal(p.x0, generator))
+        return self.transition(self.schedule, x_t, p, now, then, generator)
 
     def walk(self, x_t: Tensor, grid: Grid, c: Context, generator: Generators | None = None) -> Iterator[Tensor]:
         """The states after every interval of `grid`, the last at its end: the inference sampler, one state at a time."""

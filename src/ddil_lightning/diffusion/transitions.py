@@ -1,0 +1,108 @@
+"""Transitions x_t -> x_s, stateless so that student and teacher may take turns within one trajectory: one protocol, a class each.
+
+The deterministic steps of the field's samplers are one here: Euler steps in sigma (FlowMatchEuler on the linear path, EulerDiscrete on
+variance-preserving ones) and first-order DPM-Solver++ are DDIM's (METHODS 0.2).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ddil_lightning.bounds import within
+from ddil_lightning.diffusion.schedule import NoiseSchedule
+from ddil_lightning.records import Prediction
+from ddil_lightning.streams import Generators, normal
+
+
+class Transition(ABC):
+    """How a sampler goes from a time to a lower one, given a prediction. Two with equal parameters are equal."""
+
+    noisy: ClassVar[bool] = True
+    """Whether it draws noise; to END none does, and x_s is x0."""
+
+    @abstractmethod
+    def __call__(
+        self, schedule: NoiseSchedule, x_t: Tensor, p: Prediction, t: Tensor, s: Tensor, generator: Generators | None = None
+    ) -> Tensor:
+        """x_s [B, ...] from x_t [B, ...] and its prediction; times t > s [B], each sample its own; `generator` of the noise."""
+
+
+@dataclass(frozen=True)
+class DDIM(Transition):
+    """x_s = alpha_s x0 + sigma_s eps (Song et al. 2021, eta = 0), deterministic."""
+
+    noisy = False
+
+    def __call__(
+        self, schedule: NoiseSchedule, x_t: Tensor, p: Prediction, t: Tensor, s: Tensor, generator: Generators | None = None
+    ) -> Tensor:
+        """For VP a rotation, cos x_t - sin v: no division, safe at alpha_t = 0."""
+        if schedule.variance_preserving:
+            cos, sin = schedule.rotation(t, s, x_t)
+            return cos * x_t - sin * p.v
+        alpha, sigma = schedule.at(s, x_t)
+        return alpha * p.x0 + sigma * p.eps
+
+
+@dataclass(frozen=True)
+class Renoise(Transition):
+    """x_s = alpha_s x0 + sigma_s noise: fresh, independent noise, as LCM and DMD2 step."""
+
+    def __call__(
+        self, schedule: NoiseSchedule, x_t: Tensor, p: Prediction, t: Tensor, s: Tensor, generator: Generators | None = None
+    ) -> Tensor:
+        """alpha_s x0 + sigma_s noise."""
+        return schedule.add_noise(p.x0, normal(p.x0, generator), s)
+
+
+@dataclass(frozen=True)
+class Posterior(Transition):
+    """x_s ~ q(x_s | x_t, x0), the ancestral step; with `eta` below 1 between it and DDIM (Song et al. 2021, Eq. 16; METHODS 0.2).
+
+    Variance eta^2 sigma_s^2 (1 - r) with r = SNR_t / SNR_s, the rest of sigma_s^2 along eps; eta = 1 is the posterior, 0 DDIM.
+    """
+
+    eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        within(0, 1, eta=self.eta)
+
+    def __call__(
+        self, schedule: NoiseSchedule, x_t: Tensor, p: Prediction, t: Tensor, s: Tensor, generator: Generators | None = None
+    ) -> Tensor:
+        """Its mean along x0 and eps, and its own share of noise."""
+        (alpha_t, sigma_t), (alpha, sigma) = schedule.at(t, x_t), schedule.at(s, x_t)
+        variance = (self.eta * sigma).square() * (1 - (alpha_t * sigma / (sigma_t * alpha)).square())
+        along = (sigma.square() - variance).clamp(min=0).sqrt()
+        return alpha * p.x0 + along * p.eps + variance.sqrt() * normal(p.x0, generator)
+
+
+@dataclass(frozen=True)
+class TCD(Transition):
+    """Strategic stochastic sampling (Zheng et al. 2024, Alg. 4; METHODS 5.4): DDIM below s, to floor((1 - gamma) s), then noised up to s.
+
+    gamma = 0 is DDIM, 1 nearly Renoise. The authors' sampler, and TCDScheduler, end at time 0: give them a grid that does, not END.
+    """
+
+    gamma: float = 0.3
+
+    def __post_init__(self) -> None:
+        within(0, 1, gamma=self.gamma)
+
+    def __call__(
+        self, schedule: NoiseSchedule, x_t: Tensor, p: Prediction, t: Tensor, s: Tensor, generator: Generators | None = None
+    ) -> Tensor:
+        """The deterministic step to below s, and the forward process up from there."""
+        below = torch.floor((1 - self.gamma) * s.double()).long().where(s >= 0, s)
+        (alpha_b, sigma_b), (alpha, sigma) = schedule.at(below, x_t), schedule.at(s, x_t)
+        y = ddim(schedule, x_t, p, t, below)
+        added = (sigma.square() - (alpha / alpha_b * sigma_b).square()).clamp(min=0).sqrt()
+        return alpha / alpha_b * y + added * normal(p.x0, generator)
+
+
+ddim, renoise = DDIM(), Renoise()
