@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
 from ddil_lightning.records import CaptionBatch, LatentBatch
+
+
+@dataclass(frozen=True)
+class Wants:
+    """What a method needs of its latents besides Algorithm 1, as it declares in `Distillation.wants`.
+
+    Args:
+        pure_noise: forward latents at the first node carry no signal, as those that the deployed student sees there (DMD2). A method of one
+            node then needs no data.
+        ends: every latent comes with the two ends of its trajectory, `LatentBatch.noise` and `end` (reflow, DMD's regression): roll-outs go
+            on to their end, which costs the transitions that are left.
+    """
+
+    pure_noise: bool = False
+    ends: bool = False
+
+    def images(self, nodes: int) -> bool:
+        """Whether forward latents on a grid of so many nodes need images."""
+        return not self.pure_noise or nodes > 1
 
 
 class Feed:

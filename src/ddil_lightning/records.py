@@ -71,6 +71,23 @@ class LatentBatch(NamedTuple):
     weight: Tensor  # [B] importance weight of the loss, 1 unless the buffer is prioritised
     slot: Tensor  # [B] where the buffer keeps the state (for priorities), -1 if it does not
     real_c: Context | None = None  # the captions of `real`, unguided; those of a rolled-out x_t are others
+    # The two ends of the trajectory of x_t, for a method that wants them: pairs (x_T, x_0) coupled by the policies' flow or, of forward
+    # latents, the independent pair of noise and data.
+    noise: Tensor | None = None  # [B, C, H, W]
+    end: Tensor | None = None  # [B, C, H, W]
+
+
+class Rollout(NamedTuple):
+    """All interior states of R trajectories over N nodes: M = N R states, nodes in order of time."""
+
+    x_t: Tensor  # [M, C, H, W]
+    t: Tensor  # [M]
+    row: Tensor  # [M] the trajectory, a row of `c`
+    source: Tensor  # [M]
+    actors: Tensor  # [M] bit i is set where the student took transition i
+    c: Context  # [R]
+    noise: Tensor | None = None  # [R, C, H, W] x_T of every trajectory, for a method that wants its ends
+    end: Tensor | None = None  # [R, C, H, W] x0 of every trajectory, as those who acted have made it
 
 
 def _map(f: Callable[..., Tensor], *records: T) -> T:

@@ -12,8 +12,9 @@ from torch import nn
 from ddil_lightning.data.datamodule import evaluating
 from ddil_lightning.data.sampler import CounterSampler
 from ddil_lightning.imitation.prior import SamplingPrior
-from ddil_lightning.imitation.rollout import Streams, forward
+from ddil_lightning.imitation.rollout import forward
 from ddil_lightning.records import FORWARD, STUDENT, TEACHER
+from ddil_lightning.streams import Streams
 from toys import FORWARD_ONLY, STUDENT_ONLY, Toy, batches, data, equal, first, module
 
 # Position -------------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddil_lightning.imitation.buffer import ReplayBuffer
-from ddil_lightning.records import FORWARD, MIXED, STUDENT, TEACHER, Context
+from ddil_lightning.records import FORWARD, MIXED, STUDENT, TEACHER, Context, Rollout
 
 NODES = (999, 749, 500, 250)
 
@@ -23,20 +23,20 @@ def rollout(seed: int, rows: int = 3, nodes: tuple[int, ...] = NODES, shape: tup
     m = rows * len(nodes)
     text = torch.randn(rows, 5, 2, generator=generator(seed))
     text[:, 0, 0] = 100 * seed + torch.arange(rows)
-    return {
-        "x_t": torch.randn(m, *shape, generator=generator(seed)),
-        "t": torch.tensor(nodes).repeat_interleave(rows),
-        "c": Context(text, mask=torch.ones(rows, 5, dtype=torch.bool), w=torch.arange(rows) / 4),
-        "row": torch.arange(rows).repeat(len(nodes)),
-        "source": torch.tensor([STUDENT, TEACHER, MIXED, STUDENT])[: len(nodes)].repeat_interleave(rows),
-        "actors": torch.arange(m) + (1 << 40),
-    }
+    return Rollout(
+        torch.randn(m, *shape, generator=generator(seed)),
+        torch.tensor(nodes).repeat_interleave(rows),
+        torch.arange(rows).repeat(len(nodes)),
+        torch.tensor([STUDENT, TEACHER, MIXED, STUDENT])[: len(nodes)].repeat_interleave(rows),
+        torch.arange(m) + (1 << 40),
+        Context(text, mask=torch.ones(rows, 5, dtype=torch.bool), w=torch.arange(rows) / 4),
+    )
 
 
 def filled(chunks: int = 3, **settings) -> ReplayBuffer:
     buffer = ReplayBuffer(**{"capacity": 100} | settings)
     for k in range(chunks):
-        buffer.add(**rollout(k), clock=10 * k, stage=0)
+        buffer.add(rollout(k), clock=10 * k, stage=0)
     return buffer
 
 
@@ -47,7 +47,7 @@ def same(a: tuple, b: tuple) -> bool:
 
 def losses(buffer: ReplayBuffer, seed: int = 0, clock: int = 20) -> None:
     """One round of losses for every slot of `filled()`, with a scale that depends on the node."""
-    slot, t = torch.arange(36), torch.cat([rollout(k)["t"] for k in range(3)])
+    slot, t = torch.arange(36), torch.cat([rollout(k).t for k in range(3)])
     buffer.update(slot, torch.rand(36, generator=generator(seed)) * t, t)
 
 
@@ -59,9 +59,9 @@ def test_a_sample_holds_what_was_added():
     for i in range(64):
         d, j = data[int(chunk[i])], int(local[i])
         for name in ("x_t", "t", "source", "actors"):
-            assert torch.equal(getattr(got, name)[i], d[name][j])
-        r = int(d["row"][j])
-        assert torch.equal(got.c.text[i], d["c"].text[r]) and torch.equal(got.c.w[i], d["c"].w[r])
+            assert torch.equal(getattr(got, name)[i], getattr(d, name)[j])
+        r = int(d.row[j])
+        assert torch.equal(got.c.text[i], d.c.text[r]) and torch.equal(got.c.w[i], d.c.w[r])
         assert int(got.age[i]) == 25 - 10 * int(chunk[i])
     assert got.c.mask.dtype == torch.bool and got.c.pooled is None and torch.equal(got.weight, torch.ones(64))
 
@@ -69,9 +69,9 @@ def test_a_sample_holds_what_was_added():
 def test_the_buffer_owns_its_states():
     data = rollout(0)
     buffer = ReplayBuffer(100, storage="float32")
-    buffer.add(**data, clock=0, stage=0)
+    buffer.add(data, clock=0, stage=0)
     before = buffer.sample(20, 0, generator())
-    for x in (data["x_t"], data["t"], data["row"], data["c"].text, data["actors"]):
+    for x in (data.x_t, data.t, data.row, data.c.text, data.actors):
         x.zero_()
     assert same(before, buffer.sample(20, 0, generator()))
 
@@ -80,18 +80,18 @@ def test_the_buffer_owns_its_states():
 def test_half_precision_but_not_near_the_clean_end(nodes: tuple[int, ...], exact: bool):
     data = rollout(0, nodes=nodes)
     buffer = ReplayBuffer(100)
-    buffer.add(**data, clock=0, stage=0)
+    buffer.add(data, clock=0, stage=0)
     got = buffer.sample(40, 0, generator())
-    assert torch.equal(got.x_t, data["x_t"][got.slot]) == exact
-    assert torch.allclose(got.x_t, data["x_t"][got.slot], rtol=1e-3, atol=1e-6)
+    assert torch.equal(got.x_t, data.x_t[got.slot]) == exact
+    assert torch.allclose(got.x_t, data.x_t[got.slot], rtol=1e-3, atol=1e-6)
     assert buffer.state_dict()["chunks"][0]["states"]["x_t"].dtype == (torch.float32 if exact else torch.float16)
 
 
 def test_chunks_of_both_precisions_mix():
     buffer = ReplayBuffer(100)
-    buffer.add(**rollout(0), clock=0, stage=0)
-    buffer.add(**rollout(1, nodes=(999, 19)), clock=0, stage=0)
-    fine = rollout(1, nodes=(999, 19))["x_t"]
+    buffer.add(rollout(0), clock=0, stage=0)
+    buffer.add(rollout(1, nodes=(999, 19)), clock=0, stage=0)
+    fine = rollout(1, nodes=(999, 19)).x_t
     got = buffer.sample(60, 0, generator())
     late = got.slot >= 12
     assert late.any() and not late.all() and torch.equal(got.x_t[late], fine[got.slot[late] - 12])
@@ -99,10 +99,10 @@ def test_chunks_of_both_precisions_mix():
 
 def test_the_oldest_rollouts_go_first():
     buffer = ReplayBuffer(30)
-    slots = [buffer.add(**rollout(k), clock=k, stage=0) for k in range(4)]
+    slots = [buffer.add(rollout(k), clock=k, stage=0) for k in range(4)]
     assert torch.equal(torch.cat(slots), torch.arange(48))  # never reused
     assert len(buffer) == 24 and buffer.sample(200, 4, generator()).slot.unique().tolist() == list(range(24, 48))
-    buffer.add(**rollout(4, rows=1), clock=5, stage=0)
+    buffer.add(rollout(4, rows=1), clock=5, stage=0)
     assert len(buffer) == 28 and buffer.sample(300, 5, generator()).slot.unique().tolist() == list(range(24, 52))
 
 
@@ -112,7 +112,7 @@ def test_age_and_stage_drop_rollouts():
     assert len(buffer) == 36  # an age of max_age is still allowed
     buffer.expire(clock=16, stage=0)
     assert buffer.sample(200, 16, generator()).slot.unique().tolist() == list(range(12, 36))
-    buffer.add(**rollout(3), clock=16, stage=1)
+    buffer.add(rollout(3), clock=16, stage=1)
     buffer.expire(clock=16, stage=1)
     assert buffer.sample(200, 16, generator()).slot.unique().tolist() == list(range(36, 48))
 
@@ -122,14 +122,14 @@ def test_flush_forgets_states_and_losses_but_no_slot():
     losses(buffer)
     buffer.flush()
     assert len(buffer) == 0 and buffer.state_dict()["means"] == []
-    assert buffer.add(**rollout(5), clock=30, stage=1).tolist() == list(range(36, 48))
+    assert buffer.add(rollout(5), clock=30, stage=1).tolist() == list(range(36, 48))
     with pytest.raises(ValueError, match="empty"):
         ReplayBuffer(5).sample(1, 0, generator())
 
 
 def test_capacity_zero_keeps_nothing():
     buffer = ReplayBuffer(0)
-    assert buffer.add(**rollout(0), clock=0, stage=0).tolist() == [-1] * 12 and len(buffer) == 0
+    assert buffer.add(rollout(0), clock=0, stage=0).tolist() == [-1] * 12 and len(buffer) == 0
 
 
 def test_priority_zero_is_plain_uniform_replay_bit_for_bit():
@@ -153,7 +153,7 @@ def expected_probabilities(u: Tensor, age: Tensor, a: float, half_life: float, e
 
 def test_probabilities_follow_the_formula():
     buffer = filled(priority=0.6, half_life=30, uniform=0.2)
-    t = torch.cat([rollout(k)["t"] for k in range(3)])
+    t = torch.cat([rollout(k).t for k in range(3)])
     loss = torch.rand(36, generator=generator(1), dtype=torch.float64) ** 4 * t + 1e-3
     loss[5] = 1e7  # clipped
     buffer.update(torch.arange(36), loss, t)
@@ -167,7 +167,7 @@ def test_probabilities_follow_the_formula():
 
 def test_nodes_with_large_losses_get_no_larger_share():
     buffer = filled(priority=1.0, half_life=1e9, uniform=0.0)
-    t = torch.cat([rollout(k)["t"] for k in range(3)])
+    t = torch.cat([rollout(k).t for k in range(3)])
     buffer.update(torch.arange(36), torch.where(t == 999, 1000.0, 1.0), t)
     assert torch.allclose(buffer.probabilities(20), torch.full((36,), 1 / 36, dtype=torch.float64))
 
@@ -228,7 +228,7 @@ def test_a_long_pause_does_not_underflow():
 def test_dead_slots_and_broken_losses_are_ignored():
     buffer = ReplayBuffer(24, priority=0.6)
     for k in range(3):
-        buffer.add(**rollout(k), clock=0, stage=0)
+        buffer.add(rollout(k), clock=0, stage=0)
     before = buffer.probabilities(0)
     slot = torch.tensor([0, 11, -1, 36, 999, 20])
     buffer.update(slot, torch.tensor([9.0, 9.0, 9.0, 9.0, 9.0, float("nan")]), torch.full((6,), 999))
@@ -241,26 +241,27 @@ def test_dead_slots_and_broken_losses_are_ignored():
 
 def test_broken_states_are_rejected_and_counted():
     data = rollout(0, rows=2, nodes=(999, 749))
-    x = data["x_t"] = torch.ones(4, 2, 4, 4)
+    data = data._replace(x_t=torch.ones(4, 2, 4, 4))
+    x = data.x_t
     x[0, 0, 0, 0], x[1], x[2] = float("nan"), 2.1, 0.49
     buffer = ReplayBuffer(100)
-    assert buffer.add(**data, clock=0, stage=0, expected=torch.ones(4)).tolist() == [-1, -1, -1, 0]
-    assert buffer.add(**data, clock=0, stage=0, expected=torch.tensor([1.0, 4.4, 0.24, 5.0])).tolist() == [-1, 1, 2, -1]
-    assert buffer.add(**data, clock=0, stage=0).tolist() == [-1, 3, 4, 5]
+    assert buffer.add(data, clock=0, stage=0, expected=torch.ones(4)).tolist() == [-1, -1, -1, 0]
+    assert buffer.add(data, clock=0, stage=0, expected=torch.tensor([1.0, 4.4, 0.24, 5.0])).tolist() == [-1, 1, 2, -1]
+    assert buffer.add(data, clock=0, stage=0).tolist() == [-1, 3, 4, 5]
     x[1] = 7e4  # infinite in half precision
-    assert buffer.add(**data, clock=0, stage=0).tolist() == [-1, -1, 6, 7]
+    assert buffer.add(data, clock=0, stage=0).tolist() == [-1, -1, 6, 7]
     assert buffer.stats(0)["rejected"] == 3 + 2 + 1 + 2 and len(buffer) == 8
     assert buffer.sample(40, 0, generator()).x_t.isfinite().all()
     x[:] = float("inf")
-    assert buffer.add(**data, clock=0, stage=0).tolist() == [-1] * 4 and len(buffer) == 8
+    assert buffer.add(data, clock=0, stage=0).tolist() == [-1] * 4 and len(buffer) == 8
 
 
 def test_points_of_few_dimensions_have_no_energy_to_judge():
     """A Gaussian in the plane is beyond the band one time in four; that says nothing of a roll-out."""
     data, expected = rollout(0, rows=2, nodes=(999, 749)), torch.ones(4)
     for shape, kept in (((2, 1, 1), [0, 1, 2]), ((2, 4, 4), [0])):
-        data["x_t"] = torch.tensor([1.0, 0.1, 9.0, float("inf")]).view(4, 1, 1, 1).expand(4, *shape)
-        slots = ReplayBuffer(100).add(**data, clock=0, stage=0, expected=expected)
+        data = data._replace(x_t=torch.tensor([1.0, 0.1, 9.0, float("inf")]).view(4, 1, 1, 1).expand(4, *shape))
+        slots = ReplayBuffer(100).add(data, clock=0, stage=0, expected=expected)
         assert slots[slots >= 0].tolist() == kept
 
 
@@ -280,8 +281,8 @@ def test_saving_and_restoring_is_exact():
     buffer = filled(priority=0.6, half_life=20)
     losses(buffer)
     bad = rollout(3)
-    bad["x_t"][0] = float("nan")
-    buffer.add(**bad, clock=25, stage=0)
+    bad.x_t[0] = float("nan")
+    buffer.add(bad, clock=25, stage=0)
     file = io.BytesIO()
     torch.save(buffer.state_dict(), file)
     snapshot = buffer.state_dict()
@@ -294,7 +295,7 @@ def test_saving_and_restoring_is_exact():
             s = b.sample(16, 30 + step, g, progress=step / 4)
             b.update(s.slot, s.x_t.flatten(1).square().mean(1), s.t)
             out.append(s)
-            b.add(**rollout(10 + step), clock=30 + step, stage=0)
+            b.add(rollout(10 + step), clock=30 + step, stage=0)
             b.expire(30 + step, 0)
         return [*out, tuple(torch.tensor([v]) for v in b.stats(40).values()), (b.probabilities(40),)]
 
@@ -315,7 +316,7 @@ def test_restoring_into_a_smaller_buffer_drops_the_oldest():
 def test_points_and_a_context_without_extras():
     buffer = ReplayBuffer(10)
     index, c = torch.zeros(4, dtype=torch.long), Context(torch.zeros(1, 1, 3))
-    buffer.add(torch.randn(4, 2), torch.tensor(NODES), c, index, index + FORWARD, index, clock=0, stage=0)
+    buffer.add(Rollout(torch.randn(4, 2), torch.tensor(NODES), index, index + FORWARD, index, c), clock=0, stage=0)
     got = buffer.sample(6, 0, generator())
     assert got.x_t.shape == (6, 2) and got.c.text.shape == (6, 1, 3) and got.c.w is None
     assert len(buffer.sample(0, 0, generator()).t) == 0
@@ -328,12 +329,12 @@ def test_readable_errors():
     with pytest.raises(ValueError, match="storage"):
         ReplayBuffer(1, storage="int8")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="exceeds the replay buffer's capacity 5"):
-        ReplayBuffer(5).add(**data, clock=0, stage=0)
+        ReplayBuffer(5).add(data, clock=0, stage=0)
     with pytest.raises(ValueError, match="as many t"):
-        ReplayBuffer(50).add(**data | {"t": data["t"][:3]}, clock=0, stage=0)
+        ReplayBuffer(50).add(data._replace(t=data.t[:3]), clock=0, stage=0)
     with pytest.raises(ValueError, match="row must name"):
-        ReplayBuffer(50).add(**data | {"row": data["row"] + 1}, clock=0, stage=0)
+        ReplayBuffer(50).add(data._replace(row=data.row + 1), clock=0, stage=0)
     with pytest.raises(ValueError, match="flush it first"):
-        filled().add(**data | {"c": data["c"].guided(None)}, clock=0, stage=0)
+        filled().add(data._replace(c=data.c.guided(None)), clock=0, stage=0)
     with pytest.raises(ValueError, match="update needs"):
         filled().update(torch.zeros(2), torch.zeros(3), torch.zeros(3))

@@ -21,9 +21,11 @@ from ddil_lightning.diffusion.losses import mse
 from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
 from ddil_lightning.diffusion.transitions import ddim
+from ddil_lightning.feed import Wants
 from ddil_lightning.imitation.prior import SamplingPrior
-from ddil_lightning.imitation.rollout import Streams, draw
+from ddil_lightning.imitation.rollout import draw
 from ddil_lightning.records import CaptionBatch, Context
+from ddil_lightning.streams import Streams
 
 SD = NoiseSchedule.scaled_linear()
 MU, D, BATCH = 6.0, 0.15, 256
@@ -49,6 +51,7 @@ class Method(NamedTuple):
     policies: Policies
     grid: Grid
     guidance: tuple[float, float] = (1.0, 1.0)
+    wants: Wants = Wants()
 
 
 def context(n: int) -> Context:

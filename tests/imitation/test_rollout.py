@@ -16,10 +16,13 @@ from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
 from ddil_lightning.diffusion.transitions import ddim, renoise
+from ddil_lightning.feed import Wants
 from ddil_lightning.imitation.buffer import ReplayBuffer
+from ddil_lightning.imitation.options import Rollouts
 from ddil_lightning.imitation.prior import SamplingPrior
-from ddil_lightning.imitation.rollout import Rollout, Streams, collect, draw, forward, fresh, guided, roll
-from ddil_lightning.records import FORWARD, MIXED, STUDENT, TEACHER, CaptionBatch, Context, LatentBatch
+from ddil_lightning.imitation.rollout import collect, draw, forward, fresh, guided, roll
+from ddil_lightning.records import FORWARD, MIXED, STUDENT, TEACHER, CaptionBatch, Context, LatentBatch, Rollout
+from ddil_lightning.streams import Streams
 
 SD = NoiseSchedule.scaled_linear()
 GRID, FINE = Grid.named("linspace", 4), Grid.named("linspace", 8)
@@ -46,6 +49,9 @@ class Method(NamedTuple):
     policies: Policies
     grid: Grid = GRID
     guidance: tuple[float, float] = (1.0, 1.0)
+    wants: Wants = Wants()
+    stage_updates: int = 0
+    progress: float = 0.0
 
     def times(self, who: str) -> list[int]:
         return [t for t, _ in getattr(self.policies, who).denoiser.network.calls]
@@ -196,7 +202,7 @@ def test_the_control_stands_at_the_same_times():
     alpha, sigma = SD.at(control.t, control.x_t)
     eps = ((control.x_t - alpha * b.latent[control.row]) / sigma).view(-1, b.latent.numel()).double()
     assert float((eps.corrcoef() - torch.eye(len(eps))).abs().max()) < 5 / math.sqrt(b.latent.numel())
-    drawn = draw(batch(8), m, HALF, Streams(0, 1), shape=SHAPE, control=True)
+    drawn = draw(batch(8), m, HALF, Streams(0, 1), shape=SHAPE, rollouts=Rollouts(control=True))
     assert torch.equal(drawn.t, draw(batch(8), m, HALF, Streams(0, 1), shape=SHAPE).t) and drawn.source.unique().tolist() == [FORWARD]
     with pytest.raises(ValueError, match=r"no images: set data\.rollouts\.control to false"):
         collect(batch(images=False), m, STUDENTS, Streams(0, 3), SHAPE, control=True)
@@ -234,9 +240,10 @@ def test_without_roll_outs_the_draw_is_the_forward_source(pure_noise: bool):
     plain = forward(batch(), m, streams, pure_noise)
     full = ReplayBuffer(100)
     made = collect(batch(), method(), STUDENTS, streams, SHAPE)
-    full.add(made.x_t, made.t, made.c, made.row, made.source, made.actors, clock=0, stage=0)
+    full.add(made, clock=0, stage=0)
     for buffer, granularity in ((None, "sample"), (full, "sample"), (None, "step")):
-        drawn = draw(batch(), m, SamplingPrior(), streams, shape=SHAPE, buffer=buffer, granularity=granularity, pure_noise=pure_noise)  # type: ignore[arg-type]
+        how = Rollouts(granularity=granularity, pure_noise=pure_noise)
+        drawn = draw(batch(), m, SamplingPrior(), streams, shape=SHAPE, buffer=buffer, rollouts=how)
         assert same(drawn, plain)
     assert m.times("student") == m.times("teacher") == [] and torch.equal(plain.real, batch().latent)
     assert plain.source.unique().tolist() == [FORWARD] and plain.weight.unique().tolist() == [1] and plain.slot.unique().tolist() == [-1]
@@ -274,18 +281,84 @@ def test_guidance_is_uniform_in_w():
     assert guided(batch(3).c, (7.5, 7.5), torch.Generator()).w.tolist() == [6.5] * 3
 
 
+# Ends ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [ddim, renoise], ids=["ddim", "renoise"])
+@pytest.mark.parametrize("upto", [None, 1])
+def test_a_roll_out_that_goes_on_to_its_end_has_the_same_states(how: Any, upto: int | None):
+    m, actors = method(how=how), [False, True, True, False]
+    plain, whole = rolled(m, actors, upto=upto), rolled(m, actors, upto=upto, ends=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain[:5], whole[:5], strict=True)) and plain.noise is plain.end is None
+    x, generator = start(3, 0)
+    assert torch.equal(whole.noise, x)
+    times = GRID.times.tolist()
+    for i, acts in enumerate(actors):
+        x = (m.policies.student if acts else m.policies.teacher)(x, times[i], times[i + 1], batch(3).c, generator)
+    assert torch.equal(whole.end, x)
+
+
+def test_pairs_are_coupled_by_the_flow_and_stay_with_their_states():
+    """Data of a Gaussian: the end of the flow is a known affine map of the noise, exact for the deterministic teacher."""
+    law = Gaussian(-0.5, 0.9, SD)
+    m, buffer = method(teacher=law, wants=Wants(ends=True)), ReplayBuffer(1000)
+    prior = SamplingPrior(0.25, 0.0, 0.75)
+    for step in range(4):
+        buffer.add(collect(batch(8), m, prior, Streams(0, step), SHAPE), clock=step, stage=0)
+    restored = ReplayBuffer(1000)
+    restored.load_state_dict(buffer.state_dict())
+    for held in (buffer, restored, None):
+        drawn = draw(batch(16), m, prior, Streams(1, 0), shape=SHAPE, buffer=held)
+        assert drawn.source.tolist() == [FORWARD] * 4 + [TEACHER] * 12
+        # Of forward latents the pair is independent noise and data, on whose line x_t lies.
+        alpha, sigma = SD.at(drawn.t[:4], drawn.x_t)
+        assert torch.equal(drawn.end[:4], batch(16).latent[:4])
+        assert torch.allclose(drawn.x_t[:4], alpha * drawn.end[:4] + sigma * drawn.noise[:4], atol=1e-6)
+        # Of the teacher's, the end is what its sampler makes of the noise, and x_t a state between the two.
+        policy = m.policies.teacher
+        for i in range(4, 16):
+            c = Context(drawn.c.text[i : i + 1], w=drawn.c.w[i : i + 1])
+            states = [drawn.noise[i : i + 1], *policy.walk(drawn.noise[i : i + 1], GRID, c)]
+            assert torch.allclose(states[-1], drawn.end[i : i + 1], atol=1e-5)
+            assert torch.allclose(states[GRID.nodes.tolist().index(int(drawn.t[i]))], drawn.x_t[i : i + 1], atol=4e-3)
+    assert draw(batch(16), method(teacher=law), prior, Streams(1, 0), shape=SHAPE).noise is None
+
+
+def test_the_control_has_no_ends():
+    with pytest.raises(ValueError, match="no trajectories, whose ends this method needs: set data.rollouts.control to false"):
+        draw(batch(), method(wants=Wants(ends=True)), STUDENTS, Streams(0, 0), shape=SHAPE, rollouts=Rollouts(control=True))
+
+
+def test_a_method_asks_for_pure_noise_and_of_one_node_needs_no_data():
+    m = method(grid=Grid.named("linspace", 1), wants=Wants(pure_noise=True))
+    drawn = draw(batch(64, images=False), m, SamplingPrior(), Streams(0, 0), shape=SHAPE)
+    assert drawn.x_t.shape == (64, *SHAPE) and drawn.real is None and drawn.t.unique().tolist() == [999]
+    assert float(drawn.x_t.std()) == pytest.approx(1, abs=0.05) and drawn.source.unique().tolist() == [FORWARD]
+    assert torch.equal(drawn.x_t, draw(batch(64, images=True), m, SamplingPrior(), Streams(0, 0), shape=SHAPE).x_t)
+    many = method(wants=Wants(pure_noise=True))
+    with pytest.raises(ValueError, match="no images: give that share to the teacher"):
+        draw(batch(images=False), many, SamplingPrior(), Streams(0, 0), shape=SHAPE)
+    rollouts = (Rollouts(pure_noise=x) for x in (None, False))
+    asked, told = (draw(batch(64), many, SamplingPrior(), Streams(0, 0), shape=SHAPE, rollouts=x) for x in rollouts)
+    first = asked.node == 0
+    assert bool(first.any()) and not torch.equal(asked.x_t[first], told.x_t[first]) and torch.equal(asked.x_t[~first], told.x_t[~first])
+
+
+# The buffer ---------------------------------------------------------------------------------------------------------------------
+
+
 def test_buffered_states_keep_their_caption_and_guidance():
     """LCM: collected on 3, 4 or 5 nodes, trained on the grid of 50, whose next node is 20 earlier and not the roll-out's."""
     m, buffer = method(how=renoise, grid=Grid.consistency(), guidance=(2.0, 8.0)), ReplayBuffer(1000)
     known: dict[tuple[float, float], Tensor] = {}
     for step in range(6):
         made = collect(batch(8), m, STUDENTS, Streams(0, step), SHAPE)
-        buffer.add(made.x_t, made.t, made.c, made.row, made.source, made.actors, clock=step, stage=0)
+        buffer.add(made, clock=step, stage=0)
         known |= {(float(made.c.w[r]), float(t)): x for x, t, r in zip(made.x_t, made.t, made.row, strict=True)}
         assert len(made.t) // 8 in (3, 4, 5)
     calls = len(m.times("student"))
     b = batch(64)
-    drawn = draw(b, m, SamplingPrior(0.25, 0.75, 0.0), Streams(1, 0), shape=SHAPE, buffer=buffer, clock=9)
+    drawn = draw(b, m, SamplingPrior(0.25, 0.75, 0.0), Streams(1, 0), shape=SHAPE, buffer=buffer)
     for i in range(16, 64):
         assert torch.allclose(drawn.x_t[i], known[float(drawn.c.w[i]), float(drawn.t[i])], atol=4e-3)  # float16 storage
     assert drawn.source.tolist() == [FORWARD] * 16 + [STUDENT] * 48 and torch.equal(drawn.real, b.latent)
@@ -299,7 +372,7 @@ def test_a_buffer_that_holds_too_little():
     with pytest.raises(ValueError, match="collect a roll-out before the first draw"):
         draw(batch(images=False), m, STUDENTS, Streams(0, 1), shape=SHAPE, buffer=buffer)
     one = fresh(batch(1), method(), STUDENTS, Streams(0, 1), SHAPE)
-    buffer.add(one.x_t, one.t, one.c, torch.zeros(1), one.source, torch.zeros(1), clock=0, stage=0)
+    buffer.add(Rollout(one.x_t, one.t, torch.zeros(1), one.source, torch.zeros(1), one.c), clock=0, stage=0)
     for data in (batch(), batch(images=False)):  # one state is enough: it is drawn with replacement
         assert draw(data, m, STUDENTS, Streams(0, 1), shape=SHAPE, buffer=buffer).slot.tolist() == [0] * len(data.rows)
     with pytest.raises(ValueError, match="no images: give that share to the teacher"):

@@ -120,7 +120,7 @@ def test_both_turns_draw_from_the_same_mixture(tiny: Path, monkeypatch: pytest.M
 
 def test_the_first_rung_is_pure_noise_and_real_keeps_its_captions(tiny: Path) -> None:
     seen = Turns()
-    fit(build(ENTRY, tiny, updates=4), captions(tiny, SamplingPrior(0.5, 0.5, 0.0), rollouts={"pure_noise": True}), seen)
+    fit(build(ENTRY, tiny, updates=4), captions(tiny, SamplingPrior(0.5, 0.5, 0.0)), seen)
     first = torch.cat([b.x_t[b.node == 0] for _, b in seen.batches])
     assert len(first) > 4 and float(first.std()) == pytest.approx(1.0, abs=0.05)
     signal = torch.cat([(b.x_t * b.real)[(b.node == 0) & (b.source == FORWARD)] for _, b in seen.batches])

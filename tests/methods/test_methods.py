@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 
 from ddil_lightning.data.sampler import CounterSampler
 from ddil_lightning.feed import Feed
-from ddil_lightning.imitation.rollout import Streams, forward
+from ddil_lightning.imitation.rollout import forward
+from ddil_lightning.streams import Streams
 from suite import (
     ALL,
     EPOCH,

@@ -19,7 +19,7 @@ from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
 from ddil_lightning.diffusion.transitions import renoise
-from ddil_lightning.feed import Feed
+from ddil_lightning.feed import Feed, Wants
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.records import Context, LatentBatch
 from options import options
@@ -34,7 +34,7 @@ WORDS = "a an handwritten digit zero one two three four five six seven eight nin
 class Toy:
     """What the DataModule sees of a method: exact policies on four nodes, a clock, and dropout that would show in roll-outs."""
 
-    stage = 0
+    stage, wants = 0, Wants()
 
     def __init__(self, bias: float = 0.0) -> None:
         exact = Gaussian(0.5, 1.0, SCHEDULE)

@@ -15,9 +15,11 @@ from ddil_lightning.diffusion.analytic import Gaussian
 from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
+from ddil_lightning.feed import Wants
 from ddil_lightning.imitation.prior import SamplingPrior
-from ddil_lightning.imitation.rollout import Streams, counts, draw, plan
+from ddil_lightning.imitation.rollout import counts, draw, plan
 from ddil_lightning.records import CaptionBatch, Context
+from ddil_lightning.streams import Streams
 from pair import Pair
 
 SD = NoiseSchedule.scaled_linear()
@@ -42,6 +44,7 @@ class Method(NamedTuple):
     policies: Policies
     grid: Grid
     guidance: tuple[float, float] = (2.0, 8.0)
+    wants: Wants = Wants()
 
 
 def fingerprint(x: object) -> Tensor:

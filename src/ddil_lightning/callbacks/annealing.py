@@ -12,7 +12,6 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ddil_lightning.bounds import at_least
-from ddil_lightning.feed import Feed
 from ddil_lightning.imitation.prior import SamplingPrior, Schedule
 
 
@@ -31,9 +30,9 @@ class OnClock(Callback):
         """What to do at `clock`."""
 
 
-def check_images(feed: Feed, what: str, remedy: str = "give that share to the teacher, or give images") -> None:
-    """Raises ValueError for `what`, which has a forward share, on data without images."""
-    if not feed.has_images():
+def check_images(method: Any, what: str, remedy: str = "give that share to the teacher, or give images") -> None:
+    """Raises ValueError for `what`, which has a forward share, on data without the images that `method` then needs."""
+    if method.wants.images(len(method.grid)) and not method.feed.has_images():
         raise ValueError(f"{what} has a forward share but the data set has no images: {remedy}")
 
 
@@ -55,7 +54,7 @@ class AnnealPrior(OnClock):
         for prior in priors:
             pl_module.check_prior(prior)
         if max(prior.forward for prior in priors) > 1e-6:  # an interpolation rounds
-            check_images(pl_module.feed, "the schedule of AnnealPrior")
+            check_images(pl_module, "the schedule of AnnealPrior")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """The clock as it stands; a schedule that hears, hears from now on."""

@@ -20,9 +20,10 @@ from ddil_lightning.diffusion.denoiser import evaluating
 from ddil_lightning.diffusion.reflection import estimate_box
 from ddil_lightning.feed import Feed
 from ddil_lightning.imitation.buffer import ReplayBuffer
+from ddil_lightning.imitation.learner import Learner
 from ddil_lightning.imitation.options import Buffer, Rollouts
 from ddil_lightning.imitation.prior import SamplingPrior
-from ddil_lightning.imitation.rollout import Learner, collect, draw
+from ddil_lightning.imitation.rollout import collect, draw
 from ddil_lightning.messages import counted
 from ddil_lightning.processes import Processes
 from ddil_lightning.records import SOURCES, CaptionBatch, LatentBatch, take, to
@@ -111,7 +112,7 @@ class DDILDataModule(LightningDataModule, Feed):
         lacking = [name for name in ASKED if not hasattr(self.learner, name)]
         if lacking:
             raise TypeError(
-                f"{type(self.learner).__name__} has no {', '.join(lacking)}: derive it from Distillation, or see rollout.Learner"
+                f"{type(self.learner).__name__} has no {', '.join(lacking)}: derive it from Distillation, or see imitation.learner.Learner"
             )
         self.learner.feed = self
         self.unsteered()
@@ -130,7 +131,7 @@ class DDILDataModule(LightningDataModule, Feed):
         elif self.cache and not isinstance(captions, Encoded):
             self.captions = encode(captions, backbone, self.truncate, self.workers, self.notices, processes.first)
         no_images = self.captions.latents is None if isinstance(self.captions, Encoded) else isinstance(self.captions, Prompts)
-        if self.prior.forward > 0 and no_images:
+        if self.prior.forward > 0 and no_images and self.learner.wants.images(len(self.learner.grid)):
             raise ValueError("the prior has a forward share but the data set has no images: give that share to the teacher, or give images")
         latent = self.reference(1).latent
         if latent is not None and latent.shape[1:] != tuple(backbone.latent_shape):
@@ -223,11 +224,7 @@ class DDILDataModule(LightningDataModule, Feed):
                 streams,
                 shape=backbone.latent_shape,
                 buffer=self.buffer,
-                clock=self.clock,
-                granularity=self.rollouts.granularity,
-                pure_noise=self.rollouts.pure_noise,
-                progress=learner.progress,
-                control=self.rollouts.control,
+                rollouts=self.rollouts,
             )
 
     def _encoded(self, batch: Any) -> CaptionBatch:
@@ -250,17 +247,19 @@ class DDILDataModule(LightningDataModule, Feed):
         learner = self.learner
         shape = learner.backbone.latent_shape
         made = collect(take(batch, slice(self.trajectories)), learner, self.prior, self.streams, shape, self.rollouts.control)
-        fine = bool(torch.isfinite(made.x_t).all())
+        fine = all(bool(torch.isfinite(x).all()) for x in (made.x_t, made.end) if x is not None)
         # All processes stop together: one that left alone would leave the others waiting for its gradients.
         if not (fine if self.trainer is None else self.trainer.strategy.reduce_boolean_decision(fine)):
             found = "a roll-out of another process is not finite"
             if not fine:
-                first = int(made.t[~torch.isfinite(made.x_t.flatten(1)).all(1)].max())
-                found = f"a roll-out by the {SOURCES[int(made.source[made.t == first][0])]} policy is not finite at t = {first}"
+                broken = made.t[~torch.isfinite(made.x_t.flatten(1)).all(1)]
+                at = int(broken.max()) if len(broken) else int(made.t.min())  # or it broke on its way from the last state to its end
+                by = SOURCES[int(made.source[made.t == at][0])]
+                found = f"a roll-out by the {by} policy is not finite {'at' if len(broken) else 'below'} t = {at}"
             raise FloatingPointError(f"{found}, student update {learner.student_updates}")
         stage = self.streams.stage
         self.buffer.expire(self.clock, stage)
-        self.buffer.add(made.x_t, made.t, made.c, made.row, made.source, made.actors, self.clock, stage, self._expected(made.t))
+        self.buffer.add(made, self.clock, stage, self._expected(made.t))
         if len(self.buffer) == 0 and not self._warned:
             self._warned = True
             logging.getLogger(__name__).warning(

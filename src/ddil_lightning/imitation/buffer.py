@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ddil_lightning.records import SOURCES, Context, cat, take
+from ddil_lightning.records import SOURCES, Context, Rollout, cat, take
 
 FINE = 50
 """Below this time (and at END) sigma is so small that half precision would show: such states are kept in float32."""
@@ -25,6 +25,7 @@ DIMENSIONS = 32
 """Of a state, from which on `BAND` is asked: the mean square of fewer numbers leaves it by chance (one Gaussian in 1000 at 16)."""
 
 U_MIN, U_MAX = 0.1, 10.0
+ENDS = ("noise", "end")
 WINDOW = 100
 """Losses per node after which their running mean forgets exponentially."""
 
@@ -40,6 +41,8 @@ class Sample(NamedTuple):
     weight: Tensor  # [n] float32 importance weight, at most 1; all 1 without priorities
     slot: Tensor  # [n] to hand back to `update`
     age: Tensor  # [n] clock now - clock when collected
+    noise: Tensor | None = None  # [n, ...] float32, the two ends of a state's trajectory
+    end: Tensor | None = None  # [n, ...] float32
 
 
 class _States(NamedTuple):
@@ -59,6 +62,8 @@ class _Chunk(NamedTuple):
     clock: int
     stage: int
     start: int  # slot of the first state
+    noise: Tensor | None = None  # [R, ...] float32, by trajectory
+    end: Tensor | None = None
 
 
 class ReplayBuffer:
@@ -95,39 +100,28 @@ class ReplayBuffer:
         return sum(len(chunk.states.t) for chunk in self._chunks)
 
     @torch.no_grad()
-    def add(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        c: Context,
-        row: Tensor,
-        source: Tensor,
-        actors: Tensor,
-        clock: int,
-        stage: int,
-        expected: Tensor | None = None,
-    ) -> Tensor:
+    def add(self, made: Rollout, clock: int, stage: int, expected: Tensor | None = None) -> Tensor:
         """Stores a roll-out and returns its slots [M], -1 for a state that was not kept.
 
-        `x_t` [M, ...] states of times `t` [M], whose contexts are the rows `row` [M] of `c`; `clock`: student updates so far; `stage`: of
-        the method. States that are not finite, or whose mean square leaves [0.25, 4] times `expected` [M] (that of forward latents; asked
-        of 32 dimensions or more), are rejected and counted. Raises ValueError for lengths or shapes that do not fit, and for a roll-out
-        larger than the capacity.
+        `clock`: student updates so far; `stage`: of the method. States that are not finite, or whose mean square leaves [0.25, 4] times
+        `expected` [M] (that of forward latents; asked of 32 dimensions or more), are rejected and counted. Raises ValueError for lengths or
+        shapes that do not fit, and for a roll-out larger than the capacity.
         """
-        slots = torch.full((len(x_t),), -1)
+        slots = torch.full((len(made.x_t),), -1)
         if self.capacity == 0:
             return slots
-        self._check(x_t, c, row, t, source, actors, *([] if expected is None else [expected]))
-        fine = self.storage == "float32" or bool((t < FINE).any())
-        stored = x_t.to("cpu", torch.float32 if fine else torch.float16, copy=True)
+        self._check(made, expected)
+        fine = self.storage == "float32" or bool((made.t < FINE).any())
+        stored = made.x_t.to("cpu", torch.float32 if fine else torch.float16, copy=True)
         keep = _sound(stored, expected)
         self.rejected += int((~keep).sum())
         if not keep.any():
             return slots
-        t, row, source, actors = (x.to("cpu", torch.long, copy=True) for x in (t, row, source, actors))
-        states = take(_States(stored, t, row, source, actors, torch.zeros(len(x_t), dtype=torch.float64)), keep)
-        own = {name: x.to("cpu", copy=True) for name, x in c._asdict().items() if x is not None}
-        self._chunks.append(_Chunk(states, Context(**own), int(clock), int(stage), self._next))
+        t, row, source, actors = (x.to("cpu", torch.long, copy=True) for x in (made.t, made.row, made.source, made.actors))
+        states = take(_States(stored, t, row, source, actors, torch.zeros(len(t), dtype=torch.float64)), keep)
+        own = {name: x.to("cpu", copy=True) for name, x in made.c._asdict().items() if x is not None}
+        noise, end = (None if x is None else x.to("cpu", torch.float32, copy=True) for x in (made.noise, made.end))
+        self._chunks.append(_Chunk(states, Context(**own), int(clock), int(stage), self._next, noise, end))
         slots[keep] = self._next + torch.arange(len(states.t))
         self._next += len(states.t)
         self._evict()
@@ -207,6 +201,7 @@ class ReplayBuffer:
                 "states": k.states._asdict() | {"u": k.states.u.clone()},
                 "c": {name: x for name, x in k.c._asdict().items() if x is not None},
                 "at": [k.clock, k.stage, k.start],
+                **{name: getattr(k, name) for name in ENDS if getattr(k, name) is not None},
             }
             for k in self._chunks
         ]
@@ -216,13 +211,17 @@ class ReplayBuffer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state_dict()`; with a smaller capacity than it was saved with, the oldest roll-outs go."""
         own = lambda parts: {name: x.clone() for name, x in parts.items()}  # noqa: E731 (a mapped checkpoint is not held open by its latents)
-        self._chunks = deque(_Chunk(_States(**own(k["states"])), Context(**own(k["c"])), *k["at"]) for k in state["chunks"])
+        self._chunks = deque(
+            _Chunk(_States(**own(k["states"])), Context(**own(k["c"])), *k["at"], *(k[x].clone() if x in k else None for x in ENDS))
+            for k in state["chunks"]
+        )
         self._means = {int(time): (float(mean), int(count)) for time, mean, count in state["means"]}
         self._next, self.rejected = int(state["next"]), int(state["rejected"])
         self._evict()
 
-    def _check(self, x_t: Tensor, c: Context, row: Tensor, *columns: Tensor) -> None:
-        if any(len(x) != len(x_t) for x in (row, *columns)):
+    def _check(self, made: Rollout, expected: Tensor | None) -> None:
+        x_t, c, row = made.x_t, made.c, made.row
+        if any(len(x) != len(x_t) for x in (row, made.t, made.source, made.actors, *([] if expected is None else [expected]))):
             raise ValueError(f"a roll-out of {len(x_t)} states needs as many t, row, source, actors and expected")
         if len(x_t) > self.capacity:
             what = f"a roll-out of {len(x_t)} states exceeds the replay buffer's capacity {self.capacity}"
@@ -274,7 +273,8 @@ class ReplayBuffer:
             s = take(part.states, local)
             age = torch.full_like(s.t, clock - part.clock)
             c = take(part.c, s.row)
-            parts.append(Sample(s.x_t.float(), s.t, c, s.source, s.actors, weight[place], part.start + local, age))
+            pair = (None if x is None else x[s.row] for x in (part.noise, part.end))
+            parts.append(Sample(s.x_t.float(), s.t, c, s.source, s.actors, weight[place], part.start + local, age, *pair))
             places.append(place)
         return take(cat(parts), torch.cat(places).argsort())
 

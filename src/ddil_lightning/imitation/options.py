@@ -18,14 +18,14 @@ class Rollouts:
         every: student updates between two roll-outs; the callback Cadence changes it while a run goes on.
         trajectories: of one roll-out, whose interior states all go to the buffer; by default, and at most, `batch_size`.
         granularity: `sample` splits every batch by the shares of the prior, `step` gives each batch one source.
-        pure_noise: forward latents at the first node carry no signal, as the first states of roll-outs do not.
+        pure_noise: forward latents at the first node carry no signal, as the first states of roll-outs; by default as the method asks.
         control: the same-timestep control: every roll-out is replaced by data noised to its times, without a network call.
     """
 
     every: int = 10
     trajectories: int | None = None
     granularity: Granularity = "sample"
-    pure_noise: bool = False
+    pure_noise: bool | None = None
     control: bool = False
 
     def __post_init__(self) -> None:

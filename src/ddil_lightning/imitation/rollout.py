@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,70 +16,12 @@ from torch import Tensor
 from ddil_lightning.diffusion.denoiser import to_w
 from ddil_lightning.diffusion.policy import Policies
 from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
-from ddil_lightning.feed import Feed
-from ddil_lightning.imitation.buffer import ReplayBuffer
-from ddil_lightning.imitation.options import Granularity
+from ddil_lightning.imitation.buffer import ReplayBuffer, Sample
+from ddil_lightning.imitation.learner import Learner
+from ddil_lightning.imitation.options import Granularity, Rollouts
 from ddil_lightning.imitation.prior import SamplingPrior
-from ddil_lightning.records import FORWARD, MIXED, STUDENT, TEACHER, CaptionBatch, Context, LatentBatch, cat, take, to
+from ddil_lightning.records import FORWARD, MIXED, STUDENT, TEACHER, CaptionBatch, Context, LatentBatch, Rollout, cat, take, to
 from ddil_lightning.streams import Streams
-
-
-class Learner(Protocol):
-    """What the draw and the DataModule ask of a method. Every method has it; the DataModule imports no method."""
-
-    feed: Feed
-    """The data, which hands itself over when training begins."""
-
-    @property
-    def backbone(self) -> Any:
-        """The pipeline: it encodes captions and images, and knows the shape of the latents."""
-        ...
-
-    @property
-    def student_updates(self) -> int:
-        """The clock of the run."""
-        ...
-
-    @property
-    def stage(self) -> int:
-        """The number of the present stage, from 0."""
-        ...
-
-    @property
-    def stage_updates(self) -> int:
-        """The clock of the present stage, that of cadence and age."""
-        ...
-
-    @property
-    def progress(self) -> float:
-        """The share of the run that is done, 0 to 1."""
-        ...
-
-    @property
-    def policies(self) -> Policies:
-        """The student and the teacher as they act at inference."""
-        ...
-
-    @property
-    def grid(self) -> Grid:
-        """The times the student trains on, with the grids that inference walks."""
-        ...
-
-    @property
-    def guidance(self) -> tuple[float, float]:
-        """The range of guidance g = 1 + w from which every sample's w is drawn, uniform."""
-        ...
-
-
-class Rollout(NamedTuple):
-    """All interior states of R trajectories over N nodes: M = N R states, nodes in order of time."""
-
-    x_t: Tensor  # [M, C, H, W]
-    t: Tensor  # [M]
-    row: Tensor  # [M] the trajectory, a row of `c`
-    source: Tensor  # [M]
-    actors: Tensor  # [M] bit i is set where the student took transition i
-    c: Context  # [R]
 
 
 def plan(prior: SamplingPrior, grid: Grid, rng: random.Random) -> tuple[Grid, list[bool]]:
@@ -100,18 +41,20 @@ def roll(
     shape: Sequence[int],
     generator: torch.Generator,
     upto: int | None = None,
+    ends: bool = False,
 ) -> Rollout:
     """Algorithm 2: from pure noise down `walk`, every state recorded before its transition.
 
     `c` [R] with guidance; `shape`: of one latent; `upto`: the last node recorded (default: the last of the grid). Node 0, pure noise, is
-    recorded too: it is what the deployed student sees, while forward latents at T still hold some signal.
+    recorded too: it is what the deployed student sees, while forward latents at T still hold some signal. `ends`: walk on to the end, for
+    the pairs (noise, end) of the trajectories.
     """
     last = len(walk) - 1 if upto is None else upto
     device, count = c.text.device, len(c.text)
     x = torch.randn((count, *shape), generator=generator, device=device)
     times = walk.times.tolist()
     states, bits = [x], [0]
-    for i in range(last):
+    for i in range(len(walk) if ends else last):
         actor = policies.student if actors[i] else policies.teacher
         if actor is None:
             raise ValueError(
@@ -126,7 +69,8 @@ def roll(
         return torch.tensor(values, device=device).repeat_interleave(count)
 
     rows = torch.arange(count, device=device).repeat(last + 1)
-    return Rollout(torch.cat(states), column(times[: last + 1]), rows, column(tags), column(bits), c)
+    made = Rollout(torch.cat(states[: last + 1]), column(times[: last + 1]), rows, column(tags), column(bits[: last + 1]), c)
+    return made._replace(noise=states[0], end=x) if ends else made
 
 
 @torch.no_grad()
@@ -167,21 +111,30 @@ def counts(prior: SamplingPrior, batch: int, granularity: Granularity, rng: rand
     return min(int(whole) + (rng.random() < whole - int(whole)), batch)
 
 
-def forward(batch: CaptionBatch, learner: Learner, streams: Streams, pure_noise: bool = False) -> LatentBatch:
-    """The forward source: data noised to uniform nodes, x_t = alpha x0 + sigma eps. `pure_noise`: node 0 is noise without signal (DMD2)."""
-    if batch.latent is None:
+def forward(
+    batch: CaptionBatch, learner: Learner, streams: Streams, pure_noise: bool | None = None, shape: Sequence[int] | None = None
+) -> LatentBatch:
+    """The forward source: data noised to uniform nodes, x_t = alpha x0 + sigma eps.
+
+    `pure_noise` (default: as the learner wants it): node 0 is noise without signal, as in DMD2. Where it is the only node, no data are
+    needed, and captions alone give noise of the latents' `shape`.
+    """
+    grid, schedule = learner.grid, learner.policies.student.schedule
+    pure = learner.wants.pure_noise if pure_noise is None else pure_noise
+    x0, device = batch.latent, batch.c.text.device
+    if x0 is None and not (pure and len(grid) == 1 and shape):
         raise ValueError("the prior has a forward share but the data set has no images: give that share to the teacher, or give images")
-    x0, grid, schedule = batch.latent, learner.grid, learner.policies.student.schedule
-    device = x0.device
-    node = grid.draw(len(x0), streams.local("node")).to(device)
+    size, dtype = ((len(batch.rows), *(shape or ())), torch.float32) if x0 is None else (x0.shape, x0.dtype)
+    node = grid.draw(size[0], streams.local("node")).to(device)
     t, s = grid.times.to(device)[node], grid.times.to(device)[node + 1]
-    eps = torch.randn(x0.shape, generator=streams.local("noise", device), device=device, dtype=x0.dtype)
-    x_t = schedule.add_noise(x0, eps, t)
-    if pure_noise:
-        x_t = torch.where((node == 0).view(-1, *(1,) * (x0.ndim - 1)), eps, x_t)
+    eps = torch.randn(size, generator=streams.local("noise", device), device=device, dtype=dtype)
+    x_t = eps if x0 is None else schedule.add_noise(x0, eps, t)
+    if pure:
+        x_t = torch.where((node == 0).view(-1, *(1,) * (eps.ndim - 1)), eps, x_t)
     c = guided(batch.c, learner.guidance, streams.local("guidance"))
-    tag = torch.full_like(t, FORWARD)
-    return LatentBatch(x_t, t, s, node, c, x0, tag, torch.ones(len(t), device=device), torch.full_like(t, -1), batch.c)
+    tag, weight = torch.full_like(t, FORWARD), torch.ones(len(t), device=device)
+    pair = (eps, x0) if learner.wants.ends else (None, None)
+    return LatentBatch(x_t, t, s, node, c, x0, tag, weight, torch.full_like(t, -1), batch.c, *pair)
 
 
 def collect(
@@ -201,8 +154,11 @@ def fresh(
     stop = rng.randrange(len(walk))
     made = _made(batch, learner, walk, actors, streams, shape, control, upto=stop)
     final = slice(stop * len(batch.rows), None)
-    slot = torch.full_like(made.t[final], -1)
-    return _rolled(learner, made.x_t[final], made.t[final], made.c, made.source[final], torch.ones_like(slot, dtype=torch.float32), slot)
+    t, slot = made.t[final], torch.full_like(made.t[final], -1)
+    weight = torch.ones_like(slot, dtype=torch.float32)
+    return _rolled(
+        learner, Sample(made.x_t[final], t, made.c, made.source[final], made.actors[final], weight, slot, slot, made.noise, made.end)
+    )
 
 
 def _made(
@@ -218,18 +174,22 @@ def _made(
     c = guided(batch.c, learner.guidance, streams.local("rollout-guidance"))
     generator = streams.local("rollout-noise", c.text.device)
     if not control:
-        return roll(learner.policies, walk, actors, c, shape, generator, upto)
+        return roll(learner.policies, walk, actors, c, shape, generator, upto, learner.wants.ends)
     if batch.latent is None:
         raise ValueError("the same-timestep control noises data, but the data set has no images: set data.rollouts.control to false")
+    if learner.wants.ends:
+        raise ValueError("the same-timestep control has no trajectories, whose ends this method needs: set data.rollouts.control to false")
     return stand_in(batch.latent, learner.policies.student.schedule, walk, c, generator, upto)
 
 
-def _rolled(learner: Learner, x_t: Tensor, t: Tensor, c: Context, source: Tensor, weight: Tensor, slot: Tensor) -> LatentBatch:
-    node = learner.grid.rows(t)
-    return LatentBatch(x_t, t, learner.grid.times.to(t.device)[node + 1], node, c, None, source, weight, slot)
+def _rolled(learner: Learner, got: Sample) -> LatentBatch:
+    """States of roll-outs as a batch."""
+    node = learner.grid.rows(got.t)
+    s = learner.grid.times.to(got.t.device)[node + 1]
+    return LatentBatch(got.x_t, got.t, s, node, got.c, None, got.source, got.weight, got.slot, None, got.noise, got.end)
 
 
-def draw(  # noqa: PLR0913 (a pure function of all that Algorithm 1 depends on)
+def draw(
     batch: CaptionBatch,
     learner: Learner,
     prior: SamplingPrior,
@@ -237,34 +197,30 @@ def draw(  # noqa: PLR0913 (a pure function of all that Algorithm 1 depends on)
     *,
     shape: Sequence[int],
     buffer: ReplayBuffer | None = None,
-    clock: int = 0,
-    granularity: Granularity = "sample",
-    pure_noise: bool = False,
-    progress: float = 0.0,
-    control: bool = False,
+    rollouts: Rollouts = Rollouts(),
 ) -> LatentBatch:
     """Algorithm 1: one training batch of latents.
 
-    `batch` [B] encoded captions; `shape` of one latent; `buffer`: a filled replay buffer (None: roll out on the spot); `clock` and
-    `progress` in [0, 1] date the buffer's priorities; `control`: see `stand_in`, for draws without a buffer.
+    `batch` [B] encoded captions; `shape` of one latent; `buffer`: a filled replay buffer, whose priorities the learner's clock dates (None:
+    roll out on the spot); `rollouts`: how the batch is mixed.
     With `prior.forward == 1`, or while the buffer is empty, this is `forward`; a buffer that holds any state gives the whole share, because
     it is drawn from with replacement.
     """
     size = len(batch.rows)
-    k = counts(prior, size, granularity, streams.shared("source"))
+    k = counts(prior, size, rollouts.granularity, streams.shared("source"))
     if k > 0 and buffer is not None and len(buffer) == 0:
         if batch.latent is None:
             raise ValueError("the buffer is empty and there is no data in its place: collect a roll-out before the first draw")
         k = 0
     if k == 0:
-        return forward(batch, learner, streams, pure_noise)
+        return forward(batch, learner, streams, rollouts.pure_noise, shape)
     if buffer is None:
-        rolled = fresh(take(batch, slice(size - k, None)), learner, prior, streams, shape, control)
+        rolled = fresh(take(batch, slice(size - k, None)), learner, prior, streams, shape, rollouts.control)
     else:
-        got = buffer.sample(k, clock=clock, generator=streams.local("buffer"), progress=progress)
+        got = buffer.sample(k, clock=learner.stage_updates, generator=streams.local("buffer"), progress=learner.progress)
         # Looked up while still on the CPU: reading times back from a GPU would wait for it.
-        rolled = to(_rolled(learner, got.x_t, got.t, got.c, got.source, got.weight, got.slot), batch.c.text.device)
+        rolled = to(_rolled(learner, got), batch.c.text.device)
     if k == size:
         return rolled._replace(real=batch.latent, real_c=batch.c)
-    noised = forward(take(batch, slice(size - k)), learner, streams, pure_noise)
+    noised = forward(take(batch, slice(size - k)), learner, streams, rollouts.pure_noise, shape)
     return cat([noised._replace(real=None, real_c=None), rolled])._replace(real=batch.latent, real_c=batch.c)

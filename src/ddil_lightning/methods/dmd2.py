@@ -16,6 +16,7 @@ from ddil_lightning.diffusion.losses import mse
 from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import ddim, renoise
+from ddil_lightning.feed import Wants
 from ddil_lightning.records import LatentBatch
 from ddil_lightning.training.adversary import Adversary, Critic, Gan
 from ddil_lightning.training.deployment import Deployment
@@ -85,6 +86,7 @@ class DMD2(Distillation):
         reflects: which estimates are thresholded where `reflect` is not off.
     """
 
+    wants = Wants(pure_noise=True)
     critic: Role
     head: nn.Module | None
 

@@ -20,7 +20,7 @@ from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.reflection import BOX, Mode, Reflection
 from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import ddim
-from ddil_lightning.feed import Feed
+from ddil_lightning.feed import Feed, Wants
 from ddil_lightning.records import LatentBatch
 from ddil_lightning.training.averaging import Averaging
 from ddil_lightning.training.clock import Clock
@@ -55,6 +55,9 @@ class Distillation(LightningModule):
     """Who can act in a roll-out: the student as it is deployed, and the teacher."""
     grid: Grid
     """The times the student trains on, with the grids that inference walks."""
+
+    wants: Wants = Wants()
+    """What else it needs of its latents."""
 
     sources: tuple[str, ...] = ("forward", "student", "teacher")
     """The sources on which the method's targets are defined (METHODS 1.4)."""

@@ -1,0 +1,61 @@
+"""What the draw and the DataModule ask of a method: declared here, so that neither imports one."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from ddil_lightning.diffusion.policy import Policies
+from ddil_lightning.diffusion.schedule import Grid
+from ddil_lightning.feed import Feed, Wants
+
+
+class Learner(Protocol):
+    """What the draw and the DataModule ask of a method. Every method has it; the DataModule imports no method."""
+
+    feed: Feed
+    """The data, which hands itself over when training begins."""
+
+    @property
+    def backbone(self) -> Any:
+        """The pipeline: it encodes captions and images, and knows the shape of the latents."""
+        ...
+
+    @property
+    def student_updates(self) -> int:
+        """The clock of the run."""
+        ...
+
+    @property
+    def stage(self) -> int:
+        """The number of the present stage, from 0."""
+        ...
+
+    @property
+    def stage_updates(self) -> int:
+        """The clock of the present stage, that of cadence and age."""
+        ...
+
+    @property
+    def progress(self) -> float:
+        """The share of the run that is done, 0 to 1."""
+        ...
+
+    @property
+    def wants(self) -> Wants:
+        """What else it needs of the latents."""
+        ...
+
+    @property
+    def policies(self) -> Policies:
+        """The student and the teacher as they act at inference."""
+        ...
+
+    @property
+    def grid(self) -> Grid:
+        """The times the student trains on, with the grids that inference walks."""
+        ...
+
+    @property
+    def guidance(self) -> tuple[float, float]:
+        """The range of guidance g = 1 + w from which every sample's w is drawn, uniform."""
+        ...
