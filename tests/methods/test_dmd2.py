@@ -12,6 +12,7 @@ from torch.nn.functional import softplus
 
 from backbones import LatentsAlone
 from ddil_lightning.backbones.roles import Role
+from ddil_lightning.backbones.unet import UNet
 from ddil_lightning.diffusion.analytic import Gaussian
 from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.methods import DMD2
@@ -19,7 +20,7 @@ from ddil_lightning.methods.dmd2 import direction
 from ddil_lightning.records import Context, LatentBatch
 from ddil_lightning.training.adversary import untouched
 from options import options
-from suite import Entry, backbone, build
+from suite import Entry, backbone, build, captions, fit
 
 SD = NoiseSchedule.scaled_linear()
 ENTRY = Entry("dmd2", DMD2, {"guidance": 2.0})
@@ -198,8 +199,8 @@ class Table(nn.Module):
         super().__init__()
         self.p, self.q = (nn.Parameter(torch.zeros(steps, dtype=torch.float64)) for _ in range(2))
 
-    def with_features(self, x_t: Tensor, t: Tensor, c: Context) -> tuple[Tensor, Tensor]:
-        return self.p[t, None] + self.q[t, None] * x_t, x_t
+    def forward(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
+        return self.p[t, None] + self.q[t, None] * x_t
 
 
 def test_the_critics_regression_converges_to_the_closed_form() -> None:
@@ -220,7 +221,7 @@ def test_the_critics_regression_converges_to_the_closed_form() -> None:
     t = torch.arange(steps)
     for y in (-1.0, 2.0):
         points = torch.full((steps, 1), y, dtype=torch.float64)
-        torch.testing.assert_close(table.with_features(points, t, batch.c)[0], exact(points, t, batch.c), rtol=0, atol=0.03)
+        torch.testing.assert_close(table(points, t, batch.c), exact(points, t, batch.c), rtol=0, atol=0.03)
 
 
 @pytest.mark.parametrize("kind", ["eps", "v", "x0", "flow"])
@@ -244,18 +245,20 @@ def with_data(tiny: Path, **kwargs: Any) -> tuple[DMD2, LatentBatch, Tensor]:
     return method, LatentBatch(x, t, t, t, c.guided(1.0), real, t * 0 + 1, torch.tensor([1.0, 0.5]), t, own), x.clone()
 
 
+@pytest.mark.parametrize("layers", [(), ("up0", "down0", "mid")], ids=["bottleneck", "several"])
 @pytest.mark.parametrize("whose", ["critic", "teacher"])
-def test_the_critics_loss_by_hand(whose: str, tiny: Path) -> None:
+def test_the_critics_loss_by_hand(whose: str, layers: tuple[str, ...], tiny: Path) -> None:
     """Denoising in v, fake logits from the same noisy outputs, real logits from noised data under the data's own captions."""
-    method, b, x = with_data(tiny, gan={"features": whose, "critic_weight": 0.3})
+    method, b, x = with_data(tiny, gan={"features": whose, "critic_weight": 0.3, "layers": layers})
     loss = float(method.adversary.following(x, b).detach())
     (y, t, eps), (z, t_real, _) = method.adversary.diffuse(x, "critic"), method.adversary.diffuse(b.real, "real")
     alpha, sigma = SD.at(t, x)
     net = method.critic.network if whose == "critic" else method.teacher.network
     with torch.no_grad():
         denoising = (method.critic.network(y, t, b.c) - (alpha * eps - sigma * x)).square().mean((1, 2, 3))
-        fake, real = (method.head(net.features(*args)).flatten() for args in ((y, t, b.c), (z, t_real, b.real_c)))
-        expected = (b.weight * (denoising + 0.3 * softplus(fake)) + 0.3 * softplus(-real)).mean()
+        fake, real = (method.head(*net.features(*args, layers)).flatten(1) for args in ((y, t, b.c), (z, t_real, b.real_c)))
+        assert fake.shape == (2, len(layers) or 1)
+        expected = (b.weight * (denoising + 0.3 * softplus(fake).mean(1)) + 0.3 * softplus(-real).mean(1)).mean()
     assert loss == pytest.approx(float(expected), rel=1e-5)
     assert not torch.equal(t, t_real) and int(t.max()) <= 999 and method.tau == (20, 980)
 
@@ -270,7 +273,7 @@ def test_features_are_the_critics_and_the_students_side_of_the_gan(tiny: Path, m
         loss = method.adversary.realism(x, b)
         loss.mean().backward()
     y, t, _ = method.adversary.diffuse(x, "realism")
-    logits = method.head(method.critic.network.with_features(y, t, b.c)[1])
+    logits = method.head(*method.critic.network.with_features(y, t, b.c)[1])
     torch.testing.assert_close(loss, softplus(-logits).flatten())
     assert float(x.grad.abs().max()) > 0
     assert all(p.grad is None and p.requires_grad for part in (method.critic, method.head) for p in part.parameters())
@@ -295,15 +298,66 @@ def test_features_are_the_bottlenecks_and_cost_no_decoder(tiny: Path) -> None:
     x, t, c = torch.randn(2, 4, 8, 8), torch.tensor([3, 999]), backbone(tiny).encode_text(["a", "a zero"])
     called: list[nn.Module] = []
     handle = net.unet.up_blocks[0].register_forward_hook(lambda module, args, out: called.append(module))
-    features = net.features(x, t, c)
+    (features,) = net.features(x, t, c)
     assert not called
-    out, same = net.with_features(x, t, c)
+    out, (same,) = net.with_features(x, t, c)
     assert len(called) == 1 and torch.equal(features, same) and torch.equal(out, net(x, t, c))
     handle.remove()
     assert not net.unet.mid_block._forward_hooks
     net.unet.mid_block = None  # as in U-Nets that were pruned: then the last block of the encoder is the bottleneck
-    assert net.features(x, t, c).shape == features.shape and not torch.equal(net.features(x, t, c), features)
+    (other,) = net.features(x, t, c)
+    assert other.shape == features.shape and not torch.equal(other, features)
     assert backbone(tiny).head()(features).shape == (2, 1, 1, 1) and features.shape[1] == net.unet.config.block_out_channels[-1]
+
+
+def small_unet(blocks: int) -> UNet:
+    from diffusers import UNet2DConditionModel
+
+    widths = tuple(8 * (i + 1) for i in range(blocks))
+    kinds: dict[str, Any] = {"down_block_types": ("DownBlock2D",) * blocks, "up_block_types": ("UpBlock2D",) * blocks}
+    sizes = {"sample_size": 16, "layers_per_block": 1, "cross_attention_dim": 4, "attention_head_dim": 4, "norm_num_groups": 4}
+    return UNet(UNet2DConditionModel(block_out_channels=widths, **kinds, **sizes))
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_features_of_any_layer_have_a_head_that_fits_and_cost_nothing_behind_it(blocks: int) -> None:
+    net = small_unet(blocks)
+    x, t, c = torch.randn(2, 4, 16, 16), torch.tensor([3, 999]), Context(torch.randn(2, 3, 4))
+    assert net.layers == (*(f"down{i}" for i in range(blocks)), "mid", *(f"up{i}" for i in range(blocks)))
+    run: list[str] = []
+    for name, block in net._depths().items():
+        block.register_forward_pre_hook(lambda module, args, name=name: run.append(name))
+    for i, name in enumerate(net.layers):
+        run.clear()
+        (features,) = net.features(x, t, c, [name])
+        assert run == list(net.layers[: i + 1]) and net.head([name])(features).shape == (2, 1, 1, 1)
+    run.clear()
+    asked = ["mid", "down0"]
+    several = net.features(x, t, c, asked)
+    assert run == [*net.layers[:blocks], "mid"]
+    out, same = net.with_features(x, t, c, asked)
+    assert all(torch.equal(a, b) for a, b in zip(several, same, strict=True)) and torch.equal(out, net(x, t, c))
+    assert torch.equal(several[0], net.features(x, t, c)[0]) and torch.equal(several[1], net.features(x, t, c, ["down0"])[0])
+    assert net.head(asked)(*several).shape == (2, 2)
+    with pytest.raises(ValueError, match="gan.layers names 'middle', and this U-Net has down0, "):
+        net.head(["middle"])
+
+
+def test_without_a_gan_no_features_are_asked_for(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A family that gives none can be a critic."""
+    method, b, x = with_data(tiny, gan={"weight": 0.0, "critic_weight": 0.0})
+    monkeypatch.setattr(type(method.critic.network), "with_features", None)
+    assert float(method.adversary.following(x, b).detach()) > 0 and method.critic.evaluations == len(x)
+
+
+@pytest.mark.parametrize("whose", ["critic", "teacher"])
+def test_a_gan_on_several_layers_trains(whose: str, tiny: Path) -> None:
+    gan = {"layers": ["down0", "up1"], "features": whose}
+    before = build(ENTRY, tiny, gan=gan).head.state_dict()
+    run = fit(build(ENTRY, tiny, gan=gan, updates=2), captions(tiny))
+    after = run.method.head.state_dict()
+    assert {name.partition(".")[0] for name in after} == {"0", "1"} and all(row["gan"] > 0 for row in run.rows)
+    assert all(not torch.equal(after[name], before[name]) for name in after if name.endswith("weight"))
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_an_ensemble_is_its_members(toy: Toy, told: bool) -> None:
         torch.nn.init.normal_(net.guidance, generator=torch.Generator().manual_seed(1))
     x, t, c = batch(toy)
     c = c.guided(torch.linspace(0, 3, len(x)))
-    made, features = net.with_features(x, t, c)
+    made, (features,) = net.with_features(x, t, c)
     for m in range(2):
         alpha, sigma = (a[t].float()[:, None] for a in (toy.schedule.alphas, toy.schedule.sigmas))
         moment = toy.problem.second_moment
@@ -95,10 +95,20 @@ def test_a_member_has_no_gradient_in_the_weights_of_another(toy: Toy) -> None:
     net, head = toy.trainable(), toy.head()
     assert isinstance(head, Head)
     x, t, c = batch(toy)
-    out, features = net.with_features(x, t, c)
+    out, (features,) = net.with_features(x, t, c)
     (out[..., 0].square().sum() + head(features)[..., 0].sum()).backward()
     for p in [*net.parameters(), *head.parameters()]:
         assert bool((p.grad[1] == 0).all()) and float(p.grad[0].abs().sum()) > 0
+
+
+def test_layers_of_an_ensemble_have_heads_of_their_own(toy: Toy) -> None:
+    net, (x, t, c) = toy.trainable(), batch(toy)
+    assert net.layers == ("hidden0", "hidden1", "hidden2")
+    last, first = net.features(x, t, c, ["hidden2", "hidden0"])
+    assert torch.equal(last, net.features(x, t, c)[0]) and not torch.equal(first, last)
+    assert toy.head(["hidden2", "hidden0"])(last, first).shape == (len(x), 2 * x.shape[2])
+    with pytest.raises(ValueError, match="gan.layers names 'mid', and the toy's networks have hidden0, hidden1, hidden2"):
+        net.features(x, t, c, ["mid"])
 
 
 def test_an_ensemble_that_is_told_guidance_needs_it(toy: Toy) -> None:

@@ -36,16 +36,19 @@ class Network(nn.Module, ABC):
     def forward(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
         """[B, C, H, W] in the space that the backbone `predicts`, of latents x_t [B, C, H, W] at integer times t [B]."""
 
-    def features(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
-        """[B, F, ...] what a discriminator reads; the output is not computed."""
-        return self.with_features(x_t, t, c)[1]
+    layers: Sequence[str] = ()
+    """The names of its layers whose features can be asked for, in the order of its forward."""
 
-    def with_features(self, x_t: Tensor, t: Tensor, c: Context) -> tuple[Tensor, Tensor]:
-        """(output, features) from one forward."""
+    def features(self, x_t: Tensor, t: Tensor, c: Context, layers: Sequence[str] = ()) -> tuple[Tensor, ...]:
+        """What a discriminator reads: [B, F, ...] for each of `layers`, by default for the one that suits most; no more is computed."""
+        return self.with_features(x_t, t, c, layers)[1]
+
+    def with_features(self, x_t: Tensor, t: Tensor, c: Context, layers: Sequence[str] = ()) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(output, features) from one forward. Raises ValueError for a layer that it does not have."""
         raise NotImplementedError(f"{type(self).__name__} gives no features, which a discriminator reads: set its weights to 0")
 
-    def head(self) -> nn.Module:
-        """A discriminator's head, fresh: features -> logits [B, ...]."""
+    def head(self, layers: Sequence[str] = ()) -> nn.Module:
+        """A discriminator's head, fresh: it is called with the features of `layers`, an argument each -> logits [B, ...]."""
         raise NotImplementedError(f"{type(self).__name__} has no discriminator's head: set the discriminator's weights to 0")
 
     def blocks(self) -> Sequence[nn.Module]:
@@ -54,6 +57,14 @@ class Network(nn.Module, ABC):
 
     def recompute(self) -> None:
         """Compute activations again in the backward pass instead of keeping them, where that saves memory (gradient checkpointing)."""
+
+
+class Heads(nn.ModuleList):
+    """Heads of several layers: their logits [B, ...] side by side."""
+
+    def forward(self, *features: Tensor) -> Tensor:
+        """Logits [B, N] of the layers' features, an argument each."""
+        return torch.cat([head(x).flatten(1) for head, x in zip(self, features, strict=True)], 1)
 
 
 class Backbone(ABC):
@@ -131,9 +142,9 @@ class Backbone(ABC):
             network.recompute()
         return Role(name, network, self.schedule, space, reflection=reflection)
 
-    def head(self) -> nn.Module:
+    def head(self, layers: Sequence[str] = ()) -> nn.Module:
         """A discriminator's head on its networks' features."""
-        return self.network().head()
+        return self.network().head(layers)
 
     # Encoders ------------------------------------------------------------------------------------------------------------------------
 

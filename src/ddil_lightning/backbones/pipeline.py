@@ -127,10 +127,10 @@ class Pipeline(Backbone):
                 nn.init.zeros_(model.get_parameter(name))
         return type(source)(model.to(memory_format=torch.channels_last).requires_grad_(True).train())
 
-    def head(self) -> nn.Module:
+    def head(self, layers: Sequence[str] = ()) -> nn.Module:
         """A discriminator's head on its networks' features."""
         with self._memory():
-            return self._network.head()
+            return self._network.head(layers)
 
     def _memory(self) -> Any:
         """Where new networks are made: as usual, or without memory."""

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ddil_lightning.backbones.family import Family
+from ddil_lightning.backbones.interface import Heads
 from ddil_lightning.diffusion.denoiser import W_EMBEDDING, w_embedding
 from ddil_lightning.records import Context
 
 
-class _Bottleneck(Exception):
+class _Enough(Exception):
     """Ends a U-Net's forward once the features are there."""
 
 
@@ -48,13 +50,46 @@ class UNet(Family):
         """An embedding of w behind a bias-free linear layer, added to that of the time (Meng et al. 2023, as LCM does it)."""
         return {"time_cond_proj_dim": W_EMBEDDING}
 
-    def head(self) -> nn.Module:
-        """DMD2's discriminator: bottleneck features [B, F, h, w] -> logits [B, 1, 1, 1] (convolution, group norm, SiLU, stride 2)."""
-        config = self.model.config
-        width, side = config.block_out_channels[-1], config.sample_size >> (len(config.block_out_channels) - 1)
+    @property
+    def layers(self) -> tuple[str, ...]:  # type: ignore[override]
+        """down0 ..., mid, up0 ...: what leaves each block."""
+        return tuple(self._depths())
+
+    def _depths(self) -> dict[str, nn.Module]:
+        unet = self.model
+        down = {f"down{i}": block for i, block in enumerate(unet.down_blocks)}
+        mid = {} if unet.mid_block is None else {"mid": unet.mid_block}
+        return {**down, **mid, **{f"up{i}": block for i, block in enumerate(unet.up_blocks)}}
+
+    def _asked(self, layers: Sequence[str]) -> dict[str, nn.Module]:
+        """The blocks of `layers`, by default the bottleneck. Raises ValueError for one that is not there."""
+        known = self._depths()
+        usual = "mid" if "mid" in known else f"down{len(self.model.down_blocks) - 1}"
+        for name in layers:
+            if name not in known:
+                raise ValueError(f"gan.layers names {name!r}, and this U-Net has {', '.join(known)}")
+        return {name: known[name] for name in layers or (usual,)}
+
+    def head(self, layers: Sequence[str] = ()) -> nn.Module:
+        """DMD2's discriminator, one for each layer: features [B, F, h, w] -> logits [B, 1, 1, 1] (convolutions of stride 2, norm, SiLU)."""
+        made = [self._head(*self._size(name)) for name in self._asked(layers)]
+        return made[0] if len(made) == 1 else Heads(made)
+
+    def _size(self, layer: str) -> tuple[int, int]:
+        """(channels, side) of what leaves a block; every block but the last of its way halves or doubles the side."""
+        widths, side = self.model.config.block_out_channels, self.model.config.sample_size
+        last = len(widths) - 1
+        if layer == "mid":
+            return widths[-1], side >> last
+        i = int(layer.removeprefix("down").removeprefix("up"))
+        if layer.startswith("down"):
+            return widths[i], side >> min(i + 1, last)
+        return widths[last - i], side >> max(last - i - 1, 0)
+
+    def _head(self, width: int, side: int) -> nn.Module:
         layers: list[nn.Module] = []
         while side > 1:
-            layers += [nn.Conv2d(width, width, 4, 2, 1), nn.GroupNorm(config.norm_num_groups or 1, width), nn.SiLU()]
+            layers += [nn.Conv2d(width, width, 4, 2, 1), nn.GroupNorm(self.model.config.norm_num_groups or 1, width), nn.SiLU()]
             side //= 2
         return nn.Sequential(*layers, nn.Conv2d(width, 1, 1)).to(memory_format=torch.channels_last)
 
@@ -68,31 +103,33 @@ class UNet(Family):
         ids = torch.tensor([side, side, 0.0, 0.0, side, side], device=device).repeat(len(prompts), 1)
         return Context(text.float(), pooled=pooled.float(), ids=ids)
 
-    def features(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
-        """[B, F, h, w] what leaves the bottleneck; the decoder is not run."""
-        return self._watched(x_t, t, c, encoder_only=True)[1]
+    def features(self, x_t: Tensor, t: Tensor, c: Context, layers: Sequence[str] = ()) -> tuple[Tensor, ...]:
+        """[B, F, h, w] what leaves the blocks `layers`, by default the bottleneck; what comes after the last of them is not run."""
+        return self._watched(x_t, t, c, layers, no_further=True)[1]
 
-    def with_features(self, x_t: Tensor, t: Tensor, c: Context) -> tuple[Tensor, Tensor]:
+    def with_features(self, x_t: Tensor, t: Tensor, c: Context, layers: Sequence[str] = ()) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(output, features) from one forward."""
-        return self._watched(x_t, t, c)
+        return self._watched(x_t, t, c, layers)
 
-    def _watched(self, x_t: Tensor, t: Tensor, c: Context, encoder_only: bool = False) -> tuple[Tensor, Tensor]:
-        kept: list[Tensor] = []
+    def _watched(
+        self, x_t: Tensor, t: Tensor, c: Context, layers: Sequence[str], no_further: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        asked, kept = self._asked(layers), {}
 
-        def keep(module: nn.Module, args: Any, out: Any) -> None:
-            kept.append(out[0] if isinstance(out, tuple) else out)  # a down block also returns what its skips carry
-            if encoder_only:
-                raise _Bottleneck  # the one way out of diffusers' forward that does not repeat its first half here
+        def keep(name: str, module: nn.Module, args: Any, out: Any) -> None:
+            kept[name] = out[0] if isinstance(out, tuple) else out  # a down block also returns what its skips carry
+            if no_further and len(kept) == len(asked):
+                raise _Enough  # the one way out of diffusers' forward that does not repeat its first half here
 
-        unet = self.model
-        handle = (unet.down_blocks[-1] if unet.mid_block is None else unet.mid_block).register_forward_hook(keep)
+        handles = [module.register_forward_hook(partial(keep, name)) for name, module in asked.items()]
         out = x_t
         try:
-            with suppress(_Bottleneck):
+            with suppress(_Enough):
                 out = self.forward(x_t, t, c)  # not self(...): under FSDP2 the call of `features` has gathered the weights already
         finally:
-            handle.remove()
-        return out, kept[0]
+            for handle in handles:
+                handle.remove()
+        return out, tuple(kept[name] for name in asked)
 
     def forward(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
         """[B, C, H, W] in the unet's prediction space. Raises ValueError when a w-conditioned U-Net is not told w."""

@@ -6,7 +6,7 @@ reflection. Within one x_t the maps eps <-> v <-> x0 are affine and the guidance
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -66,15 +66,15 @@ class Denoiser(nn.Module):
         p = self.schedule.prediction(self.predicts, x_t, t, out)
         return p if self.reflection is None else self.reflected(x_t, t, p, self.reflection)
 
-    def features(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
-        """The network's bottleneck features [B, ...], unguided, without its output; counted as an evaluation."""
+    def features(self, x_t: Tensor, t: Tensor, c: Context, layers: Sequence[str] = ()) -> tuple[Tensor, ...]:
+        """The network's features [B, ...] at `layers` (its bottleneck), unguided, without its output; counted as an evaluation."""
         self.evaluations += len(x_t)
-        return self.network.features(x_t, t, c)  # type: ignore[operator]
+        return self.network.features(x_t, t, c, layers)  # type: ignore[operator]
 
-    def with_features(self, x_t: Tensor, t: Tensor, c: Context) -> tuple[Prediction, Tensor]:
+    def with_features(self, x_t: Tensor, t: Tensor, c: Context, layers: Sequence[str] = ()) -> tuple[Prediction, tuple[Tensor, ...]]:
         """The prediction, unguided and not reflected, and the features, from one forward."""
         self.evaluations += len(x_t)
-        out, features = self.network.with_features(x_t, t, c)  # type: ignore[operator]
+        out, features = self.network.with_features(x_t, t, c, layers)  # type: ignore[operator]
         return self.schedule.prediction(self.predicts, x_t, t, out), features
 
     def output(self, p: Prediction) -> Tensor:

@@ -118,7 +118,7 @@ class DMD2(Distillation):
         self.cast(
             student=backbone.role("student", recompute=self.gradient_checkpointing),
             critic=backbone.role("critic", recompute=self.gradient_checkpointing),
-            **({"head": backbone.head()} if gan.is_on else {}),
+            **({"head": backbone.head(gan.layers)} if gan.is_on else {}),
             teacher=backbone.role("teacher", reflection=self.reflection if reflects.real else None),
         )
         self.adversary = Adversary(self, self.critic, self.head, critic.steps, gan, noise_seed)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddil_lightning.backbones.interface import Backbone, Network
+from ddil_lightning.backbones.interface import Backbone, Heads, Network
 from ddil_lightning.bounds import above, seeds, within
 from ddil_lightning.data.captions import Captions
 from ddil_lightning.diffusion.analytic import Mixture
@@ -97,9 +97,10 @@ class Toy(Backbone):
         made.load_state_dict(_pretrained(self.seeds, *self._shape), strict=False)
         return made.requires_grad_(True).train()
 
-    def head(self) -> nn.Module:
-        """A discriminator's head on the critic's last hidden layer."""
-        return Head(self.seeds, self._shape[2])
+    def head(self, layers: Sequence[str] = ()) -> nn.Module:
+        """A discriminator's head on the critic's hidden layers, by default the last."""
+        made = [Head(self.seeds, self._shape[2]) for _ in layers or (0,)]
+        return made[0] if len(made) == 1 else Heads(made)
 
     def ensemble(self, w_conditioned: bool = False) -> Ensemble:
         """MLPs of the students' shape with random weights."""

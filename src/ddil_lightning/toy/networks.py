@@ -70,8 +70,17 @@ class Ensemble(Network):
         """v [B, 2, S]. Raises ValueError when a w-conditioned ensemble is not told w."""
         return self.with_features(x_t, t, c)[0]
 
-    def with_features(self, x_t: Tensor, t: Tensor, c: Context) -> tuple[Tensor, Tensor]:
-        """v [B, 2, S] and what the last layer reads, [B, width, S]."""
+    @property
+    def layers(self) -> tuple[str, ...]:  # type: ignore[override]
+        """hidden0 ...: what leaves each hidden layer, [B, width, S]."""
+        return tuple(f"hidden{i}" for i in range(len(self.weights) - 1))
+
+    def with_features(self, x_t: Tensor, t: Tensor, c: Context, layers: Sequence[str] = ()) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """v [B, 2, S] and what leaves `layers`, [B, width, S] each, by default the last hidden one."""
+        unknown = [name for name in layers if name not in self.layers]
+        if unknown:
+            raise ValueError(f"gan.layers names {unknown[0]!r}, and the toy's networks have {', '.join(self.layers)}")
+        kept: dict[str, Tensor] = {}
         size_in, size_out = self.scales[t].view(-1, 2, 1, 1).unbind(1)
         told = torch.cat([self.times[t], c.text[:, 0]], 1)
         x = (x_t / size_in).permute(2, 0, 1)
@@ -80,8 +89,10 @@ class Ensemble(Network):
         for i, (w, b) in enumerate(hidden):
             z = torch.baddbmm(b, h, w)
             h = F.silu(z if i or self.guidance is None else z + self._told_guidance(c))
+            kept[f"hidden{i}"] = h
         w, b = last
-        return torch.baddbmm(b, h, w).permute(1, 2, 0) * size_out, h.permute(1, 2, 0)
+        features = tuple(kept[name].permute(1, 2, 0) for name in layers or self.layers[-1:])
+        return torch.baddbmm(b, h, w).permute(1, 2, 0) * size_out, features
 
     def _told_guidance(self, c: Context) -> Tensor:
         if c.w is None or self.guidance is None:

@@ -6,7 +6,7 @@ turn it is, and hands it its samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from ddil_lightning.backbones.roles import Role
 from ddil_lightning.bounds import within
 from ddil_lightning.diffusion.losses import mse, per_sample
 from ddil_lightning.diffusion.schedule import NoiseSchedule
-from ddil_lightning.records import LatentBatch
+from ddil_lightning.records import Context, LatentBatch
 from ddil_lightning.streams import Streams
 
 
@@ -30,12 +30,14 @@ class Gan:
     Args:
         weight: lambda_g, of the discriminator's verdict in the student's loss.
         critic_weight: lambda_d, of telling real from fake in the critic's loss.
-        features: whose bottleneck the head reads: the critic's, which learns to tell them apart, or the frozen teacher's.
+        features: whose features the head reads: the critic's, which learns to tell them apart, or the frozen teacher's.
+        layers: at which layers of that network (down0, mid, up1, ... of a U-Net); by default at its bottleneck.
     """
 
     weight: float = 0.0
     critic_weight: float = 0.0
     features: Literal["critic", "teacher"] = "critic"
+    layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         within(0, 1000, **{"gan.weight": self.weight, "gan.critic_weight": self.critic_weight})
@@ -100,7 +102,7 @@ class Adversary:
         if not self.gan.weight:
             return 0.0
         y, t, _ = self.diffuse(x, "realism")
-        return per_sample(softplus(-self._logits(self._discriminator.features(y, t, b.c))))
+        return per_sample(softplus(-self._logits(self._features(y, t, b.c))))
 
     def descend(self, optimizer: Any, x: Tensor, b: LatentBatch) -> None:
         """Follow the student: one micro-batch of `following` on its samples x, detached."""
@@ -110,15 +112,16 @@ class Adversary:
     def following(self, x: Tensor, b: LatentBatch) -> Tensor:
         """The critic's denoising loss on samples x in the network's own space, and the other side of the GAN, from one forward of both."""
         y, t, eps = self.diffuse(x, "critic")
-        p, features = self.critic.with_features(y, t, b.c)
+        together = self.gan.critic_weight and self.gan.features == "critic"
+        p, features = self.critic.with_features(y, t, b.c, self.gan.layers) if together else (self.critic(y, t, b.c), ())
         loss = mse(self.critic.output(p), self.critic.schedule.target(self.critic.predicts, x, eps, t))
         self.method.measures.record(denoising=loss)
         if not self.gan.critic_weight or b.real is None or b.real_c is None:
             return (b.weight * loss).mean()
         if self.gan.features == "teacher":
-            features = self.method.teacher.features(y, t, b.c)
+            features = self._features(y, t, b.c)
         z, t, _ = self.diffuse(b.real, "real")
-        fake, real = self._logits(features), self._logits(self._discriminator.features(z, t, b.real_c))
+        fake, real = self._logits(features), self._logits(self._features(z, t, b.real_c))
         gan = b.weight * per_sample(softplus(fake)) + per_sample(softplus(-real))
         self.method.measures.record(gan=gan)
         return (b.weight * loss + self.gan.critic_weight * gan).mean()
@@ -132,15 +135,15 @@ class Adversary:
         eps = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         return schedule.add_noise(x, eps, t), t, eps
 
-    @property
-    def _discriminator(self) -> Role:
-        """Whose features the head reads."""
-        return self.critic if self.gan.features == "critic" else self.method.teacher
+    def _features(self, x: Tensor, t: Tensor, c: Context) -> tuple[Tensor, ...]:
+        """What the head reads."""
+        role: Role = self.critic if self.gan.features == "critic" else self.method.teacher
+        return role.features(x, t, c, self.gan.layers)
 
-    def _logits(self, features: Tensor) -> Tensor:
+    def _logits(self, features: Sequence[Tensor]) -> Tensor:
         """[B, ...] of the head in float32; a batch's features may come from a network in half precision."""
         assert self.head is not None
-        return self.head(features.float()).float().flatten(1)
+        return self.head(*(x.float() for x in features)).float().flatten(1)
 
     # State ---------------------------------------------------------------------------------------------------------------------------
 
