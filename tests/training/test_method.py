@@ -46,7 +46,7 @@ def test_the_learning_rate_warms_up_and_falls(tiny: Path) -> None:
     method = build(FIRST, tiny, updates=12, optimizer={"warmup": 4, "final_lr": 0.2})
     factors = []
     for method.student_updates in range(13):
-        factors.append(method.lr_factor())
+        factors.append(method.descent.factor(method.stage_updates, method.stage_length))
     assert factors == pytest.approx([0.25, 0.5, 0.75, 1.0, *(1 - 0.1 * k for k in range(9))])
 
 

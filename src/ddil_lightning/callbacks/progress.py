@@ -77,7 +77,8 @@ class Progress(ProgressBar):
 
     @staticmethod
     def _loss(method: Any) -> str:
-        return "?" if method.last_loss is None else f"{method.last_loss:.4f}"
+        loss = method.descent.loss
+        return "?" if loss is None else f"{loss:.4f}"
 
     def _stop(self) -> None:
         if self._bar is not None and self._console.is_terminal:

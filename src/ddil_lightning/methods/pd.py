@@ -66,7 +66,7 @@ class PD(Distillation):
         within(2, schedule.steps, teacher_steps=teacher_steps)
         check_plan(stages, teacher_steps, rule, schedule.steps, backbone.predicts)
         self.stages, self.teacher_steps, self.rule = stages, teacher_steps, rule
-        self.weight, self.distance, self._own = weight, distance, (self.lr, self.warmup)
+        self.weight, self.distance, self._own = weight, distance, (self.lr, self.descent.warmup)
         student = backbone.role("student", w_conditioned=w_conditioned, recompute=self.gradient_checkpointing, predicts="v")
         self.former = None
         inherits = any(self._inherits(k) for k in range(len(stages)))
@@ -128,7 +128,7 @@ class PD(Distillation):
         """Grids, policies and learning rate of the present stage: a function of its number, so that nothing of it needs saving."""
         own_lr, own_warmup = self._own
         self.lr = own_lr if self.now.lr is None else self.now.lr
-        self.warmup = own_warmup if self.now.warmup is None else self.now.warmup
+        self.descent.warmup = own_warmup if self.now.warmup is None else self.now.warmup
         total = self.student.schedule.steps
         n = self.now.steps or self.teacher_steps // 2
         self.fine = Grid.named(self.rule, 2 * n, total)

@@ -28,7 +28,8 @@ class Clock(Callback):
         clock = pl_module.student_updates
         if clock != self._logged and (clock % pl_module.log_every == 0 or clock >= pl_module.updates):
             self._logged = clock
-            values = {"lr": pl_module.lr * pl_module.lr_factor(), **pl_module.measures.flush()}
+            factor = pl_module.descent.factor(pl_module.stage_updates, pl_module.stage_length)
+            values = {"lr": pl_module.lr * factor, **pl_module.measures.flush()}
             pl_module.measures.publish(clock, values | pl_module.feed.statistics())
         if clock >= pl_module.updates:
             trainer.should_stop = True

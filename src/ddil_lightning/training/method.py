@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +16,7 @@ from ddil_lightning.backbones.roles import Role
 from ddil_lightning.bounds import fraction, within
 from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.policy import Policies, Policy
-from ddil_lightning.diffusion.reflection import BOX, Mode, Reflection
+from ddil_lightning.diffusion.reflection import Mode, Reflection
 from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.feed import Feed, Wants
@@ -27,7 +26,7 @@ from ddil_lightning.training.clock import Clock
 from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.measures import Measures
 from ddil_lightning.training.optimisation import Descent, Optimizer
-from ddil_lightning.training.options import Memory, check_precision, checked_box, guidance_range
+from ddil_lightning.training.options import Memory, check_precision, checked_box, fit_box, guidance_range
 from ddil_lightning.training.randomness import Borrowed
 from ddil_lightning.training.sharding import Shards, check_strategy
 
@@ -84,14 +83,13 @@ class Distillation(LightningModule):
         self.backbone: Backbone = pipeline if isinstance(pipeline, Backbone) else Pipeline(pipeline, *memory.dtypes)
         g = self.backbone.guidance if guidance is None else guidance
         self.guidance = guidance_range(g)
-        self.updates, self.lr, self.final_lr, self.warmup = updates, optimizer.lr, optimizer.final_lr, optimizer.warmup
+        self.updates, self.lr = updates, optimizer.lr
         self.gradient_checkpointing, self.log_every = memory.gradient_checkpointing, log_every
         self.has_box = box is not None or reflect == "off"
         lo, hi = checked_box(box, self.backbone.latent_shape[0])
         self.reflection = Reflection(lo, hi, reflect)
         self.student_updates, self.stage, self.stage_start = 0, 0, 0
         self.average: nn.Module | None = None
-        self._batch: LatentBatch | None = None
         self._random = Borrowed()
 
     # Roles and deployment ----------------------------------------------------------------------------------------------------------
@@ -233,7 +231,7 @@ class Distillation(LightningModule):
 
     def feedback(self, b: LatentBatch, loss: Tensor) -> Tensor:
         """The scalar loss of per-sample losses [B]; the buffer's priorities and the measures hear of it on the way."""
-        self._batch = b
+        self.descent.batch = b
         self.measures.losses(loss.detach(), b.source, going_on=bool(self.descent.micro.get("loss")))
         self.feed.observe(b, loss)
         return (b.weight * loss).mean()
@@ -242,29 +240,6 @@ class Distillation(LightningModule):
         """One micro-batch of `loss`; True when it completed an update (`optimisation.Descent.step`)."""
         self.measures.record(**{name: loss})
         return self.descent.step(self, optimizer, loss, name)
-
-    @torch.no_grad()
-    def suspects(self) -> str:
-        """Which networks answer the last batch with values that are not finite, in words."""
-        b = self._batch
-        if b is None:
-            return ""
-        bad = [name for name, role in self.roles.items() if not bool(role(b.x_t, b.t, b.c).x0.isfinite().all())]
-        if not bool(b.x_t.isfinite().all()):
-            return ": the latents themselves are not finite"
-        return f": not finite is the output of the {' and the '.join(bad)} network" if bad else ": the outputs of all networks are finite"
-
-    @property
-    def last_loss(self) -> float | None:
-        """The loss of the last micro-batch."""
-        return None if self.descent.last is None else float(self.descent.last)
-
-    def lr_factor(self) -> float:
-        """The learning rate's multiple at the present clock: linear warm-up, then linear to `final_lr`, in every stage anew."""
-        u = self.stage_updates
-        if u < self.warmup:
-            return (u + 1) / self.warmup
-        return 1 - (1 - self.final_lr) * (u - self.warmup) / max(self.stage_length - self.warmup, 1)
 
     def advance(self) -> None:
         """The student was updated: the clock, the average and those who listen to every update follow."""
@@ -293,12 +268,7 @@ class Distillation(LightningModule):
     def on_fit_start(self) -> None:
         """The box from the data, once it is encoded."""
         if not self.has_box:
-            found = self.feed.box()
-            if found is not None:
-                self.reflection.lo.copy_(torch.tensor(found[0])), self.reflection.hi.copy_(torch.tensor(found[1]))
-            elif self.trainer.is_global_zero:
-                said = f"reflect: {self.reflection.mode} without images to take the box from: it is {-BOX} to {BOX} in every channel"
-                logging.getLogger(__name__).warning(f"{said}; give another by model.box: [[lo, ...], [hi, ...]], a number per channel")
+            fit_box(self.reflection, self.feed, self.trainer.is_global_zero)
             self.has_box = True
 
     def configure_model(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,9 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
+from ddil_lightning.backbones.roles import Role
 from ddil_lightning.bounds import at_least, fraction, lengths, within
+from ddil_lightning.records import LatentBatch
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,17 @@ class Optimizer:
 class Descent:
     """What turns a loss into an optimiser step, as `optimizer` says: AdamW, clipping, several micro-batches per update.
 
-    `micro`: how many micro-batches of the update under way are done, by the name of the loss; it belongs to a checkpoint.
+    `micro`: how many micro-batches of the update under way are done, by the name of the loss; it belongs to a checkpoint. `batch`: the
+    latents of the last of them.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.betas, self.weight_decay = optimizer.betas, optimizer.weight_decay
         self.clip, self.accumulate = optimizer.clip, optimizer.accumulate
+        self.final_lr, self.warmup = optimizer.final_lr, optimizer.warmup
         self.micro: dict[str, int] = {}
         self.last: Tensor | None = None
+        self.batch: LatentBatch | None = None
 
     def adamw(self, parameters: Iterable[nn.Parameter], lr: float, trainer: Any) -> torch.optim.AdamW:
         """AdamW over `parameters`; `base_lr` is what the clock's schedule multiplies."""
@@ -73,7 +78,7 @@ class Descent:
         # All processes stop together: one that left alone would leave the others waiting for its gradients.
         if not method.trainer.strategy.reduce_boolean_decision(fine):
             found = f"the {name} is not finite on another process" if fine else f"the {name} is {float(loss.detach())}"
-            suspects = method.suspects()  # on all processes: a sharded network answers only when all ask
+            suspects = self._suspects(method.roles)  # on all processes: a sharded network answers only when all ask
             raise FloatingPointError(f"{found} at student update {method.student_updates}{'' if fine else suspects}")
         self.last = loss.detach()
         method.manual_backward(loss / self.accumulate)
@@ -87,10 +92,32 @@ class Descent:
             limit = self.clip if scaler is None else self.clip * scaler.get_scale()
             method.clip_gradients(optimizer, gradient_clip_val=limit, gradient_clip_algorithm="norm")
         for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * method.lr_factor()
+            group["lr"] = group["base_lr"] * self.factor(method.stage_updates, method.stage_length)
         optimizer.step()
         optimizer.zero_grad()
         return True
+
+    def factor(self, updates: int, length: int) -> float:
+        """The learning rate's multiple after so many `updates` of a stage's `length`: linear warm-up, then linear to `final_lr`."""
+        if updates < self.warmup:
+            return (updates + 1) / self.warmup
+        return 1 - (1 - self.final_lr) * (updates - self.warmup) / max(length - self.warmup, 1)
+
+    @property
+    def loss(self) -> float | None:
+        """The loss of the last micro-batch; reading it waits for the device."""
+        return None if self.last is None else float(self.last)
+
+    @torch.no_grad()
+    def _suspects(self, roles: Mapping[str, Role]) -> str:
+        """Which networks answer the last batch with values that are not finite, in words."""
+        b = self.batch
+        if b is None:
+            return ""
+        bad = [name for name, role in roles.items() if not bool(role(b.x_t, b.t, b.c).x0.isfinite().all())]
+        if not bool(b.x_t.isfinite().all()):
+            return ": the latents themselves are not finite"
+        return f": not finite is the output of the {' and the '.join(bad)} network" if bad else ": the outputs of all networks are finite"
 
     @property
     def halfway(self) -> bool:

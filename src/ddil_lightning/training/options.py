@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +10,8 @@ from typing import Literal
 import torch
 
 from ddil_lightning.bounds import lengths, within
-from ddil_lightning.diffusion.reflection import BOX
+from ddil_lightning.diffusion.reflection import BOX, Reflection
+from ddil_lightning.feed import Feed
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -56,6 +58,16 @@ def checked_box(box: list[list[float]] | None, channels: int) -> list[list[float
         lengths(channels, box=side)
         within(-1e6, 1e6, box=side)
     return box
+
+
+def fit_box(reflection: Reflection, feed: Feed, tells: bool) -> None:
+    """The box of a reflection from the images of `feed`, where it has any; else it stays as it is, which the process that `tells` says."""
+    found = feed.box()
+    if found is not None:
+        reflection.lo.copy_(torch.tensor(found[0])), reflection.hi.copy_(torch.tensor(found[1]))
+    elif tells:
+        said = f"reflect: {reflection.mode} without images to take the box from: it is {-BOX} to {BOX} in every channel"
+        logging.getLogger(__name__).warning(f"{said}; give another by model.box: [[lo, ...], [hi, ...]], a number per channel")
 
 
 def check_precision(precision: str) -> None:
