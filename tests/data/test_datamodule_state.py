@@ -159,7 +159,7 @@ def test_encoding_on_the_fly_gives_the_same_latents(real: Toy) -> None:
 
 def test_the_pipeline_names_the_data(monkeypatch: pytest.MonkeyPatch, real: Toy) -> None:
     asked: list[str] = []
-    monkeypatch.setattr("ddil_lightning.data.datamodule.builtin", lambda name: (asked.append(name), Counted())[1])
+    monkeypatch.setattr("ddil_lightning.data.preparation.builtin", lambda name: (asked.append(name), Counted())[1])
     made = attach(DDILDataModule(cache=False), real)
     made.setup("fit")
     assert asked == ["digits"] and isinstance(made.captions, Counted)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,24 +12,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ddil_lightning.bounds import at_least, seeds, within
-from ddil_lightning.data.captions import Captions, Prompts, RawBatch, builtin
-from ddil_lightning.data.encoded import Encoded, Notices, cached, encode, encode_batch
+from ddil_lightning.data.captions import Captions, Prompts, RawBatch
+from ddil_lightning.data.encoded import Encoded, Notices, encode_batch
+from ddil_lightning.data.preparation import latent_box, own_captions, prepared
 from ddil_lightning.data.sampler import CounterSampler
 from ddil_lightning.diffusion.denoiser import evaluating
-from ddil_lightning.diffusion.reflection import estimate_box
 from ddil_lightning.feed import Feed
 from ddil_lightning.imitation.buffer import ReplayBuffer
 from ddil_lightning.imitation.learner import Learner
 from ddil_lightning.imitation.options import Buffer, Rollouts
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.imitation.rollout import collect, draw
-from ddil_lightning.messages import counted
 from ddil_lightning.processes import Processes
 from ddil_lightning.records import SOURCES, CaptionBatch, LatentBatch, take, to
 from ddil_lightning.streams import Streams
 
-ENCODED, UNENCODED = 5120, 512
-"""Images that the box is estimated from: of those whose latents are there, and of those that must be encoded for it."""
 ASKED = ("feed", *(name for name in vars(Learner) if not name.startswith("_")))
 """What a method must have."""
 
@@ -120,16 +116,12 @@ class DDILDataModule(LightningDataModule, Feed):
         if self.trainer is not None:
             # Lightning moves the method only after this hook, and no data set should be encoded on a CPU beside an idle GPU.
             backbone.to(self.trainer.strategy.root_device)
-        if self.captions is None:
-            self.captions = backbone.captions or self._own(backbone)
-        captions, processes = self.captions, Processes(self.trainer)
-        captions.on_error = self.on_error
-        if not isinstance(captions, Encoded):
-            self._examples = captions.some(16)
-        if isinstance(self.cache, str):
-            self.captions = cached(Path(self.cache), captions, backbone, self.truncate, self.workers, self.notices, processes)
-        elif self.cache and not isinstance(captions, Encoded):
-            self.captions = encode(captions, backbone, self.truncate, self.workers, self.notices, processes.first)
+        given = next((c for c in (self.captions, backbone.captions) if c is not None), None)
+        given = own_captions(backbone) if given is None else given
+        given.on_error = self.on_error
+        if not isinstance(given, Encoded):
+            self._examples = given.some(16)
+        self.captions = prepared(given, backbone, self.cache, self.truncate, self.workers, self.notices, Processes(self.trainer))
         no_images = self.captions.latents is None if isinstance(self.captions, Encoded) else isinstance(self.captions, Prompts)
         if self.prior.forward > 0 and no_images and self.learner.wants.images(len(self.learner.grid)):
             raise ValueError("the prior has a forward share but the data set has no images: give that share to the teacher, or give images")
@@ -143,17 +135,6 @@ class DDILDataModule(LightningDataModule, Feed):
     def teardown(self, stage: str) -> None:
         """Say what of the data was not as it should be."""
         self.notices.close()
-
-    @staticmethod
-    def _own(backbone: Any) -> Captions:
-        """The data set that the pipeline itself names."""
-        name = backbone.about.get("dataset")
-        if name is None:
-            raise ValueError(
-                f"the pipeline {backbone.path} names no data set of its own: give data.captions=Images data.captions.path=PATH, "
-                "or Prompts, Shapes or Digits"
-            )
-        return builtin(name)
 
     def has_images(self) -> bool:
         """Whether the data set has images."""
@@ -171,25 +152,8 @@ class DDILDataModule(LightningDataModule, Feed):
         return encode_batch(batch, backbone, self.truncate) if isinstance(batch, RawBatch) else to(batch, backbone.device)
 
     def box(self) -> tuple[list[float], list[float]] | None:
-        """The latent box of the data (reflect.estimate_box), from some hundred images if they are not encoded; None without images.
-
-        One process encodes them for all.
-        """
-        captions: Any = self.captions
-        if isinstance(captions, Encoded):
-            return None if captions.latents is None else estimate_box(captions.latents[:ENCODED].float())
-        if captions is None or captions[[0]].pixels is None:
-            return None
-        backbone = self.learner.backbone
-        processes = Processes(self.trainer)
-
-        def estimated() -> tuple[list[float], list[float]]:
-            rows = range(min(UNENCODED, len(captions)))
-            parts = [rows[i : i + 8] for i in rows[::8]]
-            found = [backbone.encode_images(captions[part].pixels).cpu() for part in counted(parts, len(parts), "the box of the latents")]
-            return estimate_box(torch.cat(found))
-
-        return processes.by_first(estimated)
+        """The latent box of the data (preparation.latent_box); None without images."""
+        return latent_box(self.captions, self.learner.backbone, Processes(self.trainer))
 
     def train_dataloader(self) -> DataLoader:
         """Batches of rows from where the counter stands."""
