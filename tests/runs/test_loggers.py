@@ -34,9 +34,20 @@ def test_metrics_file_takes_new_columns(here: Path) -> None:
     log.log_metrics({"student_updates": 2, "loss": 0.25, "a/b": 3.0}, 2)
     log.log_metrics({"student_updates": 3, "loss": 0.125}, 3)
     rows = table(log.path)
-    assert list(rows[0]) == ["student_updates", "step", "a/b", "loss"]
+    assert list(rows[0]) == ["student_updates", "a/b", "loss"]
     assert [row["loss"] for row in rows] == ["0.5", "0.25", "0.125"] and [row["a/b"] for row in rows] == ["", "3.0", ""]
     assert [p.name for p in (here / "r").iterdir()] == ["metrics.csv"]
+
+
+def test_a_metrics_file_has_one_clock(here: Path) -> None:
+    """Lightning's own callbacks count batches, and a file of an older version has their column."""
+    log = loggers.MetricsFile(here / "r")
+    log.log_metrics({"student_updates": 3, "loss": 0.5}, 3)
+    log.log_metrics({"lr-AdamW": 0.25}, 40)
+    assert [(row["student_updates"], row["lr-AdamW"]) for row in table(log.path)] == [("3", ""), ("3", "0.25")]
+    log.path.write_text("student_updates,step,loss\n3,3,0.5\n4,4,0.25\n")
+    loggers.MetricsFile(here / "r", here / "r", upto=4).log_metrics({"lr-AdamW": 0.125}, 50)
+    assert [list(row.items()) for row in table(log.path)][2] == [("student_updates", "4"), ("loss", ""), ("lr-AdamW", "0.125")]
 
 
 def test_metrics_file_goes_on_where_the_checkpoint_was(here: Path) -> None:

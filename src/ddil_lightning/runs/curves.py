@@ -35,28 +35,26 @@ def read_summary(path: Path) -> tuple[dict[str, Any], str]:
     return (data, "") if isinstance(data, dict) else ({}, "summary.json holds no named values.")
 
 
-def read_curves(path: Path) -> tuple[str, dict[str, Series]]:
-    """The curves of a Lightning metrics.csv: (name of the horizontal axis, {column: Series}), x ascending.
+def read_curves(path: Path) -> dict[str, Series]:
+    """The curves of a metrics.csv over student updates: {column: Series}, x ascending; none of a file without that column.
 
-    The axis is `student_updates`, or `step` where that is missing; a row without it takes the last one seen. Cells that are
-    empty or no number are skipped, so a half-written last row counts as far as it goes. Where a resumed run wrote an update
-    twice, both points are kept.
+    A row without its clock takes the last one seen. Cells that are empty or no number are skipped, so a half-written last row counts as far
+    as it goes. Where a resumed run wrote an update twice, both points are kept.
     """
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         rows = list(csv.DictReader(line.replace("\0", "") for line in file))
     fields = [key for key in rows[0] if key] if rows else []
-    axis = CLOCK if CLOCK in fields else "step"
     points: dict[str, list[tuple[float, float]]] = {}
     x = 0.0
-    for row in rows:
-        clock = _float(row.get(axis))
+    for row in rows if CLOCK in fields else []:
+        clock = _float(row.get(CLOCK))
         x = x if clock is None or not math.isfinite(clock) else clock
         for key in fields:
-            value = None if key in (axis, "step", "epoch") else _float(row.get(key))
+            value = None if key in (CLOCK, "step", "epoch") else _float(row.get(key))
             if value is not None:
                 points.setdefault(key, []).append((x, value))
     ordered = {key: sorted(found, key=lambda p: p[0]) for key, found in points.items()}
-    return axis, {key: Series(key, [p[0] for p in found], [p[1] for p in found]) for key, found in ordered.items()}
+    return {key: Series(key, [p[0] for p in found], [p[1] for p in found]) for key, found in ordered.items()}
 
 
 def families(series: Mapping[str, Series]) -> list[list[Series]]:

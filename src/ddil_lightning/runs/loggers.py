@@ -14,14 +14,14 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from ddil_lightning.evaluation.table import CLOCK
 from ddil_lightning.files import replacing, write_text
-
-CLOCK = "student_updates"
 
 
 class MetricsFile(Logger):
     """metrics.csv: one row per logged update, the union of all columns, complete after every row and after a resume.
 
+    Its one clock are student updates: a row of somebody who counts otherwise (Lightning counts batches) is one of the last update heard of.
     Lightning's CSVLogger deletes the file of the run it goes on with. `source`, `upto`: the run folder that is resumed and its clock;
     rows of later updates are left out, because these updates are made again.
     """
@@ -32,6 +32,7 @@ class MetricsFile(Logger):
         super().__init__()
         self.path = folder / "metrics.csv"
         self._fields: list[str] = []
+        self._clock: float = upto
         self._resumed = None if source is None else (source / "metrics.csv", upto)
 
     @property
@@ -41,12 +42,13 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Append a row."""
-        row = {"step": step, **{key: float(value) if hasattr(value, "item") else value for key, value in metrics.items()}}
+        """Append a row; `step` is Lightning's and is not asked."""
+        row = {key: float(value) if hasattr(value, "item") else value for key, value in metrics.items()}
+        self._clock = row.setdefault(CLOCK, self._clock)
         if set(row) - set(self._fields) or not self.path.is_file():
             rows = self._kept()
             fields = {name for r in (*rows, row) for name in r}
-            self._fields = sorted(fields, key=lambda name: (name != CLOCK, name != "step", name))
+            self._fields = sorted(fields, key=lambda name: (name != CLOCK, name))
             self._write([*rows, row])
             return
         with self.path.open("a", newline="", encoding="utf-8") as file:
@@ -62,7 +64,8 @@ class MetricsFile(Logger):
             return []
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
             whole = (row for row in csv.DictReader(file) if None not in row.values())  # a kill may have cut the last row
-            rows = [{key: value for key, value in row.items() if key and value} for row in whole]
+            # `step` was a second clock in the files of older versions.
+            rows = [{key: value for key, value in row.items() if key and value and key != "step"} for row in whole]
         return [row for row in rows if CLOCK not in row or upto is None or float(row[CLOCK]) <= upto]
 
     def _write(self, rows: list[dict[str, Any]]) -> None:

@@ -188,7 +188,7 @@ def _update(path: Path) -> int | None:
 
 
 def _curves(path: Path) -> str:
-    axis, series = read_curves(path) if path.is_file() else (CLOCK, {})
+    series = read_curves(path) if path.is_file() else {}
     drawable = {k: s for k, s in series.items() if any(math.isfinite(v) for v in s.y)}
     charts = []
     for group in families(drawable):
@@ -197,12 +197,10 @@ def _curves(path: Path) -> str:
         title = first if len(group) == 1 else f"{prefix}, by part" if prefix in drawable else prefix
         wide = "loss" in first and min(values) > 0 and max(values) > 30 * min(values)
         y_range = (0.0, 1.0) if unit(first) == "share" and min(values) >= 0 and 0.3 < max(values) <= 1 else None
-        charts.append(line_chart(group, title=title, unit=unit(first), x_label=axis.replace("_", " "), log_y=wide, y_range=y_range))
+        charts.append(line_chart(group, title=title, unit=unit(first), x_label=CLOCK.replace("_", " "), log_y=wide, y_range=y_range))
     notes = [f"{k} has {n} values that are not finite." for k, s in series.items() if (n := sum(not math.isfinite(v) for v in s.y))]
     if not charts:
-        notes.append("metrics.csv holds no curves." if path.is_file() else "metrics.csv is not there.")
-    elif axis != CLOCK:
-        notes.append(f"metrics.csv has no column {CLOCK}: the horizontal axis is Lightning's {axis}.")
+        notes.append(f"metrics.csv holds no curves over {CLOCK}." if path.is_file() else "metrics.csv is not there.")
     text = "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
     hint = '<p class="note">Thin: every logged value. Thick: running mean. Hover a line for its values.</p>' if charts else ""
     return f'<h2>Training</h2>{text}<div class="charts">{"".join(charts)}</div>{hint}'
