@@ -17,34 +17,34 @@ SEED = 2**32 - 1
 
 
 def at_least(low: float, **options: Any) -> None:
-    """Finite and not below `low`."""
+    """Raises ValueError for an option that is not finite or is below `low`."""
     _check(options, lambda x: x >= low, f"of at least {low:g}")
 
 
 def above(low: float, **options: Any) -> None:
-    """Finite and larger than `low`."""
+    """Raises ValueError for an option that is not finite or is no larger than `low`."""
     _check(options, lambda x: x > low, f"above {low:g}")
 
 
 def within(low: float, high: float, **options: Any) -> None:
-    """From `low` to `high`, both included."""
+    """Raises ValueError for an option outside `low` to `high`, both of which are allowed."""
     _check(options, lambda x: low <= x <= high, f"from {low:g} to {high:g}")
 
 
 def fraction(**options: Any) -> None:
-    """From 0 to below 1, such as a decay."""
+    """Raises ValueError for an option, such as a decay, that is below 0 or not below 1."""
     _check(options, lambda x: 0 <= x < 1, "from 0 to below 1")
 
 
 def seeds(**options: Any) -> None:
-    """Whole numbers that seed every generator."""
+    """Raises ValueError for an option that is no whole number from 0 to SEED, which every generator takes for a seed."""
     for name, value in options.items():
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= SEED):
             raise ValueError(f"{name} is {_told(value)}: give a whole number from 0 to {SEED}")
 
 
 def lengths(count: int | None = None, /, **options: Any) -> None:
-    """Lists of `count` entries, or of at least one."""
+    """Raises ValueError for a list that has not `count` entries, or without `count` for an empty one."""
     for name, value in options.items():
         if value is not None and (len(value) != count if count is not None else not len(value)):
             raise ValueError(f"{name} is {_told(list(value))}: give {count or 'at least one'}{' numbers' if count else ''}")

@@ -10,10 +10,11 @@ class Refusal(Exception):
 
 
 EXPECTED = (Refusal, ValueError, FloatingPointError, OSError)
+"""Errors whose message is written for the user, so that a command tells it without the type."""
 
 
 def unexpected(error: BaseException) -> str:
-    """One line of an error that nobody has thought of."""
+    """One line for an error that nobody has foreseen, with its type and how to see where it happened."""
     return f"{type(error).__name__}: {one_line(error)[:500]} (this was not foreseen: DDIL_DEBUG=1 shows where it happened)"
 
 

@@ -82,13 +82,13 @@ def replacing_folder(path: Path, keep: bool = True) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A text file in UTF-8, by `replacing`."""
+    """Write a text file in UTF-8, whole or not at all. Raises OSError as `replacing` does."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def read_table(file: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} for none."""
+    """The object in a JSON file; {} where the file is missing, is no JSON, or holds something else."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -103,7 +103,7 @@ def unused(path: Path) -> Path:
 
 
 def switch(link: Path, target: Path | str) -> None:
-    """The link `link` to `target`, or to another one than before, in one step. Raises OSError where links are not allowed."""
+    """Make `link` a symbolic link to `target`, in one step also where it leads elsewhere. Raises OSError where links are not allowed."""
     temporary = _beside(link)
     temporary.unlink(missing_ok=True)
     try:
@@ -162,7 +162,7 @@ def _scratch() -> str:
 
 
 def _rename(source: Path, target: Path, otherwise: Callable[[], None]) -> None:
-    """A mount point has no new name to give."""
+    """Rename, or do `otherwise` where the system refuses because a place is mounted, on another disk or not empty."""
     try:
         os.replace(source, target)
     except OSError as error:
@@ -187,7 +187,7 @@ def _empty(folder: Path) -> None:
 
 
 def move_contents(source: Path, target: Path) -> None:
-    """Everything in the folder `source` into the folder `target`."""
+    """Move everything in the folder `source` into the folder `target`."""
     for child in source.iterdir():
         shutil.move(str(child), str(target / child.name))
 

@@ -88,7 +88,7 @@ class Lasting:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """As the stream does."""
+        """Write to the stream and answer how many letters; those that it cannot encode are escaped, and a reader that left gets none."""
         try:
             return int(self._stream.write(text))
         except UnicodeEncodeError as error:  # it is there, and knows fewer letters
@@ -97,7 +97,7 @@ class Lasting:
             return self._lost(len(text))
 
     def flush(self) -> None:
-        """As the stream does."""
+        """Flush the stream, unless its reader has left."""
         try:
             self._stream.flush()
         except (OSError, ValueError):
@@ -115,7 +115,7 @@ class Lasting:
 
 @contextmanager
 def lasting() -> Iterator[None]:
-    """Inside, nothing that is told can end the command."""
+    """Inside, stdout and stderr are `Lasting`: a reader that leaves does not end the command."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)  # type: ignore[assignment]
     try:
@@ -160,7 +160,7 @@ def parameters(cls: type) -> list[str]:
 
 
 def accepts(function: Callable[..., Any]) -> list[str]:
-    """As `parameters`, of a function."""
+    """The names that a function accepts, and the dotted ones of fields, where a record is the default."""
     return _dotted(inspect.signature(function).parameters.values())
 
 
@@ -254,7 +254,7 @@ def _types(text: str) -> str:
 
 
 def quiet() -> None:
-    """Silence, by message, what says nothing to a user of this library; whole categories stay heard."""
+    """Silence warnings and tips of Lightning that say nothing to a user of this library, one by one; no whole category."""
     for message in (
         "isinstance.treespec",
         "does not have many workers",

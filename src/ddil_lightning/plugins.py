@@ -25,7 +25,7 @@ def installed() -> dict[str, str]:
 
 
 def load() -> None:
-    """Import all of them, each once. Raises ValueError, naming it, for one that cannot be imported."""
+    """Import the modules that packages and the environment name, each once. Raises ValueError, naming it, where one cannot be imported."""
     given = [name.strip() for name in os.environ.get(VARIABLE, "").split(",")]
     for name, whose in {**installed(), **{name: f"in {VARIABLE}" for name in given if name}}.items():
         if name in _begun:

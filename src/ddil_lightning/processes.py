@@ -17,7 +17,7 @@ class Elsewhere(SystemExit):
 
 
 class Processes:
-    """The processes of a Trainer (None: this one alone)."""
+    """The processes of a Trainer's run; of this one alone where `trainer` is None."""
 
     def __init__(self, trainer: Any = None) -> None:
         self.rank: int = trainer.global_rank if trainer is not None else 0
@@ -60,6 +60,6 @@ class Processes:
         return result
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until every process of the run has come here."""
         if self._strategy is not None:
             self._strategy.barrier()

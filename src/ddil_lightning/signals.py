@@ -29,21 +29,24 @@ def ending() -> list[int]:
 
 
 def listen(handler: Callable[[int, Any], None]) -> dict[int, Any]:
-    """Give the signals of `ending` to `handler` -> the handlers before, for `unlisten`; none outside the main thread: Python forbids it."""
+    """Have the signals of `ending` call `handler`, and answer the handlers before, for `unlisten`.
+
+    Outside the main thread nothing is changed and {} is answered, because Python forbids it there.
+    """
     if threading.current_thread() is not threading.main_thread():
         return {}
     return {number: signal.signal(number, handler) for number in ending()}
 
 
 def unlisten(before: dict[int, Any]) -> None:
-    """Give them back."""
+    """Put the handlers back that `listen` has answered."""
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Inside, every one of them raises Stopped, as Ctrl-C raises KeyboardInterrupt, so that everything is cleaned up on the way out."""
+    """Inside, every signal of `ending` raises Stopped, as Ctrl-C raises KeyboardInterrupt, so that all is cleaned up on the way out."""
 
     def stop(number: int, frame: Any) -> None:
         raise Stopped(number)

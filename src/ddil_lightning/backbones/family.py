@@ -38,7 +38,7 @@ class Family(Network):
 
     @property
     def model(self) -> Any:
-        """The network of diffusers."""
+        """The network of diffusers that is wrapped, as its pipeline holds it."""
         return getattr(self, self.component)
 
     @property
@@ -50,11 +50,14 @@ class Family(Network):
         """Raises ValueError for a network that does not denoise latents of so many `channels`, or is made for another task."""
 
     def told(self) -> Mapping[str, Any]:
-        """The changes of its configuration that give it an embedding of w, whose new weights are zero: a copy then equals its source."""
+        """The changes of its configuration that give it an embedding of w, whose new weights are zero: a copy then equals its source.
+
+        Raises ValueError in a family that has no place for one.
+        """
         raise ValueError(f"{type(self).__name__} cannot be told the guidance: set model.w_conditioned to false")
 
     def recompute(self) -> None:
-        """diffusers' gradient checkpointing."""
+        """Switch diffusers' own gradient checkpointing on, in place."""
         self.model.enable_gradient_checkpointing()
 
     def blocks(self) -> Sequence[nn.Module]:

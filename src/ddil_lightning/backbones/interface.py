@@ -23,7 +23,7 @@ from ddil_lightning.records import Context
 
 
 class Network(nn.Module, ABC):
-    """A network `(x_t, t, c) -> output`, which nobody asks what it is made of.
+    """A network `(x_t, t, c) -> output`; nobody else asks what it is made of.
 
     `forward` must be written and is all that every method needs. The rest is for those who need it: `features` and `with_features` for
     discriminators, `head` for theirs, `blocks` for sharding, `recompute` for gradient checkpointing.
@@ -40,15 +40,15 @@ class Network(nn.Module, ABC):
     """The names of its layers whose features can be asked for, in the order of its forward."""
 
     def features(self, x_t: Tensor, t: Tensor, c: Context, layers: Sequence[str] = ()) -> tuple[Tensor, ...]:
-        """What a discriminator reads: [B, F, ...] for each of `layers`, by default for the one that suits most; no more is computed."""
+        """The features [B, F, ...] of each of `layers`, by default of the usual one; written anew where the output can be left out."""
         return self.with_features(x_t, t, c, layers)[1]
 
     def with_features(self, x_t: Tensor, t: Tensor, c: Context, layers: Sequence[str] = ()) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """(output, features) from one forward. Raises ValueError for a layer that it does not have."""
+        """The output [B, C, H, W] and `features`, from one forward. Raises ValueError for a layer that it does not have."""
         raise NotImplementedError(f"{type(self).__name__} gives no features, which a discriminator reads: set its weights to 0")
 
     def head(self, layers: Sequence[str] = ()) -> nn.Module:
-        """A discriminator's head, fresh: it is called with the features of `layers`, an argument each -> logits [B, ...]."""
+        """A new discriminator's head: called with the features of `layers`, an argument each, it answers with logits [B, ...]."""
         raise NotImplementedError(f"{type(self).__name__} has no discriminator's head: set the discriminator's weights to 0")
 
     def blocks(self) -> Sequence[nn.Module]:
@@ -82,7 +82,7 @@ class Backbone(ABC):
     """The data set that comes with the backbone itself (the analytic toy's)."""
 
     samples: str = "prompts"
-    """What a test counts, in a word."""
+    """What a test counts, in one word, as it stands in `testing student@4 on 256 prompts`."""
 
     def __init__(
         self,
@@ -113,12 +113,12 @@ class Backbone(ABC):
 
     @abstractmethod
     def to(self, device: torch.device) -> Backbone:
-        """Move the frozen parts, and answer itself."""
+        """The backbone itself, after its frozen parts have been moved to `device`."""
 
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where the frozen parts are."""
+        """The device of the frozen parts."""
 
     def role(
         self,
@@ -143,7 +143,7 @@ class Backbone(ABC):
         return Role(name, network, self.schedule, space, reflection=reflection)
 
     def head(self, layers: Sequence[str] = ()) -> nn.Module:
-        """A discriminator's head on its networks' features."""
+        """A new discriminator's head on the features of its networks. Raises NotImplementedError where they give none."""
         return self.network().head(layers)
 
     # Encoders ------------------------------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ class Backbone(ABC):
         raise ValueError(f"no pipeline can hold a student of {self.path}, so it has no scheduler")
 
     def save(self, folder: Path, network: nn.Module, scheduler: Callable[[], Any] | None, dtype: torch.dtype, safety_checker: bool) -> Path:
-        """Write a student below `folder` -> where. Here its weights alone, student.safetensors."""
+        """Write a student below `folder` and answer what was written; here its weights alone, student.safetensors."""
         from safetensors.torch import save_file
 
         path = folder / "student.safetensors"
@@ -208,9 +208,12 @@ class Backbone(ABC):
         return path
 
     def stands_in(self, network: nn.Module) -> None:
-        """Put a student's network in the place of a `bare` backbone's own, which has no weights."""
+        """Put a student's network in the place of a `bare` backbone's own. Raises ValueError for a backbone that has weights."""
         raise ValueError(f"{self.path} has weights of its own")
 
     def measured(self, method: Any, test: Any, say: Callable[[str], None]) -> list[dict[str, Any]] | None:
-        """Rows of results by a law that the backbone itself knows (`test`: runs.finish.Test); None: its images are judged by a suite."""
+        """Rows of results by a law that the backbone itself knows, None where its images are judged by a suite.
+
+        `test`: a runs.finish.Test. `say` hears of each row before it is measured.
+        """
         return None

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 BUILTIN = {"builtin": "shapes", "builtin/shapes": "shapes", "builtin/digits": "digits"}
+"""Folders of `miniature/weights/` by the names that stand for them."""
 DENOISERS = ("unet", "transformer")
 """Where a pipeline keeps the network that denoises."""
 REQUIRED = ("vae", "text_encoder", "tokenizer", "scheduler")
+"""Components that a pipeline must have besides its network."""
 SPARED = ("safety_checker", "feature_extractor", "image_encoder")
 """Components that distillation does not use: neither loaded nor exported unless somebody asks (1.2 GB in Stable Diffusion 1.5)."""
 
@@ -185,7 +187,10 @@ def index_of(path: str | Path) -> dict[str, Any]:
 
 
 def empty_network(path: str | Path) -> dict[str, Any]:
-    """The network of a pipeline that denoises, by its component's name, without memory for its weights. Raises ValueError."""
+    """The network that denoises in a pipeline, by its component's name, without memory for its weights.
+
+    Raises ValueError, with diffusers' reason, where it cannot be made from the stored configuration.
+    """
     import diffusers
 
     folder = pipeline_folder(path)

@@ -81,17 +81,17 @@ class Pipeline(Backbone):
         self.bare = bare
 
     def parts(self) -> list[nn.Module]:
-        """The frozen modules."""
+        """Every component that is a module, frozen: the network, the autoencoder, the text encoders."""
         return [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
 
     def to(self, device: torch.device) -> Pipeline:
-        """The frozen encoders and the teacher on `device`."""
+        """The pipeline itself, after its encoders and the teacher have been moved to `device`."""
         self.pipe.to(device)
         return self
 
     @property
     def device(self) -> torch.device:
-        """Where the frozen parts are."""
+        """The device of the frozen parts."""
         return next(self.pipe.vae.parameters()).device
 
     @property
@@ -128,12 +128,12 @@ class Pipeline(Backbone):
         return type(source)(model.to(memory_format=torch.channels_last).requires_grad_(True).train())
 
     def head(self, layers: Sequence[str] = ()) -> nn.Module:
-        """A discriminator's head on its networks' features."""
+        """A new discriminator's head on the features of its networks; without memory for weights where the pipeline is `bare`."""
         with self._memory():
             return self._network.head(layers)
 
     def _memory(self) -> Any:
-        """Where new networks are made: as usual, or without memory."""
+        """Inside, new networks are made as usual, or without memory for weights where the pipeline is `bare`."""
         return loading.without_weights() if self.bare else nullcontext()
 
     def _weights(self) -> dict[str, Tensor]:
@@ -285,7 +285,10 @@ class Pipeline(Backbone):
 
     @contextmanager
     def _autoencoder(self, pixels: int) -> Iterator[int]:
-        """In full precision, whatever the trainer's is -> how many images of so many `pixels` at a time; one that is too large in tiles."""
+        """Inside, the autoencoder works in full precision, whatever the trainer's is, and on an image that is too large in tiles.
+
+        Yields how many images of so many `pixels` each it takes at a time.
+        """
         vae = self.pipe.vae
         tiled = pixels > PIXELS and hasattr(vae, "enable_tiling")
         if tiled:

@@ -61,7 +61,7 @@ def latents(
 def images(
     backbone: Backbone, policy: Policy, grid: Grid, prompts: Sequence[str], g: float | None, seed: int = 0, chunk: int | None = None
 ) -> Tensor:
-    """Images [N, 3, H, W] in [-1, 1], on the CPU."""
+    """Images [N, 3, H, W] in [-1, 1] of `prompts`, on the CPU: the latents of `latents`, decoded."""
     return decoded(backbone, latents(backbone, policy, grid, prompts, g, seed, chunk))
 
 
@@ -72,7 +72,10 @@ def decoded(backbone: Backbone, made: Tensor) -> Tensor:
 
 @torch.no_grad()
 def pipeline_latents(backbone: Pipeline, prompts: Sequence[str], steps: int, g: float, seed: int = 0, chunk: int | None = None) -> Tensor:
-    """Final latents of a diffusers pipeline called as its users call it, from the same noise as `latents`."""
+    """Final latents [N, C, h, w] of a diffusers pipeline called as its users call it, from the same noise as `latents`.
+
+    `g` is the guidance_scale of the call.
+    """
     out, shape, pipe = [], backbone.latent_shape, backbone.pipe
     chunk = chunk or batch(shape)
     x_T, generators = noise(len(prompts), shape, seed), renoising(len(prompts), seed)

@@ -28,7 +28,7 @@ class UNet(Family):
 
     @property
     def w_conditioned(self) -> bool:  # type: ignore[override]
-        """Whether it is told the guidance."""
+        """Whether it is told the guidance, through an embedding that its configuration provides for."""
         return self.model.config.time_cond_proj_dim is not None
 
     @property
@@ -104,11 +104,11 @@ class UNet(Family):
         return Context(text.float(), pooled=pooled.float(), ids=ids)
 
     def features(self, x_t: Tensor, t: Tensor, c: Context, layers: Sequence[str] = ()) -> tuple[Tensor, ...]:
-        """[B, F, h, w] what leaves the blocks `layers`, by default the bottleneck; what comes after the last of them is not run."""
+        """The features [B, F, h, w] that leave the blocks `layers`, by default the bottleneck; what comes after the last is not run."""
         return self._watched(x_t, t, c, layers, no_further=True)[1]
 
     def with_features(self, x_t: Tensor, t: Tensor, c: Context, layers: Sequence[str] = ()) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """(output, features) from one forward."""
+        """The output [B, C, H, W] and the features, from one forward."""
         return self._watched(x_t, t, c, layers)
 
     def _watched(

@@ -16,18 +16,21 @@ from ddil_lightning.imitation.prior import SamplingPrior, Schedule
 
 
 class OnClock(Callback):
-    """Calls `apply(trainer, method, clock)` before the first batch and after every one."""
+    """Calls `apply(trainer, method, clock)` before the first batch and after every one.
+
+    The clock counts the student updates of the present stage.
+    """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The clock as it stands, also after a resume."""
+        """Apply the clock that a new run or a resumed one begins with."""
         self.apply(trainer, pl_module, int(pl_module.stage_updates))  # type: ignore[arg-type]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """The clock after the step."""
+        """Apply the clock that the step has left."""
         self.apply(trainer, pl_module, int(pl_module.stage_updates))  # type: ignore[arg-type]
 
     def apply(self, trainer: Any, method: Any, clock: int) -> None:
-        """What to do at `clock`."""
+        """Do what is due at `clock`; called again for a clock that has not moved."""
 
 
 def check_images(method: Any, what: str, remedy: str = "give that share to the teacher, or give images") -> None:
@@ -57,31 +60,31 @@ class AnnealPrior(OnClock):
             check_images(pl_module, "the schedule of AnnealPrior")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """The clock as it stands; a schedule that hears, hears from now on."""
+        """Let a schedule that follows measures hear what the method publishes, and apply the first clock."""
         if self.schedule.hears:
             pl_module.measures.listen(self.schedule.hear, every_update=True)
         super().on_train_start(trainer, pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """It hears no other run of the method."""
+        """End the schedule's hearing, so that it follows no later run of the same method."""
         pl_module.measures.forget(self.schedule.hear)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """The same for a run that was broken off."""
+        """End the schedule's hearing after a run that was broken off, too."""
         pl_module.measures.forget(self.schedule.hear)
 
     def apply(self, trainer: Any, method: Any, clock: int) -> None:
-        """The prior of this clock."""
+        """Check the schedule's prior of this clock and give it to the data."""
         prior: SamplingPrior = self.schedule(clock)
         method.check_prior(prior)
         method.feed.steer("schedule", prior)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the schedule remembers."""
+        """What the schedule remembers of the measures that it has heard."""
         return dict(self.schedule.state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore it."""
+        """Give the schedule back what it remembered when the checkpoint was written."""
         if state_dict:
             self.schedule.state = state_dict
 
@@ -102,7 +105,7 @@ class Cadence(OnClock):
         self.every, self.starts = list(every), list(starts)
 
     def apply(self, trainer: Any, method: Any, clock: int) -> None:
-        """The cadence of this clock."""
+        """Set the number of updates between two roll-outs to that of this clock."""
         method.feed.collect_every = next(e for e, s in zip(reversed(self.every), reversed(self.starts), strict=True) if clock >= s)
 
 
@@ -119,7 +122,7 @@ class FlushBuffer(OnClock):
         self._last: int | None = None
 
     def apply(self, trainer: Any, method: Any, clock: int) -> None:
-        """Flush once when a clock of `at` is passed."""
+        """Empty the buffer once whenever the clock passes one of `at`."""
         if self._last is not None and any(self._last < a <= clock for a in self.at):
             method.feed.flush()
         self._last = clock

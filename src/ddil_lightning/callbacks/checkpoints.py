@@ -48,19 +48,19 @@ class Checkpoints(Checkpoint):
         self._alive, self._longest = time.monotonic(), 0.0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Write and read checkpoints by Mapped, unless the user has chosen another way."""
+        """Have checkpoints written and read by `Mapped`, unless the user has chosen another way."""
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = Mapped()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Another run's checkpoints are not ours to replace. Raises ValueError where there are some."""
+        """Raises ValueError where `folder` holds checkpoints of another run, which are not ours to replace."""
         if self.folder is not None:
             here, resumed = Path(self.folder), Path(trainer.ckpt_path) if trainer.ckpt_path else None
             if sorted_checkpoints(here) and (resumed is None or resumed.resolve().parent != here.resolve()):
                 raise ValueError(f"checkpoints.folder {here} holds checkpoints of another run, which would be replaced: give another")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Listen for signals; what the run goes on from is the last good checkpoint."""
+        """Listen for signals, and take the checkpoint that the run goes on from for the last good one."""
         if self.last is None and trainer.ckpt_path:
             self.last = Path(trainer.ckpt_path)
         self._saved_at, self._since = pl_module.student_updates, time.perf_counter() - self.seconds
@@ -68,7 +68,7 @@ class Checkpoints(Checkpoint):
         self._before = listen(self._interrupt)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """From here to its end an update is under way."""
+        """Note that an update is under way, in which weights may be half changed."""
         self._stepping = True
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -88,7 +88,7 @@ class Checkpoints(Checkpoint):
             self.save(trainer, pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """A run that something else ended (a time limit, another callback) is saved too, as its last whole update has left it."""
+        """Save a run that something else has ended (a time limit, another callback), as its last whole update has left it."""
         self._listen_no_more()
         if pl_module.student_updates != self._saved_at:
             self.save(trainer, pl_module)
@@ -105,7 +105,10 @@ class Checkpoints(Checkpoint):
                 self.save(trainer, pl_module)
 
     def save(self, trainer: Any, method: Any) -> Path:
-        """Write; a full disk leaves the older checkpoints as they were."""
+        """Write `updates=N.ckpt`, remove the oldest ones beyond `keep`, and answer the path.
+
+        Raises OSError, which leaves the older checkpoints as they were, and FloatingPointError for weights that are not finite.
+        """
         clock = self._saved_at = method.student_updates  # also where it fails: once is enough
         folder = Path(self.folder or Path(trainer.default_root_dir) / "checkpoints")
         path = folder / f"updates={clock}.ckpt"
@@ -128,15 +131,15 @@ class Checkpoints(Checkpoint):
         return path
 
     def alive(self) -> tuple[float, float] | None:
-        """When a batch last ended and how long the longest one took, in seconds; None while a checkpoint is written."""
+        """When a batch last ended (time.monotonic) and how many seconds the longest one took; None while a checkpoint is written."""
         return None if self._saving else (self._alive, self._longest)
 
     def state_dict(self) -> dict[str, Any]:
-        """The time spent so far."""
+        """The seconds of training that the run has taken so far."""
         return {"seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Go on counting the seconds of training from those in the checkpoint."""
         self.seconds = state_dict.get("seconds", 0.0)
 
     def _agreed(self, trainer: Any) -> bool:
@@ -166,13 +169,13 @@ class Mapped(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Whole or not at all, and on the disk before it has its name. Raises OSError."""
+        """Write a checkpoint whole or not at all, and to the disk before it has its name. Raises OSError where the system refuses."""
         # torch's own writer raises no OSError.
         with replacing(Path(path), durable=True) as temporary, temporary.open("wb") as file:
             torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Tensors come from the file when they are first used: a process reads what it needs."""
+        """A checkpoint whose tensors are read from the file when they are first used, so that a process reads what it needs alone."""
         return torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only is not False)
 
 

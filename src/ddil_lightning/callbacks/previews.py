@@ -51,7 +51,7 @@ class Previews(Callback):
         self._drawn: int | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Judge the prompts, for runs that are not started by ddil-fit."""
+        """Check the prompts, for runs that are not started by ddil-fit, which does so earlier."""
         if self.every:
             self.check_prompts(pl_module.backbone, pl_module.feed)
 
@@ -64,20 +64,23 @@ class Previews(Callback):
                 raise ValueError(f"previews.prompts: {error}".replace("or allow truncation", "or set data.truncate to true")) from error
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """The first sheet: a student equal to its teacher. A run that goes on is tried as well, and leaves what it would have left."""
+        """Draw the first sheet, of a student that equals its teacher.
+
+        A run that goes on draws as well, so that a fault shows now, but keeps the sheet only where its clock asks for one.
+        """
         if self.every:
             self.draw(trainer, pl_module, keep=pl_module.student_updates % self.every == 0)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """A sheet when the clock says so."""
+        """Draw a sheet after every `every` student updates and after the last one."""
         clock = pl_module.student_updates
         if self.every and clock != self._drawn and (clock % self.every == 0 or clock >= pl_module.updates):
             self.draw(trainer, pl_module)
 
     def draw(self, trainer: Any, method: Any, keep: bool = True) -> None:
-        """Sample, and if it is to `keep` write the PNG and hand it to the loggers.
+        """Sample teacher and student, and if the sheet is to be kept (`keep`) write the PNG and hand it to the loggers.
 
-        All processes sample, a sharded student answers only then; rank 0 writes.
+        All processes sample, because a sharded student answers only then; rank 0 writes.
         """
         self._drawn = method.student_updates
         backbone = method.backbone

@@ -24,11 +24,11 @@ class Progress(ProgressBar):
         self._enabled = True
 
     def disable(self) -> None:
-        """Called by Lightning on every rank but the first."""
+        """Show nothing: Lightning asks for it on every rank but the first."""
         self._enabled = False
 
     def enable(self) -> None:
-        """The opposite."""
+        """Show the bar again, after `disable`."""
         self._enabled = True
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -65,11 +65,11 @@ class Progress(ProgressBar):
             self._console.print(f"{clock}/{pl_module.updates} updates, loss {self._loss(pl_module)}{left}", highlight=False)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Stop the bar."""
+        """Stop the bar where the run has ended."""
         self._stop()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Leave the terminal as it was."""
+        """Stop the bar, so that an error leaves the terminal as it was."""
         self._stop()
 
     def _part(self, method: Any) -> int:

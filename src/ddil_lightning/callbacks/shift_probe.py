@@ -49,7 +49,7 @@ class ShiftProbe(Callback):
         pl_module.deployment.sampler(self.steps)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Probe when the clock says so. All processes sample, a sharded student answers only then."""
+        """Measure after every `every` student updates and publish. All processes sample: a sharded student answers only then."""
         clock = pl_module.student_updates
         if clock == self._probed or clock == 0 or clock % self.every:
             return
@@ -59,7 +59,7 @@ class ShiftProbe(Callback):
         pl_module.measures.publish(clock, values)
 
     def measure(self, method: Any, data: Any) -> dict[str, float]:
-        """The measures now; the references are made once."""
+        """The energy distances at the present weights, by the names in the class's docstring; the references are sampled once."""
         batch = data.reference(self.count)
         policy, grid = method.deployment.sampler(self.steps)
         if not self._references:

@@ -48,13 +48,13 @@ class Stages(Callback):
             check_images(pl_module, f"the plan's stage {forward[0]}", "give it parts without one")
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Another run's pipelines are not ours to replace. Raises ValueError where there are some."""
+        """Raises ValueError where `folder` holds pipelines of another run, which are not ours to replace."""
         there = sorted(Path(self.folder).glob("*-steps")) if self.folder and staged(pl_module) and self.pipelines else []
         if there and not trainer.ckpt_path:
             raise ValueError(f"stages.folder {self.folder} holds {there[0].name} of another run, which would be replaced: give another")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin, or go on from the checkpoint of a stage's end: its pipeline may be missing, and the next stage has not begun."""
+        """Begin the first stage, or go on from a checkpoint: at a stage's end its pipeline may be missing, and the next has not begun."""
         if staged(pl_module):
             self._clock = pl_module.student_updates
             if trainer.strategy.broadcast(self.owed(pl_module, trainer.default_root_dir) is not None):
@@ -62,7 +62,10 @@ class Stages(Callback):
             self._go_on(trainer, pl_module)
 
     def after_checkpoints(self, trainer: Any, pl_module: Any) -> None:
-        """The boundary, once, and the prior of the next batch. Called by the method when a batch is over for all callbacks."""
+        """Carry out the end of a stage, once, and set the prior of the next batch.
+
+        Called by the method when a batch is over for all callbacks.
+        """
         if not staged(pl_module):
             return
         moved, self._clock = pl_module.student_updates != self._clock, pl_module.student_updates
@@ -82,7 +85,7 @@ class Stages(Callback):
         method.feed.steer("plan", self.prior(method))
 
     def next_stage(self, trainer: Any, method: Any) -> None:
-        """Swap, halve, restart, forget. Whatever else hangs on the clock of the stage is told of its new beginning."""
+        """Have the method begin its next stage, and empty the buffer; every callback on the clock of the stage is told that it is 0."""
         method.next_stage()
         method.feed.flush()
         for callback in trainer.callbacks:
@@ -109,7 +112,10 @@ class Stages(Callback):
         return None if read_table(place / "ddil.json").get("student_updates") == method.student_updates else place
 
     def deliver(self, method: Any, root: str | Path, examples: Sequence[str]) -> Path | None:
-        """The stage's student as a pipeline folder; None for one that cannot be exported. One that samples otherwise is said and kept."""
+        """Write the stage's student as a pipeline folder and answer it; None for a student that cannot be exported.
+
+        A pipeline that does not sample as the trainer does is reported in the log and kept as `-unverified`; the run goes on.
+        """
         from ddil_lightning.runs import export
 
         if not method.backbone.holds_students:

@@ -45,33 +45,36 @@ class Verdict(Protocol):
 
     @property
     def correct(self) -> dict[str, Tensor]:
-        """The share right in [0, 1] of each attribute, [B], NaN where the prompt says nothing of it."""
+        """For each attribute the share of it that is right, [B] in [0, 1], NaN where the prompt says nothing of it."""
         ...
 
     @property
     def residual(self) -> Tensor:
-        """[B] of each image's distance to the ideal drawing of what was read in it."""
+        """The distance of each image to the ideal drawing of what was read in it, [B]."""
         ...
 
 
 @dataclass(frozen=True)
 class Judge:
     """What reads pictures exactly: `verdict` compares images with their prompts, `modes` gives the mode coverage of prompts that leave
-    something open. `side`: of the only pictures that they can read, in pixels."""
+    something open. `side`: the edge in pixels of the only pictures that they can read, None for any."""
 
     verdict: Callable[[Tensor, Sequence[str]], Verdict] | None = None
     modes: Callable[[Tensor, Sequence[str]], float] | None = None
     side: int | None = None
 
     def about(self) -> dict[str, str | None]:
-        """Where it comes from, for a protocol."""
+        """Where its two functions come from, in words, as a protocol names them."""
         return {"judge": said(self.verdict), "modes": said(self.modes)}
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """`real`: features [N, D] of the real images that generated ones are compared with, None for none. `about`: which they are. `size`: the
-    edge to which images were resized, and are before `features`; what compares generated images alone sees them as they are."""
+    """`real`: features [N, D] of the real images that generated ones are compared with, None where there are none. `about`: which they are.
+
+    `size`: the edge to which the real images were resized, in pixels, and to which generated ones are before `features`; None for as they
+    are. What compares generated images with each other alone sees them as they are.
+    """
 
     real: Tensor | None = None
     about: str | None = None
@@ -82,7 +85,7 @@ class Reference:
 class Given:
     """All that a suite has for its metrics; what is None leaves the metrics that need it unmeasured.
 
-    Raises ValueError for a network that is a name yet.
+    Raises ValueError for a network that is still a name, which `Networks.load` makes one of.
     """
 
     networks: Networks = field(default_factory=Networks)
@@ -96,7 +99,7 @@ class Given:
                 raise ValueError(f"Given: the network {given!r} is named and not made; give Networks(...).load(device)")
 
     def has(self) -> set[str]:
-        """Those of NEEDS that can be met."""
+        """The members of NEEDS that this suite can meet."""
         nets = self.networks
         parts = {
             "features": nets.features,
@@ -131,37 +134,37 @@ class Batch:
 
     @property
     def prompts(self) -> list[str]:
-        """The prompt of each image."""
+        """The prompt of each of the B images."""
         return [self.asked[i] for i in self.index.tolist()]
 
     @property
     def features(self) -> Tensor:
-        """[B, D] float32, of the images resized as the reference is."""
+        """The features [B, D] of the images, float32 on the CPU; the images are resized as the reference is."""
         return self._read("features")
 
     @property
     def real(self) -> Tensor:
-        """[N, D] features of the real images."""
+        """The features [N, D] of the real images."""
         return self._read("real")
 
     @property
     def cosine(self) -> Tensor:
-        """[B] float64, of each image and its prompt."""
+        """The cosine of each image and its prompt, [B] float64 in [-1, 1]."""
         return self._read("cosine")
 
     @property
     def distance(self) -> Distance:
-        """The distance of two images."""
+        """The function that measures the distance of paired images."""
         return self._read("distance")
 
     @property
     def verdict(self) -> Verdict:
-        """What the judge finds."""
+        """What the judge finds in the images, compared with their prompts."""
         return self._read("verdict")
 
     @property
     def modes(self) -> Callable[[Tensor, Sequence[str]], float]:
-        """Mode coverage of images [M, 3, H, W] and their M prompts."""
+        """The function that gives the mode coverage, in [0, 1], of images [M, 3, H, W] and their M prompts."""
         return self._read("modes")
 
     def _read(self, need: str) -> Any:

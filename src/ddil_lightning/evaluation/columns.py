@@ -28,7 +28,7 @@ class Column(NamedTuple):
 
     @property
     def heading(self) -> str:
-        """The label with its arrow."""
+        """The label with an arrow up or down for the better direction, as tables show it."""
         return f"{self.label} {ARROWS[self.better]}".strip()
 
 

@@ -20,14 +20,14 @@ from ddil_lightning.backbones.sampling import to_uint8
 Features = Callable[[Tensor], Tensor]
 """Images [B, 3, H, W] in [-1, 1] to features [B, D]. Brings its own weights and device."""
 Scorer = Callable[[Tensor, Sequence[str]], Tensor]
-"""Images and their prompts to a number each, [B]."""
+"""Images [B, 3, H, W] in [-1, 1] and their B prompts to a number each, [B]."""
 
 
 class Distance(Protocol):
-    """Paired images [B, 3, H, W] in [-1, 1] to distances [B]."""
+    """A function of paired images that says how far they are apart; `embed`, where it has one, makes pairs cheap (`MapDistance`)."""
 
     def __call__(self, a: Tensor, b: Tensor, /) -> Tensor:
-        """The distances [B]."""
+        """The distance [B] of each image of `a` from its partner in `b`, both [B, 3, H, W] in [-1, 1]."""
         ...
 
 
@@ -49,7 +49,10 @@ class Networks:
             raise ValueError("Suite: `text` is compared with `features`, which is None; give both, or `clip`")
 
     def load(self, device: str | torch.device = "cpu") -> Networks:
-        """With a network for every name, on `device`. Raises ValueError for another name, or where its package is not installed."""
+        """The same with a network in the place of every name, on `device`.
+
+        Raises ValueError for a name that is not in DEFAULTS, or where its package is not installed.
+        """
         asked = {field.name: getattr(self, field.name) for field in fields(self)}
         for given in (v for v in asked.values() if isinstance(v, str)):
             if given not in DEFAULTS:
@@ -57,7 +60,7 @@ class Networks:
         return replace(self, **{k: DEFAULTS[v].make(device) for k, v in asked.items() if isinstance(v, str)})
 
     def about(self) -> dict[str, str | None]:
-        """What they are, for a protocol."""
+        """What each of the networks is, in words, as a protocol names it."""
         return {field.name: said(getattr(self, field.name)) for field in fields(self)}
 
 
@@ -91,7 +94,7 @@ class Named:
         self.about, self.call = about, call
 
     def __call__(self, *args: Any) -> Tensor:
-        """The function's own answer."""
+        """Call the function and answer what it does."""
         return self.call(*args)
 
 
@@ -118,7 +121,7 @@ def inception_features(weights: str | None = None, device: str | torch.device = 
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine of paired embeddings [B, D], [B]. Raises ValueError for other shapes."""
+    """The cosine [B], float64, of paired embeddings [B, D]. Raises ValueError for other shapes."""
     if a.shape != b.shape or a.ndim != 2:
         raise ValueError(f"cosine: embeddings {tuple(a.shape)} and {tuple(b.shape)}; they must be paired [B, D]")
     return torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=1)
@@ -190,18 +193,18 @@ class MapDistance:
 
     @property
     def about(self) -> str:
-        """For a protocol."""
+        """What a protocol calls this distance."""
         return f"unweighted LPIPS of {said(self.maps)}"
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
-        """[B, F] whose squared Euclidean distance is the distance, so that a pair costs no network call."""
+        """Vectors [B, F] of images, whose squared Euclidean distance is the distance, so that a pair costs no network call."""
         maps = self.maps(images)
         flat = [(f / (f.norm(dim=1, keepdim=True) + 1e-10) / (f[0, 0].numel() * len(maps)) ** 0.5).flatten(1) for f in maps]
         return torch.cat(flat, 1)
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """Distances [B]."""
+        """The distance [B] of each image of `a` from its partner in `b`."""
         return (self.embed(a) - self.embed(b)).square().sum(1)
 
 
@@ -233,4 +236,4 @@ DEFAULTS = {
 """The networks that a suite of one's own images can name."""
 
 PAPER = Networks("inception", "open_clip", "lpips")
-"""Those of the paper's tables."""
+"""The networks that the paper's tables were measured with."""

@@ -41,7 +41,7 @@ _added: dict[str, type[Metric]] = {}
 
 
 def metrics() -> list[type[Metric]]:
-    """All of them: the package's own, then the registered ones in their order, those of plugins among them."""
+    """The classes of all metrics: the package's own, then the registered ones in their order, those of plugins among them."""
     plugins.load()
     return [*_own(), *_added.values()]
 
@@ -73,7 +73,7 @@ def columns() -> list[Column]:
 
 
 def keys() -> list[str]:
-    """Their keys, the names in a row's `metrics`."""
+    """The keys of all metrics' columns, which are the names in a row's `metrics`."""
     return [column.key for column in columns()]
 
 

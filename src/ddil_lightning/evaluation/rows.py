@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def policy_row(suite: Suite, backbone: Backbone, name: str, policy: Policy, grid: Grid, g: float) -> dict[str, Any]:
-    """One sampler of this library; its NFE are counted, not assumed."""
+    """The row of a sampler of this library at guidance `g`; its network evaluations (NFE) are counted, not assumed."""
     denoiser = next(m for m in policy.modules() if isinstance(m, Denoiser))
 
     def sample(prompts: list[str], seed: int) -> Tensor:
@@ -49,7 +49,7 @@ def method_rows(
     """teacher@N and student@N rows at the method's evaluation guidance, all from the same noise. `say` hears of each before it starts.
 
     `stages`: pipeline folders of earlier students by their step counts, which are tested instead of the present student at these counts.
-    `student_steps`: default all of `stages` and of the present student. `dpm`: see `finish.Test`.
+    `student_steps`: default all of `stages` and of the present student. `dpm`: see `runs.finish.Test`.
     """
     stages, rows, deployment, baseline = stages or {}, [], method.deployment, method.baseline
     for n in teacher_steps:
@@ -81,7 +81,7 @@ def folder_sampler(folder: Path, device: torch.device) -> tuple[Policy, Grid]:
 
 
 def pipeline_row(suite: Suite, backbone: Pipeline, steps: int, guidance_scale: float, dpm: bool = False) -> dict[str, Any]:
-    """A diffusers pipeline, called as its users call it, with its own scheduler, or (`dpm`) DPM-Solver++ 2M made from it."""
+    """The row of a diffusers pipeline that is called as its users call it, by its own scheduler or (`dpm`) by DPM-Solver++ 2M made of it."""
     solved = backbone.with_solver(dpm)
 
     def sample(prompts: list[str], seed: int) -> Tensor:

@@ -38,7 +38,7 @@ class Timed:
         self.sample, self.seconds, self.images = sample, 0.0, 0
 
     def __call__(self, prompts: list[str], seed: int) -> Tensor:
-        """The sampler's images."""
+        """The sampler's images, whose number and time are added; a GPU is waited for."""
         start = time.perf_counter()
         images = self.sample(prompts, seed)
         if images.is_cuda:
@@ -49,7 +49,7 @@ class Timed:
 
     @property
     def seconds_per_image(self) -> float | None:
-        """None before the first call."""
+        """Seconds that an image took on average over all calls; None before the first call."""
         return self.seconds / self.images if self.images else None
 
 
@@ -125,7 +125,7 @@ class Suite:
 
     @property
     def side(self) -> int | None:
-        """Of the only pictures that the judge can read, in pixels."""
+        """The edge in pixels of the only pictures that the judge can read, None for any."""
         return self.given.judge.side
 
     @property
@@ -193,7 +193,7 @@ class Suite:
 
 
 def _declared(metric: Metric, found: dict[str, Any]) -> dict[str, Any]:
-    """What a metric computed, if it is what it has declared."""
+    """What a metric computed. Raises ValueError where that is not what it has declared."""
     declared = {c.key for c in metric.columns} | set(metric.details)
     if set(found) != declared:
         raise ValueError(f"metric {type(metric).__name__}: it computes {sorted(found)} and declares {sorted(declared)}")
@@ -218,7 +218,7 @@ def _features_of(net: Features, paths: Sequence[Path], size: int) -> Tensor:
 
 
 def paired_distance(a: Tensor, b: Tensor) -> float:
-    """Mean squared difference of images [N, 3, H, W] that two samplers made from the same noise. Raises ValueError if unpaired."""
+    """Mean squared difference of images [N, 3, H, W] that two samplers made from the same noise. Raises ValueError for unequal shapes."""
     if a.shape != b.shape or not len(a):
         raise ValueError(f"paired_distance: {tuple(a.shape)} and {tuple(b.shape)}; the images must be paired")
     return float((a.double().cpu() - b.double().cpu()).square().mean())

@@ -1,6 +1,6 @@
-"""What a run has written, read back: the rows of its results, its curves, and what they say; for the report and for tables.
+"""Rows of results as tables for a terminal, for Markdown and for a page, what they say, and how they are written as JSON.
 
-Every reader tolerates a run that was cut short: a missing or half-written file is a note, not an error.
+A row that lacks a number, a metric or its protocol, as those of older runs do, is shown without it.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class Table(NamedTuple):
     lines: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        """For a README or a benchmark."""
+        """The table in Markdown, as a README or a benchmark shows it."""
         rule = ["---", *["---:"] * (len(self.head) - 1)]
         lines = [[cell.replace("|", "\\|") for cell in line] for line in self.lines]
         return "\n".join(f"| {' | '.join(line)} |" for line in (self.head, rule, *lines))
 
     def html(self, marks: Sequence[str] = (), dots: Sequence[int] = ()) -> str:
-        """For a page. `marks`: a class for each line; `dots`: the number of the colour that stands before its name."""
+        """The table in HTML, for a page. `marks`: a CSS class for each line; `dots`: the number of the colour in front of its name."""
         top = "".join(f"<th>{escape(h)}</th>" for h in self.head)
         rows = ""
         for line, mark, dot in zip_longest(self.lines, marks, dots):
@@ -54,7 +54,7 @@ class Table(NamedTuple):
         return f'<div class="scroll"><table><tr>{top}</tr>{rows}</table></div>'
 
     def text(self, width: int = 160) -> str:
-        """For a terminal."""
+        """The table in aligned columns for a terminal of `width` letters, without colours."""
         from rich.console import Console
         from rich.table import Table as Rich
 
@@ -84,17 +84,17 @@ def results_table(rows: Sequence[Row]) -> str:
 
 
 def table(rows: Sequence[Row], width: int = 160) -> str:
-    """The same as text for a terminal, with steps and guidance."""
+    """The rows as text for a terminal of `width` letters, with steps and guidance besides."""
     return tabulate(rows, [*TERMINAL, *headings(rows), END]).text(width)
 
 
 def present(rows: Sequence[Row]) -> list[Column]:
-    """The columns of tables that at least one row has, of the suite's metrics and of the toy's."""
+    """The columns that tables show and at least one row has, of the suite's metrics and of the toy's."""
     return [c for c in (*columns(), *POINTS) if c.shown and any(values_of(row).get(c.key) is not None for row in rows)]
 
 
 def shown(row: Row, key: str) -> str:
-    """A row's own value or that among its metrics, as text."""
+    """The value of a row under `key`, its own or that among its metrics, as text; a dash where it has none."""
     if key in row:
         return cell(row[key])
     value = values_of(row).get(key)
@@ -153,7 +153,7 @@ def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _plain(x: Any) -> Any:
-    """`x` of JSON's types only."""
+    """`x` in types that JSON has, with None for NaN and infinity."""
     if isinstance(x, Mapping):
         return {str(k): _plain(v) for k, v in x.items()}
     if isinstance(x, Tensor):

@@ -1,4 +1,4 @@
-"""The toy behind the interface of Backbone."""
+"""The toy as a `Backbone`: exact teacher, students that start from it, classes as prompts, and data."""
 
 from __future__ import annotations
 
@@ -69,30 +69,30 @@ class Toy(Backbone):
         self._shape, self._size = (problem, scale, width, depth), size
 
     def parts(self) -> list[nn.Module]:
-        """The exact teacher."""
+        """The exact teacher alone, for the toy has no encoders."""
         return [self.exact]
 
     def to(self, device: torch.device) -> Toy:
-        """The exact teacher on `device`."""
+        """The toy itself, after the exact teacher has been moved to `device`."""
         self.exact.to(device)
         return self
 
     @property
     def device(self) -> torch.device:
-        """Where the exact teacher is."""
+        """The device of the exact teacher."""
         return self.mixture.means.device
 
     @property
     def captions(self) -> Captions:
-        """The members' data."""
+        """The data set of all members, drawn anew at every call and always the same."""
         return Points(self, self._size)
 
     def network(self) -> Network:
-        """The exact posterior mean, as v."""
+        """The network of the exact teacher: the posterior mean of the mixture, as v."""
         return self.exact
 
     def trainable(self, w_conditioned: bool = False) -> Network:
-        """A trainable copy of the members' common start."""
+        """A trainable ensemble whose members start as MLPs that have learned the exact unguided teacher."""
         made = self.ensemble(w_conditioned)
         made.load_state_dict(_pretrained(self.seeds, *self._shape), strict=False)
         return made.requires_grad_(True).train()
@@ -117,22 +117,22 @@ class Toy(Backbone):
         return Context(F.one_hot(rows, len(names))[:, None, 1:].float())
 
     def encoders(self) -> str:
-        """The problem by its name: points are latents."""
+        """The problem's name and shape, since nothing else makes its latents and contexts."""
         return f"{self.path} {self._shape}"
 
     def check_length(self, prompts: Sequence[str]) -> None:
-        """No prompt is too long."""
+        """Raises nothing: a prompt of the toy names a class, and none is too long."""
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Points are latents."""
+        """The points [B, 2, S] themselves, on the toy's device: they are their own latents."""
         return pixels.to(self.device)
 
     def decode(self, latents: Tensor, gradients: bool = False) -> Tensor:
-        """Raises ValueError: points are no pictures."""
+        """Raises ValueError in any case, since points are no pictures."""
         raise ValueError("the toy's samples are points, not images: set previews.every to 0")
 
     def measured(self, method: Any, test: Any, say: Callable[[str], None]) -> list[dict[str, Any]]:
-        """The rows of its own law (toy.scores)."""
+        """Rows of results against the toy's own law (`toy.scores`), for its points need no suite."""
         from ddil_lightning.toy.scores import method_rows
 
         return method_rows(method, test.teacher_steps, test.student_steps or method.deployment.steps, test.n, test.seed, say)

@@ -26,7 +26,7 @@ class Exact(Network):
         self.mixture, self.schedule = mixture, schedule
 
     def forward(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
-        """v = (alpha x_t - E[x0 | x_t, c]) / sigma."""
+        """The exact v = (alpha x_t - E[x0 | x_t, c]) / sigma, [B, 2, S]."""
         points = x_t.transpose(1, 2).flatten(0, 1)
         every = Context(c.text.repeat_interleave(x_t.shape[2], 0))
         x0 = self.mixture(points, t.repeat_interleave(x_t.shape[2]), every)
@@ -109,7 +109,7 @@ class Head(nn.Module):
         (self.w1, self.b1), (self.w2, self.b2) = _linear(width, width, generators), _linear(width, 1, generators)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits [B, 1, S]."""
+        """The logits [B, 1, S] of features [B, width, S], a column a member."""
         h = F.silu(torch.baddbmm(self.b1, features.permute(2, 0, 1), self.w1))
         return torch.baddbmm(self.b2, h, self.w2).permute(1, 2, 0)
 

@@ -1,4 +1,4 @@
-"""The laws of the toy."""
+"""The laws of the toy: Gaussian mixtures in the plane with classes, and points drawn from them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Problem(NamedTuple):
 
     @property
     def second_moment(self) -> float:
-        """E|x|^2 / 2."""
+        """The second moment of a coordinate, E|x|^2 / 2."""
         return float((self.weights * self.means.square().mean(1)).sum()) + self.sd**2
 
 

@@ -43,19 +43,19 @@ class Law(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the teacher is."""
+        """The device of the exact teacher."""
         ...
 
     def network(self) -> Any:
-        """The exact teacher's network."""
+        """The network of the exact teacher, whose outputs are in the space `predicts`."""
         ...
 
     def encode_text(self, prompts: Sequence[str]) -> Context:
-        """The context of classes by their names."""
+        """The context of prompts, which are names of classes."""
         ...
 
     def null(self) -> Context:
-        """The context of no class."""
+        """The context that names no class: the unconditional branch of guidance."""
         ...
 
 
@@ -98,7 +98,7 @@ class Exam:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What a number must be quoted with, as a suite's."""
+        """What a number must be quoted with, in the form of `Suite.protocol`."""
         n = len(self.classes)
         return {
             "n": n,
@@ -173,12 +173,12 @@ def outside(x: Tensor, problem: Problem) -> float:
 
 
 def merge(rows: Sequence[dict[str, float]]) -> Scores:
-    """Dicts of numbers as a dict of lists."""
+    """The members' dicts of numbers as one dict of lists, an entry a member."""
     return {key: [row[key] for row in rows] for key in rows[0]}
 
 
 def mean(values: Sequence[float]) -> float:
-    """The plain mean."""
+    """The arithmetic mean of at least one value."""
     return sum(values) / len(values)
 
 
@@ -190,7 +190,10 @@ def method_rows(
     seed: int = 0,
     say: Callable[[str], None] = lambda name: None,
 ) -> list[dict[str, Any]]:
-    """Rows of results of a method on the toy, means over members."""
+    """Rows of results of a method on the toy, teacher@N and student@N, each number the mean over members.
+
+    `n`: samples per member; `seed`: of the exam and its noise. `say` hears of each row before it is measured.
+    """
     toy: Any = method.backbone
     exam, rows = Exam(toy, method.deployment.guidance, n=n, seed=seed), []
     c = exam.context(exam.classes)

@@ -14,7 +14,7 @@ from ddil_lightning.evaluation.metrics.base import Metric
 
 
 def attribute_accuracy(verdicts: Mapping[str, Tensor]) -> dict[str, Any]:
-    """{"attribute_accuracy", "all_right", "per_attribute"} of verdicts [N] per attribute: share right in [0, 1], NaN not asked.
+    """{"attribute_accuracy", "all_right", "per_attribute"} of verdicts [N] by attribute: the share right in [0, 1], NaN if not asked.
 
     The accuracy is the mean over images of the mean over what was asked of the image; an image is all right if everything asked
     is 1. Images of which nothing was asked do not count; a value is None where nothing was asked at all. Raises ValueError for a verdict
@@ -63,7 +63,7 @@ class Alignment(Metric):
     verdicts: list[Tensor]
 
     def update(self, batch: Batch) -> None:
-        """Add verdicts."""
+        """Append the judge's verdicts on the images, [B, attributes]."""
         correct = batch.verdict.correct
         names = self.held.setdefault("names", list(correct))
         if set(names) != set(correct):
@@ -71,5 +71,5 @@ class Alignment(Metric):
         self.verdicts.append(torch.stack([correct[name].double().cpu() for name in names], 1))
 
     def compute(self) -> dict[str, Any]:
-        """The shares."""
+        """The shares that are right over all images, as `attribute_accuracy` answers them."""
         return attribute_accuracy(dict(zip(self.held["names"], self.all("verdicts").unbind(1), strict=True)))

@@ -59,11 +59,11 @@ class Metric(torchmetrics.Metric):
 
     @abstractmethod
     def update(self, batch: Batch) -> None:
-        """Take what is needed of a batch."""
+        """Append to `states` what this metric needs of a batch."""
 
     @abstractmethod
     def compute(self) -> dict[str, Any]:
-        """A number, or None where it is not defined, for every column, and the details."""
+        """{key: number} for every column, None where a number is not defined, and every one of `details`."""
 
     def all(self, state: str) -> Tensor:
         """A state's rows [N, ...], of all updates. Raises ValueError before the first."""

@@ -10,7 +10,7 @@ from ddil_lightning.evaluation.metrics.base import Metric
 
 
 class Blur(Metric):
-    """The mean residual of the judge's template fit."""
+    """The mean over images of the residual of the judge's fit."""
 
     columns = (Column("blur", "Blur", "lower", "mean residual of the judge's fit: an image less its ideal drawing", shown=False),)
     needs = ("verdict",)
@@ -18,9 +18,9 @@ class Blur(Metric):
     residuals: list[Tensor]
 
     def update(self, batch: Batch) -> None:
-        """Add residuals."""
+        """Append the residual [B] of each image."""
         self.residuals.append(batch.verdict.residual.double().cpu())
 
     def compute(self) -> dict[str, float]:
-        """The mean."""
+        """The mean residual over all images."""
         return {"blur": float(self.all("residuals").mean())}

@@ -13,7 +13,7 @@ from ddil_lightning.evaluation.metrics.base import Metric
 
 
 class ClipScore(Metric):
-    """The mean over images."""
+    """The mean cosine of an image and its prompt over all images."""
 
     columns = (Column("clip", "CLIP score", "higher", "similarity of image and prompt in the evaluator's joint space"),)
     needs = ("cosine",)
@@ -21,9 +21,9 @@ class ClipScore(Metric):
     cosines: list[Tensor]
 
     def update(self, batch: Batch) -> None:
-        """Add cosines."""
+        """Append the cosine [B] of each image and its prompt."""
         self.cosines.append(batch.cosine)
 
     def compute(self) -> dict[str, float]:
-        """The mean."""
+        """The mean cosine over all images, in [-1, 1]."""
         return {"clip": float(self.all("cosines").mean())}

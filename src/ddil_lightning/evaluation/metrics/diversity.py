@@ -68,9 +68,9 @@ class Diversity(Metric):
     per_prompt: list[Tensor]
 
     def update(self, batch: Batch) -> None:
-        """Add whole prompts."""
+        """Append the mean distance between the images of each prompt; a batch holds whole prompts."""
         self.per_prompt.append(seed_diversity(batch.images.unflatten(0, (-1, batch.seeds)), batch.distance))
 
     def compute(self) -> dict[str, float]:
-        """The mean."""
+        """The mean over all prompts of the mean distance between the images of one."""
         return {"lpips_diversity": float(self.all("per_prompt").mean())}

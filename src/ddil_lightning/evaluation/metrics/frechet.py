@@ -31,10 +31,10 @@ class Frechet(Metric):
     features: list[Tensor]
 
     def update(self, batch: Batch) -> None:
-        """Add features."""
+        """Append the features [B, D] of the images, and hold those of the real ones."""
         self.features.append(batch.features)
         self.held["real"] = batch.real
 
     def compute(self) -> dict[str, float]:
-        """The distance."""
+        """The Fréchet distance between the features of all generated images and of the real ones."""
         return {"frechet": frechet_distance(self.held["real"], self.all("features"))}

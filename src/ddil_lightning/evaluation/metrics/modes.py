@@ -24,12 +24,12 @@ class ModeCoverage(Metric):
     index: list[Tensor]
 
     def update(self, batch: Batch) -> None:
-        """Add images."""
+        """Append the images themselves and the numbers of their prompts, for the judge reads all of a prompt's together."""
         self.images.append(batch.images)
         self.index.append(batch.index)
         self.held |= {"modes": batch.modes, "asked": batch.asked}
 
     def compute(self) -> dict[str, float]:
-        """The coverage."""
+        """The mode coverage of all images of the probes, in [0, 1]."""
         prompts = [self.held["asked"][i] for i in self.all("index").tolist()]
         return {"mode_coverage": float(self.held["modes"](self.all("images"), prompts))}

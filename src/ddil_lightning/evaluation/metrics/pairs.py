@@ -71,12 +71,15 @@ def choose(pairs: list[Pair], n: int | None, seed: int) -> list[Pair]:
 
 
 def load_images(paths: Sequence[Path], size: int) -> Tensor:
-    """Files as [N, 3, size, size] in [-1, 1]: the long edge centre-cropped, Lanczos. Raises ValueError for one that cannot be read."""
+    """Image files as [N, 3, size, size] in [-1, 1]: centre-cropped to a square along the long edge and resized (Lanczos).
+
+    Raises ValueError for one that cannot be read.
+    """
     return torch.cat(list(image_batches(paths, size)))
 
 
 def image_batches(paths: Sequence[Path], size: int, batch: int = 64) -> Iterator[Tensor]:
-    """The same, so many in memory at a time; how many had to be enlarged is said once, at the end."""
+    """The images of `load_images`, `batch` in memory at a time; how many had to be enlarged is logged once, at the end."""
     enlarged = 0
     for i in range(0, len(paths), batch):
         images, small = read_squares(((path, shown(path)) for path in paths[i : i + batch]), size)

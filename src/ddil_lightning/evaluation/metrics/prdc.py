@@ -54,7 +54,7 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5, chunk: int = 1024) 
 
 
 class DensityCoverage(Metric):
-    """Both numbers of all features. Raises ValueError as `density_coverage` does."""
+    """Density and coverage of the features of all images. Raises ValueError as `density_coverage` does."""
 
     columns = (
         Column("density", "Density", "higher", "how deep generated images lie in regions of real ones; may exceed 1"),
@@ -65,11 +65,11 @@ class DensityCoverage(Metric):
     features: list[Tensor]
 
     def update(self, batch: Batch) -> None:
-        """Add features."""
+        """Append the features [B, D] of the images, and hold those of the real ones."""
         self.features.append(batch.features)
         self.held["real"] = batch.real
 
     def compute(self) -> dict[str, float]:
-        """Density and coverage."""
+        """Density and coverage of all generated images with respect to the real ones."""
         density, coverage = density_coverage(self.held["real"], self.all("features"))
         return {"density": density, "coverage": coverage}
