@@ -13,30 +13,30 @@ from ddil_lightning.errors import Refusal
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that answers on one line."""
+    """An argument parser that refuses bad usage on one line and takes no abbreviated option."""
 
     def __init__(self, prog: str, description: str | None) -> None:
         super().__init__(prog, description=description, allow_abbrev=False)
 
     def error(self, message: str) -> Any:
-        """Bad usage is bad input like any other."""
+        """Raises Refusal: bad usage is bad input like any other."""
         raise Refusal(f"{message}; {self.prog} --help shows the usage")
 
 
 def place(text: str) -> str:
-    """A path as it was meant: `~` is the home folder."""
+    """An argument that is a path or a hub id, with `~` for the home folder. Raises argparse's ArgumentTypeError for none."""
     if "\0" in text or not text:
         raise argparse.ArgumentTypeError(f"{text!r} is no path")
     return os.path.expanduser(text)
 
 
 def path(text: str) -> Path:
-    """`place` as a Path."""
+    """An argument that is a path, as `place` reads it."""
     return Path(place(text))
 
 
 def number(low: float, high: float, kind: type = int) -> Any:
-    """A type of argparse: a number within these bounds."""
+    """A type for argparse that takes a number, of `kind`, from `low` to `high`."""
 
     def read(text: str) -> Any:
         try:
@@ -56,7 +56,7 @@ STEPS, SEED, SCALE = number(1, 1000), number(0, 2**32 - 1), number(0, 1000, floa
 
 @contextmanager
 def advising(option: str) -> Iterator[None]:
-    """What the body refuses as too long can be cut by `option`."""
+    """Inside, a refusal of a prompt that is too long also names the command's `option` that cuts it."""
     try:
         yield
     except ValueError as error:
@@ -71,7 +71,7 @@ def guidance_scale(backbone: Any, given: float | None) -> float:
 
 
 def baked(what: Any, g: float) -> str:
-    """What a student whose guidance is in its weights answers to another."""
+    """The refusal of another guidance by a student that has guidance `g` in its weights. `what`: its name."""
     return f"guidance {g:g} is part of the weights of {what}, and another would come on top of it: leave --guidance out"
 
 
@@ -86,7 +86,7 @@ def check_steps(backbone: Any, counts: Sequence[int], solvers: Sequence[bool] = 
 
 
 def device() -> Any:
-    """The GPU if there is one."""
+    """The device that a command samples on: the first GPU, or the CPU where there is none."""
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -22,7 +22,7 @@ def configs_folder() -> Path:
 
 
 def config_names() -> list[str]:
-    """All packaged configs, relative to their folder."""
+    """The names of all packaged configs, relative to their folder, in order."""
     folder = configs_folder()
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*.yaml"))
 
@@ -208,7 +208,7 @@ PRETRAIN_MOVED = {
     **{"autoencoder_steps": "autoencoder.steps", "decoder_steps": "autoencoder.decoder_steps"},
     **{"prompts": "measurement.prompts", "guidance": "measurement.guidance", "interim_every": "interim.every"},
 }
-"""The same of ddil-pretrain."""
+"""Options of ddil-pretrain that were at one level, and where they are now."""
 
 NODES = 100_000  # values in a config; the largest one of ours has some hundred
 
@@ -220,3 +220,4 @@ FIT_SHORT = {
     "--trainer.help": "--help",
     "--data.help": "--help",
 }
+"""Options of ddil-fit by the short names that `expand` replaces."""

@@ -1,4 +1,4 @@
-"""ddil-export: the student of a checkpoint as a pipeline folder."""
+"""The command ddil-export: the student of a checkpoint as a pipeline folder."""
 
 from __future__ import annotations
 

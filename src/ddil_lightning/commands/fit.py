@@ -1,4 +1,4 @@
-"""ddil-fit, before anything heavy is imported."""
+"""The command ddil-fit, as far as it needs nothing heavy: the command line in full, and what is wrong with it."""
 
 from __future__ import annotations
 

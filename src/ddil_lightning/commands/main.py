@@ -43,33 +43,33 @@ def run(command: Callable[[list[str]], int | None], name: str, argv: Sequence[st
 
 
 def complain(text: str) -> None:
-    """A line on stderr, which may be closed or know fewer letters."""
+    """Write a line to stderr: letters that it cannot encode are escaped, and nothing is raised where it is closed."""
     with suppress(OSError, ValueError):
         print(text.encode(sys.stderr.encoding or "utf-8", "backslashreplace").decode(sys.stderr.encoding or "utf-8"), file=sys.stderr)
 
 
 def fit() -> None:
-    """ddil-fit."""
+    """The entry point of ddil-fit; exits as `run` does."""
     run(functools.partial(command("fit"), patience=True), "ddil-fit")
 
 
 def test() -> None:
-    """ddil-test."""
+    """The entry point of ddil-test; exits as `run` does."""
     run(command("test"), "ddil-test")
 
 
 def sample() -> None:
-    """ddil-sample."""
+    """The entry point of ddil-sample; exits as `run` does."""
     run(command("sample"), "ddil-sample")
 
 
 def export() -> None:
-    """ddil-export."""
+    """The entry point of ddil-export; exits as `run` does."""
     run(command("export"), "ddil-export")
 
 
 def pretrain() -> None:
-    """ddil-pretrain."""
+    """The entry point of ddil-pretrain; exits as `run` does."""
     run(command("pretrain"), "ddil-pretrain")
 
 

@@ -1,4 +1,4 @@
-"""ddil-pretrain: a teacher of the built-in data."""
+"""The command ddil-pretrain: a teacher of the built-in data is trained, measured and written."""
 
 from __future__ import annotations
 

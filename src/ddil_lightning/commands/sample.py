@@ -1,4 +1,4 @@
-"""ddil-sample: images of prompts."""
+"""The command ddil-sample: a picture of prompts, drawn by any pipeline as its users call it."""
 
 from __future__ import annotations
 

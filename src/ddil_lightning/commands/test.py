@@ -1,4 +1,4 @@
-"""ddil-test: metrics of a run, a checkpoint or a pipeline folder."""
+"""The command ddil-test: metrics of a run, a checkpoint or a pipeline folder."""
 
 from __future__ import annotations
 

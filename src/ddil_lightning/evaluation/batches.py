@@ -85,7 +85,7 @@ class Reference:
 class Given:
     """All that a suite has for its metrics; what is None leaves the metrics that need it unmeasured.
 
-    Raises ValueError for a network that is still a name, which `Networks.load` makes one of.
+    Raises ValueError for a network that is still a name: `Networks.load` makes networks of names.
     """
 
     networks: Networks = field(default_factory=Networks)

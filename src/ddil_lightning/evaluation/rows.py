@@ -81,7 +81,7 @@ def folder_sampler(folder: Path, device: torch.device) -> tuple[Policy, Grid]:
 
 
 def pipeline_row(suite: Suite, backbone: Pipeline, steps: int, guidance_scale: float, dpm: bool = False) -> dict[str, Any]:
-    """The row of a diffusers pipeline that is called as its users call it, by its own scheduler or (`dpm`) by DPM-Solver++ 2M made of it."""
+    """The row of a diffusers pipeline, called as its users call it, with its own scheduler or (`dpm`) DPM-Solver++ 2M made from it."""
     solved = backbone.with_solver(dpm)
 
     def sample(prompts: list[str], seed: int) -> Tensor:

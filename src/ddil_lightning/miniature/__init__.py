@@ -8,8 +8,7 @@ from pathlib import Path
 def weights_path(name: str) -> Path:
     """Folder of the weights that ship with the package: "shapes", "digits" (diffusers pipelines) or "evaluator".
 
-    Raises:
-        FileNotFoundError: there is no such folder in this installation.
+    Raises FileNotFoundError for a folder that this installation does not have.
     """
     path = Path(__file__).parent / "weights" / name
     if not path.is_dir():

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def sample(
     pipeline: StableDiffusionPipeline, prompts: list[str], *, steps: int, guidance: float, seed: int, batch_size: int = 128
 ) -> Tensor:
-    """One image per prompt with the pipeline's own scheduler -> [N, 3, H, W] float32 in [-1, 1]."""
+    """One image per prompt with the pipeline's own scheduler, [N, 3, H, W] float32 in [-1, 1]."""
     pipeline.set_progress_bar_config(disable=True)
     rng, parts = torch.Generator().manual_seed(seed), []
     for i in range(0, len(prompts), batch_size):
@@ -39,7 +39,7 @@ def sample(
 
 
 def measure(pipeline: StableDiffusionPipeline, dataset: str, *, n: int, steps: int, guidance: float, seed: int = 0) -> dict[str, float]:
-    """Means of the judge over `n` held-out prompts that mention every attribute."""
+    """What the judge finds in images of `n` held-out prompts that mention every attribute: means by name, rounded to four decimals."""
     source = load_source(dataset)
     prompts = source.prompts(n, seed)
     found = source.judge(sample(pipeline, prompts, steps=steps, guidance=guidance, seed=seed), prompts)
@@ -50,9 +50,9 @@ def measure(pipeline: StableDiffusionPipeline, dataset: str, *, n: int, steps: i
 def guided(
     pipeline: StableDiffusionPipeline, dataset: str, scales: tuple[float, ...], *, n: int
 ) -> tuple[float, dict[str, dict[str, float]]]:
-    """The smallest guidance scale that comes within .01 of the most all-right images: more guidance costs diversity.
+    """The smallest guidance scale that comes within .01 of the most all-right images, and the figures of all `scales`.
 
-    By 32 steps on prompts that the final figures do not use.
+    More guidance than needed costs diversity. Sampled in 32 steps, on prompts that the final figures do not use.
     """
     scores = {f"{g:g}": measure(pipeline, dataset, n=n, steps=32, guidance=g, seed=1) for g in sorted(scales)}
     best = max(row["all right"] for row in scores.values())
@@ -60,7 +60,7 @@ def guided(
 
 
 def save_teacher(pipeline: StableDiffusionPipeline, out: str | Path, facts: dict[str, Any], table: dict[int, dict[str, float]]) -> Path:
-    """Write the pipeline in half precision with `ddil.json` and a model card -> the folder, which is replaced."""
+    """Write the pipeline in half precision with `ddil.json` and a model card to the folder `out`, which is replaced and answered."""
     parts = (pipeline.vae, pipeline.unet, pipeline.text_encoder)
     with replacing_folder(Path(out)) as work:
         for part in parts:
@@ -77,7 +77,7 @@ def save_teacher(pipeline: StableDiffusionPipeline, out: str | Path, facts: dict
 
 
 def card(facts: dict[str, Any], table: dict[int, dict[str, float]]) -> str:
-    """The model card as Markdown."""
+    """The model card of a built-in teacher in Markdown: `facts` are those of ddil.json, `table` the judge's figures by step count."""
     names = list(next(iter(table.values())))
     rows = "\n".join(f"| {steps} | " + " | ".join(f"{row[name]:.3f}" for name in names) + " |" for steps, row in table.items())
     return f"""---

@@ -122,7 +122,7 @@ def train_evaluator(
     *, out: str = "runs/pretrain/evaluator", steps: int = 700, batch_size: int = 128, lr: float = 1.5e-3, seed: int = 0,
     start: str | None = None, progress: bool = True,
 ) -> dict[str, float]:  # fmt: skip
-    """Train the evaluator on CPU (on from the one in folder `start`), write it to `out` with its figures -> the figures."""
+    """Train the evaluator on CPU (on from the one in folder `start`), write it to `out` with its figures, and answer these."""
     from lightning.pytorch import seed_everything
 
     from ddil_lightning.miniature.pretrain import fit

@@ -30,11 +30,7 @@ def load() -> tuple[Tensor, Tensor]:
 
 
 def split(name: str = "train") -> tuple[Tensor, Tensor]:
-    """Images and labels of the "train" (1400) or the "held_out" (397) part.
-
-    Raises:
-        ValueError: another name.
-    """
+    """Images and labels of the "train" (1400) or the "held_out" (397) part. Raises ValueError for another name."""
     if name not in ("train", "held_out"):
         raise ValueError(f"unknown split {name!r}; choose train or held_out")
     images, labels = load()
@@ -63,11 +59,7 @@ def prompts(n: int, seed: int) -> list[str]:
 
 
 def parse(text: str) -> dict[str, Any]:
-    """What a caption says: {"digit": 7}, or {} for "a handwritten digit".
-
-    Raises:
-        ValueError: not a caption of this data set.
-    """
+    """What a caption says: {"digit": 7}, or {} for "a handwritten digit". Raises ValueError for a caption of another form."""
     words = text.lower().rstrip(" .").split()
     if len(words) == 3 and words[:2] == ["a", "handwritten"] and words[2] in (*NUMBERS, "digit"):
         return {} if words[2] == "digit" else {"digit": NUMBERS.index(words[2])}
@@ -83,7 +75,7 @@ def _classifier() -> Any:
 
 
 def _features(images: Tensor) -> Any:
-    """[N, 3, 16, 16] -> the 8x8 pixels in 0..16 for which the classifier's gamma is meant, [N, 64]."""
+    """Images [N, 3, 16, 16] as the 8x8 pixels in 0..16 for which the classifier's gamma is meant, [N, 64]."""
     if images.ndim != 4 or tuple(images.shape[1:]) != (3, SIZE, SIZE):
         raise ValueError(f"the digits judge needs images [N, 3, {SIZE}, {SIZE}] in [-1, 1], got {list(images.shape)}")
     grey = images.detach().float().cpu().clamp(-1, 1).mean(1, keepdim=True)
@@ -91,7 +83,7 @@ def _features(images: Tensor) -> Any:
 
 
 def read_digits(images: Tensor) -> Tensor:
-    """The digit that a support vector machine sees in each image [N, 3, 16, 16] in [-1, 1] -> [N] int64."""
+    """The digit [N] int64 that a support vector machine sees in each image [N, 3, 16, 16] in [-1, 1]."""
     return torch.as_tensor(_classifier().predict(_features(images))) if len(images) else torch.zeros(0, dtype=torch.int64)
 
 
@@ -101,8 +93,7 @@ def judge(images: Tensor, captions: Sequence[str]) -> Judgement:
     The residual is the RMS distance of each image to the nearest training image of the digit that was read, pixels in [0, 1]:
     unlike the one of the shapes it is not zero for real images.
 
-    Raises:
-        ValueError: images of another size, another number of captions, or a caption of another form.
+    Raises ValueError for images of another size, another number of captions, or a caption of another form.
     """
     if len(images) != len(captions):
         raise ValueError(f"{len(images)} images but {len(captions)} captions")
@@ -116,15 +107,14 @@ def judge(images: Tensor, captions: Sequence[str]) -> Judgement:
 
 
 def partial_prompts() -> list[str]:
-    """The prompt that leaves the digit open, for `mode_coverage`."""
+    """A list of the one prompt that leaves the digit open, for `mode_coverage`."""
     return [caption(0, bare=True)]
 
 
 def mode_coverage(images: Tensor, captions: Sequence[str]) -> float:
     """How evenly images whose caption leaves the digit open cover the ten digits, in [0, 1]; see `judge.mode_coverage`.
 
-    Raises:
-        ValueError: no caption leaves the digit open.
+    Raises ValueError where no caption leaves the digit open.
     """
     rows = [i for i, text in enumerate(captions) if not parse(text)]
     if not rows:

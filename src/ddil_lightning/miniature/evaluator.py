@@ -30,7 +30,7 @@ CONFIG: dict[str, Any] = {
 
 
 def tokenise(captions: Sequence[str]) -> Tensor:
-    """Captions -> ids [N, 16] int64; words outside the vocabulary share one id, words past the 14th are dropped."""
+    """The token ids [N, 16] int64 of captions; words outside the vocabulary share one id, words past the 14th are dropped."""
     index = {word: i for i, word in enumerate(VOCABULARY)}
     ids = torch.zeros(len(captions), CONTEXT, dtype=torch.int64)
     for row, caption in zip(ids, captions, strict=True):
@@ -59,21 +59,20 @@ class Evaluator(nn.Module):
         return F.interpolate(images, size=(IMAGE, IMAGE), mode="bilinear", align_corners=False, antialias=True)
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Images [N, 3, H, W] in [-1, 1] -> embeddings [N, 64], not normalised: for Fréchet distances, density, coverage."""
+        """Embeddings [N, 64] of images [N, 3, H, W] in [-1, 1], not normalised: for Fréchet distances, density, coverage.
+
+        Raises ValueError for another shape.
+        """
         features: Tensor = self.clip.encode_image(self._pixels(images))
         return features
 
     def text_features(self, captions: Sequence[str]) -> Tensor:
-        """Captions -> embeddings [N, 64], not normalised."""
+        """Embeddings [N, 64] of captions, not normalised."""
         features: Tensor = self.clip.encode_text(tokenise(captions).to(self.clip.visual.conv1.weight.device))
         return features
 
     def clip_score(self, images: Tensor, captions: Sequence[str]) -> Tensor:
-        """Cosine of image and caption [N], in [-1, 1] (not times 100).
-
-        Raises:
-            ValueError: another number of captions than of images.
-        """
+        """Cosine of image and caption [N], in [-1, 1] (not times 100). Raises ValueError where their numbers differ."""
         if len(images) != len(captions):
             raise ValueError(f"{len(images)} images but {len(captions)} captions")
         return F.cosine_similarity(self.image_features(images), self.text_features(captions))
@@ -102,7 +101,7 @@ class Evaluator(nn.Module):
         return self.image_features(images)
 
     def save(self, folder: str | Path) -> Path:
-        """Write weights (half precision) and configuration -> the folder."""
+        """Write weights (half precision) and configuration to `folder`, which is answered."""
         from safetensors.torch import save_file
 
         path = Path(folder)
@@ -115,9 +114,7 @@ class Evaluator(nn.Module):
 def load_evaluator(path: str | Path = "builtin") -> Evaluator:
     """The evaluator that ships with the package, or one that `Evaluator.save` wrote; frozen, in evaluation mode, float32.
 
-    Raises:
-        FileNotFoundError: no evaluator there.
-        ValueError: it was saved with another configuration or vocabulary.
+    Raises FileNotFoundError where there is none, and ValueError for one that was saved with another configuration or vocabulary.
     """
     from safetensors.torch import load_file
 

@@ -96,7 +96,7 @@ def _unmix(x: Tensor, core: Tensor, colour: Tensor, backdrop: Tensor) -> Tensor:
 
 
 def _fit(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Best of the four templates -> shape [N, 2] (-1: fits none), centre [N, 2, 2], radius [N, 2]."""
+    """The best of the four templates for each mask: shape [N, 2] (-1 where none fits), centre [N, 2, 2], radius [N, 2]."""
     grid = torch.arange(S.SIZE) + 0.5
     area = mask.sum((2, 3)).clamp(min=1e-6)
     x, y = (mask.sum(2) * grid).sum(2) / area, (mask.sum(3) * grid).sum(2) / area
@@ -121,8 +121,7 @@ def _order(centre: Tensor, there: Tensor) -> Tensor:
 def judge(images: Tensor, captions: Sequence[str]) -> Judgement:
     """Compare images [N, 3, 32, 32] in [-1, 1] with N captions of the shapes grammar, attribute by attribute.
 
-    Raises:
-        ValueError: images of another size, another number of captions, or a caption outside the grammar.
+    Raises ValueError for images of another size, another number of captions, or a caption outside the grammar.
     """
     if len(images) != len(captions):
         raise ValueError(f"{len(images)} images but {len(captions)} captions")
@@ -137,7 +136,7 @@ def judge(images: Tensor, captions: Sequence[str]) -> Judgement:
 
 
 def _share(value: Tensor) -> Tensor:
-    """[N] as it is; [N, 2] as the mean over what the caption mentions."""
+    """What is right of an attribute, [N]: as it is, or of one that every object has, [N, 2], the mean over what the caption mentions."""
     return value.nanmean(1) if value.ndim == 2 else value
 
 
@@ -147,7 +146,7 @@ def _compare(seen: Tensor, said: Tensor) -> Tensor:
 
 
 def _matched(seen: S.Scenes, said: S.Scenes) -> tuple[S.Scenes, dict[str, Tensor]]:
-    """Assign seen objects to the caption's, whichever way makes more of it right -> (seen in the caption's order, right)."""
+    """Assign the seen objects to the caption's, whichever way makes more of it right: what was seen in that order, and what is right."""
     flipped = S.Scenes(*(f.flip(1) if f.ndim > 1 else f for f in seen))._replace(
         relation=torch.full_like(seen.relation, -1)  # the caption's first object is then not the one to the left or above
     )
@@ -194,11 +193,10 @@ def mode_coverage(images: Tensor, captions: Sequence[str]) -> float:
     For each caption and each attribute that it leaves open (of each object), the law of the data is uniform over V values.
     With TV the total variation distance of the histogram of what the judge reads, the score is
     1 - (TV - e) / (1 - 1/V - e), clamped to [0, 1]: e is what n perfect samples are expected to show (exact, from the
-    binomial), 1 - 1/V what a sampler shows that knows one value only. Returns the mean over captions and attributes.
+    binomial), 1 - 1/V what a sampler shows that knows one value only. The answer is the mean over captions and attributes.
     Use some 50 images per caption. Images whose attribute cannot be read count as lost mass.
 
-    Raises:
-        ValueError: no caption leaves anything open, or a caption outside the grammar.
+    Raises ValueError where no caption leaves anything open, and for a caption outside the grammar.
     """
     if len(images) != len(captions):
         raise ValueError(f"{len(images)} images but {len(captions)} captions")

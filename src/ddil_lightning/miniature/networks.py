@@ -27,7 +27,7 @@ SIZES = {"shapes": Sizes(), "digits": Sizes(image=16, tokens=8, text=32, autoenc
 
 
 def byte_pairs(words: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Byte-pair encoding of a word list -> (vocabulary, merges) in which every word is one token.
+    """The vocabulary and the merges of a byte-pair encoding in which every word of a list is one token.
 
     The merges come from a real run: the most frequent pair first; hand-made ones split words such as "small", because a
     tokeniser applies merges in their order.
@@ -93,7 +93,7 @@ def build_autoencoder(sizes: Sizes) -> AutoencoderKL:
 
 
 def build_unet(sizes: Sizes) -> UNet2DConditionModel:
-    """UNet2DConditionModel; heads of 16 channels, since head widths off that grid run slower on a CPU."""
+    """UNet2DConditionModel on latents of half the image's width; its heads have 16 channels, since others run slower on a CPU."""
     from diffusers import UNet2DConditionModel
 
     n = len(sizes.unet)
@@ -155,5 +155,5 @@ def build_pipeline(words: Sequence[str], sizes: Sizes) -> StableDiffusionPipelin
 
 
 def parameters(module: torch.nn.Module) -> int:
-    """Number of parameters."""
+    """The number of parameters of a network, frozen ones included."""
     return sum(p.numel() for p in module.parameters())

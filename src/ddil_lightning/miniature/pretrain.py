@@ -40,7 +40,7 @@ def pretrain(
     resume: str | None = None,
     progress: bool = True,
 ) -> Path:
-    """Train a teacher and write it to `out` as a diffusers folder with a model card -> that folder.
+    """Train a teacher and write it to `out`, which is answered, as a diffusers folder with a model card.
 
     Args:
         dataset: the built-in data set.
@@ -143,7 +143,7 @@ def put_average(pipeline: StableDiffusionPipeline, average: Any) -> None:
 
 
 def _snapshot(file: Path) -> dict[str, Any]:
-    """The weights in a snapshot. Raises ValueError for none."""
+    """The weights and the count of images in a snapshot's file. Raises ValueError where it is missing or no snapshot."""
     try:
         state = torch.load(file, weights_only=True)
         return {name: state[name] for name in ("live", "vae", "scaling_factor", "images")}
@@ -153,7 +153,10 @@ def _snapshot(file: Path) -> dict[str, Any]:
 
 
 def _restore(pipeline: StableDiffusionPipeline, state: dict[str, Any]) -> int:
-    """Put a snapshot's autoencoder and last weights into the pipeline -> images that they have seen. Raises ValueError for another's."""
+    """Put a snapshot's autoencoder and last weights into the pipeline, and answer how many images they have seen.
+
+    Raises ValueError for a snapshot of another data set.
+    """
     try:
         pipeline.vae.load_state_dict(state["vae"])
         Denoiser(pipeline.unet, pipeline.text_encoder).load_state_dict(state["live"])
@@ -165,7 +168,7 @@ def _restore(pipeline: StableDiffusionPipeline, state: dict[str, Any]) -> int:
 
 
 def fit(stage: Stage, data: Any, *, devices: int, progress: bool, callbacks: Sequence[Callback] = ()) -> None:
-    """One pass of Lightning's Trainer over `stage.steps` batches, on `devices` CPU processes. Ctrl-C is a KeyboardInterrupt."""
+    """One pass of Lightning's Trainer over `stage.steps` batches, on `devices` CPU processes. Raises KeyboardInterrupt for Ctrl-C."""
     listener, others = signal.getsignal(signal.SIGINT), multiprocessing.active_children()
     trainer = Trainer(
         accelerator="cpu",
@@ -203,11 +206,11 @@ class Snapshots(Callback):
         self.written: list[Path] = []  # only these are deleted: another run's, or a folder of the user's, may have such a name
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """The time begins."""
+        """Start the clock by which images per second are counted."""
         self.started = time.time()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """A progress line, and a checkpoint when it is due."""
+        """Print a line of progress every 200 steps, and write a snapshot when it is due."""
         step = batch_idx + 1
         self.loss += (float(outputs["loss"]) - self.loss) / min(step, 200)
         if not trainer.is_global_zero:

@@ -56,7 +56,7 @@ class Scenes(NamedTuple):
 
 
 def _pick(u: Tensor, n: int) -> Tensor:
-    """Uniform numbers in [0, 1) -> integers uniform over 0..n-1."""
+    """Integers that are uniform over 0..n-1, from numbers `u` that are uniform in [0, 1)."""
     return (u * n).long().clamp(max=n - 1)
 
 
@@ -90,7 +90,7 @@ def draw_scenes(n: int, seed: int) -> Scenes:
 
 
 def _single(radius: Tensor, position: Tensor, u: Tensor) -> Tensor:
-    """Centre of one object, half a pixel away from every line that divides two position words -> [N, 2, 2]."""
+    """The centre of one object, [N, 2, 2], at least half a pixel away from every line that divides two position words."""
     r = radius[:, :1]
     lows = torch.cat([r + 0.5, torch.full_like(r, THIRDS[0] + 0.5), torch.full_like(r, THIRDS[1] + 0.5)], 1)
     highs = torch.cat([torch.full_like(r, THIRDS[0] - 0.5), torch.full_like(r, THIRDS[1] - 0.5), SIZE - 0.5 - r], 1)
@@ -100,7 +100,7 @@ def _single(radius: Tensor, position: Tensor, u: Tensor) -> Tensor:
 
 
 def _pair(radius: Tensor, relation: Tensor, u: Tensor) -> Tensor:
-    """Centres of two objects along x (left of) or y (above), at least one pixel apart -> [N, 2, 2]."""
+    """The centres [N, 2, 2] of two objects along x (left of) or y (above), which are at least one pixel apart."""
     first, reach = 0.5 + radius[:, 0], radius.sum(1) + 1.0
     slack = SIZE - 0.5 - radius[:, 1] - first - reach
     gap = u[:, 0] * slack
@@ -132,14 +132,14 @@ DISTANCES: tuple[Callable[[Tensor, Tensor, Tensor], Tensor], ...] = (_circle, _s
 
 
 def coverage(shape: int, centre: Tensor, radius: Tensor) -> Tensor:
-    """Share of every pixel that one kind of shape covers: centre [..., 2], radius [...] in pixels -> [..., 32, 32]."""
+    """The share [..., 32, 32] of every pixel that one kind of shape covers, with centre [..., 2] and radius [...] in pixels."""
     grid = torch.arange(SIZE, dtype=centre.dtype, device=centre.device) + 0.5
     x, y = grid - centre[..., 0, None, None], grid[:, None] - centre[..., 1, None, None]
     return (0.5 - DISTANCES[shape](x, y, radius[..., None, None])).clamp(0, 1)
 
 
 def render(scenes: Scenes) -> Tensor:
-    """Draw scenes, anti-aliased by their signed distance -> [N, 3, 32, 32] float32 in [-1, 1]."""
+    """Images [N, 3, 32, 32] float32 in [-1, 1] of scenes, anti-aliased by their signed distance."""
     n = len(scenes.count)
     out = torch.empty(n, 3, SIZE, SIZE)
     for i in range(0, n, CHUNK):
@@ -201,8 +201,7 @@ def parse(caption: str) -> dict[str, Any]:
 
     Only attributes that the caption mentions have a key; in the per-object tuples None stands for "left open".
 
-    Raises:
-        ValueError: the caption is not of this data set's grammar.
+    Raises ValueError for a caption that is not of this data set's grammar.
     """
     match = _GRAMMAR.fullmatch(" ".join(caption.lower().split()).rstrip(" ."))
     if match is None:

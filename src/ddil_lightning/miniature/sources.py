@@ -13,7 +13,7 @@ HELD_OUT = 1 << 50  # seeds from here on are never used in training
 
 
 class Source(NamedTuple):
-    """One built-in data set."""
+    """A built-in data set by its four functions and its words: training data, held-out prompts, the exact judge."""
 
     draw: Callable[[int, int], tuple[Tensor, list[str]]]  # (n, seed) -> images [n, 3, H, W] in [-1, 1], captions
     prompts: Callable[[int, int], list[str]]  # (n, seed) -> held-out prompts with every attribute
@@ -22,7 +22,7 @@ class Source(NamedTuple):
 
 
 def draw_shapes(n: int, seed: int) -> tuple[Tensor, list[str]]:
-    """`n` newly drawn scenes with their captions."""
+    """Images [n, 3, 32, 32] in [-1, 1] of `n` newly drawn scenes, and their captions."""
     scenes = shapes.draw_scenes(n, seed)
     return shapes.render(scenes), shapes.captions(scenes, seed)
 
@@ -33,11 +33,7 @@ def shapes_prompts(n: int, seed: int) -> list[str]:
 
 
 def load_source(name: str) -> Source:
-    """The data set called "shapes" or "digits".
-
-    Raises:
-        ValueError: another name.
-    """
+    """The data set called "shapes" or "digits". Raises ValueError for another name."""
     if name == "shapes":
         return Source(draw_shapes, shapes_prompts, judge.judge, shapes.WORDS)
     if name == "digits":

@@ -55,7 +55,7 @@ class FreshLatents(IterableDataset[tuple[Tensor, Tensor]]):
 
     @torch.no_grad()
     def fresh(self, n: int, i: int) -> tuple[Tensor, Tensor]:
-        """The i-th draw of this rank."""
+        """The i-th draw of this rank: scaled latents [n, 4, h, w] and token ids [n, L] of newly drawn images."""
         images, captions = self.source(n, stream_seed(self.seed, self.rank + 1, i))
         latents = [self.vae.encode(part).latent_dist.mean for part in images.split(64)]
         return torch.cat(latents) * self.vae.config.scaling_factor, token_ids(self.tokenizer, captions)
@@ -74,7 +74,7 @@ class FreshLatents(IterableDataset[tuple[Tensor, Tensor]]):
 
 
 def token_ids(tokenizer: Any, captions: list[str]) -> Tensor:
-    """Padded token ids as the pipeline makes them -> [B, L] int64."""
+    """The token ids [B, L] int64 of captions, padded as the pipeline pads them."""
     batch = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
     ids: Tensor = batch.input_ids
     return ids
@@ -104,14 +104,14 @@ class Stage(LightningModule):
         self.seed, self.seen = seed, 0
 
     def on_train_start(self) -> None:
-        """Different noise on every process."""
+        """Seed every process differently, and give it one thread where there are several."""
         # Lightning gives every process the same seed, and then both would train on the same noise
         torch.manual_seed(stream_seed(self.seed, self.global_rank + 1, 0))
         if self.trainer.world_size > 1:
             torch.set_num_threads(1)
 
     def configure_optimizers(self) -> Any:
-        """AdamW, warmed up, held, then decayed."""
+        """AdamW with a learning rate that is warmed up, held and then decayed (`held_then_cosine`)."""
         trained = [p for p in self.live.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, self.lr, betas=(0.9, 0.99), weight_decay=self.weight_decay, fused=True)
         warmup = min(200, max(1, self.steps // 20))
@@ -120,7 +120,7 @@ class Stage(LightningModule):
 
     @torch.no_grad()  # else the average would become part of an ever longer graph
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """The average follows."""
+        """Move the averaged weights towards the trained ones."""
         self.seen += 1
         decay = min(self.ema, (1 + self.seen) / (10 + self.seen))  # the first average would otherwise be the initial weights
         torch._foreach_lerp_([*self.average.parameters()], [*self.live.parameters()], 1 - decay)
@@ -182,7 +182,7 @@ class DenoiserStage(Stage):
         self.caption_dropout = caption_dropout
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The v loss on stratified times, captions dropped for guidance."""
+        """The v loss on stratified times, with some captions dropped so that the network can be guided."""
         x0, ids = batch
         b = len(x0)
         ids = torch.where(torch.rand(b, 1, device=ids.device) < self.caption_dropout, self.empty, ids)
@@ -200,5 +200,5 @@ class DenoiserStage(Stage):
 
 
 def loader(dataset: IterableDataset[Any]) -> DataLoader[Any]:
-    """Batches as the stream yields them."""
+    """A loader that hands on the batches of a stream as they come, in the process itself."""
     return DataLoader(dataset, batch_size=None, num_workers=0)

@@ -24,7 +24,7 @@ TAME, FLAT = 1e100, 1e-9
 """The largest absolute value that is drawn, and the range, relative to the values, below which a curve is flat."""
 
 ROLE_COLOURS = {"student": 1, "teacher": 2, "forward": 3, "mixed": 4}
-"""The same actor has the same colour in every chart."""
+"""The number of each actor's colour, which is the same in every chart."""
 
 
 class Series(NamedTuple):
@@ -45,7 +45,7 @@ class Axis(NamedTuple):
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        """The position of `value` between start and stop."""
+        """The position in pixels of a value of the data; beyond start and stop for one beyond lo and hi."""
         lo, hi = (math.log10(self.lo), math.log10(self.hi)) if self.log else (self.lo, self.hi)
         share = ((math.log10(value) if self.log else value) - lo) / (hi - lo)
         return self.start + share * (self.stop - self.start)
@@ -148,7 +148,7 @@ def _spread(values: list[float]) -> tuple[float, float]:
 
 
 def _x_axis(values: list[float], log: bool) -> Axis:
-    """From the first to the last value, or from 0 where the first is near it; a little room where the points are few."""
+    """The horizontal axis of `values`: from the least to the largest, or from 0 where the least is near it; a log axis with some room."""
     lo, hi = _spread(values)
     if log and lo > 0:
         room = (hi / lo) ** 0.04 if hi > lo else 2.0
@@ -158,7 +158,7 @@ def _x_axis(values: list[float], log: bool) -> Axis:
 
 
 def _y_axis(values: list[float], log: bool, fixed: bool) -> Axis:
-    """All values, widened to round numbers; from 0 where that costs little room. A `fixed` range stays as it is."""
+    """The vertical axis of `values`, widened to round numbers, from 0 where that costs little room. A `fixed` range stays as it is."""
     lo, hi = _spread(values)
     if log and lo > 0:
         room = (hi / lo) ** 0.06 if hi > lo else 2.0
@@ -198,7 +198,7 @@ def _reference(label: str, value: float, y_axis: Axis) -> str:
 
 
 def _line(s: Series, colour: int, x_axis: Axis, y_axis: Axis, x_label: str, unit: str) -> str:
-    """A noisy series is drawn twice: all its points faintly, and its running mean on top."""
+    """A series as SVG: its line and points; a noisy one is drawn twice, all its points faintly, and its running mean on top."""
     drawn, mean = binned(s), smoothed(s)
     if mean is not None:
         faint = f'<path class="faint" style="stroke:var(--c{colour})" d="{_path(binned(s, 4 * MAX_POINTS), x_axis, y_axis)}"/>'
@@ -236,7 +236,7 @@ def _colours(series: Sequence[Series]) -> list[int]:
 
 
 def short(name: str) -> str:
-    """`student` for prior/student and buffer/share_student."""
+    """A curve's name without its group and prefix, for a legend: `student` for prior/student and buffer/share_student."""
     return name.rsplit("/", 1)[-1].removeprefix("share_").removeprefix("fraction_")
 
 

@@ -10,10 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 CHANGED = "it was changed or written by another version; take another checkpoint"
+"""The cause and the remedy, said of every checkpoint that lacks something."""
 
 
 def find_checkpoint(ckpt_path: str, run_dir: str | None, config: str) -> Path:
-    """The checkpoint behind `last`, a run folder or a file. Raises ValueError naming where it looked."""
+    """The checkpoint file behind `ckpt_path`: a file itself, the newest of a run folder, or for `last` that of `run_dir` or of the
+    newest run of `config`. Raises ValueError, naming where it looked, where there is none."""
     if ckpt_path == "last":
         folder = Path(run_dir) if run_dir else Path("runs") / config / "latest"
         if folder.is_file():
@@ -123,7 +125,7 @@ def _has_moved(parameter: Any, weights: Mapping[str, Any], method: Any) -> bool:
 
 
 def _table(value: Any) -> Mapping[Any, Any]:
-    """What stands where a table is expected; another thing holds nothing."""
+    """The value where it is a table, else an empty one."""
     return value if isinstance(value, Mapping) else {}
 
 

@@ -75,7 +75,7 @@ def families(series: Mapping[str, Series]) -> list[list[Series]]:
 
 
 def unit(name: str) -> str:
-    """The unit of a logged column, empty if it has none or is not known."""
+    """The unit of a logged column by its name (UNITS), empty for one without a unit or without an entry."""
     return next((found for pattern, found in UNITS if re.search(pattern, name)), "")
 
 

@@ -31,7 +31,7 @@ def exported(folder: Path) -> bool:
 
 
 def check_prompts(method: Distillation, examples: Sequence[str]) -> list[str]:
-    """The prompts by which an exported pipeline is compared: the card's previews, else `examples` of the data, else empty ones."""
+    """At most four prompts by which an exported pipeline is compared: the card's previews, else `examples` of the data, else empty ones."""
     return (list(method.backbone.about.get("previews") or examples) or ["", ""])[:4]
 
 
@@ -53,7 +53,7 @@ def export(method: Distillation, folder: Path, steps: int = 4, dtype: torch.dtyp
 
 
 def about_student(method: Distillation, steps: int) -> dict[str, Any]:
-    """ddil.json: what a folder says of itself."""
+    """The content of a student's ddil.json, which `loading.recommended` reads: what it is made for, and how it is called."""
     deployment = method.deployment
     g = deployment.quoted
     return {
@@ -71,7 +71,7 @@ def about_student(method: Distillation, steps: int) -> dict[str, Any]:
 
 
 def card(about: dict[str, Any], teacher: str) -> str:
-    """The model card of a student."""
+    """The model card of a student in Markdown, made from its ddil.json (`about`)."""
     nodes, g, (low, high) = ", ".join(map(str, about["timesteps"])), about["guidance_scale"], about["guidance_range"]
     why = f"within the trained range ({low:g} to {high:g})" if g > 1 else f"right because guidance {low:g} is part of the weights"
     return f"""---
@@ -98,7 +98,7 @@ class NotAsTrained(ValueError):
 
 
 def verify(method: Distillation, folder: Path, prompts: Sequence[str], steps: int, halved: bool = False) -> float:
-    """`compare` with the folder, loaded as its users load it."""
+    """`compare` the trainer's sampler with the pipeline in `folder`, loaded as its users load it; raises and answers as that does."""
     return compare(method, method.deployment, reloaded(method, folder), prompts, steps, halved)
 
 
@@ -159,7 +159,7 @@ def sensitivity(backbone: Any, policy: Policy, grid: Grid, prompts: Sequence[str
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """float32 as it is written: no TF32, no autocast. Restores what it found."""
+    """Inside, float32 is computed in full: without TF32 and without autocast. Afterwards the settings are as they were."""
     before, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
     torch.set_float32_matmul_precision("highest")
     own = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
@@ -173,7 +173,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 def deliver(
     method: Distillation, folder: Path, prompts: Sequence[str], steps: int, dtype: torch.dtype = torch.float32, safety_checker: bool = False
 ) -> float:
-    """`export`, `verify`, and only then the name `folder` -> the difference.
+    """`export` and `verify` the student beside `folder`, and only then give it that name; answers the relative difference of latents.
 
     Raises NotAsTrained for a pipeline that samples otherwise, which is kept as `folder`-unverified; an older `folder` stays as it is.
     """
@@ -195,9 +195,9 @@ def deliver(
 
 
 def rehearse(method: Distillation, folder: Path, prompts: Sequence[str], export_steps: int | None) -> None:
-    """Export the student as it is, and compare at the end of every stage to come, each with its own scheduler and step count.
+    """Export the student as it is, and compare it for every stage to come, each with its own scheduler and step count.
 
-    The weights are written once: they are the same for all stages. `export_steps`: those of the last one. Raises as `deliver` does.
+    The weights are written once, being the same for all stages. `export_steps`: the step count of the last one. Raises as `compare` does.
     """
     made, ahead = None, method.deployments()
     for deployment in ahead:
@@ -215,7 +215,7 @@ def rehearse(method: Distillation, folder: Path, prompts: Sequence[str], export_
 @contextmanager
 @torch.no_grad()
 def rounded(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """The weights of `network` as `dtype` holds them, so that an export in half precision can be compared as strictly as any."""
+    """Inside, `network` has its weights as `dtype` holds them, so that an export in half precision is compared as strictly as any."""
     exact = [] if dtype == torch.float32 else [p.clone() for p in network.parameters()]
     for p in network.parameters() if exact else ():
         p.copy_(p.to(dtype))
@@ -227,5 +227,5 @@ def rounded(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    """max |a - b| / rms(a)."""
+    """The largest difference of two tensors of one shape, relative to the root mean square of the first: max |a - b| / rms(a)."""
     return float((a - b).abs().max() / a.square().mean().sqrt())

@@ -1,4 +1,4 @@
-"""What stands at the end of a run: the exported pipeline, the results, the report, and a method rebuilt from its config."""
+"""What stands at the end of a run: the exported pipeline and the results; and a rehearsal of that end before the first update."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Test:
 def finish(
     method: Distillation, folder: Path, test: Test, export_steps: int | None, examples: Sequence[str], facts: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write pipeline/ (compared with the trainer's own samples), test teacher and student -> the content of summary.json.
+    """Write pipeline/ (compared with the trainer's own samples), test teacher and student, and answer the content of summary.json.
 
     `facts` come first in it: the config's name, the seed and so on. Of a student that no pipeline can hold, the weights are written.
     What fails is told in `failed`, part by part, and keeps nothing else from being made.
@@ -126,7 +126,7 @@ def _save_weights(method: Distillation, folder: Path) -> Path:
 
 
 def _rows(method: Distillation, folder: Path, test: Test, quiet: bool = False) -> list[dict[str, Any]]:
-    """The rows of what there is to measure by: points in the plane, the built-in suite, or nothing."""
+    """The rows of results by what the backbone can be measured by: its own law, the built-in suite, or nothing."""
     from ddil_lightning.evaluation.rows import method_rows
     from ddil_lightning.evaluation.suite import Suite
     from ddil_lightning.runs.folder import stage_pipelines
@@ -146,7 +146,7 @@ def _rows(method: Distillation, folder: Path, test: Test, quiet: bool = False) -
 
 
 def machine() -> dict[str, Any]:
-    """What figures must be quoted with."""
+    """The device, the date and the versions of Python and of packages, which figures must be quoted with."""
     import platform
     from importlib import metadata
 

@@ -17,6 +17,7 @@ WRITTEN = (
 )  # fmt: skip
 """What a run may write into its folder."""
 LOCK, PATIENCE = ".lock", 10.0
+"""The file by which a run holds its folder, and for how many seconds another waits for it."""
 
 
 class Claim:
@@ -34,7 +35,7 @@ class Claim:
             raise
 
     def release(self, started: bool) -> None:
-        """Give it up; a run that never started takes back what it has made."""
+        """Give the folder up; a run that has not `started` also removes the directories that were made for it, where they are empty."""
         if self._lock is not None:
             (self.folder / LOCK).unlink(missing_ok=True)
             self._lock.close()
@@ -138,7 +139,7 @@ def _locked(path: Path) -> IO[bytes] | None:
 
 
 def is_complete(folder: Path, clock: int) -> bool:
-    """Whether the results in a run folder are those of `clock` student updates, with nothing failed: asked of their clocks."""
+    """Whether summary and student in a run folder are both of `clock` student updates, by what they say themselves, and nothing failed."""
     if read_table(folder / "summary.json").get("student_updates") != clock or read_table(folder / "summary.json").get("failed"):
         return False
     pipeline = read_table(folder / "pipeline" / "ddil.json").get("student_updates") == clock
@@ -146,14 +147,17 @@ def is_complete(folder: Path, clock: int) -> bool:
 
 
 def check_latest(config: str) -> None:
-    """Raises ValueError when something that is no such link has the name runs/<config>/latest."""
+    """Raises ValueError when a folder that is no link has the name runs/<config>/latest, which `point_latest` would have to replace."""
     latest = Path("runs") / config / "latest"
     if latest.is_dir() and not latest.is_symlink():
         raise ValueError(f"{latest} is a folder, not the link this command makes: move it away")
 
 
 def point_latest(folder: Path, config: str) -> None:
-    """`runs/<config>/latest` is the newest run of that config (a link; where links are not allowed, a file with the path)."""
+    """Make `runs/<config>/latest` lead to `folder`: a link, or where links are not allowed a file with the path.
+
+    Where neither can be written, that is printed and no error.
+    """
     latest = Path("runs") / config / "latest"
     try:
         latest.parent.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ class MetricsFile(Logger):
 
     @property
     def save_dir(self) -> str:
-        """The run folder."""
+        """The run folder, where Lightning's other parts write too."""
         return str(self.path.parent)
 
     @rank_zero_only
@@ -56,7 +56,7 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: config.yaml has them all."""
+        """Write nothing, because config.yaml holds all options."""
 
     def _kept(self) -> list[dict[str, Any]]:
         (path, upto), self._resumed = self._resumed or (self.path, None), None

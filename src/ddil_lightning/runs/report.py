@@ -45,11 +45,10 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def write_report(run_dir: Path | str, summary: Mapping[str, Any] | None = None) -> Path:
-    """Write `run_dir/report.html` from summary.json, metrics.csv, samples/*.png and config.yaml, each if it is there; its path.
+    """Write `run_dir/report.html` from summary.json, metrics.csv, samples/*.png and config.yaml, each if it is there; answers its path.
 
-    `summary`: what will stand in summary.json, which marks the end of a run and so is written after this.
-
-    An older report stays until the new one is complete. Raises FileNotFoundError if `run_dir` is no folder.
+    `summary`: what will stand in summary.json, which marks the end of a run and so is written after this. An older report stays until the
+    new one is complete. Raises FileNotFoundError if `run_dir` is no folder.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
@@ -171,7 +170,7 @@ def _samples(folder: Path) -> str:
 
 
 def _sheet(path: Path, data: bytes) -> str:
-    """A captioned image; small ones are enlarged with sharp pixels."""
+    """A sheet as an embedded image under its update; small ones are enlarged with sharp pixels."""
     width, height = struct.unpack(">II", data[16:24])
     update = _update(path)
     caption = path.stem if update is None else f"update {number(update)}"
@@ -182,7 +181,7 @@ def _sheet(path: Path, data: bytes) -> str:
 
 
 def _update(path: Path) -> int | None:
-    """The number that a sheet's name begins with."""
+    """The student update that a sheet's name begins with, None for another name."""
     found = re.match(r"\d+", path.stem)
     return int(found[0]) if found else None
 
@@ -207,7 +206,7 @@ def _curves(path: Path) -> str:
 
 
 def _evaluations(counts: Any) -> str:
-    """Forward passes by role, as bars."""
+    """The counts of network evaluations by role, as a table with bars; nothing where there are none."""
     pairs = [(str(k), v) for k, v in counts.items() if _number(v)] if isinstance(counts, Mapping) else []
     if not pairs:
         return ""
@@ -234,7 +233,7 @@ def _facts(values: Mapping[str, Any]) -> str:
 
 
 def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a/b": 1}."""
+    """A nested table as a flat one with joined keys: {"a": {"b": 1}} as {"a/b": 1}."""
     out: dict[str, Any] = {}
     for key, value in row.items():
         out.update(_flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value})

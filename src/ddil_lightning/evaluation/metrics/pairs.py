@@ -71,7 +71,7 @@ def choose(pairs: list[Pair], n: int | None, seed: int) -> list[Pair]:
 
 
 def load_images(paths: Sequence[Path], size: int) -> Tensor:
-    """Image files as [N, 3, size, size] in [-1, 1]: centre-cropped to a square along the long edge and resized (Lanczos).
+    """Image files as [N, 3, size, size] in [-1, 1]: the largest square at the centre of each, resized (Lanczos).
 
     Raises ValueError for one that cannot be read.
     """
