@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -141,14 +143,23 @@ def test_a_folder_for_the_moment_is_gone_afterwards(tmp_path: Path) -> None:
     assert names(tmp_path) == set()
 
 
+DIES = """
+import os, sys
+from pathlib import Path
+from ddil_lightning import files
+
+place = Path(sys.argv[1])
+with files.replacing(place / "x.json") as temporary, files.replacing_folder(place / "out") as folder:
+    temporary.write_text("half")
+    (folder / "half").write_text("half")
+    os._exit(9)
+"""
+
+
 def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
-    pid = os.fork()
-    if not pid:
-        with files.replacing(tmp_path / "x.json") as temporary, files.replacing_folder(tmp_path / "out") as folder:
-            temporary.write_text("half")
-            (folder / "half").write_text("half")
-            os._exit(9)
-    os.waitpid(pid, 0)
+    with subprocess.Popen([sys.executable, "-c", DIES, str(tmp_path)]) as process:
+        assert process.wait(60) == 9
+    pid = process.pid
     assert len(names(tmp_path)) == 3
     deep = tmp_path / "runs" / "other" / "checkpoints"  # of a run that may be alive elsewhere
     deep.mkdir(parents=True)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
+import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ddil_lightning.commands.fitting import fit as ddil_fit
 from suite import equal
 
 MOMENTS, LONGEST = 20, 120.0
@@ -33,29 +30,31 @@ checkpoints: {every: 1}
 """
 
 
+FIT = """
+import sys
+from ddil_lightning.commands.fitting import fit
+from diffusers import StableDiffusionPipeline
+from pathlib import Path
+
+Path("imported").touch()
+sys.exit(fit(sys.argv[1:]))
+"""
+
+
 def child(words: list[str], patience: float) -> int | None:
-    """ddil-fit in a process of its own, killed after `patience` seconds: its exit code, None where it was killed."""
-    pid = os.fork()
-    if not pid:
-        code = 1
+    """ddil-fit in an interpreter of its own, killed `patience` seconds after its imports: its exit code, None where it was killed."""
+    ready = Path("imported")
+    ready.unlink(missing_ok=True)
+    with open("out.txt", "w") as out, open("err.txt", "w") as err:
+        process = subprocess.Popen([sys.executable, "-c", FIT, *words], stdout=out, stderr=err)
+        while process.poll() is None and not ready.exists():
+            time.sleep(0.005)
         try:
-            for number, name in ((1, "out"), (2, "err")):
-                os.dup2(os.open(f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            code = ddil_fit(words)
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-        finally:
-            os._exit(code)
-    end = time.monotonic() + patience
-    while time.monotonic() < end:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return None
+            return process.wait(patience)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            return None
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -84,9 +83,8 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(name: str, tiny: Path, tmp
     monkeypatch.chdir(tmp_path)
     Path("c.yaml").write_text(f"model: {MODEL[name].replace('TINY', str(tiny))}\n{REST}")
     words, rng = ["--config", "c.yaml"], random.Random(name)
-    begun = time.monotonic()
     assert child([*words, "--run_dir", "whole"], LONGEST) == 0, Path("err.txt").read_text()
-    seconds, whole = time.monotonic() - begun, results(Path("whole"))
+    seconds, whole = time.time() - Path("imported").stat().st_mtime, results(Path("whole"))
     where: list[str] = []
     for k in range(MOMENTS):
         run, patience = f"run{k}", rng.uniform(0.1, 0.95) * seconds

@@ -9,41 +9,23 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import watched
 from ddil_lightning.commands import watch
-
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a second process")
-SAYS = "the last good checkpoint is x"
+from watched import SAYS
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in {"LOOK": 0.05, "PATIENCE": 0.3, "GRACE": 0.5}.items():
-        monkeypatch.setattr(watch, name, seconds)
-
-
-def ends(body: Callable[[], Any], err: Path, disturb: Callable[[int], None] = lambda pid: None) -> tuple[int, str, float]:
-    """Exit code and stderr of a process that runs `body`, and the seconds from `disturb` on."""
-    pid = os.fork()
-    if not pid:
-        code = 7
-        try:
-            os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
-            sys.stderr = os.fdopen(2, "w")
-            body()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        finally:
-            os._exit(code)
+def ends(body: Callable[[Path], None], folder: Path, disturb: Callable[[int], None] = lambda pid: None) -> tuple[int, str, float]:
+    """Exit code and stderr of an interpreter that runs `body`, and the seconds from its start on."""
+    command = [sys.executable, watched.__file__, body.__name__, str(folder)]
     begun = time.monotonic()
-    disturb(pid)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return code, err.read_text(), time.monotonic() - begun
+    with (folder / "err").open("w+") as err, subprocess.Popen(command, stderr=err) as process:
+        disturb(process.pid)
+        code = process.wait(60)
+        return code, (folder / "err").read_text(), time.monotonic() - begun
 
 
 def until(true: Callable[[], Any], seconds: float = 120) -> Any:
@@ -61,82 +43,33 @@ def gone(pid: int) -> bool:
     return not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-def blocked() -> None:
-    """As in a collective call: native code that hears neither signals nor exceptions, and that a child's end does not wake."""
-    import ctypes
-
-    left = 30
-    while left:
-        left = ctypes.CDLL(None).sleep(left)
-
-
-def watching(launcher: Any = None, parent: int | None = None, alive: Any = (0.0, 0.0), left: list[int] | None = None) -> watch.Watch:
-    return watch.Watch(launcher, parent, lambda: SAYS, lambda: alive, lambda: left.append(1) if left is not None else None)
-
-
 def test_a_process_that_was_started_and_dies_ends_this_one(tmp_path: Path) -> None:
     """Lightning's own observer would kill it without a word."""
-
-    def body() -> None:
-        others = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
-        launcher = SimpleNamespace(procs=list(others))
-        (tmp_path / "second").write_text(str(others[1].pid))
-        with watching(launcher):
-            others[0].kill()
-            blocked()
-
-    code, err, seconds = ends(body, tmp_path / "err")
+    code, err, seconds = ends(watched.one_of_two_dies, tmp_path)
     assert (code, err) == (2, f"ddil-fit: process 1 of the run has ended with code -9; {SAYS}\n") and seconds < 5
     until(lambda: gone(int((tmp_path / "second").read_text())), 5)  # the others end with it
 
 
 def test_a_process_that_hears_of_it_itself_has_the_word(tmp_path: Path) -> None:
-    def body() -> None:
-        other = subprocess.Popen(["sleep", "60"])
-        with watching(SimpleNamespace(procs=[other])):
-            other.kill()
-            time.sleep(0.2)
-            print("ddil-fit: lost", file=sys.stderr, flush=True)
-            raise SystemExit(3)
-
-    assert ends(body, tmp_path / "err")[:2] == (3, "ddil-fit: lost\n")
+    assert ends(watched.hears_of_it_itself, tmp_path)[:2] == (3, "ddil-fit: lost\n")
 
 
 def test_processes_that_end_well_end_nothing(tmp_path: Path) -> None:
-    def body() -> None:
-        other = subprocess.Popen(["true"])
-        with watching(SimpleNamespace(procs=[other])):
-            time.sleep(0.8)
-
-    assert ends(body, tmp_path / "err")[:2] == (0, "")
+    assert ends(watched.other_ends_well, tmp_path)[:2] == (0, "")
 
 
 def test_the_death_of_the_process_that_started_this_one_ends_it(tmp_path: Path) -> None:
-    def body() -> None:
-        with watching(parent=os.getppid() + 1):  # as it is once the parent is gone
-            blocked()
-
-    code, err, seconds = ends(body, tmp_path / "err")
+    code, err, seconds = ends(watched.has_lost_its_parent, tmp_path)
     assert (code, err) == (2, f"ddil-fit: the process that started this one has ended; {SAYS}\n") and seconds < 5
 
 
-@pytest.mark.parametrize(("saving", "code"), [(False, 2), (True, 9)])
-def test_a_signal_is_heard_in_native_code_but_a_checkpoint_is_not_cut_off(saving: bool, code: int, tmp_path: Path) -> None:
-    def body() -> None:
-        signal.signal(signal.SIGTERM, lambda *args: None)
-        with watching(alive=None if saving else (time.monotonic(), 0.0)):
-            (tmp_path / "ready").touch()
-            end = time.monotonic() + 2.5
-            while time.monotonic() < end:
-                blocked() if not saving else time.sleep(0.1)
-            raise SystemExit(9)
-
+@pytest.mark.parametrize("saving", [False, True])
+def test_a_signal_is_heard_in_native_code_but_a_checkpoint_is_not_cut_off(saving: bool, tmp_path: Path) -> None:
     def term(pid: int) -> None:
-        while not (tmp_path / "ready").exists():
-            time.sleep(0.01)
+        until((tmp_path / "ready").exists, 30)
         os.kill(pid, signal.SIGTERM)
 
-    found, err, seconds = ends(body, tmp_path / "err", term)
+    found, err, seconds = ends(watched.hears_a_signal_and_saves if saving else watched.hears_a_signal, tmp_path, term)
     if saving:
         assert (found, err) == (9, "")
     else:
@@ -144,15 +77,7 @@ def test_a_signal_is_heard_in_native_code_but_a_checkpoint_is_not_cut_off(saving
 
 
 def test_what_the_process_held_is_given_up(tmp_path: Path) -> None:
-    def body() -> None:
-        other = subprocess.Popen(["sleep", "60"])
-        held = tmp_path / "held"
-        held.touch()
-        with watch.Watch(SimpleNamespace(procs=[other]), None, lambda: SAYS, lambda: (0.0, 0.0), held.unlink):
-            other.kill()
-            blocked()
-
-    assert ends(body, tmp_path / "err")[0] == 2 and not (tmp_path / "held").exists()
+    assert ends(watched.holds_something, tmp_path)[0] == 2 and not (tmp_path / "held").exists()
 
 
 def test_what_a_collective_call_says_when_another_is_gone() -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from datetime import timedelta
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -32,6 +30,7 @@ from ddil_lightning.evaluation.networks import (
 )
 from ddil_lightning.evaluation.registry import metrics, unmeasured
 from ddil_lightning.evaluation.suite import Probes, Suite
+from pair import Pair
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -340,42 +339,28 @@ def fill(rank: int, world: int) -> dict[str, object]:
     return out
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)  # an OpenMP team does not survive the fork
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.save(fill(rank, 2), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
 def flat(values: dict) -> dict[str, float]:
     return {f"{a}.{b}": v for a, x in values.items() for b, v in (x.items() if isinstance(x, dict) else [("", x)])}
 
 
-def test_two_processes_equal_one(tmp_path: Path):
-    torch.multiprocessing.start_processes(worker, (str(tmp_path),), nprocs=2, start_method="fork")
-    one, both = flat(fill(0, 1)), [flat(torch.load(tmp_path / f"{r}.pt")) for r in (0, 1)]
+def test_two_processes_equal_one(pair: Pair):
+    one, both = flat(fill(0, 1)), [flat(found) for found in pair.run(fill, 2)]
     assert {k.split(".")[0] for k in one} == set(unmeasured()) and one["attribute_accuracy."] == 0.5
     for got in both:
         torch.testing.assert_close(got, one, rtol=1e-6, atol=1e-9)
 
 
-def alone(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timedelta(seconds=20)
-    )
-    if rank == 0:
-        suite = Suite("alone", [f"caption {i}" for i in range(13)], everything(), Probes(["probe"], 3))
-        score = suite.score(lambda prompts, seed: pictures(len(prompts), 3, 12, 12, seed=seed))
-        torch.save(score, f"{folder}/score.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+def alone(rank: int) -> dict[str, object] | None:
+    if rank:
+        return None
+    suite = Suite("alone", [f"caption {i}" for i in range(13)], everything(), Probes(["probe"], 3))
+    return suite.score(lambda prompts, seed: pictures(len(prompts), 3, 12, 12, seed=seed))
 
 
-def test_a_process_that_scores_waits_for_no_other(tmp_path: Path):
+def test_a_process_that_scores_waits_for_no_other(pair: Pair):
     """Several processes train, one of them scores: a metric that gathered over all of them would hang."""
-    torch.multiprocessing.start_processes(alone, (str(tmp_path),), nprocs=2, start_method="fork")
-    score = torch.load(tmp_path / "score.pt")
+    score, other = pair.run(alone, timeout=60)
+    assert other is None
     assert set(score) == set(unmeasured()) and None not in score.values()
 
 

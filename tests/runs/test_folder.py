@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -62,34 +63,35 @@ def test_a_run_that_never_started_takes_back_empty_folders_only(here: Path) -> N
     assert list((here / "old" / "c").iterdir()) == []
 
 
-def elsewhere(job: Any) -> int:
-    """The exit code of `job` in a process of its own: 0 where it raised nothing."""
-    pid = os.fork()
-    if not pid:
-        code = 1
-        try:
-            job()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+TAKES = {"reserve": lambda: run_folder.reserve("r", "x"), "take_up": lambda: run_folder.take_up(Path("r"))}
+ELSEWHERE = """
+import os, sys
+from pathlib import Path
+from ddil_lightning.runs import folder
+
+folder.PATIENCE = 0.3
+claim = folder.reserve("r", "x") if sys.argv[1] == "reserve" else folder.take_up(Path("r"))
+os._exit(0)  # without a release
+"""
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a second process")
-def test_a_folder_belongs_to_one_process(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def elsewhere(take: str) -> str:
+    """What another interpreter says that takes the folder r in the same way, "" where it may."""
+    done = subprocess.run([sys.executable, "-c", ELSEWHERE, take], capture_output=True, text=True, timeout=60)
+    assert done.returncode == (1 if done.stderr else 0)
+    return done.stderr
+
+
+@pytest.mark.parametrize("take", TAKES)
+def test_a_folder_belongs_to_one_process(take: str, here: Path) -> None:
     """Also before config.yaml is there, also for two that go on with the same run; a process that is gone holds nothing."""
-    monkeypatch.setattr(run_folder, "PATIENCE", 0.3)
-
-    def refused() -> None:
-        with pytest.raises(ValueError, match="another process is writing to the run folder r"):
-            run_folder.take_up(Path("r"))
-
-    for take in (lambda: run_folder.reserve("r", "x"), lambda: run_folder.take_up(Path("r"))):
-        claim = take()
-        assert elsewhere(take) == 1 and elsewhere(refused) == 0
-        claim.release(started=True)
-        assert elsewhere(take) == 0  # which ends without a release
-        take().release(started=True)
+    (here / "r").mkdir()
+    claim = TAKES[take]()
+    for other in TAKES:
+        assert elsewhere(other).endswith("\nValueError: another process is writing to the run folder r: wait for its end\n")
+    claim.release(started=True)
+    assert elsewhere(take) == ""
+    TAKES[take]().release(started=True)
     assert [p.name for p in (here / "r").iterdir()] == []
 
 
