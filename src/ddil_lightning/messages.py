@@ -6,7 +6,6 @@ import argparse
 import difflib
 import inspect
 import logging
-import math
 import os
 import re
 import sys
@@ -27,6 +26,7 @@ LEAVES = (  # what went wrong, in the order in which a message is searched for i
     r"Unable to load config ['\"](?P<table>.*)['\"]$",
     r"Expected a dot import path string: (?P<unknown>.+)",
     r"Import path (?P<unknown>\S+) does not correspond to a subclass",
+    r"Expected an instantiatable class, but (?P<abstract>.*)is abstract",
     r"(?P<missing>No module named .*|.*has no attribute .*|.*not an? (?:sub)?class of.*)",
     r"the following arguments are required: (?P<required>.*)",
     r"Expected a (?P<type>.*?)\. Got value: (?P<value>.*)",
@@ -197,13 +197,14 @@ def _say(found: dict[str, str | None], lines: list[str], i: int, keys: Sequence[
         return _unknown_key(f"{group[1]}.{option}" if group else option, keys)
     if found.get("unknown"):
         return _unknown_class(where, found["unknown"] or "", lines, bases)
+    if found.get("abstract") is not None:
+        return f"{where}: {_abstract((found['abstract'] or '').strip() or _given(lines, i), bases)}"
     if found.get("required"):
         return f"{where or 'the command'} needs {found['required']}"
     if found.get("type"):
         return f"{where} takes {_types(found['type'] or '')}, not {'null' if found['value'] == 'None' else found['value']}"
     if found.get("types"):
-        given = next((line.partition("Given value:")[2].strip() for line in lines[i:] if "Given value:" in line), "")
-        return f"{where} takes {_types(found['types'] or '')}, not {shorten(given, 80)}"
+        return f"{where} takes {_types(found['types'] or '')}, not {shorten(_given(lines, i), 80)}"
     return shorten(f"{where}: {found.get('missing')}")
 
 
@@ -246,6 +247,18 @@ def _unknown_class(where: str, name: str, lines: list[str], bases: Sequence[type
     return f"{where}: no class is called {shorten(name, 80)}; {hint}"
 
 
+def _given(lines: list[str], i: int) -> str:
+    return next((line.partition("Given value:")[2].strip() for line in lines[i:] if "Given value:" in line), "")
+
+
+def _abstract(path: str, bases: Sequence[type]) -> str:
+    """What is wrong with an abstract class by its import path, which jsonargparse has imported, or by its short name."""
+    module, _, name = path.rpartition(".")
+    cls = getattr(sys.modules.get(module), name, None) or next((c for c in subclasses(bases) if c.__name__ == name), None)
+    missing = sorted(getattr(cls, "__abstractmethods__", ()))
+    return f"{name} is there to be derived from: give a class that defines {', '.join(missing) or 'what it leaves open'}"
+
+
 def _types(text: str) -> str:
     """Types as a user writes them: <class 'int'> is int, typing.Literal['a', 'b'] is a or b, NoneType is null."""
     text = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text).replace("NoneType", "null")
@@ -280,14 +293,3 @@ class _Tips(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a record is none of the tips."""
         return not any(tip in record.getMessage() for tip in self.tips)
-
-
-def number(value: float) -> str:
-    """A number for an axis or a tooltip: four significant digits, thousands separated, no trailing zeros."""
-    if not math.isfinite(value):
-        return "not finite"
-    if value == int(value) and abs(value) < 1e9:
-        return f"{int(value):,}"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"

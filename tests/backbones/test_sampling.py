@@ -87,3 +87,27 @@ def test_the_shift_probe_compares_independent_sets(tiny: Path) -> None:
     assert len(rows) == 5 * 8
     found = torch.corrcoef(rows) - torch.eye(len(rows))
     assert float(found.abs().max()) < 5.5 / rows.shape[1] ** 0.5
+
+
+def test_a_scheduler_that_fails_is_refused_with_its_step_count(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing else is called a matter of steps: what a network raises passes."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    class Short(DPMSolverMultistepScheduler):
+        def set_timesteps(self, num_inference_steps: Any = None, **kwargs: Any) -> None:
+            super().set_timesteps(num_inference_steps, **kwargs)
+            self.sigmas = self.sigmas[:2]
+
+    pipeline = Pipeline(str(tiny))
+    short = pipeline.stepping(Short.from_config(pipeline.pipe.scheduler.config))
+    assert sampling.pipeline_latents(short, PROMPTS[:1], 1, 2.0).isfinite().all()
+    why = f"^{tiny} cannot be sampled in 3 steps by its Short \\(IndexError: index 2 is out of bounds .*\\): give another number of steps"
+    with pytest.raises(ValueError, match=why):
+        sampling.pipeline_latents(short, PROMPTS[:1], 3, 2.0)
+
+    def lost(*args: Any) -> None:
+        raise IndexError("of the network")
+
+    pipeline.network().model.register_forward_pre_hook(lost)
+    with pytest.raises(IndexError, match="^of the network$"):
+        sampling.pipeline_latents(pipeline, PROMPTS[:1], 1, 2.0)

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from commandline import refused
+from ddil_lightning.backbones.interface import Backbone
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.callbacks import Previews
 from ddil_lightning.commands import checks, fit_cli, fitting
@@ -25,6 +27,21 @@ class ForwardOnly(LCM):
     """A method whose targets need x0."""
 
     sources = ("forward",)
+
+
+class Unfinished(LCM, ABC):
+    """A method that leaves something to be written."""
+
+    @abstractmethod
+    def more(self) -> None: ...
+
+
+class Half(Backbone):
+    """A backbone of which some is written."""
+
+    def __init__(self) -> None: ...
+
+    def network(self) -> Any: ...
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +63,25 @@ FAULTS = {
     "key of a data set": (
         ["--config", "{data: {captions: {class_path: Shapes, init_args: {sed: 3}}}}"],
         "unknown key data.captions.sed: did you mean data.captions.seed?",
+    ),
+    "base of all methods": (["--model=Distillation"], "the config names no method: give model: {class_path: LCM, ...}"),
+    "unfinished method": (
+        [f"--model={__name__}.Unfinished"],
+        "model: Unfinished is there to be derived from: give a class that defines more",
+    ),
+    "base of all pipelines": (
+        ["model.pipeline.class_path=Backbone"],
+        "model.pipeline: Backbone is there to be derived from: give a class that defines check_length, decode, device, encode_images, "
+        "encode_text, encoders, network, parts, to, trainable",
+    ),
+    "unfinished pipeline": (
+        ["--config", f"{{model: {{class_path: LCM, init_args: {{pipeline: {{class_path: {__name__}.Half}}}}}}}}"],
+        "model.pipeline: Half is there to be derived from: give a class that defines check_length, decode, device, encode_images, "
+        "encode_text, encoders, parts, to, trainable",
+    ),
+    "key of a pipeline": (
+        ["--config", "{model: {class_path: LCM, init_args: {pipeline: {class_path: Toy, init_args: {widht: 3}}}}}"],
+        "unknown key model.pipeline.widht: did you mean model.pipeline.width?",
     ),
     "nothing like it": (["model.quux=3"], "unknown key model.quux; --help lists the keys"),
     "method": (["--config", "{model: {class_path: LCMM}}"], "model: no class is called LCMM; did you mean LCM?"),

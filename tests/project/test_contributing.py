@@ -23,6 +23,7 @@ from torch import Tensor
 import commandline
 import suite
 from ddil_lightning import plugins
+from ddil_lightning.backbones import sampling
 from ddil_lightning.backbones.pipeline import FAMILIES, Pipeline
 from ddil_lightning.commands import main
 from ddil_lightning.diffusion.policy import Policy
@@ -232,6 +233,18 @@ def test_methods_distil_it_and_diffusers_loads_the_student(method: str, entry: A
     call = {"latents": x_T, "generator": seeds, "output_type": "latent", "use_resolution_binning": False}
     theirs = pipe(PROMPTS, num_inference_steps=n, guidance_scale=1.0, **call).images
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_one_step_of_a_scheduler_that_its_pipeline_cannot_read_is_refused(pixart: Path) -> None:
+    """At one step diffusers' pipeline takes the estimate of x0 from the scheduler's answer, which DPM-Solver does not give."""
+    from diffusers import DDIMScheduler
+
+    backbone = suite.backbone(pixart)
+    why = r"cannot be sampled in 1 step by its DPMSolverMultistepScheduler \(IndexError: tuple index out of range\)"
+    with pytest.raises(ValueError, match=why):
+        sampling.pipeline_latents(backbone, PROMPTS, 1, 4.5)
+    ddim = backbone.stepping(DDIMScheduler.from_config(backbone.pipe.scheduler.config))
+    assert all(sampling.pipeline_latents(one, PROMPTS, n, 4.5).isfinite().all() for one, n in ((backbone, 2), (ddim, 1)))
 
 
 def test_what_it_lacks_is_refused_by_name(pixart: Path) -> None:

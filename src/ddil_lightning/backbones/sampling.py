@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from ddil_lightning.diffusion.denoiser import to_w
 from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.schedule import Grid
+from ddil_lightning.errors import one_line
 from ddil_lightning.streams import Streams
 
 if TYPE_CHECKING:
@@ -74,24 +77,47 @@ def decoded(backbone: Backbone, made: Tensor) -> Tensor:
 def pipeline_latents(backbone: Pipeline, prompts: Sequence[str], steps: int, g: float, seed: int = 0, chunk: int | None = None) -> Tensor:
     """Final latents [N, C, h, w] of a diffusers pipeline called as its users call it, from the same noise as `latents`.
 
-    `g` is the guidance_scale of the call.
+    `g` is the guidance_scale of the call. Raises ValueError where the pipeline's scheduler fails for so many `steps`.
     """
     out, shape, pipe = [], backbone.latent_shape, backbone.pipe
     chunk = chunk or batch(shape)
     x_T, generators = noise(len(prompts), shape, seed), renoising(len(prompts), seed)
     for start in range(0, len(prompts), chunk):
         part = slice(start, start + chunk)
-        made = pipe(
-            prompt=list(prompts[part]),
-            num_inference_steps=steps,
-            guidance_scale=g,
-            latents=x_T[part].to(backbone.device, backbone.network().model.dtype),
-            generator=generators[part],
-            output_type="latent",
-            **backbone.network().called_with,
-        )
+        with _refusing(backbone, steps):
+            made = pipe(
+                prompt=list(prompts[part]),
+                num_inference_steps=steps,
+                guidance_scale=g,
+                latents=x_T[part].to(backbone.device, backbone.network().model.dtype),
+                generator=generators[part],
+                output_type="latent",
+                **backbone.network().called_with,
+            )
         out.append(made.images.float())
     return torch.cat(out)
+
+
+@contextmanager
+def _refusing(backbone: Pipeline, steps: int) -> Iterator[None]:
+    """Inside, what a scheduler of diffusers fails with is a ValueError that names it and the step count.
+
+    It is told by where it happens: in a scheduler, or in a pipeline that looks for more in a scheduler's answer than is there, as
+    PixArt's does at one step. A network that fails is another thing, and so is what a pipeline itself says of how it was called.
+    """
+    try:
+        yield
+    except Exception as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        where = str(frame.f_globals.get("__name__"))
+        unread = where.startswith("diffusers.pipelines.") and isinstance(error, IndexError)
+        if not unread and not where.startswith("diffusers.schedulers."):
+            raise
+        kind, count = type(backbone.pipe.scheduler).__name__, "1 step" if steps == 1 else f"{steps} steps"
+        raise ValueError(
+            f"{backbone.path} cannot be sampled in {count} by its {kind} ({type(error).__name__}: {one_line(error)}): "
+            "give another number of steps, or the pipeline another scheduler"
+        ) from error
 
 
 def to_uint8(images: Tensor) -> Tensor:

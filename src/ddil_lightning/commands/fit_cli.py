@@ -17,6 +17,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from ddil_lightning.backbones.interface import Backbone
 from ddil_lightning.bounds import seeds
 from ddil_lightning.callbacks import AnnealPrior, Cadence, Checkpoints, FlushBuffer, Previews, Progress, ShiftProbe, Stages  # noqa: F401 (short names in configs)
 from ddil_lightning.commands.checks import (
@@ -47,7 +48,7 @@ from ddil_lightning.training.options import check_precision
 from ddil_lightning.training.plan import Part, Stage
 
 Wandb = Literal["off", "offline", "online"]
-BASES = (Distillation, Stage, Part, Captions, Schedule, Callback, Logger)
+BASES = (Distillation, Backbone, Stage, Part, Captions, Schedule, Callback, Logger)
 RUN_DIR = "DDIL_RUN_DIR"  # tells the processes that Lightning launches where the run is
 
 

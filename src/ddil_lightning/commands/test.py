@@ -75,6 +75,7 @@ def _count(args: argparse.Namespace) -> int:
 
 
 def _pipeline_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from ddil_lightning.backbones import sampling
     from ddil_lightning.backbones.pipeline import Pipeline
     from ddil_lightning.evaluation.rows import pipeline_row
     from ddil_lightning.runs.folder import stage_pipelines
@@ -90,7 +91,10 @@ def _pipeline_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     own = backbone.about.get("made_for", [4, 2, 1] if "method" in backbone.about else [32])
     g = guidance_scale(backbone, args.guidance)
     counts, rows = args.steps or sorted({*stages, *own}, reverse=True), []
-    check_steps(backbone, [n for n in counts if n not in stages], _solvers(args, backbone))
+    own_counts, solvers = [n for n in counts if n not in stages], _solvers(args, backbone)
+    check_steps(backbone, own_counts, solvers)
+    for dpm in solvers if own_counts else ():  # some schedulers fail in few steps only, which would be after all the others
+        sampling.pipeline_latents(backbone.with_solver(dpm), suite.prompts[:1], min(own_counts), g)
     for n in counts:
         tested = Pipeline(str(stages[n])).to(device()) if n in stages else backbone
         rows += [pipeline_row(suite, tested, n, g, dpm) for dpm in _solvers(args, tested)]

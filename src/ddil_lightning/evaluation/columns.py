@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 ARROWS = {"higher": "↑", "lower": "↓", "": ""}
@@ -45,3 +46,14 @@ POINTS = (
     Column("outside", "Outside", "lower", "share of samples that lie far beyond the outermost modes", shown=False),
 )
 """What the analytic toy measures by itself, of points in the plane and not of images: no suite computes it."""
+
+
+def number(value: float) -> str:
+    """A number for an axis or a tooltip: four significant digits, thousands separated, no trailing zeros."""
+    if not math.isfinite(value):
+        return "not finite"
+    if value == int(value) and abs(value) < 1e9:
+        return f"{int(value):,}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"

@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ddil_lightning.evaluation.columns import POINTS, Column
+from ddil_lightning.evaluation.columns import POINTS, Column, number
 from ddil_lightning.evaluation.registry import columns
 from ddil_lightning.files import write_text
-from ddil_lightning.messages import number
 
 CLOCK = "student_updates"
 

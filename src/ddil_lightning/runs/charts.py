@@ -13,7 +13,7 @@ from html import escape
 from itertools import pairwise
 from typing import NamedTuple
 
-from ddil_lightning.messages import number
+from ddil_lightning.evaluation.columns import number
 
 WIDTH, HEIGHT = 460, 236
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 40

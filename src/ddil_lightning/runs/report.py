@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from ddil_lightning.evaluation.columns import number
 from ddil_lightning.evaluation.registry import columns
 from ddil_lightning.evaluation.table import (
     CLOCK,
@@ -32,7 +33,6 @@ from ddil_lightning.evaluation.table import (
     values_of,
 )
 from ddil_lightning.files import write_text
-from ddil_lightning.messages import number
 from ddil_lightning.runs.charts import ROLE_COLOURS, Series, line_chart
 from ddil_lightning.runs.curves import families, read_curves, read_summary, unit
 
