@@ -271,6 +271,23 @@ def test_every_step_count_is_asked_for_before_anything_is_sampled(
     assert [p.name for p in here.iterdir()] == ["leading"]
 
 
+def test_a_solver_that_fails_in_few_steps_is_found_before_more_are_measured(
+    tiny: Path, here: Path, judged: None, monkeypatch: Any, capsys: Any
+) -> None:
+    from diffusers import DPMSolverMultistepScheduler as Solver
+
+    whole = Solver.set_timesteps
+
+    def short(self: Any, n: int, **kwargs: Any) -> None:
+        whole(self, n, **kwargs)
+        self.sigmas = self.sigmas[: 1 if n == 1 else None]
+
+    monkeypatch.setattr(Solver, "set_timesteps", short)
+    monkeypatch.setattr(scoring, "pipeline_row", lambda *args: pytest.fail("it has begun"))
+    said = refused(capsys, main.command("test"), "--pipeline", tiny, "--n", 16, "--steps", 4, 1, "--dpm")
+    assert said.startswith(f"ddil-x: {tiny} cannot be sampled in 1 step by its DPMSolverMultistepScheduler (IndexError: index 1 is out of")
+
+
 def test_a_restored_method_knows_where_it_was(finished: Path) -> None:
     method = restore(finished)
     summary = json.loads((finished / "summary.json").read_text())
