@@ -105,6 +105,10 @@ def test_a_scheduler_that_fails_is_refused_with_its_step_count(tiny: Path, monke
     with pytest.raises(ValueError, match=why):
         sampling.pipeline_latents(short, PROMPTS[:1], 3, 2.0)
 
+    monkeypatch.setattr(Short, "step", lambda self, out, t, x, **kwargs: (x * float("nan"),))
+    with pytest.raises(ValueError, match=r"cannot be sampled in 1 step by its Short \(its latents are not finite\): give another number"):
+        sampling.pipeline_latents(short, PROMPTS[:1], 1, 2.0)
+
     def lost(*args: Any) -> None:
         raise IndexError("of the network")
 

@@ -77,7 +77,8 @@ def decoded(backbone: Backbone, made: Tensor) -> Tensor:
 def pipeline_latents(backbone: Pipeline, prompts: Sequence[str], steps: int, g: float, seed: int = 0, chunk: int | None = None) -> Tensor:
     """Final latents [N, C, h, w] of a diffusers pipeline called as its users call it, from the same noise as `latents`.
 
-    `g` is the guidance_scale of the call. Raises ValueError where the pipeline's scheduler fails for so many `steps`.
+    `g` is the guidance_scale of the call. Raises ValueError where the pipeline's scheduler fails for so many `steps`, or its latents are
+    not finite.
     """
     out, shape, pipe = [], backbone.latent_shape, backbone.pipe
     chunk = chunk or batch(shape)
@@ -95,6 +96,8 @@ def pipeline_latents(backbone: Pipeline, prompts: Sequence[str], steps: int, g: 
                 **backbone.network().called_with,
             )
         out.append(made.images.float())
+        if not bool(out[-1].isfinite().all()):
+            raise ValueError(_cannot(backbone, steps, "its latents are not finite"))
     return torch.cat(out)
 
 
@@ -113,11 +116,13 @@ def _refusing(backbone: Pipeline, steps: int) -> Iterator[None]:
         unread = where.startswith("diffusers.pipelines.") and isinstance(error, IndexError)
         if not unread and not where.startswith("diffusers.schedulers."):
             raise
-        kind, count = type(backbone.pipe.scheduler).__name__, "1 step" if steps == 1 else f"{steps} steps"
-        raise ValueError(
-            f"{backbone.path} cannot be sampled in {count} by its {kind} ({type(error).__name__}: {one_line(error)}): "
-            "give another number of steps, or the pipeline another scheduler"
-        ) from error
+        raise ValueError(_cannot(backbone, steps, f"{type(error).__name__}: {one_line(error)}")) from error
+
+
+def _cannot(backbone: Pipeline, steps: int, why: str) -> str:
+    kind, count = type(backbone.pipe.scheduler).__name__, "1 step" if steps == 1 else f"{steps} steps"
+    remedy = "give another number of steps, or the pipeline another scheduler"
+    return f"{backbone.path} cannot be sampled in {count} by its {kind} ({why}): {remedy}"
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class Networks:
 
     def __post_init__(self) -> None:
         if self.text is not None and self.features is None:
-            raise ValueError("Suite: `text` is compared with `features`, which is None; give both, or `clip`")
+            raise ValueError("Networks: `text` is compared with `features`, which is None; give both, or `clip`")
 
     def load(self, device: str | torch.device = "cpu") -> Networks:
         """The same with a network in the place of every name, on `device`.
