@@ -17,6 +17,7 @@ import yaml
 
 from commandline import fit, refused
 from ddil_lightning.commands import fit_cli
+from ddil_lightning.commands.assembly import Assembly
 from ddil_lightning.commands.configs import FIT_SHORT, expand
 from ddil_lightning.methods import LCM
 from ddil_lightning.runs import loggers
@@ -30,8 +31,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def parse(*words: str) -> fit_cli.FitCLI:
-    return fit_cli.FitCLI(expand(words, FIT_SHORT), rebuild=True)
+def parse(*words: str) -> Assembly:
+    return Assembly(expand(words, FIT_SHORT))
 
 
 def checkpoint(folder: Path, clock: int) -> dict[str, Any]:
@@ -72,12 +73,12 @@ def test_checkpoints_hold_no_teacher(finished: Path, tiny: Path) -> None:
 
 def test_options_overrides_and_several_configs(tiny_config: Path, here: Path) -> None:
     (here / "more.yaml").write_text("data: {batch_size: 5}\nmodel: {init_args: {optimizer: {lr: 0.5}}}\n")
-    words = ["--updates", "7", "--seed", "3", "--checkpoint_every", "2", "data.buffer.capacity=9", "--model.ema=0.5"]
+    words = ["--updates", "7", "--seed", "3", "--checkpoint_every", "2", "data.buffer.capacity=90", "--model.ema=0.5"]
     made = parse("--config", str(tiny_config), "--config", "more.yaml", "--config", "{previews: {count: 1}}", *words)
     assert (made.model.updates, made.model.lr, made.model.averaging.decay, made.model.descent.clip) == (7, 0.5, 0.5, 1.0)
-    assert (made.datamodule.batch_size, made.datamodule.seed, made.datamodule.buffer.capacity) == (5, 3, 9)
+    assert (made.datamodule.batch_size, made.datamodule.seed, made.datamodule.buffer.capacity) == (5, 3, 90)
     assert made.datamodule.prior.student == 0.25 and made.config_init.previews.count == 1 and made.config_init.checkpoints.every == 2
-    assert made.name == "tiny" and made.config.seed_everything == 3
+    assert made.config.seed_everything == 3
 
 
 def test_config_yaml_of_a_run_can_be_given_again(finished: Path, tiny_config: Path) -> None:

@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser
 import ddil_lightning
 from commandline import fit
 from ddil_lightning.backbones.pipeline import Pipeline
-from ddil_lightning.commands import fit_cli
+from ddil_lightning.commands import assembly
 from ddil_lightning.commands.checks import OWN
 from ddil_lightning.messages import parameters, subclasses
 from ddil_lightning.miniature import pretrain
@@ -24,12 +24,12 @@ NAMED = sorted(
     {
         *(
             cls
-            for cls in subclasses((fit_cli.Distillation, fit_cli.Captions, fit_cli.Schedule))
+            for cls in subclasses((assembly.Distillation, assembly.Captions, assembly.Schedule))
             if cls.__module__.startswith("ddil_lightning.")
             and cls.__name__ not in ("Encoded", "Points", "_Ramp")  # these are made by others, not named
         ),
         *(getattr(ddil_lightning, name) for name in ("AnnealPrior", "Cadence", "FlushBuffer", "ShiftProbe")),
-        *(*OWN, fit_cli.DDILDataModule, fit_cli.Test, fit_cli.Toy, Pipeline, Stage, Part),
+        *(*OWN, assembly.DDILDataModule, assembly.Test, assembly.Toy, Pipeline, Stage, Part),
     },
     key=lambda cls: cls.__name__,
 )
@@ -61,7 +61,7 @@ def test_every_option_of_ddil_fit_has_its_meaning(capsys: Any) -> None:
     code, page, _ = fit(capsys, "--help")
     said = meanings(page)
     assert code == 0 and unexplained(page) == []
-    groups = {"data": fit_cli.DDILDataModule, "test": fit_cli.Test, **{cls.__name__.lower(): cls for cls in OWN}}
+    groups = {"data": assembly.DDILDataModule, "test": assembly.Test, **{cls.__name__.lower(): cls for cls in OWN}}
     wanted = {f"--{group}.{name}" for group, cls in groups.items() for name in names(cls)} - {"--data.seed"}
     assert wanted <= set(said) and {"--name", "--run_dir", "--ckpt_path", "--wandb", "--export_steps", "--trainer.devices"} <= set(said)
     assert said["--data.buffer.capacity"].startswith("states kept per process; 0 keeps none")

@@ -320,6 +320,7 @@ TYPED: list[tuple[list[str], Any]] = [  # and the updates, learning rate and bat
 
 @pytest.mark.parametrize(("words", "wins"), TYPED)
 def test_the_command_line_wins_and_config_yaml_repeats_what_was_typed(words: list[str], wins: Any, tiny_config: Path) -> None:
+    from ddil_lightning.commands.assembly import Assembly
     from ddil_lightning.commands.configs import FIT_SHORT, expand
     from ddil_lightning.commands.fit_cli import FitCLI
 
@@ -327,7 +328,7 @@ def test_the_command_line_wins_and_config_yaml_repeats_what_was_typed(words: lis
     first = FitCLI(expand([*typed, "--run_dir", "r"], FIT_SHORT))
     first.start()
     first.close()
-    again = FitCLI(expand(["--config", "r/config.yaml"], FIT_SHORT), rebuild=True)
+    again = Assembly(expand(["--config", "r/config.yaml"], FIT_SHORT))
     mine, theirs = ({k: v for k, v in c.config.as_dict().items() if k not in ("config", "run_dir", "name")} for c in (first, again))
     assert mine == theirs
     if wins is not None:

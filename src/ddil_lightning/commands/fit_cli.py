@@ -1,133 +1,64 @@
-"""The command line of ddil-fit: Lightning's CLI over methods, the DDIL DataModule and the run folder. Where everything meets."""
+"""The command line of ddil-fit: an assembly with a run folder, loggers, checkpoints to go on from, and a rehearsal of its end."""
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from jsonargparse import ArgumentError
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from ddil_lightning.backbones.interface import Backbone
-from ddil_lightning.bounds import seeds
-from ddil_lightning.callbacks import AnnealPrior, Cadence, Checkpoints, FlushBuffer, Previews, Progress, ShiftProbe, Stages  # noqa: F401 (short names in configs)
-from ddil_lightning.commands.checks import (
-    check_callbacks,
-    check_method,
-    check_room,
-    check_shape,
-    check_steps,
-    check_trainer,
-    refuse_data_seed,
-    refuse_null,
-)
-from ddil_lightning.commands.configs import FIT_SHORT, MOVED, configs_folder, in_present_names
-from ddil_lightning.data.captions import Captions, Digits, Images, Prompts, Shapes  # noqa: F401
-from ddil_lightning.data.datamodule import DDILDataModule
+from ddil_lightning.commands.assembly import Assembly, of_the_trainer
+from ddil_lightning.commands.checks import check_shape, refuse_null
+from ddil_lightning.commands.configs import configs_folder
 from ddil_lightning.errors import Refusal, one_line
 from ddil_lightning.files import unused, write_text
-from ddil_lightning.imitation.prior import Constant, Cosine, Exponential, Gated, Linear, Piecewise, Schedule  # noqa: F401
-from ddil_lightning.messages import each_text, explain, parameters, plain, subclasses
-from ddil_lightning.methods import DMD2, LCM, PD  # noqa: F401
 from ddil_lightning.runs.checkpoint import check_fits, check_newest, check_whole, find_checkpoint, folder_of, load_checkpoint
-from ddil_lightning.runs.finish import Test, rehearse
+from ddil_lightning.runs.finish import rehearse
 from ddil_lightning.runs.folder import Claim, check_free, check_latest, point_latest, reserve, take_up
 from ddil_lightning.runs.loggers import MetricsFile, check_wandb, masked, refuse_masked, wandb_logger
-from ddil_lightning.toy import Toy  # noqa: F401
-from ddil_lightning.training.method import Distillation
-from ddil_lightning.training.options import check_precision
-from ddil_lightning.training.plan import Part, Stage
 
-Wandb = Literal["off", "offline", "online"]
-BASES = (Distillation, Backbone, Stage, Part, Captions, Schedule, Callback, Logger)
 RUN_DIR = "DDIL_RUN_DIR"  # tells the processes that Lightning launches where the run is
 
 
-class FitCLI(LightningCLI):
-    """Parses, builds method and data, takes a run folder, builds the trainer. `fit` below runs them.
+class FitCLI(Assembly):
+    """Parses, builds method and data, takes a run folder, builds the trainer. `fitting.fit` runs them.
 
     Nothing is written before training starts, so that no error of the config, the data or a checkpoint leaves half a run behind.
-    `rebuild`: the parts alone, without a folder and loggers (for benchmarks).
     """
 
-    def __init__(self, args: list[str], rebuild: bool = False) -> None:
-        self.folder, self.started, self.rebuild = Path(), False, rebuild
-        self._claim: Claim | None = None
-        super().__init__(
-            Distillation,
-            DDILDataModule,
-            run=False,
-            args=args,
-            subclass_mode_model=True,
-            save_config_callback=None,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            trainer_defaults={"max_epochs": -1, "enable_model_summary": False, "num_sanity_val_steps": 0, "log_every_n_steps": 1},
-            parser_kwargs={
-                "exit_on_error": False,
-                "prog": "ddil-fit",
-                "usage": "ddil-fit --config NAME [--updates N] [--seed N] [--run_dir DIR] [--ckpt_path PATH|last] [any.key=value ...]",
-            },
-        )
+    acting = ("checkpoints", "previews", "progress", "stages")
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The run folder, the checkpoint, W&B, and the callbacks that every run has."""
-        parser.add_argument("--name", type=str | None, default=None, help="the run's name in runs/NAME/ (default: the first config's)")
-        parser.add_argument("--run_dir", type=str | None, default=None, help="the run folder (default: runs/<config>/<time>)")
-        parser.add_argument("--ckpt_path", type=str | None, default=None, help="go on from a checkpoint file, a run folder, or `last`")
-        parser.add_argument("--wandb", type=Wandb, default="off", help="log to Weights & Biases too")
-        parser.add_argument("--export_steps", type=int | None, default=None, help="the step count that the exported pipeline recommends")
-        parser.add_lightning_class_args(Checkpoints, "checkpoints")
-        parser.add_lightning_class_args(Previews, "previews")
-        parser.add_lightning_class_args(Progress, "progress")
-        parser.add_lightning_class_args(Stages, "stages")
-        parser.add_class_arguments(Test, "test")
-        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+    def __init__(self, words: Sequence[str]) -> None:
+        self.folder, self.started = Path(), False
+        self.resumed: Path | None = None
+        self.state: dict[str, Any] = {}
+        self._source: Path | None = None  # the run that is resumed
+        self._claim: Claim | None = None
+        super().__init__(words)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse. Raises Refusal with one line for every fault of the command line or the config."""
-        self.config = self._parsed(parser, args)
-        refuse_data_seed(args)
-        seeds(**{"--seed": self.config.seed_everything})
+        super().parse_arguments(parser, args)
         self.name = self.config.name or config_name([str(c) for c in self.config.get("config") or [] if c])
         if Path(self.name).is_absolute() or ".." in Path(self.name).parts or not self.name.isprintable():
             raise Refusal(f"--name {self.name}: a run's folder is runs/NAME/<time>, so give a name without .., or --run_dir")
-        self.resumed: Path | None = None
-        self._source: Path | None = None  # the run that is resumed
-        if self.config.ckpt_path and not self.rebuild:
+        if self.config.ckpt_path:
             self.resumed = find_checkpoint(self.config.ckpt_path, self.config.run_dir, self.name)
             self._source = folder_of(self.resumed)
             if self._goes_on():
                 self._as_it_began(parser, args)
-        check_shape(self.config)
-        refuse_null(self.config)
-        if not self.rebuild:
-            refuse_masked(self.config.as_dict())
-
-    def _parsed(self, parser: LightningArgumentParser, args: Any) -> Any:
-        try:
-            return at_home(parser.parse_args(in_present_names(args)))
-        except ArgumentError as error:
-            methods = dict.fromkeys(f"model.{name}" for cls in subclasses([Distillation]) for name in parameters(cls))
-            short = [name.lstrip("-") for name in FIT_SHORT]
-            keys = [*short, *methods, *parser.get_defaults(skip_validation=True).keys()]
-            moved = {f"{group}.{old}": f"{group}.{new}" for group, names in MOVED.items() for old, new in names.items()}
-            raise Refusal(explain(str(error), keys, BASES, moved)) from error
+        refuse_masked(self.config.as_dict())
 
     def _as_it_began(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:
         """A run goes on with its own settings, whatever was on its command line, and with those of this command line on top."""
         own = (self._source or Path()) / "config.yaml"
-        began = self._parsed(parser, ["--config", str(own), *overrides(args)])
+        began = self.parsed(parser, ["--config", str(own), *overrides(args)])
         if began.model.class_path != self.config.model.class_path:
             return  # another method: the checkpoint will not fit, and says so
         for key in ("config", "name", "run_dir", "ckpt_path"):
@@ -138,12 +69,11 @@ class FitCLI(LightningCLI):
             more = f" and {len(other) - 8} more" if len(other) > 8 else ""
             print(f"going on as the run began: {', '.join(other[:8])}{more}; what is to change belongs on the command line", flush=True)
         self.config = began
+        check_shape(began)
+        refuse_null(began)
 
     def before_instantiate_classes(self) -> None:
         """The checkpoint is read, and W&B can be reached, before anything heavy is loaded."""
-        self.state: dict[str, Any] = {}
-        if self.rebuild:
-            return
         check_latest(self.name)
         if self.resumed is not None:
             self.state = load_checkpoint(self.resumed)
@@ -157,13 +87,6 @@ class FitCLI(LightningCLI):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not self.config.run_dir and inherited() is None:
             raise Refusal("launched on several processes: give --run_dir, so that all of them write to the same folder")
 
-    def instantiate_classes(self) -> None:
-        """Make method, data and trainer; what a constructor refuses, it says in its own words."""
-        try:
-            super().instantiate_classes()
-        except ValueError as error:
-            raise ValueError(plain(str(error))) from error
-
     @staticmethod
     def _first() -> bool:
         """Whether this is the one process that takes a folder."""
@@ -174,34 +97,24 @@ class FitCLI(LightningCLI):
         given = self.config.run_dir
         return self._source is not None and (given is None or Path(given).resolve() == self._source.resolve())
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Check what the parts ask of each other, take the run folder, and make the trainer that writes to it."""
-        check_method(self.model)
-        self.model.check_prior(self.datamodule.prior)
-        if self.rebuild:
-            return super().instantiate_trainer(logger=False, **kwargs)
-        check_steps(self.model, self.config_init)
-        check_room(self.model, self.datamodule)
-        check_trainer(self.config.trainer)
+    def check_parts(self) -> None:
+        """Also whether a checkpoint fits. Raises Refusal or ValueError."""
+        super().check_parts()
         if self.resumed is not None:
             check_fits(self.resumed, self.state, self.model)
             check_whole(self.resumed, self.state, self.model)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Check what the parts ask of each other, take the run folder, and make the trainer that writes to it."""
+        self.check_parts()
         self._take_folder()
         try:
-            trainer = super().instantiate_trainer(default_root_dir=str(self.folder), logger=self._loggers(), **kwargs)
-            check_precision(trainer.precision)
-            check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, (AnnealPrior, Stages)):
-                    callback.setup(trainer, self.model, "fit")  # now, and not after the data have been encoded
-        except (MisconfigurationException, ImportError, RuntimeError, TypeError) as error:
-            self.close()
-            raise Refusal(f"trainer: {error}") from error
+            with of_the_trainer():
+                loggers = self._loggers()
+            return self.checked_trainer([Start(self), *self.callbacks()], default_root_dir=str(self.folder), logger=loggers, **kwargs)
         except BaseException:
             self.close()
             raise
-        trainer.callbacks.insert(0, Start(self))  # type: ignore[attr-defined]
-        return trainer
 
     def _take_folder(self) -> None:
         if not self._first():
@@ -294,15 +207,6 @@ def inherited() -> Path | None:
     """The run folder that the process which has launched this one took for both; a stranger's setting of that name is nobody's folder."""
     folder = os.environ.get(RUN_DIR, "").partition(":")[2]
     return Path(folder) if folder and launched_by() == os.getppid() else None
-
-
-def at_home(config: Any) -> Any:
-    """A config whose paths begin in no `~` any more: different libraries would expand it here and not there. Prompts are left alone."""
-
-    def expand(name: str, text: str) -> str:
-        return os.path.expanduser(text) if name != "prompts" and re.match(r"~[\w-]*(/|$)", text) else text
-
-    return each_text(config, expand)
 
 
 def config_name(files: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from ddil_lightning.commands.fit_cli import FitCLI, launched_by
 from ddil_lightning.commands.watch import Watch, is_lost
 from ddil_lightning.errors import EXPECTED, Refusal, one_line
 from ddil_lightning.messages import quiet
+from ddil_lightning.runs.checkpoint import reinstate
 from ddil_lightning.runs.finish import finish, trying
 from ddil_lightning.runs.folder import is_complete
 from ddil_lightning.signals import Stopped
@@ -129,8 +130,7 @@ def reload(cli: FitCLI, checkpoints: Checkpoints) -> None:
     """A run whose updates were all done when it was stopped: only its results are missing. Raises Refusal where they are not."""
     if is_complete(cli.folder, cli.clock):
         raise Refusal(f"the run {cli.folder} is complete, with all its {cli.clock} updates: raise --updates to go on, or try ddil-test")
-    cli.model.load_state_dict(cli.state["state_dict"])
-    cli.model.on_load_checkpoint(cli.state)
+    reinstate(cli.model, cli.state)
     checkpoints.load_state_dict(cli.state["callbacks"].get(checkpoints.state_key, {}))
     checkpoints.last = cli.resumed
     if cli.trainer.is_global_zero:

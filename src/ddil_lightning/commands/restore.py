@@ -11,7 +11,7 @@ from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.commands.configs import read_config
 from ddil_lightning.errors import Refusal
 from ddil_lightning.messages import explain, plain, quiet
-from ddil_lightning.runs.checkpoint import check_clocks, check_fits, config_of, find_checkpoint, load_checkpoint
+from ddil_lightning.runs.checkpoint import check_clocks, check_fits, config_of, find_checkpoint, load_checkpoint, reinstate
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.options import Memory
 
@@ -46,6 +46,5 @@ def restore(ckpt_path: str | Path) -> Any:
     method = rebuild(config)
     check_fits(path, state, method)
     check_clocks(path, state, method)
-    method.on_load_checkpoint(state)
-    method.adopt(state["state_dict"])
+    reinstate(method, state)
     return method.eval()

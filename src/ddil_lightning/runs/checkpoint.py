@@ -50,6 +50,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
+def reinstate(method: Any, state: Mapping[str, Any]) -> None:
+    """Give a fresh `method` the clocks and the networks of a checkpoint; one of a `bare` pipeline takes the deployed network alone.
+
+    First the clocks, as Lightning has it: they say of which stage the networks are. Optimisers, data and callbacks are the trainer's.
+    """
+    method.on_load_checkpoint(state)
+    method.adopt(state["state_dict"])
+
+
 def check_whole(path: Path, state: Mapping[str, Any], method: Any) -> None:
     """Raises ValueError, naming it, for a part of a checkpoint without which a run would go on otherwise than it stopped."""
     check_clocks(path, state, method)
