@@ -13,36 +13,33 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import common
 import torch
-from builtin_table import STUDENT_STEPS, TEACHER_STEPS, report
+from builtin_runs import VARIANTS, Run, Teacher, fingerprint
+from builtin_table import STUDENT_STEPS, TEACHER_STEPS, Baseline, Record, report
+from tables import Report
 from torch import Tensor
 
+from ddil_lightning import Pipeline, Shapes, assemble
+from ddil_lightning.data.captions import builtin
+from ddil_lightning.data.encoded import Encoded, encode
 from ddil_lightning.evaluation.batches import as_saved
-from ddil_lightning.evaluation.registry import keys
+from ddil_lightning.evaluation.rows import method_rows, policy_row
 from ddil_lightning.evaluation.suite import Suite, paired_distance
 from ddil_lightning.evaluation.table import write_rows
 from ddil_lightning.files import replacing
+from ddil_lightning.runs.checkpoint import load_checkpoint, reinstate
+from ddil_lightning.runs.folder import stage_pipelines
 
-OFF, STATIC = "model.init_args.reflect=off", "model.init_args.reflect=static"
-VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "base": ("{}.yaml", (OFF,)),
-    "reflected": ("{}.yaml", (STATIC,)),
-    "ddil": ("{}_ddil.yaml", (OFF,)),
-    "both": ("{}_ddil.yaml", (STATIC,)),
-    "both_critic": ("{}_ddil.yaml", (STATIC, "model.init_args.reflects.critic=true")),  # of DMD2 alone
-    "same_times": ("{}_ddil.yaml", (OFF, "data.rollouts.control=true")),
-    "same_times_reflected": ("{}_ddil.yaml", (STATIC, "data.rollouts.control=true")),
-}
+R = TypeVar("R", Baseline, Record)
 CHECKPOINT = "student.ckpt"
 DEFAULT = ["base", "reflected", "ddil", "both", "same_times_reflected"]
 
@@ -77,152 +74,112 @@ def suite(dataset: str, n: int) -> Suite:
 
 
 @functools.lru_cache(maxsize=1)
-def encoded(pipeline: str, n: int | None) -> Any:
+def encoded(pipeline: str, n: int | None) -> Encoded:
     """The training data after the frozen encoders, once per process; `n`: only so many captions."""
-    from ddil_lightning.backbones.pipeline import Pipeline
-    from ddil_lightning.data.captions import Shapes, builtin
-    from ddil_lightning.data.encoded import encode
-
     backbone = Pipeline(pipeline)
     dataset = backbone.about.get("dataset", "shapes")
     return encode(Shapes(n) if n and dataset == "shapes" else builtin(dataset), backbone)
 
 
-def teacher(task: dict[str, Any]) -> dict[str, Any]:
+def baseline(teacher: Teacher) -> Baseline:
     """The teacher's rows; its images in 32 steps are kept as the reference of every paired distance."""
-    from ddil_lightning.evaluation.rows import policy_row
-
-    trainer, method, _ = built(task)
+    trainer, method, _ = assemble("lcm.yaml", f"model.init_args.pipeline={teacher.pipeline}", "--seed", "0")
     method = method.to(trainer.strategy.root_device).eval()
-    held_out, rows, reference = suite(method.backbone.about["dataset"], task["n"]), [], None
+    held_out, rows, reference = suite(method.backbone.about["dataset"], teacher.n), [], None
     for steps in TEACHER_STEPS:
         paired = Paired(held_out, reference)
         rows.append(policy_row(paired, method.backbone, f"teacher@{steps}", *method.baseline.sampler(steps), method.eval_guidance))  # type: ignore[arg-type]
         reference = paired.images if reference is None else reference
-    torch.save(reference, task["reference"])
-    return {"variant": "teacher", "seed": None, "rows": rows}
+    torch.save(reference, teacher.reference)
+    return {"rows": rows}
 
 
-def student(task: dict[str, Any]) -> dict[str, Any]:
+def student(run: Run) -> Record:
     """One run, scored. Its networks are kept, so that other prompts, or more of them, need no second training."""
-    from ddil_lightning.evaluation.rows import method_rows
-    from ddil_lightning.runs.checkpoint import load_checkpoint
-    from ddil_lightning.runs.folder import stage_pipelines
-
-    folder = Path(task["students"])
-    if not (folder / CHECKPOINT).is_file():
-        train(task, folder)
-    trainer, method, _ = built(task)
-    state = load_checkpoint(folder / CHECKPOINT)
-    method.load_state_dict(state["state_dict"])
-    method.on_load_checkpoint(state)
-    counts = {"updates": method.student_updates, "network_evaluations": method.evaluations}
+    if not (run.students / CHECKPOINT).is_file():
+        train(run)
+    trainer, method, _ = assemble(run.config, *run.told)
+    state = load_checkpoint(run.students / CHECKPOINT)
+    reinstate(method, state)
+    counts = method.evaluations
     method = method.to(trainer.strategy.root_device).eval()
-    paired = Paired(suite(method.backbone.about["dataset"], task["n"]), torch.load(task["reference"], weights_only=True))
-    steps, dpm = STUDENT_STEPS[task["method"]], task["method"] == "pd"
-    rows = method_rows(paired, method, (), steps, stages=stage_pipelines(folder), dpm=dpm)  # type: ignore[arg-type]
-    return {"variant": task["variant"], "seed": task["seed"], "seconds": state["seconds"], **counts, "rows": rows}
+    paired = Paired(suite(method.backbone.about["dataset"], run.teacher.n), torch.load(run.teacher.reference, weights_only=True))
+    steps, dpm = STUDENT_STEPS[run.method], run.method == "pd"
+    return {
+        "variant": run.variant,
+        "seed": run.seed,
+        "seconds": state["seconds"],
+        "updates": method.student_updates,
+        "network_evaluations": counts,
+        "rows": method_rows(paired, method, (), steps, stages=stage_pipelines(run.students), dpm=dpm),  # type: ignore[arg-type]
+    }
 
 
-def train(task: dict[str, Any], folder: Path) -> None:
-    """Train one run into `folder`: its last networks, and the students of each stage. What an interrupted run has left there goes."""
-    shutil.rmtree(folder, ignore_errors=True)
-    trainer, method, data = built(task, f"trainer.default_root_dir={folder}")
-    data.captions = encoded(task["pipeline"], task["captions"])
+def train(run: Run) -> None:
+    """Train a run: its last networks, and the students of each stage. What an interrupted one has left there goes."""
+    shutil.rmtree(run.students, ignore_errors=True)
+    trainer, method, data = assemble(run.config, *run.told, f"trainer.default_root_dir={run.students}")
+    data.captions = encoded(run.teacher.pipeline, run.captions)
     start = time.perf_counter()
     trainer.fit(method, datamodule=data)
     state: dict[str, Any] = {"state_dict": method.state_dict(), "seconds": time.perf_counter() - start}
     method.on_save_checkpoint(state)
-    with replacing(folder / CHECKPOINT) as part:
+    with replacing(run.students / CHECKPOINT) as part:
         torch.save(state, part)
 
 
-def built(task: dict[str, Any], *more: str) -> tuple[Any, Any, Any]:
-    """Trainer, method and data of a task."""
-    return common.build(task["config"], pipeline=task["pipeline"], seed=task["seed"] or 0, overrides=[*task["overrides"], *more])
-
-
-def work(task: dict[str, Any]) -> dict[str, Any]:
-    """A task's record, from the cache if it is there."""
-    file = Path(task["file"])
+def kept(file: Path, make: Callable[[], R], threads: int) -> R:
+    """A record, from its file if it is there."""
     if file.is_file():
         return json.loads(file.read_text())
-    torch.set_num_threads(task["threads"])
+    torch.set_num_threads(threads)
     common.quiet()
-    record = (student if task["variant"] else teacher)(task)
+    record = make()
     write_rows(file, record)  # type: ignore[arg-type]
     return record
+
+
+def work(run: Run, threads: int) -> Record:
+    """A run's record, by so many threads."""
+    return kept(run.file, lambda: student(run), threads)
 
 
 # The benchmark -------------------------------------------------------------------------------------------------------------------------
 
 
-def fingerprint(pipeline: str) -> str:
-    """A hash of all weights of a pipeline."""
-    from ddil_lightning.backbones.pipeline import Pipeline
-
-    found = hashlib.sha256()
-    for name, part in sorted(Pipeline(pipeline).pipe.components.items()):
-        for key, value in (part.state_dict() if isinstance(part, torch.nn.Module) else {}).items():
-            found.update(f"{name}.{key}".encode() + value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
-
-
-def digest(depends: Sequence[Any]) -> str:
-    """A short name of all that something depends on."""
-    return hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]
-
-
-def tasks(args: argparse.Namespace, pipeline: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The teacher's task and one per variant and seed. A task's file is named by all that its result depends on."""
-    from ddil_lightning.commands.configs import find_config
-
-    weights, folder = fingerprint(pipeline), Path(args.cache)
+def runs(args: argparse.Namespace, teacher: Teacher) -> list[Run]:
+    """One per variant and seed."""
     updates = [f"model.init_args.updates={args.updates}"] if args.updates else []
 
-    def task(variant: str, seed: int | None, config: str, own: Sequence[str]) -> dict[str, Any]:
-        overrides = [*own, *updates, *args.set] if variant else []
-        said: list[Any] = [variant, seed, find_config(config).read_text(), overrides, args.captions]
-        key, trained = digest([weights, args.n, keys(), *(said if variant else [])]), digest([weights, *said])
-        what = {"variant": variant, "seed": seed, "config": config, "overrides": overrides, "pipeline": pipeline, "n": args.n}
-        name = f"{args.method}-{variant}-{seed}" if variant else "teacher"
-        return {
-            **what,
-            "method": args.method,
-            "captions": args.captions,
-            "threads": args.threads,
-            "file": str(folder / f"{name}-{key}.json"),
-            "students": str(folder / "students" / f"{name}-{trained}"),
-        }
+    def made(variant: str, seed: int) -> Run:
+        config, own = VARIANTS[variant]
+        return Run(teacher, args.method, variant, seed, config.format(args.method), (*own, *updates, *args.set), args.captions)
 
-    first = task("", None, "lcm.yaml", [])  # the teacher's rows are the same for every method and whatever is set
-    reference = first["file"].replace(".json", ".pt")
-    seeds = range(args.seed, args.seed + args.seeds)
-    runs = [task(name, seed, VARIANTS[name][0].format(args.method), VARIANTS[name][1]) for seed in seeds for name in args.variants]
-    return {**first, "reference": reference}, [{**run, "reference": reference} for run in runs]
+    return [made(variant, seed) for seed in range(args.seed, args.seed + args.seeds) for variant in args.variants]
 
 
-def measure(args: argparse.Namespace) -> common.Report:
+def measure(args: argparse.Namespace) -> Report:
     """The report."""
     if args.quick:
         args.updates, args.n, args.seeds, args.captions = args.updates or 2, min(args.n, 16), 1, 64
-    Path(args.cache).mkdir(parents=True, exist_ok=True)
+    args.cache.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # read by the workers when they import torch
     pipeline = common.pipeline_at(args.pipeline)
-    first, runs = tasks(args, pipeline)
-    if not Path(first["reference"]).is_file():
-        Path(first["file"]).unlink(missing_ok=True)
+    teacher = Teacher(pipeline, fingerprint(pipeline), args.n, args.cache)
+    if not teacher.reference.is_file():
+        teacher.file.unlink(missing_ok=True)
     start = time.time()
-    baseline = work({**first, "threads": args.threads * args.jobs})
-    records = []
-    for record in common.parallel(work, runs, args.jobs):
+    first = kept(teacher.file, lambda: baseline(teacher), args.threads * args.jobs)
+    records: list[Record] = []
+    todo = runs(args, teacher)
+    for record in common.parallel(functools.partial(work, threads=args.threads), todo, args.jobs):
         records.append(record)
-        at = f"{len(records)}/{len(runs)}, {time.time() - start:.0f} s"
+        at = f"{len(records)}/{len(todo)}, {time.time() - start:.0f} s"
         print(f"[{at}] {record['variant']} seed {record['seed']}: trained in {record['seconds']:.0f} s", flush=True)
-    return report(args.method, baseline, records, args.variants, {"prompts": args.n, "seeds": args.seeds})
+    return report(args.method, first, records, args.variants, {"prompts": args.n, "seeds": args.seeds})
 
 
-def main(argv: list[str] | None = None) -> common.Report:
+def main(argv: list[str] | None = None) -> Report:
     """The command."""
     parser = common.parser(__doc__)
     parser.add_argument("--method", choices=list(STUDENT_STEPS), default="lcm")
@@ -233,7 +190,7 @@ def main(argv: list[str] | None = None) -> common.Report:
     parser.add_argument("--jobs", type=int, default=2, help="processes; each takes one run at a time")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of each")
     parser.add_argument("--captions", type=int, help="train on so many captions only (default: the whole built-in set)")
-    parser.add_argument("--cache", default="runs/benchmarks/builtin", help="where finished runs are kept")
+    parser.add_argument("--cache", type=Path, default=Path("runs/benchmarks/builtin"), help="where finished runs are kept")
     return common.main(measure, parser.parse_args(argv))
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
-import common
+from tables import Report, Target, mean_se, target
 
 from ddil_lightning.evaluation.columns import Column
 from ddil_lightning.evaluation.registry import columns
@@ -29,9 +29,24 @@ MEASURES = tuple(c.key for c in (*columns(), *OWN))
 COLUMNS = (("variant", ""), ("name", ""), *((c.key, c.heading) for c in (*columns(), *OWN)))
 
 
-def report(
-    method: str, baseline: dict[str, Any], records: list[dict[str, Any]], variants: Sequence[str], size: dict[str, int]
-) -> common.Report:
+class Baseline(TypedDict):
+    """The teacher, as it is kept: a row of the suite for each step count."""
+
+    rows: list[dict[str, Any]]
+
+
+class Record(TypedDict):
+    """One run, as it is kept; `seconds`: of its training, `network_evaluations`: of one sample each, by role."""
+
+    variant: str
+    seed: int
+    seconds: float
+    updates: int
+    network_evaluations: dict[str, int]
+    rows: list[dict[str, Any]]
+
+
+def report(method: str, baseline: Baseline, records: list[Record], variants: Sequence[str], size: dict[str, int]) -> Report:
     """Rows of the teacher, means over seeds (shown), every run (in the JSON), and the paired differences."""
     order = {name: i for i, name in enumerate(variants)}
     records = sorted(records, key=lambda r: (order[r["variant"]], r["seed"]))
@@ -41,7 +56,7 @@ def report(
     top = [{"variant": "teacher", "seed": None, **row} for row in baseline["rows"]]
     differences = [difference(a, b, f"student@{k}", each) for a, b in AGAINST if a in order and b in order for k in STUDENT_STEPS[method]]
     shown = [("variant", ""), ("against", "minus"), *COLUMNS[1:]]
-    spent = {name: common.mean_se([sum(r["network_evaluations"].values()) for r in records if r["variant"] == name])[0] for name in order}
+    spent = {name: mean_se([sum(r["network_evaluations"].values()) for r in records if r["variant"] == name])[0] for name in order}
     return {
         "benchmark": f"builtin: {method}",
         "columns": COLUMNS,
@@ -69,7 +84,7 @@ def with_gaps(row: dict[str, Any], teachers: dict[int, dict[str, Any]]) -> dict[
 def mean_row(variant: str, name: str, each: list[dict[str, Any]]) -> dict[str, Any]:
     """The mean over seeds with its standard error."""
     rows = [row for row in each if row["variant"] == variant and row["name"] == name]
-    found = {k: common.mean_se([row["metrics"].get(k) for row in rows]) for k in MEASURES}
+    found = {k: mean_se([row["metrics"].get(k) for row in rows]) for k in MEASURES}
     return {
         **{k: v for k, v in rows[0].items() if k != "metrics"},
         "seed": "mean",
@@ -87,7 +102,7 @@ def difference(a: str, b: str, name: str, each: list[dict[str, Any]]) -> dict[st
         pairs = [(values[a, s].get(key), values[b, s].get(key)) for s in seeds]
         return [None if x is None or y is None else x - y for x, y in pairs]
 
-    found = {k: common.mean_se(minus(k)) for k in MEASURES}
+    found = {k: mean_se(minus(k)) for k in MEASURES}
     return {
         **{"variant": a, "against": b, "name": name, "seeds": len(seeds)},
         "metrics": {k: mean for k, (mean, _) in found.items()},
@@ -95,7 +110,7 @@ def difference(a: str, b: str, name: str, each: list[dict[str, Any]]) -> dict[st
     }
 
 
-def targets(method: str, teachers: dict[int, dict[str, Any]], shipped: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def targets(method: str, teachers: dict[int, dict[str, Any]], shipped: dict[str, dict[str, Any]]) -> list[Target]:
     """What the shipped config of `method` must reach."""
     if not shipped:
         return []
@@ -103,34 +118,32 @@ def targets(method: str, teachers: dict[int, dict[str, Any]], shipped: dict[str,
     return by_method[method]({steps: row["metrics"] for steps, row in teachers.items()}, shipped)
 
 
-def _lcm_targets(teacher: dict[int, dict[str, Any]], student: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def _lcm_targets(teacher: dict[int, dict[str, Any]], student: dict[str, dict[str, Any]]) -> list[Target]:
     made = [
-        common.target(
-            "Fréchet distance, 4 steps against the teacher's 32", student["student@4"]["frechet"], teacher[32]["frechet"], at_most=True
-        )
+        target("Fréchet distance, 4 steps against the teacher's 32", student["student@4"]["frechet"], teacher[32]["frechet"], at_most=True)
     ]
     return [*made, *_accuracy(teacher, student), *_gaps(student, 2, 0.85), *_gaps(student, 1, 0.70)]
 
 
-def _pd_targets(teacher: dict[int, dict[str, Any]], student: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def _pd_targets(teacher: dict[int, dict[str, Any]], student: dict[str, dict[str, Any]]) -> list[Target]:
     two = student["student@2"]["frechet"]
-    made = [common.target("Fréchet distance, 2 steps against the teacher's 4", two, teacher[4]["frechet"], at_most=True)]
+    made = [target("Fréchet distance, 2 steps against the teacher's 4", two, teacher[4]["frechet"], at_most=True)]
     return [*_accuracy(teacher, student), *made, *_gaps(student, 2, 0.85)]
 
 
-def _dmd2_targets(teacher: dict[int, dict[str, Any]], student: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def _dmd2_targets(teacher: dict[int, dict[str, Any]], student: dict[str, dict[str, Any]]) -> list[Target]:
     made = []
     for k in STUDENT_STEPS["dmd2"]:
         mine, same = student[f"student@{k}"], teacher[k]
-        made.append(common.target(f"Fréchet distance, {k} steps against the teacher's {k}", mine["frechet"], same["frechet"], at_most=True))
-        made.append(common.target(f"coverage, {k} steps against the teacher's {k} less 0.05", mine["coverage"], same["coverage"] - 0.05))
+        made.append(target(f"Fréchet distance, {k} steps against the teacher's {k}", mine["frechet"], same["frechet"], at_most=True))
+        made.append(target(f"coverage, {k} steps against the teacher's {k} less 0.05", mine["coverage"], same["coverage"] - 0.05))
     return made
 
 
-def _accuracy(teacher: dict[int, dict[str, Any]], student: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def _accuracy(teacher: dict[int, dict[str, Any]], student: dict[str, dict[str, Any]]) -> list[Target]:
     mine, full = student["student@4"]["attribute_accuracy"], teacher[32]["attribute_accuracy"]
-    return [] if full is None else [common.target("attributes right, 4 steps against the teacher's 32 less 0.03", mine, full - 0.03)]
+    return [] if full is None else [target("attributes right, 4 steps against the teacher's 32 less 0.03", mine, full - 0.03)]
 
 
-def _gaps(student: dict[str, dict[str, Any]], steps: int, limit: float) -> list[dict[str, Any]]:
-    return [common.target(f"gap closed in {k}, {steps} step(s)", student[f"student@{steps}"][f"gap_{k}"], limit) for k in GAPS]
+def _gaps(student: dict[str, dict[str, Any]], steps: int, limit: float) -> list[Target]:
+    return [target(f"gap closed in {k}, {steps} step(s)", student[f"student@{steps}"][f"gap_{k}"], limit) for k in GAPS]

@@ -18,11 +18,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import common
+import tables
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ddil_lightning import DMD2, assemble
 from ddil_lightning.data.encoded import encode
 from ddil_lightning.records import LatentBatch
 from ddil_lightning.training.adversary import untouched
@@ -44,7 +46,7 @@ CONFIGS = ("dmd2.yaml", "dmd2_ddil.yaml")
 class Counter:
     """Counts the samples that pass through the U-Nets of a method: forwards by role, encoder passes, and what their backwards cost."""
 
-    def __init__(self, method: Any) -> None:
+    def __init__(self, method: DMD2) -> None:
         self.method = method
         self.calls: list[tuple[str, int, int, bool]] = []  # role, samples, forwards that the backward costs, whether the decoder ran
 
@@ -53,7 +55,7 @@ class Counter:
         """Count inside."""
         handles = []
         for role, denoiser in self.method.roles.items():
-            unet = denoiser.network.unet
+            unet: Any = denoiser.network.unet  # of a U-Net family: what is counted are the passes of its two halves
             handles.append(unet.register_forward_pre_hook(self._begin(role, unet), with_kwargs=True))
             handles.append(unet.up_blocks[-1].register_forward_pre_hook(self._decode))
         try:
@@ -87,11 +89,12 @@ class Counter:
         return made | {"units": sum(c * (1 + back) for c, back in cost)}
 
 
-def published(method: Any, b: LatentBatch, updates: int) -> None:
+def published(method: DMD2, b: LatentBatch, updates: int) -> None:
     """The calls of the published sequence. j runs through 0 to 3 in turn, so that four updates have its mean exactly."""
-    student, critic, teacher = method.student, method.critic, method.teacher
-    for i in range(updates * method.adversary.every):
-        turn = (i + 1) % method.adversary.every == 0
+    student, critic, teacher, every = method.student, method.critic, method.teacher, method.adversary.every
+    assert b.real is not None
+    for i in range(updates * every):
+        turn = (i + 1) % every == 0
         x, t = b.x_t, b.t
         with torch.no_grad():
             for _ in range(i % len(method.grid)):
@@ -107,7 +110,7 @@ def published(method: Any, b: LatentBatch, updates: int) -> None:
         critic(x, t, b.c), critic.features(x, t, b.c), critic.features(b.real, t, b.c)
 
 
-def encoder_share(method: Any, b: LatentBatch) -> float:
+def encoder_share(method: DMD2, b: LatentBatch) -> float:
     """The encoder's share of the floating-point operations of a critic forward."""
     counted = []
     for call in (method.critic.features, method.critic):
@@ -117,31 +120,30 @@ def encoder_share(method: Any, b: LatentBatch) -> float:
     return counted[0] / counted[1]
 
 
-def ours(config: str, args: argparse.Namespace, pipeline: str, updates: int) -> tuple[Counter, Any, Any]:
-    """A run of `config`, counted."""
-    guided = "model.init_args.scores.guidance=null"  # as the published sequence, where the shipped configs need half the teacher's calls
-    overrides = [f"model.init_args.updates={updates}", guided, *args.set]
-    trainer, method, data = common.build(config, pipeline=pipeline, seed=args.seed, overrides=overrides)
+def ours(config: str, args: argparse.Namespace, pipeline: str, updates: int) -> tuple[Counter, DMD2, LatentBatch]:
+    """A run of `config`, counted, with its method and its last batch."""
+    guided = "model.init_args.scores={guidance: null}"  # as the published sequence, where the shipped configs need half the teacher's calls
+    words = (f"model.init_args.pipeline={pipeline}", "--seed", str(args.seed), f"model.init_args.updates={updates}", guided, *args.set)
+    kept = Keep()
+    trainer, method, data = assemble(config, *words, callbacks=[kept])
+    assert isinstance(method, DMD2)
     data.captions = encode(common.few_captions(method, 64 if args.quick else 512), method.backbone)
-    batches: list[LatentBatch] = []
-    trainer.callbacks.append(Keep(batches))
     with Counter(method).running() as counter:
         trainer.fit(method, datamodule=data)
-    return counter, method, batches[-1]
+    return counter, method, kept.batch
 
 
 class Keep(Callback):
     """The last batch."""
 
-    def __init__(self, batches: list[LatentBatch]) -> None:
-        self.batches = batches
+    batch: LatentBatch
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keep it."""
-        self.batches[:] = [batch]
+        self.batch = batch
 
 
-def measure(args: argparse.Namespace) -> common.Report:
+def measure(args: argparse.Namespace) -> tables.Report:
     """The report."""
     updates = 4 if args.quick else args.updates
     pipeline = common.pipeline_at(args.pipeline)
@@ -162,14 +164,14 @@ def measure(args: argparse.Namespace) -> common.Report:
         "columns": COLUMNS,
         "rows": rows,
         "targets": [
-            common.target(f"forwards per student update of {name}, over the published sequence's", row["ratio"], 0.75, at_most=True)
+            tables.target(f"forwards per student update of {name}, over the published sequence's", row["ratio"], 0.75, at_most=True)
             for name, row in zip(names, rows[1:], strict=True)
         ],
         "notes": [f"{method.adversary.every} critic updates per student update, batch {size}; an encoder pass is {share:.2f} of a forward"],
     }
 
 
-def main(argv: list[str] | None = None) -> common.Report:
+def main(argv: list[str] | None = None) -> tables.Report:
     """The command."""
     parser = common.parser(__doc__)
     parser.add_argument("--updates", type=int, default=40, help="student updates that are counted")

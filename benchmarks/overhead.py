@@ -20,8 +20,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import common
+import tables
 from lightning.pytorch import Callback
 
+from ddil_lightning import DDILDataModule, Distillation, assemble
 from ddil_lightning.data.encoded import encode
 from ddil_lightning.imitation.buffer import ReplayBuffer
 from ddil_lightning.imitation.prior import SamplingPrior
@@ -50,7 +52,7 @@ class Setting:
     evaluations: list[float] = field(default_factory=list)  # weighted, of one sample each, per block
 
 
-def settings(data: Any) -> list[Setting]:
+def settings(data: DDILDataModule) -> list[Setting]:
     """Plain, the config's own, and what one would change first: shares, teacher, reuse, no buffer."""
     own = data.prior if data.prior.rollouts else SamplingPrior(0.75, 0.25, 0.0)
     every, q = data.collect_every, own.rollouts
@@ -73,10 +75,11 @@ class Blocks(Callback):
     def __init__(self, settings: list[Setting], now: Callable[[], float], block: int, rounds: int) -> None:
         self.settings, self.now, self.block = settings, now, block
         self.updates = block * len(settings) * (rounds + 1)
+        self._before, self._since = 0.0, 0.0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """The first block."""
-        self._begin(trainer, pl_module, self.settings[0])
+        self._begin(trainer.datamodule, pl_module, self.settings[0])
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Close a block that is full and begin the next."""
@@ -88,17 +91,17 @@ class Blocks(Callback):
         setting = self.settings[index % len(self.settings)]
         if index >= len(self.settings):
             setting.seconds.append(done / self.block)
-            setting.evaluations.append(self._weighted(pl_module) - self._before)
-        self._begin(trainer, pl_module, self.settings[(index + 1) % len(self.settings)])
+            setting.evaluations.append(weighted(pl_module, trainer.datamodule) - self._before)
+        self._begin(trainer.datamodule, pl_module, self.settings[(index + 1) % len(self.settings)])
 
-    def _begin(self, trainer: Any, method: Any, setting: Setting) -> None:
-        data = trainer.datamodule
+    def _begin(self, data: DDILDataModule, method: Distillation, setting: Setting) -> None:
         data.prior, data.collect_every, data.buffer = setting.prior, setting.every or 1, setting.buffer
-        self._before, self._since = self._weighted(method), self.now()
+        self._before, self._since = weighted(method, data), self.now()
 
-    def _weighted(self, method: Any) -> float:
-        """Forwards of one sample so far; the student's backward in every update counts as two more."""
-        return sum(method.evaluations.values()) + 2 * method.student_updates * method.trainer.datamodule.batch_size
+
+def weighted(method: Distillation, data: DDILDataModule) -> float:
+    """Forwards of one sample so far; the student's backward in every update counts as two more."""
+    return sum(method.evaluations.values()) + 2 * method.student_updates * data.batch_size
 
 
 def predicted(s: Setting, batch: int, trajectories: int, nodes: float) -> tuple[float, float]:
@@ -112,24 +115,25 @@ def predicted(s: Setting, batch: int, trajectories: int, nodes: float) -> tuple[
     return uses, q * (nodes - 1) / nodes * per_transition / (uses * PLAIN_COST)
 
 
-def measure(args: argparse.Namespace) -> common.Report:
+def measure(args: argparse.Namespace) -> tables.Report:
     """The report."""
     now = common.clock(args)
-    trainer, method, data = common.build(args.config, pipeline=common.pipeline_at(args.pipeline), seed=args.seed, overrides=args.set)
-    cases = settings(data)
+    words = (f"model.init_args.pipeline={common.pipeline_at(args.pipeline)}", "--seed", str(args.seed), *args.set)
+    given = assemble(args.config, *words).data
+    cases = settings(given)
     # A block holds a whole number of collections of every setting, or the cheap half of a cycle would be compared with the dear one.
-    blocks = Blocks(cases, now, block=2 * data.collect_every, rounds=1 if args.quick else args.rounds)
-    method.updates = blocks.updates
-    trainer.callbacks.append(blocks)
+    blocks = Blocks(cases, now, block=2 * given.collect_every, rounds=1 if args.quick else args.rounds)
+    trainer, method, data = assemble(args.config, *words, f"model.init_args.updates={blocks.updates}", callbacks=[blocks])
     data.captions = encode(common.few_captions(method, 64 if args.quick else 512), method.backbone)
     trainer.fit(method, datamodule=data)
     walks = method.grid.rollouts
     return report(cases, data, sum(map(len, walks)) / len(walks), blocks.block)
 
 
-def report(cases: list[Setting], data: Any, nodes: float, block: int) -> common.Report:
+def report(cases: list[Setting], data: DDILDataModule, nodes: float, block: int) -> tables.Report:
     """Ratios to the plain block of the same round, median over the rounds; counts are means."""
-    plain, rows = cases[0], []
+    plain = cases[0]
+    rows: list[dict[str, Any]] = []
     for s in cases:
         uses, formula = predicted(s, data.batch_size, data.trajectories, nodes)
         ratios = [a / b for a, b in zip(s.seconds, plain.seconds, strict=True)]
@@ -149,7 +153,7 @@ def report(cases: list[Setting], data: Any, nodes: float, block: int) -> common.
         "benchmark": "overhead",
         "columns": COLUMNS,
         "rows": rows,
-        "targets": [common.target("overhead of the default buffer", rows[1]["measured"], 0.15, at_most=True)],
+        "targets": [tables.target("overhead of the default buffer", rows[1]["measured"], 0.15, at_most=True)],
         "notes": [
             f"batch {data.batch_size}, {data.trajectories} trajectories a collection, {nodes:g} nodes on average, "
             f"{len(plain.seconds)} rounds of {block} updates",
@@ -158,7 +162,7 @@ def report(cases: list[Setting], data: Any, nodes: float, block: int) -> common.
     }
 
 
-def main(argv: list[str] | None = None) -> common.Report:
+def main(argv: list[str] | None = None) -> tables.Report:
     """The command."""
     parser = common.speed_parser(__doc__, "lcm_ddil.yaml")
     parser.add_argument("--rounds", type=int, default=12, help="blocks of every setting")

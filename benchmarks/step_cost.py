@@ -14,14 +14,17 @@ from collections.abc import Callable
 from typing import Any
 
 import common
+import tables
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from ddil_lightning import LCM, Denoiser, assemble
 from ddil_lightning.data.encoded import Encoded, encode
+from ddil_lightning.diffusion.denoiser import Consistency
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.imitation.rollout import guided
-from ddil_lightning.records import LatentBatch, take
+from ddil_lightning.records import Context, LatentBatch, take
 
 PARTS = ("student forward + backward, B", "teacher forward, 2 B", "target forward, B")
 COLUMNS = (
@@ -33,10 +36,11 @@ COLUMNS = (
 )
 
 
-def floor_calls(method: Any, b: LatentBatch) -> dict[str, Callable[[], None]]:
+def floor_calls(method: LCM, b: LatentBatch) -> dict[str, Callable[[], None]]:
     """The three network calls of a step and nothing else."""
+    assert method.teacher.null is not None
     null = method.teacher.null.expand(len(b.x_t)).guided(None)
-    both = type(b.c)(*(None if x is None or y is None else torch.cat([x, y]) for x, y in zip(b.c.guided(None), null, strict=True)))
+    both = type(b.c)(*(None if x is None or y is None else torch.cat([x, y]) for x, y in zip(b.c.guided(None), null, strict=True)))  # type: ignore[arg-type]
     x2, t2 = torch.cat([b.x_t, b.x_t]), torch.cat([b.t, b.t])
 
     def student() -> None:
@@ -57,7 +61,7 @@ def floor_calls(method: Any, b: LatentBatch) -> dict[str, Callable[[], None]]:
 class BareLoop:
     """The same updates as a plain script would do them: no Trainer, no DataModule, no records, no callbacks."""
 
-    def __init__(self, method: Any, data: Encoded, batch: int) -> None:
+    def __init__(self, method: LCM, data: Encoded, batch: int) -> None:
         self.method, self.data, self.batch = method, data, batch
         self.parameters = [p for p in method.student.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=method.lr, betas=method.descent.betas, fused=True)
@@ -69,7 +73,7 @@ class BareLoop:
         rows = torch.randint(len(self.data), (self.batch,))
         assert self.data.latents is not None
         x0, node = self.data.latents[rows].to(device), torch.randint(len(m.grid), (self.batch,)).to(device)
-        c = type(self.data.c)(*(None if x is None else x.to(device) for x in take(self.data.c, rows)))
+        c = type(self.data.c)(*(None if x is None else x.to(device) for x in take(self.data.c, rows)))  # type: ignore[arg-type]
         c = guided(c, m.guidance, torch.default_generator)
         t, s = self.times[node], self.times[node + 1]
         x_t = m.student.schedule.add_noise(x0, torch.randn_like(x0), t)
@@ -84,10 +88,8 @@ class BareLoop:
         m.target.follow(m.student, m.target_decay)
         m.averaging.follow(m.student, m.student_updates)
 
-    def f(self, denoiser: Any, x: Tensor, t: Tensor, c: Any, reflect: bool = False) -> Tensor:
+    def f(self, denoiser: Denoiser, x: Tensor, t: Tensor, c: Context, reflect: bool = False) -> Tensor:
         """The consistency function."""
-        from ddil_lightning.diffusion.denoiser import Consistency
-
         p = denoiser(x, t, c)
         p = denoiser.reflected(x, t, p, self.method.reflection) if reflect else p
         return Consistency(denoiser, self.method.boundary).bounded(x, t, p).x0
@@ -118,23 +120,24 @@ class Beside(Callback):
         self._since = self.now()
 
 
-def measure(args: argparse.Namespace) -> common.Report:
+def measure(args: argparse.Namespace) -> tables.Report:
     """The report."""
     now = common.clock(args)
     repeats = 3 if args.quick else args.repeats
     pipeline = common.pipeline_at(args.pipeline)
-    updates = [f"model.init_args.updates={repeats + 3}", *args.set]
-    trainer, method, data = common.build(args.config, pipeline=pipeline, seed=args.seed, overrides=updates)
-    _, other, _ = common.build(args.config, pipeline=pipeline, seed=args.seed, overrides=updates)
-    data.captions = encode(common.few_captions(method, 64 if args.quick else 512), method.backbone)
-    bare = BareLoop(other.to(trainer.strategy.root_device), data.captions, data.batch_size)
-    beside = Beside(bare, now)
-    trainer.callbacks.append(beside)
+    words = (f"model.init_args.pipeline={pipeline}", "--seed", str(args.seed), f"model.init_args.updates={repeats + 3}", *args.set)
+    trainer, other, data = assemble(args.config, *words)
+    if not isinstance(other, LCM):
+        raise ValueError(f"--config {args.config}: the bare loop is LCM's, and this trains by {type(other).__name__}")
+    captions = encode(common.few_captions(other, 64 if args.quick else 512), other.backbone)
+    beside = Beside(BareLoop(other.to(trainer.strategy.root_device), captions, data.batch_size), now)
+    trainer, method, data = assemble(args.config, *words, callbacks=[beside])
+    data.captions = captions
     trainer.fit(method, datamodule=data)
     return report(beside, data.batch_size)
 
 
-def report(beside: Beside, batch: int) -> common.Report:
+def report(beside: Beside, batch: int) -> tables.Report:
     """Medians over the rounds; ratios are medians of a round's own ratios."""
     seconds = beside.seconds
     seconds["floor"] = [sum(parts) for parts in zip(*(seconds[name] for name in PARTS), strict=True)]
@@ -162,12 +165,12 @@ def report(beside: Beside, batch: int) -> common.Report:
         "columns": COLUMNS,
         "rows": rows,
         "lightning_over_bare": shell,
-        "targets": [common.target("LCM step over the floor of its network calls", ratio("Lightning step"), 1.10, at_most=True)],
+        "targets": [tables.target("LCM step over the floor of its network calls", ratio("Lightning step"), 1.10, at_most=True)],
         "notes": [f"Lightning over the bare loop: {shell:.3f}", f"batch {batch}, medians of {len(seconds['floor'])} rounds"],
     }
 
 
-def main(argv: list[str] | None = None) -> common.Report:
+def main(argv: list[str] | None = None) -> tables.Report:
     """The command."""
     parser = common.speed_parser(__doc__, "lcm.yaml")
     parser.add_argument("--repeats", type=int, default=30, help="rounds of floor, bare loop and step")

@@ -17,66 +17,120 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import common
 import torch
-from toy2d_table import plot, report
+import yaml
+from tables import Report
+from toy2d_table import Record, plot, report
+
+from ddil_lightning import assemble
+from ddil_lightning.callbacks.stages import staged
+from ddil_lightning.commands.configs import find_config
+from ddil_lightning.evaluation.table import write_rows
+from ddil_lightning.toy import Toy
+from ddil_lightning.toy.scores import Exam
+from ddil_lightning.training.method import Distillation
 
 STEPS = 4
 OFF, STATIC, CONTROL = "model.init_args.reflect=off", "model.init_args.reflect=static", "data.rollouts.control=true"
-TEACHER, STUDENT, BACKWARD = "teacher", "student", "backward"  # who takes the roll-outs, in place of the config's shares
 PLAIN, DDIL = "toy2d/{}.yaml", "toy2d/{}_ddil.yaml"
-COMMON: dict[str, tuple[str, tuple[str, ...]]] = {
-    "base": (PLAIN, (OFF,)),
-    "reflected": (PLAIN, (STATIC,)),
-    "ddil": (DDIL, (OFF,)),
-    "both": (DDIL, (STATIC,)),
-    "longer_base": (PLAIN, (OFF,)),
-    "same_times": (DDIL, (OFF, CONTROL)),
-    "same_times+R": (DDIL, (STATIC, CONTROL)),
-    "teacher_rollouts": (DDIL, (OFF, TEACHER)),
-    "student_rollouts": (DDIL, (OFF, STUDENT)),
-    "student_only": (DDIL, (OFF, BACKWARD)),
+Actor = Literal["teacher", "student", "backward"]
+"""Who takes all roll-outs, in place of the config's shares; `backward`: the student, and there is no forward share either."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A config, `{}` being the method's name, and what is changed of it."""
+
+    config: str
+    words: tuple[str, ...]
+    actor: Actor | None = None
+
+
+VARIANTS = {
+    "base": Variant(PLAIN, (OFF,)),
+    "reflected": Variant(PLAIN, (STATIC,)),
+    "ddil": Variant(DDIL, (OFF,)),
+    "both": Variant(DDIL, (STATIC,)),
+    "longer_base": Variant(PLAIN, (OFF,)),
+    "same_times": Variant(DDIL, (OFF, CONTROL)),
+    "same_times+R": Variant(DDIL, (STATIC, CONTROL)),
+    "teacher_rollouts": Variant(DDIL, (OFF,), "teacher"),
+    "student_rollouts": Variant(DDIL, (OFF,), "student"),
+    "student_only": Variant(DDIL, (OFF,), "backward"),
 }
 METHODS = {
-    "pd": tuple(COMMON),
-    "lcm": tuple(name for name in COMMON if name not in ("student_rollouts", "student_only")),  # its roll-outs are the student's anyway
-    "dmd2": tuple(name for name in COMMON if name != "student_only"),  # which is its base
+    "pd": tuple(VARIANTS),
+    "lcm": tuple(name for name in VARIANTS if name not in ("student_rollouts", "student_only")),  # its roll-outs are the student's anyway
+    "dmd2": tuple(name for name in VARIANTS if name != "student_only"),  # which is its base
 }
+
+
+@dataclass(frozen=True)
+class Task:
+    """Some variants of a method for one group of seeds, which are members of one process.
+
+    `words`: what all variants are told, as on ddil-fit's command line. `n`: samples per seed. `prior`: shares of the sources for the
+    variants with DDIL, by default their config's.
+    """
+
+    method: str
+    variants: tuple[str, ...]
+    seeds: tuple[int, ...]
+    words: tuple[str, ...]
+    n: int
+    prior: tuple[float, float, float] | None
+
+    @property
+    def file(self) -> str:
+        """A name that says all that the records depend on, the configs included, but for the code."""
+        configs = [find_config(template.format(self.method)).read_text() for template in (PLAIN, DDIL)]
+        depends = [self.method, self.variants, self.seeds, self.words, self.n, self.prior, configs]
+        return f"{self.method}-{self.seeds[0]}-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]}.json"
+
+    @property
+    def group(self) -> tuple[str, ...]:
+        """The words that every variant begins with."""
+        return f"model.init_args.pipeline.init_args.members={len(self.seeds)}", *self.words
+
+    def said(self, variant: str) -> tuple[str, tuple[str, ...]]:
+        """The config of a variant and the words that it is told."""
+        its = VARIANTS[variant]
+        shares: tuple[str, ...] = ()
+        if its.config == DDIL and (its.actor or self.prior):
+            shares = prior_words(its.config.format(self.method), its.actor, self.prior)
+        return its.config.format(self.method), ("--seed", str(self.seeds[0]), *self.group, *shares, *its.words)
 
 
 @functools.lru_cache(maxsize=4)
-def exam(config: str, words: tuple[str, ...], n: int, seed: int) -> Any:
+def exam(config: str, words: tuple[str, ...], n: int) -> Exam:
     """What a group's students are scored against, once per process and method."""
-    from ddil_lightning.toy.scores import Exam
-
-    _, method, _ = common.build(config, pipeline=None, seed=seed, overrides=words)
+    method = assemble(config, *words).method
+    assert isinstance(method.backbone, Toy)
     return Exam(method.backbone, method.eval_guidance, n=n, near=n // 2)
 
 
-def prior_words(config: str, actor: str | None, prior: Sequence[float] | None) -> list[str]:
+def prior_words(config: str, actor: Actor | None, prior: Sequence[float] | None) -> tuple[str, ...]:
     """Overrides for the shares of the sources: `prior` or, without one, the config's; with an actor, it takes all roll-outs."""
-    import yaml
-
-    from ddil_lightning.commands.configs import find_config
-
     found = yaml.safe_load(find_config(config).read_text())["data"]["prior"]
     shares = dict(zip(("forward", "student", "teacher"), prior, strict=True)) if prior else found
     if actor:
-        forward = 0.0 if actor == BACKWARD else shares["forward"]
+        forward = 0.0 if actor == "backward" else shares["forward"]
         shares = {"forward": forward, "student": 0.0, "teacher": 0.0}
-        shares["teacher" if actor == TEACHER else "student"] = 1 - forward
-    return [f"data.prior.{name}={share}" for name, share in shares.items()]
+        shares["teacher" if actor == "teacher" else "student"] = 1 - forward
+    return tuple(f"data.prior.{name}={share}" for name, share in shares.items())
 
 
-def longer(method: Any, ratio: float) -> list[str]:
-    """Overrides that make a run `ratio` times as long, every stage of it."""
-    if not getattr(method, "stages", None):
-        return [f"model.init_args.updates={round(ratio * method.updates)}"]
-    plan = ", ".join(f"{{steps: {s.steps}, updates: {round(ratio * s.length)}}}" for s in method.stages)
-    return [f"model.init_args.stages=[{plan}]"]
+def longer(method: Distillation, ratio: float) -> str:
+    """The override that makes a run `ratio` times as long, every stage of it."""
+    if not staged(method):
+        return f"model.init_args.updates={round(ratio * method.updates)}"
+    plan = ", ".join(f"{{steps: {s.steps}, updates: {round(ratio * s.length)}}}" for s in method.stages)  # type: ignore[union-attr]
+    return f"model.init_args.stages=[{plan}]"
 
 
 def quick(method: str) -> list[str]:
@@ -88,76 +142,69 @@ def quick(method: str) -> list[str]:
     ]
 
 
-def work(task: dict[str, Any]) -> list[dict[str, Any]]:
+def work(task: Task, cache: Path | None) -> list[Record]:
     """A task's records, from the cache if they are there."""
-    if not task["cache"]:
+    if cache is None:
         return train(task)
-    from ddil_lightning.commands.configs import find_config
-    from ddil_lightning.evaluation.table import write_rows
-
-    configs = [find_config(t.format(task["method"])).read_text() for t in (PLAIN, DDIL)]
-    key = hashlib.sha256(json.dumps([{k: v for k, v in task.items() if k != "cache"}, configs]).encode()).hexdigest()[:16]
-    file = Path(task["cache"]) / f"{task['method']}-{task['seeds'][0]}-{key}.json"
+    file = cache / task.file
     if not file.is_file():
         write_rows(file, train(task))
     return json.loads(file.read_text())
 
 
-def train(task: dict[str, Any]) -> list[dict[str, Any]]:
-    """All variants of one method for one group of seeds: a record each, with one value per seed of every measure."""
+def train(task: Task) -> list[Record]:
+    """All variants of a task: a record each, with one value per seed of every measure."""
     torch.set_num_threads(1)
     common.quiet()
-    records: list[dict[str, Any]] = []
-    group = tuple([f"model.init_args.pipeline.init_args.members={len(task['seeds'])}", *task["words"]])
-    for variant in task["variants"]:
-        template, marks = COMMON[variant]
-        config, words = template.format(task["method"]), list(group)
-        actor = marks[-1] if marks[-1] in (TEACHER, STUDENT, BACKWARD) else None
-        if template == DDIL and (actor or task["prior"]):
-            words += prior_words(config, actor, task["prior"])
-        words += [mark for mark in marks if mark != actor]
+    records: list[Record] = []
+    for variant in task.variants:
+        config, words = task.said(variant)
         if variant == "longer_base":
-            words += longer(*_ratio(records, config, words, task["seeds"][0]))
-        trainer, method, data = common.build(config, pipeline=None, seed=task["seeds"][0], overrides=words)
-        start = time.perf_counter()
-        trainer.fit(method, datamodule=data)
-        seconds = time.perf_counter() - start
-        scores = exam(PLAIN.format(task["method"]), group, task["n"], task["seeds"][0]).score(*method.eval().deployment.sampler(STEPS))
-        counts = {"updates": method.student_updates, "evaluations": sum(method.evaluations.values())}
-        records.append(
-            {"method": task["method"], "variant": variant, "seeds": task["seeds"], "seconds": seconds, **counts, "scores": scores}
-        )
+            spent = {r["variant"]: r["evaluations"] for r in records}
+            words = *words, longer(assemble(config, *words).method, spent["ddil"] / spent["base"])
+        records.append(trained(task, variant, config, words))
     return records
 
 
-def _ratio(records: list[dict[str, Any]], config: str, words: list[str], seed: int) -> tuple[Any, float]:
-    """The method as it would be built, and ddil's network evaluations over base's."""
-    spent = {r["variant"]: r["evaluations"] for r in records}
-    return common.build(config, pipeline=None, seed=seed, overrides=words)[1], spent["ddil"] / spent["base"]
+def trained(task: Task, variant: str, config: str, words: Sequence[str]) -> Record:
+    """One variant, trained and scored."""
+    trainer, method, data = assemble(config, *words)
+    start = time.perf_counter()
+    trainer.fit(method, datamodule=data)
+    seconds = time.perf_counter() - start
+    examined = exam(PLAIN.format(task.method), ("--seed", str(task.seeds[0]), *task.group), task.n)
+    return {
+        "method": task.method,
+        "variant": variant,
+        "seeds": list(task.seeds),
+        "seconds": seconds,
+        "updates": method.student_updates,
+        "evaluations": sum(method.evaluations.values()),
+        "scores": examined.score(*method.eval().deployment.sampler(STEPS)),
+    }
 
 
-def tasks(args: argparse.Namespace) -> list[dict[str, Any]]:
+def tasks(args: argparse.Namespace) -> list[Task]:
     """One task per method and group of seeds; base comes first in each, and longer_base after ddil."""
-    seeds = list(range(args.seed, args.seed + args.seeds))
-    groups = [seeds[i : i + args.members] for i in range(0, len(seeds), args.members)]
+    seeds = range(args.seed, args.seed + args.seeds)
+    groups = [tuple(seeds[i : i + args.members]) for i in range(0, len(seeds), args.members)]
     made = []
     for name in args.methods:
-        wanted = [v for v in METHODS[name] if args.variants is None or v in args.variants or v == "base"]
+        wanted = tuple(v for v in METHODS[name] if args.variants is None or v in args.variants or v == "base")
         if "longer_base" in wanted and "ddil" not in wanted:
             raise ValueError("--variants longer_base needs ddil, whose network evaluations it is given")
-        words = [*(quick(name) if args.quick else []), *args.set]
-        task = {"method": name, "variants": wanted, "words": words, "n": args.n, "cache": args.cache, "prior": args.prior}
-        made += [{**task, "seeds": group} for group in groups]
+        words = (*(quick(name) if args.quick else ()), *args.set)
+        made += [Task(name, wanted, group, words, args.n, tuple(args.prior) if args.prior else None) for group in groups]
     return made
 
 
-def measure(args: argparse.Namespace) -> common.Report:
+def measure(args: argparse.Namespace) -> Report:
     """Train, score, compare."""
     if args.quick:
         args.seeds, args.members, args.n = min(args.seeds, 2), 2, 64
-    start, records = time.time(), []
-    todo = tasks(args)
-    for i, done in enumerate(common.parallel(work, todo, args.jobs)):
+    start, todo = time.time(), tasks(args)
+    records: list[Record] = []
+    for i, done in enumerate(common.parallel(functools.partial(work, cache=args.cache), todo, args.jobs)):
         records += done
         who, seeds = done[0]["method"], done[0]["seeds"]
         print(f"[{i + 1}/{len(todo)}, {time.time() - start:.0f} s] {who}, seeds {seeds[0]} to {seeds[-1]}", flush=True)
@@ -168,19 +215,19 @@ def measure(args: argparse.Namespace) -> common.Report:
     return made
 
 
-def main(argv: list[str] | None = None) -> common.Report:
+def main(argv: list[str] | None = None) -> Report:
     """The command."""
     parser = common.parser(__doc__, pipeline=False)
     parser.set_defaults(seed=1000)
     parser.add_argument("--seeds", type=int, default=12, help="independent experiments, from --seed on")
     parser.add_argument("--members", type=int, default=3, help="seeds per process")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--variants", nargs="+", choices=list(COMMON), help="default: all; base is always among them")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="default: all; base is always among them")
     shares = ("FORWARD", "STUDENT", "TEACHER")
     parser.add_argument("--prior", nargs=3, type=float, metavar=shares, help="shares of the variants with DDIL (default: their config's)")
     parser.add_argument("--n", type=int, default=2000, help="samples per seed")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
-    parser.add_argument("--cache", help="a folder that keeps finished groups, so that a run that was stopped can go on (same code)")
+    parser.add_argument("--cache", type=Path, help="a folder that keeps finished groups, so that a stopped run can go on (same code)")
     parser.add_argument("--plot", type=Path, help="draw the energy distances as a PNG")
     return common.main(measure, parser.parse_args(argv))
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-import common
+from tables import Part, Report, Target, mean_se, target
 
 from ddil_lightning.evaluation.registry import column
 
@@ -44,6 +44,28 @@ TARGETS = (
 NAMES = {"pd": "Progressive distillation", "lcm": "LCM", "dmd2": "DMD2"}
 
 
+class Record(TypedDict):
+    """One variant of a method for one group of seeds; `scores` has a value per seed of every measure."""
+
+    method: str
+    variant: str
+    seeds: list[int]
+    seconds: float
+    updates: int
+    evaluations: int
+    scores: dict[str, list[float]]
+
+
+class Joined(TypedDict):
+    """All groups of one method and variant; `groups` says which values belong to which, `counts` holds (updates, evaluations) of each."""
+
+    seeds: list[int]
+    counts: list[tuple[int, int]]
+    groups: list[slice]
+    nodes: dict[str, list[float]]
+    scores: dict[str, list[float]]
+
+
 def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, float | None]:
     """Mean of a - b, Student's t of the pairs, two-sided p with n - 1 degrees of freedom; t and p are None for n < 2 or no spread."""
     from scipy.stats import t as student
@@ -56,13 +78,13 @@ def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, float | None]:
     return {"mean": mean, "t": mean / se, "p": float(2 * student.sf(abs(mean / se), len(d) - 1))}
 
 
-def report(records: Sequence[dict[str, Any]], size: dict[str, int], quick: bool = False) -> common.Report:
+def report(records: Sequence[Record], size: dict[str, int], quick: bool = False) -> Report:
     """One row per method and variant, paired against base; the other comparisons; targets."""
     joined = join(records)
     rows = [row(joined, method, variant, "base") for method, variant in joined]
     others = [row(joined, m, a, b) for m in NAMES for a, b in AGAINST if (m, a) in joined and (m, b) in joined]
     columns = [("variant", "variant"), ("updates", "updates"), ("evaluations", "evaluations"), *MEASURES.items()]
-    parts = [
+    parts: list[Part] = [
         {"title": NAMES[m], "columns": columns, "rows": [r for r in rows if r["method"] == m]}
         for m in NAMES
         if any(r["method"] == m for r in rows)
@@ -89,7 +111,7 @@ def report(records: Sequence[dict[str, Any]], size: dict[str, int], quick: bool 
     }
 
 
-def by_node(method: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+def by_node(method: str, rows: Sequence[dict[str, Any]]) -> Part | None:
     """The table of the shift at every node of a method's sampler; None without a row that has it."""
     times = sorted({t for r in rows for t in r["shift_at"]}, key=int, reverse=True)
     if not times:
@@ -102,12 +124,12 @@ def by_node(method: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | Non
     }
 
 
-def join(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+def join(records: Sequence[Record]) -> dict[tuple[str, str], Joined]:
     """The groups of one method and variant together, in the order of their seeds."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    found: dict[tuple[str, str], Joined] = {}
     order = {name: i for i, name in enumerate(NAMES)}
     for r in sorted(records, key=lambda r: (order[r["method"]], r["seeds"][0])):
-        fresh = {"seeds": [], "counts": [], "groups": [], "nodes": {}, "scores": {k: [] for k in MEASURES}}
+        fresh: Joined = {"seeds": [], "counts": [], "groups": [], "nodes": {}, "scores": {k: [] for k in MEASURES}}
         both = found.setdefault((r["method"], r["variant"]), fresh)
         both["groups"].append(slice(len(both["seeds"]), len(both["seeds"]) + len(r["seeds"])))
         both["seeds"] += r["seeds"]
@@ -120,7 +142,7 @@ def join(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[str, A
     return found
 
 
-def row(joined: dict[tuple[str, str], dict[str, Any]], method: str, variant: str, against: str) -> dict[str, Any]:
+def row(joined: dict[tuple[str, str], Joined], method: str, variant: str, against: str) -> dict[str, Any]:
     """Every measure as {mean, se, paired: {mean, t, p}}; `by_group` are t and p of the groups' means, the most careful count of what is
     independent. `shift_at` is {mean, se} of the shift by the node's time."""
     mine, other = joined[method, variant], joined[method, against]
@@ -128,17 +150,17 @@ def row(joined: dict[tuple[str, str], dict[str, Any]], method: str, variant: str
     out: dict[str, Any] = {"method": method, "variant": variant, "against": against, "seeds": len(mine["seeds"])}
     out["updates"], out["evaluations"] = (round(statistics.fmean(c[i] for c in mine["counts"])) for i in (0, 1))
     for key, values in mine["scores"].items():
-        mean, se = common.mean_se(values)
+        mean, se = mean_se(values)
         theirs = other["scores"][key]
         groups = [[statistics.fmean(v[g]) for g in mine["groups"]] for v in (values, theirs)]
         same = variant == against
         pairs = {"paired": None if same else paired(values, theirs), "by_group": None if same else paired(*groups)}
         out[key] = {"mean": mean, "se": se, **pairs}
-    out["shift_at"] = {t: dict(zip(("mean", "se"), common.mean_se(values), strict=True)) for t, values in mine["nodes"].items()}
+    out["shift_at"] = {t: dict(zip(("mean", "se"), mean_se(values), strict=True)) for t, values in mine["nodes"].items()}
     return out
 
 
-def targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def targets(rows: Sequence[Mapping[str, Any]]) -> list[Target]:
     """What must be seen, as one-sided claims with two-sided p: the wrong sign counts as p = 1."""
     found = {(r["method"], r["variant"]): r for r in rows}
     made = []
@@ -146,7 +168,7 @@ def targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if (method, variant) in found:
             pair = found[method, variant][key]["paired"]
             p = pair["p"] if pair["p"] is not None and pair["mean"] * sign > 0 else 1.0
-            made.append(common.target(f"{method} {variant} better than base in {key.replace('_', ' ')}: p", p, limit, at_most=True))
+            made.append(target(f"{method} {variant} better than base in {key.replace('_', ' ')}: p", p, limit, at_most=True))
     return made
 
 
@@ -157,7 +179,7 @@ OTHER = (196, 200, 206)
 SCALE, LEFT, PANEL, TOP, GAP, HEIGHT = 3, 150, 250, 34, 14, 20
 
 
-def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """A PNG: one panel per method, one bar per variant, energy distance to the law with the standard error of its mean."""
     from PIL import Image, ImageDraw, ImageFont
 

@@ -36,7 +36,7 @@ def run(module: ModuleType, tiny: Path, folder: Path, capsys: pytest.CaptureFixt
     module.main(["--quick", "--json", str(file), "--pipeline", str(tiny), *more])
     torch.set_num_threads(threads)
     report = json.loads(file.read_text())
-    assert capsys.readouterr().out.rstrip().endswith(sys.modules["common"].markdown(report))
+    assert capsys.readouterr().out.rstrip().endswith(sys.modules["tables"].markdown(report))
     assert report["settings"]["quick"] is True and report["machine"]["torch"]
     return report
 
@@ -138,17 +138,18 @@ def test_builtin(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.Capture
 
 def test_builtin_sets_a_method_s_own_options_on_its_students_alone(script: Any, tiny: Path, tmp_path: Path) -> None:
     module = script("builtin")
-    common = {"cache": str(tmp_path), "updates": None, "captions": None, "threads": 1, "seed": 0, "seeds": 1, "variants": ["both"]}
+    common = {"updates": None, "captions": None, "seed": 0, "seeds": 1, "variants": ["both"]}
 
-    def tasks(method: str, *words: str, n: int = 16) -> Any:
-        return module.tasks(SimpleNamespace(method=method, set=[*words], n=n, **common), str(tiny))
+    def run(method: str, *words: str, n: int = 16) -> Any:
+        teacher = module.Teacher(str(tiny), "weights", n, tmp_path)  # it has no words: its rows serve all methods
+        (made,) = module.runs(SimpleNamespace(method=method, set=[*words], **common), teacher)
+        return made
 
-    (teacher, runs), (plain, others) = tasks("pd", "model.init_args.teacher_steps=16"), tasks("lcm")
-    assert runs[0]["overrides"][-1] == "model.init_args.teacher_steps=16" and runs[0]["file"] != others[0]["file"]
-    _, (more,) = tasks("pd", "model.init_args.teacher_steps=16", n=32)  # more prompts: other rows of the same student
-    assert more["students"] == runs[0]["students"] != others[0]["students"] and more["file"] != runs[0]["file"]
-    # The teacher's rows come from lcm.yaml, which would refuse the option; they serve all methods.
-    assert teacher["overrides"] == [] and teacher["file"] == plain["file"]
+    own, plain, other = run("pd", "model.init_args.teacher_steps=16"), run("pd"), run("lcm")
+    assert own.words[-1] == "model.init_args.teacher_steps=16" and own.file != plain.file and own.students != plain.students
+    assert own.teacher.file == other.teacher.file and own.file != other.file
+    more = run("pd", "model.init_args.teacher_steps=16", n=32)  # more prompts: other rows of the same student
+    assert more.students == own.students != other.students and more.file != own.file and more.teacher.file != own.teacher.file
 
 
 def test_paired_differences_and_gaps_in_closed_form(script: Any) -> None:
@@ -205,7 +206,7 @@ def test_toy2d(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     module.main(["--quick", "--json", str(file), "--plot", str(picture), *options])
     torch.set_num_threads(threads)
     report = json.loads(file.read_text())
-    assert capsys.readouterr().out.rstrip().endswith(sys.modules["common"].markdown(report))
+    assert capsys.readouterr().out.rstrip().endswith(sys.modules["tables"].markdown(report))
     rows = {(r["method"], r["variant"]): r for r in report["rows"]}
     assert [v for m, v in rows if m == "pd"] == ["base", "ddil", "both", "longer_base", "same_times"]
     for method in ("pd", "lcm"):
@@ -227,14 +228,14 @@ def test_toy2d(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_a_prior_of_ones_own_is_of_the_variants_with_ddil(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy2d, seen = script("toy2d"), set()
-    build = toy2d.common.build
+    assemble = toy2d.assemble
 
-    def watched(config: str, *, overrides: list[str], **kwargs: Any) -> Any:
-        trainer, method, data = build(config, overrides=overrides, **kwargs)
-        seen.add((config, "data.rollouts.control=true" in overrides, dataclasses.astuple(data.prior)[:3]))
-        return trainer, method, data
+    def watched(config: str, *words: str) -> Any:
+        made = assemble(config, *words)
+        seen.add((config, "data.rollouts.control=true" in words, dataclasses.astuple(made.data.prior)[:3]))
+        return made
 
-    monkeypatch.setattr(toy2d.common, "build", watched)
+    monkeypatch.setattr(toy2d, "assemble", watched)
     variants = ["--variants", "ddil", "same_times", "teacher_rollouts", "student_rollouts"]
     toy2d.main(
         ["--quick", "--methods", "dmd2", *variants, "--prior", "0.5", "0.25", "0.25", "--jobs", "1", "--json", str(tmp_path / "x.json")]
@@ -242,6 +243,24 @@ def test_a_prior_of_ones_own_is_of_the_variants_with_ddil(script: Any, tmp_path:
     ddil = "toy2d/dmd2_ddil.yaml"
     ours = {(ddil, False, (0.5, 0.25, 0.25)), (ddil, True, (0.5, 0.25, 0.25)), (ddil, False, (0.5, 0, 0.5)), (ddil, False, (0.5, 0.5, 0))}
     assert seen == {("toy2d/dmd2.yaml", False, (0, 1, 0)), *ours}
+
+
+def test_what_a_group_of_seeds_is_kept_under(script: Any, tmp_path: Path) -> None:
+    """Its name follows from every field of the task; a group that is kept is not trained again."""
+    toy2d = script("toy2d")
+    task = toy2d.Task("lcm", ("base",), (3, 4), (*toy2d.quick("lcm"),), 64, None)
+    assert task.said("base") == ("toy2d/lcm.yaml", ("--seed", "3", *task.group, "model.init_args.reflect=off"))
+    other = {"method": "pd", "variants": ("base", "ddil"), "seeds": (3,), "words": (), "n": 65, "prior": (0.5, 0.5, 0.0)}
+    assert set(other) == {field.name for field in dataclasses.fields(task)}
+    names = [task.file, *(dataclasses.replace(task, **{name: value}).file for name, value in other.items())]
+    assert len(set(names)) == len(names) and task.file == dataclasses.replace(task).file
+    threads = torch.get_num_threads()
+    records = toy2d.work(task, tmp_path)
+    torch.set_num_threads(threads)
+    kept = tmp_path / task.file
+    assert records == json.loads(kept.read_text()) and [(r["variant"], r["seeds"]) for r in records] == [("base", [3, 4])]
+    kept.write_text("[]")
+    assert toy2d.work(task, tmp_path) == []
 
 
 def test_paired_t_against_scipy_and_a_table(script: Any) -> None:
@@ -258,7 +277,7 @@ def test_paired_t_against_scipy_and_a_table(script: Any) -> None:
 
 
 def test_a_standard_error_has_the_decimals_of_its_value(script: Any) -> None:
-    cell = script("common").cell
+    cell = script("tables").cell
     shown = [cell(0.0324, 6e-7), cell(24.58, 0.123), cell(0.008178, 7.9e-5), cell(2e-9, 1e-9), cell(0.5), cell(None, None)]
     assert shown == ["0.032 ± 0.000", "24.58 ± 0.12", "0.008178 ± 0.000079", "2e-09 ± 1e-09", "0.500", "–"]
 

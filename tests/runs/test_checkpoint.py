@@ -12,7 +12,7 @@ from ddil_lightning.callbacks import Checkpoints
 from ddil_lightning.commands.restore import restore
 from ddil_lightning.runs import checkpoint
 from ddil_lightning.runs import folder as run_folder
-from suite import METHODS, build, train
+from suite import METHODS, PER_METHOD, build, equal, train
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +53,22 @@ def test_half_a_checkpoint_is_named_and_so_are_the_others(here: Path) -> None:
         torch.save(alien, "alien.ckpt")
         with pytest.raises(ValueError, match=r"alien.ckpt is no checkpoint of this library"):
             checkpoint.load_checkpoint(Path("alien.ckpt"))
+
+
+@pytest.mark.parametrize("entry", **PER_METHOD)
+def test_a_reinstated_method_is_the_trained_one(entry: Any, light: Path) -> None:
+    """Networks, averages, clocks and, of a run in stages, the stage with its grid and its teacher."""
+    trained, fresh = train(entry, light).method, build(entry, light, seed=1)
+    state, again = {"state_dict": trained.state_dict()}, {}
+    trained.on_save_checkpoint(state)
+    assert not equal(dict(fresh.state_dict()), dict(state["state_dict"]))
+    checkpoint.reinstate(fresh, state)
+    fresh.on_save_checkpoint(again)
+    assert equal(dict(fresh.state_dict()), dict(state["state_dict"])) and again["ddil"] == state["ddil"]
+    assert fresh.student_updates == 6 and fresh.stage == trained.stage and equal(fresh.grid.times, trained.grid.times)
+    for role, theirs in ((fresh.roles[name], trained.roles[name]) for name in trained.roles):
+        assert role.predicts == theirs.predicts
+        assert equal(dict(role.network.state_dict()), dict(theirs.network.state_dict()))
 
 
 def test_weights_that_do_not_fit_are_named(here: Path) -> None:
