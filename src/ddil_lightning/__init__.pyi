@@ -6,9 +6,9 @@ from ddil_lightning.data.captions import Captions as Captions, Digits as Digits,
 from ddil_lightning.data.datamodule import DDILDataModule as DDILDataModule
 from ddil_lightning.diffusion.denoiser import Boundary as Boundary, Denoiser as Denoiser
 from ddil_lightning.diffusion.losses import Distance as Distance
+from ddil_lightning.diffusion.policy import Policy as Policy
 from ddil_lightning.diffusion.reflection import Reflection as Reflection
 from ddil_lightning.diffusion.schedule import Grid as Grid, NoiseSchedule as NoiseSchedule
-from ddil_lightning.diffusion.policy import Policy as Policy
 from ddil_lightning.imitation.buffer import ReplayBuffer as ReplayBuffer
 from ddil_lightning.imitation.options import Buffer as Buffer, Rollouts as Rollouts
 from ddil_lightning.imitation.prior import Cosine as Cosine, Exponential as Exponential, Gated as Gated, Linear as Linear, Piecewise as Piecewise, SamplingPrior as SamplingPrior, Schedule as Schedule

@@ -56,7 +56,29 @@ def reinstate(method: Any, state: Mapping[str, Any]) -> None:
     First the clocks, as Lightning has it: they say of which stage the networks are. Optimisers, data and callbacks are the trainer's.
     """
     method.on_load_checkpoint(state)
-    method.adopt(state["state_dict"])
+    if method.backbone.bare:
+        _adopt(method, state["state_dict"])
+    else:
+        method.load_state_dict(state["state_dict"])
+
+
+def _adopt(method: Any, weights: Mapping[str, Any]) -> None:
+    """What inference needs of a checkpoint, mapped from the file: the network that is deployed, in the place of the pipeline's too."""
+    from torch import nn
+
+    from ddil_lightning.diffusion.denoiser import Denoiser
+
+    network = method.outgoing.network
+    name = next(name for name, module in method.named_modules() if module is network)
+    for part, prefix in ((network, f"{name}."), (method.reflection, "reflection.")):
+        own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        part.load_state_dict(own, assign=part is network)
+    method.backbone.stands_in(network)
+    for child, module in list(method.named_children()):
+        if isinstance(module, Denoiser) and module.network is not network:
+            module.network = nn.Identity()
+        elif module is not network and any(p.is_meta for p in module.parameters()):
+            delattr(method, child)
 
 
 def check_whole(path: Path, state: Mapping[str, Any], method: Any) -> None:

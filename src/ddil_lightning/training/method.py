@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,21 +76,18 @@ class Distillation(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.descent, self.averaging = Descent(optimizer), Averaging(ema)
-        self.shards, self.measures, self.feed = Shards(), Measures(), Feed()
+        self.shards, self.measures, self.feed, self._random = Shards(), Measures(), Feed(), Borrowed()
         self.roles: dict[str, Role] = {}
         within(1, 10**9, updates=updates, log_every=log_every)
         fraction(ema=ema)
         self.backbone: Backbone = pipeline if isinstance(pipeline, Backbone) else Pipeline(pipeline, *memory.dtypes)
-        g = self.backbone.guidance if guidance is None else guidance
-        self.guidance = guidance_range(g)
+        self.guidance = guidance_range(self.backbone.guidance if guidance is None else guidance)
         self.updates, self.lr = updates, optimizer.lr
         self.gradient_checkpointing, self.log_every = memory.gradient_checkpointing, log_every
         self.has_box = box is not None or reflect == "off"
-        lo, hi = checked_box(box, self.backbone.latent_shape[0])
-        self.reflection = Reflection(lo, hi, reflect)
+        self.reflection = Reflection(*checked_box(box, self.backbone.latent_shape[0]), reflect)
         self.student_updates, self.stage, self.stage_start = 0, 0, 0
         self.average: nn.Module | None = None
-        self._random = Borrowed()
 
     # Roles and deployment ----------------------------------------------------------------------------------------------------------
 
@@ -132,14 +129,14 @@ class Distillation(LightningModule):
 
         Under fsdp2 it is sharded while it trains, and all processes must call it together; see `gathered`.
         """
-        return self.deploy(self._outgoing.apart(self.shards.whole))
+        return self.deploy(self.outgoing.apart(self.shards.whole))
 
     def deployments(self) -> list[Deployment]:
         """How the student will be deployed at the end of every stage to come, the present one first."""
         return [self.deployment]
 
     @property
-    def _outgoing(self) -> Role:
+    def outgoing(self) -> Role:
         """The role that is deployed."""
         return self.averaging.role or self.student
 
@@ -163,7 +160,7 @@ class Distillation(LightningModule):
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """Inside, the deployed network is whole on the first process. All processes enter together."""
-        self.shards.gather(self._outgoing.network, self.device)
+        self.shards.gather(self.outgoing.network, self.device)
         try:
             yield
         finally:
@@ -202,22 +199,6 @@ class Distillation(LightningModule):
         if low != high and not told:
             other = f", or set model.{switch} to true" if switch else ""
             raise ValueError(f"{type(self).__name__}'s student is not told the guidance: give one number, not {low} to {high}{other}")
-
-    def adopt(self, weights: Mapping[str, Tensor]) -> None:
-        """The state of a checkpoint as far as inference needs it: of a `bare` pipeline the deployed network alone, mapped from the file."""
-        if not self.backbone.bare:
-            self.load_state_dict(weights)
-            return
-        network = self._outgoing.network
-        name = next(name for name, module in self.named_modules() if module is network)
-        network.load_state_dict({k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}, assign=True)
-        self.reflection.load_state_dict({k.removeprefix("reflection."): v for k, v in weights.items() if k.startswith("reflection.")})
-        self.backbone.stands_in(network)
-        for child, module in list(self.named_children()):
-            if isinstance(module, Denoiser) and module.network is not network:
-                module.network = nn.Identity()
-            elif module is not network and any(p.is_meta for p in module.parameters()):
-                delattr(self, child)
 
     # Optimisation ----------------------------------------------------------------------------------------------------------------
 
@@ -273,11 +254,11 @@ class Distillation(LightningModule):
 
     def configure_model(self) -> None:
         """Shard, where the strategy says so."""
-        self.shards.set_up(self, self._outgoing.network, self.trainer.strategy)
+        self.shards.set_up(self, self.outgoing.network, self.trainer.strategy)
 
     def on_train_end(self) -> None:
         """What comes after training is the first process's alone."""
-        self.shards.gather(self._outgoing.network, self.device)
+        self.shards.gather(self.outgoing.network, self.device)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Dropout takes torch's own numbers: for this step they are the feed's, so that a resumed run repeats them."""

@@ -48,16 +48,16 @@ def guidance_range(g: float | Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def checked_box(box: list[list[float]] | None, channels: int) -> list[list[float]]:
+def checked_box(box: list[list[float]] | None, channels: int) -> tuple[list[float], list[float]]:
     """(lo, hi) per channel, BOX where none is given. Raises ValueError for another shape than two lists with a number per channel."""
     if box is None:
-        return [[-BOX] * channels, [BOX] * channels]
+        return [-BOX] * channels, [BOX] * channels
     if len(box) != 2:
         raise ValueError(f"box is {box!r}: give [[lo, ...], [hi, ...]], {channels} numbers each, one per channel of the latents")
     for side in box:
         lengths(channels, box=side)
         within(-1e6, 1e6, box=side)
-    return box
+    return box[0], box[1]
 
 
 def fit_box(reflection: Reflection, feed: Feed, tells: bool) -> None:
