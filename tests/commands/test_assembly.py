@@ -30,7 +30,7 @@ class Losses(Callback):
         self.seen: list[float] = []
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
-        self.seen.append(pl_module.last_loss)
+        self.seen.append(pl_module.descent.loss)
 
 
 def test_it_trains_as_ddil_fit_does_and_leaves_nothing(finished: Path, tiny_config: Path, here: Path) -> None:

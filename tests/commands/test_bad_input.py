@@ -96,6 +96,8 @@ FAULTS = {
     "schedule without an end": (["trainer.callbacks+=AnnealPrior", "trainer.callbacks.schedule=Linear"], "callbacks.schedule needs end"),
     "null for a record": (["data.buffer=null"], "data.buffer is a table of options, such as {key: value}, not null"),
     "number for a record": (["model.optimizer=3"], "model.optimizer is a table of options, such as {key: value}, not 3"),
+    "null in a record's table": (["model.distance={width: null}"], "model.distance.width takes float, not null"),
+    "null in a record of the data": (["data.rollouts.every=null"], "data.rollouts.every takes int, not null"),
     "null in a record": (["model.optimizer.lr=null"], "model.optimizer.lr takes float, not null"),
     "number": (["model.optimizer.lr=abc"], "model.optimizer.lr takes float, not abc"),
     "whole number": (["data.batch_size=2.5"], "data.batch_size takes int, not 2.5"),

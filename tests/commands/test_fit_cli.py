@@ -89,6 +89,14 @@ def test_config_yaml_of_a_run_can_be_given_again(finished: Path, tiny_config: Pa
     assert first.as_dict() == again.as_dict()
 
 
+@pytest.mark.parametrize("word", ["model.scores.guidance=null", "model.init_args.scores.guidance=null"])
+def test_an_option_of_a_record_can_be_null(word: str, capsys: Any) -> None:
+    """jsonargparse refuses it by a dotted key, in words that say nothing of it."""
+    code, out, err = fit(capsys, "--config", "dmd2", word, "model.scores.tau=[0.1, 0.9]", "--print_config")
+    scores = yaml.safe_load(out)["model"]["init_args"]["scores"]
+    assert (code, err) == (0, "") and scores == {"guidance": None, "normaliser": "sample", "tau": [0.1, 0.9]}
+
+
 def test_print_config(tiny_config: Path, capsys: Any) -> None:
     code, out, err = fit(capsys, "--config", str(tiny_config), "--print_config", "model.optimizer.lr=0.25")
     assert code == 0 and yaml.safe_load(out)["model"]["init_args"]["optimizer"]["lr"] == 0.25 and err == ""

@@ -92,6 +92,8 @@ def test_configs_in_folders_keep_their_folder(tmp_path: Path, monkeypatch: pytes
         (["--model.help", "model.optimizer.lr=1"], ["--model.help", "--model.optimizer.lr=1"]),
         (["--trainer.help", "--config", "{a: 1}"], ["--config", "{a: 1}", "--help"]),  # jsonargparse knows no help of a group alone
         (["--model.optimizer.lr", "-1"], ["--model.optimizer.lr", "-1"]),
+        (["model.critic.lr=null", "model.ema=null"], ["--model.critic={lr: null}", "--model.ema=null"]),
+        (["--model.init_args.critic.lr", "null", "seed=3"], ["--model.init_args.critic={lr: null}", "--seed_everything=3"]),
     ],
 )
 def test_expand(words: list[str], full: list[str]) -> None:

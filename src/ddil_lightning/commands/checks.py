@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
 from importlib import import_module
 from typing import Any
 
@@ -149,6 +150,8 @@ def _refuse_null(cls: Any, given: Any, where: str) -> None:
         kind = str(parameter.annotation)
         if vars(given).get(name, cls) is None and parameter.default is not None and not re.search(r"None|Optional|Any|_empty", kind):
             raise Refusal(f"{where}.{name} takes {kind}, not null")
+        if is_dataclass(parameter.default):  # a record of options
+            _refuse_null(type(parameter.default), vars(given).get(name), f"{where}.{name}")
 
 
 def refuse_data_seed(words: Sequence[str]) -> None:

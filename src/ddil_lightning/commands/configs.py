@@ -75,7 +75,21 @@ def expand(argv: Sequence[str], short: dict[str, str]) -> list[str]:
         rest.append(key + equals + value)
         value_follows, asks = key.startswith("--") and not equals and key not in FLAGS, key.endswith(".help")
     check_yaml([*configs, *rest])
-    return configs + rest
+    return configs + _null_in_records(rest)
+
+
+def _null_in_records(words: Sequence[str]) -> list[str]:
+    """`--model.record.field=null` as `--model.record={field: null}`, which says the same and is the one form that jsonargparse takes."""
+    made = list(words)
+    for i, word in enumerate(made):
+        key, equals, value = word.partition("=")
+        found = RECORD_FIELD.fullmatch(key)
+        following = not equals and i + 1 < len(made)
+        if found and (made[i + 1] if following else value) == "null":
+            made[i] = f"{found[1]}={{{found[2]}: null}}"
+            if following:
+                made[i + 1] = ""
+    return [word for word, given in zip(made, words, strict=True) if word or not given]
 
 
 def check_yaml(words: Sequence[str]) -> None:
@@ -182,6 +196,8 @@ def _size(node: Any, known: dict[int, float]) -> float:
 
 
 OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*\+?=.*", re.DOTALL)
+
+RECORD_FIELD = re.compile(r"(--model(?:\.init_args)?\.(?!init_args\.)\w+)\.(\w+)")
 
 FLAGS = ("--help", "--print_config")  # options without a value of their own
 
