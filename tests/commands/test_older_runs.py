@@ -53,12 +53,16 @@ data: {DATA}
 """
 
 
+NEW = {"gan.layers"}
+"""Options that no older version had."""
+
+
 def flat(options: dict[str, Any], moved: dict[str, str]) -> dict[str, Any]:
     """A config's options as they were once called."""
     former = {new: name for name, new in moved.items()}
     records = {new.partition(".")[0] for new in moved.values()}
     named = [(f"{k}.{field}", x) for k, v in options.items() if k in records for field, x in v.items()]
-    return {**{k: v for k, v in options.items() if k not in records}, **{former[name]: value for name, value in named}}
+    return {**{k: v for k, v in options.items() if k not in records}, **{former[name]: value for name, value in named if name not in NEW}}
 
 
 @pytest.fixture(scope="module", params=sorted(OLD))
@@ -126,10 +130,10 @@ def test_a_config_of_ones_own_is_not_translated(tmp_path: Path) -> None:
 
 
 def test_the_table_has_every_record_whole() -> None:
-    """What a record of a constructor has was there by one name, and the table forgets none."""
+    """What a record of a constructor has was there by one name, and the table forgets none; but for what came later."""
     for group, classes in {"model": (LCM, PD, DMD2), "data": (DDILDataModule,)}.items():
         now = {name for cls in classes for name in parameters(cls) if "." in name and not name.startswith("prior.")}
-        assert set(MOVED[group].values()) == now
+        assert set(MOVED[group].values()) == now - NEW
 
 
 @pytest.mark.parametrize(
