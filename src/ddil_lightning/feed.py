@@ -35,10 +35,11 @@ class Feed:
 
     `DDILDataModule` is the one that rolls out; it hands itself to the method in its `setup`, before the method's own. `prior`: its
     SamplingPrior. `collect_every`: student updates between two roll-outs, which a cadence sets.
-    `truncate`: whether captions that are too long are cut.
+    `seed`: of all that is random in the draw and in the method's losses. `truncate`: whether captions that are too long are cut.
     """
 
     collect_every: int = 1
+    seed: int = 0
     truncate: bool = False
     dropout: int | None = None
     """The seed of the dropout in the step that trains on the last batch; None leaves it to torch's own numbers."""

@@ -286,3 +286,13 @@ def test_the_exported_folder_samples_as_dmd2_does(tiny: Path, tmp_path: Path) ->
             fresh = torch.stack([torch.randn(4, 8, 8, generator=g) for g in generators])
             x = x0 if s is None else bar[s].sqrt() * x0 + (1 - bar[s]).sqrt() * fresh
     assert export.relative(x, sampling.pipeline_latents(method.backbone.holding(pipe), prompts, 4, 1.0)) < 1e-4
+
+
+def test_the_noise_of_its_losses_follows_the_runs_seed_alone(tiny: Path) -> None:
+    """Not torch's own numbers, wherever they stand when the method is made."""
+    found = []
+    for own, seed in ((0, 5), (1, 5), (0, 6)):
+        method = build(ENTRY, tiny, seed=own)
+        method.feed = captions(tiny, seed=seed)
+        found.append(method.adversary.diffuse(torch.zeros(2, 4, 8, 8), "critic")[2])
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])

@@ -110,7 +110,6 @@ class DMD2(Distillation):
         self._check(steps, teacher_steps)
         self.critic_lr = self.lr if critic.lr is None else critic.lr
         self.scores, self.reflects, self.tau = scores, reflects, scores.times(total)
-        noise_seed = int(torch.randint(2**31, ()))
         nodes = Grid.named("lcm", steps, total, solver_steps=steps)
         walks = [Grid.named("lcm", n, total, solver_steps=steps) for n in rollouts]
         self.grid = Grid(nodes.times.tolist(), walks, rule=f"trailing-{steps}")
@@ -121,7 +120,7 @@ class DMD2(Distillation):
             **({"head": backbone.head(gan.layers)} if gan.is_on else {}),
             teacher=backbone.role("teacher", reflection=self.reflection if reflects.real else None),
         )
-        self.adversary = Adversary(self, self.critic, self.head, critic.steps, gan, noise_seed)
+        self.adversary = Adversary(self, self.critic, self.head, critic.steps, gan)
         fine = Grid.named("trailing", teacher_steps, total)
         self.policies = Policies(Policy(self.student, renoise), Policy(self.teacher, ddim, fine=fine))
 

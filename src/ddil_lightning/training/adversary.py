@@ -71,12 +71,12 @@ class Adversary:
     """Critic and head of a `method` (a Distillation), which casts them: their turns, their losses, their noise and their state.
 
     `every`: the critic's updates to one of the student's. The student's turn is the last batch of its cycle, so that the critic has caught
-    up. `seed`: of the noise of all losses, which follows from it and from the clocks, so that a resumed run repeats it.
+    up. The noise of all losses follows from the feed's seed and from the clocks, so that a resumed run repeats it.
     """
 
-    def __init__(self, method: Any, critic: Role, head: nn.Module | None, every: int, gan: Gan, seed: int) -> None:
+    def __init__(self, method: Any, critic: Role, head: nn.Module | None, every: int, gan: Gan) -> None:
         self.method, self.critic, self.head = method, critic, head
-        self.every, self.gan, self.seed = every, gan, seed
+        self.every, self.gan = every, gan
         self.updates = 0
 
     @property
@@ -129,7 +129,7 @@ class Adversary:
     def diffuse(self, x: Tensor, purpose: str, low: int = 0, high: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(alpha x + sigma eps, t, eps) with t [B] ~ U{low..high} (all times), each rank and purpose with numbers of its own."""
         step = self.updates * self.method.descent.accumulate + self.method.descent.micro.get("critic_loss", 0)
-        generator = Streams(self.seed, step, self.method.stage, self.method.global_rank).local(purpose, x.device)
+        generator = Streams(self.method.feed.seed, step, self.method.stage, self.method.global_rank).local(purpose, x.device)
         schedule: NoiseSchedule = self.critic.schedule
         t = torch.randint(low, (schedule.steps - 1 if high is None else high) + 1, (len(x),), generator=generator, device=x.device)
         eps = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
@@ -157,11 +157,11 @@ class Adversary:
 
     def state(self) -> dict[str, int]:
         """Where it stands, for a checkpoint."""
-        return {"critic_updates": self.updates, "noise_seed": self.seed}
+        return {"critic_updates": self.updates}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
-        self.updates, self.seed = state["critic_updates"], state["noise_seed"]
+        self.updates = state["critic_updates"]
 
 
 @contextmanager
