@@ -148,7 +148,7 @@ def work(run: Run, threads: int) -> Record:
 
 
 def runs(args: argparse.Namespace, teacher: Teacher) -> list[Run]:
-    """One per variant and seed."""
+    """The runs of the chosen variants, one per variant and seed."""
     updates = [f"model.init_args.updates={args.updates}"] if args.updates else []
 
     def made(variant: str, seed: int) -> Run:
@@ -159,7 +159,7 @@ def runs(args: argparse.Namespace, teacher: Teacher) -> list[Run]:
 
 
 def measure(args: argparse.Namespace) -> Report:
-    """The report."""
+    """Train what is not in the cache, score it, and make the report."""
     if args.quick:
         args.updates, args.n, args.seeds, args.captions = args.updates or 2, min(args.n, 16), 1, 64
     args.cache.mkdir(parents=True, exist_ok=True)
@@ -180,7 +180,7 @@ def measure(args: argparse.Namespace) -> Report:
 
 
 def main(argv: list[str] | None = None) -> Report:
-    """The command."""
+    """The command line of this benchmark."""
     parser = common.parser(__doc__)
     parser.add_argument("--method", choices=list(STUDENT_STEPS), default="lcm")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=DEFAULT)

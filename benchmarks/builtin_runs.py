@@ -37,7 +37,7 @@ class Teacher:
 
     @property
     def file(self) -> Path:
-        """Its rows."""
+        """Where its rows are kept."""
         return self.cache / f"teacher-{digest(self.weights, self.n, keys())}.json"
 
     @property
@@ -84,7 +84,7 @@ class Run:
 
     @property
     def told(self) -> tuple[str, ...]:
-        """All words beside the config."""
+        """All words of its command line beside the config."""
         return f"model.init_args.pipeline={self.teacher.pipeline}", "--seed", str(self.seed), *self.words
 
 

@@ -61,7 +61,7 @@ def clock(args: argparse.Namespace) -> Callable[[], float]:
 
 
 def quiet() -> None:
-    """Only the benchmark speaks."""
+    """Silence warnings and logs, so that only the benchmark speaks."""
     silence()
     warnings.filterwarnings("ignore", module="lightning")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):

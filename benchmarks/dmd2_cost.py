@@ -52,7 +52,7 @@ class Counter:
 
     @contextmanager
     def running(self) -> Iterator[Counter]:
-        """Count inside."""
+        """Count every call that is made inside."""
         handles = []
         for role, denoiser in self.method.roles.items():
             unet: Any = denoiser.network.unet  # of a U-Net family: what is counted are the passes of its two halves
@@ -134,17 +134,17 @@ def ours(config: str, args: argparse.Namespace, pipeline: str, updates: int) -> 
 
 
 class Keep(Callback):
-    """The last batch."""
+    """Keeps the last batch of a run in a list."""
 
     batch: LatentBatch
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keep it."""
+        """Keep this batch in the place of the one before."""
         self.batch = batch
 
 
 def measure(args: argparse.Namespace) -> tables.Report:
-    """The report."""
+    """Count both sequences and make the report."""
     updates = 4 if args.quick else args.updates
     pipeline = common.pipeline_at(args.pipeline)
     rows: list[dict[str, Any]] = []
@@ -172,7 +172,7 @@ def measure(args: argparse.Namespace) -> tables.Report:
 
 
 def main(argv: list[str] | None = None) -> tables.Report:
-    """The command."""
+    """The command line of this benchmark."""
     parser = common.parser(__doc__)
     parser.add_argument("--updates", type=int, default=40, help="student updates that are counted")
     return common.main(measure, parser.parse_args(argv))

@@ -78,7 +78,7 @@ class Blocks(Callback):
         self._before, self._since = 0.0, 0.0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """The first block."""
+        """Begin with the first block."""
         self._begin(trainer.datamodule, pl_module, self.settings[0])
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -116,7 +116,7 @@ def predicted(s: Setting, batch: int, trajectories: int, nodes: float) -> tuple[
 
 
 def measure(args: argparse.Namespace) -> tables.Report:
-    """The report."""
+    """Time the blocks and make the report."""
     now = common.clock(args)
     words = (f"model.init_args.pipeline={common.pipeline_at(args.pipeline)}", "--seed", str(args.seed), *args.set)
     given = assemble(args.config, *words).data
@@ -163,7 +163,7 @@ def report(cases: list[Setting], data: DDILDataModule, nodes: float, block: int)
 
 
 def main(argv: list[str] | None = None) -> tables.Report:
-    """The command."""
+    """The command line of this benchmark."""
     parser = common.speed_parser(__doc__, "lcm_ddil.yaml")
     parser.add_argument("--rounds", type=int, default=12, help="blocks of every setting")
     return common.main(measure, parser.parse_args(argv))

@@ -68,7 +68,7 @@ class BareLoop:
         self.times = method.grid.times.to(method.backbone.device)
 
     def step(self) -> None:
-        """One update."""
+        """One update of the student, as a plain script would make it."""
         m, device = self.method, self.times.device
         rows = torch.randint(len(self.data), (self.batch,))
         assert self.data.latents is not None
@@ -89,7 +89,7 @@ class BareLoop:
         m.averaging.follow(m.student, m.student_updates)
 
     def f(self, denoiser: Denoiser, x: Tensor, t: Tensor, c: Context, reflect: bool = False) -> Tensor:
-        """The consistency function."""
+        """The consistency function f(x, t, c) [B, ...] of a denoiser."""
         p = denoiser(x, t, c)
         p = denoiser.reflected(x, t, p, self.method.reflection) if reflect else p
         return Consistency(denoiser, self.method.boundary).bounded(x, t, p).x0
@@ -121,7 +121,7 @@ class Beside(Callback):
 
 
 def measure(args: argparse.Namespace) -> tables.Report:
-    """The report."""
+    """Time floor, bare loop and step in turns, and make the report."""
     now = common.clock(args)
     repeats = 3 if args.quick else args.repeats
     pipeline = common.pipeline_at(args.pipeline)
@@ -171,7 +171,7 @@ def report(beside: Beside, batch: int) -> tables.Report:
 
 
 def main(argv: list[str] | None = None) -> tables.Report:
-    """The command."""
+    """The command line of this benchmark."""
     parser = common.speed_parser(__doc__, "lcm.yaml")
     parser.add_argument("--repeats", type=int, default=30, help="rounds of floor, bare loop and step")
     return common.main(measure, parser.parse_args(argv))

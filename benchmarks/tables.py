@@ -95,7 +95,7 @@ def markdown(report: Report) -> str:
 
 
 def grid(columns: Columns, rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table."""
+    """A Markdown table of (key, heading) columns."""
 
     def show(row: Mapping[str, Any], key: str) -> str:
         value = row[key] if key in row else row.get("metrics", {}).get(key)

@@ -167,7 +167,7 @@ def train(task: Task) -> list[Record]:
 
 
 def trained(task: Task, variant: str, config: str, words: Sequence[str]) -> Record:
-    """One variant, trained and scored."""
+    """The record of one variant: trained, and scored for every seed of the group."""
     trainer, method, data = assemble(config, *words)
     start = time.perf_counter()
     trainer.fit(method, datamodule=data)
@@ -199,7 +199,7 @@ def tasks(args: argparse.Namespace) -> list[Task]:
 
 
 def measure(args: argparse.Namespace) -> Report:
-    """Train, score, compare."""
+    """Train and score all groups, and make the report."""
     if args.quick:
         args.seeds, args.members, args.n = min(args.seeds, 2), 2, 64
     start, todo = time.time(), tasks(args)
@@ -216,7 +216,7 @@ def measure(args: argparse.Namespace) -> Report:
 
 
 def main(argv: list[str] | None = None) -> Report:
-    """The command."""
+    """The command line of this benchmark."""
     parser = common.parser(__doc__, pipeline=False)
     parser.set_defaults(seed=1000)
     parser.add_argument("--seeds", type=int, default=12, help="independent experiments, from --seed on")

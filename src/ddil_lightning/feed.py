@@ -95,4 +95,4 @@ class Feed:
         return {}
 
     def flush(self) -> None:
-        """Forget every roll-out."""
+        """Forget every roll-out, as at the beginning of a stage."""

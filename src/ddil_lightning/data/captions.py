@@ -254,7 +254,7 @@ class Prompts(Captions):
         return len(self._lines)
 
     def prompts(self, index: Sequence[int]) -> list[str]:
-        """The lines `index`."""
+        """The captions in the lines `index` of the file."""
         return [self._lines[i] for i in index]
 
     def stamp(self) -> str:

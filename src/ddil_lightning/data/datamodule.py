@@ -82,7 +82,7 @@ class DDILDataModule(LightningDataModule, Feed):
 
     @property
     def learner(self) -> Learner:
-        """The method in training."""
+        """The method in training. Raises RuntimeError outside a Trainer."""
         if self.trainer is None or self.trainer.lightning_module is None:
             raise RuntimeError("the DataModule meets its method in Trainer.fit(method, datamodule); outside it, call rollout.draw")
         method: Any = self.trainer.lightning_module
@@ -205,7 +205,7 @@ class DDILDataModule(LightningDataModule, Feed):
         return self.buffer is None or self._collected_at is None or self.clock - self._collected_at >= self.collect_every
 
     def _collect(self, batch: CaptionBatch) -> None:
-        """Algorithm 2 at its cadence."""
+        """Algorithm 2 at its cadence: a roll-out into the buffer. Raises FloatingPointError for one that is not finite."""
         if self.buffer is None or not self._rolls():
             return
         learner = self.learner

@@ -85,7 +85,7 @@ class Notices:
         self.skipped |= dict.fromkeys(f"skipped row {i} of the cache {path}" for i in range(count))
 
     def close(self) -> None:
-        """Say how many there were."""
+        """Say, at the end of a run, how many rows were skipped and pictures enlarged."""
         log = logging.getLogger(__name__)
         if self.skipped:
             log.warning(f"{len(self.skipped)} rows of the data could not be read and were skipped")

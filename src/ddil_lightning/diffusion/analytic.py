@@ -255,7 +255,7 @@ def _mean_beyond(beta: Tensor, k: Tensor) -> Tensor:
 
 
 def _mills(z: Tensor) -> Tensor:
-    """(1 - cdf(z)) / pdf(z)."""
+    """Mills' ratio of a standard normal, (1 - cdf(z)) / pdf(z)."""
     return math.sqrt(math.pi / 2) * torch.special.erfcx(z / math.sqrt(2))
 
 

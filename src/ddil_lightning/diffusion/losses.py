@@ -19,7 +19,7 @@ def pseudo_huber(a: Tensor, b: Tensor, h: float = 1e-3) -> Tensor:
 
 
 def mse(a: Tensor, b: Tensor) -> Tensor:
-    """[B] mean squared difference."""
+    """[B] mean squared difference of a and b [B, ...], a sample each."""
     return per_sample((a - b).square())
 
 

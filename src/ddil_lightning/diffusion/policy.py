@@ -55,7 +55,7 @@ class Policy(nn.Module):
 
     @property
     def schedule(self) -> NoiseSchedule:
-        """The schedule of the denoiser."""
+        """The noise schedule of its denoiser."""
         return self.denoiser.schedule  # type: ignore[return-value]
 
     def forward(self, x_t: Tensor, t: int, s: int, c: Context, generator: Generators | None = None) -> Tensor:

@@ -68,7 +68,7 @@ def unregister(metric: type[Metric]) -> None:
 
 
 def columns() -> list[Column]:
-    """The columns of all metrics."""
+    """The columns that all registered metrics fill, in their order."""
     return [column for metric in metrics() for column in metric.columns]
 
 

@@ -22,7 +22,7 @@ class Learner(Protocol):
 
     @property
     def student_updates(self) -> int:
-        """The clock of the run."""
+        """The clock of the run: how often the student was updated."""
         ...
 
     @property

@@ -99,7 +99,7 @@ class Constant(Schedule):
         self.prior = prior
 
     def __call__(self, clock: int) -> SamplingPrior:
-        """The prior."""
+        """That prior, at every clock."""
         return self.prior
 
 
@@ -144,12 +144,12 @@ class _Ramp(Schedule):
         return self.first.towards(self.last, self.shape(r))
 
     def shape(self, r: float) -> float:
-        """The share of `last`."""
+        """The share of `last` when the share r in [0, 1] of the way from `start` to `end` is done."""
         return r
 
 
 class Linear(_Ramp):
-    """A straight line."""
+    """The shares go from `first` to `last` in a straight line."""
 
 
 class Cosine(_Ramp):

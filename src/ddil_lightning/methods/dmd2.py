@@ -169,7 +169,7 @@ class DMD2(Distillation):
         checkpoint["ddil"] |= self.adversary.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore it."""
+        """Restore where the run stood between two student updates."""
         super().on_load_checkpoint(checkpoint)
         self.adversary.restore(checkpoint["ddil"])
 

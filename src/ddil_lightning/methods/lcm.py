@@ -63,7 +63,7 @@ class LCM(Distillation):
         self.policies = Policies(self._policy(self.student), Policy(self.teacher, ddim, fine=self.grid))
 
     def training_step(self, b: LatentBatch, i: int) -> None:
-        """One consistency update."""
+        """One update: the student at (x_t, t) answers as the target at the point to which the teacher steps, (x_s, s)."""
         with torch.no_grad():
             p = self.teacher(b.x_t, b.t, b.c)                                   # CFG, then reflection
             x_s = ddim(self.teacher.schedule, b.x_t, p, b.t, b.s)               # t -> s along the guided flow

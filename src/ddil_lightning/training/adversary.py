@@ -91,7 +91,7 @@ class Adversary:
             yield
 
     def weights(self) -> list[nn.Parameter]:
-        """What its optimiser moves."""
+        """What the critic's optimiser moves: the critic and, with a GAN, the head."""
         parts = [self.critic] if self.head is None else [self.critic, self.head]
         return [p for part in parts for p in part.parameters() if p.requires_grad]
 
@@ -136,7 +136,7 @@ class Adversary:
         return schedule.add_noise(x, eps, t), t, eps
 
     def _features(self, x: Tensor, t: Tensor, c: Context) -> tuple[Tensor, ...]:
-        """What the head reads."""
+        """The features [B, F, ...] that the head reads, a layer each."""
         role: Role = self.critic if self.gan.features == "critic" else self.method.teacher
         return role.features(x, t, c, self.gan.layers)
 
@@ -160,7 +160,7 @@ class Adversary:
         return {"critic_updates": self.updates}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Go on where the adversary of a checkpoint stood."""
         self.updates = state["critic_updates"]
 
 

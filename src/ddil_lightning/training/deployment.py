@@ -40,7 +40,7 @@ class Deployment:
 
     @property
     def network(self) -> nn.Module:
-        """The network that is deployed."""
+        """The network itself, below policy and denoiser."""
         return self.denoiser.network
 
     @property

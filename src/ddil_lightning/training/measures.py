@@ -35,13 +35,13 @@ class Measures:
             listeners.append(hear)
 
     def forget(self, hear: Hear) -> None:
-        """Have `hear` called no more."""
+        """Have `hear` called no more; one that was never called is no fault."""
         for listeners in (self._close, self._listeners):
             if hear in listeners:
                 listeners.remove(hear)
 
     def publish(self, clock: int, values: Mapping[str, float]) -> None:
-        """Tell the listeners."""
+        """Tell all listeners the named numbers of this clock."""
         for hear in self._listeners:
             hear(clock, values)
 

@@ -116,7 +116,7 @@ class Distillation(LightningModule):
 
     @property
     def teacher(self) -> Role:
-        """The frozen pipeline, guided."""
+        """The frozen pipeline, guided by classifier-free guidance."""
         return self.roles["teacher"]
 
     def deploy(self, student: Denoiser) -> Deployment:
@@ -137,7 +137,7 @@ class Distillation(LightningModule):
 
     @property
     def outgoing(self) -> Role:
-        """The role that is deployed."""
+        """The role that is deployed: the average if there is one, else the student."""
         return self.averaging.role or self.student
 
     def walks(self) -> Sequence[Grid]:
@@ -280,13 +280,13 @@ class Distillation(LightningModule):
         return [Clock()]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The clock and the counts."""
+        """Add the clocks, the counts of evaluations and the micro-batches of an update under way."""
         names = ("student_updates", "stage", "stage_start", "has_box", "evaluations")
         own = {"micro": dict(self.descent.micro), "sharded": self.shards.split}
         checkpoint["ddil"] = {**{name: getattr(self, name) for name in names}, **own}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore what `on_save_checkpoint` has added."""
         state = checkpoint["ddil"]
         for name in ("student_updates", "stage", "stage_start", "has_box"):
             setattr(self, name, state[name])

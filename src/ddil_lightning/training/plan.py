@@ -53,7 +53,7 @@ class Stage:
 
     @property
     def length(self) -> int:
-        """Student updates."""
+        """How many student updates the stage has."""
         return sum(part.updates for part in self.parts) if self.updates is None else self.updates
 
     @property

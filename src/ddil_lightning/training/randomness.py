@@ -22,7 +22,7 @@ class Borrowed:
             torch.manual_seed(seed)
 
     def give_back(self) -> None:
-        """Those of before `take`."""
+        """Torch's numbers go on as `take` found them."""
         if self._found is not None:
             cpu, cuda = self._found
             torch.set_rng_state(cpu)
