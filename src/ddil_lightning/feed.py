@@ -17,7 +17,7 @@ class Wants:
 
     Args:
         pure_noise: forward latents at the first node carry no signal, as those that the deployed student sees there (DMD2). A method of one
-            node then needs no data.
+            node then needs no images.
         ends: every latent comes with the two ends of its trajectory, `LatentBatch.noise` and `end` (reflow, DMD's regression): roll-outs go
             on to their end, which costs the transitions that are left.
     """
@@ -27,7 +27,7 @@ class Wants:
 
     def images(self, nodes: int) -> bool:
         """Whether forward latents on a grid of so many nodes need images."""
-        return not self.pure_noise or nodes > 1
+        return not self.pure_noise or nodes > 1 or self.ends
 
 
 class Feed:
@@ -75,6 +75,10 @@ class Feed:
     def has_images(self) -> bool:
         """Whether its latents come with images' own (`LatentBatch.real`): a loader that says nothing of it is believed to."""
         return True
+
+    def needs_images(self, method: Any) -> bool:
+        """Whether a forward share of `method`'s prior needs images, on its present grid."""
+        return method.wants.images(len(method.grid))
 
     def reference(self, n: int) -> CaptionBatch:
         """The same `n` captions and images every time, for probes. Raises ValueError where there are none."""

@@ -87,7 +87,7 @@ class Rollout(NamedTuple):
     actors: Tensor  # [M] bit i is set where the student took transition i
     c: Context  # [R]
     noise: Tensor | None = None  # [R, C, H, W] x_T of every trajectory, for a method that wants its ends
-    end: Tensor | None = None  # [R, C, H, W] x0 of every trajectory, as those who acted have made it
+    end: Tensor | None = None  # [R, C, H, W] what those who acted made of it: x0 on a grid to END, else the state at its last time
 
 
 def _map(f: Callable[..., Tensor], *records: T) -> T:

@@ -107,6 +107,13 @@ def test_a_scheduler_that_fails_is_refused_with_its_step_count(tiny: Path, monke
 
     monkeypatch.setattr(Short, "step", lambda self, out, t, x, **kwargs: (x * float("nan"),))
     with pytest.raises(ValueError, match=r"cannot be sampled in 1 step by its Short \(its latents are not finite\): give another number"):
+        sampling.check_finite(short, sampling.pipeline_latents(short, PROMPTS[:1], 1, 2.0), 1)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(Short, "step", full)
+    with pytest.raises(torch.OutOfMemoryError, match="^no memory$"):
         sampling.pipeline_latents(short, PROMPTS[:1], 1, 2.0)
 
     def lost(*args: Any) -> None:

@@ -59,6 +59,7 @@ def test_the_config_of_a_run_can_be_assembled(finished: Path, tiny_config: Path)
 
 WRONG = {
     "a key": ["model.lrr=3"],
+    "a masked value": ["--name", "(masked)"],
     "a key of before": ["model.lr=3"],
     "a value": ["data.batch_size=0"],
     "a prior": ["data.prior={forward: 0.5, student: 0.6}"],

@@ -188,6 +188,21 @@ def test_strategic_sampling_is_diffusers_given_the_noise(prediction_type: str, g
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("gamma", [0.3, 0.8])
+def test_strategic_sampling_rounds_as_diffusers_does(gamma: float):
+    """(1 - gamma) s is often a whole number, from which float64 may fall to the one below."""
+    from diffusers import TCDScheduler
+
+    x, out = noise(dtype=torch.float32), noise(1, dtype=torch.float32)
+    p = SD.prediction("eps", x, torch.full((3,), 999), out)
+    for s in (990, 330, 180, 170, 90, 25, 5):
+        scheduler = TCDScheduler(**SD_CONFIG)
+        scheduler.set_timesteps(timesteps=[999, s], original_inference_steps=1000)
+        want = scheduler.step(out, 999, x, eta=gamma, generator=torch.Generator().manual_seed(3)).prev_sample
+        got = TCD(gamma)(SD, x, p, torch.full((3,), 999), torch.full((3,), s), torch.Generator().manual_seed(3))
+        assert torch.allclose(got, want, atol=1e-4), s
+
+
 @SCHEDULES
 def test_without_noise_ancestral_and_strategic_steps_are_ddim(schedule: NoiseSchedule):
     t, s = torch.tensor([999, 749, 500]), torch.tensor([749, 0, END])

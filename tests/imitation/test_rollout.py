@@ -182,7 +182,7 @@ def test_the_noise_of_re_noising_is_fresh():
         return [((x - SD.alphas[t] * 0.7) / SD.sigmas[t]).flatten() for x, t in states]
 
     first = collect(batch(n), m, STUDENTS, Streams(0, 7), SHAPE).x_t[:n].flatten()
-    noised = forward(batch(n), m, Streams(0, 7), pure_noise=True)
+    noised = forward(batch(n), m, Streams(0, 7), Wants(pure_noise=True))
     forwards = ((noised.x_t - SD.at(noised.t, noised.x_t)[0] * noised.real) / SD.at(noised.t, noised.x_t)[1])[noised.node > 0]
     table = torch.stack([first, *noises(Streams(0, 7)), *noises(Streams(0, 8)), *noises(Streams(0, 7, rank=1))]).double()
     assert float((table.corrcoef() - torch.eye(len(table))).abs().max()) < 5 / math.sqrt(table.shape[1])
@@ -237,7 +237,7 @@ def test_every_rung_is_drawn_and_walked_no_further():
 def test_without_roll_outs_the_draw_is_the_forward_source(pure_noise: bool):
     """beta = (1, 0, 0): the step of the underlying method, bit by bit, with or without a filled buffer and without a network call."""
     m, streams = method(guidance=(2.0, 8.0)), Streams(0, 5)
-    plain = forward(batch(), m, streams, pure_noise)
+    plain = forward(batch(), m, streams, Wants(pure_noise))
     full = ReplayBuffer(100)
     made = collect(batch(), method(), STUDENTS, streams, SHAPE)
     full.add(made, clock=0, stage=0)
@@ -256,7 +256,7 @@ def test_forward_latents_are_noised_data():
     eps = (b.x_t - alpha * b.real) / sigma
     assert float(eps.std()) == pytest.approx(1, abs=0.02) and abs(float((eps * b.real).mean())) < 0.02
     assert torch.equal(b.s, GRID.after(b.t)) and torch.equal(b.node, GRID.rows(b.t)) and len(b.node.unique()) == 4
-    pure = forward(batch(n), method(), Streams(0, 0), pure_noise=True)
+    pure = forward(batch(n), method(), Streams(0, 0), Wants(pure_noise=True))
     first = b.node == 0
     assert torch.allclose(pure.x_t[first], eps[first], atol=1e-4) and torch.equal(pure.x_t[~first], b.x_t[~first])
 
@@ -335,6 +335,10 @@ def test_a_method_asks_for_pure_noise_and_of_one_node_needs_no_data():
     assert drawn.x_t.shape == (64, *SHAPE) and drawn.real is None and drawn.t.unique().tolist() == [999]
     assert float(drawn.x_t.std()) == pytest.approx(1, abs=0.05) and drawn.source.unique().tolist() == [FORWARD]
     assert torch.equal(drawn.x_t, draw(batch(64, images=True), m, SamplingPrior(), Streams(0, 0), shape=SHAPE).x_t)
+    both = method(grid=Grid.named("linspace", 1), wants=Wants(pure_noise=True, ends=True))
+    for prior in (SamplingPrior(), HALF):  # of forward latents the end is an image
+        with pytest.raises(ValueError, match="no images: give that share to the teacher"):
+            draw(batch(images=False), both, prior, Streams(0, 0), shape=SHAPE)
     many = method(wants=Wants(pure_noise=True))
     with pytest.raises(ValueError, match="no images: give that share to the teacher"):
         draw(batch(images=False), many, SamplingPrior(), Streams(0, 0), shape=SHAPE)

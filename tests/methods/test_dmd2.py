@@ -18,7 +18,7 @@ from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.methods import DMD2
 from ddil_lightning.methods.dmd2 import direction
 from ddil_lightning.records import Context, LatentBatch
-from ddil_lightning.training.adversary import untouched
+from ddil_lightning.training.adversary import Gan, untouched
 from options import options
 from suite import Entry, backbone, build, captions, fit
 
@@ -339,8 +339,11 @@ def test_features_of_any_layer_have_a_head_that_fits_and_cost_nothing_behind_it(
     assert all(torch.equal(a, b) for a, b in zip(several, same, strict=True)) and torch.equal(out, net(x, t, c))
     assert torch.equal(several[0], net.features(x, t, c)[0]) and torch.equal(several[1], net.features(x, t, c, ["down0"])[0])
     assert net.head(asked)(*several).shape == (2, 2)
-    with pytest.raises(ValueError, match="gan.layers names 'middle', and this U-Net has down0, "):
-        net.head(["middle"])
+    for wrong, said in ((["middle"], "gan.layers has 'middle': UNet has down0, "), (["mid", "mid"], "each is read once")):
+        with pytest.raises(ValueError, match=said):
+            net.head(wrong)
+    with pytest.raises(ValueError, match="without a discriminator: set gan.weight and gan.critic_weight"):
+        Gan(layers=("mid",))
 
 
 def test_without_a_gan_no_features_are_asked_for(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,14 @@ def test_a_metrics_file_has_one_clock(here: Path) -> None:
     log.path.write_text("student_updates,step,loss\n3,3,0.5\n4,4,0.25\n")
     loggers.MetricsFile(here / "r", here / "r", upto=4).log_metrics({"lr-AdamW": 0.125}, 50)
     assert [list(row.items()) for row in table(log.path)][2] == [("student_updates", "4"), ("loss", ""), ("lr-AdamW", "0.125")]
+    now = 7
+    told = loggers.MetricsFile(here / "t", clock=lambda: now)
+    told.log_metrics({"student_updates": 5, "loss": 0.5}, 5)
+    told.log_metrics({"lr-AdamW": 0.25}, 60)
+    assert [row["student_updates"] for row in table(told.path)] == ["5", "7"]
+    again = loggers.MetricsFile(here / "t", here / "t", upto=6)
+    again.log_metrics({"student_updates": 6, "loss": 0.25}, 6)
+    assert [row["student_updates"] for row in table(told.path)] == ["5", "6"]  # update 7 is made again
 
 
 def test_metrics_file_goes_on_where_the_checkpoint_was(here: Path) -> None:

@@ -107,8 +107,9 @@ def test_layers_of_an_ensemble_have_heads_of_their_own(toy: Toy) -> None:
     last, first = net.features(x, t, c, ["hidden2", "hidden0"])
     assert torch.equal(last, net.features(x, t, c)[0]) and not torch.equal(first, last)
     assert toy.head(["hidden2", "hidden0"])(last, first).shape == (len(x), 2 * x.shape[2])
-    with pytest.raises(ValueError, match="gan.layers names 'mid', and the toy's networks have hidden0, hidden1, hidden2"):
-        net.features(x, t, c, ["mid"])
+    for ask in (lambda: net.features(x, t, c, ["mid"]), lambda: toy.head(["mid"])):
+        with pytest.raises(ValueError, match="gan.layers has 'mid': Ensemble has hidden0, hidden1, hidden2, and each is read once"):
+            ask()
 
 
 def test_an_ensemble_that_is_told_guidance_needs_it(toy: Toy) -> None:

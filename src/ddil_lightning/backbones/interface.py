@@ -39,6 +39,13 @@ class Network(nn.Module, ABC):
     layers: Sequence[str] = ()
     """The names of its layers whose features can be asked for, in the order of its forward."""
 
+    def named(self, layers: Sequence[str], usual: str) -> tuple[str, ...]:
+        """`layers`, or the `usual` one of none. Raises ValueError for a name that is none of its layers, or is there twice."""
+        wrong = next((name for i, name in enumerate(layers) if name not in self.layers or name in layers[:i]), None)
+        if wrong is not None:
+            raise ValueError(f"gan.layers has {wrong!r}: {type(self).__name__} has {', '.join(self.layers)}, and each is read once")
+        return tuple(layers) or (usual,)
+
     def features(self, x_t: Tensor, t: Tensor, c: Context, layers: Sequence[str] = ()) -> tuple[Tensor, ...]:
         """The features [B, F, ...] of each of `layers`, by default of the usual one; written anew where the output can be left out."""
         return self.with_features(x_t, t, c, layers)[1]

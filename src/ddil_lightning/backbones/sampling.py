@@ -77,8 +77,7 @@ def decoded(backbone: Backbone, made: Tensor) -> Tensor:
 def pipeline_latents(backbone: Pipeline, prompts: Sequence[str], steps: int, g: float, seed: int = 0, chunk: int | None = None) -> Tensor:
     """Final latents [N, C, h, w] of a diffusers pipeline called as its users call it, from the same noise as `latents`.
 
-    `g` is the guidance_scale of the call. Raises ValueError where the pipeline's scheduler fails for so many `steps`, or its latents are
-    not finite.
+    `g` is the guidance_scale of the call. Raises ValueError where the pipeline's scheduler fails for so many `steps`.
     """
     out, shape, pipe = [], backbone.latent_shape, backbone.pipe
     chunk = chunk or batch(shape)
@@ -96,9 +95,14 @@ def pipeline_latents(backbone: Pipeline, prompts: Sequence[str], steps: int, g: 
                 **backbone.network().called_with,
             )
         out.append(made.images.float())
-        if not bool(out[-1].isfinite().all()):
-            raise ValueError(_cannot(backbone, steps, "its latents are not finite"))
     return torch.cat(out)
+
+
+def check_finite(backbone: Pipeline, made: Tensor, steps: int) -> Tensor:
+    """`made`, latents that its pipeline has sampled in so many `steps`. Raises ValueError where they are not finite."""
+    if not bool(made.isfinite().all()):
+        raise ValueError(_cannot(backbone, steps, "its latents are not finite"))
+    return made
 
 
 @contextmanager
@@ -110,6 +114,8 @@ def _refusing(backbone: Pipeline, steps: int) -> Iterator[None]:
     """
     try:
         yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # a matter of the device, wherever it happens
     except Exception as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         where = str(frame.f_globals.get("__name__"))

@@ -62,13 +62,10 @@ class UNet(Family):
         return {**down, **mid, **{f"up{i}": block for i, block in enumerate(unet.up_blocks)}}
 
     def _asked(self, layers: Sequence[str]) -> dict[str, nn.Module]:
-        """The blocks of `layers`, by default the bottleneck. Raises ValueError for one that is not there."""
+        """The blocks of `layers`, by default the bottleneck."""
         known = self._depths()
         usual = "mid" if "mid" in known else f"down{len(self.model.down_blocks) - 1}"
-        for name in layers:
-            if name not in known:
-                raise ValueError(f"gan.layers names {name!r}, and this U-Net has {', '.join(known)}")
-        return {name: known[name] for name in layers or (usual,)}
+        return {name: known[name] for name in self.named(layers, usual)}
 
     def head(self, layers: Sequence[str] = ()) -> nn.Module:
         """DMD2's discriminator, one for each layer: features [B, F, h, w] -> logits [B, 1, 1, 1] (convolutions of stride 2, norm, SiLU)."""

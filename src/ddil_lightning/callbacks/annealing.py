@@ -35,7 +35,7 @@ class OnClock(Callback):
 
 def check_images(method: Any, what: str, remedy: str = "give that share to the teacher, or give images") -> None:
     """Raises ValueError for `what`, which has a forward share, on data without the images that `method` then needs."""
-    if method.wants.images(len(method.grid)) and not method.feed.has_images():
+    if method.feed.needs_images(method) and not method.feed.has_images():
         raise ValueError(f"{what} has a forward share but the data set has no images: {remedy}")
 
 

@@ -39,6 +39,7 @@ from ddil_lightning.imitation.prior import Constant, Cosine, Exponential, Gated,
 from ddil_lightning.messages import each_text, explain, parameters, plain, subclasses
 from ddil_lightning.methods import DMD2, LCM, PD  # noqa: F401
 from ddil_lightning.runs.finish import Test
+from ddil_lightning.runs.loggers import refuse_masked
 from ddil_lightning.toy import Toy  # noqa: F401
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.options import check_precision
@@ -119,8 +120,15 @@ class Assembly(LightningCLI):
         self.config = self.parsed(parser, args)
         refuse_data_seed(args)
         seeds(**{"--seed": self.config.seed_everything})
-        check_shape(self.config)
-        refuse_null(self.config)
+        self.checked(self.config)
+
+    @staticmethod
+    def checked(config: Any) -> Any:
+        """`config`, which describes a method and has no option that is null or masked and must not be. Raises Refusal or ValueError."""
+        check_shape(config)
+        refuse_null(config)
+        refuse_masked(config.as_dict())
+        return config
 
     def parsed(self, parser: LightningArgumentParser, words: Sequence[str]) -> Any:
         """The config of `words`, its old names translated. Raises Refusal, with the nearest key that there is, for one that is unknown."""

@@ -14,14 +14,13 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 
 from ddil_lightning.commands.assembly import Assembly, of_the_trainer
-from ddil_lightning.commands.checks import check_shape, refuse_null
 from ddil_lightning.commands.configs import configs_folder
 from ddil_lightning.errors import Refusal, one_line
 from ddil_lightning.files import unused, write_text
 from ddil_lightning.runs.checkpoint import check_fits, check_newest, check_whole, find_checkpoint, folder_of, load_checkpoint
 from ddil_lightning.runs.finish import rehearse
 from ddil_lightning.runs.folder import Claim, check_free, check_latest, point_latest, reserve, take_up
-from ddil_lightning.runs.loggers import MetricsFile, check_wandb, masked, refuse_masked, wandb_logger
+from ddil_lightning.runs.loggers import MetricsFile, check_wandb, masked, wandb_logger
 
 RUN_DIR = "DDIL_RUN_DIR"  # tells the processes that Lightning launches where the run is
 
@@ -53,7 +52,6 @@ class FitCLI(Assembly):
             self._source = folder_of(self.resumed)
             if self._goes_on():
                 self._as_it_began(parser, args)
-        refuse_masked(self.config.as_dict())
 
     def _as_it_began(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:
         """A run goes on with its own settings, whatever was on its command line, and with those of this command line on top."""
@@ -68,9 +66,7 @@ class FitCLI(Assembly):
         if other and self._first():
             more = f" and {len(other) - 8} more" if len(other) > 8 else ""
             print(f"going on as the run began: {', '.join(other[:8])}{more}; what is to change belongs on the command line", flush=True)
-        self.config = began
-        check_shape(began)
-        refuse_null(began)
+        self.config = self.checked(began)
 
     def before_instantiate_classes(self) -> None:
         """The checkpoint is read, and W&B can be reached, before anything heavy is loaded."""
@@ -130,7 +126,7 @@ class FitCLI(Assembly):
     def _loggers(self) -> list[Any]:
         given = self.config_init.trainer.logger
         loggers = given if isinstance(given, list) else [given] if given not in (None, True, False) else []
-        metrics = MetricsFile(self.folder, self._source, self.clock)
+        metrics = MetricsFile(self.folder, self._source, self.clock, lambda: self.model.student_updates)
         if self.config.wandb != "off" and self._first():
             loggers.append(wandb_logger(self.folder, self.name, self.config.wandb, masked(self.config.as_dict())))
         return [metrics, *loggers]

@@ -35,7 +35,8 @@ def sample(argv: list[str]) -> int:
     steps = args.steps or int(backbone.about.get("steps", 32))
     g = guidance_scale(backbone, args.guidance)
     check_steps(backbone, [steps])
-    made = sampling.decoded(backbone, sampling.pipeline_latents(backbone, prompts, steps, g, args.seed))
+    latents = sampling.check_finite(backbone, sampling.pipeline_latents(backbone, prompts, steps, g, args.seed), steps)
+    made = sampling.decoded(backbone, latents)
     scale = args.scale or max(1, 256 // made.shape[-1])
     picture = sampling.tiles(made, scale, columns=args.n if args.n > 1 else len(made))
     with replacing(args.out) as temporary:

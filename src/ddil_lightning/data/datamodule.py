@@ -116,14 +116,14 @@ class DDILDataModule(LightningDataModule, Feed):
         if self.trainer is not None:
             # Lightning moves the method only after this hook, and no data set should be encoded on a CPU beside an idle GPU.
             backbone.to(self.trainer.strategy.root_device)
-        given = next((c for c in (self.captions, backbone.captions) if c is not None), None)
+        given = backbone.captions if self.captions is None else self.captions
         given = own_captions(backbone) if given is None else given
         given.on_error = self.on_error
         if not isinstance(given, Encoded):
             self._examples = given.some(16)
         self.captions = prepared(given, backbone, self.cache, self.truncate, self.workers, self.notices, Processes(self.trainer))
         no_images = self.captions.latents is None if isinstance(self.captions, Encoded) else isinstance(self.captions, Prompts)
-        if self.prior.forward > 0 and no_images and self.learner.wants.images(len(self.learner.grid)):
+        if self.prior.forward > 0 and no_images and self.needs_images(self.learner):
             raise ValueError("the prior has a forward share but the data set has no images: give that share to the teacher, or give images")
         latent = self.reference(1).latent
         if latent is not None and latent.shape[1:] != tuple(backbone.latent_shape):
@@ -135,6 +135,10 @@ class DDILDataModule(LightningDataModule, Feed):
     def teardown(self, stage: str) -> None:
         """Say what of the data was not as it should be."""
         self.notices.close()
+
+    def needs_images(self, method: Any) -> bool:
+        """Whether a forward share of `method`'s prior needs images, on its present grid."""
+        return self.rollouts.wanted(method.wants).images(len(method.grid))
 
     def has_images(self) -> bool:
         """Whether the data set has images."""
@@ -217,9 +221,9 @@ class DDILDataModule(LightningDataModule, Feed):
             found = "a roll-out of another process is not finite"
             if not fine:
                 broken = made.t[~torch.isfinite(made.x_t.flatten(1)).all(1)]
-                at = int(broken.max()) if len(broken) else int(made.t.min())  # or it broke on its way from the last state to its end
-                by = SOURCES[int(made.source[made.t == at][0])]
-                found = f"a roll-out by the {by} policy is not finite {'at' if len(broken) else 'below'} t = {at}"
+                at = int(broken.max()) if len(broken) else -1
+                by = SOURCES[int(made.source[made.t == at][0])] if len(broken) else ""
+                found = f"a roll-out by the {by} policy is not finite at t = {at}" if by else "the end of a roll-out is not finite"
             raise FloatingPointError(f"{found}, student update {learner.student_updates}")
         stage = self.streams.stage
         self.buffer.expire(self.clock, stage)

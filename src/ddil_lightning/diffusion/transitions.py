@@ -23,7 +23,7 @@ class Transition(ABC):
     """How a sampler goes from a time to a lower one, given a prediction. Two with equal parameters are equal."""
 
     noisy: ClassVar[bool] = True
-    """Whether it draws noise; to END none does, and x_s is x0."""
+    """Whether it draws noise. To END, where x_s is x0 whatever is drawn, a policy asks for none."""
 
     @abstractmethod
     def __call__(
@@ -98,7 +98,8 @@ class TCD(Transition):
         self, schedule: NoiseSchedule, x_t: Tensor, p: Prediction, t: Tensor, s: Tensor, generator: Generators | None = None
     ) -> Tensor:
         """The deterministic step to below s, and the forward process up from there."""
-        below = torch.floor((1 - self.gamma) * s.double()).long().where(s >= 0, s)
+        # In float32, as TCDScheduler does it: in float64 0.7 * 90 falls to 62.
+        below = torch.floor((1 - self.gamma) * s.float()).long().where(s >= 0, s)
         (alpha_b, sigma_b), (alpha, sigma) = schedule.at(below, x_t), schedule.at(s, x_t)
         y = ddim(schedule, x_t, p, t, below)
         added = (sigma.square() - (alpha / alpha_b * sigma_b).square()).clamp(min=0).sqrt()

@@ -36,7 +36,7 @@ class Sample(NamedTuple):
     x_t: Tensor  # [n, ...] float32
     t: Tensor  # [n]
     c: Context  # [n, ...]
-    source: Tensor  # [n] tag of types.py
+    source: Tensor  # [n] tag of records.SOURCES
     actors: Tensor  # [n] bit i set: the student made transition i
     weight: Tensor  # [n] float32 importance weight, at most 1; all 1 without priorities
     slot: Tensor  # [n] to hand back to `update`
@@ -231,7 +231,7 @@ class ReplayBuffer:
         if self._chunks:
             last = self._chunks[-1]
             shapes = [(x.shape[1:], *(None if y is None else y.shape[1:] for y in k)) for x, k in ((x_t, c), (last.states.x_t, last.c))]
-            if shapes[0] != shapes[1]:
+            if shapes[0] != shapes[1] or (made.noise is None) != (last.noise is None):
                 raise ValueError(f"states and contexts {shapes[0]} do not fit those in the replay buffer {shapes[1]}: flush it first")
 
     def _evict(self) -> None:

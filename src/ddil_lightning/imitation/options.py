@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ddil_lightning.bounds import at_least, within
+from ddil_lightning.feed import Wants
 
 Granularity = Literal["sample", "step"]
 
@@ -27,6 +28,10 @@ class Rollouts:
     granularity: Granularity = "sample"
     pure_noise: bool | None = None
     control: bool = False
+
+    def wanted(self, wants: Wants) -> Wants:
+        """What a method `wants`, with what is said of it here."""
+        return wants if self.pure_noise is None else replace(wants, pure_noise=self.pure_noise)
 
     def __post_init__(self) -> None:
         at_least(1, **{"rollouts.every": self.every, "rollouts.trajectories": self.trajectories})

@@ -16,6 +16,7 @@ from torch import Tensor
 from ddil_lightning.diffusion.denoiser import to_w
 from ddil_lightning.diffusion.policy import Policies
 from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
+from ddil_lightning.feed import Wants
 from ddil_lightning.imitation.buffer import ReplayBuffer, Sample
 from ddil_lightning.imitation.learner import Learner
 from ddil_lightning.imitation.options import Granularity, Rollouts
@@ -112,28 +113,28 @@ def counts(prior: SamplingPrior, batch: int, granularity: Granularity, rng: rand
 
 
 def forward(
-    batch: CaptionBatch, learner: Learner, streams: Streams, pure_noise: bool | None = None, shape: Sequence[int] | None = None
+    batch: CaptionBatch, learner: Learner, streams: Streams, wants: Wants | None = None, shape: Sequence[int] | None = None
 ) -> LatentBatch:
     """The forward source: data noised to uniform nodes, x_t = alpha x0 + sigma eps.
 
-    `pure_noise` (default: as the learner wants it): node 0 is noise without signal, as in DMD2. Where it is the only node, no data are
-    needed, and captions alone give noise of the latents' `shape`.
+    `wants` (default: the learner's): with its `pure_noise` node 0 is noise without signal, as in DMD2. Where it is the only node, no images
+    are needed, and captions alone give noise of the latents' `shape`.
     """
     grid, schedule = learner.grid, learner.policies.student.schedule
-    pure = learner.wants.pure_noise if pure_noise is None else pure_noise
+    wants = learner.wants if wants is None else wants
     x0, device = batch.latent, batch.c.text.device
-    if x0 is None and not (pure and len(grid) == 1 and shape):
+    if x0 is None and (shape is None or wants.images(len(grid))):
         raise ValueError("the prior has a forward share but the data set has no images: give that share to the teacher, or give images")
     size, dtype = ((len(batch.rows), *(shape or ())), torch.float32) if x0 is None else (x0.shape, x0.dtype)
     node = grid.draw(size[0], streams.local("node")).to(device)
     t, s = grid.times.to(device)[node], grid.times.to(device)[node + 1]
     eps = torch.randn(size, generator=streams.local("noise", device), device=device, dtype=dtype)
     x_t = eps if x0 is None else schedule.add_noise(x0, eps, t)
-    if pure:
+    if wants.pure_noise:
         x_t = torch.where((node == 0).view(-1, *(1,) * (eps.ndim - 1)), eps, x_t)
     c = guided(batch.c, learner.guidance, streams.local("guidance"))
     tag, weight = torch.full_like(t, FORWARD), torch.ones(len(t), device=device)
-    pair = (eps, x0) if learner.wants.ends else (None, None)
+    pair = (eps, x0) if wants.ends else (None, None)
     return LatentBatch(x_t, t, s, node, c, x0, tag, weight, torch.full_like(t, -1), batch.c, *pair)
 
 
@@ -206,14 +207,14 @@ def draw(
     With `prior.forward == 1`, or while the buffer is empty, this is `forward`; a buffer that holds any state gives the whole share, because
     it is drawn from with replacement.
     """
-    size = len(batch.rows)
+    size, wants = len(batch.rows), rollouts.wanted(learner.wants)
     k = counts(prior, size, rollouts.granularity, streams.shared("source"))
     if k > 0 and buffer is not None and len(buffer) == 0:
         if batch.latent is None:
             raise ValueError("the buffer is empty and there is no data in its place: collect a roll-out before the first draw")
         k = 0
     if k == 0:
-        return forward(batch, learner, streams, rollouts.pure_noise, shape)
+        return forward(batch, learner, streams, wants, shape)
     if buffer is None:
         rolled = fresh(take(batch, slice(size - k, None)), learner, prior, streams, shape, rollouts.control)
     else:
@@ -222,5 +223,5 @@ def draw(
         rolled = to(_rolled(learner, got), batch.c.text.device)
     if k == size:
         return rolled._replace(real=batch.latent, real_c=batch.c)
-    noised = forward(take(batch, slice(size - k)), learner, streams, rollouts.pure_noise, shape)
+    noised = forward(take(batch, slice(size - k)), learner, streams, wants, shape)
     return cat([noised._replace(real=None, real_c=None), rolled])._replace(real=batch.latent, real_c=batch.c)

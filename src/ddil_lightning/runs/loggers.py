@@ -7,7 +7,7 @@ import csv
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,19 @@ from ddil_lightning.files import replacing, write_text
 class MetricsFile(Logger):
     """metrics.csv: one row per logged update, the union of all columns, complete after every row and after a resume.
 
-    Its one clock are student updates: a row of somebody who counts otherwise (Lightning counts batches) is one of the last update heard of.
-    Lightning's CSVLogger deletes the file of the run it goes on with. `source`, `upto`: the run folder that is resumed and its clock;
-    rows of later updates are left out, because these updates are made again.
+    Its one clock are student updates: a row of somebody who counts otherwise (Lightning counts batches) is one of the update that `clock`
+    says, or of the last row's. Lightning's CSVLogger deletes the file of the run it goes on with. `source`, `upto`: the run folder that is
+    resumed and its clock; rows of later updates are left out, because these updates are made again.
     """
 
     name, version = "metrics", ""
 
-    def __init__(self, folder: Path, source: Path | None = None, upto: int = 0) -> None:
+    def __init__(self, folder: Path, source: Path | None = None, upto: int = 0, clock: Callable[[], float] | None = None) -> None:
         super().__init__()
         self.path = folder / "metrics.csv"
         self._fields: list[str] = []
-        self._clock: float = upto
+        self._last: float = upto
+        self._clock = clock or (lambda: self._last)
         self._resumed = None if source is None else (source / "metrics.csv", upto)
 
     @property
@@ -44,7 +45,7 @@ class MetricsFile(Logger):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Append a row; `step` is Lightning's and is not asked."""
         row = {key: float(value) if hasattr(value, "item") else value for key, value in metrics.items()}
-        self._clock = row.setdefault(CLOCK, self._clock)
+        self._last = row.setdefault(CLOCK, self._clock())
         if set(row) - set(self._fields) or not self.path.is_file():
             rows = self._kept()
             fields = {name for r in (*rows, row) for name in r}
@@ -64,9 +65,12 @@ class MetricsFile(Logger):
             return []
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
             whole = (row for row in csv.DictReader(file) if None not in row.values())  # a kill may have cut the last row
-            # `step` was a second clock in the files of older versions.
+            # `step` was a second clock in the files of older versions, and the only one of some rows.
             rows = [{key: value for key, value in row.items() if key and value and key != "step"} for row in whole]
-        return [row for row in rows if CLOCK not in row or upto is None or float(row[CLOCK]) <= upto]
+        last = "0"
+        for row in rows:
+            last = row.setdefault(CLOCK, last)
+        return [row for row in rows if upto is None or float(row[CLOCK]) <= upto]
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         with replacing(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddil_lightning.backbones.interface import Backbone, Heads, Network
+from ddil_lightning.backbones.interface import Backbone, Network
 from ddil_lightning.bounds import above, seeds, within
 from ddil_lightning.data.captions import Captions
 from ddil_lightning.diffusion.analytic import Mixture
 from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.records import Context
-from ddil_lightning.toy.networks import Ensemble, Exact, Head
+from ddil_lightning.toy.networks import Ensemble, Exact
 from ddil_lightning.toy.problems import PROBLEMS, sample
 
 PRETRAIN_STEPS, PRETRAIN_BATCH, PRETRAIN_LR = 800, 256, 3e-3
@@ -99,8 +99,7 @@ class Toy(Backbone):
 
     def head(self, layers: Sequence[str] = ()) -> nn.Module:
         """A discriminator's head on the critic's hidden layers, by default the last."""
-        made = [Head(self.seeds, self._shape[2]) for _ in layers or (0,)]
-        return made[0] if len(made) == 1 else Heads(made)
+        return self.ensemble().head(layers)
 
     def ensemble(self, w_conditioned: bool = False) -> Ensemble:
         """MLPs of the students' shape with random weights."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddil_lightning.backbones.interface import Network
+from ddil_lightning.backbones.interface import Heads, Network
 from ddil_lightning.diffusion.analytic import Mixture
 from ddil_lightning.diffusion.denoiser import W_EMBEDDING, w_embedding
 from ddil_lightning.diffusion.schedule import NoiseSchedule
@@ -54,7 +54,7 @@ class Ensemble(Network):
         w_conditioned: bool = False,
     ) -> None:
         super().__init__()
-        self.w_conditioned, self.width = w_conditioned, width
+        self.w_conditioned, self.width, self.seeds = w_conditioned, width, tuple(seeds)
         a2, s2 = schedule.alphas.square(), schedule.sigmas.square()
         scales, times = torch.stack([(a2 * moment + s2).sqrt(), (a2 + s2 * moment).sqrt()], 1), time_features(schedule)
         self.register_buffer("scales", scales.float(), persistent=False)
@@ -77,9 +77,7 @@ class Ensemble(Network):
 
     def with_features(self, x_t: Tensor, t: Tensor, c: Context, layers: Sequence[str] = ()) -> tuple[Tensor, tuple[Tensor, ...]]:
         """v [B, 2, S] and what leaves `layers`, [B, width, S] each, by default the last hidden one."""
-        unknown = [name for name in layers if name not in self.layers]
-        if unknown:
-            raise ValueError(f"gan.layers names {unknown[0]!r}, and the toy's networks have {', '.join(self.layers)}")
+        asked = self.named(layers, self.layers[-1])
         kept: dict[str, Tensor] = {}
         size_in, size_out = self.scales[t].view(-1, 2, 1, 1).unbind(1)
         told = torch.cat([self.times[t], c.text[:, 0]], 1)
@@ -91,8 +89,13 @@ class Ensemble(Network):
             h = F.silu(z if i or self.guidance is None else z + self._told_guidance(c))
             kept[f"hidden{i}"] = h
         w, b = last
-        features = tuple(kept[name].permute(1, 2, 0) for name in layers or self.layers[-1:])
+        features = tuple(kept[name].permute(1, 2, 0) for name in asked)
         return torch.baddbmm(b, h, w).permute(1, 2, 0) * size_out, features
+
+    def head(self, layers: Sequence[str] = ()) -> nn.Module:
+        """One logit per member and layer."""
+        made = [Head(self.seeds, self.width) for _ in self.named(layers, self.layers[-1])]
+        return made[0] if len(made) == 1 else Heads(made)
 
     def _told_guidance(self, c: Context) -> Tensor:
         if c.w is None or self.guidance is None:

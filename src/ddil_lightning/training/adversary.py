@@ -43,6 +43,8 @@ class Gan:
         within(0, 1000, **{"gan.weight": self.weight, "gan.critic_weight": self.critic_weight})
         if self.weight and not self.critic_weight:
             raise ValueError(f"gan.weight = {self.weight} needs a discriminator that learns: set gan.critic_weight")
+        if self.layers and not self.is_on:
+            raise ValueError(f"gan.layers = {list(self.layers)} without a discriminator: set gan.weight and gan.critic_weight")
 
     @property
     def is_on(self) -> bool:
