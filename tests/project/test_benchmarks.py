@@ -316,6 +316,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at other processes by /proc")
 def test_workers_do_their_part_and_end_with_their_parent(tmp_path: Path) -> None:
     file = tmp_path / "orphans.py"
