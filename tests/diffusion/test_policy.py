@@ -111,3 +111,9 @@ def test_steps_carry_gradients():
     x = noise().requires_grad_()
     Policy(Denoiser(Curved(), SD, "v"))(x, 749, 500, C).sum().backward()
     assert float(x.grad.abs().sum()) > 0
+
+
+def test_a_transition_by_its_old_name_is_refused_where_it_is_given():
+    """And not at the first step, after a data set has been encoded."""
+    with pytest.raises(TypeError, match="a policy's transition is 'ddim': give one of diffusion.transitions, such as ddim or renoise"):
+        Policy(Denoiser(Curved(), SD, "v"), "ddim")  # type: ignore[arg-type]

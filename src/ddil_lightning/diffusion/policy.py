@@ -51,6 +51,8 @@ class Policy(nn.Module):
         super().__init__()
         if substeps < 1:
             raise ValueError(f"a policy takes at least one substep per interval, got {substeps}")
+        if not isinstance(transition, Transition):  # it was a name once
+            raise TypeError(f"a policy's transition is {transition!r}: give one of diffusion.transitions, such as ddim or renoise")
         self.denoiser, self.transition, self.substeps, self.fine = denoiser, transition, substeps, fine
 
     @property
