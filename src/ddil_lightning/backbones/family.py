@@ -29,6 +29,9 @@ class Family(Network):
     blocks_of: ClassVar[tuple[str, ...]] = ()
     """Names of the classes of its blocks, which `blocks` lists."""
 
+    adapts: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    """The layers that adapters are put on where nobody says which: names or ends of names."""
+
     called_with: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """What a call of its pipelines is given besides prompts, steps, guidance and latents, so that these are taken as they are."""
 

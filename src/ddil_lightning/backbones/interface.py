@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddil_lightning.backbones.adapters import Adapter
 from ddil_lightning.backbones.roles import Role
 from ddil_lightning.diffusion.reflection import Reflection
 from ddil_lightning.diffusion.schedule import NoiseSchedule, Predicts
@@ -114,6 +115,10 @@ class Backbone(ABC):
     def trainable(self, w_conditioned: bool = False) -> Network:
         """A trainable float32 copy of it. With `w_conditioned` it is told w, and equals its source at every w before training."""
 
+    def adapted(self, adapter: Adapter, w_conditioned: bool = False) -> Network:
+        """The frozen network itself below trainable adapters, instead of a copy. Raises ValueError for layers that are not there."""
+        raise ValueError(f"{self.path} has no network that adapters could be put on: leave model.adapter out")
+
     @abstractmethod
     def parts(self) -> list[nn.Module]:
         """The frozen modules: the teacher's network and the encoders."""
@@ -135,19 +140,23 @@ class Backbone(ABC):
         recompute: bool = False,
         predicts: Predicts | None = None,
         reflection: Reflection | None = None,
+        adapter: Adapter | None = None,
     ) -> Role:
-        """The network in its part: `teacher`, frozen, guided by the empty prompt; any other name (`student`, `critic`) a trainable copy.
+        """The network in its part: `teacher`, frozen, guided by the empty prompt; any other name (`student`, `critic`) a trainable one.
 
-        `recompute`: with gradient checkpointing. `predicts`: of its outputs, where that is not the teacher's. `reflection` of its x0.
+        That is a copy or, with an `adapter`, adapters on the frozen network itself, which is the teacher's. `recompute`: with gradient
+        checkpointing. `predicts`: of its outputs, where that is not the teacher's. `reflection` of its x0.
         A target, an average or a former student is made from a role: `student.copied("target")`.
         """
         space = self.predicts if predicts is None else predicts
         if name == "teacher":
             return Role(name, self.network(), self.schedule, space, null=self.null(), reflection=reflection, own=False)
-        network = self.trainable(w_conditioned)
+        shares = adapter is not None and name not in adapter.whole
+        network = self.adapted(adapter, w_conditioned) if adapter is not None and shares else self.trainable(w_conditioned)
         if recompute:
             network.recompute()
-        return Role(name, network, self.schedule, space, reflection=reflection)
+        shared = list(self.network().parameters()) if shares else []
+        return Role(name, network, self.schedule, space, reflection=reflection, shared=shared)
 
     def head(self, layers: Sequence[str] = ()) -> nn.Module:
         """A new discriminator's head on the features of its networks. Raises NotImplementedError where they give none."""
@@ -200,6 +209,10 @@ class Backbone(ABC):
 
     holds_students: bool = False
     """Whether `save` writes a pipeline that samples by itself, so that an export can be reloaded and compared."""
+
+    def merged(self, network: nn.Module) -> Network:
+        """A student's network with its adapters merged, in float32: as `save` writes it, and as everybody else calls it."""
+        raise ValueError(f"networks of {self.path} have no adapters to be merged")
 
     def scheduler(self, transition: Transition, predicts: Predicts, rule: str, steps: int, scaling: float | None = None) -> Any:
         """The scheduler that steps as a student does: see `backbones.schedulers`. Raises ValueError where there is none."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ddil_lightning import plugins
 from ddil_lightning.backbones import loading, schedulers
+from ddil_lightning.backbones.adapters import Adapter, adapt, graft, merged, sharing
 from ddil_lightning.backbones.family import Family
 from ddil_lightning.backbones.interface import Backbone
 from ddil_lightning.backbones.loading import DENOISERS, check_weights, empty_network, load_pipeline, pipeline_folder, recommended
@@ -126,6 +127,26 @@ class Pipeline(Backbone):
             for name in missing:
                 nn.init.zeros_(model.get_parameter(name))
         return type(source)(model.to(memory_format=torch.channels_last).requires_grad_(True).train())
+
+    def adapted(self, adapter: Adapter, w_conditioned: bool = False) -> Family:
+        """The frozen network below trainable adapters. With `w_conditioned` it has an embedding of w besides, trained whole, zero first."""
+        source = self._network
+        model, new = sharing(source.model, source.model.parameters()), []
+        if w_conditioned and not source.w_conditioned:
+            with loading.without_weights():
+                told = type(model).from_config({**model.config, **source.told()})
+            new = graft(model, told)
+            model.register_to_config(**source.told())
+        adapt(model, adapter, source.adapts, new)
+        return type(source)(model.train())
+
+    def merged(self, network: nn.Module) -> Family:
+        """A network with its adapters merged into the weights of the frozen one as they are stored, whatever it computes in."""
+        model = cast(Family, network).model
+        with loading.without_weights():
+            plain = type(model).from_config({k: v for k, v in model.config.items() if k != "_name_or_path"})
+        plain.load_state_dict(merged(model, self._weights(), self._network.model), assign=True)
+        return type(self._network)(plain.to(memory_format=torch.channels_last).requires_grad_(False).eval())
 
     def head(self, layers: Sequence[str] = ()) -> nn.Module:
         """A new discriminator's head on the features of its networks; without memory for weights where the pipeline is `bare`."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+from ddil_lightning.backbones.adapters import sharing
 from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.reflection import Reflection
 from ddil_lightning.diffusion.schedule import NoiseSchedule, Predicts
@@ -17,7 +18,8 @@ class Role(Denoiser):
     """A denoiser with a name, which knows what of it is trained, saved, sharded and copied.
 
     `own`: whether it has weights of its own. The frozen teacher has not: it shares the pipeline's, and stays out of parameters,
-    checkpoints, DDP and shards. Everything else of a role is its denoiser's.
+    checkpoints, DDP and shards. `shared`: parameters that a role of its own reads and the pipeline has (those below its adapters); they are
+    in no checkpoint either. Everything else of a role is its denoiser's.
     """
 
     def __init__(
@@ -29,9 +31,10 @@ class Role(Denoiser):
         null: Context | None = None,
         reflection: Reflection | None = None,
         own: bool = True,
+        shared: Iterable[nn.Parameter] = (),
     ) -> None:
         super().__init__(network, schedule, predicts, null=null, reflection=reflection)
-        self.name, self.own = name, own
+        self.name, self.own, self.shared = name, own, tuple(shared)
 
     def weights(self) -> list[nn.Parameter]:
         """The parameters that training moves."""
@@ -39,8 +42,8 @@ class Role(Denoiser):
 
     def copied(self, name: str, reflection: Reflection | None = None) -> Role:
         """A frozen copy with weights of its own, in eval mode: a target, an average, a former student. Its guidance is baked or told."""
-        network = copy.deepcopy(self.network).requires_grad_(False).eval()
-        return Role(name, network, self.schedule, self.predicts, reflection=reflection).eval()
+        network = sharing(self.network, self.shared).requires_grad_(False).eval()
+        return Role(name, network, self.schedule, self.predicts, reflection=reflection, shared=self.shared).eval()
 
     def follow(self, other: Denoiser, decay: float = 0.0) -> None:
         """self <- decay self + (1 - decay) other, in place: weights alone, whatever the reflection and the null context of either."""
@@ -53,9 +56,14 @@ class Role(Denoiser):
 
 @torch.no_grad()
 def lerp_(average: nn.Module, online: nn.Module, decay: float) -> None:
-    """average <- decay average + (1 - decay) online, all parameters in one fused call; buffers are copied."""
+    """average <- decay average + (1 - decay) online, all parameters in one fused call; buffers are copied.
+
+    Parameters that both share are equal already.
+    """
     (mine, copies), (theirs, values) = _tensors(average), _tensors(online)
-    torch._foreach_lerp_(mine, theirs, 1 - decay)
+    apart = [(a, b) for a, b in zip(mine, theirs, strict=True) if a is not b]
+    if apart:
+        torch._foreach_lerp_(*map(list, zip(*apart, strict=True)), 1 - decay)
     for a, b in zip(copies, values, strict=True):
         a.copy_(b)
 

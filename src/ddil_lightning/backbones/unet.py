@@ -25,6 +25,10 @@ class UNet(Family):
 
     component = "unet"
     blocks_of = ("BasicTransformerBlock", "ResnetBlock2D")
+    adapts = (  # LCM-LoRA's (Luo et al. 2023b), as its training script in diffusers has them
+        *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+        *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+    )
 
     @property
     def w_conditioned(self) -> bool:  # type: ignore[override]

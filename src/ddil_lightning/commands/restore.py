@@ -17,7 +17,7 @@ from ddil_lightning.training.options import Memory
 
 
 def rebuild(config: Path) -> Distillation:
-    """The method that a run's config.yaml describes, for inference: of a diffusers pipeline its networks are without weights.
+    """The method that a run's config.yaml describes, for inference: networks of a diffusers pipeline are without weights, but for adapters.
 
     Data, callbacks and trainer are not made. Raises Refusal, naming the file, for a config that is none or that describes no method.
     """
@@ -26,7 +26,7 @@ def rebuild(config: Path) -> Distillation:
     try:
         parsed = parser.parse_object({"model": read_config(config).get("model")})
         args = parsed.model.init_args
-        if isinstance(args.pipeline, str):
+        if isinstance(args.pipeline, str) and args.adapter is None:  # adapters need the network below them
             args.pipeline = Pipeline(args.pipeline, *Memory(**vars(args.memory)).dtypes, bare=True)
         return parser.instantiate_classes(parsed).model
     except ArgumentError as error:

@@ -115,10 +115,10 @@ class DMD2(Distillation):
         self.grid = Grid(nodes.times.tolist(), walks, rule=f"trailing-{steps}")
         self.head = None
         self.cast(
-            student=backbone.role("student", recompute=self.gradient_checkpointing),
-            critic=backbone.role("critic", recompute=self.gradient_checkpointing),
+            student=self.role("student"),
+            critic=self.role("critic"),
             **({"head": backbone.head(gan.layers)} if gan.is_on else {}),
-            teacher=backbone.role("teacher", reflection=self.reflection if reflects.real else None),
+            teacher=self.role("teacher", reflection=self.reflection if reflects.real else None),
         )
         self.adversary = Adversary(self, self.critic, self.head, critic.steps, gan)
         fine = Grid.named("trailing", teacher_steps, total)

@@ -58,8 +58,8 @@ class LCM(Distillation):
         self.distance, self.boundary, self.target_decay = distance, boundary, target_decay
         backbone = self.backbone
         self.grid = Grid.consistency(solver_steps, backbone.schedule.steps, rollouts)
-        student = backbone.role("student", w_conditioned=w_conditioned, recompute=self.gradient_checkpointing)
-        self.cast(student=student, target=student.copied("target"), teacher=backbone.role("teacher", reflection=self.reflection))
+        student = self.role("student", w_conditioned=w_conditioned)
+        self.cast(student=student, target=student.copied("target"), teacher=self.role("teacher", reflection=self.reflection))
         self.policies = Policies(self._policy(self.student), Policy(self.teacher, ddim, fine=self.grid))
 
     def training_step(self, b: LatentBatch, i: int) -> None:

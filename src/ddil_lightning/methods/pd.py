@@ -67,11 +67,11 @@ class PD(Distillation):
         check_plan(stages, teacher_steps, rule, schedule.steps, backbone.predicts)
         self.stages, self.teacher_steps, self.rule = stages, teacher_steps, rule
         self.weight, self.distance, self._own = weight, distance, (self.lr, self.descent.warmup)
-        student = backbone.role("student", w_conditioned=w_conditioned, recompute=self.gradient_checkpointing, predicts="v")
+        student = self.role("student", w_conditioned=w_conditioned, predicts="v")
         self.former = None
         inherits = any(self._inherits(k) for k in range(len(stages)))
         former = {"former": student.copied("former", self.reflection)} if inherits else {}
-        self.cast(student=student, **former, teacher=backbone.role("teacher", reflection=self.reflection))
+        self.cast(student=student, **former, teacher=self.role("teacher", reflection=self.reflection))
         self._begin()
 
     def training_step(self, b: LatentBatch, i: int) -> None:

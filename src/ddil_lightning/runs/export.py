@@ -18,6 +18,7 @@ from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.files import move_contents, read_table, replacing_folder, unused
+from ddil_lightning.training.sharing import merged
 
 if TYPE_CHECKING:
     from ddil_lightning.backbones.pipeline import Pipeline
@@ -45,8 +46,8 @@ def export(method: Distillation, folder: Path, steps: int = 4, dtype: torch.dtyp
     if not backbone.holds_students:
         raise ValueError(f"no pipeline can hold the student of {backbone.path}: its weights are in checkpoints")
     about = about_student(method, steps)
-    with replacing_folder(folder) as temporary:
-        backbone.save(temporary, deployment.network, deployment.scheduler, dtype, safety_checker)
+    with replacing_folder(folder) as temporary, merged(method):
+        backbone.save(temporary, method.deployment.network, deployment.scheduler, dtype, safety_checker)
         (temporary / "ddil.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         (temporary / "README.md").write_text(card(about, backbone.path), encoding="utf-8")
     return folder
@@ -181,10 +182,13 @@ def deliver(
     unverified = folder.with_name(f"{folder.name}-unverified")
     if unverified.exists() and not exported(unverified):
         unverified = unused(unverified)
-    with replacing_folder(folder) as temporary, rounded(method.deployment.network, dtype):
+    as_trained = method.deployment
+    with replacing_folder(folder) as temporary, merged(method), rounded(method.deployment.network, dtype):
         made = export(method, temporary / "made", steps, dtype, safety_checker)
+        # Adapters sample as their merged weights do, unless one of the two was rounded.
+        deployment = as_trained if {dtype, method.backbone.dtype} == {torch.float32} else method.deployment
         try:
-            difference = verify(method, made, prompts, steps, halved=dtype != torch.float32)
+            difference = compare(method, deployment, reloaded(method, made), prompts, steps, halved=dtype != torch.float32)
         except NotAsTrained as error:
             with replacing_folder(unverified) as kept:
                 move_contents(made, kept)
@@ -199,17 +203,19 @@ def rehearse(method: Distillation, folder: Path, prompts: Sequence[str], export_
 
     The weights are written once, being the same for all stages. `export_steps`: the step count of the last one. Raises as `compare` does.
     """
-    made, ahead = None, method.deployments()
-    for deployment in ahead:
-        steps = export_steps if export_steps is not None and deployment is ahead[-1] else deployment.steps[0]
-        if made is None:
-            made = reloaded(method, export(method, folder, steps))
-        else:
-            assert deployment.scheduler is not None  # the first one could be exported
-            scheduler = deployment.scheduler()
-            scheduler.save_pretrained(folder / "scheduler")
-            made = made.stepping(type(scheduler).from_pretrained(folder / "scheduler"))
-        compare(method, deployment, made, prompts, steps)
+    made = None
+    with merged(method):
+        ahead = method.deployments()
+        for deployment in ahead:
+            steps = export_steps if export_steps is not None and deployment is ahead[-1] else deployment.steps[0]
+            if made is None:
+                made = reloaded(method, export(method, folder, steps))
+            else:
+                assert deployment.scheduler is not None  # the first one could be exported
+                scheduler = deployment.scheduler()
+                scheduler.save_pretrained(folder / "scheduler")
+                made = made.stepping(type(scheduler).from_pretrained(folder / "scheduler"))
+            compare(method, deployment, made, prompts, steps)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
+from ddil_lightning.backbones.adapters import Adapter
 from ddil_lightning.backbones.interface import Backbone
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.roles import Role
@@ -29,6 +30,7 @@ from ddil_lightning.training.optimisation import Descent, Optimizer
 from ddil_lightning.training.options import Memory, check_precision, checked_box, fit_box, guidance_range
 from ddil_lightning.training.randomness import Borrowed
 from ddil_lightning.training.sharding import Shards, check_strategy
+from ddil_lightning.training.sharing import leave_out_shared
 
 
 class Distillation(LightningModule):
@@ -45,6 +47,7 @@ class Distillation(LightningModule):
         ema: decay of the average of the student that is evaluated and exported; 0 for the online student.
         reflect: how estimates of x0 are held in the box of the data: `off`, `static` (clamped to it), or `dynamic` (scaled into it first).
         box: [[lo, ...], [hi, ...]], a number per channel of the latents; estimated from the data if it is not given.
+        adapter: LoRA on the one frozen network in the place of whole copies of it.
         memory: what saves memory.
         log_every: student updates between two rows of `metrics.csv`.
     """
@@ -70,6 +73,7 @@ class Distillation(LightningModule):
         ema: float = 0.0,
         reflect: Mode = "off",
         box: list[list[float]] | None = None,
+        adapter: Adapter | None = None,
         memory: Memory = Memory(),
         log_every: int = 10,
     ) -> None:
@@ -78,6 +82,7 @@ class Distillation(LightningModule):
         self.descent, self.averaging = Descent(optimizer), Averaging(ema)
         self.shards, self.measures, self.feed, self._random = Shards(), Measures(), Feed(), Borrowed()
         self.roles: dict[str, Role] = {}
+        self.adapter = adapter
         within(1, 10**9, updates=updates, log_every=log_every)
         fraction(ema=ema)
         self.backbone: Backbone = pipeline if isinstance(pipeline, Backbone) else Pipeline(pipeline, *memory.dtypes)
@@ -88,8 +93,13 @@ class Distillation(LightningModule):
         self.reflection = Reflection(*checked_box(box, self.backbone.latent_shape[0]), reflect)
         self.student_updates, self.stage, self.stage_start = 0, 0, 0
         self.average: nn.Module | None = None
+        leave_out_shared(self)
 
     # Roles and deployment ----------------------------------------------------------------------------------------------------------
+
+    def role(self, name: str, **kwargs: Any) -> Role:
+        """The backbone's role `name` (`Backbone.role`), as the config has all roles: with adapters, with gradient checkpointing."""
+        return self.backbone.role(name, recompute=self.gradient_checkpointing, adapter=self.adapter, **kwargs)
 
     def cast(self, **parts: nn.Module) -> None:
         """Take the method's roles, by name, and other modules that it trains beside them. Called once, in the constructor.
@@ -102,6 +112,9 @@ class Distillation(LightningModule):
                 self.roles[name] = part
             if not isinstance(part, Role) or part.own:
                 setattr(self, name, part)
+        unknown = sorted({*(self.adapter.whole if self.adapter else ())} - {*self.roles} - {"teacher"})
+        if unknown:
+            raise ValueError(f"adapter.whole has {unknown[0]!r}: the roles of {type(self).__name__} are {', '.join(self.roles)}")
         if "student" in parts:
             average = self.averaging.start(self.student)
             self.average = None if average is None else average.network
@@ -232,7 +245,7 @@ class Distillation(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check strategy and precision, and the prior against the method. Raises ValueError."""
-        check_strategy(self.trainer.strategy, self.trainer.precision)
+        check_strategy(self.trainer.strategy, self.trainer.precision, shares=any(role.shared for role in self.roles.values()))
         check_precision(self.trainer.precision)
         if self.feed.prior is not None:
             self.check_prior(self.feed.prior)

@@ -40,10 +40,14 @@ class Sharded(ModelParallelStrategy):
 StrategyRegistry.register("fsdp2", Sharded, description="Networks sharded over all processes (FSDP2)", override=True)
 
 
-def check_strategy(strategy: Any, precision: str) -> None:
-    """Raises ValueError for another strategy that splits networks (roll-outs, averages and the export would not find them whole), and for
-    a gradient scaler over shards."""
+def check_strategy(strategy: Any, precision: str, shares: bool = False) -> None:
+    """Raises ValueError for another strategy that splits networks (roll-outs, averages and the export would not find them whole), for a
+    gradient scaler over shards, and for shards of networks of which some parts are others' too (`shares`)."""
     if isinstance(strategy, Sharded):
+        if shares:
+            raise ValueError(
+                "model.adapter puts all roles on one frozen network, which fsdp2 would split for each of them: take trainer.strategy ddp"
+            )
         if precision == "16-mixed":
             raise ValueError("trainer.precision 16-mixed scales gradients, which is not supported under fsdp2: take bf16-mixed")
     elif isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
@@ -97,7 +101,7 @@ class Shards:
     """The networks of a method under `fsdp2`, and the deployed one whole, for what the first process does alone."""
 
     def __init__(self) -> None:
-        self.whole: nn.Module | None = None  # the deployed network, where it was sharded and has been gathered
+        self.whole: nn.Module | None = None  # the deployed network, gathered of its shards or with its adapters merged
         self._bare: nn.Module | None = None  # the same without its weights
 
     @property

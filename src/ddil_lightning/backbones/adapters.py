@@ -1,0 +1,158 @@
+"""LoRA roles: networks that share the tensors of one frozen base, each with adapters of its own (PEFT's layers).
+
+One network whose adapters are switched gives silently wrong gradients, above all under gradient checkpointing, which computes again with
+the adapter that is active in the backward pass. So every role is a tree of modules of its own, whose frozen parameters *are* the base's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddil_lightning.bounds import above, within
+
+NAME = "default"
+"""What PEFT calls the one adapter of a tree."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA (Hu et al. 2021) in the place of whole copies of the network: W + (alpha / rank) B A, with A and B in float32.
+
+    Args:
+        rank: of B A; 64 is LCM-LoRA's.
+        alpha: by default the rank, so that the scale of the adapters is 1.
+        dropout: of what A reads, in training alone.
+        targets: the layers, by name or by the end of it, such as `to_q` or `ff.net.0.proj`; by default the usual ones of the family.
+        full: layers that are trained whole beside them, named likewise. An embedding of the guidance, being new, always is.
+        whole: roles that are trained as whole copies nevertheless, such as `critic`.
+    """
+
+    rank: int = 64
+    alpha: float | None = None
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+    full: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        within(1, 10**4, **{"adapter.rank": self.rank})
+        if self.alpha is not None:
+            above(0, **{"adapter.alpha": self.alpha})
+        within(0, 0.99, **{"adapter.dropout": self.dropout})
+
+
+def sharing(network: nn.Module, shared: Iterable[nn.Parameter]) -> nn.Module:
+    """A copy of a network whose parameters among `shared` are those very tensors: they are there once, however many networks read them."""
+    return copy.deepcopy(network, {id(p): p for p in shared})
+
+
+def graft(model: nn.Module, other: nn.Module) -> list[str]:
+    """Give `model` the modules with weights that only `other`, otherwise its like, has; their weights are zero. Answers their names."""
+    known = dict(model.named_modules())
+    new = [name for name, _ in other.named_parameters() if name.rpartition(".")[0] not in known]
+    names = list(dict.fromkeys(name.rpartition(".")[0] for name in new))
+    for name in names:
+        module = copy.deepcopy(other.get_submodule(name)).to_empty(device=next(model.parameters()).device)
+        for p in module.parameters():
+            nn.init.zeros_(p)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+    return names
+
+
+def adapt(model: nn.Module, adapter: Adapter, usual: Sequence[str], new: Sequence[str] = ()) -> None:
+    """Put adapters on `model`, in place: on `adapter.targets`, or on those of the `usual` ones that it has.
+
+    The layers of `adapter.full` and the `new` ones get float32 weights of their own. Raises ValueError for a name that fits no layer.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    full = [*new, *_matching(layers, adapter.full, "full")]
+    targets = _matching(layers, adapter.targets, "targets") if adapter.targets else [n for n in layers if _fits(n, usual)]
+    dtype = next(model.parameters()).dtype
+    for name in full:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, _own(model.get_submodule(name), dtype))
+    targets = [name for name in targets if name not in full]
+    if not targets:
+        raise ValueError("adapter.targets leaves no layer for an adapter: those of adapter.full are trained whole")
+    alpha = adapter.rank if adapter.alpha is None else adapter.alpha
+    config = LoraConfig(r=adapter.rank, lora_alpha=alpha, lora_dropout=adapter.dropout, target_modules=targets)
+    inject_adapter_in_model(config, model, NAME)
+    if hasattr(model, "_hf_peft_config_loaded"):  # diffusers' own sign of it
+        model._hf_peft_config_loaded = True
+    trained = [p for name in full for p in model.get_submodule(name).parameters()]
+    for p in (*trained, *(p for name, p in model.named_parameters() if ".lora_" in name)):
+        p.data = p.data.float()
+        p.requires_grad_(True)
+
+
+def _fits(layer: str, names: Iterable[str]) -> bool:
+    return any(layer == name or layer.endswith(f".{name}") for name in names)
+
+
+def _matching(layers: Sequence[str], names: Sequence[str], option: str) -> list[str]:
+    for name in names:
+        if not any(_fits(layer, [name]) for layer in layers):
+            ends = sorted({end for layer in layers for end in _ends(layer)})
+            near = get_close_matches(name, ends, 3, 0.6)
+            known = f"did you mean {' or '.join(near)}?" if near else f"such as {', '.join(layers[:3])}"
+            raise ValueError(f"adapter.{option} has {name!r}, which is the end of no layer's name: {known}")
+    return [layer for layer in layers if _fits(layer, names)]
+
+
+def _ends(layer: str) -> Iterator[str]:
+    """to_out.0, attn1.to_out.0 and so on of a layer's name, as far as no number comes first."""
+    parts = layer.split(".")
+    return (end for end in (".".join(parts[-n:]) for n in (1, 2, 3)) if not end[0].isdigit())
+
+
+def _own(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A float32 copy with weights of its own, which reads and writes what its neighbours in `dtype` do."""
+    made = copy.deepcopy(module).float().requires_grad_(True)
+    if dtype != torch.float32:
+        made.register_forward_pre_hook(_widened)
+        made.register_forward_hook(partial(_narrowed, dtype))
+    return made
+
+
+def _widened(module: nn.Module, args: Any) -> Any:
+    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
+
+
+def _narrowed(dtype: torch.dtype, module: nn.Module, args: Any, out: Tensor) -> Tensor:
+    return out.to(dtype)
+
+
+def is_adapted(network: nn.Module) -> bool:
+    """Whether there are adapters on it."""
+    return any(".lora_" in name for name, _ in network.named_parameters())
+
+
+def merged(model: nn.Module, weights: Mapping[str, Tensor], base: nn.Module) -> dict[str, Tensor]:
+    """The float32 state of a plain network that does as `model`, adapters on `base`: W + (alpha / rank) B A, and what is trained whole.
+
+    `weights`: those of the base in float32, as they are stored. A layer without an adapter keeps its tensor of them.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    state = dict(weights)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, LoraLayer):
+                delta = module.get_delta_weight(NAME).float()
+                state[f"{name}.weight"] = state[f"{name}.weight"].to(delta.device) + delta
+        shared = {id(p) for p in base.parameters()}
+        for name, p in model.named_parameters():
+            if id(p) not in shared and ".lora_" not in name:
+                state[name] = p.detach().float()
+    return state

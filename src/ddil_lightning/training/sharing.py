@@ -1,0 +1,41 @@
+"""What the roles of a method share with the frozen pipeline: it is there once, in no checkpoint, and merged with adapters to go out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def leave_out_shared(method: Any) -> None:
+    """Keep what the roles of `method` share with the frozen pipeline out of its checkpoints, which then hold adapters alone."""
+    method.register_state_dict_post_hook(_without_shared)
+    method.register_load_state_dict_post_hook(_shared_are_there)
+
+
+def _without_shared(method: Any, state: dict[str, Any], prefix: str, local: Any) -> None:
+    for name in _shared(method):
+        state.pop(prefix + name, None)
+
+
+def _shared_are_there(method: Any, found: Any) -> None:
+    shared = _shared(method)
+    found.missing_keys[:] = [name for name in found.missing_keys if name not in shared]
+
+
+def _shared(method: Any) -> set[str]:
+    shared = {id(p) for role in method.roles.values() for p in role.shared}
+    return {name for name, p in method.named_parameters(remove_duplicate=False) if id(p) in shared}
+
+
+@contextmanager
+def merged(method: Any) -> Iterator[None]:
+    """Inside, the deployed network of `method` has its adapters merged: a plain float32 network, as it is exported."""
+    if not method.outgoing.shared or method.shards.whole is not None:
+        yield
+        return
+    method.shards.whole = method.backbone.merged(method.outgoing.network).to(method.device)
+    try:
+        yield
+    finally:
+        method.shards.forget()
