@@ -14,7 +14,7 @@ from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.commands import main
 from ddil_lightning.commands.fit import fit as ddil_fit
 from ddil_lightning.runs import export
-from suite import METHODS, captions, fit, options
+from suite import BY_NAME, METHODS, captions, fit, options
 
 
 class Places(Callback):
@@ -28,7 +28,7 @@ class Places(Callback):
 GPU = [pytest.param(entry, precision, "gpu", marks=pytest.mark.gpu) for entry in METHODS for precision in ("32-true", "bf16-mixed")]
 
 
-@pytest.mark.parametrize(("entry", "precision", "accelerator"), [(METHODS[-1], "32-true", "cpu"), *GPU])
+@pytest.mark.parametrize(("entry", "precision", "accelerator"), [(BY_NAME["dmd2"], "32-true", "cpu"), *GPU])
 def test_a_method_trains_there_and_its_export_samples_as_it_does(
     entry: Any, precision: Any, accelerator: str, tiny: Path, tmp_path: Path
 ) -> None:

@@ -23,7 +23,7 @@ from ddil_lightning.imitation.shift import shift_report
 from ddil_lightning.records import FORWARD, STUDENT
 from ddil_lightning.runs.checkpoint import clock_of, sorted_checkpoints
 from ddil_lightning.training.method import Distillation
-from suite import EPOCH, METHODS, StopAt, build, captions, fit, pictures
+from suite import BY_NAME, EPOCH, METHODS, StopAt, build, captions, fit, pictures
 
 PLAIN, ROLLED = SamplingPrior(), SamplingPrior(0.0, 1.0)
 LCM = METHODS[0]
@@ -113,7 +113,7 @@ def test_a_gated_schedule_hears_the_losses_and_remembers_its_level() -> None:
 
 
 @pytest.mark.parametrize(
-    ("entry", "kwargs"), [(LCM, {"optimizer": {"accumulate": 3}}), (METHODS[-1], {"critic": {"steps": 3}})], ids=["lcm", "dmd2"]
+    ("entry", "kwargs"), [(LCM, {"optimizer": {"accumulate": 3}}), (BY_NAME["dmd2"], {"critic": {"steps": 3}})], ids=["lcm", "dmd2"]
 )
 def test_a_gate_hears_every_update_once(entry: Any, kwargs: dict[str, int], tiny: Path) -> None:
     """Not once per micro-batch, nor on the turns of a critic; of micro-batches it hears the mean."""

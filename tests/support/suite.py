@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 
+from ddil_lightning.backbones.adapters import Adapter
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.callbacks import Stages
 from ddil_lightning.data.captions import Captions
@@ -35,17 +36,26 @@ class Entry(NamedTuple):
     kwargs: dict[str, Any] = {}
     falls: str = "loss"  # the logged loss that falls within 30 updates
     unused: bool = False  # some step leaves parameters of the method without a gradient (two optimisers): DDP must be told
+    slow: bool = False  # one setting more, which the slow tests alone are put through
 
 
 PLAN = [Stage(steps=8, updates=3), Stage(steps=4, updates=4, warmup=2)]  # the last stage lasts to the end of a run
+LORA = Adapter(4, alpha=32.0)
 METHODS = [
     Entry("lcm", LCM),
     Entry("lcm-fixed-guidance", LCM, {"w_conditioned": False, "guidance": 2.0}),
     Entry("lcm-online-target", LCM, {"target_decay": 0.0, "ema": 0.0, "distance": {"kind": "mse"}}),
     Entry("pd", PD, {"stages": PLAN, "teacher_steps": 16}),
     Entry("dmd2", DMD2, {"guidance": 2.0, "critic": {"steps": 2}}, falls="critic_loss", unused=True),
+    Entry("lcm-lora", LCM, {"adapter": LORA}),
+    Entry("pd-lora", PD, {"stages": PLAN, "teacher_steps": 16, "adapter": LORA}, slow=True),
+    Entry("dmd2-lora", DMD2, {"guidance": 2.0, "critic": {"steps": 2}, "adapter": LORA}, falls="critic_loss", unused=True),
 ]
-ALL = {"argvalues": METHODS, "ids": [entry.name for entry in METHODS]}
+BY_NAME = {entry.name: entry for entry in METHODS}
+ALL = {
+    "argvalues": [pytest.param(entry, marks=pytest.mark.slow if entry.slow else ()) for entry in METHODS],
+    "ids": [entry.name for entry in METHODS],
+}
 """pytest.mark.parametrize("entry", **ALL)."""
 PER_METHOD = {
     "argvalues": [

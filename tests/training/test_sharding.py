@@ -19,7 +19,7 @@ from ddil_lightning.commands.fitting import fit as ddil_fit
 from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.training.sharding import Sharded
 from pair import WORLD, Pair, ddp
-from suite import ALL, FORWARD, METHODS, MIXED, Entry, Gradients, Run, build, captions, equal, fit, pictures
+from suite import ALL, BY_NAME, FORWARD, METHODS, MIXED, Entry, Gradients, Run, build, captions, equal, fit, pictures
 
 UPDATES, MIDDLE = 4, "updates=2.ckpt"
 ONE_EACH = [next(entry for entry in METHODS if entry.method is method) for method in dict.fromkeys(entry.method for entry in METHODS)]
@@ -199,6 +199,13 @@ def test_another_strategy_that_splits_networks_is_refused(entry: Entry, strategy
     method = build(entry, tiny)
     method.trainer = SimpleNamespace(strategy=strategy(), precision="32-true")
     with pytest.raises(ValueError, match=f"trainer.strategy {strategy.__name__} splits the networks .* not supported: take fsdp2"):
+        method.setup("fit")
+
+
+def test_adapters_on_one_network_are_refused_over_shards(tiny: Path) -> None:
+    method = build(BY_NAME["lcm-lora"], tiny)
+    method.trainer = SimpleNamespace(strategy=Sharded(), precision="32-true")
+    with pytest.raises(ValueError, match=r"model.adapter puts all roles on one frozen network.* take trainer.strategy ddp"):
         method.setup("fit")
 
 

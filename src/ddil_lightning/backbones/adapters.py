@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class Adapter:
     """LoRA (Hu et al. 2021) in the place of whole copies of the network: W + (alpha / rank) B A, with A and B in float32.
 
     Args:
-        rank: of B A; 64 is LCM-LoRA's.
+        rank: of B A; 64 is LCM-LoRA's. Without one there are no adapters, and every role is a whole copy.
         alpha: by default the rank, so that the scale of the adapters is 1.
         dropout: of what A reads, in training alone.
         targets: the layers, by name or by the end of it, such as `to_q` or `ff.net.0.proj`; by default the usual ones of the family.
@@ -35,7 +35,7 @@ class Adapter:
         whole: roles that are trained as whole copies nevertheless, such as `critic`.
     """
 
-    rank: int = 64
+    rank: int | None = None
     alpha: float | None = None
     dropout: float = 0.0
     targets: tuple[str, ...] = ()
@@ -44,9 +44,20 @@ class Adapter:
 
     def __post_init__(self) -> None:
         within(1, 10**4, **{"adapter.rank": self.rank})
-        if self.alpha is not None:
-            above(0, **{"adapter.alpha": self.alpha})
+        above(0, **{"adapter.alpha": self.alpha})
         within(0, 0.99, **{"adapter.dropout": self.dropout})
+        idle = [name for name, value in vars(self).items() if value != getattr(Adapter, name)]
+        if not self.is_on and idle:
+            raise ValueError(f"adapter.{idle[0]} without adapters: set adapter.rank, such as 64")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there are adapters at all."""
+        return self.rank is not None
+
+    def is_for(self, role: str) -> bool:
+        """Whether a role that is trained is adapters on the frozen network, and no whole copy."""
+        return self.is_on and role not in self.whole
 
 
 def sharing(network: nn.Module, shared: Iterable[nn.Parameter]) -> nn.Module:
@@ -89,7 +100,7 @@ def adapt(model: nn.Module, adapter: Adapter, usual: Sequence[str], new: Sequenc
     config = LoraConfig(r=adapter.rank, lora_alpha=alpha, lora_dropout=adapter.dropout, target_modules=targets)
     inject_adapter_in_model(config, model, NAME)
     if hasattr(model, "_hf_peft_config_loaded"):  # diffusers' own sign of it
-        model._hf_peft_config_loaded = True
+        cast(Any, model)._hf_peft_config_loaded = True
     trained = [p for name in full for p in model.get_submodule(name).parameters()]
     for p in (*trained, *(p for name, p in model.named_parameters() if ".lora_" in name)):
         p.data = p.data.float()

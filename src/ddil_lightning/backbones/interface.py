@@ -140,19 +140,19 @@ class Backbone(ABC):
         recompute: bool = False,
         predicts: Predicts | None = None,
         reflection: Reflection | None = None,
-        adapter: Adapter | None = None,
+        adapter: Adapter = Adapter(),
     ) -> Role:
         """The network in its part: `teacher`, frozen, guided by the empty prompt; any other name (`student`, `critic`) a trainable one.
 
-        That is a copy or, with an `adapter`, adapters on the frozen network itself, which is the teacher's. `recompute`: with gradient
-        checkpointing. `predicts`: of its outputs, where that is not the teacher's. `reflection` of its x0.
+        That is a copy or, where `adapter` has a rank, adapters on the frozen network itself. `recompute`: with gradient checkpointing.
+        `predicts`: of its outputs, where that is not the teacher's. `reflection` of its x0.
         A target, an average or a former student is made from a role: `student.copied("target")`.
         """
         space = self.predicts if predicts is None else predicts
         if name == "teacher":
             return Role(name, self.network(), self.schedule, space, null=self.null(), reflection=reflection, own=False)
-        shares = adapter is not None and name not in adapter.whole
-        network = self.adapted(adapter, w_conditioned) if adapter is not None and shares else self.trainable(w_conditioned)
+        shares = adapter.is_for(name)
+        network = self.adapted(adapter, w_conditioned) if shares else self.trainable(w_conditioned)
         if recompute:
             network.recompute()
         shared = list(self.network().parameters()) if shares else []

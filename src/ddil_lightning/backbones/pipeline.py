@@ -131,7 +131,8 @@ class Pipeline(Backbone):
     def adapted(self, adapter: Adapter, w_conditioned: bool = False) -> Family:
         """The frozen network below trainable adapters. With `w_conditioned` it has an embedding of w besides, trained whole, zero first."""
         source = self._network
-        model, new = sharing(source.model, source.model.parameters()), []
+        model: Any = sharing(source.model, source.model.parameters())
+        new: list[str] = []
         if w_conditioned and not source.w_conditioned:
             with loading.without_weights():
                 told = type(model).from_config({**model.config, **source.told()})

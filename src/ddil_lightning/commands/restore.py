@@ -26,7 +26,7 @@ def rebuild(config: Path) -> Distillation:
     try:
         parsed = parser.parse_object({"model": read_config(config).get("model")})
         args = parsed.model.init_args
-        if isinstance(args.pipeline, str) and args.adapter is None:  # adapters need the network below them
+        if isinstance(args.pipeline, str) and args.adapter.rank is None:  # adapters need the network below them
             args.pipeline = Pipeline(args.pipeline, *Memory(**vars(args.memory)).dtypes, bare=True)
         return parser.instantiate_classes(parsed).model
     except ArgumentError as error:

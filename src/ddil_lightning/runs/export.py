@@ -222,14 +222,14 @@ def rehearse(method: Distillation, folder: Path, prompts: Sequence[str], export_
 @torch.no_grad()
 def rounded(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Inside, `network` has its weights as `dtype` holds them, so that an export in half precision is compared as strictly as any."""
-    exact = [] if dtype == torch.float32 else [p.clone() for p in network.parameters()]
+    exact = [] if dtype == torch.float32 else [p.data for p in network.parameters()]
     for p in network.parameters() if exact else ():
-        p.copy_(p.to(dtype))
+        p.data = p.to(dtype).to(p.dtype)  # not in place: others may read the same tensor
     try:
         yield
     finally:
         for p, value in zip(network.parameters(), exact, strict=False):
-            p.copy_(value)
+            p.data = value
 
 
 def relative(a: Tensor, b: Tensor) -> float:

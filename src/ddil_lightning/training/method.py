@@ -73,7 +73,7 @@ class Distillation(LightningModule):
         ema: float = 0.0,
         reflect: Mode = "off",
         box: list[list[float]] | None = None,
-        adapter: Adapter | None = None,
+        adapter: Adapter = Adapter(),
         memory: Memory = Memory(),
         log_every: int = 10,
     ) -> None:
@@ -112,7 +112,7 @@ class Distillation(LightningModule):
                 self.roles[name] = part
             if not isinstance(part, Role) or part.own:
                 setattr(self, name, part)
-        unknown = sorted({*(self.adapter.whole if self.adapter else ())} - {*self.roles} - {"teacher"})
+        unknown = [name for name in self.adapter.whole if name not in self.roles]
         if unknown:
             raise ValueError(f"adapter.whole has {unknown[0]!r}: the roles of {type(self).__name__} are {', '.join(self.roles)}")
         if "student" in parts:
