@@ -64,7 +64,7 @@ class BareLoop:
     def __init__(self, method: LCM, data: Encoded, batch: int) -> None:
         self.method, self.data, self.batch = method, data, batch
         self.parameters = [p for p in method.student.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=method.lr, betas=method.descent.betas, fused=True)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=method.lr, betas=method.descent.settings.betas, fused=True)
         self.times = method.grid.times.to(method.backbone.device)
 
     def step(self) -> None:

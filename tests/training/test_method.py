@@ -147,3 +147,49 @@ def test_guidance_is_what_the_pipeline_recommends_unless_it_is_given(tiny: Path)
 def test_settings_outside_their_range_are_refused(kwargs: dict[str, Any], words: str, tiny: Path) -> None:
     with pytest.raises(ValueError, match=words):
         build(FIRST, tiny, **kwargs)
+
+
+class Halving(torch.optim.Optimizer):
+    """Somebody's own: w <- w - lr (w / 2 + gain grad)."""
+
+    def __init__(self, params: Any, lr: float = 0.1, gain: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "gain": gain})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if closure is not None:  # Lightning's hooks before a step
+            closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * (p / 2 + group["gain"] * p.grad))
+
+
+def test_any_optimizer_by_its_path_and_with_its_own_options(tiny: Path) -> None:
+    kind = f"{Halving.__module__}.{Halving.__qualname__}"
+    seen = Gradients()
+    method = build(FIRST, tiny, updates=1, optimizer={"kind": kind, "options": {"gain": 3.0}, "lr": 0.1, "clip": 0.0})
+    before = {name: p.detach().clone() for name, p in method.student.named_parameters()}
+    fit(method, captions(tiny), seen)
+    for name, p in method.student.named_parameters():
+        torch.testing.assert_close(p, before[name] - 0.1 * (before[name] / 2 + 3 * seen.steps[0][f"student.{name}"]))
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adafactor"])
+def test_optimizers_of_torch_by_their_name(kind: str, tiny: Path) -> None:
+    run = train(FIRST, tiny, updates=2, optimizer={"kind": kind})
+    assert type(run.trainer.optimizers[0]).__name__ == kind and run.method.student_updates == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"kind": "AdamV"}, "optimizer.kind is 'AdamV', which is no optimiser: did you mean Adam"),
+        ({"kind": "torch.nn.Linear"}, "'torch.nn.Linear', which is no optimiser: there is none of that name in torch.nn"),
+        ({"kind": "bitsnbytes.optim.AdamW8bit"}, "No module named 'bitsnbytes'; install the package"),
+        ({"kind": "SGD", "betas": (0.9, 0.95)}, "optimizer.betas is none of SGD's, which takes lr, momentum"),
+        ({"options": {"momentun": 0.9}}, "optimizer.momentun is none of AdamW's"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_is_refused(given: dict[str, Any], words: str, tiny: Path) -> None:
+    with pytest.raises(ValueError, match=words):
+        train(FIRST, tiny, updates=1, optimizer=given)

@@ -156,7 +156,7 @@ class DMD2(Distillation):
 
     def configure_optimizers(self) -> Any:
         """One for the student; one for critic and head."""
-        return [self.adamw(self.student.weights(), self.lr), self.adamw(self.adversary.weights(), self.critic_lr)]
+        return [self.optimizer_of(self.student.weights(), self.lr), self.optimizer_of(self.adversary.weights(), self.critic_lr)]
 
     def setup(self, stage: str) -> None:
         """Raises ValueError for a GAN without data."""

@@ -43,7 +43,7 @@ class Distillation(LightningModule):
         pipeline: what is distilled: the name of a built-in pipeline, a folder, a hub id, or a loaded Backbone.
         guidance: g = 1 + w, or a range [g_min, g_max] for a student that is told it; by default what the pipeline recommends.
         updates: student updates in all, the one clock of a run.
-        optimizer: AdamW and its learning rate.
+        optimizer: its kind, AdamW by default, and its learning rate.
         ema: decay of the average of the student that is evaluated and exported; 0 for the online student.
         reflect: how estimates of x0 are held in the box of the data: `off`, `static` (clamped to it), or `dynamic` (scaled into it first).
         box: [[lo, ...], [hi, ...]], a number per channel of the latents; estimated from the data if it is not given.
@@ -216,12 +216,12 @@ class Distillation(LightningModule):
     # Optimisation ----------------------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        """AdamW over what the student trains."""
-        return self.adamw(self.student.weights(), self.lr)
+        """The optimiser of what the student trains."""
+        return self.optimizer_of(self.student.weights(), self.lr)
 
-    def adamw(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.AdamW:
-        """The method's optimiser over `parameters`."""
-        return self.descent.adamw(parameters, lr, self.trainer)
+    def optimizer_of(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        """An optimiser over `parameters`, of the kind that the config says."""
+        return self.descent.optimizer(parameters, lr, self.trainer)
 
     def feedback(self, b: LatentBatch, loss: Tensor) -> Tensor:
         """The scalar loss of per-sample losses [B]; the buffer's priorities and the measures hear of it on the way."""

@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import torch
-from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from ddil_lightning.backbones.roles import Role
 from ddil_lightning.bounds import at_least, fraction, lengths, within
 from ddil_lightning.records import LatentBatch
+from ddil_lightning.texts import reason
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW and its learning rate, by the clock of student updates.
+    """The optimiser and its learning rate, by the clock of student updates.
 
     Args:
+        kind: AdamW, or any other optimiser by its name in torch.optim or by its class path, such as bitsandbytes.optim.AdamW8bit.
+        options: what its constructor takes besides, by name.
         lr: the learning rate, which rises linearly over `warmup` updates and then falls linearly to `final_lr * lr` at the end of the run.
         final_lr: the share of `lr` that is left at the end; 1 keeps it, 0 anneals it away.
         warmup: student updates until `lr` is reached.
-        betas: AdamW's decays of the gradient's mean and of its square.
-        weight_decay: AdamW's, per step and in units of the learning rate.
+        betas: AdamW's decays of the gradient's mean and of its square; another optimiser gets them if it takes any.
+        weight_decay: AdamW's, per step and in units of the learning rate; another optimiser gets it if it takes one.
         clip: the norm to which gradients are clipped; 0 for no clipping.
         accumulate: micro-batches of `data.batch_size` in one update.
     """
 
+    kind: str = "AdamW"
+    options: dict[str, Any] = field(default_factory=dict)
     lr: float = 1e-5
     final_lr: float = 0.05
     warmup: int = 0
@@ -45,29 +52,56 @@ class Optimizer:
         within(0, 1, **{"optimizer.weight_decay": self.weight_decay})
         at_least(0, **{"optimizer.clip": self.clip})
         within(1, 10**6, **{"optimizer.accumulate": self.accumulate})
+        optimizer_class(self.kind)  # a run is refused before anything is loaded
+
+
+def optimizer_class(kind: str) -> type[torch.optim.Optimizer]:
+    """The class of an optimiser by its name in torch.optim or by its path. Raises ValueError where there is none of that name."""
+    path, _, name = kind.rpartition(".")
+    try:
+        found = getattr(import_module(path or "torch.optim"), name, None)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"optimizer.kind is {kind!r}: {reason(error)}; install the package, or take another optimiser") from error
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        known = [n for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)]
+        near = get_close_matches(name, known, 1, 0.6)
+        what = f"did you mean {near[0]}?" if near else f"there is none of that name in {path or 'torch.optim'}"
+        raise ValueError(f"optimizer.kind is {kind!r}, which is no optimiser: {what}")
+    return found
 
 
 class Descent:
-    """What turns a loss into an optimiser step, as `optimizer` says: AdamW, clipping, several micro-batches per update.
+    """What turns a loss into an optimiser step, as `optimizer` says: the optimiser, clipping, several micro-batches per update.
 
     `micro`: how many micro-batches of the update under way are done, by the name of the loss; it belongs to a checkpoint. `batch`: the
     latents of the last of them.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.betas, self.weight_decay = optimizer.betas, optimizer.weight_decay
+        self.settings = optimizer
         self.clip, self.accumulate = optimizer.clip, optimizer.accumulate
         self.final_lr, self.warmup = optimizer.final_lr, optimizer.warmup
         self.micro: dict[str, int] = {}
         self.last: Tensor | None = None
         self.batch: LatentBatch | None = None
 
-    def adamw(self, parameters: Iterable[nn.Parameter], lr: float, trainer: Any) -> torch.optim.AdamW:
-        """AdamW over `parameters`; `base_lr` is what the clock's schedule multiplies."""
-        groups = [{"params": list(parameters), "base_lr": lr}]
-        # Lightning refuses to clip for fused optimisers under mixed precision, because those may unscale by themselves.
-        fused = not isinstance(trainer.precision_plugin, MixedPrecision)
-        return torch.optim.AdamW(groups, lr=lr, betas=self.betas, weight_decay=self.weight_decay, fused=fused)
+    def optimizer(self, parameters: Iterable[nn.Parameter], lr: float, trainer: Any) -> torch.optim.Optimizer:
+        """The optimiser over `parameters`; `base_lr` is what the clock's schedule multiplies. Raises ValueError for what it does not take.
+
+        Fused where it can be: its step then reads every weight once, and holds no copy of them as the `foreach` ones do.
+        """
+        given, kind = self.settings, optimizer_class(self.settings.kind)
+        takes = signature(kind).parameters
+        usual = {"betas": given.betas, "weight_decay": given.weight_decay}
+        deaf = [name for name, value in usual.items() if name not in takes and value != getattr(Optimizer, name)]
+        deaf += [name for name in given.options if name not in takes]
+        if deaf:
+            raise ValueError(f"optimizer.{deaf[0]} is none of {given.kind}'s, which takes {', '.join(n for n in takes if n != 'params')}")
+        own = {name: value for name, value in usual.items() if name in takes}
+        # Under a gradient scaler (16-mixed) a fused optimiser would unscale by itself, after the clipping.
+        if "fused" in takes and getattr(trainer.precision_plugin, "scaler", None) is None:
+            own["fused"] = True
+        return kind([{"params": list(parameters), "base_lr": lr}], lr=lr, **{**own, **given.options})  # type: ignore[call-arg]
 
     def step(self, method: Any, optimizer: Any, loss: Tensor, name: str) -> bool:
         """One micro-batch of `loss`; True when it completed an update. Raises FloatingPointError for a loss that is not finite.
@@ -90,7 +124,7 @@ class Descent:
             plugin = method.trainer.precision_plugin
             scaler = getattr(plugin, "scaler", None)
             limit = self.clip if scaler is None else self.clip * scaler.get_scale()
-            method.clip_gradients(optimizer, gradient_clip_val=limit, gradient_clip_algorithm="norm")
+            nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], limit)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * self.factor(method.stage_updates, method.stage_length)
         optimizer.step()
