@@ -17,7 +17,7 @@ from ddil_lightning.miniature import pretrain
 
 PRETRAIN = [name for name in config_names() if name.startswith("pretrain")]
 TOY = [name for name in config_names() if name.startswith("toy2d/")]
-LARGE = ["dmd2_ddil_ssd1b.yaml", "lcm_ddil_sd15.yaml", "pd_ddil_sd15.yaml"]
+LARGE = ["dmd2_ddil_ssd1b.yaml", "lcm_ddil_sd15.yaml", "lcm_lora_sd15.yaml", "pd_ddil_sd15.yaml"]
 FIT = [name for name in config_names() if name not in (*PRETRAIN, *TOY, *LARGE)]
 
 
@@ -45,6 +45,7 @@ PARTS = "parts: [{updates: 1, forward: 0.5, student: 0.15, teacher: 0.35}, {upda
 PLAN = ", ".join(["{kind: eps_to_v, updates: 1}", "{kind: guidance, updates: 1}", *HALVES]).replace("PARTS", PARTS)
 OWN = {  # what makes a large run small; everything else of its config stays
     "lcm_ddil_sd15.yaml": ("sd15", ["--updates", "2"]),
+    "lcm_lora_sd15.yaml": ("sd15", ["--updates", "2"]),
     "pd_ddil_sd15.yaml": ("sd15", [f"model.stages=[{PLAN}]"]),
     "dmd2_ddil_ssd1b.yaml": ("ssd1b", ["--updates", "2", "model.critic.steps=2"]),
 }
@@ -127,7 +128,7 @@ def test_pretrain(name: str, here: Path) -> None:
     assert about["dataset"] == yaml.safe_load(find_config(name).read_text())["dataset"] and about["images"] == 32
 
 
-@pytest.mark.parametrize("name", ["dmd2", "lcm", "pd"])
+@pytest.mark.parametrize("name", ["dmd2", "lcm", "lcm_lora", "pd"])
 def test_a_method_with_and_without_ddil_differs_in_one_line(name: str) -> None:
     plain, ddil = ((configs_folder() / file).read_text().splitlines() for file in (f"{name}.yaml", f"{name}_ddil.yaml"))
     different = [(a, b) for a, b in zip(plain, ddil, strict=True) if a != b]
