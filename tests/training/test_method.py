@@ -149,6 +149,30 @@ def test_settings_outside_their_range_are_refused(kwargs: dict[str, Any], words:
         build(FIRST, tiny, **kwargs)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [{}, {"rank": 2}], ids=["whole", "lora"])
+def test_compiling_changes_no_name_and_no_number(adapter: dict[str, Any], light: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch.compile without its code generator, which takes many minutes more."""
+    made: list[str] = []
+
+    def traced(module: torch.nn.Module, **kwargs: Any) -> None:
+        made.append(type(module).__name__)
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="eager")  # type: ignore[assignment]
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    torch._dynamo.reset()
+    runs = []
+    for compiles in (False, True):
+        torch.manual_seed(3)
+        method = build(FIRST, light, updates=2, memory={"compile": compiles, "gradient_checkpointing": True}, adapter=adapter)
+        runs.append(fit(method, captions(light)))
+    plain, compiled = runs
+    blocks = len(compiled.method.backbone.network().blocks())
+    assert made.count("BasicTransformerBlock") + made.count("ResnetBlock2D") == len(made) == 3 * blocks  # of student, target and teacher
+    assert list(plain.method.state_dict()) == list(compiled.method.state_dict())
+    assert [row["loss"] for row in compiled.rows] == pytest.approx([row["loss"] for row in plain.rows], rel=1e-5)
+
+
 class Halving(torch.optim.Optimizer):
     """Somebody's own: w <- w - lr (w / 2 + gain grad)."""
 

@@ -66,6 +66,11 @@ class Network(nn.Module, ABC):
     def recompute(self) -> None:
         """Compute activations again in the backward pass instead of keeping them, where that saves memory (gradient checkpointing)."""
 
+    def compile_blocks(self) -> None:
+        """Compile its `blocks`, or the whole of it where it names none, in place: weights keep their names. Copies are not compiled."""
+        for part in self.blocks() or [self]:
+            part.compile()
+
 
 class Heads(nn.ModuleList):
     """Heads of several layers: their logits [B, ...] side by side."""

@@ -27,7 +27,7 @@ from ddil_lightning.training.clock import Clock
 from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.measures import Measures
 from ddil_lightning.training.optimisation import Descent, Optimizer
-from ddil_lightning.training.options import Memory, check_precision, checked_box, fit_box, guidance_range
+from ddil_lightning.training.options import Memory, check_precision, checked_box, compile_roles, fit_box, guidance_range
 from ddil_lightning.training.randomness import Borrowed
 from ddil_lightning.training.sharding import Shards, check_strategy
 from ddil_lightning.training.sharing import leave_out_shared
@@ -48,7 +48,7 @@ class Distillation(LightningModule):
         reflect: how estimates of x0 are held in the box of the data: `off`, `static` (clamped to it), or `dynamic` (scaled into it first).
         box: [[lo, ...], [hi, ...]], a number per channel of the latents; estimated from the data if it is not given.
         adapter: LoRA on the one frozen network in the place of whole copies of it.
-        memory: what saves memory.
+        memory: what saves memory and time.
         log_every: student updates between two rows of `metrics.csv`.
     """
 
@@ -88,7 +88,7 @@ class Distillation(LightningModule):
         self.backbone: Backbone = pipeline if isinstance(pipeline, Backbone) else Pipeline(pipeline, *memory.dtypes)
         self.guidance = guidance_range(self.backbone.guidance if guidance is None else guidance)
         self.updates, self.lr = updates, optimizer.lr
-        self.gradient_checkpointing, self.log_every = memory.gradient_checkpointing, log_every
+        self.gradient_checkpointing, self.compiles, self.log_every = memory.gradient_checkpointing, memory.compile, log_every
         self.has_box = box is not None or reflect == "off"
         self.reflection = Reflection(*checked_box(box, self.backbone.latent_shape[0]), reflect)
         self.student_updates, self.stage, self.stage_start = 0, 0, 0
@@ -266,8 +266,10 @@ class Distillation(LightningModule):
             self.has_box = True
 
     def configure_model(self) -> None:
-        """Shard, where the strategy says so."""
+        """Shard, where the strategy says so, and compile, where the config does."""
         self.shards.set_up(self, self.outgoing.network, self.trainer.strategy)
+        if self.compiles:
+            compile_roles(self.roles.values())
 
     def on_train_end(self) -> None:
         """What comes after training is the first process's alone."""

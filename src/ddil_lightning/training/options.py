@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 
+from ddil_lightning.backbones.interface import Network
+from ddil_lightning.backbones.roles import Role
 from ddil_lightning.bounds import lengths, within
 from ddil_lightning.diffusion.reflection import BOX, Reflection
 from ddil_lightning.feed import Feed
@@ -18,17 +21,19 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class Memory:
-    """What memory is saved by. The student's weights are float32 in any case; `trainer.precision` says what it computes in.
+    """What memory and time are saved by. Trained weights are float32 in any case; `trainer.precision` says what they compute in.
 
     Args:
         teacher_dtype: of the weights of the frozen network and of the text encoders.
         vae_dtype: of the autoencoder that makes the latents of the training.
+        compile: compile the repeated blocks of all networks by torch.compile, which takes minutes at the start of a run.
         gradient_checkpointing: compute activations of the networks in training a second time for the backward pass, rather than keep them.
     """
 
     teacher_dtype: Dtype = "float32"
     vae_dtype: Dtype = "float32"
     gradient_checkpointing: bool = False
+    compile: bool = False
 
     @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
@@ -78,3 +83,15 @@ def check_precision(precision: str) -> None:
             f"trainer.precision {precision} would round most updates of the student to nothing: take {mixed}, which keeps its weights "
             "in float32, and model.memory.teacher_dtype for the frozen networks"
         )
+
+
+VARIANTS = 64
+"""How many variants of a block may be compiled: widths, batch sizes, with gradients and without. torch's own limit is 8."""
+
+
+def compile_roles(roles: Iterable[Role]) -> None:
+    """Compile the networks of `roles` in place, the frozen ones too. Twice is as good as once."""
+    dynamo: Any = importlib.import_module("torch._dynamo")
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, VARIANTS)
+    for role in roles:
+        cast(Network, role.network).compile_blocks()
