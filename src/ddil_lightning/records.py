@@ -28,7 +28,7 @@ class Context(NamedTuple):
     text: Tensor  # [B, L, D] states of the text encoder (toy: one-hot class, L = 1)
     mask: Tensor | None = None  # [B, L] attention mask of the text
     pooled: Tensor | None = None  # [B, P] pooled text (SDXL)
-    ids: Tensor | None = None  # [B, 6] size and crop conditioning (SDXL)
+    ids: Tensor | None = None  # [B, 6] original size, top and left of the crop, target size, in pixels (SDXL)
     w: Tensor | None = None  # [B] guidance in the convention out = out_c + w (out_c - out_u), so g = 1 + w
 
     def guided(self, w: Tensor | float | None) -> Context:

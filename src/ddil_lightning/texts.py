@@ -95,6 +95,11 @@ def file_text(value: Any) -> str:
     return value
 
 
+def by(size: Sequence[int]) -> str:
+    """Height and width as a message says them: 512 x 704."""
+    return " x ".join(map(str, size))
+
+
 def shown(name: str | os.PathLike[str]) -> str:
     """A file's name as a message can hold it: names with line feeds exist."""
     return str(name) if str(name).isprintable() else repr(str(name))

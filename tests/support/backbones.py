@@ -27,7 +27,7 @@ class LatentsAlone(Backbone):
     def device(self) -> torch.device:
         return torch.device("cpu")
 
-    def encode_text(self, prompts: Sequence[str], truncate: bool = False) -> Context:
+    def encode_text(self, prompts: Sequence[str], truncate: bool = False, sizes: Tensor | None = None) -> Context:
         return Context(torch.zeros(len(prompts), 1, 1))
 
     def check_length(self, prompts: Sequence[str]) -> None:

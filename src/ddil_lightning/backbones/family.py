@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ddil_lightning.backbones.interface import Network
 from ddil_lightning.records import Context
@@ -49,6 +49,11 @@ class Family(Network):
     def latent_shape(self) -> tuple[int, ...]:
         """[C, h, w] of the samples that it was trained on."""
 
+    @property
+    def divisor(self) -> int | None:
+        """What the sides of latents of another size than its own are multiples of; None where it is made for its own size alone."""
+        return None
+
     def check(self, path: str, channels: int | None) -> None:
         """Raises ValueError for a network that does not denoise latents of so many `channels`, or is made for another task."""
 
@@ -73,8 +78,11 @@ class Family(Network):
         return [len(ids) for ids in pipe.tokenizer(list(prompts)).input_ids], pipe.tokenizer.model_max_length
 
     @staticmethod
-    def context(pipe: Any, prompts: Sequence[str], device: torch.device, side: int) -> Context:
-        """What the network is told of `prompts`, unguided, for images of `side` pixels; texts of any batch are of one length."""
+    def context(pipe: Any, prompts: Sequence[str], device: torch.device, sizes: Tensor) -> Context:
+        """What the network is told of `prompts`, unguided; texts of any batch are of one length.
+
+        `sizes` [B, 6], of the image of each: height and width of the original, top and left of the crop, height and width of the target.
+        """
         text, _ = cast(Any, pipe).encode_prompt(
             prompt=list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )

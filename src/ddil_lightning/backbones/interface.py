@@ -21,6 +21,7 @@ from ddil_lightning.diffusion.schedule import NoiseSchedule, Predicts
 from ddil_lightning.diffusion.transitions import Transition
 from ddil_lightning.files import replacing
 from ddil_lightning.records import Context
+from ddil_lightning.texts import by
 
 
 class Network(nn.Module, ABC):
@@ -170,8 +171,12 @@ class Backbone(ABC):
     # Encoders ------------------------------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def encode_text(self, prompts: Sequence[str], truncate: bool = False) -> Context:
-        """The unguided context of `prompts`. Raises ValueError for one that is no prompt here, or is too long without `truncate`."""
+    def encode_text(self, prompts: Sequence[str], truncate: bool = False, sizes: Tensor | None = None) -> Context:
+        """The unguided context of `prompts`. Raises ValueError for one that is no prompt here, or is too long without `truncate`.
+
+        `sizes` [B, 6], for networks that are told them: original size, top and left of the crop, target size of the image of each prompt;
+        by default those of a whole image of `size`.
+        """
 
     @abstractmethod
     def check_length(self, prompts: Sequence[str]) -> None:
@@ -206,9 +211,22 @@ class Backbone(ABC):
         return "method" in self.about and not self.network().w_conditioned
 
     @property
-    def side(self) -> int | None:
-        """The edge of its images in pixels; None where its samples are no images."""
+    def size(self) -> tuple[int, int] | None:
+        """Height and width in pixels of the images that it samples; None where its samples are no images."""
         return None
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raises ValueError for images [height, width] that cannot be trained on; those that it samples can, and no others."""
+        if self.size is not None and tuple(size) != self.size:
+            raise ValueError(f"{self.path} takes images of {by(self.size)} alone, not of {by(size)}: give images of that size")
+
+    def check_latents(self, shape: Sequence[int]) -> None:
+        """Raises ValueError for latents [C, h, w] that it does not denoise."""
+        if tuple(shape) != self.latent_shape:
+            raise ValueError(
+                f"the data's latents are {list(shape)} and the pipeline {self.path} denoises {list(self.latent_shape)}: "
+                "give images of the size that the pipeline was trained for"
+            )
 
     # Students --------------------------------------------------------------------------------------------------------------------------
 

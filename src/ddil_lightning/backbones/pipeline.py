@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ddil_lightning import plugins
 from ddil_lightning.backbones import loading, schedulers
+from ddil_lightning.backbones import sizes as image_sizes
 from ddil_lightning.backbones.adapters import Adapter, adapt, graft, merged, sharing
 from ddil_lightning.backbones.family import Family
 from ddil_lightning.backbones.interface import Backbone
@@ -26,7 +27,7 @@ from ddil_lightning.backbones.unet import UNet
 from ddil_lightning.diffusion.schedule import NoiseSchedule, Predicts
 from ddil_lightning.diffusion.transitions import Transition
 from ddil_lightning.records import Context
-from ddil_lightning.texts import check_prompts
+from ddil_lightning.texts import by, check_prompts
 
 FAMILIES: dict[str, type[Family]] = {"UNet2DConditionModel": UNet}
 """The family of a pipeline by the class of its network in diffusers. A third party's is an entry made where its file is imported."""
@@ -55,12 +56,18 @@ class Pipeline(Backbone):
         dtype: of the frozen network and of the text encoders; the student is always made in float32.
         vae_dtype: of the autoencoder, whose latents are what training takes for data.
         bare: networks, the teacher's too, are without memory for weights; the one that is wanted gets them from a checkpoint.
+        size: height and width in pixels of the images that it samples, or one number for both; by default as its card says, else its own.
     """
 
     holds_students = True
 
     def __init__(
-        self, path: str = "builtin", dtype: torch.dtype = torch.float32, vae_dtype: torch.dtype = torch.float32, bare: bool = False
+        self,
+        path: str = "builtin",
+        dtype: torch.dtype = torch.float32,
+        vae_dtype: torch.dtype = torch.float32,
+        bare: bool = False,
+        size: int | tuple[int, int] | None = None,
     ) -> None:
         about = recommended(path)
         empty = empty_network(path) if bare else {}
@@ -80,6 +87,9 @@ class Pipeline(Backbone):
         self._network.check(str(path), self.pipe.vae.config.latent_channels)
         super().__init__(str(path), schedule, PREDICTS[kind], self._network.latent_shape, about, dtype)
         self.bare = bare
+        asked = about.get("size") if size is None else size
+        if asked is not None:
+            self.latent_shape = image_sizes.latent_shape(asked, self._network, self._scale, self.path)
 
     def parts(self) -> list[nn.Module]:
         """Every component that is a module, frozen: the network, the autoencoder, the text encoders."""
@@ -95,10 +105,27 @@ class Pipeline(Backbone):
         """The device of the frozen parts."""
         return next(self.pipe.vae.parameters()).device
 
+    # Sizes ---------------------------------------------------------------------------------------------------------------------------
+
     @property
-    def side(self) -> int:
-        """The edge of its images in pixels."""
-        return self.latent_shape[-1] * int(self.pipe.vae_scale_factor)
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images that it samples."""
+        height, width = self.latent_shape[1:]
+        return height * self._scale, width * self._scale
+
+    @property
+    def _scale(self) -> int:
+        return int(self.pipe.vae_scale_factor)
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raises ValueError, with the nearest size that can be, for images [height, width] that autoencoder or network do not divide."""
+        image_sizes.check(size, self._network, self._scale, self.path)
+
+    def check_latents(self, shape: Sequence[int]) -> None:
+        """Raises ValueError for latents [C, h, w] that it does not denoise."""
+        if len(shape) != 3 or shape[0] != self.latent_shape[0]:
+            super().check_latents(shape)
+        self.check_size((shape[1] * self._scale, shape[2] * self._scale))
 
     # Networks ------------------------------------------------------------------------------------------------------------------------
 
@@ -247,12 +274,17 @@ class Pipeline(Backbone):
     # Encoders ------------------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode_text(self, prompts: Sequence[str], truncate: bool = False) -> Context:
-        """The text states of `prompts`, unguided. Raises ValueError for one that no tokenizer takes, or is too long without `truncate`."""
+    def encode_text(self, prompts: Sequence[str], truncate: bool = False, sizes: Tensor | None = None) -> Context:
+        """The text states of `prompts`, unguided. Raises ValueError for one that no tokenizer takes, or is too long without `truncate`.
+
+        `sizes` [B, 6] as `Family.context` has them; by default of images that are whole and of the pipeline's `size`.
+        """
         check_prompts(prompts)
         if not truncate:
             self.check_length(prompts)
-        return self._network.context(self.pipe, prompts, self.device, self.side)
+        if sizes is None:
+            sizes = image_sizes.whole(self.size, len(prompts))
+        return self._network.context(self.pipe, prompts, self.device, sizes)
 
     def encoders(self) -> str:
         """A digest of everything that makes latents and text states: weights of the encoders, the latents' scale, the vocabulary."""
@@ -266,6 +298,8 @@ class Pipeline(Backbone):
                 digest.update(json.dumps([name, part.model_max_length, sorted(part.get_vocab().items())]).encode())
         config = self.pipe.vae.config
         digest.update(f"{config.scaling_factor} {config.get('shift_factor')}".encode())
+        if self.latent_shape != self._network.latent_shape:  # SDXL is told it with every caption that has no image
+            digest.update(by(self.size).encode())
         return digest.hexdigest()
 
     def check_length(self, prompts: Sequence[str]) -> None:

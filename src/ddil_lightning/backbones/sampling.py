@@ -79,7 +79,7 @@ def pipeline_latents(backbone: Pipeline, prompts: Sequence[str], steps: int, g: 
 
     `g` is the guidance_scale of the call. Raises ValueError where the pipeline's scheduler fails for so many `steps`.
     """
-    out, shape, pipe = [], backbone.latent_shape, backbone.pipe
+    out, shape, pipe, (height, width) = [], backbone.latent_shape, backbone.pipe, backbone.size
     chunk = chunk or batch(shape)
     x_T, generators = noise(len(prompts), shape, seed), renoising(len(prompts), seed)
     for start in range(0, len(prompts), chunk):
@@ -89,6 +89,8 @@ def pipeline_latents(backbone: Pipeline, prompts: Sequence[str], steps: int, g: 
                 prompt=list(prompts[part]),
                 num_inference_steps=steps,
                 guidance_scale=g,
+                height=height,
+                width=width,
                 latents=x_T[part].to(backbone.device, backbone.network().model.dtype),
                 generator=generators[part],
                 output_type="latent",

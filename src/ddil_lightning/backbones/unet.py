@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddil_lightning.backbones.family import Family
@@ -18,6 +19,19 @@ from ddil_lightning.records import Context
 
 class _Enough(Exception):
     """Ends a U-Net's forward once the features are there."""
+
+
+class _Head(nn.Sequential):
+    """Convolutions that end in one place at the size that they are made for. What is smaller is repeated at its edges up to that, and of
+    what is larger the logits of all places are averaged, so that each layer has one voice at any size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, 1, 1, 1] of features [B, F, h, w]."""
+        least = 1 << sum(isinstance(layer, nn.Conv2d) and layer.stride == (2, 2) for layer in self)
+        down, right = (max(least - side, 0) for side in x.shape[2:])
+        if down or right:
+            x = F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2), mode="replicate")
+        return super().forward(x).mean((2, 3), keepdim=True)
 
 
 class UNet(Family):
@@ -38,8 +52,13 @@ class UNet(Family):
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """[C, h, w] by its configuration."""
-        config = self.model.config
-        return config.in_channels, config.sample_size, config.sample_size
+        size = self.model.config.sample_size
+        return (self.model.config.in_channels, *(size if isinstance(size, list | tuple) else (size, size)))
+
+    @property
+    def divisor(self) -> int:
+        """Every block but the last of the way down halves the sides."""
+        return 1 << (len(self.model.config.block_out_channels) - 1)
 
     def check(self, path: str, channels: int | None) -> None:
         """Raises ValueError for another task than text-to-image in latents of so many `channels`."""
@@ -72,13 +91,16 @@ class UNet(Family):
         return {name: known[name] for name in self.named(layers, usual)}
 
     def head(self, layers: Sequence[str] = ()) -> nn.Module:
-        """DMD2's discriminator, one for each layer: features [B, F, h, w] -> logits [B, 1, 1, 1] (convolutions of stride 2, norm, SiLU)."""
+        """DMD2's discriminator, one for each layer: features [B, F, h, w] -> logits [B, 1, 1, 1] (convolutions of stride 2, norm, SiLU).
+
+        Made for latents of its own size, and good for every other: see `_Head`.
+        """
         made = [self._head(*self._size(name)) for name in self._asked(layers)]
         return made[0] if len(made) == 1 else Heads(made)
 
     def _size(self, layer: str) -> tuple[int, int]:
         """(channels, side) of what leaves a block; every block but the last of its way halves or doubles the side."""
-        widths, side = self.model.config.block_out_channels, self.model.config.sample_size
+        widths, side = self.model.config.block_out_channels, min(self.latent_shape[1:])
         last = len(widths) - 1
         if layer == "mid":
             return widths[-1], side >> last
@@ -92,17 +114,16 @@ class UNet(Family):
         while side > 1:
             layers += [nn.Conv2d(width, width, 4, 2, 1), nn.GroupNorm(self.model.config.norm_num_groups or 1, width), nn.SiLU()]
             side //= 2
-        return nn.Sequential(*layers, nn.Conv2d(width, 1, 1)).to(memory_format=torch.channels_last)
+        return _Head(*layers, nn.Conv2d(width, 1, 1)).to(memory_format=torch.channels_last)
 
     @staticmethod
-    def context(pipe: Any, prompts: Sequence[str], device: torch.device, side: int) -> Context:
-        """The text states; with the pooled text and the size that SDXL is told, square and not cropped."""
+    def context(pipe: Any, prompts: Sequence[str], device: torch.device, sizes: Tensor) -> Context:
+        """The text states; with the pooled text and the sizes that SDXL is told, in the order of its pipeline's `_get_add_time_ids`."""
         made = pipe.encode_prompt(prompt=list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False)
         if len(made) == 2:
             return Context(made[0].float())
         text, _, pooled, _ = made
-        ids = torch.tensor([side, side, 0.0, 0.0, side, side], device=device).repeat(len(prompts), 1)
-        return Context(text.float(), pooled=pooled.float(), ids=ids)
+        return Context(text.float(), pooled=pooled.float(), ids=sizes.to(device, torch.float32))
 
     def features(self, x_t: Tensor, t: Tensor, c: Context, layers: Sequence[str] = ()) -> tuple[Tensor, ...]:
         """The features [B, F, h, w] that leave the blocks `layers`, by default the bottleneck; what comes after the last is not run."""

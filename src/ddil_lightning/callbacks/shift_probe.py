@@ -82,4 +82,5 @@ class ShiftProbe(Callback):
         return dict(zip(grid.nodes.tolist()[1:], walk, strict=False))
 
     def _noise(self, batch: Any, method: Any, seed: int) -> Tensor:
-        return noise(len(batch.rows), method.backbone.latent_shape, seed).to(method.device)
+        shape = method.backbone.latent_shape if batch.latent is None else batch.latent.shape[1:]
+        return noise(len(batch.rows), shape, seed).to(method.device)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,19 +11,12 @@ from torch.utils.data import Dataset
 
 from ddil_lightning.bounds import seeds, within
 from ddil_lightning.data import tables
+from ddil_lightning.data.buckets import Buckets, Group, Size, Sorting, sizes_of
 from ddil_lightning.data.folders import bytes_of
-from ddil_lightning.data.pictures import check_size, read_squares
+from ddil_lightning.data.pictures import picture_size, read_pictures
+from ddil_lightning.data.raw import RawBatch as RawBatch
+from ddil_lightning.data.raw import digest, joined
 from ddil_lightning.texts import caption_text, file_text, read_lines, shown
-
-
-class RawBatch(NamedTuple):
-    """Captions and images before encoding, as a loader hands them over."""
-
-    pixels: Tensor | None  # [B, 3, H, W] in [-1, 1]
-    prompts: list[str]
-    rows: Tensor  # [B], the rows that were read
-    enlarged: int = 0  # how many pictures are smaller than the size that was asked for
-    skipped: tuple[str, ...] = ()  # why rows that were asked for are not here (`Captions.on_error`)
 
 
 class Captions(Dataset[Any]):
@@ -32,9 +24,11 @@ class Captions(Dataset[Any]):
 
     `on_error`: what happens to a row whose caption or picture raises ValueError or OSError: `stop` lets it, `skip` takes the next row that
     can be read in its place, so that a batch keeps its size, and says so in `RawBatch.skipped`.
+    `sizes`: those that its pictures are made to, height and width; None where they come as they are.
     """
 
     on_error: Literal["stop", "skip"] = "stop"
+    sizes: tuple[Size, ...] | None = None
 
     def __len__(self) -> int:
         """How many captions there are."""
@@ -56,7 +50,14 @@ class Captions(Dataset[Any]):
         except (OSError, ValueError):
             if self.on_error == "stop":
                 raise
-        return _joined([self._next_readable(row) for row in rows])
+        return joined([self._next_readable(row, self._peers(row)) for row in rows])
+
+    def groups(self) -> list[Group]:
+        """The rows by the shape of their pictures, for a batch is of one shape: all of them, where there is one."""
+        return [Group(torch.arange(len(self)), "all")]
+
+    def group_by(self, groups: list[Group]) -> None:
+        """Hear what `groups` has found in another process."""
 
     def some(self, n: int) -> list[str]:
         """The first `n` captions, or so many as can be read."""
@@ -70,7 +71,7 @@ class Captions(Dataset[Any]):
 
     def content(self) -> str:
         """A digest of every caption and every picture, in order: a cache of another digest was made from other data."""
-        return _digest(self._content_parts())
+        return digest(self._content_parts())
 
     def stamp(self) -> str | None:
         """A digest that is as good as `content` while nothing changes, from what is known without reading pictures; None without such."""
@@ -79,12 +80,18 @@ class Captions(Dataset[Any]):
     def _raw_batch(self, rows: list[int]) -> RawBatch:
         return RawBatch(self.pixels(rows), self.prompts(rows), torch.tensor(rows))
 
-    def _next_readable(self, row: int) -> RawBatch:
-        """The batch of one row, or of the first after it (after the last comes the first) that can be read, and why the others cannot."""
+    def _peers(self, row: int) -> Sequence[int]:
+        """The rows whose pictures are of the shape of that of `row`, ascending."""
+        return range(len(self))
+
+    def _next_readable(self, row: int, peers: Sequence[int]) -> RawBatch:
+        """The batch of one row, or of the first of its `peers` after it (after the last comes the first) that can be read, and why the
+        others cannot."""
         skipped: list[str] = []
-        for i in range(len(self)):
+        start = peers.index(row)
+        for other in (*peers[start:], *peers[:start]):
             try:
-                return self._raw_batch([(row + i) % len(self)])._replace(skipped=tuple(skipped))
+                return self._raw_batch([other])._replace(skipped=tuple(skipped))
             except (OSError, ValueError) as error:
                 skipped.append(str(error))
         return self._raw_batch([row])  # none can be: with the error of the row that was asked for
@@ -96,27 +103,6 @@ class Captions(Dataset[Any]):
             if raw.pixels is not None:
                 yield tuple(raw.pixels.shape)
                 yield raw.pixels.detach().float().cpu().contiguous().numpy().tobytes()
-
-
-def _joined(batches: Sequence[RawBatch]) -> RawBatch:
-    pixels = [b.pixels for b in batches if b.pixels is not None]
-    return RawBatch(
-        torch.cat(pixels) if pixels else None,
-        [prompt for b in batches for prompt in b.prompts],
-        torch.cat([b.rows for b in batches]),
-        sum(b.enlarged for b in batches),
-        tuple(dict.fromkeys(why for b in batches for why in b.skipped)),
-    )
-
-
-def _digest(parts: Iterable[Any]) -> str:
-    """Of bytes, and of what else is written down whole; each with its length, so that no two lists of parts look alike."""
-    digest = hashlib.sha256()
-    for part in parts:
-        data = part if isinstance(part, bytes) else repr(part).encode("utf-8", "backslashreplace")
-        digest.update(f"{len(data)}:".encode())
-        digest.update(data)
-    return digest.hexdigest()
 
 
 class Shapes(Captions):
@@ -166,7 +152,8 @@ class Images(Captions):
 
     Args:
         path: the folder, the file or the hub id.
-        size: side in pixels; the largest square at the centre of a picture is resized to it.
+        size: what pictures are made to, in pixels: a side of squares, [height, width], a list of these, or Buckets (side, step, aspect).
+            The largest part at the centre of a picture that has the aspect is resized; of several sizes that of the nearest aspect.
         image: the column of pictures.
         caption: the column of captions; of several captions of a picture the first counts.
         split: of a Hugging Face dataset.
@@ -174,14 +161,21 @@ class Images(Captions):
     """
 
     def __init__(
-        self, path: str, size: int = 512, image: str = "image", caption: str = "text", split: str = "train", limit: int | None = None
+        self,
+        path: str,
+        size: int | Size | list[Size] | Buckets = 512,
+        image: str = "image",
+        caption: str = "text",
+        split: str = "train",
+        limit: int | None = None,
     ) -> None:
-        check_size(size)
+        self.sizes: tuple[Size, ...] = sizes_of(size)
         if limit is not None and limit < 1:
             raise ValueError(f"limit {limit}: at least one row, or none for all")
-        self.size, self._image, self._caption, self._path = size, image, caption, path
+        self._image, self._caption, self._path = image, caption, path
         self._rows = tables.load(path, image, caption, split, limit)
         self._complete = False
+        self._sorting = Sorting(self.sizes)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -198,11 +192,11 @@ class Images(Captions):
 
     def pixels(self, index: Sequence[int]) -> Tensor:
         """The images of the rows `index`. Raises ValueError for one that cannot be read."""
-        return read_squares(self._sources(index), self.size)[0]
+        return read_pictures(self._sources(index), self._size(index)).pixels
 
     def stamp(self) -> str:
         """From the captions and from size and time of every picture file, or the fingerprint of the data set."""
-        return _digest([self.size, *self._rows.stamps()])
+        return digest([self._shape(), *self._rows.stamps()])
 
     def _raw_batch(self, rows: list[int]) -> RawBatch:
         if self.on_error == "stop" and not self._complete:  # at once, not after hours of training
@@ -212,8 +206,39 @@ class Images(Captions):
                 raise ValueError(f"{self._where(row, file)}: no such file; {len(gone)} of {len(self)} pictures are missing")
             self._complete = True
         prompts = self.prompts(rows)
-        pixels, enlarged = read_squares(self._sources(rows), self.size)
-        return RawBatch(pixels, prompts, torch.tensor(rows), enlarged)
+        pixels, sizes, enlarged = read_pictures(self._sources(rows), self._size(rows))
+        return RawBatch(pixels, prompts, torch.tensor(rows), enlarged, sizes=sizes)
+
+    def groups(self) -> list[Group]:
+        """The rows by the size that their pictures get; those of several sizes are told apart by the heads of the files, once."""
+        return self._sorting.groups(self._frames, len(self))
+
+    def group_by(self, groups: list[Group]) -> None:
+        """Hear what `groups` has found in another process."""
+        self._sorting.hear(groups, len(self))
+
+    def _frames(self, rows: Sequence[int]) -> list[Size | None]:
+        """Height and width of the pictures of `rows`; None for one that cannot be read and may be skipped."""
+        try:
+            return [picture_size(*source) for source in self._sources(rows)]
+        except (OSError, ValueError):
+            if self.on_error == "stop":
+                raise
+            return [None] if len(rows) == 1 else [size for row in rows for size in self._frames([row])]
+
+    def _peers(self, row: int) -> Sequence[int]:
+        self.groups()
+        return self._sorting.peers(row, len(self))
+
+    def _size(self, rows: Sequence[int]) -> Size:
+        """The one size of the pictures of `rows`. Raises ValueError where they have several."""
+        self.groups()
+        return self._sorting.size(rows)
+
+    def _shape(self) -> Any:
+        """The sizes, as digests know them: squares by their side."""
+        (height, width), *others = self.sizes
+        return self.sizes if others or height != width else height
 
     def _sources(self, index: Sequence[int]) -> Iterator[tuple[bytes | str, str]]:
         """Pictures as bytes or files, and what a message calls them."""
@@ -230,7 +255,7 @@ class Images(Captions):
 
     def _content_parts(self) -> Iterator[Any]:
         """Bytes as they are stored: a picture that changes its file has changed, and none is decoded."""
-        yield self.size
+        yield self._shape()
         for start in range(0, len(self), 64):
             index = range(start, min(start + 64, len(self)))
             for value, (data, file) in zip(self._rows.captions(index), self._rows.pictures(index), strict=True):

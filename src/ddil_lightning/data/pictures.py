@@ -1,4 +1,4 @@
-"""Pictures of a user: the one way to read them, for training and for evaluation, and the square that a network sees."""
+"""Pictures of a user: the one way to read them, for training and for evaluation, and the part that a network sees."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ddil_lightning.texts import reason, shown
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
+ORIENTATION = 0x0112  # the EXIF tag of how a camera was held
 MAX_SIZE = 16384  # a side in pixels: beyond any network, and one picture of it holds 3 GB
 
 
@@ -51,8 +52,46 @@ def read_picture(source: bytes | str | Path, name: str = "") -> Picture:
         raise ValueError(f"{name}: not a readable image ({reason(error)})") from error
 
 
-def square(image: Picture, size: int) -> Tensor:
-    """An RGB picture as [3, size, size] in [-1, 1]: its largest square at the centre, resized (Lanczos).
+def picture_size(source: bytes | str | Path, name: str = "") -> tuple[int, int]:
+    """Height and width of a picture as `read_picture` would give it, from its head: no pixel is decoded. Raises ValueError as that does."""
+    from PIL import Image, UnidentifiedImageError
+
+    name = name or shown(str(source))
+    _trust_scans()
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            # A PNG that says nothing of EXIF in its head would be decoded whole in search of it.
+            silent = image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys()
+            turned = not silent and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name}: not a readable image (no kind that Pillow knows)") from error
+    except Exception as error:  # as in read_picture
+        raise ValueError(f"{name}: not a readable image ({reason(error)})") from error
+
+
+def cut(picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of the largest part of a picture [height, width], at its centre, that has the aspect of `size`."""
+    scale = _scale(picture, size)
+    height, width = (min(side, max(1, round(to / scale))) for side, to in zip(picture, size, strict=True))
+    return (picture[0] - height) // 2, (picture[1] - width) // 2, height, width
+
+
+def told(picture: tuple[int, int], size: tuple[int, int]) -> list[int]:
+    """What SDXL is told of a picture that was made to `size`: its own height and width, top and left of the crop in the resized picture,
+    height and width of the target."""
+    top, left, _, _ = cut(picture, size)
+    scale = _scale(picture, size)
+    return [*picture, round(top * scale), round(left * scale), *size]
+
+
+def _scale(picture: tuple[int, int], size: tuple[int, int]) -> float:
+    """By how much a picture is resized so that it just covers `size`."""
+    return max(size[0] / picture[0], size[1] / picture[1])
+
+
+def fitted(image: Picture, size: tuple[int, int]) -> Tensor:
+    """An RGB picture as [3, *size] in [-1, 1]: the largest part of its centre that has this aspect, resized (Lanczos).
 
     One convention for training and for the real images of an evaluation. Cut first and resized then: a panorama is not enlarged to
     gigapixels of which all but the middle is thrown away.
@@ -60,20 +99,41 @@ def square(image: Picture, size: int) -> Tensor:
     from PIL import Image
     from torchvision.transforms.functional import pil_to_tensor
 
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    cut = image.crop((left, top, left + side, top + side))
-    return pil_to_tensor(cut if side == size else cut.resize((size, size), Image.Resampling.LANCZOS)).float() / 127.5 - 1
+    top, left, height, width = cut((image.height, image.width), size)
+    part = image.crop((left, top, left + width, top + height))
+    whole = part if (height, width) == tuple(size) else part.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    return pil_to_tensor(whole).float() / 127.5 - 1
+
+
+def square(image: Picture, size: int) -> Tensor:
+    """`fitted` to a square of `size`."""
+    return fitted(image, (size, size))
+
+
+class Pictures(NamedTuple):
+    """Pictures of one size, as they were read."""
+
+    pixels: Tensor  # [N, 3, h, w] in [-1, 1]
+    sizes: Tensor  # [N, 6] what SDXL is told of them (`told`)
+    enlarged: int  # how many are smaller than the size
+
+
+def read_pictures(sources: Iterable[tuple[bytes | str | Path, str]], size: tuple[int, int]) -> Pictures:
+    """Pictures and their names (as for `read_picture`), made to `size`."""
+    made, sizes, enlarged = [], [], 0
+    for source, name in sources:
+        image = read_picture(source, name)
+        own = (image.height, image.width)
+        enlarged += _scale(own, size) > 1
+        made.append(fitted(image, size))
+        sizes.append(told(own, size))
+    return Pictures(torch.stack(made), torch.tensor(sizes), enlarged)
 
 
 def read_squares(sources: Iterable[tuple[bytes | str | Path, str]], size: int) -> tuple[Tensor, int]:
-    """Pictures and their names (as for `read_picture`) as [N, 3, size, size] in [-1, 1], and how many of them had to be enlarged."""
-    squares, enlarged = [], 0
-    for source, name in sources:
-        image = read_picture(source, name)
-        enlarged += min(image.size) < size
-        squares.append(square(image, size))
-    return torch.stack(squares), enlarged
+    """`read_pictures` of squares of `size`: [N, 3, size, size] in [-1, 1], and how many of them had to be enlarged."""
+    pixels, _, enlarged = read_pictures(sources, (size, size))
+    return pixels, enlarged
 
 
 def _rgb(image: Picture) -> Picture:

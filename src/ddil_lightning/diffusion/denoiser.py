@@ -92,7 +92,7 @@ class Denoiser(nn.Module):
         self.evaluations += 2 * len(x_t)
         w = c.w.view(-1, *(1,) * (x_t.ndim - 1))
         self.null = to(self.null, x_t.device)
-        both = cat([c.guided(None), _like(self.null, c).expand(len(x_t)).guided(None)])
+        both = cat([c.guided(None), _like(self.null, c).guided(None)])
         out = self.network(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
         # Upcast before the extrapolation: w multiplies the rounding of a half-precision network.
         out_c, out_u = out.to(torch.promote_types(out.dtype, torch.float32)).chunk(2)
@@ -100,8 +100,10 @@ class Denoiser(nn.Module):
 
 
 def _like(null: Context, c: Context) -> Context:
-    """The null context with the micro-conditioning of `c` where it has none (SDXL's size ids are the same in both branches)."""
-    return null._replace(ids=c.ids[:1] if null.ids is None and c.ids is not None else null.ids)
+    """The null context for every sample of `c`, with the sizes that this sample is told: in the pipelines of SDXL both branches are told
+    the same ones."""
+    many = null.expand(len(c.text))
+    return many if c.ids is None else many._replace(ids=c.ids)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from ddil_lightning.evaluation.batches import Batch, Given, Judge, Reference, as
 from ddil_lightning.evaluation.metrics.pairs import choose, image_batches, read_pairs
 from ddil_lightning.evaluation.networks import PAPER, Features, MapDistance, Networks
 from ddil_lightning.evaluation.registry import PASSES, metrics, unmeasured
+from ddil_lightning.texts import by
 
 if TYPE_CHECKING:
     from ddil_lightning.backbones.interface import Backbone
@@ -145,10 +146,11 @@ class Suite:
 
     def for_pipeline(self, backbone: Backbone) -> Suite:
         """The suite itself. Raises ValueError for a pipeline whose pictures are of another size than the judge can read."""
-        side = backbone.side
-        if self.side not in (None, side):
+        size = backbone.size
+        if self.side is not None and size != (self.side, self.side):
+            made = "none" if size is None else by(size)
             raise ValueError(
-                f"{self.name} are pictures of {self.side} pixels and the pipeline {backbone.path} makes {side}, which their judge cannot "
+                f"{self.name} are pictures of {self.side} pixels and the pipeline {backbone.path} makes {made}, which their judge cannot "
                 "read: test it on your own captions, by ddil-test --data CAPTIONS --images DIR (and test.n=0 in training)"
             )
         return self

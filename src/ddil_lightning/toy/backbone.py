@@ -106,7 +106,7 @@ class Toy(Backbone):
         _, _, width, depth = self._shape
         return Ensemble(self.seeds, self.mixture.num_classes, self.problem.second_moment, self.schedule, width, depth, w_conditioned)
 
-    def encode_text(self, prompts: Sequence[str], truncate: bool = False) -> Context:
+    def encode_text(self, prompts: Sequence[str], truncate: bool = False, sizes: Tensor | None = None) -> Context:
         """One-hot classes of the prompts "class 0" ..., and zeros for the empty prompt. Raises ValueError for another prompt."""
         names = ["", *self.about["previews"]]
         unknown = [p for p in prompts if p not in names]

@@ -1,0 +1,45 @@
+"""What a data set hands over before encoding, and what tells one data set from another."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RawBatch(NamedTuple):
+    """Captions and images before encoding, as a loader hands them over."""
+
+    pixels: Tensor | None  # [B, 3, H, W] in [-1, 1]
+    prompts: list[str]
+    rows: Tensor  # [B], the rows that were read
+    enlarged: int = 0  # how many pictures are smaller than the size that was asked for
+    skipped: tuple[str, ...] = ()  # why rows that were asked for are not here (`Captions.on_error`)
+    sizes: Tensor | None = None  # [B, 6] original size, top and left of the crop, target size; None: as `pixels` are, and whole
+
+
+def joined(batches: Sequence[RawBatch]) -> RawBatch:
+    """Batches one after the other as one."""
+    pixels = [b.pixels for b in batches if b.pixels is not None]
+    sizes = [b.sizes for b in batches if b.sizes is not None]
+    return RawBatch(
+        torch.cat(pixels) if pixels else None,
+        [prompt for b in batches for prompt in b.prompts],
+        torch.cat([b.rows for b in batches]),
+        sum(b.enlarged for b in batches),
+        tuple(dict.fromkeys(why for b in batches for why in b.skipped)),
+        torch.cat(sizes) if sizes else None,
+    )
+
+
+def digest(parts: Iterable[Any]) -> str:
+    """Of bytes, and of what else is written down whole; each with its length, so that no two lists of parts look alike."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else repr(part).encode("utf-8", "backslashreplace")
+        digest.update(f"{len(data)}:".encode())
+        digest.update(data)
+    return digest.hexdigest()
