@@ -37,9 +37,9 @@ def joined(batches: Sequence[RawBatch]) -> RawBatch:
 
 def digest(parts: Iterable[Any]) -> str:
     """Of bytes, and of what else is written down whole; each with its length, so that no two lists of parts look alike."""
-    digest = hashlib.sha256()
+    made = hashlib.sha256()
     for part in parts:
         data = part if isinstance(part, bytes) else repr(part).encode("utf-8", "backslashreplace")
-        digest.update(f"{len(data)}:".encode())
-        digest.update(data)
-    return digest.hexdigest()
+        made.update(f"{len(data)}:".encode())
+        made.update(data)
+    return made.hexdigest()

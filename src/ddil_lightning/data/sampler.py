@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 
@@ -12,14 +13,22 @@ class CounterSampler(DistributedSampler):
     """Lists of rows by a counter: batch i is a slice of the permutation of (seed, epoch), so "batches done" is all there is to resume.
 
     `done` is asked at the start of every epoch, so that one cut short (limit_train_batches) goes on where it stopped.
+    `groups`: the rows by the shape of their pictures, where these are of several. A batch is then of one group, on all processes of the
+    same one, and an epoch has the batches of all groups in an order of its own. `left_out` are the groups that have no whole batch.
     A DistributedSampler, because Lightning then leaves it alone under DDP and FSDP.
     """
 
-    def __init__(self, size: int, batch: int, seed: int, world: int, rank: int, done: Callable[[], int]) -> None:
-        self.batches = size // (batch * world)
+    def __init__(
+        self, size: int, batch: int, seed: int, world: int, rank: int, done: Callable[[], int], groups: Sequence[Tensor] = ()
+    ) -> None:
+        self.groups = groups if len(groups) > 1 else [torch.arange(size)]
+        self.counts = [len(group) // (batch * world) for group in self.groups]
+        self.left_out = [i for i, count in enumerate(self.counts) if count == 0]
+        self.batches = sum(self.counts)
         if self.batches == 0:
+            few = f", in {len(self.groups)} shapes of pictures none of which has a whole batch" if len(self.groups) > 1 else ""
             raise ValueError(
-                f"the data set has {size} captions, fewer than one batch of {batch} on {world} process(es): lower data.batch_size"
+                f"the data set has {size} captions, fewer than one batch of {batch} on {world} process(es){few}: lower data.batch_size"
             )
         self.size, self.batch, self.seed, self.world, self.rank, self.done = size, batch, seed, world, rank, done
 
@@ -28,10 +37,16 @@ class CounterSampler(DistributedSampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, start = divmod(self.done(), self.batches)
-        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
-        for i in range(start, self.batches):
-            first = (i * self.world + self.rank) * self.batch
-            yield order[first : first + self.batch].tolist()
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        orders = [group[torch.randperm(len(group), generator=generator)] for group in self.groups]
+        turns = torch.arange(len(self.groups)).repeat_interleave(torch.tensor(self.counts))
+        if len(self.groups) > 1:
+            turns = turns[torch.randperm(len(turns), generator=generator)]
+        past = turns[:start].bincount(minlength=len(self.groups)).tolist()
+        for group in turns[start:].tolist():
+            first = (past[group] * self.world + self.rank) * self.batch
+            past[group] += 1
+            yield orders[group][first : first + self.batch].tolist()
 
     def set_epoch(self, epoch: int) -> None:
         """Nothing: the counter says the epoch."""

@@ -8,6 +8,7 @@ The buffer lives on the CPU and belongs to one rank.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -70,6 +71,7 @@ class ReplayBuffer:
     """States of the last roll-outs, drawn with replacement, uniformly or by priority.
 
     `capacity` counts states (0 keeps nothing); whole roll-outs are evicted, oldest first. `max_age` in student updates.
+    Latents of several shapes share the capacity, and a batch is drawn from those of one shape.
     `priority` is the exponent a; `half_life` (updates), `uniform` (eta) and `beta0` only act where it is positive:
     P(j) = (1 - eta) p_j / sum p + eta / n,  p_j = clip(u_j, 0.1, 10)^a 2^(-age_j / half_life),  u_j = loss_j / running mean at its node.
     `storage`: "float16" (states below t = 50 stay float32) or "float32". Raises ValueError for settings outside their range.
@@ -98,6 +100,18 @@ class ReplayBuffer:
 
     def __len__(self) -> int:
         return sum(len(chunk.states.t) for chunk in self._chunks)
+
+    def held(self, shape: Sequence[int]) -> int:
+        """How many states of latents of a `shape` there are."""
+        return int(_sizes(self._of(shape)).sum())
+
+    def shapes(self) -> set[tuple[int, ...]]:
+        """The shapes of the latents that are kept."""
+        return {tuple(chunk.states.x_t.shape[1:]) for chunk in self._chunks}
+
+    def _of(self, shape: Sequence[int] | None) -> list[_Chunk]:
+        """The roll-outs of a shape, oldest first; of all where it is None."""
+        return [chunk for chunk in self._chunks if shape is None or tuple(chunk.states.x_t.shape[1:]) == tuple(shape)]
 
     @torch.no_grad()
     def add(self, made: Rollout, clock: int, stage: int, expected: Tensor | None = None) -> Tensor:
@@ -138,33 +152,37 @@ class ReplayBuffer:
         self._chunks.clear()
         self._means.clear()
 
-    def sample(self, n: int, clock: int, generator: torch.Generator, progress: float = 0.0) -> Sample:
+    def sample(self, n: int, clock: int, generator: torch.Generator, progress: float = 0.0, shape: Sequence[int] | None = None) -> Sample:
         """Draws n states with replacement; `progress` in [0, 1] anneals the exponent of the importance weights from beta0 to 1.
+
+        Of latents of a `shape`, which may be left out where there is only one.
 
         Takes n float64 uniforms from the generator whatever the priorities, and without them picks floor(u * len): exactly plain replay.
         Raises ValueError from an empty buffer.
         """
-        size = len(self)
+        chunks = self._of(shape)
+        size = int(_sizes(chunks).sum())
         if size == 0:
             raise ValueError("the replay buffer is empty: collect a roll-out before sampling")
         u = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64).cpu()
         if self.priority == 0:
             index, weight = (u * size).long().clamp(max=size - 1), torch.ones(n)
         else:
-            p = self.probabilities(clock)
+            p = self.probabilities(clock, shape)
             index = torch.searchsorted(p.cumsum(0), u, right=True).clamp(max=size - 1)
             weight = (size * p[index]) ** -(self.beta0 + (1 - self.beta0) * progress)
             weight = (weight / weight.max()).float() if n else weight.float()
-        return self._gather(index, weight, clock)
+        return _gather(chunks, index, weight, clock)
 
-    def probabilities(self, clock: int) -> Tensor:
-        """[len] float64 probability of every state, oldest first. States without a loss so far count as the largest one present."""
-        size = len(self)
+    def probabilities(self, clock: int, shape: Sequence[int] | None = None) -> Tensor:
+        """[len] float64 probability of every state (of a `shape`), oldest first; one without a loss so far counts as the largest present."""
+        chunks = self._of(shape)
+        size = int(_sizes(chunks).sum())
         if self.priority == 0 or size == 0:
             return torch.full((size,), 1 / max(size, 1), dtype=torch.float64)
-        u = torch.cat([k.states.u for k in self._chunks])
+        u = torch.cat([k.states.u for k in chunks])
         u = torch.where(u == 0, u.max() if bool(u.any()) else torch.ones_like(u), u)
-        age = self._per_state([clock - k.clock for k in self._chunks])
+        age = _per_state([clock - k.clock for k in chunks], chunks)
         # Relative to the youngest, so that a long pause cannot underflow every priority to 0.
         p = u.clamp(U_MIN, U_MAX) ** self.priority * torch.exp2(-(age - age.min()).double() / self.half_life)
         return (1 - self.uniform) * p / p.sum() + self.uniform / size
@@ -188,7 +206,7 @@ class ReplayBuffer:
         """Size, mean age, effective sample size 1 / sum P^2, share per source (`share_<name>`) and states rejected so far."""
         size = len(self)
         source = torch.cat([k.states.source for k in self._chunks]) if size else torch.empty(0, dtype=torch.long)
-        age = self._per_state([clock - k.clock for k in self._chunks])
+        age = _per_state([clock - k.clock for k in self._chunks], self._chunks)
         ess = 1 / float(self.probabilities(clock).square().sum()) if size else 0.0
         report = {"size": float(size), "age": float(age.double().mean()) if size else 0.0, "ess": ess, "rejected": float(self.rejected)}
         return report | {f"share_{name}": float((source == i).sum()) / max(size, 1) for i, name in enumerate(SOURCES)}
@@ -228,22 +246,16 @@ class ReplayBuffer:
             raise ValueError(f"{what}: raise the capacity, or use 0 for no buffer")
         if len(row) and not 0 <= int(row.min()) <= int(row.max()) < len(c.text):
             raise ValueError(f"row must name one of the {len(c.text)} rows of the context, got {int(row.min())} .. {int(row.max())}")
-        if self._chunks:
-            last = self._chunks[-1]
-            shapes = [(x.shape[1:], *(None if y is None else y.shape[1:] for y in k)) for x, k in ((x_t, c), (last.states.x_t, last.c))]
+        if self._chunks:  # states of other shapes are kept beside; their captions are of one kind, and so are their ends
+            last = (self._of(x_t.shape[1:]) or self._chunks)[-1]
+            shapes = [tuple(None if y is None else y.shape[1:] for y in k) for k in (c, last.c)]
             if shapes[0] != shapes[1] or (made.noise is None) != (last.noise is None):
-                raise ValueError(f"states and contexts {shapes[0]} do not fit those in the replay buffer {shapes[1]}: flush it first")
+                raise ValueError(f"contexts {shapes[0]} do not fit those in the replay buffer {shapes[1]}: flush it first")
 
     def _evict(self) -> None:
         size = len(self)
         while size > self.capacity:
             size -= len(self._chunks.popleft().states.t)
-
-    def _per_state(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long).repeat_interleave(self._sizes())
-
-    def _sizes(self) -> Tensor:
-        return torch.tensor([len(k.states.t) for k in self._chunks], dtype=torch.long)
 
     def _locate(self, slot: Tensor) -> tuple[Tensor, Tensor]:
         """Chunk and row in it of every slot; chunk -1 for slots that are gone."""
@@ -253,7 +265,7 @@ class ReplayBuffer:
         chunk = torch.searchsorted(starts, slot, right=True) - 1
         nearest = chunk.clamp(min=0)
         local = slot - starts[nearest]
-        return torch.where((chunk >= 0) & (local < self._sizes()[nearest]), chunk, -1), local
+        return torch.where((chunk >= 0) & (local < _sizes(self._chunks)[nearest]), chunk, -1), local
 
     def _observe(self, time: int, loss: Tensor) -> None:
         mean, count = self._means.get(time, (0.0, 0))
@@ -262,21 +274,30 @@ class ReplayBuffer:
         rate = len(loss) / count if count <= WINDOW else 1 - (1 - 1 / WINDOW) ** len(loss)
         self._means[time] = (mean + rate * (float(loss.mean()) - mean), count)
 
-    def _gather(self, index: Tensor, weight: Tensor, clock: int) -> Sample:
-        ends = self._sizes().cumsum(0)
-        chunk = torch.searchsorted(ends, index, right=True)
-        parts, places = [], []
-        for k in chunk.unique().tolist() or [0]:  # one empty part where nothing was asked for
-            place = (chunk == k).nonzero()[:, 0]
-            part = self._chunks[k]
-            local = index[place] - (ends[k] - len(part.states.t))
-            s = take(part.states, local)
-            age = torch.full_like(s.t, clock - part.clock)
-            c = take(part.c, s.row)
-            pair = (None if x is None else x[s.row] for x in (part.noise, part.end))
-            parts.append(Sample(s.x_t.float(), s.t, c, s.source, s.actors, weight[place], part.start + local, age, *pair))
-            places.append(place)
-        return take(cat(parts), torch.cat(places).argsort())
+
+def _sizes(chunks: Collection[_Chunk]) -> Tensor:
+    return torch.tensor([len(k.states.t) for k in chunks], dtype=torch.long)
+
+
+def _per_state(values: list[int], chunks: Collection[_Chunk]) -> Tensor:
+    return torch.tensor(values, dtype=torch.long).repeat_interleave(_sizes(chunks))
+
+
+def _gather(chunks: Sequence[_Chunk], index: Tensor, weight: Tensor, clock: int) -> Sample:
+    ends = _sizes(chunks).cumsum(0)
+    chunk = torch.searchsorted(ends, index, right=True)
+    parts, places = [], []
+    for k in chunk.unique().tolist() or [0]:  # one empty part where nothing was asked for
+        place = (chunk == k).nonzero()[:, 0]
+        part = chunks[k]
+        local = index[place] - (ends[k] - len(part.states.t))
+        s = take(part.states, local)
+        age = torch.full_like(s.t, clock - part.clock)
+        c = take(part.c, s.row)
+        pair = (None if x is None else x[s.row] for x in (part.noise, part.end))
+        parts.append(Sample(s.x_t.float(), s.t, c, s.source, s.actors, weight[place], part.start + local, age, *pair))
+        places.append(place)
+    return take(cat(parts), torch.cat(places).argsort())
 
 
 def _sound(x: Tensor, expected: Tensor | None) -> Tensor:

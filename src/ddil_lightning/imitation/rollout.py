@@ -202,14 +202,15 @@ def draw(
 ) -> LatentBatch:
     """Algorithm 1: one training batch of latents.
 
-    `batch` [B] encoded captions; `shape` of one latent; `buffer`: a filled replay buffer, whose priorities the learner's clock dates (None:
+    `batch` [B] encoded captions; `shape` of one latent, that of the batch's own where it has some; `buffer`: a filled replay buffer, whose priorities the learner's clock dates (None:
     roll out on the spot); `rollouts`: how the batch is mixed.
-    With `prior.forward == 1`, or while the buffer is empty, this is `forward`; a buffer that holds any state gives the whole share, because
-    it is drawn from with replacement.
+    With `prior.forward == 1`, or while the buffer holds no state of this shape, this is `forward`; one that holds any gives the whole share,
+    because it is drawn from with replacement.
     """
     size, wants = len(batch.rows), rollouts.wanted(learner.wants)
     k = counts(prior, size, rollouts.granularity, streams.shared("source"))
-    if k > 0 and buffer is not None and len(buffer) == 0:
+    shape = shape if batch.latent is None else batch.latent.shape[1:]
+    if k > 0 and buffer is not None and buffer.held(shape) == 0:
         if batch.latent is None:
             raise ValueError("the buffer is empty and there is no data in its place: collect a roll-out before the first draw")
         k = 0
@@ -218,7 +219,7 @@ def draw(
     if buffer is None:
         rolled = fresh(take(batch, slice(size - k, None)), learner, prior, streams, shape, rollouts.control)
     else:
-        got = buffer.sample(k, clock=learner.stage_updates, generator=streams.local("buffer"), progress=learner.progress)
+        got = buffer.sample(k, clock=learner.stage_updates, generator=streams.local("buffer"), progress=learner.progress, shape=shape)
         # Looked up while still on the CPU: reading times back from a GPU would wait for it.
         rolled = to(_rolled(learner, got), batch.c.text.device)
     if k == size:
