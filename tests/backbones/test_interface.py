@@ -148,7 +148,7 @@ def test_what_a_network_does_not_give_is_refused_by_name() -> None:
 
 def test_what_a_backbone_does_not_do_is_refused_by_name() -> None:
     made = Latents("my latents", SCHEDULE, "eps", (1, 2, 2))
-    assert (made.holds_students, made.side, made.guidance, made.baked) == (False, None, 7.5, False)
+    assert (made.holds_students, made.size, made.guidance, made.baked) == (False, None, 7.5, False)
     with pytest.raises(ValueError, match="^no pipeline can hold a student of my latents, so it has no scheduler$"):
         made.scheduler(ddim, "eps", "trailing", 4)
     with pytest.raises(ValueError, match="^my latents has weights of its own$"):

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ddil_lightning.backbones.pipeline import Pipeline
-from ddil_lightning.data import encoded
+from ddil_lightning.data import cachefile, encoded
+from ddil_lightning.data.cachefile import cached
 from ddil_lightning.data.captions import Captions, RawBatch
-from ddil_lightning.data.encoded import Encoded, Notices, cached, encode, encode_batch
+from ddil_lightning.data.encoded import Encoded, Notices, encode, encode_batch
 from ddil_lightning.processes import Processes
 from ddil_lightning.records import CaptionBatch, Context
 
@@ -85,9 +86,9 @@ def test_a_file_of_ours_is_a_safetensors_file(backbone: Pipeline, tmp_path: Path
     """Whoever reads it with the library finds the same numbers, aligned; sizes of SDXL and masks keep their type."""
     c = Context(torch.randn(6, 5, 3), torch.ones(6, 5, dtype=torch.int64), torch.randn(6, 7), torch.full((6, 6), 4096.0 + 1))
     batch = CaptionBatch(torch.randn(6, 4, 3, 3), c, torch.arange(6))
-    values = encoded._columns(batch)
-    encoded._empty(tmp_path / "x", values, 6, {"rows": "6"})
-    for name, column in encoded._mapped(tmp_path / "x", values, 6).items():
+    values = cachefile.columns_of(batch)
+    cachefile._empty(tmp_path / "x", {name: (value, 6) for name, value in values.items()}, {"rows": "6"})
+    for name, column in cachefile._mapped(tmp_path / "x").items():
         column[:] = values[name].numpy()
         column.flush()
     found = load_file(tmp_path / "x")
@@ -165,7 +166,7 @@ def test_pictures_that_were_copied_are_the_same_pictures(backbone: Pipeline, tmp
 def test_a_full_disk_is_known_before_anything_is_encoded(backbone: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole file takes its room first; here files may not grow, as on a full disk."""
     resource = pytest.importorskip("resource")
-    monkeypatch.setattr(encoded, "_encoded", lambda *args: pytest.fail("encoded"))
+    monkeypatch.setattr(cachefile, "encoded_batches", lambda *args: pytest.fail("encoded"))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
@@ -190,7 +191,7 @@ def test_a_damaged_cache_says_so(backbone: Pipeline, tmp_path: Path) -> None:
 
 
 def test_values_that_half_precision_cannot_hold_are_refused(backbone: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backbone, "encode_text", lambda prompts, truncate=False: Context(torch.full((len(prompts), 2, 3), 1e5)))
+    monkeypatch.setattr(backbone, "encode_text", lambda prompts, truncate, sizes: Context(torch.full((len(prompts), 2, 3), 1e5)))
     with pytest.raises(ValueError, match="the text of rows 0 to 5 are too large for half precision: set data.cache to true"):
         written(tmp_path / "cache", Few(), backbone)
     assert list(tmp_path.iterdir()) == []
@@ -290,7 +291,7 @@ def test_a_cache_that_does_not_say_what_it_is_is_refused(key: str, backbone: Pip
         known = file.metadata()
     assert known["skipped"] == "0000000000"
     rest = {name: value for name, value in known.items() if name != key}
-    for metadata in (rest, {**known, "skipped": encoded.UNKNOWN}):
+    for metadata in (rest, {**known, "skipped": cachefile.UNKNOWN}):
         save_file(load_file(path), path, metadata)
         with pytest.raises(ValueError, match=f"the cache {path} does not say what it was made from"):
             written(path, Few(), backbone)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,9 +62,10 @@ def sizes_of(size: int | Size | Sequence[Size] | Buckets) -> tuple[Size, ...]:
         sizes: list[Size] = [(size, size)]
     else:
         lengths(size=size)
-        pairs = size if isinstance(size[0], Sequence) else [size]
-        lengths(2, **{f"size {list(pair)}": pair for pair in pairs})  # type: ignore[call-overload]
-        sizes = [(pair[0], pair[1]) for pair in pairs]  # type: ignore[index]
+        pairs: Any = size if isinstance(size[0], Sequence) else [size]
+        for pair in pairs:
+            lengths(2, size=pair)
+        sizes = [(pair[0], pair[1]) for pair in pairs]
     for pair in sizes:
         for side in pair:
             check_size(side)

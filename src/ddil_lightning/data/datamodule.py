@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from ddil_lightning.bounds import at_least, seeds, within
 from ddil_lightning.data.captions import Captions, Prompts, RawBatch
 from ddil_lightning.data.encoded import Encoded, Notices, encode_batch
-from ddil_lightning.data.preparation import latent_box, own_captions, prepared
+from ddil_lightning.data.preparation import check_latents, check_sizes, latent_box, own_captions, prepared
 from ddil_lightning.data.sampler import CounterSampler
 from ddil_lightning.diffusion.denoiser import evaluating
 from ddil_lightning.feed import Feed
@@ -22,9 +22,9 @@ from ddil_lightning.imitation.buffer import ReplayBuffer
 from ddil_lightning.imitation.learner import Learner
 from ddil_lightning.imitation.options import Buffer, Rollouts
 from ddil_lightning.imitation.prior import SamplingPrior
-from ddil_lightning.imitation.rollout import collect, draw
+from ddil_lightning.imitation.rollout import check_finite, collect, draw
 from ddil_lightning.processes import Processes
-from ddil_lightning.records import SOURCES, CaptionBatch, LatentBatch, take, to
+from ddil_lightning.records import CaptionBatch, LatentBatch, take, to
 from ddil_lightning.streams import Streams
 
 ASKED = ("feed", *(name for name in vars(Learner) if not name.startswith("_")))
@@ -76,6 +76,8 @@ class DDILDataModule(LightningDataModule, Feed):
         self._examples: list[str] = []
         self._moment: float | None = None
         self._collected_at: int | None = None
+        self._collected: set[tuple[int, ...]] = set()
+        self._first: Tensor | None = None
         self._warned = False
 
     # The learner ---------------------------------------------------------------------------------------------------------------
@@ -121,16 +123,15 @@ class DDILDataModule(LightningDataModule, Feed):
         given.on_error = self.on_error
         if not isinstance(given, Encoded):
             self._examples = given.some(16)
-        self.captions = prepared(given, backbone, self.cache, self.truncate, self.workers, self.notices, Processes(self.trainer))
+        processes = Processes(self.trainer)
+        check_sizes(given, backbone)
+        if len(given.sizes or ()) > 1:
+            given.group_by(processes.by_first(given.groups))
+        self.captions = prepared(given, backbone, self.cache, self.truncate, self.workers, self.notices, processes)
         no_images = self.captions.latents is None if isinstance(self.captions, Encoded) else isinstance(self.captions, Prompts)
         if self.prior.forward > 0 and no_images and self.needs_images(self.learner):
             raise ValueError("the prior has a forward share but the data set has no images: give that share to the teacher, or give images")
-        latent = self.reference(1).latent
-        if latent is not None and latent.shape[1:] != tuple(backbone.latent_shape):
-            raise ValueError(
-                f"the data's latents are {list(latent.shape[1:])} and the pipeline {backbone.path} denoises {list(backbone.latent_shape)}: "
-                "give images of the size that the pipeline was trained for"
-            )
+        self._first = check_latents(self.captions, backbone, given.sizes is None, lambda rows: self._taken(rows).latent)
 
     def teardown(self, stage: str) -> None:
         """Say what of the data was not as it should be."""
@@ -149,9 +150,15 @@ class DDILDataModule(LightningDataModule, Feed):
         return self._examples[:n]
 
     def reference(self, n: int) -> CaptionBatch:
-        """The first `n` captions and images, encoded and on the method's device: the same rows every time, for probes."""
+        """The first `n` captions and images, encoded and on the method's device: the same rows every time, for probes.
+
+        Of images of several sizes those of the size that the pipeline samples at.
+        """
         assert self.captions is not None  # setup ran
-        batch: Any = self.captions[range(min(n, len(self.captions)))]
+        return self._taken(torch.arange(min(n, len(self.captions))) if self._first is None else self._first[:n])
+
+    def _taken(self, rows: Tensor) -> CaptionBatch:
+        batch: Any = self.captions[rows.tolist()]  # type: ignore[index]
         backbone = self.learner.backbone
         return encode_batch(batch, backbone, self.truncate) if isinstance(batch, RawBatch) else to(batch, backbone.device)
 
@@ -164,7 +171,12 @@ class DDILDataModule(LightningDataModule, Feed):
         trainer = self.trainer
         world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
         assert self.captions is not None  # setup ran
-        sampler = CounterSampler(len(self.captions), self.batch_size, self.seed, world, rank, lambda: self.done)
+        groups = self.captions.groups()
+        rows = [group.rows for group in groups]
+        sampler = CounterSampler(len(self.captions), self.batch_size, self.seed, world, rank, lambda: self.done, rows)
+        if sampler.left_out and rank == 0:
+            few = ", ".join(f"{len(rows[i])} of {groups[i].name}" for i in sampler.left_out)
+            logging.getLogger(__name__).warning(f"pictures are left out, too few of a size for a batch of {self.batch_size * world}: {few}")
         return DataLoader(self.captions, batch_size=None, sampler=sampler, num_workers=self.workers)
 
     # Algorithm 1 -----------------------------------------------------------------------------------------------------------------
@@ -177,23 +189,16 @@ class DDILDataModule(LightningDataModule, Feed):
         if self.trainer is None or not self.trainer.training:
             return batch
         learner = self.learner
-        # Switching some hundred submodules costs more than the draw itself, so only where a network will be called.
-        acting = evaluating(learner.policies.student) if self._rolls() else nullcontext()
-        with torch.no_grad(), acting, self.trainer.precision_plugin.forward_context():
-            backbone = learner.backbone
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             encoded = self._encoded(batch)
-            self._collect(encoded)
-            streams = self.streams
+            shape = tuple(learner.backbone.latent_shape if encoded.latent is None else encoded.latent.shape[1:])
+            rolls, streams = self._rolls(shape), self.streams
             self.dropout = streams.number("dropout")
-            return draw(
-                encoded,
-                learner,
-                self.prior,
-                streams,
-                shape=backbone.latent_shape,
-                buffer=self.buffer,
-                rollouts=self.rollouts,
-            )
+            # Switching some hundred submodules costs more than the draw itself, so only where a network will be called.
+            with evaluating(learner.policies.student) if rolls else nullcontext():
+                if rolls and self.buffer is not None:
+                    self._collect(encoded, shape, self.buffer)
+                return draw(encoded, learner, self.prior, streams, shape=shape, buffer=self.buffer, rollouts=self.rollouts)
 
     def _encoded(self, batch: Any) -> CaptionBatch:
         """A batch of a loader after the frozen encoders."""
@@ -202,47 +207,39 @@ class DDILDataModule(LightningDataModule, Feed):
         self.notices.hear(batch, len(self.captions or ()))
         return encode_batch(batch, self.learner.backbone, self.truncate)
 
-    def _rolls(self) -> bool:
-        """Whether the next batch needs a roll-out: at the buffer's cadence, or for every batch without one."""
+    def _rolls(self, shape: tuple[int, ...]) -> bool:
+        """Whether the next batch needs a roll-out: at the buffer's cadence and for latents of a new shape, or always without a buffer."""
         if self.prior.rollouts == 0:
             return False
-        return self.buffer is None or self._collected_at is None or self.clock - self._collected_at >= self.collect_every
+        if self.buffer is None or self._collected_at is None or shape not in self._collected:
+            return True
+        return self.clock - self._collected_at >= self.collect_every
 
-    def _collect(self, batch: CaptionBatch) -> None:
-        """Algorithm 2 at its cadence: a roll-out into the buffer. Raises FloatingPointError for one that is not finite."""
-        if self.buffer is None or not self._rolls():
-            return
+    def _collect(self, batch: CaptionBatch, shape: tuple[int, ...], buffer: ReplayBuffer) -> None:
+        """Algorithm 2: a roll-out into the buffer. Raises FloatingPointError for one that is not finite."""
         learner = self.learner
-        shape = learner.backbone.latent_shape
         made = collect(take(batch, slice(self.trajectories)), learner, self.prior, self.streams, shape, self.rollouts.control)
-        fine = all(bool(torch.isfinite(x).all()) for x in (made.x_t, made.end) if x is not None)
-        # All processes stop together: one that left alone would leave the others waiting for its gradients.
-        if not (fine if self.trainer is None else self.trainer.strategy.reduce_boolean_decision(fine)):
-            found = "a roll-out of another process is not finite"
-            if not fine:
-                broken = made.t[~torch.isfinite(made.x_t.flatten(1)).all(1)]
-                at = int(broken.max()) if len(broken) else -1
-                by = SOURCES[int(made.source[made.t == at][0])] if len(broken) else ""
-                found = f"a roll-out by the {by} policy is not finite at t = {at}" if by else "the end of a roll-out is not finite"
-            raise FloatingPointError(f"{found}, student update {learner.student_updates}")
+        together = (lambda mine: mine) if self.trainer is None else self.trainer.strategy.reduce_boolean_decision
+        check_finite(made, together, learner.student_updates)
         stage = self.streams.stage
-        self.buffer.expire(self.clock, stage)
-        self.buffer.add(made, self.clock, stage, self._expected(made.t))
-        if len(self.buffer) == 0 and not self._warned:
+        buffer.expire(self.clock, stage)
+        buffer.add(made, self.clock, stage, self._expected(made.t))
+        if len(buffer) == 0 and not self._warned:
             self._warned = True
             logging.getLogger(__name__).warning(
                 f"all {len(made.t)} states of a roll-out were rejected: their mean square is not within a factor of 4 of forward latents'. "
                 "While the buffer is empty, batches are forward latents alone; buffer/rejected counts on"
             )
         self._collected_at = self.clock
+        self._collected.add(shape)
 
     def _expected(self, t: Tensor) -> Tensor | None:
         """[M] mean square of forward latents at `t`: the buffer refuses states far from it. None without data in memory."""
-        latents = self.captions.latents if isinstance(self.captions, Encoded) else None
-        if latents is None:
+        if not isinstance(self.captions, Encoded) or self.captions.latents is None:
             return None
         if self._moment is None:
-            self._moment = float(latents[:2048].float().square().mean())
+            some = self.captions.some_latents(2048)
+            self._moment = float(some[0].square().mean() if len(some) == 1 else torch.cat([x.flatten() for x in some]).square().mean())
         schedule = self.learner.policies.student.schedule
         return (schedule.alphas[t.cpu()].square() * self._moment + schedule.sigmas[t.cpu()].square()).float()
 
@@ -267,7 +264,7 @@ class DDILDataModule(LightningDataModule, Feed):
 
     def flush(self) -> None:
         """Forget every roll-out (a new stage)."""
-        self._collected_at = None
+        self._collected_at, self._collected = None, set()
         if self.buffer is not None:
             self.buffer.flush()
 
@@ -281,7 +278,8 @@ class DDILDataModule(LightningDataModule, Feed):
             # To rank 0 alone: a buffer of every rank on every rank could fill the memory of all devices.
             every = [None] * torch.distributed.get_world_size()
             torch.distributed.gather_object(mine, every if torch.distributed.get_rank() == 0 else None)
-        return {"done": self.done, "collected_at": self._collected_at, "buffers": every}
+        shapes = sorted(map(list, self._collected))
+        return {"done": self.done, "collected_at": self._collected_at, "collected": shapes, "buffers": every}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore. With another number of processes the counter no longer means the same rows, and that is refused."""
@@ -291,5 +289,8 @@ class DDILDataModule(LightningDataModule, Feed):
                 f"the checkpoint was written by {len(state['buffers'])} process(es) and this run has {world}: resume with the same number"
             )
         self.done, self._collected_at = state["done"], state["collected_at"]
+        self._collected = {tuple(shape) for shape in state.get("collected", [])}
         if self.buffer is not None and state["buffers"][rank] is not None:
             self.buffer.load_state_dict(state["buffers"][rank])
+            if "collected" not in state:  # a checkpoint of before, of one shape
+                self._collected = self.buffer.shapes()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ddil_lightning.data.cachefile import cached
 from ddil_lightning.data.captions import Captions, builtin
-from ddil_lightning.data.encoded import Encoded, Notices, cached, encode
+from ddil_lightning.data.encoded import Encoded, Notices, encode
 from ddil_lightning.diffusion.reflection import estimate_box
 from ddil_lightning.messages import counted
 from ddil_lightning.processes import Processes
+from ddil_lightning.texts import by
 
 ENCODED, UNENCODED = 5120, 512
 """Images that the box is estimated from: of those whose latents are there, and of those that must be encoded for it."""
@@ -45,14 +50,59 @@ def latent_box(captions: Any, backbone: Any, processes: Processes) -> tuple[list
     One process encodes them for all.
     """
     if isinstance(captions, Encoded):
-        return None if captions.latents is None else estimate_box(captions.latents[:ENCODED].float())
+        return None if captions.latents is None else estimate_box(_positions(captions.some_latents(ENCODED)))
     if captions is None or captions[[0]].pixels is None:
         return None
 
     def estimated() -> tuple[list[float], list[float]]:
-        rows = range(min(UNENCODED, len(captions)))
-        parts = [rows[i : i + 8] for i in rows[::8]]
-        found = [backbone.encode_images(captions[part].pixels).cpu() for part in counted(parts, len(parts), "the box of the latents")]
-        return estimate_box(torch.cat(found))
+        parts: list[list[int]] = []
+        for rows, _ in captions.groups():
+            some = rows[: math.ceil(UNENCODED * len(rows) / len(captions))].tolist()
+            parts += [some[i : i + 8] for i in range(0, len(some), 8)]
+        told = counted(parts, len(parts), "the box of the latents")
+        return estimate_box(_positions([backbone.encode_images(captions[part].pixels).cpu() for part in told]))
 
     return processes.by_first(estimated)
+
+
+def _positions(latents: Sequence[Tensor]) -> Tensor:
+    """Latents as one tensor: those of several shapes by channel, [1, C, positions, 1]."""
+    if len({x.shape[1:] for x in latents}) == 1:
+        return torch.cat(list(latents))
+    return torch.cat([x.transpose(0, 1).flatten(1) for x in latents], 1)[None, :, :, None]
+
+
+def check_sizes(captions: Captions, backbone: Any) -> None:
+    """Raises ValueError, before anything is encoded, for pictures that are made to a size which the pipeline cannot denoise.
+
+    It also has to be trained at the size that it samples at, in previews, tests and by itself.
+    """
+    for size in captions.sizes or ():
+        try:
+            backbone.check_size(size)
+        except ValueError as error:
+            raise ValueError(f"data.captions.size: {error}") from error
+    if captions.sizes and backbone.size not in captions.sizes:
+        raise ValueError(
+            f"data.captions.size is {', '.join(by(size) for size in captions.sizes)}, and {backbone.path} samples at {by(backbone.size)}: "
+            "give that size too, or the pipeline one of these (its option `size`)"
+        )
+
+
+def check_latents(captions: Captions, backbone: Any, strict: bool, latent: Callable[[Tensor], Tensor | None]) -> Tensor:
+    """The rows of the size that the pipeline samples at, of the largest group where there are none. `latent` encodes rows.
+
+    Raises ValueError for latents that it cannot denoise, and if `strict` where none are of the size that it samples at.
+    """
+    groups = captions.groups()
+    found = [latent(rows[:1]) for rows, _ in groups]
+    shapes = [tuple(x.shape[1:]) for x in found if x is not None]
+    for shape in shapes:
+        backbone.check_latents(shape)
+    own = tuple(backbone.latent_shape)
+    if strict and shapes and own not in shapes:
+        raise ValueError(
+            f"the data's latents are {list(shapes[0])} and the pipeline {backbone.path} denoises {list(own)}: "
+            "give images of the size that the pipeline was trained for"
+        )
+    return groups[shapes.index(own)].rows if own in shapes else max((rows for rows, _ in groups), key=len)

@@ -8,63 +8,23 @@ The buffer lives on the CPU and belongs to one rank.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ddil_lightning.records import SOURCES, Context, Rollout, cat, take
+from ddil_lightning.imitation.states import Chunk, States, gather, per_state, sizes, sound
+from ddil_lightning.imitation.states import Sample as Sample
+from ddil_lightning.records import SOURCES, Context, Rollout, take
 
 FINE = 50
 """Below this time (and at END) sigma is so small that half precision would show: such states are kept in float32."""
-
-BAND = (0.25, 4.0)
-"""A state's mean square as a multiple of that of forward latents at its time; outside, a roll-out has left what the teacher can judge."""
-
-DIMENSIONS = 32
-"""Of a state, from which on `BAND` is asked: the mean square of fewer numbers leaves it by chance (one Gaussian in 1000 at 16)."""
 
 U_MIN, U_MAX = 0.1, 10.0
 ENDS = ("noise", "end")
 WINDOW = 100
 """Losses per node after which their running mean forgets exponentially."""
-
-
-class Sample(NamedTuple):
-    """States drawn from the buffer, on the CPU."""
-
-    x_t: Tensor  # [n, ...] float32
-    t: Tensor  # [n]
-    c: Context  # [n, ...]
-    source: Tensor  # [n] tag of records.SOURCES
-    actors: Tensor  # [n] bit i set: the student made transition i
-    weight: Tensor  # [n] float32 importance weight, at most 1; all 1 without priorities
-    slot: Tensor  # [n] to hand back to `update`
-    age: Tensor  # [n] clock now - clock when collected
-    noise: Tensor | None = None  # [n, ...] float32, the two ends of a state's trajectory
-    end: Tensor | None = None  # [n, ...] float32
-
-
-class _States(NamedTuple):
-    x_t: Tensor  # [m, ...] float16 or float32
-    t: Tensor  # [m]
-    row: Tensor  # [m] row of the chunk's context
-    source: Tensor  # [m]
-    actors: Tensor  # [m]
-    u: Tensor  # [m] float64 relative loss in [U_MIN, U_MAX], 0 before the first measurement
-
-
-class _Chunk(NamedTuple):
-    """One roll-out. Its contexts are stored once and not per state: text is larger than latents."""
-
-    states: _States
-    c: Context
-    clock: int
-    stage: int
-    start: int  # slot of the first state
-    noise: Tensor | None = None  # [R, ...] float32, by trajectory
-    end: Tensor | None = None
 
 
 class ReplayBuffer:
@@ -94,7 +54,7 @@ class ReplayBuffer:
         self.capacity, self.max_age, self.storage = capacity, max_age, storage
         self.priority, self.half_life, self.uniform, self.beta0 = priority, half_life, uniform, beta0
         self.rejected = 0
-        self._chunks: deque[_Chunk] = deque()
+        self._chunks: deque[Chunk] = deque()
         self._next = 0
         self._means: dict[int, tuple[float, int]] = {}  # per time: running mean of the loss, how many losses
 
@@ -103,13 +63,13 @@ class ReplayBuffer:
 
     def held(self, shape: Sequence[int]) -> int:
         """How many states of latents of a `shape` there are."""
-        return int(_sizes(self._of(shape)).sum())
+        return int(sizes(self._of(shape)).sum())
 
     def shapes(self) -> set[tuple[int, ...]]:
         """The shapes of the latents that are kept."""
         return {tuple(chunk.states.x_t.shape[1:]) for chunk in self._chunks}
 
-    def _of(self, shape: Sequence[int] | None) -> list[_Chunk]:
+    def _of(self, shape: Sequence[int] | None) -> list[Chunk]:
         """The roll-outs of a shape, oldest first; of all where it is None."""
         return [chunk for chunk in self._chunks if shape is None or tuple(chunk.states.x_t.shape[1:]) == tuple(shape)]
 
@@ -127,15 +87,15 @@ class ReplayBuffer:
         self._check(made, expected)
         fine = self.storage == "float32" or bool((made.t < FINE).any())
         stored = made.x_t.to("cpu", torch.float32 if fine else torch.float16, copy=True)
-        keep = _sound(stored, expected)
+        keep = sound(stored, expected)
         self.rejected += int((~keep).sum())
         if not keep.any():
             return slots
         t, row, source, actors = (x.to("cpu", torch.long, copy=True) for x in (made.t, made.row, made.source, made.actors))
-        states = take(_States(stored, t, row, source, actors, torch.zeros(len(t), dtype=torch.float64)), keep)
+        states = take(States(stored, t, row, source, actors, torch.zeros(len(t), dtype=torch.float64)), keep)
         own = {name: x.to("cpu", copy=True) for name, x in made.c._asdict().items() if x is not None}
         noise, end = (None if x is None else x.to("cpu", torch.float32, copy=True) for x in (made.noise, made.end))
-        self._chunks.append(_Chunk(states, Context(**own), int(clock), int(stage), self._next, noise, end))
+        self._chunks.append(Chunk(states, Context(**own), int(clock), int(stage), self._next, noise, end))
         slots[keep] = self._next + torch.arange(len(states.t))
         self._next += len(states.t)
         self._evict()
@@ -161,7 +121,7 @@ class ReplayBuffer:
         Raises ValueError from an empty buffer.
         """
         chunks = self._of(shape)
-        size = int(_sizes(chunks).sum())
+        size = int(sizes(chunks).sum())
         if size == 0:
             raise ValueError("the replay buffer is empty: collect a roll-out before sampling")
         u = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64).cpu()
@@ -172,17 +132,17 @@ class ReplayBuffer:
             index = torch.searchsorted(p.cumsum(0), u, right=True).clamp(max=size - 1)
             weight = (size * p[index]) ** -(self.beta0 + (1 - self.beta0) * progress)
             weight = (weight / weight.max()).float() if n else weight.float()
-        return _gather(chunks, index, weight, clock)
+        return gather(chunks, index, weight, clock)
 
     def probabilities(self, clock: int, shape: Sequence[int] | None = None) -> Tensor:
-        """[len] float64 probability of every state (of a `shape`), oldest first; one without a loss so far counts as the largest present."""
+        """[len] float64 probability of every state of a `shape`, oldest first. One without a loss so far counts as the largest present."""
         chunks = self._of(shape)
-        size = int(_sizes(chunks).sum())
+        size = int(sizes(chunks).sum())
         if self.priority == 0 or size == 0:
             return torch.full((size,), 1 / max(size, 1), dtype=torch.float64)
         u = torch.cat([k.states.u for k in chunks])
         u = torch.where(u == 0, u.max() if bool(u.any()) else torch.ones_like(u), u)
-        age = _per_state([clock - k.clock for k in chunks], chunks)
+        age = per_state([clock - k.clock for k in chunks], chunks)
         # Relative to the youngest, so that a long pause cannot underflow every priority to 0.
         p = u.clamp(U_MIN, U_MAX) ** self.priority * torch.exp2(-(age - age.min()).double() / self.half_life)
         return (1 - self.uniform) * p / p.sum() + self.uniform / size
@@ -206,7 +166,7 @@ class ReplayBuffer:
         """Size, mean age, effective sample size 1 / sum P^2, share per source (`share_<name>`) and states rejected so far."""
         size = len(self)
         source = torch.cat([k.states.source for k in self._chunks]) if size else torch.empty(0, dtype=torch.long)
-        age = _per_state([clock - k.clock for k in self._chunks], self._chunks)
+        age = per_state([clock - k.clock for k in self._chunks], self._chunks)
         ess = 1 / float(self.probabilities(clock).square().sum()) if size else 0.0
         report = {"size": float(size), "age": float(age.double().mean()) if size else 0.0, "ess": ess, "rejected": float(self.rejected)}
         return report | {f"share_{name}": float((source == i).sum()) / max(size, 1) for i, name in enumerate(SOURCES)}
@@ -230,7 +190,7 @@ class ReplayBuffer:
         """Continues from `state_dict()`; with a smaller capacity than it was saved with, the oldest roll-outs go."""
         own = lambda parts: {name: x.clone() for name, x in parts.items()}  # noqa: E731 (a mapped checkpoint is not held open by its latents)
         self._chunks = deque(
-            _Chunk(_States(**own(k["states"])), Context(**own(k["c"])), *k["at"], *(k[x].clone() if x in k else None for x in ENDS))
+            Chunk(States(**own(k["states"])), Context(**own(k["c"])), *k["at"], *(k[x].clone() if x in k else None for x in ENDS))
             for k in state["chunks"]
         )
         self._means = {int(time): (float(mean), int(count)) for time, mean, count in state["means"]}
@@ -265,7 +225,7 @@ class ReplayBuffer:
         chunk = torch.searchsorted(starts, slot, right=True) - 1
         nearest = chunk.clamp(min=0)
         local = slot - starts[nearest]
-        return torch.where((chunk >= 0) & (local < _sizes(self._chunks)[nearest]), chunk, -1), local
+        return torch.where((chunk >= 0) & (local < sizes(self._chunks)[nearest]), chunk, -1), local
 
     def _observe(self, time: int, loss: Tensor) -> None:
         mean, count = self._means.get(time, (0.0, 0))
@@ -273,38 +233,3 @@ class ReplayBuffer:
         # The plain mean at first, an exponential one later; a batch counts as its losses one by one would, up to order.
         rate = len(loss) / count if count <= WINDOW else 1 - (1 - 1 / WINDOW) ** len(loss)
         self._means[time] = (mean + rate * (float(loss.mean()) - mean), count)
-
-
-def _sizes(chunks: Collection[_Chunk]) -> Tensor:
-    return torch.tensor([len(k.states.t) for k in chunks], dtype=torch.long)
-
-
-def _per_state(values: list[int], chunks: Collection[_Chunk]) -> Tensor:
-    return torch.tensor(values, dtype=torch.long).repeat_interleave(_sizes(chunks))
-
-
-def _gather(chunks: Sequence[_Chunk], index: Tensor, weight: Tensor, clock: int) -> Sample:
-    ends = _sizes(chunks).cumsum(0)
-    chunk = torch.searchsorted(ends, index, right=True)
-    parts, places = [], []
-    for k in chunk.unique().tolist() or [0]:  # one empty part where nothing was asked for
-        place = (chunk == k).nonzero()[:, 0]
-        part = chunks[k]
-        local = index[place] - (ends[k] - len(part.states.t))
-        s = take(part.states, local)
-        age = torch.full_like(s.t, clock - part.clock)
-        c = take(part.c, s.row)
-        pair = (None if x is None else x[s.row] for x in (part.noise, part.end))
-        parts.append(Sample(s.x_t.float(), s.t, c, s.source, s.actors, weight[place], part.start + local, age, *pair))
-        places.append(place)
-    return take(cat(parts), torch.cat(places).argsort())
-
-
-def _sound(x: Tensor, expected: Tensor | None) -> Tensor:
-    """[M] states that are finite as stored and, if `expected` is given, of plausible energy."""
-    flat = x.flatten(1).float()
-    keep = flat.isfinite().all(1)
-    if expected is None or flat.shape[1] < DIMENSIONS:
-        return keep
-    ratio = flat.square().mean(1) / expected.detach().to("cpu", torch.float32)
-    return keep & (ratio >= BAND[0]) & (ratio <= BAND[1])

@@ -8,7 +8,7 @@ every rank; noise, guidance and buffer picks are rank-local. Both are pure funct
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from ddil_lightning.imitation.buffer import ReplayBuffer, Sample
 from ddil_lightning.imitation.learner import Learner
 from ddil_lightning.imitation.options import Granularity, Rollouts
 from ddil_lightning.imitation.prior import SamplingPrior
-from ddil_lightning.records import FORWARD, MIXED, STUDENT, TEACHER, CaptionBatch, Context, LatentBatch, Rollout, cat, take, to
+from ddil_lightning.records import FORWARD, MIXED, SOURCES, STUDENT, TEACHER, CaptionBatch, Context, LatentBatch, Rollout, cat, take, to
 from ddil_lightning.streams import Streams
 
 
@@ -183,6 +183,23 @@ def _made(
     return stand_in(batch.latent, learner.policies.student.schedule, walk, c, generator, upto)
 
 
+def check_finite(made: Rollout, together: Callable[[bool], bool], updates: int) -> None:
+    """Raises FloatingPointError for a roll-out that is not finite, here or in another process: `together` asks all of them.
+
+    All processes stop together: one that left alone would leave the others waiting for its gradients.
+    """
+    fine = all(bool(torch.isfinite(x).all()) for x in (made.x_t, made.end) if x is not None)
+    if together(fine):
+        return
+    found = "a roll-out of another process is not finite"
+    if not fine:
+        broken = made.t[~torch.isfinite(made.x_t.flatten(1)).all(1)]
+        at = int(broken.max()) if len(broken) else -1
+        by = SOURCES[int(made.source[made.t == at][0])] if len(broken) else ""
+        found = f"a roll-out by the {by} policy is not finite at t = {at}" if by else "the end of a roll-out is not finite"
+    raise FloatingPointError(f"{found}, student update {updates}")
+
+
 def _rolled(learner: Learner, got: Sample) -> LatentBatch:
     """States of roll-outs as a batch."""
     node = learner.grid.rows(got.t)
@@ -202,10 +219,10 @@ def draw(
 ) -> LatentBatch:
     """Algorithm 1: one training batch of latents.
 
-    `batch` [B] encoded captions; `shape` of one latent, that of the batch's own where it has some; `buffer`: a filled replay buffer, whose priorities the learner's clock dates (None:
-    roll out on the spot); `rollouts`: how the batch is mixed.
-    With `prior.forward == 1`, or while the buffer holds no state of this shape, this is `forward`; one that holds any gives the whole share,
-    because it is drawn from with replacement.
+    `batch` [B] encoded captions; `shape` of one latent, where the batch has none; `buffer`: a filled replay buffer, whose
+    priorities the learner's clock dates (None: roll out on the spot); `rollouts`: how the batch is mixed.
+    With `prior.forward == 1`, or while the buffer holds no state of this shape, this is `forward`; one that holds any gives the whole
+    share, because it is drawn from with replacement.
     """
     size, wants = len(batch.rows), rollouts.wanted(learner.wants)
     k = counts(prior, size, rollouts.granularity, streams.shared("source"))
