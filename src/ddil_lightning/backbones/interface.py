@@ -215,6 +215,11 @@ class Backbone(ABC):
         """Height and width in pixels of the images that it samples; None where its samples are no images."""
         return None
 
+    @property
+    def resized(self) -> bool:
+        """Whether that is another size than the one it was made for, which its users then have to say."""
+        return False
+
     def check_size(self, size: tuple[int, int]) -> None:
         """Raises ValueError for images [height, width] that cannot be trained on; those that it samples can, and no others."""
         if self.size is not None and tuple(size) != self.size:

@@ -114,6 +114,11 @@ class Pipeline(Backbone):
         return height * self._scale, width * self._scale
 
     @property
+    def resized(self) -> bool:
+        """Whether that is another size than its network's own."""
+        return self.latent_shape != self._network.latent_shape
+
+    @property
     def _scale(self) -> int:
         return int(self.pipe.vae_scale_factor)
 
@@ -254,6 +259,8 @@ class Pipeline(Backbone):
         if scheduler is None:
             raise ValueError("a pipeline needs the scheduler that its student was trained for: give Deployment one in deploy(student)")
         own = {kind.component: network.model, "scheduler": scheduler()}
+        if self.resized and self.size[0] == self.size[1]:  # then a plain call makes this size; no pipeline of SDXL could keep two sides
+            network.model.register_to_config(sample_size=self.latent_shape[-1])
         whole = {part.dtype for part in self.parts() if part is not self._network.model} == {torch.float32}
         if safety_checker or not whole:
             parts = load_pipeline(self.path, spare=not safety_checker, **own).components

@@ -15,6 +15,7 @@ def sample(argv: list[str]) -> int:
     parser.add_argument("--truncate", action="store_true", help="cut prompts that are too long for the text encoder")
     parser.add_argument("--steps", type=STEPS, help="default: what the pipeline recommends, else 32")
     parser.add_argument("--guidance", type=SCALE, help="default: what the pipeline recommends")
+    parser.add_argument("--size", type=number(1, 16384), nargs="+", help="height and width in pixels, or one number (default: its own)")
     parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--n", type=number(1, 1000), default=1, help="images per prompt")
     parser.add_argument("--scale", type=number(1, 64), help="enlarge every pixel (default: to at least 256)")
@@ -24,10 +25,12 @@ def sample(argv: list[str]) -> int:
     if kind is None and not args.out.exists():
         raise Refusal(f"--out {args.out}: give a picture's name, such as x.png")
     check_writable(args.out)
+    if args.size and len(args.size) > 2:
+        raise Refusal(f"--size {' '.join(map(str, args.size))}: give height and width, or one number for both")
     from ddil_lightning.backbones import sampling
     from ddil_lightning.backbones.pipeline import Pipeline
 
-    backbone = Pipeline(args.pipeline).to(device())
+    backbone = Pipeline(args.pipeline, size=(args.size[0], args.size[-1]) if args.size else None).to(device())
     prompts = [p for p in args.prompt for _ in range(args.n)]
     if not args.truncate:
         with advising("--truncate"):
@@ -37,7 +40,7 @@ def sample(argv: list[str]) -> int:
     check_steps(backbone, [steps])
     latents = sampling.check_finite(backbone, sampling.pipeline_latents(backbone, prompts, steps, g, args.seed), steps)
     made = sampling.decoded(backbone, latents)
-    scale = args.scale or max(1, 256 // made.shape[-1])
+    scale = args.scale or max(1, 256 // max(made.shape[-2:]))
     picture = sampling.tiles(made, scale, columns=args.n if args.n > 1 else len(made))
     with replacing(args.out) as temporary:
         picture.save(temporary, format=kind or "PNG")

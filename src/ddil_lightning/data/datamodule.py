@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from ddil_lightning.bounds import at_least, seeds, within
 from ddil_lightning.data.captions import Captions, Prompts, RawBatch
 from ddil_lightning.data.encoded import Encoded, Notices, encode_batch
-from ddil_lightning.data.preparation import check_latents, check_sizes, latent_box, own_captions, prepared
+from ddil_lightning.data.preparation import check_latents, check_sizes, latent_box, own_captions, prepared, sort_by_size
 from ddil_lightning.data.sampler import CounterSampler
 from ddil_lightning.diffusion.denoiser import evaluating
 from ddil_lightning.feed import Feed
@@ -125,8 +125,7 @@ class DDILDataModule(LightningDataModule, Feed):
             self._examples = given.some(16)
         processes = Processes(self.trainer)
         check_sizes(given, backbone)
-        if len(given.sizes or ()) > 1:
-            given.group_by(processes.by_first(given.groups))
+        sort_by_size(given, processes)
         self.captions = prepared(given, backbone, self.cache, self.truncate, self.workers, self.notices, processes)
         no_images = self.captions.latents is None if isinstance(self.captions, Encoded) else isinstance(self.captions, Prompts)
         if self.prior.forward > 0 and no_images and self.needs_images(self.learner):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -87,6 +88,19 @@ def check_sizes(captions: Captions, backbone: Any) -> None:
             f"data.captions.size is {', '.join(by(size) for size in captions.sizes)}, and {backbone.path} samples at {by(backbone.size)}: "
             "give that size too, or the pipeline one of these (its option `size`)"
         )
+
+
+def sort_by_size(captions: Captions, processes: Processes) -> None:
+    """Find out once, for all processes, which of several sizes every picture gets, and say which of them none does."""
+    if len(captions.sizes or ()) < 2:
+        return
+    groups = processes.by_first(captions.groups)
+    captions.group_by(groups)
+    names = [group.name for group in groups]
+    empty = [by(size) for size in captions.sizes or () if by(size) not in names]
+    if empty and processes.first:
+        log = logging.getLogger(__name__)
+        log.warning(f"no picture is nearest in aspect to {', '.join(empty)} of data.captions.size: the student is not trained at that")
 
 
 def check_latents(captions: Captions, backbone: Any, strict: bool, latent: Callable[[Tensor], Tensor | None]) -> Tensor:

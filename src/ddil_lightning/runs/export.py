@@ -68,12 +68,14 @@ def about_student(method: Distillation, steps: int) -> dict[str, Any]:
         "timesteps": deployment.grid(steps).nodes.tolist(),
         "dataset": method.backbone.about.get("dataset"),
         "teacher": method.backbone.path,
+        **({"size": list(method.backbone.size or ())} if method.backbone.resized else {}),
     }
 
 
 def card(about: dict[str, Any], teacher: str) -> str:
     """The model card of a student in Markdown, made from its ddil.json (`about`)."""
     nodes, g, (low, high) = ", ".join(map(str, about["timesteps"])), about["guidance_scale"], about["guidance_range"]
+    size = f", height={about['size'][0]}, width={about['size'][1]}" if "size" in about else ""
     why = f"within the trained range ({low:g} to {high:g})" if g > 1 else f"right because guidance {low:g} is part of the weights"
     return f"""---
 library_name: diffusers
@@ -86,7 +88,7 @@ Distilled with {about["method"]} by [ddil-lightning](https://pypi.org/project/dd
 ```python
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained(".")
-image = pipe("a prompt", num_inference_steps={about["steps"]}, guidance_scale={g:g}).images[0]
+image = pipe("a prompt", num_inference_steps={about["steps"]}, guidance_scale={g:g}{size}).images[0]
 ```
 
 The scheduler holds the timesteps it was trained for ({nodes} at {about["steps"]} steps); another scheduler or a "leading" spacing
