@@ -25,7 +25,7 @@ from ddil_lightning.processes import Processes
 from ddil_lightning.records import FORWARD, Context
 from toys import HALF, Toy, equal, first, module
 
-WIDE, SQUARE, HIGH = (12, 20), (16, 16), (20, 12)
+WIDE, SQUARE, HIGH = (16, 24), (16, 16), (24, 16)
 SIZES = [SQUARE, WIDE, HIGH]
 
 
@@ -33,7 +33,7 @@ SIZES = [SQUARE, WIDE, HIGH]
 
 
 def test_buckets_keep_to_area_step_and_aspect() -> None:
-    assert Buckets(16, 4, 1).sizes() == (SQUARE,) and Buckets(16, 4).sizes() == (WIDE, SQUARE, HIGH)
+    assert Buckets(16, 4, 1).sizes() == (SQUARE,) and Buckets(16, 4).sizes() == ((12, 20), (16, 16), (20, 12))
     sizes = Buckets().sizes()
     known = {(1024, 1024), (960, 1088), (896, 1152), (832, 1216), (768, 1344), (704, 1408)}  # of SDXL's table, from the paper's appendix I
     assert known <= set(sizes) and {(w, h) for h, w in sizes} == set(sizes) and len(sizes) == len(set(sizes))
@@ -43,7 +43,7 @@ def test_buckets_keep_to_area_step_and_aspect() -> None:
 
 @pytest.mark.parametrize(
     ("size", "expected"),
-    [(16, ((16, 16),)), ((12, 20), (WIDE,)), ([12, 20], (WIDE,)), ([[12, 20], [16, 16]], (WIDE, SQUARE)), (Buckets(16, 4, 1), (SQUARE,))],
+    [(16, ((16, 16),)), ((16, 24), (WIDE,)), ([16, 24], (WIDE,)), ([[16, 24], [16, 16]], (WIDE, SQUARE)), (Buckets(16, 4, 1), (SQUARE,))],
 )
 def test_a_size_is_said_in_four_ways(size: Any, expected: Any) -> None:
     assert sizes_of(size) == expected
@@ -62,8 +62,15 @@ def test_buckets_outside_their_range_are_one_line(settings: Any) -> None:
 
 
 def test_a_picture_gets_the_nearest_logarithm_of_its_aspect() -> None:
-    """Between 3:5 and 1:1 the middle is at sqrt(0.6) = 0.775: a difference of aspects would put it at 0.8."""
-    assert [nearest(picture, SIZES) for picture in ((300, 400), (310, 400), (400, 400), (400, 310), (400, 300), (1, 9))] == [1, 0, 0, 0, 2, 1]
+    """Between 2:3 and 1:1 the middle is at sqrt(2 / 3) = 0.816: a difference of aspects would put it at 0.833."""
+    assert [nearest(picture, SIZES) for picture in ((324, 400), (330, 400), (400, 400), (400, 330), (400, 324), (1, 9))] == [
+        1,
+        0,
+        0,
+        0,
+        2,
+        1,
+    ]
     assert nearest((100, 100), [(8, 8), (16, 16), (12, 12)]) == 1  # of one aspect the largest
     assert nearest((100, 100), [(8, 16), (16, 8)]) == 0
 
@@ -86,7 +93,7 @@ def saved(folder: Path, pictures: list[tuple[int, int]], rotated: tuple[int, ...
 
 def test_a_picture_covers_its_size_and_is_cut_at_the_centre() -> None:
     """Of 30 x 20 pixels 20 x 20 are the largest square, from line 5 on; resized to 16 x 16 that line is the fourth."""
-    assert cut((30, 20), (16, 16)) == (5, 0, 20, 20) and cut((24, 40), WIDE) == (0, 0, 24, 40) and cut((20, 40), WIDE) == (0, 3, 20, 33)
+    assert cut((30, 20), (16, 16)) == (5, 0, 20, 20) and cut((24, 36), WIDE) == (0, 0, 24, 36) and cut((20, 40), WIDE) == (0, 5, 20, 30)
     image = Image.new("RGB", (60, 20), "black")
     image.paste("white", (20, 0, 40, 20))
     assert fitted(image, (10, 10)).eq(1).all() and fitted(image, (10, 20))[:, :, 5:15].mean() > 0.95
@@ -99,9 +106,9 @@ def test_sdxl_is_told_the_size_the_crop_and_the_target(tmp_path: Path) -> None:
     assert batch.sizes is not None and batch.enlarged == 1
     assert batch.sizes.tolist() == [[30, 20, 4, 0, 16, 16], [20, 30, 0, 4, 16, 16], [24, 40, 0, 5, 16, 16], [8, 8, 0, 0, 16, 16]]
     several = Images(folder, size=SIZES)
-    assert [(g.rows.tolist(), g.name) for g in several.groups()] == [([3], "16 x 16"), ([1, 2], "12 x 20"), ([0], "20 x 12")]
-    assert several[[2, 1]].sizes.tolist() == [[24, 40, 0, 0, 12, 20], [20, 30, 1, 0, 12, 20]]  # type: ignore[union-attr]
-    assert several[[0]].pixels.shape == (1, 3, 20, 12)  # type: ignore[union-attr]
+    assert [(g.rows.tolist(), g.name) for g in several.groups()] == [([3], "16 x 16"), ([1, 2], "16 x 24"), ([0], "24 x 16")]
+    assert several[[2, 1]].sizes.tolist() == [[24, 40, 0, 1, 16, 24], [20, 30, 0, 0, 16, 24]]  # type: ignore[union-attr]
+    assert several[[0]].pixels.shape == (1, 3, 24, 16)  # type: ignore[union-attr]
     with pytest.raises(ValueError, match=r"^rows 0 to 1 are of 2 sizes, and a batch is of one: take rows of one of `groups`$"):
         several[[0, 1]]
     assert Images(folder, size=SIZES).stamp() != Images(folder, size=16).stamp() != Images(folder, size=WIDE).stamp()
@@ -134,7 +141,7 @@ def test_a_row_that_cannot_be_read_is_replaced_within_its_size(tmp_path: Path) -
     assert [g.rows.tolist() for g in images.groups()] == [[0, 1, 3], [2, 4]]
     batch = images[[2, 4]]
     assert batch.rows.tolist() == [4, 4] and batch.pixels is not None and batch.pixels.shape[2:] == WIDE and len(batch.skipped) == 1
-    assert batch.sizes.tolist() == [[24, 40, 0, 0, 12, 20]] * 2 and images[[3, 0]].rows.tolist() == [3, 1]  # type: ignore[union-attr]
+    assert batch.sizes.tolist() == [[24, 40, 0, 1, 16, 24]] * 2 and images[[3, 0]].rows.tolist() == [3, 1]  # type: ignore[union-attr]
 
 
 # Batches of one shape --------------------------------------------------------------------------------------------------------------
@@ -203,7 +210,11 @@ def test_rows_are_numbered_over_all_tables() -> None:
     data = of_two_shapes()
     assert len(data) == 20 and [g.rows.tolist()[:2] for g in data.groups()] == [[0, 2], [1, 4]]
     batch = data[[7, 1, 4]]
-    assert batch.latent is not None and batch.latent.shape == (3, 2, 2, 6) and batch.c.text[:, 0, 0].tolist() == batch.rows.tolist() == [7, 1, 4]
+    assert (
+        batch.latent is not None
+        and batch.latent.shape == (3, 2, 2, 6)
+        and batch.c.text[:, 0, 0].tolist() == batch.rows.tolist() == [7, 1, 4]
+    )
     assert torch.equal(data[[5]].latent, data.tables[0].latents[[3]])  # type: ignore[arg-type, index]
     with pytest.raises(ValueError, match="rows of 2 shapes in one batch"):
         data[[0, 1]]
@@ -262,7 +273,9 @@ def test_resuming_with_several_shapes_repeats_every_bit(at: int, kwargs: Any) ->
 
 def test_ranks_are_at_the_same_shape() -> None:
     a, b = (first(8, module(HALF, of_two_shapes(), rank=r, world=2, batch_size=2)) for r in range(2))
-    assert [x.x_t.shape for x in a] == [y.x_t.shape for y in b] and not any(torch.isclose(x.x_t, y.x_t).any() for x, y in zip(a, b, strict=True))
+    assert [x.x_t.shape for x in a] == [y.x_t.shape for y in b] and not any(
+        torch.isclose(x.x_t, y.x_t).any() for x, y in zip(a, b, strict=True)
+    )
 
 
 def test_pictures_that_are_left_out_are_named_with_their_number(caplog: pytest.LogCaptureFixture) -> None:
@@ -273,14 +286,18 @@ def test_pictures_that_are_left_out_are_named_with_their_number(caplog: pytest.L
 
 def test_sizes_are_checked_before_anything_is_encoded(tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     backbone, folder = Pipeline(str(tiny)), str(saved(tmp_path / "set", [(16, 16), (24, 40)]))
-    with pytest.raises(ValueError, match=r"^data\.captions\.size: .* sides are multiples of 4 pixels, not of 17 x 30: the nearest is 16 x 32$"):
+    with pytest.raises(
+        ValueError, match=r"^data\.captions\.size: .* sides are multiples of 8 pixels, not of 17 x 30: the nearest is 16 x 32$"
+    ):
         check_sizes(Images(folder, size=[SQUARE, (17, 30)]), backbone)
-    with pytest.raises(ValueError, match=r"^data\.captions\.size is 12 x 20, 20 x 12, and .* samples at 16 x 16: give that size too, or the"):
+    with pytest.raises(
+        ValueError, match=r"^data\.captions\.size is 16 x 24, 24 x 16, and .* samples at 16 x 16: give that size too, or the"
+    ):
         check_sizes(Images(folder, size=[WIDE, HIGH]), backbone)
     check_sizes(Images(folder, size=[WIDE, HIGH]), Pipeline(str(tiny), size=WIDE))
     images = Images(folder, size=[*SIZES, (8, 32)])
     with caplog.at_level(logging.WARNING):
         sort_by_size(images, Processes())
-    assert "no picture is nearest in aspect to 20 x 12, 8 x 32 of data.captions.size" in caplog.text
+    assert "no picture is nearest in aspect to 24 x 16, 8 x 32 of data.captions.size" in caplog.text
     whole = encode(images, backbone)
     assert check_latents(whole, Pipeline(str(tiny), size=WIDE), False, lambda rows: whole[rows].latent).tolist() == [1]

@@ -338,3 +338,49 @@ def test_readable_errors():
         filled().add(data._replace(c=data.c.guided(None)), clock=0, stage=0)
     with pytest.raises(ValueError, match="update needs"):
         filled().update(torch.zeros(2), torch.zeros(3), torch.zeros(3))
+
+
+# Latents of several shapes ----------------------------------------------------------------------------------------------------------
+
+WIDE = (2, 2, 6)
+
+
+def mixed(**settings) -> ReplayBuffer:
+    buffer = ReplayBuffer(**{"capacity": 100} | settings)
+    for k, shape in enumerate([(2, 4, 4), WIDE, (2, 4, 4), WIDE]):
+        buffer.add(rollout(k, shape=shape), clock=10 * k, stage=0)
+    return buffer
+
+
+@pytest.mark.parametrize("priority", [0.0, 0.7])
+def test_a_batch_is_drawn_from_its_own_shape(priority: float) -> None:
+    """As from a buffer that holds nothing else: the same states, weights and ages."""
+    buffer, alone = mixed(priority=priority), ReplayBuffer(100, priority=priority)
+    for k in (1, 3):
+        alone.add(rollout(k, shape=WIDE), clock=10 * k, stage=0)
+    assert buffer.held(WIDE) == len(alone) == 24 and buffer.held((2, 4, 4)) == 24 and buffer.held((1, 2, 2)) == 0 and len(buffer) == 48
+    assert buffer.shapes() == {WIDE, (2, 4, 4)}
+    for made, slots in ((buffer, torch.cat([torch.arange(12, 24), torch.arange(36, 48)])), (alone, torch.arange(24))):
+        loss = torch.rand(24, generator=generator(4))
+        made.update(slots, loss, torch.cat([rollout(k).t for k in (1, 3)]))
+    got, plain = (made.sample(50, clock=40, generator=generator(), shape=WIDE) for made in (buffer, alone))
+    assert got.x_t.shape == (50, *WIDE) and same(got._replace(slot=plain.slot), plain)
+    assert {(slot - 12) // 12 for slot in got.slot.tolist()} == {0, 2}
+    with pytest.raises(ValueError, match="the replay buffer is empty"):
+        buffer.sample(1, clock=40, generator=generator(), shape=(1, 2, 2))
+
+
+def test_shapes_share_the_capacity_and_the_oldest_goes_first() -> None:
+    buffer = mixed(capacity=40)
+    assert buffer.held((2, 4, 4)) == 12 and buffer.held(WIDE) == 24
+    buffer.add(rollout(4, shape=(2, 4, 4)), clock=40, stage=0)
+    assert buffer.held((2, 4, 4)) == 24 and buffer.held(WIDE) == 12
+    file = io.BytesIO()
+    torch.save(buffer.state_dict(), file)
+    file.seek(0)
+    again = ReplayBuffer(40)
+    again.load_state_dict(torch.load(file, weights_only=True))
+    for shape in (WIDE, (2, 4, 4)):
+        assert same(*(made.sample(9, clock=50, generator=generator(), shape=shape) for made in (buffer, again)))
+    with pytest.raises(ValueError, match=r"contexts .* do not fit those in the replay buffer .*: flush it first"):
+        buffer.add(rollout(5, shape=(2, 1, 1))._replace(c=Context(torch.zeros(3, 4, 2))), clock=50, stage=0)

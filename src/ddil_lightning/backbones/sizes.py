@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,9 @@ from ddil_lightning.texts import by
 
 if TYPE_CHECKING:
     from ddil_lightning.backbones.family import Family
+
+CALLED = 8
+"""What sides must be multiples of in a call of diffusers' pipelines, whatever their autoencoder."""
 
 
 def pair(size: int | Sequence[int], name: str = "size") -> tuple[int, int]:
@@ -39,7 +43,7 @@ def check(size: Sequence[int], network: Family, scale: int, path: str) -> None:
         return
     if network.divisor is None:
         raise ValueError(f"{path} makes images of {by(own)} pixels alone, not of {by(size)}")
-    step = network.divisor * scale
+    step = math.lcm(network.divisor * scale, CALLED)
     if any(side < step or side % step for side in size):
         near = [max(step, round(side / step) * step) for side in size]
         raise ValueError(f"{path} makes images whose sides are multiples of {step} pixels, not of {by(size)}: the nearest is {by(near)}")
