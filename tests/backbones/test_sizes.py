@@ -124,7 +124,7 @@ def test_a_head_answers_at_every_size(backbone: Pipeline, layers: tuple[str, ...
                 places = [nn.Sequential.forward(one, f) for one, f in zip(heads, features, strict=True)]
                 assert all(p.shape[2:] == (2, 2) for p in places)
                 torch.testing.assert_close(logits, torch.cat([p.mean((1, 2, 3))[:, None] for p in places], 1))
-    assert list(heads[0].state_dict())[0] == "0.weight"  # as checkpoints of before have it
+    assert next(iter(heads[0].state_dict())) == "0.weight"  # as checkpoints of before have it
 
 
 def test_sides_of_a_configuration_may_differ(backbone: Pipeline) -> None:

@@ -63,9 +63,8 @@ def picture_size(source: bytes | str | Path, name: str = "") -> tuple[int, int]:
             # A PNG that says nothing of EXIF in its head would be decoded whole in search of it.
             silent = image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys()
             turned = not silent and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-            stored = (
-                image.tag_v2.get(256, image.width) if image.format == "TIFF" else image.width
-            )  # newer Pillows have turned a TIFF's already
+            # Newer Pillows have turned a TIFF already.
+            stored = image.tag_v2.get(256, image.width) if image.format == "TIFF" else image.width
             return (image.width, image.height) if turned and stored == image.width else (image.height, image.width)
     except UnidentifiedImageError as error:
         raise ValueError(f"{name}: not a readable image (no kind that Pillow knows)") from error
