@@ -286,13 +286,9 @@ def test_pictures_that_are_left_out_are_named_with_their_number(caplog: pytest.L
 
 def test_sizes_are_checked_before_anything_is_encoded(tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     backbone, folder = Pipeline(str(tiny)), str(saved(tmp_path / "set", [(16, 16), (24, 40)]))
-    with pytest.raises(
-        ValueError, match=r"^data\.captions\.size: .* multiples of 8 pixels, not of 17 x 30: the nearest is 16 x 32$"
-    ):
+    with pytest.raises(ValueError, match=r"^data\.captions\.size: .* multiples of 8 pixels, not of 17 x 30: the nearest is 16 x 32$"):
         check_sizes(Images(folder, size=[SQUARE, (17, 30)]), backbone)
-    with pytest.raises(
-        ValueError, match=r"^data\.captions\.size is 16 x 24, 24 x 16, and .* samples at 16 x 16: give that size too"
-    ):
+    with pytest.raises(ValueError, match=r"^data\.captions\.size is 16 x 24, 24 x 16, and .* samples at 16 x 16: give that size too"):
         check_sizes(Images(folder, size=[WIDE, HIGH]), backbone)
     check_sizes(Images(folder, size=[WIDE, HIGH]), Pipeline(str(tiny), size=WIDE))
     images = Images(folder, size=[*SIZES, (8, 32)])
