@@ -78,6 +78,7 @@ class DDILDataModule(LightningDataModule, Feed):
         self._collected_at: int | None = None
         self._collected: set[tuple[int, ...]] = set()
         self._first: Tensor | None = None
+        self._names: dict[int, str] = {}
         self._warned = False
 
     # The learner ---------------------------------------------------------------------------------------------------------------
@@ -130,6 +131,8 @@ class DDILDataModule(LightningDataModule, Feed):
         no_images = self.captions.latents is None if isinstance(self.captions, Encoded) else isinstance(self.captions, Prompts)
         if self.prior.forward > 0 and no_images and self.needs_images(self.learner):
             raise ValueError("the prior has a forward share but the data set has no images: give that share to the teacher, or give images")
+        self._names = {int(rows[0]): name for rows, name in given.groups()}
+        self.captions.sizes = given.sizes  # a second fit finds them as they were
         self._first = check_latents(self.captions, backbone, given.sizes is None, lambda rows: self._taken(rows).latent)
 
     def teardown(self, stage: str) -> None:
@@ -174,7 +177,7 @@ class DDILDataModule(LightningDataModule, Feed):
         rows = [group.rows for group in groups]
         sampler = CounterSampler(len(self.captions), self.batch_size, self.seed, world, rank, lambda: self.done, rows)
         if sampler.left_out and rank == 0:
-            few = ", ".join(f"{len(rows[i])} of {groups[i].name}" for i in sampler.left_out)
+            few = ", ".join(f"{len(rows[i])} of {self._names.get(int(rows[i][0]), groups[i].name)}" for i in sampler.left_out)
             logging.getLogger(__name__).warning(f"pictures are left out, too few of a size for a batch of {self.batch_size * world}: {few}")
         return DataLoader(self.captions, batch_size=None, sampler=sampler, num_workers=self.workers)
 

@@ -92,7 +92,7 @@ def check_sizes(captions: Captions, backbone: Any) -> None:
 
 def sort_by_size(captions: Captions, processes: Processes) -> None:
     """Find out once, for all processes, which of several sizes every picture gets, and say which of them none does."""
-    if len(captions.sizes or ()) < 2:
+    if len(captions.sizes or ()) < 2 or isinstance(captions, Encoded):
         return
     groups = processes.by_first(captions.groups)
     captions.group_by(groups)
