@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from ddil_lightning import plugins
 from ddil_lightning.backbones import loading, schedulers
-from ddil_lightning.backbones import sizes as image_sizes
 from ddil_lightning.backbones.adapters import Adapter, adapt, graft, merged, sharing
 from ddil_lightning.backbones.family import Family
-from ddil_lightning.backbones.interface import Backbone
 from ddil_lightning.backbones.loading import DENOISERS, check_weights, empty_network, load_pipeline, pipeline_folder, recommended
+from ddil_lightning.backbones.sizes import Sized, whole
 from ddil_lightning.backbones.unet import UNet
 from ddil_lightning.diffusion.schedule import NoiseSchedule, Predicts
 from ddil_lightning.diffusion.transitions import Transition
@@ -48,7 +47,7 @@ def family_of(pipe: Any, path: str) -> Family:
     return FAMILIES[type(model).__name__](model)
 
 
-class Pipeline(Backbone):
+class Pipeline(Sized):
     """A teacher pipeline of diffusers.
 
     Args:
@@ -87,9 +86,7 @@ class Pipeline(Backbone):
         self._network.check(str(path), self.pipe.vae.config.latent_channels)
         super().__init__(str(path), schedule, PREDICTS[kind], self._network.latent_shape, about, dtype)
         self.bare = bare
-        asked = about.get("size") if size is None else size
-        if asked is not None:
-            self.latent_shape = image_sizes.latent_shape(asked, self._network, self._scale, self.path)
+        self.sample_at(about.get("size") if size is None else size)
 
     def parts(self) -> list[nn.Module]:
         """Every component that is a module, frozen: the network, the autoencoder, the text encoders."""
@@ -104,33 +101,6 @@ class Pipeline(Backbone):
     def device(self) -> torch.device:
         """The device of the frozen parts."""
         return next(self.pipe.vae.parameters()).device
-
-    # Sizes ---------------------------------------------------------------------------------------------------------------------------
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width in pixels of the images that it samples."""
-        height, width = self.latent_shape[1:]
-        return height * self._scale, width * self._scale
-
-    @property
-    def resized(self) -> bool:
-        """Whether that is another size than its network's own."""
-        return self.latent_shape != self._network.latent_shape
-
-    @property
-    def _scale(self) -> int:
-        return int(self.pipe.vae_scale_factor)
-
-    def check_size(self, size: tuple[int, int]) -> None:
-        """Raises ValueError, with the nearest size that can be, for images [height, width] that autoencoder or network do not divide."""
-        image_sizes.check(size, self._network, self._scale, self.path)
-
-    def check_latents(self, shape: Sequence[int]) -> None:
-        """Raises ValueError for latents [C, h, w] that it does not denoise."""
-        if len(shape) != 3 or shape[0] != self.latent_shape[0]:
-            super().check_latents(shape)
-        self.check_size((shape[1] * self._scale, shape[2] * self._scale))
 
     # Networks ------------------------------------------------------------------------------------------------------------------------
 
@@ -290,7 +260,7 @@ class Pipeline(Backbone):
         if not truncate:
             self.check_length(prompts)
         if sizes is None:
-            sizes = image_sizes.whole(self.size, len(prompts))
+            sizes = whole(self.size, len(prompts))
         return self._network.context(self.pipe, prompts, self.device, sizes)
 
     def encoders(self) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ddil_lightning.backbones.interface import Backbone
 from ddil_lightning.bounds import at_least, lengths
 from ddil_lightning.texts import by
 
@@ -49,8 +50,40 @@ def check(size: Sequence[int], network: Family, scale: int, path: str) -> None:
         raise ValueError(f"{path} makes images whose sides are multiples of {step} pixels, not of {by(size)}: the nearest is {by(near)}")
 
 
-def latent_shape(size: int | Sequence[int], network: Family, scale: int, path: str) -> tuple[int, ...]:
-    """[C, h, w] of the latents of images of a `size`. Raises as `check` does."""
-    height, width = pair(size)
-    check((height, width), network, scale, path)
-    return network.latent_shape[0], height // scale, width // scale
+class Sized(Backbone):
+    """A backbone of diffusers' pipelines: its images may be of other sizes than its network's own."""
+
+    pipe: Any
+    _network: Family
+
+    def sample_at(self, size: int | Sequence[int] | None) -> None:
+        """Take a size for what is sampled; None for the network's own. Raises ValueError for one that cannot be."""
+        if size is not None:
+            height, width = pair(size)
+            self.check_size((height, width))
+            self.latent_shape = (self.latent_shape[0], height // self._scale, width // self._scale)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images that it samples."""
+        height, width = self.latent_shape[1:]
+        return height * self._scale, width * self._scale
+
+    @property
+    def resized(self) -> bool:
+        """Whether that is another size than its network's own."""
+        return self.latent_shape != self._network.latent_shape
+
+    @property
+    def _scale(self) -> int:
+        return int(self.pipe.vae_scale_factor)
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raises ValueError, with the nearest size that can be, for images [height, width] that autoencoder or network do not divide."""
+        check(size, self._network, self._scale, self.path)
+
+    def check_latents(self, shape: Sequence[int]) -> None:
+        """Raises ValueError for latents [C, h, w] that it does not denoise."""
+        if len(shape) != 3 or shape[0] != self.latent_shape[0]:
+            super().check_latents(shape)
+        self.check_size((shape[1] * self._scale, shape[2] * self._scale))
