@@ -252,10 +252,7 @@ class Pipeline(Sized):
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str], truncate: bool = False, sizes: Tensor | None = None) -> Context:
-        """The text states of `prompts`, unguided. Raises ValueError for one that no tokenizer takes, or is too long without `truncate`.
-
-        `sizes` [B, 6] as `Family.context` has them; by default of images that are whole and of the pipeline's `size`.
-        """
+        """The text states of `prompts`, unguided. Raises ValueError for one that no tokenizer takes, or is too long without `truncate`."""
         check_prompts(prompts)
         if not truncate:
             self.check_length(prompts)
