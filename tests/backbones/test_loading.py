@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ddil_lightning.backbones.loading import BUILTIN, CARD, load_pipeline, pipeline_folder, recommended
+from ddil_lightning.backbones.loading import CARD, load_pipeline, recommended
 from ddil_lightning.backbones.pipeline import Pipeline
+from ddil_lightning.backbones.repositories import BUILTIN, pipeline_folder
 
 
 def edited(tiny: Path, folder: Path, name: str, **values: Any) -> Path:
@@ -54,7 +55,7 @@ def test_builtin_names_lead_to_the_packaged_weights(name: str, tiny: Path, monke
     assert folder is not None and folder.parts[-3:] == ("miniature", "weights", BUILTIN[name])
     if not folder.is_dir():
         shutil.copytree(tiny, tmp_path / "miniature" / "weights" / BUILTIN[name])
-        monkeypatch.setattr("ddil_lightning.backbones.loading.resources.files", lambda package: tmp_path)
+        monkeypatch.setattr("ddil_lightning.backbones.repositories.resources.files", lambda package: tmp_path)
     made = Pipeline(name)
     x, t = torch.randn(1, *made.latent_shape), torch.tensor([500])
     assert made.network()(x, t, made.null()).shape == x.shape and made.about["dataset"] in ("shapes", "digits")
