@@ -188,11 +188,14 @@ def test_pipelines_that_are_no_text_to_image_are_refused(tiny: Path, tmp_path: P
     assert "reads 4 channels and writes 8" in refused(folder)
 
 
-def test_single_files_are_told_what_to_do(tmp_path: Path) -> None:
-    told = {"sd.safetensors": "P.from_single_file(", "sd.ckpt": "is a pickled file, which may run code", "x.txt": "is a file and no"}
+def test_files_that_are_no_checkpoints_are_told_what_to_do(tmp_path: Path) -> None:
+    told = {"sd.safetensors": "are cut short or damaged", "sd.ckpt": "is a pickled file, which may run code", "x.txt": "is a file and no"}
     for name, said in told.items():
         (tmp_path / name).write_bytes(b"x")
         assert said in refused(tmp_path / name)
+    for key, said in {"unet.lora_A.weight": "is a LoRA: give the pipeline", "down_blocks.0.weight": "is no whole checkpoint"}.items():
+        save_file({key: torch.zeros(1)}, tmp_path / "sd.safetensors")
+        assert said in refused(tmp_path / "sd.safetensors")
 
 
 @pytest.mark.parametrize("path", ["a\0b/c", "owner/na\nme", "\ud800/x", "~nosuchuser/x"])

@@ -60,9 +60,8 @@ def _made(kind: str, teacher: Any, **own: Any) -> Any:
     """
     import diffusers
 
-    process = {
-        name: value for name, value in teacher.config.items() if name in PROCESS and name in inspect.signature(type(teacher)).parameters
-    }
+    read = inspect.signature(type(teacher)).parameters  # a configuration may have kept what another class once said
+    process = {name: value for name, value in teacher.config.items() if name in PROCESS and name in read}
     # An offset of 1 has no effect but on `leading` times, and diffusers warns of any other at every load.
     return getattr(diffusers, kind)(**{**process, "steps_offset": 1, "thresholding": False, **own})
 

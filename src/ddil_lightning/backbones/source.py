@@ -72,6 +72,8 @@ class Source:
 
 def _record(cls: type[Record], value: Any, name: str) -> Record:
     table = value if isinstance(value, Mapping) else vars(value)
+    table = table["init_args"] if "class_path" in table else table  # as a parser keeps a record within a list
+    table = table if isinstance(table, Mapping) else vars(table)
     known = [one.name for one in fields(cls)]  # type: ignore[arg-type]
     wrong = [key for key in table if key not in known]
     if wrong:
