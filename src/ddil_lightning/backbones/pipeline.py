@@ -71,8 +71,9 @@ class Pipeline(Backbone):
         source = Source.of(path)
         path = source.path
         about = recommended(path)
-        empty = empty_network(source) if bare else {}
-        self.source = settled(source, tuple(empty))
+        self.source = settled(source, DENOISERS if bare else ())
+        self._others: dict[str, Architecture] = {}
+        empty = empty_network(self.source) if bare else {}
         self.pipe: Any = load_pipeline(self.source, {"default": dtype, "vae": vae_dtype}, **empty)
         check_weights(self.pipe, self.source, empty)
         self._network = family_of(self.pipe, path)
@@ -162,7 +163,9 @@ class Pipeline(Backbone):
         said = self.source.networks.get(name)
         if said is None:
             return Architecture(architectures.own_config(self._network.model), self._weights)
-        return architectures.described(said, self._network, self._weights, name)
+        if name not in self._others:
+            self._others[name] = architectures.described(said, self._network, self._weights, name)
+        return self._others[name]
 
     def _like(self, name: str) -> Family:
         """A network of the architecture of the role `name`, which need not have memory for its weights."""

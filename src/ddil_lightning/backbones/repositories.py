@@ -75,7 +75,7 @@ def pipeline_folder(path: str | Path) -> Path | None:
     return folder
 
 
-def local_folder(path: str | Path) -> Path | None:
+def local_folder(path: str | Path, kind: str = "pipeline") -> Path | None:
     """The folder of a built-in name or a local path; None where it can only be a hub id. Raises ValueError for a file and for no path."""
     if str(path) in BUILTIN:
         return Path(str(resources.files("ddil_lightning"))) / "miniature" / "weights" / BUILTIN[str(path)]
@@ -84,9 +84,8 @@ def local_folder(path: str | Path) -> Path | None:
         raise ValueError(_no_folder(folder))
     if not folder.exists():
         if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1 or not str(path).isprintable():
-            raise ValueError(
-                f"no pipeline at {path!s:.200}: give a diffusers folder, a hub id such as owner/name, or one of {', '.join(BUILTIN)}"
-            )
+            known = f", or one of {', '.join(BUILTIN)}" if kind == "pipeline" else ""
+            raise ValueError(f"no {kind} at {path!s:.200}: give a diffusers folder, a hub id such as owner/name{known}")
         return None
     return folder
 
@@ -105,7 +104,10 @@ def fetched(source: Source, given: Collection[str]) -> Stored:
 
     names, why = listing(source.path)
     if names is None:
-        folder = cached(source.path, "model_index.json", why)
+        try:
+            folder = cached(source.path, "model_index.json", why)
+        except ValueError as error:
+            raise ValueError(f"the pipeline {error}") from error
         files = stored_files(folder, given, f"{why}, and the hub's cache lacks it")
         check_files(folder, given)
         return Stored(folder, chosen_variant(f"the pipeline {source.path}", files, source.variant))
@@ -123,12 +125,19 @@ def fetched(source: Source, given: Collection[str]) -> Stored:
     return Stored(folder, variant)
 
 
+def offline() -> bool:
+    """Whether HF_HUB_OFFLINE forbids to ask the hub for anything."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
 def listing(repository: str) -> tuple[list[str] | None, str]:
     """The names of a hub repository's files; None, and why, where the hub cannot be asked. Raises ValueError where it has no such one."""
-    from huggingface_hub import constants, list_repo_files
+    from huggingface_hub import list_repo_files
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    if constants.HF_HUB_OFFLINE:
+    if offline():
         return None, "HF_HUB_OFFLINE is set"
     try:
         return list_repo_files(repository), ""
@@ -140,7 +149,7 @@ def listing(repository: str) -> tuple[list[str] | None, str]:
 
 def part_folder(path: str, name: str) -> Path:
     """The folder of a component `name` alone: that of a pipeline, or one of its own; of a hub id, in the hub's cache, fetched if needed."""
-    folder = local_folder(path)
+    folder = local_folder(path, name)
     if folder is None:
         folder = _fetched_part(path, name)
     if (folder / "model_index.json").is_file():
@@ -174,7 +183,7 @@ def cached(repository: str, file: str, why: str) -> Path:
         return Path(hf_hub_download(repository, file, local_files_only=True)).parent
     except Exception as error:  # the client's refusal, which tells of other things
         raise ValueError(
-            f"the pipeline {repository} could not be loaded: {why}, and the hub's cache {constants.HF_HUB_CACHE} has no {file} of it: "
+            f"{repository} could not be loaded: {why}, and the hub's cache {constants.HF_HUB_CACHE} has no {file} of it: "
             f"fetch it where there is a network (hf download {repository}), or give a folder"
         ) from error
 
