@@ -1,4 +1,4 @@
-"""Checkpoints of one file as other programs share them (Stable Diffusion 1, 2 and XL), made from a pipeline: the inverse of diffusers' map."""
+"""Checkpoints of one file as other programs share them (Stable Diffusion 1, 2, XL), made from a pipeline: diffusers' map, inverted."""
 
 from __future__ import annotations
 

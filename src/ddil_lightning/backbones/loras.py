@@ -38,8 +38,8 @@ def _fuse(pipe: Any, lora: Lora, untouched: Collection[str]) -> None:
         load = getattr(open_, f"load_lora_into_{name}", None)
         if load is not None:
             setattr(open_, f"load_lora_into_{name}", _into(load, seen, name, untouched))
-    where, name = _file(lora)
-    open_.load_lora_weights(where, weight_name=name, use_safetensors=True)
+    where, file = _file(lora)
+    open_.load_lora_weights(where, weight_name=file, use_safetensors=True)
     if not seen:
         raise ValueError("it has no weights for any of its networks")
     modules = [name for name in open_._lora_loadable_modules if name not in untouched and getattr(open_, name, None) is not None]

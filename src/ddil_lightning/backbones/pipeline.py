@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ddil_lightning import plugins
-from ddil_lightning.backbones import architectures, loading, schedulers
+from ddil_lightning.backbones import architectures, autoencoder, loading, schedulers
 from ddil_lightning.backbones.adapters import Adapter, adapt, graft, merged, sharing
 from ddil_lightning.backbones.architectures import Architecture
 from ddil_lightning.backbones.digests import digest
@@ -33,8 +33,6 @@ from ddil_lightning.texts import check_prompts
 
 FAMILIES: dict[str, type[Family]] = {"UNet2DConditionModel": UNet}
 """The family of a pipeline by the class of its network in diffusers. A third party's is an entry made where its file is imported."""
-PIXELS = 4 * 512 * 512
-"""How many pixels the autoencoder works on at a time: some 4 GB in float32, whatever the size of an image. A larger one is tiled."""
 
 
 def family_of(pipe: Any, path: str) -> Family:
@@ -133,7 +131,7 @@ class Pipeline(Backbone):
     def adapted(self, adapter: Adapter, w_conditioned: bool = False, name: str = "student") -> Family:
         """The frozen network below trainable adapters. With `w_conditioned` it has an embedding of w besides, trained whole, zero first."""
         if name in self.source.networks:
-            raise ValueError(f"model.pipeline.networks.{name} is no copy of the teacher that adapters fit: add {name} to model.adapter.whole")
+            raise ValueError(f"model.pipeline.networks.{name} has another base than the adapters: add {name} to model.adapter.whole")
         source = self._network
         model: Any = sharing(source.model, source.model.parameters())
         new: list[str] = []
@@ -289,38 +287,10 @@ class Pipeline(Backbone):
             return c
         return c._replace(text=torch.zeros_like(c.text), pooled=None if c.pooled is None else torch.zeros_like(c.pooled))
 
-    @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Scaled latents [B, C, h, w] of images [B, 3, H, W] in [-1, 1]: the VAE's posterior mean, so that a cache is reproducible."""
-        vae = self.pipe.vae
-        with self._autoencoder(pixels.shape[2] * pixels.shape[3]) as chunk:
-            parts = [vae.encode(part.to(self.device, vae.dtype)).latent_dist.mode().float() for part in pixels.split(chunk)]
-        return ((torch.cat(parts) - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor).contiguous()
+        return autoencoder.encode(self.pipe.vae, pixels, self.device)
 
     def decode(self, latents: Tensor, gradients: bool = False) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] of scaled latents, on the backbone's device; with `gradients`, not clamped."""
-        vae = self.pipe.vae
-        made = []
-        with torch.set_grad_enabled(gradients), self._autoencoder(latents.shape[2] * latents.shape[3] * self.pipe.vae_scale_factor**2) as n:
-            for part in latents.split(n):
-                z = part.to(self.device, vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
-                image = vae.decode(z, return_dict=False)[0].float()
-                made.append(image if gradients else image.clamp(-1, 1))
-        return torch.cat(made)
-
-    @contextmanager
-    def _autoencoder(self, pixels: int) -> Iterator[int]:
-        """Inside, the autoencoder works in full precision, whatever the trainer's is, and on an image that is too large in tiles.
-
-        Yields how many images of so many `pixels` each it takes at a time.
-        """
-        vae = self.pipe.vae
-        tiled = pixels > PIXELS and hasattr(vae, "enable_tiling")
-        if tiled:
-            vae.enable_tiling()
-        try:
-            with torch.autocast(self.device.type, enabled=False):
-                yield min(64, max(1, PIXELS // pixels))
-        finally:
-            if tiled:
-                vae.disable_tiling()
+        return autoencoder.decode(self.pipe.vae, latents, self.device, self.pipe.vae_scale_factor, gradients)
