@@ -96,7 +96,6 @@ def load_pipeline(source: str | Path | Source, dtype: Any = torch.float32, spare
 def _read(place: Stored, dtypes: dict[str, Any], spare: bool, given: dict[str, Any]) -> Any:
     """The pipeline of `place`, by diffusers."""
     import transformers
-    from diffusers import DiffusionPipeline
 
     index = place.listed
     # Components that a folder stores as null must be passed as None, or loading raises.
@@ -111,7 +110,7 @@ def _read(place: Stored, dtypes: dict[str, Any], spare: bool, given: dict[str, A
     if place.file is not None:
         return singlefile.load(place, dtypes, **{name: part for name, part in own.items() if name not in SPARED or part is not None})
     files = {"variant": place.variant, "use_safetensors": True}
-    return DiffusionPipeline.from_pretrained(str(place.folder), dtype=dtypes if len(dtypes) > 1 else dtypes["default"], **files, **own)
+    return _sparing(list(absent)).from_pretrained(str(place.folder), dtype=dtypes if len(dtypes) > 1 else dtypes["default"], **files, **own)
 
 
 def exact_weights(source: Source, pipe: Any, name: str) -> Weights:
@@ -129,6 +128,20 @@ def exact_weights(source: Source, pipe: Any, name: str) -> Weights:
     setattr(other, name, model)
     loras.fuse(other, source.lora, [part for part in pipe.components if part != name])
     return model.state_dict().items()  # type: ignore[no-any-return]
+
+
+def _sparing(absent: list[str]) -> Any:
+    """diffusers' DiffusionPipeline, which does not read the components `absent`: given as None, it reads those that are optional."""
+    from diffusers import DiffusionPipeline
+
+    def load_config(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        config = super(made, cls).load_config(*args, **kwargs)
+        return {**config, **{name: [None, None] for name in absent if name in config}} if isinstance(config, dict) else config
+
+    # By the names of class and module diffusers knows that the index says which pipeline it is.
+    names = {"__module__": DiffusionPipeline.__module__, "load_config": classmethod(load_config)}
+    made = type("DiffusionPipeline", (DiffusionPipeline,), names)
+    return made
 
 
 def load_part(path: str, name: str, dtype: torch.dtype, option: str) -> nn.Module:
