@@ -26,7 +26,7 @@ from ddil_lightning.backbones.repositories import (
     stored_files,
 )
 from ddil_lightning.backbones.source import Source
-from ddil_lightning.backbones.weights import Weights, chosen_variant, stored_weights, weight_files
+from ddil_lightning.backbones.weights import Weights, chosen_variant, keys_of, stored_weights, weight_files
 from ddil_lightning.bounds import is_number
 from ddil_lightning.texts import reason
 
@@ -109,6 +109,9 @@ def _read(place: Stored, dtypes: dict[str, Any], spare: bool, given: dict[str, A
     own = {**absent, **extra, **given}
     if place.file is not None:
         return singlefile.load(place, dtypes, **{name: part for name, part in own.items() if name not in SPARED or part is not None})
+    for part in (name for name in DENOISERS if index.get(name, [None])[0] is not None and name not in given):
+        network = _network(place, part, dtypes[part if part in dtypes else "default"])
+        own |= {} if network is None else {part: network}
     files = {"variant": place.variant, "use_safetensors": True}
     return _sparing(list(absent)).from_pretrained(str(place.folder), dtype=dtypes if len(dtypes) > 1 else dtypes["default"], **files, **own)
 
@@ -130,12 +133,40 @@ def exact_weights(source: Source, pipe: Any, name: str) -> Weights:
     return model.state_dict().items()  # type: ignore[no-any-return]
 
 
+def _network(place: Stored, name: str, dtype: torch.dtype) -> nn.Module | None:
+    """A network with memory of its own for its weights, once, which diffusers would leave mapped from a file that may change.
+
+    None where there is more to it than tensors by their names, for diffusers to read it.
+    """
+    import diffusers
+
+    folder, kind = place.folder / name, getattr(diffusers, str(place.listed[name][1]), None)
+    if kind is None or getattr(kind, "_keep_in_fp32_modules", None) or "quantization_config" in read_json(folder / "config.json"):
+        return None
+    with without_weights():
+        model = kind.from_config(kind.load_config(str(folder)))
+    files = weight_files(folder, place.variant_of(name))
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    if sorted(shapes) != sorted(key for file in files for key in keys_of(file)):
+        return None
+    state = {}
+    for key, value in stored_weights(files):
+        if shapes[key] != value.shape or not value.is_floating_point():
+            return None
+        # Convolutions run faster so, on CPUs and on tensor cores.
+        layout = torch.channels_last if value.ndim == 4 else torch.contiguous_format
+        state[key] = value.to(dtype, copy=True, memory_format=layout)
+    model.load_state_dict(state, assign=True)
+    model.register_to_config(_name_or_path=str(folder))
+    return model.eval()  # type: ignore[no-any-return]
+
+
 def _sparing(absent: list[str]) -> Any:
     """diffusers' DiffusionPipeline, which does not read the components `absent`: given as None, it reads those that are optional."""
     from diffusers import DiffusionPipeline
 
     def load_config(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        config = super(made, cls).load_config(*args, **kwargs)
+        config = super(made, cls).load_config(*args, **kwargs)  # type: ignore[arg-type]
         return {**config, **{name: [None, None] for name in absent if name in config}} if isinstance(config, dict) else config
 
     # By the names of class and module diffusers knows that the index says which pipeline it is.

@@ -11,6 +11,8 @@ from torch import Tensor
 
 Weights = Iterable[tuple[str, Tensor]]
 """Tensors by name, one after the other."""
+MAPPED = 2**28
+"""How many bytes of a file stay mapped at a time."""
 
 WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?(?:\.(?P<older>[^.]+))?"
@@ -79,12 +81,19 @@ def keys_of(file: Path) -> list[str]:
 
 
 def stored_weights(files: Iterable[Path]) -> Weights:
-    """The tensors in files, one after the other: a file is opened anew for each, so that no more of it stays in memory."""
+    """The tensors in files, one after the other, to be copied: a file is closed and opened again on the way.
+
+    What was read of a file that is mapped counts as memory until it is closed.
+    """
     from safetensors import safe_open
 
     for file in files:
-        with safe_open(file, "pt") as opened:
-            keys = list(opened.keys())
-        for key in keys:
+        keys = keys_of(file)
+        while keys:
+            read = 0
             with safe_open(file, "pt") as opened:
-                yield key, opened.get_tensor(key)
+                while keys and read < MAPPED:
+                    value = opened.get_tensor(keys[0])
+                    read += value.nbytes
+                    yield keys.pop(0), value
+                    del value
