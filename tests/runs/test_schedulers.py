@@ -183,7 +183,10 @@ def test_eps_at_zero_terminal_snr_is_refused() -> None:
         process(scheduler, "p")
 
 
-@pytest.mark.parametrize("name", ["SD1.5", "SDXL", "SDXL-Turbo", "DPM++ 2M Karras", "UniPC", "DEIS", "Heun Karras", "LMS", "zero SNR"])
+OTHERS = ("SDXL-Turbo", "DPM++ 2M Karras", "UniPC", "DEIS", "LMS", "zero SNR")
+
+
+@pytest.mark.parametrize("name", ["SD1.5", "SDXL", "Heun Karras", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_a_teachers_own_steps_are_sampled(name: str, tiny: Path, tmp_path: Path) -> None:
     """A row of a table is what the pipeline itself draws from the same noise, with as many evaluations as its scheduler needs."""
     backbone = teacher(name, tiny, tmp_path / "p")
