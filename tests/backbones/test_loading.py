@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ddil_lightning.backbones.loading import BUILTIN, CARD, load_pipeline, pipeline_folder, recommended
+from ddil_lightning.backbones.loading import CARD, load_pipeline, recommended
 from ddil_lightning.backbones.pipeline import Pipeline
+from ddil_lightning.backbones.repositories import BUILTIN, pipeline_folder
 
 
 def edited(tiny: Path, folder: Path, name: str, **values: Any) -> Path:
@@ -54,7 +55,7 @@ def test_builtin_names_lead_to_the_packaged_weights(name: str, tiny: Path, monke
     assert folder is not None and folder.parts[-3:] == ("miniature", "weights", BUILTIN[name])
     if not folder.is_dir():
         shutil.copytree(tiny, tmp_path / "miniature" / "weights" / BUILTIN[name])
-        monkeypatch.setattr("ddil_lightning.backbones.loading.resources.files", lambda package: tmp_path)
+        monkeypatch.setattr("ddil_lightning.backbones.repositories.resources.files", lambda package: tmp_path)
     made = Pipeline(name)
     x, t = torch.randn(1, *made.latent_shape), torch.tensor([500])
     assert made.network()(x, t, made.null()).shape == x.shape and made.about["dataset"] in ("shapes", "digits")
@@ -187,11 +188,14 @@ def test_pipelines_that_are_no_text_to_image_are_refused(tiny: Path, tmp_path: P
     assert "reads 4 channels and writes 8" in refused(folder)
 
 
-def test_single_files_are_told_what_to_do(tmp_path: Path) -> None:
-    told = {"sd.safetensors": "P.from_single_file(", "sd.ckpt": "is a pickled file, which may run code", "x.txt": "is a file and no"}
+def test_files_that_are_no_checkpoints_are_told_what_to_do(tmp_path: Path) -> None:
+    told = {"sd.safetensors": "are cut short or damaged", "sd.ckpt": "is a pickled file, which may run code", "x.txt": "is a file and no"}
     for name, said in told.items():
         (tmp_path / name).write_bytes(b"x")
         assert said in refused(tmp_path / name)
+    for key, said in {"unet.lora_A.weight": "is a LoRA: give the pipeline", "down_blocks.0.weight": "is no whole checkpoint"}.items():
+        save_file({key: torch.zeros(1)}, tmp_path / "sd.safetensors")
+        assert said in refused(tmp_path / "sd.safetensors")
 
 
 @pytest.mark.parametrize("path", ["a\0b/c", "owner/na\nme", "\ud800/x", "~nosuchuser/x"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddil_lightning.backbones import pipeline
+from ddil_lightning.backbones import autoencoder
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.unet import UNet
 from ddil_lightning.diffusion.denoiser import W_EMBEDDING, Denoiser, w_embedding
@@ -60,7 +60,7 @@ def test_the_autoencoder_has_a_precision_of_its_own(tiny: Path) -> None:
 def test_the_autoencoder_works_on_so_many_pixels(side: int, limit: int, largest: int, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """64 images at a time, whatever their size, took 13 to 21 GB at 512 pixels. An image that is too large itself is tiled."""
     backbone, seen = Pipeline(str(tiny)), []
-    monkeypatch.setattr(pipeline, "PIXELS", limit)
+    monkeypatch.setattr(autoencoder, "PIXELS", limit)
     encode, decode = backbone.pipe.vae.encode, backbone.pipe.vae.decode
     watch = lambda call, scale: lambda x, *args, **kwargs: (seen.append((len(x), x.shape[2] * scale)), call(x, *args, **kwargs))[1]  # noqa: E731
     monkeypatch.setattr(backbone.pipe.vae, "encode", watch(encode, 1))
@@ -70,7 +70,7 @@ def test_the_autoencoder_works_on_so_many_pixels(side: int, limit: int, largest:
     back = backbone.decode(latents)
     assert back.shape == images.shape and max(n for n, _ in seen) == largest and {edge for _, edge in seen} == {side}
     if side * side <= limit:
-        monkeypatch.setattr(pipeline, "PIXELS", 2**20)
+        monkeypatch.setattr(autoencoder, "PIXELS", 2**20)
         torch.testing.assert_close(backbone.encode_images(images), latents, rtol=0, atol=1e-5)  # chunks change nothing
         torch.testing.assert_close(backbone.decode(latents), back, rtol=0, atol=1e-5)
 
@@ -80,7 +80,7 @@ def test_tiles_are_for_the_one_image_that_is_too_large(tiny: Path, monkeypatch: 
     vae = backbone.pipe.vae
     monkeypatch.setattr(vae, "_encode", lambda x, call=vae._encode: (tiled.append(vae.use_tiling), call(x))[1])
     for limit in (2**20, 100):
-        monkeypatch.setattr(pipeline, "PIXELS", limit)
+        monkeypatch.setattr(autoencoder, "PIXELS", limit)
         backbone.encode_images(torch.zeros(1, 3, 16, 16))
     assert tiled == [False, True] and vae.use_tiling is False
 

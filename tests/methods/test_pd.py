@@ -66,7 +66,7 @@ class Exact(LatentsAlone):
     def network(self) -> Any:
         return self.exact
 
-    def trainable(self, w_conditioned: bool = False) -> Any:
+    def trainable(self, w_conditioned: bool = False, name: str = "student") -> Any:
         return Affine(self.schedule.steps)
 
     def null(self) -> Context:

@@ -17,7 +17,7 @@ import yaml
 from pages import COMMANDS, FILES, GUIDES, INLINE, PAGES, ROOT, TEXT, Page, anchors, call, recipe, words
 
 import ddil_lightning
-from ddil_lightning.backbones.loading import BUILTIN
+from ddil_lightning.backbones.repositories import BUILTIN
 from ddil_lightning.commands.configs import config_names, find_config
 from ddil_lightning.evaluation.registry import columns
 from ddil_lightning.evaluation.table import results_table

@@ -17,7 +17,7 @@ import yaml
 from pages import COMMANDS, FILES, GUIDES, ROOT, SNIPPETS, TEXT, call, smaller, words
 from PIL import Image
 
-from ddil_lightning.backbones.loading import BUILTIN
+from ddil_lightning.backbones.repositories import BUILTIN
 from ddil_lightning.commands.configs import find_config
 from ddil_lightning.evaluation.registry import columns
 

@@ -11,12 +11,16 @@ import diffusers
 import pytest
 import torch
 
+from ddil_lightning.backbones import sampling
+from ddil_lightning.backbones.loading import load_pipeline
 from ddil_lightning.backbones.pipeline import Pipeline
-from ddil_lightning.backbones.schedulers import PROCESS
+from ddil_lightning.backbones.schedulers import PROCESS, process, student
 from ddil_lightning.diffusion.schedule import NoiseSchedule
+from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.methods import DMD2, LCM, PD
 from ddil_lightning.runs import export
 from ddil_lightning.training.plan import Stage
+from published import SCHEDULERS
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "prediction_type": "v_prediction"}
 DPM, SINGLE, EULER = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "EulerDiscreteScheduler"
@@ -138,3 +142,60 @@ def test_a_scheduler_without_betas_is_refused(kind: str, tiny: Path, tmp_path: P
     with pytest.raises(ValueError, match="flow-matching scheduler|has neither betas nor a flow") as error:
         teacher(kind, tiny, tmp_path / "p")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_forward_process_is_diffusers(name: str) -> None:
+    """diffusers keeps 2^-24 of a variance where there is none left at zero terminal SNR."""
+    kind, own = SHIPPED[name]
+    scheduler = getattr(diffusers, kind).from_config({**SD, **own})
+    found = NoiseSchedule.from_scheduler(scheduler).alphas[:-1].square()
+    torch.testing.assert_close(found, scheduler.alphas_cumprod.double(), rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("config", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_published_files_are_read_as_their_class_reads_them(config: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
+    scheduler = getattr(diffusers, config["_class_name"]).from_pretrained(tmp_path)
+    schedule, predicts = process(scheduler, "p")
+    torch.testing.assert_close(schedule.alphas[:-1].square(), scheduler.alphas_cumprod.double(), rtol=2e-5, atol=1e-7)
+    assert predicts == ("v" if config.get("prediction_type") == "v_prediction" else "eps")
+    assert (float(schedule.alphas[-2]) == 0) == bool(config.get("rescale_betas_zero_snr"))
+
+
+@pytest.mark.parametrize("kind", ["PNDMScheduler", "HeunDiscreteScheduler", "DEISMultistepScheduler", "LMSDiscreteScheduler"])
+def test_a_class_that_does_not_rescale_has_no_zero_snr(kind: str) -> None:
+    """Though the file that it was made from, by a class that does, says so; the student's scheduler is as the teacher's."""
+    config = {**SCHEDULERS["SD2.1, zero SNR"], "_class_name": kind}
+    scheduler = getattr(diffusers, kind).from_config(config)
+    assert scheduler.config["rescale_betas_zero_snr"]
+    schedule, _ = process(scheduler, "p")
+    torch.testing.assert_close(schedule.alphas[:-1].square(), scheduler.alphas_cumprod.double(), rtol=2e-5, atol=1e-7)
+    made = student(scheduler, ddim, "v_prediction", "trailing", 4)
+    torch.testing.assert_close(made.alphas_cumprod, scheduler.alphas_cumprod)
+
+
+def test_eps_at_zero_terminal_snr_is_refused() -> None:
+    scheduler = diffusers.DDIMScheduler.from_config({**SCHEDULERS["SD2.1, zero SNR"], "prediction_type": "epsilon"})
+    with pytest.raises(
+        ValueError, match=r"^the pipeline p predicts epsilon and has zero terminal SNR .* or rescale_betas_zero_snr to false$"
+    ):
+        process(scheduler, "p")
+
+
+OTHERS = ("SDXL-Turbo", "DPM++ 2M Karras", "UniPC", "DEIS", "LMS", "zero SNR")
+
+
+@pytest.mark.parametrize("name", ["SD1.5", "SDXL", "Heun Karras", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def test_a_teachers_own_steps_are_sampled(name: str, tiny: Path, tmp_path: Path) -> None:
+    """A row of a table is what the pipeline itself draws from the same noise, with as many evaluations as its scheduler needs."""
+    backbone = teacher(name, tiny, tmp_path / "p")
+    assert type(backbone.pipe.scheduler).__name__ == SHIPPED[name][0]
+    with backbone.counting() as calls:
+        made = sampling.pipeline_latents(backbone, PROMPTS, 4, 2.0, seed=5)
+    steps = len(backbone.pipe.scheduler.timesteps)
+    assert calls[0] == 2 * len(PROMPTS) * steps and steps >= 4 and made.isfinite().all()
+    noise = sampling.noise(2, backbone.latent_shape, 5)
+    kwargs: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 2.0, "output_type": "latent", "latents": noise}
+    fresh = load_pipeline(tmp_path / "p")
+    torch.testing.assert_close(fresh(PROMPTS, generator=sampling.renoising(2, 5), **kwargs).images, made, rtol=1e-4, atol=1e-4)

@@ -14,7 +14,7 @@ from ddil_lightning.records import Context
 class LatentsAlone(Backbone):
     """Neither texts nor images; a subclass gives `network` and, where it trains, `trainable`. On the CPU."""
 
-    def trainable(self, w_conditioned: bool = False) -> nn.Module:  # type: ignore[override]
+    def trainable(self, w_conditioned: bool = False, name: str = "student") -> nn.Module:  # type: ignore[override]
         raise NotImplementedError
 
     def parts(self) -> list[nn.Module]:

@@ -35,6 +35,9 @@ class Family(Network):
     called_with: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """What a call of its pipelines is given besides prompts, steps, guidance and latents, so that these are taken as they are."""
 
+    sized: ClassVar[tuple[str, ...]] = ("sample_size",)
+    """Settings that say how large the samples are: those of the teacher hold for every network beside it."""
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.add_module(self.component, model)
@@ -56,6 +59,10 @@ class Family(Network):
 
     def check(self, path: str, channels: int | None) -> None:
         """Raises ValueError for a network that does not denoise latents of so many `channels`, or is made for another task."""
+
+    def spaces(self) -> Mapping[str, Any]:
+        """What a network of another architecture must have in common with it to take its place, by what it is called: latents, texts."""
+        return {"number of latent channels": self.latent_shape[0]}
 
     def told(self) -> Mapping[str, Any]:
         """The changes of its configuration that give it an embedding of w, whose new weights are zero: a copy then equals its source.

@@ -118,10 +118,10 @@ class Backbone(ABC):
         """The frozen teacher's network itself, shared, not copied."""
 
     @abstractmethod
-    def trainable(self, w_conditioned: bool = False) -> Network:
-        """A trainable float32 copy of it. With `w_conditioned` it is told w, and equals its source at every w before training."""
+    def trainable(self, w_conditioned: bool = False, name: str = "student") -> Network:
+        """A trainable float32 copy for the role `name`. With `w_conditioned` it is told w, and equals its source at every w at first."""
 
-    def adapted(self, adapter: Adapter, w_conditioned: bool = False) -> Network:
+    def adapted(self, adapter: Adapter, w_conditioned: bool = False, name: str = "student") -> Network:
         """The frozen network itself below trainable adapters, instead of a copy. Raises ValueError for layers that are not there."""
         raise ValueError(f"{self.path} has no network that adapters could be put on: leave model.adapter out")
 
@@ -158,14 +158,14 @@ class Backbone(ABC):
         if name == "teacher":
             return Role(name, self.network(), self.schedule, space, null=self.null(), reflection=reflection, own=False)
         shares = adapter.is_for(name)
-        network = self.adapted(adapter, w_conditioned) if shares else self.trainable(w_conditioned)
+        network = self.adapted(adapter, w_conditioned, name) if shares else self.trainable(w_conditioned, name)
         if recompute:
             network.recompute()
         shared = list(self.network().parameters()) if shares else []
         return Role(name, network, self.schedule, space, reflection=reflection, shared=shared)
 
-    def head(self, layers: Sequence[str] = ()) -> nn.Module:
-        """A new discriminator's head on the features of its networks. Raises NotImplementedError where they give none."""
+    def head(self, layers: Sequence[str] = (), name: str = "teacher") -> nn.Module:
+        """A new discriminator's head on the features of the networks of a role. Raises NotImplementedError where they give none."""
         return self.network().head(layers)
 
     # Encoders ------------------------------------------------------------------------------------------------------------------------

@@ -1,108 +1,192 @@
-"""Loading diffusers pipelines: from a built-in name, a folder or a hub id, with every fault of a folder in one line that names its file."""
+"""Loading diffusers pipelines from a `Source`, with every fault of what is stored in one line that names its file."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Mapping
-from importlib import resources
+import copy
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from ddil_lightning.backbones import loras, singlefile
+from ddil_lightning.backbones.repositories import (
+    DENOISERS,
+    SPARED,
+    Stored,
+    check_files,
+    fetched,
+    libraries,
+    part_folder,
+    pipeline_folder,
+    read_json,
+    single_file,
+    stored_files,
+)
+from ddil_lightning.backbones.source import Source
+from ddil_lightning.backbones.weights import Weights, chosen_variant, keys_of, stored_weights, weight_files
 from ddil_lightning.bounds import is_number
-from ddil_lightning.texts import place, reason
+from ddil_lightning.texts import reason
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-BUILTIN = {"builtin": "shapes", "builtin/shapes": "shapes", "builtin/digits": "digits"}
-"""Folders of `miniature/weights/` by the names that stand for them."""
-DENOISERS = ("unet", "transformer")
-"""Where a pipeline keeps the network that denoises."""
 REQUIRED = ("vae", "text_encoder", "tokenizer", "scheduler")
 """Components that a pipeline must have besides its network."""
-SPARED = ("safety_checker", "feature_extractor", "image_encoder")
-"""Components that distillation does not use: neither loaded nor exported unless somebody asks (1.2 GB in Stable Diffusion 1.5)."""
+RENAMED = {"CLIPFeatureExtractor": "CLIPImageProcessor"}
+"""Classes that older pipelines name and transformers has no more."""
 
 
-def pipeline_folder(path: str | Path) -> Path | None:
-    """The folder behind `path`: a built-in name, or a local pipeline folder; None where it can only be a hub id.
+def stored(source: Source, given: Collection[str] = ()) -> Stored:
+    """Where a source's files are, after those of a hub id were fetched. `given`: components that are not needed.
 
-    Raises ValueError for a folder that holds no network that denoises, for a file, and for a path that looks local but does not exist.
+    Nothing is fetched where HF_HUB_OFFLINE is set. Raises ValueError, in one line, for what is missing or damaged.
     """
-    if str(path) in BUILTIN:
-        return Path(str(resources.files("ddil_lightning"))) / "miniature" / "weights" / BUILTIN[str(path)]
-    folder = place(path)
-    if folder.is_file():
-        raise ValueError(_single_file(folder))
-    if not folder.exists():
-        if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1 or not str(path).isprintable():
-            raise ValueError(
-                f"no pipeline at {path!s:.200}: give a diffusers folder, a hub id such as owner/name, or one of {', '.join(BUILTIN)}"
-            )
-        return None
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{folder} is no pipeline folder: it has no model_index.json")
-    index = read_json(folder / "model_index.json")
-    if not any(name in index and (folder / name).is_dir() for name in DENOISERS):
-        raise ValueError(f"the pipeline {folder} has no U-Net (folder unet/) and no transformer: a text-to-image pipeline is needed")
-    return folder
+    file = single_file(source.path)
+    if file is not None:
+        if source.variant is not None:
+            raise ValueError(f"model.pipeline.variant is {source.variant!r}, and {file} is a single file: leave it out")
+        return Stored(singlefile.settings(source, file), None, file)
+    if source.config is not None:
+        raise ValueError(f"model.pipeline.config is for single files, and {source.path} has settings of its own: leave it out")
+    folder = pipeline_folder(source.path)
+    if folder is None:
+        return fetched(source, given)
+    check_files(folder, given)
+    return Stored(folder, chosen_variant(f"the pipeline {folder}", stored_files(folder, given), source.variant))
 
 
-def _single_file(path: Path) -> str:
-    if path.suffix not in (".safetensors", ".ckpt", ".pt", ".bin", ".pth"):
-        return f"{path} is a file and no pipeline folder: give the folder that holds model_index.json"
-    if path.suffix != ".safetensors":
-        return f"{path} is a pickled file, which may run code when it is read: give a diffusers folder with .safetensors weights"
-    return (
-        f'{path} is a single file: make a pipeline folder of it first, by python -c "from diffusers import StableDiffusionPipeline as P; '
-        f"P.from_single_file('{path}').save_pretrained('{path.stem}')\" (StableDiffusionXLPipeline for SDXL's), and give {path.stem}"
-    )
+def settled(source: Source, given: Collection[str] = ()) -> Source:
+    """The source with the variant that is read of it, which need not have been said. Raises as `stored` does."""
+    return replace(source, variant=stored(source, (*given, *(["vae"] if source.vae else []))).variant)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError, naming it, for anything else."""
-    try:
-        value = json.loads(file.read_bytes().decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no JSON file, or only half of one ({error}): write it again or copy it anew") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} holds {type(value).__name__} where an object with names is expected: copy it anew")
-    return value
-
-
-def load_pipeline(path: str | Path, dtype: Any = torch.float32, spare: bool = True, **kwargs: Any) -> DiffusionPipeline:
-    """A diffusers pipeline from a built-in name, a folder or a hub id; safetensors only, quiet, in float32 if not asked otherwise.
+def load_pipeline(source: str | Path | Source, dtype: Any = torch.float32, spare: bool = True, **kwargs: Any) -> DiffusionPipeline:
+    """A diffusers pipeline from its source; safetensors only, quiet, in float32 if not asked otherwise.
 
     `dtype`: one for all, or by component as diffusers takes it. `spare`: without SPARED. `kwargs`: components to take instead of the stored
-    ones. Raises ValueError, naming the file where it is known.
+    ones, which are not touched. Raises ValueError, naming the file where it is known.
     """
-    from diffusers import DiffusionPipeline
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
 
     logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    folder = pipeline_folder(path)
-    if folder is not None:
-        check_files(folder, kwargs)
+    source, dtypes = Source.of(source), dtype if isinstance(dtype, dict) else {"default": dtype}
+    given = dict(kwargs)
+    if source.vae is not None and "vae" not in given:
+        given["vae"] = load_part(source.vae, "vae", dtypes["vae" if "vae" in dtypes else "default"], "model.pipeline.vae")
+    place = stored(source, given)
     try:
-        index = index_of(path)
-        # Components that a folder stores as null must be passed as None, or loading raises.
-        absent = {name: None for name, library in _libraries(index, path).items() if library is None or (spare and name in SPARED)}
-        extra = {"requires_safety_checker": False} if "safety_checker" in absent else {}
-        pipe = DiffusionPipeline.from_pretrained(str(folder or path), dtype=dtype, use_safetensors=True, **{**absent, **extra, **kwargs})
+        pipe = _read(place, dtypes, spare, given)
     except Exception as error:  # whatever a library makes of a file that is not as it expects
-        raise ValueError(f"the pipeline {path} could not be loaded: {reason(error)}") from error
+        raise ValueError(f"the pipeline {source.path} could not be loaded: {reason(error)}") from error
     missing = [] if any(getattr(pipe, name, None) is not None for name in DENOISERS) else ["U-Net and no transformer"]
     missing += [name for name in REQUIRED if getattr(pipe, name, None) is None]
     if missing or not hasattr(pipe, "encode_prompt"):
         what = f"has no {missing[0]}" if missing else f"is a {type(pipe).__name__}"
-        raise ValueError(f"the pipeline {path} {what}: only text-to-image pipelines in latents are distilled")
+        raise ValueError(f"the pipeline {source.path} {what}: only text-to-image pipelines in latents are distilled")
+    loras.fuse(pipe, source.lora, tuple(kwargs))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _read(place: Stored, dtypes: dict[str, Any], spare: bool, given: dict[str, Any]) -> Any:
+    """The pipeline of `place`, by diffusers."""
+    import transformers
+
+    index = place.listed
+    # Components that a folder stores as null must be passed as None, or loading raises.
+    absent = {name: None for name, library in libraries(index, place.folder).items() if library is None or (spare and name in SPARED)}
+    if not spare:
+        for name in SPARED:
+            kind = RENAMED.get((index.get(name) or [None, None])[1])
+            if kind is not None and name not in given:
+                given = {**given, name: getattr(transformers, kind).from_pretrained(place.folder / name)}
+    extra = {"requires_safety_checker": False} if "safety_checker" in absent else {}
+    own = {**absent, **extra, **given}
+    if place.file is not None:
+        return singlefile.load(place, dtypes, **{name: part for name, part in own.items() if name not in SPARED or part is not None})
+    for part in (name for name in DENOISERS if index.get(name, [None])[0] is not None and name not in given):
+        network = _network(place, part, dtypes[part if part in dtypes else "default"])
+        own |= {} if network is None else {part: network}
+    files = {"variant": place.variant, "use_safetensors": True}
+    return _sparing(list(absent)).from_pretrained(str(place.folder), dtype=dtypes if len(dtypes) > 1 else dtypes["default"], **files, **own)
+
+
+def exact_weights(source: Source, pipe: Any, name: str) -> Weights:
+    """The tensors of a pipeline's network `name` in the precision in which they are stored, with the source's LoRAs in them."""
+    place = stored(source, [part for part in pipe.components if part != name])
+    if place.file is None and not source.lora:
+        return stored_weights(weight_files(place.folder / name, place.variant_of(name)))
+    kind = type(getattr(pipe, name))
+    if place.file is not None:
+        model = singlefile.component(place, name, torch.float32)
+    else:
+        files = {"variant": place.variant_of(name), "use_safetensors": True}
+        model = kind.from_pretrained(str(place.folder / name), dtype=torch.float32, **files)
+    other = copy.copy(pipe)
+    setattr(other, name, model)
+    loras.fuse(other, source.lora, [part for part in pipe.components if part != name])
+    return model.state_dict().items()  # type: ignore[no-any-return]
+
+
+def _network(place: Stored, name: str, dtype: torch.dtype) -> nn.Module | None:
+    """A network with memory of its own for its weights, once, which diffusers would leave mapped from a file that may change.
+
+    None where there is more to it than tensors by their names, for diffusers to read it.
+    """
+    import diffusers
+
+    folder, kind = place.folder / name, getattr(diffusers, str(place.listed[name][1]), None)
+    if kind is None or getattr(kind, "_keep_in_fp32_modules", None) or "quantization_config" in read_json(folder / "config.json"):
+        return None
+    with without_weights():
+        model = kind.from_config(kind.load_config(str(folder)))
+    files = weight_files(folder, place.variant_of(name))
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    if sorted(shapes) != sorted(key for file in files for key in keys_of(file)):
+        return None
+    state = {}
+    for key, value in stored_weights(files):
+        if shapes[key] != value.shape or not value.is_floating_point():
+            return None
+        # Convolutions run faster so, on CPUs and on tensor cores.
+        layout = torch.channels_last if value.ndim == 4 else torch.contiguous_format
+        state[key] = value.to(dtype, copy=True, memory_format=layout)
+    model.load_state_dict(state, assign=True)
+    model.register_to_config(_name_or_path=str(folder))
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _sparing(absent: list[str]) -> Any:
+    """diffusers' DiffusionPipeline, which does not read the components `absent`: given as None, it reads those that are optional."""
+    from diffusers import DiffusionPipeline
+
+    def load_config(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        config = super(made, cls).load_config(*args, **kwargs)  # type: ignore[arg-type]
+        return {**config, **{name: [None, None] for name in absent if name in config}} if isinstance(config, dict) else config
+
+    # By the names of class and module diffusers knows that the index says which pipeline it is.
+    names = {"__module__": DiffusionPipeline.__module__, "load_config": classmethod(load_config)}
+    made = type("DiffusionPipeline", (DiffusionPipeline,), names)
+    return made
+
+
+def load_part(path: str, name: str, dtype: torch.dtype, option: str) -> nn.Module:
+    """A pipeline's component `name` alone, from a pipeline or from a folder or hub id of its own. Raises ValueError with its `option`."""
+    import diffusers
+
+    try:
+        folder = part_folder(path, name)
+        variant = chosen_variant(f"the {name} {path}", {name: [file.name for file in folder.iterdir()]})
+        kind = getattr(diffusers, read_json(folder / "config.json")["_class_name"])
+        made: nn.Module = kind.from_pretrained(str(folder), variant=variant, use_safetensors=True, dtype=dtype)
+    except Exception as error:  # whatever a library makes of a file that is not as it expects
+        raise ValueError(f"{option}: {path} could not be loaded: {reason(error)}") from error
+    return made
 
 
 def recommended(path: str | Path) -> dict[str, Any]:
@@ -110,7 +194,7 @@ def recommended(path: str | Path) -> dict[str, Any]:
 
     Raises ValueError, naming the file, for one that is damaged or says what cannot be.
     """
-    folder = pipeline_folder(path)
+    folder = None if single_file(path) else pipeline_folder(path)
     file = folder / "ddil.json" if folder else None
     if not file or not file.is_file():
         return {}
@@ -146,63 +230,22 @@ OPEN = ("dataset",)
 """Where null is an answer: a student of pictures of one's own has no built-in data set to be tested on."""
 
 
-def _libraries(index: Mapping[str, Any], where: str | Path) -> dict[str, str | None]:
-    """The library of every component that a model_index.json lists, None for one that is not there. Raises ValueError, naming the file."""
-    listed = {name: value for name, value in index.items() if isinstance(value, list)}
-    for name, value in listed.items():
-        if len(value) != 2 or not (value == [None, None] or all(isinstance(part, str) for part in value)):
-            raise ValueError(f'{where}: {name} is {value!r:.80}, not ["library", "class"] or [null, null]: copy it anew')
-    return {name: library for name, (library, _) in listed.items()}
-
-
-def check_files(folder: Path, given: Collection[str] = ()) -> None:
-    """Raises ValueError, naming the file, for weights or settings of a component that are cut short, and for a LoRA left in the weights."""
-    from safetensors import SafetensorError, safe_open
-
-    libraries = _libraries(read_json(folder / "model_index.json"), folder / "model_index.json")
-    names = [name for name, library in libraries.items() if library is not None and name not in given]
-    for part in (folder / name for name in names if name not in SPARED):
-        if not part.is_dir():
-            raise ValueError(f"the pipeline {folder} has no folder {part.name}/, which its model_index.json names: copy it anew")
-        for file in sorted(part.glob("*.json")):
-            read_json(file)
-        for file in sorted(part.glob("*.safetensors")):
-            try:
-                with safe_open(file, "pt") as opened:
-                    lora = [key for key in opened.keys() if ".lora_" in key or ".base_layer." in key]  # noqa: SIM118 (no mapping)
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"the weights {file} are cut short or damaged ({error}): copy the file anew") from error
-            if lora:
-                raise ValueError(
-                    f"the weights {file} still have a LoRA in them ({lora[0]}): fuse it by pipe.fuse_lora() and "
-                    "pipe.unload_lora_weights(), and save the pipeline again"
-                )
-
-
-def index_of(path: str | Path) -> dict[str, Any]:
-    """The components of a pipeline by name, as its model_index.json lists them."""
-    from diffusers import DiffusionPipeline
-
-    folder = pipeline_folder(path)
-    return read_json(folder / "model_index.json") if folder is not None else dict(DiffusionPipeline.load_config(str(path)))
-
-
-def empty_network(path: str | Path) -> dict[str, Any]:
+def empty_network(source: Source) -> dict[str, Any]:
     """The network that denoises in a pipeline, by its component's name, without memory for its weights.
 
     Raises ValueError, with diffusers' reason, where it cannot be made from the stored configuration.
     """
     import diffusers
 
-    folder = pipeline_folder(path)
+    place = stored(source, DENOISERS)
     try:
-        index = index_of(path)
+        index = place.listed
         name = next(name for name in DENOISERS if name in index)
         kind = getattr(diffusers, index[name][1])
         with without_weights():
-            return {name: kind.from_config(kind.load_config(str(folder or path), subfolder=name))}
+            return {name: kind.from_config(kind.load_config(str(place.folder), subfolder=name))}
     except Exception as error:
-        raise ValueError(f"the network of the pipeline {path} could not be made: {reason(error)}") from error
+        raise ValueError(f"the network of the pipeline {source.path} could not be made: {reason(error)}") from error
 
 
 def without_weights() -> Any:
@@ -212,17 +255,18 @@ def without_weights() -> Any:
     return init_empty_weights(include_buffers=False)
 
 
-def check_weights(pipe: Any, path: str | Path, given: Collection[str] = ()) -> None:
+def check_weights(pipe: Any, source: Source, given: Collection[str] = ()) -> None:
     """Raises ValueError, naming component and tensor, for weights that are missing or not finite: a student would only repeat them.
 
     `given`: components that did not come from there.
     """
+    path = source.path
     for name, part in pipe.components.items():
         if not isinstance(part, nn.Module) or name in given:
             continue
         weights = part.state_dict()
         missing = [key for key, value in weights.items() if value.is_meta]
-        if missing or _made_up(part, weights):
+        if missing or _made_up(part, weights, source.variant):
             what = f" ({missing[0]})" if missing else ""
             raise ValueError(f"the pipeline {path}: the file of its {name} lacks some of the weights{what}: take another copy of it")
         for key, value in weights.items():
@@ -230,16 +274,16 @@ def check_weights(pipe: Any, path: str | Path, given: Collection[str] = ()) -> N
                 raise ValueError(f"the pipeline {path} has NaN or infinite weights in its {name} ({key}): take another copy of it")
 
 
-def _made_up(part: nn.Module, weights: dict[str, torch.Tensor]) -> bool:
+def _made_up(part: nn.Module, weights: dict[str, torch.Tensor], variant: str | None) -> bool:
     """Whether transformers has drawn weights that the file does not hold, which it only mentions. By number: names change with versions."""
     from safetensors import safe_open
 
     folder = Path(getattr(part, "name_or_path", "") or "/nowhere")
-    files = [file for file in folder.glob("model*.safetensors") if file.name.count(".") == 1]  # no variants such as model.fp16.safetensors
+    files = [file for file in weight_files(folder, variant) or weight_files(folder, None) if file.name.startswith("model")]
     if not files:
         return False
-    stored = 0
+    count = 0
     for file in files:
         with safe_open(file, "pt") as opened:
-            stored += len(opened.keys())
-    return stored < len({value.data_ptr() for value in weights.values() if value.numel()})  # tied weights are stored once
+            count += len(opened.keys())
+    return count < len({value.data_ptr() for value in weights.values() if value.numel()})  # tied weights are stored once

@@ -6,8 +6,6 @@ The built-in miniatures, a local folder and a hub id all come through `Pipeline`
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,22 +15,24 @@ import torch
 from torch import Tensor, nn
 
 from ddil_lightning import plugins
-from ddil_lightning.backbones import loading, schedulers
+from ddil_lightning.backbones import architectures, autoencoder, loading, schedulers
 from ddil_lightning.backbones.adapters import Adapter, adapt, graft, merged, sharing
+from ddil_lightning.backbones.architectures import Architecture
+from ddil_lightning.backbones.digests import digest
 from ddil_lightning.backbones.family import Family
-from ddil_lightning.backbones.loading import DENOISERS, check_weights, empty_network, load_pipeline, pipeline_folder, recommended
+from ddil_lightning.backbones.loading import check_weights, empty_network, load_pipeline, recommended, settled
+from ddil_lightning.backbones.repositories import DENOISERS
 from ddil_lightning.backbones.sizes import Sized, whole
+from ddil_lightning.backbones.source import Source
 from ddil_lightning.backbones.unet import UNet
-from ddil_lightning.diffusion.schedule import NoiseSchedule, Predicts
+from ddil_lightning.backbones.weights import Weights
+from ddil_lightning.diffusion.schedule import Predicts
 from ddil_lightning.diffusion.transitions import Transition
 from ddil_lightning.records import Context
 from ddil_lightning.texts import by, check_prompts
 
 FAMILIES: dict[str, type[Family]] = {"UNet2DConditionModel": UNet}
 """The family of a pipeline by the class of its network in diffusers. A third party's is an entry made where its file is imported."""
-PREDICTS: dict[str, Predicts] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-PIXELS = 4 * 512 * 512
-"""How many pixels the autoencoder works on at a time: some 4 GB in float32, whatever the size of an image. A larger one is tiled."""
 
 
 def family_of(pipe: Any, path: str) -> Family:
@@ -51,7 +51,7 @@ class Pipeline(Sized):
     """A teacher pipeline of diffusers.
 
     Args:
-        path: built-in name, folder or hub id.
+        path: built-in name, folder, hub id or a checkpoint of a single .safetensors file, or a Source, which says more.
         dtype: of the frozen network and of the text encoders; the student is always made in float32.
         vae_dtype: of the autoencoder, whose latents are what training takes for data.
         bare: networks, the teacher's too, are without memory for weights; the one that is wanted gets them from a checkpoint.
@@ -62,31 +62,30 @@ class Pipeline(Sized):
 
     def __init__(
         self,
-        path: str = "builtin",
+        path: str | Source = "builtin",
         dtype: torch.dtype = torch.float32,
         vae_dtype: torch.dtype = torch.float32,
         bare: bool = False,
         size: int | tuple[int, int] | None = None,
     ) -> None:
+        source = Source.of(path)
+        path = source.path
         about = recommended(path)
-        empty = empty_network(path) if bare else {}
-        self.pipe: Any = load_pipeline(path, {"default": dtype, "vae": vae_dtype}, **empty)
-        check_weights(self.pipe, path, empty)
-        self._network = family_of(self.pipe, str(path))
+        self.source = settled(source, DENOISERS if bare else ())
+        self._others: dict[str, Architecture] = {}
+        empty = empty_network(self.source) if bare else {}
+        self.pipe: Any = load_pipeline(self.source, {"default": dtype, "vae": vae_dtype}, **empty)
+        check_weights(self.pipe, self.source, empty)
+        self._network = family_of(self.pipe, path)
         for part in self.parts():
             part.requires_grad_(False).eval()
         for part in (self._network.model, self.pipe.vae):
             part.to(memory_format=torch.channels_last)  # convolutions run faster so, on CPUs and on tensor cores
-        if "Flow" in type(self.pipe.scheduler).__name__:
-            raise ValueError(f"the pipeline {path} has a flow-matching scheduler, which is not supported yet")
-        schedule = NoiseSchedule.from_scheduler(self.pipe.scheduler)
-        kind = self.pipe.scheduler.config.get("prediction_type", "epsilon")
-        if kind not in PREDICTS:
-            raise ValueError(f"the pipeline {path} predicts {kind!r}: known are {', '.join(PREDICTS)}")
-        self._network.check(str(path), self.pipe.vae.config.latent_channels)
-        super().__init__(str(path), schedule, PREDICTS[kind], self._network.latent_shape, about, dtype)
+        schedule, predicts = schedulers.process(self.pipe.scheduler, path)
+        self._network.check(path, self.pipe.vae.config.latent_channels)
+        super().__init__(path, schedule, predicts, self._network.latent_shape, about, dtype)
         self.bare = bare
-        self.sample_at(about.get("size") if size is None else size)
+        self.sample_at(next((said for said in (size, source.size, about.get("size")) if said is not None), None))
 
     def parts(self) -> list[nn.Module]:
         """Every component that is a module, frozen: the network, the autoencoder, the text encoders."""
@@ -113,25 +112,24 @@ class Pipeline(Sized):
         self._network = cast(Family, network)
         setattr(self.pipe, self._network.component, self._network.model)
 
-    def trainable(self, w_conditioned: bool = False) -> Family:
-        """A trainable float32 copy. With `w_conditioned` it has an embedding of w whose layer starts at zero, so that the copy equals its
-        source at every w."""
-        source = self._network
+    def trainable(self, w_conditioned: bool = False, name: str = "student") -> Family:
+        """A trainable float32 network for the role `name`: a copy, or one of the architecture that the source says.
+
+        With `w_conditioned` it has an embedding of w whose layer starts at zero, so that the copy equals its source at every w.
+        """
+        source = self._like(name)
         extra = source.told() if w_conditioned and not source.w_conditioned else {}
-        with self._memory():
-            # Where the teacher lay on this machine is nobody else's business.
-            config = {k: v for k, v in {**source.model.config, **extra}.items() if k != "_name_or_path"}
-            model = type(source.model).from_config(config)
-        if not self.bare:
-            missing, unexpected = model.load_state_dict(self._weights(), strict=False)
-            if unexpected or (missing and not extra):
-                raise ValueError(f"the network of {self.path} could not be copied: missing {missing}, unexpected {unexpected}")
-            for name in missing:
-                nn.init.zeros_(model.get_parameter(name))
+        architecture, kind = self._architecture(name), type(source.model)
+        if self.bare:
+            model = architectures.bare(kind, {**architecture.config, **extra})
+        else:
+            model = architectures.made(kind, architecture, extra, name if architecture.partial else self.path)
         return type(source)(model.to(memory_format=torch.channels_last).requires_grad_(True).train())
 
-    def adapted(self, adapter: Adapter, w_conditioned: bool = False) -> Family:
+    def adapted(self, adapter: Adapter, w_conditioned: bool = False, name: str = "student") -> Family:
         """The frozen network below trainable adapters. With `w_conditioned` it has an embedding of w besides, trained whole, zero first."""
+        if name in self.source.networks:
+            raise ValueError(f"model.pipeline.networks.{name} has another base than the adapters: add {name} to model.adapter.whole")
         source = self._network
         model: Any = sharing(source.model, source.model.parameters())
         new: list[str] = []
@@ -148,25 +146,34 @@ class Pipeline(Sized):
         model = cast(Family, network).model
         with loading.without_weights():
             plain = type(model).from_config({k: v for k, v in model.config.items() if k != "_name_or_path"})
-        plain.load_state_dict(merged(model, self._weights(), self._network.model), assign=True)
+        plain.load_state_dict(merged(model, {key: value.float() for key, value in self._weights()}, self._network.model), assign=True)
         return type(self._network)(plain.to(memory_format=torch.channels_last).requires_grad_(False).eval())
 
-    def head(self, layers: Sequence[str] = ()) -> nn.Module:
-        """A new discriminator's head on the features of its networks; without memory for weights where the pipeline is `bare`."""
-        with self._memory():
-            return self._network.head(layers)
+    def head(self, layers: Sequence[str] = (), name: str = "teacher") -> nn.Module:
+        """A new discriminator's head on the features of a role's networks; without memory for weights where the pipeline is `bare`."""
+        with loading.without_weights() if self.bare else nullcontext():
+            return self._like(name).head(layers)
 
-    def _memory(self) -> Any:
-        """Inside, new networks are made as usual, or without memory for weights where the pipeline is `bare`."""
-        return loading.without_weights() if self.bare else nullcontext()
+    def _architecture(self, name: str) -> Architecture:
+        """That of the role `name`: the teacher's, with its weights, where the source says no other."""
+        said = self.source.networks.get(name)
+        if said is None:
+            return Architecture(architectures.own_config(self._network.model), self._weights)
+        if name not in self._others:
+            self._others[name] = architectures.described(said, self._network, self._weights, name)
+        return self._others[name]
 
-    def _weights(self) -> dict[str, Tensor]:
-        """The network's weights in float32, as they are stored: a half-precision teacher has rounded its own."""
-        model = self._network.model
-        if self.dtype != torch.float32:
-            where = str(pipeline_folder(self.path) or self.path)
-            model = type(model).from_pretrained(where, subfolder=self._network.component, use_safetensors=True, dtype=torch.float32)
-        return {name: value.float() for name, value in model.state_dict().items()}
+    def _like(self, name: str) -> Family:
+        """A network of the architecture of the role `name`, which need not have memory for its weights."""
+        if name not in self.source.networks:
+            return self._network
+        return type(self._network)(architectures.bare(type(self._network.model), self._architecture(name).config))
+
+    def _weights(self) -> Weights:
+        """The network's weights as they are stored, and a LoRA in them: a half-precision teacher has rounded its own."""
+        if self.dtype == torch.float32:
+            return self._network.model.state_dict().items()
+        return loading.exact_weights(self.source, self.pipe, self._network.component)
 
     # Called as its users call it -----------------------------------------------------------------------------------------------------
 
@@ -215,7 +222,7 @@ class Pipeline(Sized):
 
     def scheduler(self, transition: Transition, predicts: Predicts, rule: str, steps: int, scaling: float | None = None) -> Any:
         """The scheduler of diffusers that steps as a student does (`backbones.schedulers`)."""
-        kind = next(name for name, space in PREDICTS.items() if space == predicts)
+        kind = next(name for name, space in schedulers.PREDICTS.items() if space == predicts)
         return schedulers.student(self.pipe.scheduler, transition, kind, rule, steps, scaling)
 
     def save(self, folder: Path, network: nn.Module, scheduler: Callable[[], Any] | None, dtype: torch.dtype, safety_checker: bool) -> Path:
@@ -233,7 +240,7 @@ class Pipeline(Sized):
             network.model.register_to_config(sample_size=self.latent_shape[-1])
         whole = {part.dtype for part in self.parts() if part is not self._network.model} == {torch.float32}
         if safety_checker or not whole:
-            parts = load_pipeline(self.path, spare=not safety_checker, **own).components
+            parts = load_pipeline(self.source, spare=not safety_checker, **own).components
         else:
             parts = {**self.pipe.components, **own}
         if dtype != torch.float32:
@@ -262,19 +269,8 @@ class Pipeline(Sized):
 
     def encoders(self) -> str:
         """A digest of everything that makes latents and text states: weights of the encoders, the latents' scale, the vocabulary."""
-        digest = hashlib.sha256()
-        for name, part in sorted(self.pipe.components.items()):
-            if isinstance(part, nn.Module) and name != self._network.component:
-                for key, value in sorted(part.state_dict().items()):
-                    data = value.detach().cpu().flatten().contiguous().view(torch.uint8)
-                    digest.update(f"{name}.{key} {value.dtype} {tuple(value.shape)}".encode() + memoryview(data.numpy()))
-            elif hasattr(part, "get_vocab"):
-                digest.update(json.dumps([name, part.model_max_length, sorted(part.get_vocab().items())]).encode())
-        config = self.pipe.vae.config
-        digest.update(f"{config.scaling_factor} {config.get('shift_factor')}".encode())
-        if self.latent_shape != self._network.latent_shape:  # SDXL is told it with every caption that has no image
-            digest.update(by(self.size).encode())
-        return digest.hexdigest()
+        found = digest(self.pipe, self._network.component)
+        return f"{found} at {by(self.size)}" if self.resized else found  # SDXL is told the size with every caption that has no image
 
     def check_length(self, prompts: Sequence[str]) -> None:
         """Raises ValueError, naming the first prompt that the tokenizer would cut or does not take."""
@@ -294,38 +290,10 @@ class Pipeline(Sized):
             return c
         return c._replace(text=torch.zeros_like(c.text), pooled=None if c.pooled is None else torch.zeros_like(c.pooled))
 
-    @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Scaled latents [B, C, h, w] of images [B, 3, H, W] in [-1, 1]: the VAE's posterior mean, so that a cache is reproducible."""
-        vae = self.pipe.vae
-        with self._autoencoder(pixels.shape[2] * pixels.shape[3]) as chunk:
-            parts = [vae.encode(part.to(self.device, vae.dtype)).latent_dist.mode().float() for part in pixels.split(chunk)]
-        return ((torch.cat(parts) - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor).contiguous()
+        return autoencoder.encode(self.pipe.vae, pixels, self.device)
 
     def decode(self, latents: Tensor, gradients: bool = False) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] of scaled latents, on the backbone's device; with `gradients`, not clamped."""
-        vae = self.pipe.vae
-        made = []
-        with torch.set_grad_enabled(gradients), self._autoencoder(latents.shape[2] * latents.shape[3] * self.pipe.vae_scale_factor**2) as n:
-            for part in latents.split(n):
-                z = part.to(self.device, vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
-                image = vae.decode(z, return_dict=False)[0].float()
-                made.append(image if gradients else image.clamp(-1, 1))
-        return torch.cat(made)
-
-    @contextmanager
-    def _autoencoder(self, pixels: int) -> Iterator[int]:
-        """Inside, the autoencoder works in full precision, whatever the trainer's is, and on an image that is too large in tiles.
-
-        Yields how many images of so many `pixels` each it takes at a time.
-        """
-        vae = self.pipe.vae
-        tiled = pixels > PIXELS and hasattr(vae, "enable_tiling")
-        if tiled:
-            vae.enable_tiling()
-        try:
-            with torch.autocast(self.device.type, enabled=False):
-                yield min(64, max(1, PIXELS // pixels))
-        finally:
-            if tiled:
-                vae.disable_tiling()
+        return autoencoder.decode(self.pipe.vae, latents, self.device, self.pipe.vae_scale_factor, gradients)

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 
+from ddil_lightning.diffusion.schedule import NoiseSchedule, Predicts
 from ddil_lightning.diffusion.transitions import Transition, ddim, renoise
 from ddil_lightning.errors import one_line
 
 PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 """What a diffusers scheduler says of the forward process. Everything else in its configuration is a way to sample."""
+
+PREDICTS: dict[str, Predicts] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+
+
+def process(scheduler: Any, path: str) -> tuple[NoiseSchedule, Predicts]:
+    """The forward process of a pipeline's scheduler, and what its network predicts. Raises ValueError for one that is not distilled."""
+    if "Flow" in type(scheduler).__name__:
+        raise ValueError(f"the pipeline {path} has a flow-matching scheduler, which is not supported yet")
+    schedule, kind = NoiseSchedule.from_scheduler(scheduler), scheduler.config.get("prediction_type", "epsilon")
+    if kind not in PREDICTS:
+        raise ValueError(f"the pipeline {path} predicts {kind!r}: known are {', '.join(PREDICTS)}")
+    if PREDICTS[kind] == "eps" and schedule.alphas.min() == 0:
+        raise ValueError(
+            f"the pipeline {path} predicts epsilon and has zero terminal SNR (rescale_betas_zero_snr), where epsilon says nothing of the "
+            "image: such checkpoints predict v, so set prediction_type in its scheduler_config.json, or rescale_betas_zero_snr to false"
+        )
+    return schedule, PREDICTS[kind]
 
 
 def student(teacher: Any, transition: Transition, prediction: str, rule: str, steps: int, scaling: float | None = None) -> Any:
@@ -41,7 +60,8 @@ def _made(kind: str, teacher: Any, **own: Any) -> Any:
     """
     import diffusers
 
-    process = {name: value for name, value in teacher.config.items() if name in PROCESS}
+    read = inspect.signature(type(teacher)).parameters  # a configuration may have kept what another class once said
+    process = {name: value for name, value in teacher.config.items() if name in PROCESS and name in read}
     # An offset of 1 has no effect but on `leading` times, and diffusers warns of any other at every load.
     return getattr(diffusers, kind)(**{**process, "steps_offset": 1, "thresholding": False, **own})
 

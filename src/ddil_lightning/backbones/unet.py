@@ -69,6 +69,20 @@ class UNet(Family):
                 f"{channels}: only text-to-image is distilled, no inpainting, editing or upscaling"
             )
 
+    def spaces(self) -> dict[str, Any]:
+        """Latents, the width of text states, and what of SDXL's pooled text and time ids reaches the embedding of the time."""
+        config = self.model.config
+        width = config.cross_attention_dim
+        return {
+            "number of latent channels": (config.in_channels, config.out_channels),
+            "text width (cross_attention_dim)": width if isinstance(width, int) else max(width),
+            "embedding of pooled text and time ids (addition_embed_type)": config.addition_embed_type,
+            "width of pooled text and time ids (projection_class_embeddings_input_dim)": config.projection_class_embeddings_input_dim,
+            "width of a time id (addition_time_embed_dim)": config.addition_time_embed_dim,
+            "projection of the text (encoder_hid_dim_type)": config.encoder_hid_dim_type,
+            "class embedding (class_embed_type)": config.class_embed_type,
+        }
+
     def told(self) -> dict[str, Any]:
         """An embedding of w behind a bias-free linear layer, added to that of the time (Meng et al. 2023, as LCM does it)."""
         return {"time_cond_proj_dim": W_EMBEDDING}

@@ -8,6 +8,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from ddil_lightning.backbones.pipeline import Pipeline
+from ddil_lightning.backbones.source import Source
 from ddil_lightning.commands.configs import read_config
 from ddil_lightning.errors import Refusal
 from ddil_lightning.messages import explain, plain, quiet
@@ -26,8 +27,9 @@ def rebuild(config: Path) -> Distillation:
     try:
         parsed = parser.parse_object({"model": read_config(config).get("model")})
         args = parsed.model.init_args
-        if isinstance(args.pipeline, str) and args.adapter.rank is None:  # adapters need the network below them
-            args.pipeline = Pipeline(args.pipeline, *Memory(**vars(args.memory)).dtypes, bare=True)
+        named = isinstance(args.pipeline, str) or not hasattr(args.pipeline, "class_path")
+        if named and args.adapter.rank is None:  # adapters need the network below them
+            args.pipeline = Pipeline(Source.of(args.pipeline), *Memory(**vars(args.memory)).dtypes, bare=True)
         return parser.instantiate_classes(parsed).model
     except ArgumentError as error:
         raise Refusal(f"{config}: {explain(str(error), [], [Distillation])}") from error

@@ -86,7 +86,7 @@ def check_sizes(captions: Captions, backbone: Any) -> None:
     if captions.sizes and backbone.size not in captions.sizes:
         raise ValueError(
             f"data.captions.size is {', '.join(by(size) for size in captions.sizes)}, and {backbone.path} samples at {by(backbone.size)}: "
-            "give that size too, or the pipeline one of these (its option `size`)"
+            "give that size too, or the pipeline one of these by model.pipeline.size"
         )
 
 

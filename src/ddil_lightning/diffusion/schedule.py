@@ -6,6 +6,7 @@ Tables are float64 and used in float32 or higher: bf16(0.99915) is 1, which make
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -86,7 +87,9 @@ class NoiseSchedule:
             raise ValueError(
                 f"the scheduler's beta_schedule is {kind!r}: known are linear, scaled_linear, squaredcos_cap_v2 and trained_betas"
             )
-        return cls.from_betas(betas, zero_terminal_snr=bool(config.get("rescale_betas_zero_snr", False)))
+        # Of a class that does not rescale, a configuration may still say that another one did.
+        rescales = "rescale_betas_zero_snr" in inspect.signature(type(scheduler)).parameters
+        return cls.from_betas(betas, zero_terminal_snr=rescales and bool(config["rescale_betas_zero_snr"]))
 
     def at(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) at times `t` ([B] or one int), shaped to multiply `like` [B, ...], in float32 or like's wider type."""

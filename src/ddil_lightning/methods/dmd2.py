@@ -117,7 +117,7 @@ class DMD2(Distillation):
         self.cast(
             student=self.role("student"),
             critic=self.role("critic"),
-            **({"head": backbone.head(gan.layers)} if gan.is_on else {}),
+            **({"head": backbone.head(gan.layers, gan.features)} if gan.is_on else {}),
             teacher=self.role("teacher", reflection=self.reflection if reflects.real else None),
         )
         self.adversary = Adversary(self, self.critic, self.head, critic.steps, gan)

@@ -91,13 +91,13 @@ class Toy(Backbone):
         """The network of the exact teacher: the posterior mean of the mixture, as v."""
         return self.exact
 
-    def trainable(self, w_conditioned: bool = False) -> Network:
+    def trainable(self, w_conditioned: bool = False, name: str = "student") -> Network:
         """A trainable ensemble whose members start as MLPs that have learned the exact unguided teacher."""
         made = self.ensemble(w_conditioned)
         made.load_state_dict(_pretrained(self.seeds, *self._shape), strict=False)
         return made.requires_grad_(True).train()
 
-    def head(self, layers: Sequence[str] = ()) -> nn.Module:
+    def head(self, layers: Sequence[str] = (), name: str = "teacher") -> nn.Module:
         """A discriminator's head on the critic's hidden layers, by default the last."""
         return self.ensemble().head(layers)
 

@@ -14,6 +14,7 @@ from ddil_lightning.backbones.adapters import Adapter
 from ddil_lightning.backbones.interface import Backbone
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.roles import Role
+from ddil_lightning.backbones.source import Source
 from ddil_lightning.bounds import fraction, within
 from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.policy import Policies, Policy
@@ -40,7 +41,7 @@ class Distillation(LightningModule):
     `training_step` and `deploy`. What it leaves out is named by `check_complete`.
 
     Args:
-        pipeline: what is distilled: the name of a built-in pipeline, a folder, a hub id, or a loaded Backbone.
+        pipeline: what is distilled: a built-in name, a folder, a hub id or a single file, a Source that says more, or a loaded Backbone.
         guidance: g = 1 + w, or a range [g_min, g_max] for a student that is told it; by default what the pipeline recommends.
         updates: student updates in all, the one clock of a run.
         optimizer: its kind, AdamW by default, and its learning rate.
@@ -66,7 +67,7 @@ class Distillation(LightningModule):
 
     def __init__(
         self,
-        pipeline: str | Backbone = "builtin",
+        pipeline: str | Source | Backbone = "builtin",
         guidance: float | list[float] | None = None,
         updates: int = 1000,
         optimizer: Optimizer = Optimizer(),
