@@ -45,7 +45,7 @@ class Source:
             Where there are no weights, those of the teacher that fit by name and shape are copied.
     """
 
-    path: str = "builtin"
+    path: str = ""
     variant: str | None = None
     config: str | None = None
     vae: str | None = None
@@ -53,6 +53,8 @@ class Source:
     networks: dict[str, str | dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.path:  # as where an option of the command line has taken the place of a path
+            raise ValueError("model.pipeline names no pipeline: give model.pipeline.path as well")
         if self.variant is not None and not self.variant.replace("_", "").replace("-", "").isalnum():
             raise ValueError(f"model.pipeline.variant is {self.variant!r}: give the word between the dots of model.fp16.safetensors")
         if "teacher" in self.networks:
