@@ -94,7 +94,7 @@ def test_variants_that_are_not_there_are_refused_with_those_that_are(half: Path,
     assert refused(Source(str(half), variant="bf16")) == f"the pipeline {half} has no files of the variant 'bf16': it has the variant fp16"
     assert refused(Source(str(tiny), variant="fp16")) == f"the pipeline {tiny} has no files of the variant 'fp16': it has none"
     with pytest.raises(ValueError, match="variant is 'a.b': give the word between the dots"):
-        Source(variant="a.b")
+        Source("a", variant="a.b")
     folder = shutil.copytree(half, tmp_path / "two")
     for file in folder.glob("*/*.fp16.safetensors"):
         shutil.copy(file, file.with_name(file.name.replace("fp16", "ema")))
@@ -324,8 +324,9 @@ def test_a_config_says_it_and_a_run_is_rebuilt_from_it(
         (["model.pipeline={path: builtin, variant: bf16}"], "has no files of the variant 'bf16': it has none"),
         (["model.pipeline={path: builtin, varant: fp16}"], "varant"),
         (["model.pipeline={path: builtin, networks: {teacher: {}}}"], "networks names the teacher"),
+        (["model.pipeline=builtin", "model.pipeline.vae=builtin"], "names no pipeline: give model.pipeline.path as well"),
     ],
-    ids=["variant", "key", "teacher"],
+    ids=["variant", "key", "teacher", "no path"],
 )
 def test_what_a_config_says_in_vain_is_one_line(words: list[str], said: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)

@@ -46,7 +46,7 @@ class Source:
         size: height and width in pixels of the images that are sampled, or one number for both; by default as its card says, else its own.
     """
 
-    path: str = "builtin"
+    path: str = ""
     variant: str | None = None
     config: str | None = None
     vae: str | None = None
@@ -55,6 +55,8 @@ class Source:
     size: int | tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        if not self.path:  # as where an option of the command line has taken the place of a path
+            raise ValueError("model.pipeline names no pipeline: give model.pipeline.path as well")
         if self.variant is not None and not self.variant.replace("_", "").replace("-", "").isalnum():
             raise ValueError(f"model.pipeline.variant is {self.variant!r}: give the word between the dots of model.fp16.safetensors")
         if "teacher" in self.networks:
