@@ -41,6 +41,8 @@ class Feed:
     collect_every: int = 1
     seed: int = 0
     truncate: bool = False
+    encodes: bool = True
+    """Whether it asks the backbone's encoders while a student trains; else they may leave the device."""
     dropout: int | None = None
     """The seed of the dropout in the step that trains on the last batch; None leaves it to torch's own numbers."""
     _given: Any = None

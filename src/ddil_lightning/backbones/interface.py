@@ -95,6 +95,9 @@ class Backbone(ABC):
     captions: Any = None
     """The data set that comes with the backbone itself (the analytic toy's)."""
 
+    at: torch.device | None = None
+    """The device that its parts work on while some of them rest elsewhere (`backbones.resting`)."""
+
     samples: str = "prompts"
     """What a test counts, in one word, as it stands in `testing student@4 on 256 prompts`."""
 
@@ -167,6 +170,10 @@ class Backbone(ABC):
     def head(self, layers: Sequence[str] = (), name: str = "teacher") -> nn.Module:
         """A new discriminator's head on the features of the networks of a role. Raises NotImplementedError where they give none."""
         return self.network().head(layers)
+
+    def encoder_parts(self) -> list[nn.Module]:
+        """The modules that encode and decode, each of which is called as one: they may rest while nobody does."""
+        return []
 
     # Encoders ------------------------------------------------------------------------------------------------------------------------
 

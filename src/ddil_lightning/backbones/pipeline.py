@@ -99,7 +99,12 @@ class Pipeline(Sized):
     @property
     def device(self) -> torch.device:
         """The device of the frozen parts."""
-        return next(self.pipe.vae.parameters()).device
+        return next(self.pipe.vae.parameters()).device if self.at is None else self.at
+
+    def encoder_parts(self) -> list[nn.Module]:
+        """The text encoders, and the halves of the autoencoder, which is called by other ways in than its forward."""
+        others = [part for part in self.parts() if part is not self._network.model and part is not self.pipe.vae]
+        return [*others, *self.pipe.vae.children()]
 
     # Networks ------------------------------------------------------------------------------------------------------------------------
 

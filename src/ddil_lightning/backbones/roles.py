@@ -61,7 +61,7 @@ def lerp_(average: nn.Module, online: nn.Module, decay: float) -> None:
     Parameters that both share are equal already.
     """
     (mine, copies), (theirs, values) = _tensors(average), _tensors(online)
-    apart = [(a, b) for a, b in zip(mine, theirs, strict=True) if a is not b]
+    apart = [(a, b.to(a.device)) for a, b in zip(mine, theirs, strict=True) if a is not b]
     if apart:
         torch._foreach_lerp_([a for a, _ in apart], [b for _, b in apart], 1 - decay)
     for a, b in zip(copies, values, strict=True):

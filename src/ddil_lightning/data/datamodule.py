@@ -128,6 +128,7 @@ class DDILDataModule(LightningDataModule, Feed):
         check_sizes(given, backbone)
         sort_by_size(given, processes)
         self.captions = prepared(given, backbone, self.cache, self.truncate, self.workers, self.notices, processes)
+        self.encodes = not isinstance(self.captions, Encoded)
         no_images = self.captions.latents is None if isinstance(self.captions, Encoded) else isinstance(self.captions, Prompts)
         if self.prior.forward > 0 and no_images and self.needs_images(self.learner):
             raise ValueError("the prior has a forward share but the data set has no images: give that share to the teacher, or give images")

@@ -27,6 +27,7 @@ from ddil_lightning.training.averaging import Averaging
 from ddil_lightning.training.clock import Clock
 from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.measures import Measures
+from ddil_lightning.training.offload import Offload
 from ddil_lightning.training.optimisation import Descent, Optimizer
 from ddil_lightning.training.options import Memory, check_precision, checked_box, compile_roles, fit_box, guidance_range
 from ddil_lightning.training.randomness import Borrowed
@@ -83,6 +84,7 @@ class Distillation(LightningModule):
         self.descent, self.averaging = Descent(optimizer), Averaging(ema)
         self.shards, self.measures, self.feed, self._random = Shards(), Measures(), Feed(), Borrowed()
         self.roles: dict[str, Role] = {}
+        self.offload = Offload(memory.offload)
         self.adapter = adapter
         within(1, 10**9, updates=updates, log_every=log_every)
         fraction(ema=ema)
@@ -119,6 +121,7 @@ class Distillation(LightningModule):
         if "student" in parts:
             average = self.averaging.start(self.student)
             self.average = None if average is None else average.network
+        self.offload.check(self.roles, self.average is not None)
 
     def check_complete(self) -> None:
         """Raises TypeError, naming it, for what a method has not set that it must."""
@@ -246,7 +249,8 @@ class Distillation(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check strategy and precision, and the prior against the method. Raises ValueError."""
-        check_strategy(self.trainer.strategy, self.trainer.precision, shares=any(role.shared for role in self.roles.values()))
+        shares = any(role.shared for role in self.roles.values())
+        check_strategy(self.trainer.strategy, self.trainer.precision, shares, offload=bool(self.offload.names))
         check_precision(self.trainer.precision)
         if self.feed.prior is not None:
             self.check_prior(self.feed.prior)
@@ -261,10 +265,11 @@ class Distillation(LightningModule):
                 )
 
     def on_fit_start(self) -> None:
-        """The box from the data, once it is encoded."""
+        """The box from the data, once it is encoded; then what is not needed leaves the device."""
         if not self.has_box:
             fit_box(self.reflection, self.feed, self.trainer.is_global_zero)
             self.has_box = True
+        self.offload.begin(self)
 
     def configure_model(self) -> None:
         """Shard, where the strategy says so, and compile, where the config does."""
@@ -273,7 +278,8 @@ class Distillation(LightningModule):
             compile_roles(self.roles.values())
 
     def on_train_end(self) -> None:
-        """What comes after training is the first process's alone."""
+        """What comes after training is the first process's alone, and finds everything on the device."""
+        self.offload.end(self)
         self.shards.gather(self.outgoing.network, self.device)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

@@ -26,6 +26,8 @@ class Memory:
     Args:
         teacher_dtype: of the weights of the frozen network and of the text encoders.
         vae_dtype: of the autoencoder that makes the latents of the training.
+        offload: roles that lie on the CPU and come to the device for their calls: `average`, and frozen ones such as `target` or `teacher`.
+            The encoders do so by themselves once all data are encoded.
         compile: compile the repeated blocks of all networks by torch.compile, which takes minutes at the start of a run.
         gradient_checkpointing: compute activations of the networks in training a second time for the backward pass, rather than keep them.
     """
@@ -33,6 +35,7 @@ class Memory:
     teacher_dtype: Dtype = "float32"
     vae_dtype: Dtype = "float32"
     gradient_checkpointing: bool = False
+    offload: tuple[str, ...] = ()
     compile: bool = False
 
     @property

@@ -40,14 +40,16 @@ class Sharded(ModelParallelStrategy):
 StrategyRegistry.register("fsdp2", Sharded, description="Networks sharded over all processes (FSDP2)", override=True)
 
 
-def check_strategy(strategy: Any, precision: str, shares: bool = False) -> None:
+def check_strategy(strategy: Any, precision: str, shares: bool = False, offload: bool = False) -> None:
     """Raises ValueError for another strategy that splits networks (roll-outs, averages and the export would not find them whole), for a
-    gradient scaler over shards, and for shards of networks of which some parts are others' too (`shares`)."""
+    gradient scaler over shards, and for shards of networks of which some parts are others' too (`shares`) or that move (`offload`)."""
     if isinstance(strategy, Sharded):
         if shares:
             raise ValueError(
                 "model.adapter puts all roles on one frozen network, which fsdp2 would split for each of them: take trainer.strategy ddp"
             )
+        if offload:
+            raise ValueError("memory.offload moves whole networks, which fsdp2 splits: leave one of the two out")
         if precision == "16-mixed":
             raise ValueError("trainer.precision 16-mixed scales gradients, which is not supported under fsdp2: take bf16-mixed")
     elif isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):

@@ -1,0 +1,54 @@
+"""What leaves the device while a student trains: encoders that nobody asks any more, and the roles that `memory.offload` names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ddil_lightning.backbones.resting import Resting
+
+
+def apart(device: torch.device) -> bool:
+    """Whether a device has memory of its own."""
+    return device.type != "cpu"
+
+
+class Offload:
+    """The modules of a method that rest on the CPU between their calls, from the start of its training to the end.
+
+    `names`: of frozen roles, and `average`. The encoders rest by themselves where the data are encoded already.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self._resting: list[Resting] = []
+
+    def check(self, roles: Any, average: bool) -> None:
+        """Raises ValueError for a name that is no frozen role."""
+        frozen = [name for name, role in roles.items() if not role.weights()] + (["average"] if average else [])
+        wrong = [name for name in self.names if name not in frozen]
+        if wrong:
+            why = "which is trained" if wrong[0] in roles else "which there is not"
+            raise ValueError(f"memory.offload has {wrong[0]!r}, {why}: give names of {', '.join(frozen)}")
+        shared = [name for name in self.names if name == "teacher" and any(role.shared for role in roles.values())]
+        if shared:
+            raise ValueError("memory.offload has 'teacher', which is the network below the adapters of all others: leave it out")
+
+    def begin(self, method: Any) -> None:
+        """Put to rest what can be; nothing where the method itself is on the CPU."""
+        if not apart(method.device):
+            return
+        backbone = method.backbone
+        roles = {**method.roles, "average": method.averaging.role}
+        backbone.at = backbone.device
+        self._resting = [] if method.feed.encodes else [Resting(part) for part in backbone.encoder_parts()]
+        # The children, because a discriminator asks a network by another way in than its forward.
+        self._resting += [Resting(part, roles[name].shared) for name in self.names for part in roles[name].network.children()]
+
+    def end(self, method: Any) -> None:
+        """Everything is back on the device, for the tests that follow."""
+        for resting in self._resting:
+            resting.wake()
+        self._resting, method.backbone.at = [], None
