@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from published import ASYMMETRIC, SD15, SD21, SDXL, SSD1B, WEIGHTS, with_unet
 
 import suite
 from ddil_lightning.backbones import architectures, sampling
@@ -24,7 +25,6 @@ from ddil_lightning.methods import DMD2, LCM, PD
 from ddil_lightning.runs import export
 from ddil_lightning.training.plan import Stage
 from options import options
-from published import ASYMMETRIC, SD15, SD21, SDXL, SSD1B, WEIGHTS, with_unet
 
 PROMPTS = ["a handwritten one", "a small red circle"]
 PLAN = [Stage(steps=4, updates=1), Stage(steps=2, updates=1)]

@@ -1,9 +1,13 @@
-"""U-Nets as their repositories publish them (the config.json of unet/), and tiny ones with the same traits."""
+"""Networks as their repositories publish them (config.json of unet/, text_encoder/, vae/), and pipelines of them with random weights."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 COMMON: dict[str, Any] = {
     "_class_name": "UNet2DConditionModel", "act_fn": "silu", "center_input_sample": False, "downsample_padding": 1, "flip_sin_to_cos": True,
@@ -79,7 +83,6 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
 
 def with_unet(folder: Path, made: Path, **changes: Any) -> Path:
     """The pipeline of a folder with a U-Net of a changed configuration and random weights."""
-    import torch
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(folder, safety_checker=None, feature_extractor=None, image_encoder=None)
@@ -87,3 +90,67 @@ def with_unet(folder: Path, made: Path, **changes: Any) -> Path:
     pipe.unet = type(pipe.unet).from_config({**pipe.unet.config, **changes})
     pipe.save_pretrained(made)
     return made
+
+
+CLIP_L: dict[str, Any] = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12, "projection_dim": 768,
+    "hidden_act": "quick_gelu", "vocab_size": 49408, "max_position_embeddings": 77,
+}  # fmt: skip
+CLIP_G: dict[str, Any] = {
+    **CLIP_L, "hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32, "projection_dim": 1280,
+    "hidden_act": "gelu",
+}  # fmt: skip
+VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+}  # fmt: skip
+
+
+def write(folder: Path, kind: str, side: int, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A pipeline folder of a `kind` of WEIGHTS for images of `side` pixels, at its real size, with random weights in `dtype`.
+
+    Its vocabulary is the built-in pipeline's, because the published one is not a configuration: fewer words, the same 77 places.
+    """
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from ddil_lightning.miniature import networks, shapes
+
+    large = kind in ("sdxl", "ssd1b")
+    tokenizer = networks.build_tokenizer(shapes.WORDS, 77)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    unet = filled(lambda: UNet2DConditionModel.from_config({**WEIGHTS[kind][0], "sample_size": side // 8}), dtype)
+    vae = filled(lambda: AutoencoderKL(**VAE, scaling_factor=0.13025 if large else 0.18215, sample_size=side), dtype)
+    text = filled(lambda: CLIPTextModel(CLIPTextConfig(**CLIP_L, **ids)), dtype)
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False)
+    parts: dict[str, Any] = {"unet": unet, "vae": vae, "text_encoder": text, "tokenizer": tokenizer, "scheduler": scheduler}
+    if large:
+        second = filled(lambda: CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_G, **ids)), dtype)
+        pipe: Any = StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=tokenizer)
+    else:
+        parts |= {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+        pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def filled(make: Any, dtype: torch.dtype) -> Any:
+    """A network that `make` makes, with random weights in `dtype`, of a size that signals pass through; made once, and in that type."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        network = make()
+    generator = torch.Generator().manual_seed(0)
+    for module, name, p in _places(network):
+        value = torch.ones(p.shape, dtype=dtype) if p.ndim == 1 and name == "weight" else torch.zeros(p.shape, dtype=dtype)
+        if p.ndim > 1:
+            # torch has no normal numbers in half precision that are as fast as uniform ones; of this width their deviation is the same.
+            value.uniform_(-(3**0.5), 3**0.5, generator=generator).mul_(0.7 * p[0].numel() ** -0.5)
+        setattr(module, name, nn.Parameter(value, requires_grad=False))
+    return network.eval()
+
+
+def _places(network: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    for module in network.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            yield module, name, p

@@ -1,0 +1,77 @@
+"""Distillation at the real size on a CPU: the memory of one update, with adapters on one base in bfloat16.
+
+Networks are those of the published configurations with random weights: 0.86 billion of Stable Diffusion 1.5, 2.6 billion of SDXL, with
+their text encoders and autoencoder. Every setting runs in a process of its own; its peak is that of the process less what it was before
+the networks were loaded (the interpreter and the libraries).
+
+    python benchmarks/large.py [--models sd15 sdxl] [--side 128] [--updates 2] [--folder DIR] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import common
+import published
+import real_size
+import tables
+import torch
+from real_size import Cell
+
+from ddil_lightning.backbones.pipeline import Pipeline
+
+CELLS = {
+    "sd15": (Cell("SD1.5", "LCM", 64, True, 1),),
+    "sdxl": (Cell("SDXL", "DMD2", 64, True, 1),),
+    "tiny": (Cell("tiny", "LCM", 4, True, 1), Cell("tiny", "DMD2", 4, True, 1)),
+}
+COLUMNS = (
+    ("name", ""),
+    ("trained", "trained weights, millions"),
+    ("updates", "updates"),
+    ("seconds", "seconds an update"),
+    ("peak", "peak, GiB"),
+)
+
+
+def one(folder: str, cell: Cell, side: int, updates: int) -> dict[str, Any]:
+    """A row, measured in this process from the loading of the pipeline on."""
+    common.quiet()
+    with real_size.peak() as most:
+        backbone = Pipeline(folder, getattr(torch, cell.dtype))
+        row = real_size.measure(cell, backbone, side, updates, critic_steps=1)
+    return {**row, "peak": most[0]}
+
+
+def measure(args: argparse.Namespace) -> tables.Report:
+    """The rows of all models that were asked for."""
+    rows, side = [], 32 if args.quick else args.side
+    for model in ["tiny"] if args.quick else args.models:
+        with tempfile.TemporaryDirectory() as place:
+            folder = (args.folder or Path(place)) / model
+            if args.quick:
+                common.random_pipeline(folder)
+            elif not (folder / "model_index.json").is_file():
+                published.write(folder, model, side)
+            for cell in CELLS[model]:
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    rows.append(pool.apply(one, (str(folder), cell, side, args.updates)))
+    return {"benchmark": "real size, batch 1, gradient checkpointing", "columns": COLUMNS, "rows": rows}
+
+
+def options() -> argparse.ArgumentParser:
+    """The options."""
+    made = common.parser(__doc__, pipeline=False)
+    made.add_argument("--models", nargs="+", choices=("sd15", "sdxl"), default=["sd15", "sdxl"])
+    made.add_argument("--side", type=int, default=128, help="of the images, in pixels")
+    made.add_argument("--updates", type=int, default=2)
+    made.add_argument("--folder", type=Path, help="where the random pipelines are kept (default: nowhere)")
+    return made
+
+
+if __name__ == "__main__":
+    common.main(measure, options().parse_args())
