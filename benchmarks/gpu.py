@@ -1,9 +1,9 @@
 """Distillation at the real size on a GPU: images a second, peak memory, and the share of the matrix units' peak.
 
 {SD1.5, SDXL} x {whole, LoRA} x {LCM, DMD2} x {plain, DDIL}, in bf16-mixed with a base in bfloat16 and gradient checkpointing, on the
-published architectures with random weights, at 512 and 1024 pixels. One call of some five minutes; a setting that does not fit is a row that says so.
-Images a second are those that the student or the critic is trained on. The share counts the floating-point operations of the last update
-(torch's FlopCounterMode) against PEAKS; a card that is not listed there has none.
+published architectures with random weights, at 512 and 1024 pixels. One call of some five minutes; a setting that does not fit is a row
+that says so. Images a second are those that the student or the critic is trained on. The share counts the floating-point operations of
+the last update (torch's FlopCounterMode) against PEAKS; a card that is not listed there has none.
 
     python benchmarks/gpu.py [--models sd15 sdxl] [--batch 8 2] [--updates 6] [--json FILE]
 """
@@ -14,6 +14,7 @@ import argparse
 import gc
 import itertools
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,25 +70,25 @@ def measure(args: argparse.Namespace) -> tables.Report:
     """The rows of all models that were asked for."""
     rows = []
     for model, batch in [("tiny", 2)] if args.quick else zip(args.models, args.batch, strict=True):
-        with tempfile.TemporaryDirectory() as place:
+        with tempfile.TemporaryDirectory() as place:  # whole copies are made from what is stored
             folder = Path(place) / model
             common.random_pipeline(folder) if args.quick else published.write(folder, model, SIDES[model])
             backbone = Pipeline(str(folder), torch.bfloat16)
-        for cell in cells(model, batch, 4 if args.quick else 64):
-            row = measured(cell, backbone, SIDES[model], 2 if args.quick else args.updates, 1 if args.quick else 5)
-            print(row, flush=True)  # a run that is cut short has shown what it had
-            rows.append(row)
+            for cell in cells(model, batch, 4 if args.quick else 64):
+                row = measured(cell, backbone, SIDES[model], 2 if args.quick else args.updates, 1 if args.quick else 5)
+                print(row, flush=True)  # a run that is cut short has shown what it had
+                rows.append(row)
     return {"benchmark": "real size on a GPU", "columns": COLUMNS, "rows": rows}
 
 
-def options() -> argparse.ArgumentParser:
-    """The options."""
+def main(argv: Sequence[str] | None = None) -> tables.Report:
+    """Run the benchmark as its options say."""
     made = common.parser(__doc__, pipeline=False)
     made.add_argument("--models", nargs="+", choices=("sd15", "sdxl"), default=["sd15", "sdxl"])
     made.add_argument("--batch", nargs="+", type=int, default=[8, 2], help="of every model")
     made.add_argument("--updates", type=int, default=6, help="of the student, the first and the last of which are not timed")
-    return made
+    return common.main(measure, made.parse_args(argv))
 
 
 if __name__ == "__main__":
-    common.main(measure, options().parse_args())
+    main()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +64,15 @@ def measure(args: argparse.Namespace) -> tables.Report:
     return {"benchmark": "real size, batch 1, gradient checkpointing", "columns": COLUMNS, "rows": rows}
 
 
-def options() -> argparse.ArgumentParser:
-    """The options."""
+def main(argv: Sequence[str] | None = None) -> tables.Report:
+    """Run the benchmark as its options say."""
     made = common.parser(__doc__, pipeline=False)
     made.add_argument("--models", nargs="+", choices=("sd15", "sdxl"), default=["sd15", "sdxl"])
     made.add_argument("--side", type=int, default=128, help="of the images, in pixels")
     made.add_argument("--updates", type=int, default=2)
     made.add_argument("--folder", type=Path, help="where the random pipelines are kept (default: nowhere)")
-    return made
+    return common.main(measure, made.parse_args(argv))
 
 
 if __name__ == "__main__":
-    common.main(measure, options().parse_args())
+    main()

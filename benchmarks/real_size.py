@@ -77,17 +77,15 @@ class Timed(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.at = [self._now(pl_module)]
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if self.count_last and pl_module.student_updates == pl_module.updates - 1 and self._counter is None:
-            self._counter = FlopCounterMode(display=False)
-            self._counter.__enter__()
-
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         if pl_module.student_updates >= len(self.at):
             self.at.append(self._now(pl_module))
-        if self._counter is not None and pl_module.student_updates == pl_module.updates:
-            self._counter.__exit__(None, None, None)
-            self.flops = self._counter.get_total_flops()
+            if self._counter is not None:
+                self._counter.__exit__(None, None, None)
+                self.flops = self._counter.get_total_flops()
+            elif self.count_last and pl_module.student_updates == pl_module.updates - 1:
+                self._counter = FlopCounterMode(display=False)  # from here on, because the draw comes before the start of a batch
+                self._counter.__enter__()
 
     @staticmethod
     def _now(method: Any) -> float:
@@ -117,7 +115,7 @@ def measure(cell: Cell, backbone: Backbone, side: int, updates: int, critic_step
     """A row of a cell: images a second after the first update, and the peak of memory less what was there before the networks."""
     method = built(cell, backbone, updates, critic_steps)
     prior = PRIORS[cell.method] if cell.ddil else SamplingPrior()
-    rollouts = Rollouts(every=2, trajectories=cell.batch)
+    rollouts = Rollouts(every=1, trajectories=cell.batch)
     data = DDILDataModule(Noise(side, max(4, cell.batch)), prior, cell.batch, rollouts, Buffer(64 * cell.batch))
     timed, gpu = Timed(count), torch.cuda.is_available()
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}

@@ -341,3 +341,17 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.slow
+def test_real_sizes(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The settings of the GPU's table on a random miniature: whole copies train all weights, adapters few; all operations are counted."""
+    file = tmp_path / "out.json"
+    report = script("gpu").main(["--quick", "--json", str(file)])
+    capsys.readouterr()
+    rows = {row["name"]: row for row in json.loads(file.read_text())["rows"]}
+    assert list(rows) == [row["name"] for row in report["rows"]] and len(rows) == 8
+    whole, lora = rows["tiny LCM, whole"], rows["tiny LCM, LoRA 4"]
+    assert lora["trained"] < 0.2 * whole["trained"] and rows["tiny DMD2, whole"]["trained"] > 2 * whole["trained"]
+    assert all(row["images"] > 0 and row["flops"] > 0 and row["share"] is None for row in rows.values())
+    assert rows["tiny DMD2 + DDIL, whole"]["flops"] > rows["tiny LCM, whole"]["flops"]
