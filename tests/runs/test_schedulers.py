@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from published import SCHEDULERS
 
 from ddil_lightning.backbones import sampling
 from ddil_lightning.backbones.loading import load_pipeline
@@ -20,7 +21,6 @@ from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.methods import DMD2, LCM, PD
 from ddil_lightning.runs import export
 from ddil_lightning.training.plan import Stage
-from published import SCHEDULERS
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "prediction_type": "v_prediction"}
 DPM, SINGLE, EULER = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "EulerDiscreteScheduler"

@@ -19,6 +19,7 @@ from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.errors import Refusal
 from ddil_lightning.imitation.prior import Schedule
 from ddil_lightning.runs.finish import Test
+from ddil_lightning.training.completeness import check_complete
 from ddil_lightning.training.method import Distillation
 
 OWN = (Checkpoints, Previews, Progress, Stages)
@@ -53,7 +54,7 @@ def check_steps(method: Distillation, config: Any) -> None:
 def check_method(method: Distillation) -> None:
     """Raises Refusal, naming it, for what a method of one's own has not set that it must."""
     try:
-        method.check_complete()
+        check_complete(method)
     except TypeError as error:
         raise Refusal(str(error)) from error
 

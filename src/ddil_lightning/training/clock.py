@@ -46,3 +46,32 @@ class Clock(Callback):
         """What is published, to the loggers."""
         for logger in self._loggers:
             logger.log_metrics({"student_updates": clock, **values}, step=clock)
+
+
+class Clocks:
+    """How far a method is: `student_updates` of `updates` in all, the number of its `stage`, and the update at which that began."""
+
+    updates: int
+    student_updates: int = 0
+    stage: int = 0
+    stage_start: int = 0
+
+    @property
+    def stage_updates(self) -> int:
+        """Student updates of the present stage, of which it has `stage_length`."""
+        return self.student_updates - self.stage_start
+
+    @property
+    def stage_length(self) -> int:
+        """Student updates that the present stage has; a method without stages has one."""
+        return self.updates
+
+    @property
+    def stage_is_over(self) -> bool:
+        """Whether the present stage has had all the updates that its plan gives it."""
+        return self.stage_updates == self.stage_length
+
+    @property
+    def progress(self) -> float:
+        """The share of the run that is done, 0 to 1."""
+        return min(self.student_updates / self.updates, 1.0)

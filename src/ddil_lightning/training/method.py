@@ -24,7 +24,8 @@ from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.feed import Feed, Wants
 from ddil_lightning.records import LatentBatch
 from ddil_lightning.training.averaging import Averaging
-from ddil_lightning.training.clock import Clock
+from ddil_lightning.training.clock import Clock, Clocks
+from ddil_lightning.training.completeness import check_complete, check_names
 from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.measures import Measures
 from ddil_lightning.training.offload import Offload
@@ -35,11 +36,11 @@ from ddil_lightning.training.sharding import Shards, check_strategy
 from ddil_lightning.training.sharing import leave_out_shared
 
 
-class Distillation(LightningModule):
+class Distillation(Clocks, LightningModule):
     """Base of every method: the Lightning shell around parts that it holds (optimisation, averaging, sharding, measures).
 
     A method, in its constructor, casts its roles (`cast`: student, teacher and what else it needs), sets `policies` and `grid`, and writes
-    `training_step` and `deploy`. What it leaves out is named by `check_complete`.
+    `training_step` and `deploy`. What it leaves out is named (`completeness`).
 
     Args:
         pipeline: what is distilled: a built-in name, a folder, a hub id or a single file, a Source that says more, or a loaded Backbone.
@@ -94,7 +95,6 @@ class Distillation(LightningModule):
         self.gradient_checkpointing, self.compiles, self.log_every = memory.gradient_checkpointing, memory.compile, log_every
         self.has_box = box is not None or reflect == "off"
         self.reflection = Reflection(*checked_box(box, self.backbone.latent_shape[0]), reflect)
-        self.student_updates, self.stage, self.stage_start = 0, 0, 0
         self.average: nn.Module | None = None
         leave_out_shared(self)
 
@@ -115,21 +115,10 @@ class Distillation(LightningModule):
                 self.roles[name] = part
             if not isinstance(part, Role) or part.own:
                 setattr(self, name, part)
-        unknown = [name for name in self.adapter.whole if name not in self.roles]
-        if unknown:
-            raise ValueError(f"adapter.whole has {unknown[0]!r}: the roles of {type(self).__name__} are {', '.join(self.roles)}")
         if "student" in parts:
             average = self.averaging.start(self.student)
             self.average = None if average is None else average.network
-        self.offload.check(self.roles, self.average is not None)
-
-    def check_complete(self) -> None:
-        """Raises TypeError, naming it, for what a method has not set that it must."""
-        lacking = [f"{name} (cast it in the constructor)" for name in ("student", "teacher") if name not in self.roles]
-        lacking += [name for name in ("policies", "grid") if not hasattr(self, name)]
-        lacking += ["deploy(student)"] if type(self).deploy is Distillation.deploy else []
-        if lacking:
-            raise TypeError(f"{type(self).__name__} lacks {', '.join(lacking)}: see Distillation and CONTRIBUTING.md")
+        check_names(self)
 
     @property
     def teacher(self) -> Role:
@@ -182,28 +171,6 @@ class Distillation(LightningModule):
             yield
         finally:
             self.shards.forget()
-
-    # Clocks -----------------------------------------------------------------------------------------------------------------------
-
-    @property
-    def stage_updates(self) -> int:
-        """Student updates of the present stage, of which it has `stage_length`."""
-        return self.student_updates - self.stage_start
-
-    @property
-    def stage_length(self) -> int:
-        """Student updates that the present stage has; a method without stages has one."""
-        return self.updates
-
-    @property
-    def stage_is_over(self) -> bool:
-        """Whether the present stage has had all the updates that its plan gives it."""
-        return self.stage_updates == self.stage_length
-
-    @property
-    def progress(self) -> float:
-        """The share of the run that is done, 0 to 1."""
-        return min(self.student_updates / self.updates, 1.0)
 
     @property
     def evaluations(self) -> dict[str, int]:
@@ -298,7 +265,7 @@ class Distillation(LightningModule):
 
         A Trainer calls this hook first: what the method lacks is named before the data ask for it.
         """
-        self.check_complete()
+        check_complete(self)
         return [Clock()]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
