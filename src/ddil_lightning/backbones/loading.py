@@ -153,9 +153,7 @@ def _network(place: Stored, name: str, dtype: torch.dtype) -> nn.Module | None:
     for key, value in stored_weights(files):
         if shapes[key] != value.shape or not value.is_floating_point():
             return None
-        # Convolutions run faster so, on CPUs and on tensor cores.
-        layout = torch.channels_last if value.ndim == 4 else torch.contiguous_format
-        state[key] = value.to(dtype, copy=True, memory_format=layout)
+        state[key] = value.to(dtype, copy=True)
     model.load_state_dict(state, assign=True)
     model.register_to_config(_name_or_path=str(folder))
     return model.eval()  # type: ignore[no-any-return]
