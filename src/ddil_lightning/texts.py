@@ -57,13 +57,19 @@ def parse_json(text: str, where: str) -> Any:
 
 def caption_text(value: Any) -> str:
     """The caption in a cell, of several the first. Raises ValueError for what is none, without saying where."""
+    return caption_texts(value)[0]
+
+
+def caption_texts(value: Any) -> list[str]:
+    """The captions in a cell: of a text one, of a list of texts each. Raises ValueError for what is none, without saying where."""
     if isinstance(value, ValueError):  # of reading its file
         raise value
-    text = value[0] if isinstance(value, list | tuple) and value else value
-    if not isinstance(text, str):
-        raise ValueError(f"{shorten(repr(text), 80)} and no caption")
-    check_letters(text)
-    return text.strip()
+    texts = value if isinstance(value, list | tuple) and value else [value]
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"{shorten(repr(text), 80)} and no caption")
+        check_letters(text)
+    return [text.strip() for text in texts]
 
 
 def check_letters(text: str) -> None:

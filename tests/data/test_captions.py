@@ -176,7 +176,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "set.pdf").write_text("no data")
     splits = saved("save_to_disk, splits", tmp_path)
     for path, why in (
-        (str(tmp_path / "set.pdf"), "it is no .parquet, .arrow, .json, .jsonl, .csv file, no folder"),
+        (str(tmp_path / "set.pdf"), "it is no .parquet, .arrow, .json, .jsonl, .csv, .tar file, no folder"),
         ("owner/there-is-no-such-set", "no such folder or file, and as a data set of the Hub: "),
         ("no/such/folder", "no such folder or file, and as a data set of the Hub: "),
         ("/no/such/folder", "there is no such folder or file"),

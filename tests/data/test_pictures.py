@@ -146,6 +146,28 @@ def test_colours_are_kept(mode: str) -> None:
     assert got.mode == "RGB" and close(got.getpixel((2, 2)), RED) and close(got.getpixel((45, 2)), BLUE)
 
 
+def test_known_values_of_kinds_that_pillow_reads_and_does_not_write() -> None:
+    """16 bits of each channel, with and without a transparent one; inks as they are printed, in files of both kinds."""
+    deep = png((1, 1), 16, 2, b"\0" + struct.pack(">3H", 257 * 10, 257 * 128, 257 * 255))
+    clear = png((2, 1), 16, 6, b"\0" + struct.pack(">4H", 0, 0, 0, 65535) + struct.pack(">4H", 0, 0, 0, 257 * 102))
+    grey = png((2, 1), 16, 4, b"\0" + struct.pack(">2H", 257 * 77, 65535) + struct.pack(">2H", 0, 0))
+    assert read_picture(deep).getpixel((0, 0)) == (10, 128, 255)
+    assert [read_picture(clear).getpixel((x, 0)) for x in (0, 1)] == [(0, 0, 0), (153, 153, 153)]
+    assert [read_picture(grey).getpixel((x, 0)) for x in (0, 1)] == [(77, 77, 77), WHITE]
+    inks = Image.new("CMYK", (8, 8), (255, 0, 0, 51))  # cyan, and a fifth of black
+    assert read_picture(saved(inks, "TIFF")).getpixel((4, 4)) == (0, 204, 204)
+    assert close(read_picture(saved(inks, "JPEG", quality=95)).getpixel((4, 4)), (0, 204, 204), 3)
+
+
+def test_a_turned_picture_of_16_bits_or_inks_is_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3  # by half
+    deep = Image.fromarray(np.array([[0, 65535]], np.uint16))
+    assert [read_picture(saved(deep, "PNG", exif=exif)).getpixel((x, 0)) for x in (0, 1)] == [WHITE, (0, 0, 0)]
+    turned = read_picture(saved(halves().convert("CMYK"), "JPEG", quality=95, exif=exif))
+    assert close(turned.getpixel((2, 2)), BLUE) and close(turned.getpixel((45, 2)), RED)
+
+
 def test_greys_and_single_bits() -> None:
     assert read_picture(saved(Image.new("L", (4, 4), 128))).getpixel((0, 0)) == (128, 128, 128)
     bits = Image.new("1", (4, 4), 0)

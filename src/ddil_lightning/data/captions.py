@@ -1,108 +1,23 @@
-"""Captioned images: the built-in sets, Hugging Face datasets and folders, and prompts alone."""
+"""Captioned images: the built-in sets, Hugging Face datasets, folders and archives, and prompts alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ddil_lightning.bounds import seeds, within
 from ddil_lightning.data import tables
+from ddil_lightning.data.base import Captions as Captions
 from ddil_lightning.data.buckets import Buckets, Group, Size, Sorting, sizes_of
-from ddil_lightning.data.folders import bytes_of
+from ddil_lightning.data.folders import LISTS, Cells, bytes_of, read_column
 from ddil_lightning.data.pictures import picture_size, read_pictures
 from ddil_lightning.data.raw import RawBatch as RawBatch
-from ddil_lightning.data.raw import digest, joined
-from ddil_lightning.texts import caption_text, file_text, read_lines, shown
-
-
-class Captions(Dataset[Any]):
-    """A map-style set of captioned images. A new one overrides `__len__`, `prompts` and `pixels` (None: a set without images).
-
-    `on_error`: what happens to a row whose caption or picture raises ValueError or OSError: `stop` lets it, `skip` takes the next row that
-    can be read in its place, so that a batch keeps its size, and says so in `RawBatch.skipped`.
-    `sizes`: those that its pictures are made to, height and width; None where they come as they are.
-    """
-
-    on_error: Literal["stop", "skip"] = "stop"
-    sizes: tuple[Size, ...] | None = None
-
-    def __len__(self) -> int:
-        """How many captions there are."""
-        raise TypeError(f"{type(self).__name__} does not say its length")
-
-    def prompts(self, index: Sequence[int]) -> list[str]:
-        """The captions of the rows `index`."""
-        raise TypeError(f"{type(self).__name__} has no captions")
-
-    def pixels(self, index: Sequence[int]) -> Tensor | None:
-        """The images of the rows `index`, [B, 3, H, W] in [-1, 1]."""
-        return None
-
-    def __getitem__(self, index: Sequence[int]) -> RawBatch:
-        """A batch: the samplers of this library yield lists of rows."""
-        rows = [int(i) for i in index]
-        try:
-            return self._raw_batch(rows)
-        except (OSError, ValueError):
-            if self.on_error == "stop":
-                raise
-        return joined([self._next_readable(row, self._peers(row)) for row in rows])
-
-    def groups(self) -> list[Group]:
-        """The rows by the shape of their pictures, for a batch is of one shape: all of them, where there is one."""
-        return [Group(torch.arange(len(self)), "all")]
-
-    def group_by(self, groups: list[Group]) -> None:
-        """Hear what `groups` has found in another process."""
-
-    def some(self, n: int) -> list[str]:
-        """The first `n` captions, or so many as can be read."""
-        rows = range(min(n, len(self)))
-        try:
-            return self.prompts(rows)  # no picture is opened for them
-        except (OSError, ValueError):
-            if self.on_error == "stop":
-                raise
-        return self[rows].prompts
-
-    def content(self) -> str:
-        """A digest of every caption and every picture, in order: a cache of another digest was made from other data."""
-        return digest(self._content_parts())
-
-    def stamp(self) -> str | None:
-        """A digest that is as good as `content` while nothing changes, from what is known without reading pictures; None without such."""
-        return None
-
-    def _raw_batch(self, rows: list[int]) -> RawBatch:
-        return RawBatch(self.pixels(rows), self.prompts(rows), torch.tensor(rows))
-
-    def _peers(self, row: int) -> Sequence[int]:
-        """The rows whose pictures are of the shape of that of `row`, ascending."""
-        return range(len(self))
-
-    def _next_readable(self, row: int, peers: Sequence[int]) -> RawBatch:
-        """The batch of one row, or of the first of its `peers` after it (after the last comes the first) that can be read, and why the
-        others cannot."""
-        skipped: list[str] = []
-        start = peers.index(row)
-        for other in (*peers[start:], *peers[:start]):
-            try:
-                return self._raw_batch([other])._replace(skipped=tuple(skipped))
-            except (OSError, ValueError) as error:
-                skipped.append(str(error))
-        return self._raw_batch([row])  # none can be: with the error of the row that was asked for
-
-    def _content_parts(self) -> Iterator[Any]:
-        for start in range(0, len(self), 64):
-            raw = self[range(start, min(start + 64, len(self)))]
-            yield from raw.prompts
-            if raw.pixels is not None:
-                yield tuple(raw.pixels.shape)
-                yield raw.pixels.detach().float().cpu().contiguous().numpy().tobytes()
+from ddil_lightning.data.raw import digest
+from ddil_lightning.data.visits import Visit
+from ddil_lightning.texts import caption_texts, file_text, place, read_lines, shown
 
 
 class Shapes(Captions):
@@ -144,20 +59,22 @@ class Digits(Shapes):
 
 
 class Images(Captions):
-    """A folder of pictures, a Hugging Face dataset (hub id, folder of `save_to_disk`, parquet file), or a json, jsonl or csv file of paths.
+    """A folder of pictures, a Hugging Face dataset (hub id, folder of `save_to_disk`, parquet files), WebDataset archives, or a json, jsonl
+    or csv file of paths.
 
     A folder holds `metadata.jsonl`, `.csv` or `.parquet` (`file_name` and the caption), or a `name.txt` beside each `name.jpg`
-    (`folders.list_folder`). The image column holds pictures, their bytes, or paths from the folder of the file. Pictures are read as
-    `pictures.read_picture` says.
+    (`folders.list_folder`); or parquet files; or archives (`archives.Archives`). The image column holds pictures, their bytes, or paths
+    from the folder of the file. Pictures are read as `pictures.read_picture` says.
 
     Args:
-        path: the folder, the file or the hub id.
+        path: the folder, the file, the hub id, or a pattern of .tar or .parquet files (`shards/{000..127}.tar`, `data/train-*.parquet`).
         size: what pictures are made to, in pixels: a side of squares, [height, width], a list of these, or Buckets (side, step, aspect).
             The largest part at the centre of a picture that has the aspect is resized; of several sizes that of the nearest aspect.
         image: the column of pictures.
-        caption: the column of captions; of several captions of a picture the first counts.
+        caption: the column of captions; of several captions of a picture training takes one by chance at each visit.
         split: of a Hugging Face dataset.
         limit: take the first rows alone; by default all of them.
+        stream: read parquet files or a data set of the Hub in order, without a copy on the disk: for ddil-cache, and to encode it at once.
     """
 
     def __init__(
@@ -168,12 +85,15 @@ class Images(Captions):
         caption: str = "text",
         split: str = "train",
         limit: int | None = None,
+        stream: bool = False,
     ) -> None:
         self.sizes: tuple[Size, ...] = sizes_of(size)
         if limit is not None and limit < 1:
             raise ValueError(f"limit {limit}: at least one row, or none for all")
-        self._image, self._caption, self._path = image, caption, path
-        self._rows = tables.load(path, image, caption, split, limit)
+        if stream and len(self.sizes) > 1:
+            raise ValueError("stream reads in order, and pictures of several sizes are taken size by size: give one size, or no stream")
+        self._image, self._caption, self._path, self.stream = image, caption, path, stream
+        self._rows = tables.load(path, image, caption, split, limit, stream)
         self._complete = False
         self._sorting = Sorting(self.sizes)
 
@@ -181,14 +101,12 @@ class Images(Captions):
         return len(self._rows)
 
     def prompts(self, index: Sequence[int]) -> list[str]:
-        """The captions of the rows `index`. Raises ValueError for a row without one."""
-        texts = []
-        for row, value in zip(index, self._rows.captions(index), strict=True):
-            try:
-                texts.append(caption_text(value))
-            except ValueError as error:
-                raise ValueError(f"{self._where(row)}: {self._caption} is {error}; correct or remove the row") from error
-        return texts
+        """The captions of the rows `index`, of several the first. Raises ValueError for a row without one."""
+        return [texts[0] for texts in self.texts(index)]
+
+    def texts(self, index: Sequence[int]) -> list[list[str]]:
+        """All captions of the rows `index`. Raises ValueError for a row without one."""
+        return _read_texts(index, self._rows.captions(index), self._where, self._caption)
 
     def pixels(self, index: Sequence[int]) -> Tensor:
         """The images of the rows `index`. Raises ValueError for one that cannot be read."""
@@ -198,16 +116,16 @@ class Images(Captions):
         """From the captions and from size and time of every picture file, or the fingerprint of the data set."""
         return digest([self._shape(), *self._rows.stamps()])
 
-    def _raw_batch(self, rows: list[int]) -> RawBatch:
+    def _raw_batch(self, rows: Visit) -> RawBatch:
         if self.on_error == "stop" and not self._complete:  # at once, not after hours of training
             gone = self._rows.missing()
             if gone:
                 row, file = gone[0]
                 raise ValueError(f"{self._where(row, file)}: no such file; {len(gone)} of {len(self)} pictures are missing")
             self._complete = True
-        prompts = self.prompts(rows)
+        prompts, counts = self._told(rows)
         pixels, sizes, enlarged = read_pictures(self._sources(rows), self._size(rows))
-        return RawBatch(pixels, prompts, torch.tensor(rows), enlarged, sizes=sizes)
+        return RawBatch(pixels, prompts, torch.tensor(rows), enlarged, sizes=sizes, counts=counts)
 
     def groups(self) -> list[Group]:
         """The rows by the size that their pictures get; those of several sizes are told apart by the heads of the files, once."""
@@ -267,24 +185,42 @@ class Prompts(Captions):
     """Captions without images: for data-free training (a prior without a forward share).
 
     Args:
-        path: a text file with one caption a line; empty lines are left out.
+        path: a text file with one caption a line, of which empty ones are left out; or a json, jsonl, csv or parquet file.
+        caption: the column of captions, where the file has columns; of several in a cell training takes one by chance at each visit.
     """
 
-    def __init__(self, path: str) -> None:
-        self._lines = [line for line in read_lines(path) if line]
+    def __init__(self, path: str, caption: str = "text") -> None:
+        file = place(path)
+        table = file.suffix.lower() in (*LISTS, ".parquet")
+        self._path, self._caption = path, caption
+        self._lines = Cells(read_column(file, caption) if table else (line for line in read_lines(path) if line))
         if not self._lines:
-            raise ValueError(f"the prompt file {path} has no line")
+            raise ValueError(f"the prompt file {path} has no {'row' if table else 'line'}")
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def prompts(self, index: Sequence[int]) -> list[str]:
-        """The captions in the lines `index` of the file."""
-        return [self._lines[i] for i in index]
+        """The captions in the lines `index` of the file, of several the first. Raises ValueError for a row without one."""
+        return [texts[0] for texts in self.texts(index)]
+
+    def texts(self, index: Sequence[int]) -> list[list[str]]:
+        """All captions of the rows `index`. Raises ValueError for a row without one."""
+        return _read_texts(index, [self._lines[i] for i in index], lambda row: f"{self._path}, row {row} (from 0)", self._caption)
 
     def stamp(self) -> str:
         """As `content`: the lines are in memory."""
         return self.content()
+
+
+def _read_texts(index: Iterable[int], cells: Sequence[Any], where: Callable[[int], str], column: str) -> list[list[str]]:
+    texts = []
+    for row, value in zip(index, cells, strict=True):
+        try:
+            texts.append(caption_texts(value))
+        except ValueError as error:
+            raise ValueError(f"{where(row)}: {column} is {error}; correct or remove the row") from error
+    return texts
 
 
 def builtin(name: str) -> Captions:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -33,12 +34,12 @@ def list_folder(folder: Path, images: Sequence[str], captions: Sequence[str], pi
     """The pictures of a folder and of those in it that have a caption, in a fixed order.
 
     Captions stand in a `metadata.jsonl`, `.csv` or `.parquet` at the top or in folders below, each about files named from its own folder
-    (or the same one below `pictures`), in the order of its rows; where there is none, in a `name.txt` beside each `name.jpg`, sorted.
-    Pictures without a caption are left out, and so is what is hidden (`.name`) unless a row names it. `images`, `captions`: names of the
-    columns, of which a row's first counts. Raises ValueError for what cannot be read or holds nothing; `hint` ends the message about a
-    missing column.
+    (or the same one below `pictures`), in the order of its rows; where there is none, in a `name.txt` beside each `name.jpg`, sorted, one
+    a line. Pictures without a caption are left out, and so is what is hidden (`.name`) unless a row names it. `images`, `captions`: names
+    of the columns, of which a row's first counts. Raises ValueError for what cannot be read or holds nothing; `hint` ends the message
+    about a missing column.
     """
-    places = list(_walk(folder))
+    places = list(walk(folder))
     rows: list[Row] = []
     listed = False
     for place, names in places:
@@ -74,11 +75,21 @@ def read_rows(file: Path, images: Sequence[str], captions: Sequence[str], base: 
     return rows
 
 
+def read_column(file: Path, column: str) -> Iterator[Any]:
+    """What stands in one column of a json, jsonl, csv or parquet file; None where a row leaves it out. Raises ValueError if all do."""
+    columns: dict[str, None] = {}
+    for _, cells in _parquet(file, column) if file.suffix.lower() == ".parquet" else _cells(file):
+        columns.update(dict.fromkeys(cells))
+        yield cells.get(column)
+    if column not in columns:
+        raise ValueError(f"{file} has no column {column}: it has {', '.join(columns) or 'none'}; name another with caption=")
+
+
 class Listing:
     """Picture files and their captions by row. `root`: the folder that they were listed from."""
 
     def __init__(self, rows: Sequence[Row], root: Path) -> None:
-        self._root, self._files, self._captions = root, _Cells(row.file for row in rows), _Cells(row.caption for row in rows)
+        self._root, self._files, self._captions = root, Cells(row.file for row in rows), Cells(row.caption for row in rows)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -104,18 +115,21 @@ class Listing:
             yield stat_of(file)
 
 
-class _Cells:
+class Cells:
     """A column in one string of bytes, and what is no text aside: a list of Python's strings, a million of them, would be copied into every
-    worker of a loader, for reading one counts its references and thereby writes to its page."""
+    worker of a loader, for reading one counts its references and thereby writes to its page. Lists of texts are kept as JSON."""
 
     def __init__(self, values: Iterable[Any]) -> None:
         parts: list[bytes] = []
+        several: list[bool] = []
         self._odd: dict[int, Any] = {}
         for i, value in enumerate(values):
-            if not isinstance(value, str):
+            several.append(isinstance(value, list) and all(isinstance(text, str) for text in value))
+            text = json.dumps(value) if several[-1] else value
+            if not isinstance(text, str):
                 self._odd[i] = value
-            parts.append(value.encode("utf-8", "surrogatepass") if isinstance(value, str) else b"")  # names of files may hold surrogates
-        self._ends, self._bytes = torch.tensor([0, *map(len, parts)]).cumsum(0), b"".join(parts)
+            parts.append(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else b"")  # names of files may hold surrogates
+        self._ends, self._bytes, self._several = torch.tensor([0, *map(len, parts)]).cumsum(0), b"".join(parts), torch.tensor(several)
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -124,8 +138,11 @@ class _Cells:
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, i: int) -> Any:
+        if i in self._odd:
+            return self._odd[i]
         start, end = self._ends[i : i + 2].tolist()
-        return self._odd[i] if i in self._odd else self._bytes[start:end].decode("utf-8", "surrogatepass")
+        text = self._bytes[start:end].decode("utf-8", "surrogatepass")
+        return json.loads(text) if self._several[i] else text
 
 
 def stat_of(file: Any) -> tuple[int, int] | None:
@@ -152,7 +169,7 @@ def _is_gone(file: Any) -> bool:
         return False
 
 
-def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+def walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     """Folders and the names of their files, sorted and without the hidden ones; links are followed, once."""
 
     def refuse(error: OSError) -> None:
@@ -178,11 +195,13 @@ def _sidecars(folder: Path, places: Iterable[tuple[Path, list[str]]]) -> list[Ro
     return sorted(rows, key=lambda row: Path(row.file).relative_to(folder).parts)
 
 
-def _text(file: Path) -> str | ValueError:
+def _text(file: Path) -> str | list[str] | ValueError:
+    """The caption in a text file, or those of its lines that are not empty where there are several."""
     try:
-        return read_text(file).strip()
+        lines = [line for line in read_lines(file) if line]
     except ValueError as error:
         return error
+    return lines if len(lines) > 1 else "".join(lines)
 
 
 def _joined(base: Path, name: Any) -> Any:
@@ -219,12 +238,14 @@ def _csv(file: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{file}, line {reader.reader.line_num}: no CSV: {reason(error)}") from error
 
 
-def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
+def _parquet(file: Path, column: str | None = None) -> Iterator[tuple[str, Any]]:
+    """The rows, or one column of them where there is one of that name: pictures beside it are not read then."""
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     try:
         with pq.ParquetFile(file) as parquet:
-            rows = (cells for batch in parquet.iter_batches() for cells in batch.to_pylist())
+            columns = [column] if column in parquet.schema_arrow.names else None
+            rows = (cells for batch in parquet.iter_batches(columns=columns) for cells in batch.to_pylist())
             for i, cells in enumerate(rows):
                 yield f"{file}, row {i} (from 0)", cells
     except (OSError, ValueError) as error:

@@ -40,6 +40,8 @@ def prepared(
     """`captions` after the frozen encoders: all at once in memory (`cache` true) or in a file (its name); else as they are."""
     if isinstance(cache, str):
         return cached(Path(cache), captions, backbone, truncate, workers, notices, processes)
+    if not cache and captions.stream:
+        raise ValueError("data.captions.stream reads in order and training in any: leave data.cache at true, or use ddil-cache first")
     if cache and not isinstance(captions, Encoded):
         return encode(captions, backbone, truncate, workers, notices, processes.first)
     return captions

@@ -14,17 +14,20 @@ class RawBatch(NamedTuple):
     """Captions and images before encoding, as a loader hands them over."""
 
     pixels: Tensor | None  # [B, 3, H, W] in [-1, 1]
-    prompts: list[str]
+    prompts: list[str]  # one a row, or `counts` of each
     rows: Tensor  # [B], the rows that were read
     enlarged: int = 0  # how many pictures are smaller than the size that was asked for
     skipped: tuple[str, ...] = ()  # why rows that were asked for are not here (`Captions.on_error`)
     sizes: Tensor | None = None  # [B, 6] original size, top and left of the crop, target size; None: as `pixels` are, and whole
+    counts: Tensor | None = None  # [B] how many of the prompts each row has, where all of them were asked for (`Visit.every`)
+    latent: Tensor | None = None  # [B, C, h, w] in the place of `pixels`, where the images are encoded and the captions are not
 
 
 def joined(batches: Sequence[RawBatch]) -> RawBatch:
     """Batches one after the other as one."""
     pixels = [b.pixels for b in batches if b.pixels is not None]
     sizes = [b.sizes for b in batches if b.sizes is not None]
+    counts = [b.counts for b in batches if b.counts is not None]
     return RawBatch(
         torch.cat(pixels) if pixels else None,
         [prompt for b in batches for prompt in b.prompts],
@@ -32,6 +35,7 @@ def joined(batches: Sequence[RawBatch]) -> RawBatch:
         sum(b.enlarged for b in batches),
         tuple(dict.fromkeys(why for b in batches for why in b.skipped)),
         torch.cat(sizes) if sizes else None,
+        torch.cat(counts) if counts else None,
     )
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
+from ddil_lightning.data.visits import Visit
+
 
 class CounterSampler(DistributedSampler):
     """Lists of rows by a counter: batch i is a slice of the permutation of (seed, epoch), so "batches done" is all there is to resume.
@@ -35,7 +37,7 @@ class CounterSampler(DistributedSampler):
     def __len__(self) -> int:
         return self.batches
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Visit]:
         epoch, start = divmod(self.done(), self.batches)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         orders = [group[torch.randperm(len(group), generator=generator)] for group in self.groups]
@@ -46,7 +48,7 @@ class CounterSampler(DistributedSampler):
         for group in turns[start:].tolist():
             first = (past[group] * self.world + self.rank) * self.batch
             past[group] += 1
-            yield orders[group][first : first + self.batch].tolist()
+            yield Visit(orders[group][first : first + self.batch].tolist(), self.seed, epoch)
 
     def set_epoch(self, epoch: int) -> None:
         """Nothing: the counter says the epoch."""

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ddil_lightning.data.folders import LISTS, Listing, list_folder, read_rows, stat_of
+from ddil_lightning.data.archives import Archives, expanded
+from ddil_lightning.data.folders import IMAGES, LISTS, METADATA, Listing, Row, list_folder, read_rows, stat_of, walk
+from ddil_lightning.data.streaming import Stream, open_stream
 from ddil_lightning.texts import place, reason
 
 HINT = "; name them with image= and caption="
 TABLES = {".parquet": "parquet", ".arrow": "arrow"}
+SHARDS = {".tar": "archives", ".parquet": "parquet"}
+"""What a data set in several files, in a folder or by a pattern, may be made of."""
+
+
+Rows = Any
+"""A Listing, a Table, Archives or a Stream: rows of pictures and captions."""
 
 
 class Table:
@@ -56,27 +65,80 @@ class Table:
         return os.path.join(self._folder, path) if data is None and path and "://" not in path else path
 
 
-def load(path: str, image: str, caption: str, split: str, limit: int | None) -> Listing | Table:
+def load(path: str, image: str, caption: str, split: str, limit: int | None, stream: bool = False) -> Rows:
     """The pictures and captions of `path` (captions.Images). Raises ValueError for what cannot be read or is not there."""
     file = place(path)
+    rows: Any = None
     try:
-        folder = file if file.is_dir() else file.parent
-        listed = file.suffix.lower() in LISTS if file.is_file() else file.is_dir() and not _is_saved(file)
-        if listed and split != "train":
+        kind, files = _kind(file, path)
+        if kind in ("list", "archives") and split != "train":
             raise ValueError(f"it has no split {split!r}, for a list of pictures is all train")
-        rows = None if listed else _load_dataset(file, path, split)
+        if stream and kind not in ("parquet", "hub"):
+            raise ValueError("stream is for parquet files and data sets of the Hub, and what this holds is read row by row as it is")
+        if kind == "parquet" and files != [file]:
+            files, split = _of_split(files, split), "train"  # to `datasets`, whatever is given is all train
+        if kind in ("parquet", "hub", "saved"):
+            rows = open_stream(path, files, split) if stream else _load_dataset(file, path, split, files)
+        elif kind == "archives":
+            rows = Archives(files, image, caption, limit)
     except (OSError, ValueError) as error:
         raise ValueError(f"the data set {path} could not be read: {reason(error)}") from error
-    found: Listing | Table
-    if not listed:
-        found = Table(rows, path, image, caption, folder, limit)
-    elif file.is_dir():
-        found = Listing(list_folder(file, ("file_name", f"{image}_file_name", image), (caption,), hint=HINT)[:limit], folder)
-    else:
-        found = Listing(read_rows(file, (image,), (caption,), folder, HINT)[:limit], folder)
-    if len(found) == 0:
+    folder = files[0].parent if files else file
+    if kind == "list":
+        rows = Listing(_listed(file, image, caption)[:limit], file if file.is_dir() else file.parent)
+    elif stream:
+        rows = Stream(rows, path, image, caption, folder, limit)
+    elif kind != "archives":
+        rows = Table(rows, path, image, caption, folder, limit)
+    if len(rows) == 0:
         raise ValueError(f"the data set {path} has no row")
-    return found
+    return rows
+
+
+def _kind(file: Path, path: str) -> tuple[str, list[Path]]:
+    """What lies at a path, and in which files. Raises ValueError for a pattern that matches none, and for a file of no known kind."""
+    if file.is_file():
+        suffix = file.suffix.lower()
+        kind = "list" if suffix in LISTS else "archives" if suffix == ".tar" else "parquet" if suffix in TABLES else ""
+        if not kind:
+            raise ValueError(f"it is no {', '.join([*TABLES, *LISTS, '.tar'])} file, no folder, and no data set of the Hub")
+        return kind, [file]
+    if file.is_dir():
+        return ("saved", []) if _is_saved(file) else _inside(file)
+    kind = next((kind for suffix, kind in SHARDS.items() if path.lower().endswith(suffix)), "")
+    if kind and any(c in path for c in "*?[{"):
+        return kind, expanded(path)
+    if file.is_absolute() or path.startswith((".", "~")):
+        raise ValueError("there is no such folder or file")
+    return "hub", []
+
+
+def _inside(folder: Path) -> tuple[str, list[Path]]:
+    """A folder's archives or parquet files, or that it is a list: it holds pictures, or says which. Tables beside archives are theirs."""
+    found: dict[str, list[Path]] = {kind: [] for kind in SHARDS.values()}
+    for inner, names in walk(folder):
+        for name in names:
+            suffix = Path(name).suffix.lower()
+            if suffix in IMAGES or name in METADATA:
+                return "list", []
+            if suffix in SHARDS:
+                found[SHARDS[suffix]].append(inner / name)
+    return next(((kind, sorted(files)) for kind, files in found.items() if files), ("list", []))
+
+
+def _of_split(files: Sequence[Path], split: str) -> list[Path]:
+    """Those of several files that are called after `split` (`train-00000-of-00002`, `train/0000`); where none is, all of them are train."""
+    called = {file: re.sub(r"-\d+-of-\d+$", "", file.stem) for file in files}
+    mine = [file for file in files if split in (called[file], file.parent.name)]
+    if not mine and split != "train":
+        raise ValueError(f"it has no split {split!r}: no file is called after it, as {split}-00000-of-00001.parquet is")
+    return mine or list(files)
+
+
+def _listed(file: Path, image: str, caption: str) -> list[Row]:
+    if file.is_dir():
+        return list_folder(file, ("file_name", f"{image}_file_name", image), (caption,), hint=HINT)
+    return read_rows(file, (image,), (caption,), file.parent, HINT)
 
 
 def fetch(url: str) -> bytes:
@@ -95,31 +157,26 @@ def _is_saved(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or all((folder / name).is_file() for name in ("dataset_info.json", "state.json"))
 
 
-def _load_dataset(file: Path, path: str, split: str) -> Any:
+def _load_dataset(file: Path, path: str, split: str, files: Sequence[Path]) -> Any:
     from datasets import Dataset, load_dataset, load_from_disk
     from datasets.exceptions import DatasetGenerationError
 
-    if file.is_dir():
+    if file.is_dir() and not files:
         loaded = load_from_disk(str(file))
         if isinstance(loaded, Dataset):
             return loaded
         if split not in loaded:
             raise ValueError(f"it has no split {split!r}, only {', '.join(loaded)}")
         return loaded[split]
-    if file.is_file() and file.suffix.lower() not in TABLES:
-        raise ValueError(f"it is no {', '.join([*TABLES, *LISTS])} file, no folder, and no data set of the Hub")
-    if not file.exists() and (file.is_absolute() or path.startswith((".", "~"))):
-        raise ValueError("there is no such folder or file")
     try:
-        if not file.exists():
+        if not files:
             return load_dataset(path, split=split)
-        return load_dataset(TABLES[file.suffix.lower()], data_files=glob.escape(str(file)), split=split)
+        names = [glob.escape(str(file)) for file in files]
+        return load_dataset(TABLES[files[0].suffix.lower()], data_files=names, split=split)
     except DatasetGenerationError as error:  # says no more than that there was another
         raise ValueError(reason(error.__cause__ or error)) from error
     except (OSError, ValueError) as error:
-        raise ValueError(
-            reason(error) if file.exists() else f"no such folder or file, and as a data set of the Hub: {reason(error)}"
-        ) from error
+        raise ValueError(reason(error) if files else f"no such folder or file, and as a data set of the Hub: {reason(error)}") from error
 
 
 def _undecoded(rows: Any, column: str, path: str) -> Any:

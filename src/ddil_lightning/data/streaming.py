@@ -1,0 +1,130 @@
+"""Data sets that are read in order and never kept: parquet files and data sets of the Hub that are larger than the disk."""
+
+from __future__ import annotations
+
+import glob
+import os
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ddil_lightning.data.folders import stat_of
+from ddil_lightning.texts import reason
+
+KEPT = 16
+"""Rows before the last batch that stay: one that cannot be read is asked for again, and so are those after it."""
+
+
+def open_stream(path: str, files: Sequence[Path], split: str) -> Any:
+    """The rows of local parquet files, or of the data set `path` of the Hub, and who knows about them. Raises ValueError for no such."""
+    from datasets import load_dataset_builder
+
+    try:
+        if files:
+            kind = {".arrow": "arrow"}.get(files[0].suffix.lower(), "parquet")
+            builder = load_dataset_builder(kind, data_files={split: [glob.escape(str(file)) for file in files]})
+        else:
+            builder = load_dataset_builder(path)
+        return builder.as_streaming_dataset(split=split), builder, split
+    except (OSError, ValueError) as error:
+        raise ValueError(reason(error) if files else f"no such folder or file, and as a data set of the Hub: {reason(error)}") from error
+
+
+class Stream:
+    """Two columns of a stream, for who asks for rows in order: it is read once then. Who goes back makes it begin again.
+
+    `opened`: what `open_stream` answers with. How many rows there are is what its card says, or its files; else it is read once to count.
+    """
+
+    def __init__(self, opened: Any, path: str, image: str, caption: str, folder: Path, limit: int | None) -> None:
+        self._rows, self._builder, self._split = opened
+        self._path, self._image, self._caption, self._folder = path, image, caption, folder
+        first = next(iter(self._rows), None)
+        missing = {image, caption} - set(first or (image, caption))
+        if missing:
+            raise ValueError(
+                f"the data set {path} has no column {' or '.join(sorted(missing))}: it has {', '.join(first or ())}; "
+                "name them with image= and caption="
+            )
+        self._rows = self._rows.select_columns([image, caption]).decode(False)
+        count = self._counted()
+        self._count = count if limit is None else min(count, limit)
+        self._begin(0)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a worker of a loader, which reads by itself."""
+        return {**vars(self), "_iterator": None, "_window": deque(), "_start": 0, "_next": 0}
+
+    def captions(self, index: Sequence[int]) -> list[Any]:
+        """What stands as a caption in the rows `index`."""
+        return [row[self._caption] for row in self._read(index)]
+
+    def pictures(self, index: Sequence[int]) -> list[tuple[bytes | None, Any]]:
+        """Bytes and file of the rows `index`; a file without bytes counts from the folder of the data set."""
+        found: list[tuple[bytes | None, Any]] = []
+        for row in self._read(index):
+            cell = row[self._image]
+            data, file = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+            if isinstance(data, str):
+                data, file = None, data
+            if data is None and isinstance(file, str) and "://" not in file:
+                file = os.path.join(self._folder, file)
+            found.append((data, file))
+        return found
+
+    def missing(self) -> list[tuple[int, str]]:
+        """Nothing: what is not there is found when it is read."""
+        return []
+
+    def stamps(self) -> Iterator[Any]:
+        """The files that are read, with their sizes and times where they are on this machine, and their revision where they are not."""
+        yield self._image, self._caption, self._split
+        for file in self._files():
+            yield os.path.basename(file) if os.path.exists(file) else file, stat_of(file)
+
+    def _files(self) -> list[str]:
+        files = self._builder.config.data_files or {}
+        return [str(file) for file in files.get(self._split, [])]
+
+    def _counted(self) -> int:
+        import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+        said = (self._builder.info.splits or {}).get(self._split)
+        if said is not None and said.num_examples:
+            return int(said.num_examples)
+        files = self._files()
+        if files and all(os.path.isfile(file) and file.endswith(".parquet") for file in files):
+            return sum(pq.read_metadata(file).num_rows for file in files)
+        return sum(1 for _ in self._rows)
+
+    def _begin(self, row: int) -> None:
+        # Not by its __iter__, which gives the workers of a loader a part of the files each.
+        self._iterator = (self._rows.skip(row) if row else self._rows).iter(batch_size=1)
+        self._reader = os.getpid()
+        weakref.finalize(self, self._iterator.close)  # one that is open when Python ends finds its libraries gone
+        self._window: deque[Any] = deque()
+        self._start = self._next = row
+
+    def _read(self, index: Sequence[int]) -> list[Any]:
+        """The rows `index`. Raises ValueError where the stream breaks off."""
+        low, high = min(index), max(index)
+        if self._iterator is None or low < self._start or self._reader != os.getpid():  # a fork would share the place in the file
+            self._begin(low)
+        while self._next <= high:
+            try:
+                self._window.append({column: cells[0] for column, cells in next(self._iterator).items()})
+            except StopIteration:
+                raise ValueError(f"the data set {self._path} ends before row {self._next} (from 0) of {self._count}") from None
+            except Exception as error:  # a connection's, a decoder's
+                self._iterator = None
+                raise ValueError(f"the data set {self._path} breaks off at row {self._next} (from 0): {reason(error)}") from error
+            self._next += 1
+            while len(self._window) > 1 and self._start < low - KEPT:
+                self._window.popleft()
+                self._start += 1
+        return [self._window[row - self._start] for row in index]

@@ -1,0 +1,35 @@
+"""Which rows a batch visits, and which of several captions of a row is taken: functions of seed, epoch and row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from ddil_lightning.streams import Streams
+
+T = TypeVar("T")
+
+
+class Visit(list[int]):
+    """Rows of a batch, as a sampler hands them to a data set: with the seed of the run and the number of the epoch.
+
+    Without an epoch, as for an ordinary list of rows, the first caption of a row counts: what a probe or a preview sees stays the same.
+    `every`: all captions of each row are asked for, by who encodes them once.
+    """
+
+    def __init__(self, rows: Iterable[int], seed: int = 0, epoch: int | None = None, every: bool = False) -> None:
+        super().__init__(int(row) for row in rows)
+        self.seed, self.epoch, self.every = seed, epoch, every
+
+    @classmethod
+    def of(cls, index: Sequence[int]) -> Visit:
+        """`index` as it is, or a list of rows without an epoch."""
+        return index if isinstance(index, Visit) else cls(index)
+
+    def at(self, rows: Iterable[int]) -> Visit:
+        """Other rows, asked for in the same way."""
+        return Visit(rows, self.seed, self.epoch, self.every)
+
+    def choice(self, row: int, n: int) -> int:
+        """Which of the `n` captions of a row is taken, the same whenever it is asked for: nothing to save, nothing to restore."""
+        return 0 if self.epoch is None or n < 2 else Streams(self.seed, self.epoch, rank=row).number("caption") % n

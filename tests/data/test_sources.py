@@ -1,0 +1,303 @@
+"""Where captioned images come from: archives, folders of parquet, streams, prompts in tables; and several captions of an image."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import re
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from ddil_lightning.data.captions import Captions, Images, Prompts
+from ddil_lightning.data.folders import Cells
+from ddil_lightning.data.sampler import CounterSampler
+from ddil_lightning.data.visits import Visit
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def png(level: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (level, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def levels(captions: Captions, rows: Any) -> list[int]:
+    """The red of pictures that were made by `png`, and of nothing else."""
+    pixels = captions[rows].pixels
+    assert pixels is not None
+    return ((pixels[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+
+
+def tar(file: Path, members: Mapping[str, bytes | str], mode: Any = "w") -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, mode) as archive:
+        for name, data in members.items():
+            data = data.encode() if isinstance(data, str) else data
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return file
+
+
+# Archives -------------------------------------------------------------------------------------------------------------------------
+
+
+def sample(i: int, text: str = "txt") -> dict[str, bytes | str]:
+    """A picture of red 10 i and its caption, as a member of its own or in a table."""
+    told = f"row {i}" if text == "txt" else json.dumps({"text": f"row {i}", "width": 8})
+    return {f"s/{i:04d}.png": png(10 * i), f"s/{i:04d}.{text}": told}
+
+
+def archives(folder: Path) -> Path:
+    """Six samples in two archives, the second with tables, beside what img2dataset also writes."""
+    tar(folder / "00000.tar", {k: v for i in range(3) for k, v in sample(i).items()})
+    tar(folder / "00001.tar", {k: v for i in range(3, 6) for k, v in sample(i, "json").items()})
+    (folder / "00000_stats.json").write_text("{}")
+    (folder / "00000.parquet").write_bytes(b"a table of addresses")
+    return folder
+
+
+@pytest.mark.parametrize("path", ["", "0000*.tar", "{00000..00001}.tar", "{00000,00001}.tar", "0000[01].tar"])
+def test_archives_are_read_in_any_order(path: str, tmp_path: Path) -> None:
+    images = Images(str(archives(tmp_path / "a") / path), size=8)
+    assert len(images) == 6 and images[[4, 0, 3]].prompts == ["row 4", "row 0", "row 3"] and levels(images, [4, 0, 3]) == [40, 0, 30]
+    loader = DataLoader(images, batch_size=None, sampler=[[5, 1], [2]], num_workers=1)  # type: ignore[arg-type]
+    assert [batch.prompts for batch in loader] == [["row 5", "row 1"], ["row 2"]]
+
+
+def test_one_archive_and_the_first_rows_of_several(tmp_path: Path) -> None:
+    folder = archives(tmp_path)
+    assert Images(str(folder / "00001.tar"), size=8).prompts([0, 2]) == ["row 3", "row 5"]
+    few = Images(str(folder), size=8, limit=4)
+    assert len(few) == 4 and few.prompts([3]) == ["row 3"]
+
+
+def test_members_of_a_sample_need_not_stand_together(tmp_path: Path) -> None:
+    """A caption of the table goes before one of the text file, a picture that is named before the first; what is hidden is no member."""
+    members: dict[str, bytes | str] = {"./a.b/1.JPG": png(10), "2.png": png(20), "._1.png": b"", "readme": "", "2.mask.png": png(1)}
+    members |= {"2.txt": "by text\n\n another \n", "2.json": json.dumps({"caption": ["by table", "two"]}), "./a.b/1.txt": "\ufeffone"}
+    file = tar(tmp_path / "x.tar", members)
+    assert Images(str(file), size=8).texts([0, 1]) == [["one"], ["by text", "another"]]
+    named = Images(str(file), size=8, caption="caption", image="mask.png")
+    assert named.texts([0, 1]) == [["one"], ["by table", "two"]] and levels(named, [0, 1]) == [10, 1]
+
+
+def test_what_is_wrong_in_an_archive_is_named_and_skipped(tmp_path: Path) -> None:
+    members: dict[str, bytes | str] = {"0.png": png(0), "1.txt": "no picture", "2.png": b"<html>", "2.txt": "broken", "3.png": png(30)}
+    members |= {"3.json": "{", "4.png": png(40), "4.txt": b"\xff", **sample(5)}
+    file = tar(tmp_path / "x.tar", members)
+    images = Images(str(file), size=8)
+    faults = {
+        0: f"the data set {file}, row 0 (from 0): text is None and no caption",
+        1: f"the data set {file}, row 1 (from 0): image is None and no file name",
+        2: f"the data set {file}, row 2 (from 0), x.tar:2.png: not a readable image (it begins with",
+        3: f"the data set {file}, row 3 (from 0): text is {file}:3.png, its .json: no JSON",
+        4: f"the data set {file}, row 4 (from 0): text is {file}:4.png, its .txt: byte 0xff is not UTF-8",
+    }
+    for row, said in faults.items():
+        with pytest.raises(ValueError, match="^" + re.escape(said)):
+            images[[5, row]]
+    images.on_error = "skip"
+    batch = images[range(6)]
+    assert batch.rows.tolist() == [5] * 6 and len(batch.skipped) == 5
+
+
+def test_what_is_no_archive_is_one_line(tmp_path: Path) -> None:
+    cut = tar(tmp_path / "cut.tar", {"0.png": png(0), "0.txt": "a" * 5000})
+    cut.write_bytes(cut.read_bytes()[:2000])
+    (tmp_path / "no.tar").write_text("no archive" * 100)
+    tar(tmp_path / "packed.tar", sample(0), "w:gz")
+    tar(tmp_path / "twice.tar", {"0.png": png(0), "0.PNG": png(1)})
+    for name, why in (
+        ("cut.tar", "cannot be read as a tar file: unexpected end of data; archives are read uncompressed and whole"),
+        ("no.tar", "cannot be read as a tar file: "),
+        ("packed.tar", "cannot be read as a tar file: "),
+        ("twice.tar", "cannot be read as a tar file: it holds 0.PNG twice"),
+        ("{1..2}.tar", f"could not be read: no file is called {tmp_path}/1.tar, which {tmp_path}/{{1..2}}.tar asks for"),
+        ("x*.tar", f"could not be read: no file is called {tmp_path}/x*.tar"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(why)) as error:
+            Images(str(tmp_path / name))
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="has no row"):
+        Images(str(tar(tmp_path / "empty.tar", {"0.npy": b"1"})))
+    with pytest.raises(ValueError, match="it has no split 'test'"):
+        Images(str(tmp_path / "empty.tar"), split="test")
+
+
+def test_the_stamp_of_archives_follows_them_and_what_is_read(tmp_path: Path) -> None:
+    folder = archives(tmp_path)
+    before = Images(str(folder)).stamp()
+    assert Images(str(folder / "*.tar")).stamp() == before != Images(str(folder), caption="other").stamp()
+    whole = Images(str(folder)).content()
+    tar(folder / "00000.tar", {k: v for i in (0, 1, 7) for k, v in sample(i).items()})
+    os.utime(folder / "00000.tar", (9, 9))
+    assert Images(str(folder)).stamp() != before and Images(str(folder)).content() != whole
+
+
+# Parquet and streams ----------------------------------------------------------------------------------------------------------------
+
+
+def parquet(folder: Path, parts: int = 2, rows: int = 10, **more: Any) -> Path:
+    """Rows of red 10 i in several files, each with two captions."""
+    from datasets import Dataset
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for k in range(parts):
+        mine = range(k * rows // parts, (k + 1) * rows // parts)
+        cells = [{"image": png(10 * i), "text": [f"row {i}", f"again {i}"]} | {key: f(i) for key, f in more.items()} for i in mine]
+        Dataset.from_list(cells).to_parquet(str(folder / f"train-{k:05d}-of-{parts:05d}.parquet"))
+    return folder
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["", "train-*.parquet", "train-0000{0,1}-of-00002.parquet"])
+def test_parquet_files_are_one_data_set(path: str, stream: bool, tmp_path: Path) -> None:
+    parquet(tmp_path / "set" / "data")
+    (tmp_path / "set" / "README.md").write_text("as it is cloned")
+    images = Images(str(tmp_path / "set" / ("data/" + path if path else "")), size=8, stream=stream)
+    assert len(images) == 10 and levels(images, [3, 4, 5]) == [30, 40, 50] and images.texts([9]) == [["row 9", "again 9"]]
+    assert len(Images(str(tmp_path / "set"), size=8, limit=7, stream=stream)) == 7
+
+
+def test_parquet_files_of_a_split_are_those_that_are_called_so(tmp_path: Path) -> None:
+    parquet(tmp_path)
+    (tmp_path / "train-00001-of-00002.parquet").rename(tmp_path / "test-00000-of-00001.parquet")
+    assert Images(str(tmp_path), size=8).prompts([0]) == ["row 0"] and len(Images(str(tmp_path), size=8)) == 5
+    assert Images(str(tmp_path), size=8, split="test").prompts([0]) == ["row 5"]
+    with pytest.raises(ValueError, match="it has no split 'other': no file is called after it"):
+        Images(str(tmp_path), split="other")
+
+
+def test_a_stream_is_read_once_in_order_and_again_for_who_goes_back(tmp_path: Path) -> None:
+    images = Images(str(parquet(tmp_path, rows=60)), size=8, stream=True)
+    begun: list[int] = []
+    begin = images._rows._begin
+    images._rows._begin = lambda row: (begun.append(row), begin(row))
+    for rows in (range(0, 25), range(25, 50)):
+        assert images[rows].prompts == [f"row {i}" for i in rows]
+    assert begun == [] and images[[50, 12]].prompts == ["row 50", "row 12"] and begun == []  # 12 is among those that are kept
+    assert images[[3]].prompts == ["row 3"] and begun == [3] and images[[59, 4]].prompts == ["row 59", "row 4"] and begun == [3]
+    del images._rows._begin
+    assert pickle.loads(pickle.dumps(images))[[2]].prompts == ["row 2"]
+    parts = [[2, 3], [0, 1], [58, 59]]
+    for workers in (1, 2):
+        loader = DataLoader(images, batch_size=None, sampler=parts, num_workers=workers)  # type: ignore[arg-type]
+        assert [batch.rows.tolist() for batch in loader] == parts
+
+
+def test_a_stream_skips_what_cannot_be_read_and_names_what_is_not_there(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), (7, 0, 0)).save(tmp_path / "7.png")
+    from datasets import Dataset
+
+    cells = [{"image": name, "text": text} for name, text in (("7.png", "a"), ("gone.png", "b"), ("7.png", None), ("7.png", "d"))]
+    Dataset.from_list(cells).to_parquet(str(tmp_path / "set.parquet"))
+    images = Images(str(tmp_path / "set.parquet"), size=8, stream=True)
+    with pytest.raises(ValueError, match=re.escape(f"row 1 (from 0), {tmp_path}/gone.png: not a readable image")):
+        images[[0, 1]]
+    images.on_error = "skip"
+    assert images[range(4)].rows.tolist() == [0, 3, 3, 3] and levels(images, [0]) == [7]
+    with pytest.raises(ValueError, match=r"has no column caption: it has image, text; name them with image= and caption="):
+        Images(str(tmp_path / "set.parquet"), caption="caption", stream=True)
+    with pytest.raises(ValueError, match="could not be read: stream is for parquet files and data sets of the Hub"):
+        Images(str(tmp_path), stream=True)
+    with pytest.raises(ValueError, match="could not be read: no such folder or file, and as a data set of the Hub: "):
+        Images("owner/there-is-no-such-set", stream=True)
+
+
+# Prompts ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_prompts_stand_in_a_column(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / f"p.{kind}"
+    if kind == "parquet":
+        parquet(tmp_path, parts=1, rows=2, prompt=lambda i: f"a {i}").joinpath("train-00000-of-00001.parquet").rename(file)
+    else:
+        rows = [{"prompt": "a 0", "n": 1}, {"prompt": "a 1", "n": 2}]
+        lines = [json.dumps(rows)] if kind == "json" else [json.dumps(row) for row in rows]
+        file.write_text("prompt,n\na 0,1\na 1,2\n" if kind == "csv" else "\n".join(lines))
+    prompts = Prompts(str(file), caption="prompt")
+    assert len(prompts) == 2 and prompts[[1, 0]].prompts == ["a 1", "a 0"] and prompts[[0]].pixels is None
+    assert prompts.stamp() == Prompts(str(file), caption="prompt").stamp()
+    with pytest.raises(ValueError, match=rf"^{file} has no column words: it has .*prompt.*; name another with caption="):
+        Prompts(str(file), caption="words")
+
+
+def test_a_prompt_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"text": "a"}\n{"text": null}\n{"text": ["b", "c"]}\n{"other": 1}')
+    prompts = Prompts(str(tmp_path / "p.jsonl"))
+    assert prompts.texts([0, 2]) == [["a"], ["b", "c"]]
+    for row in (1, 3):
+        with pytest.raises(ValueError, match=re.escape(f"p.jsonl, row {row} (from 0): text is None and no caption")):
+            prompts[[row]]
+    prompts.on_error = "skip"
+    assert prompts[[1, 3]].rows.tolist() == [2, 0]
+
+
+# Several captions -------------------------------------------------------------------------------------------------------------------
+
+
+class Several(Captions):
+    """Six rows of which row i has i + 1 captions."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def prompts(self, index: Any) -> list[str]:
+        return [texts[0] for texts in self.texts(index)]
+
+    def texts(self, index: Any) -> list[list[str]]:
+        return [[f"{i}.{k}" for k in range(i + 1)] for i in index]
+
+
+def test_every_caption_is_drawn_as_often_and_by_nothing_but_seed_epoch_and_row() -> None:
+    rows, seen = Several(), []
+    for epoch in range(600):
+        torch.manual_seed(epoch)  # the global generator plays no part
+        seen.append(rows[Visit([5, 2, 0], 3, epoch)].prompts)
+        assert rows[Visit([2, 0], 3, epoch)].prompts == seen[-1][1:]  # whatever else is in the batch
+    counts = [[sum(told[place] == f"{row}.{k}" for told in seen) for k in range(row + 1)] for place, row in enumerate((5, 2, 0))]
+    assert min(counts[0]) > 70 and max(counts[0]) < 130 and min(counts[1]) > 160 and counts[2] == [600]
+    assert [rows[Visit([5], 4, epoch)].prompts for epoch in range(600)] != [told[:1] for told in seen]
+    assert rows[[5, 2]].prompts == ["5.0", "2.0"]  # without an epoch the first, for probes
+
+
+def test_a_sampler_says_the_epoch_and_a_resumed_one_the_same() -> None:
+    done = [0]
+    sampler = CounterSampler(6, 2, 11, 1, 0, lambda: done[0])
+    rows, straight = Several(), []
+    for epoch in range(4):
+        done[0] = 3 * epoch
+        straight += [rows[batch].prompts for batch in sampler]
+    done[0] = 7  # in the midst of the third epoch
+    assert [rows[batch].prompts for batch in sampler] == straight[7:9]
+    assert [batch.prompts for batch in DataLoader(rows, batch_size=None, sampler=sampler, num_workers=1)] == straight[7:9]
+    assert len({text for batch in straight for text in batch if text[0] == "5"}) > 1
+
+
+def test_lines_of_a_text_file_are_captions(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("one\r\n\n two \nthree\n")
+    images = Images(str(tmp_path), size=8)
+    assert images.texts([0]) == [["one", "two", "three"]] and images[[0]].prompts == ["one"]
+    assert {images[Visit([0], 0, epoch)].prompts[0] for epoch in range(40)} == {"one", "two", "three"}
+
+
+def test_cells_come_back_as_they_were() -> None:
+    values = ["a", ["b", "c\udc80"], None, [], "", ["d"], [1, "e"], 5, '["f"]']
+    cells = pickle.loads(pickle.dumps(Cells(values)))
+    assert list(cells) == values and [cells[i] for i in (1, 8)] == [["b", "c\udc80"], '["f"]']
