@@ -103,7 +103,7 @@ def _write(
 
     def share(temporary: Path) -> None:
         columns = _mapped(temporary)
-        for group, done, batch in encoded_batches(captions, mine, backbone, truncate, workers, notices, processes.first):
+        for group, done, batch, _ in encoded_batches(captions, mine, backbone, truncate, workers, notices, processes.first):
             first = starts[group] + done
             for name, value in columns_of(batch).items():
                 if value.is_floating_point() and not bool(value.isfinite().all()):

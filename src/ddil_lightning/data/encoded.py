@@ -16,6 +16,7 @@ from ddil_lightning.backbones.interface import Backbone
 from ddil_lightning.backbones.sizes import whole
 from ddil_lightning.data.buckets import Group
 from ddil_lightning.data.captions import Captions, RawBatch
+from ddil_lightning.data.visits import Visit, Wording
 from ddil_lightning.messages import counted
 from ddil_lightning.records import CaptionBatch, Context, cat, take, to
 from ddil_lightning.texts import by
@@ -29,8 +30,15 @@ class Table(NamedTuple):
     """The columns of the rows of one shape: place i holds row `rows[i]` of the data set."""
 
     latents: Tensor | None  # [n, C, h, w], None without images
-    c: Context  # [n]
+    c: Context  # [n], or as many as `wording` says
     rows: Tensor  # [n] ascending
+    wording: Wording | None = None  # which captions of `c` are those of a place; None: the one of its number
+    ids: Tensor | None = None  # [n, 6] `c.ids`, where images have captions of `c` in common
+
+    def context(self, places: Tensor, visit: Visit) -> Context:
+        """[B] what stands at `places`, which hold the rows of `visit`."""
+        c = take(self.c, places if self.wording is None else self.wording.chosen(places, visit))
+        return c if self.ids is None else c._replace(ids=self.ids[places].float())
 
 
 class Encoded(Captions):
@@ -80,10 +88,11 @@ class Encoded(Captions):
         return sum(len(table.rows) for table in self.tables)
 
     def __getitem__(self, index: Sequence[int]) -> CaptionBatch:  # type: ignore[override]
-        rows = torch.as_tensor(index)
+        visit = Visit.of(index)
+        rows = torch.tensor(visit, dtype=torch.int64)
         table, places = self._find(rows)
         latents = None if table.latents is None else table.latents[places]
-        return to(CaptionBatch(latents, take(table.c, places), rows), torch.float32)
+        return to(CaptionBatch(latents, table.context(places, visit), rows), torch.float32)
 
     def _find(self, rows: Tensor) -> tuple[Table, Tensor]:
         """The table of `rows` and their places in it. Raises ValueError for rows of several tables."""
@@ -157,10 +166,13 @@ class Notices:
 
 def encode_batch(raw: RawBatch, backbone: Backbone, truncate: bool = False) -> CaptionBatch:
     """One raw batch on the backbone's device."""
-    latent = None if raw.pixels is None else backbone.encode_images(raw.pixels)
+    latent = None if raw.latent is None else raw.latent.to(backbone.device, torch.float32)
+    latent = latent if raw.pixels is None else backbone.encode_images(raw.pixels)
     sizes = raw.sizes
     if sizes is None and raw.pixels is not None and raw.pixels.ndim == 4:  # the toy's are points
-        sizes = whole((raw.pixels.shape[2], raw.pixels.shape[3]), len(raw.prompts))
+        sizes = whole((raw.pixels.shape[2], raw.pixels.shape[3]), len(raw.rows))
+    if sizes is not None and raw.counts is not None:
+        sizes = sizes.repeat_interleave(raw.counts, 0)
     return CaptionBatch(latent, backbone.encode_text(raw.prompts, truncate, sizes=sizes), raw.rows.to(backbone.device))
 
 
@@ -170,30 +182,42 @@ def encode(
 ) -> Encoded:
     """Every caption and image through the frozen encoders once: an image's VAE costs more than a training step's U-Net forward."""
     groups = [group.rows.tolist() for group in captions.groups()]
-    made: list[list[CaptionBatch]] = [[] for _ in groups]
-    for i, _, batch in encoded_batches(captions, groups, backbone, truncate, workers, notices or Notices(), show):
-        made[i].append(batch)
+    made: list[list[tuple[CaptionBatch, Tensor | None]]] = [[] for _ in groups]
+    for i, _, batch, counts in encoded_batches(captions, groups, backbone, truncate, workers, notices or Notices(), show, every=True):
+        made[i].append((batch, counts))
     tables = []
     for rows, batches in zip(groups, made, strict=True):
-        latents = [batch.latent for batch in batches if batch.latent is not None]
-        tables.append(Table(torch.cat(latents) if latents else None, cat([batch.c for batch in batches]), torch.tensor(rows)))
+        latents = [batch.latent for batch, _ in batches if batch.latent is not None]
+        several = torch.cat([torch.ones(len(batch.rows)).long() if counts is None else counts for batch, counts in batches])
+        wording = Wording.of(several) if bool((several != 1).any()) else None
+        c = cat([batch.c for batch, _ in batches])
+        tables.append(Table(torch.cat(latents) if latents else None, c, torch.tensor(rows), wording))
     return Encoded.of(tables)
 
 
 def encoded_batches(
-    captions: Captions, groups: Sequence[Sequence[int]], backbone: Backbone, truncate: bool, workers: int, notices: Notices, show: bool
-) -> Iterator[tuple[int, int, CaptionBatch]]:
-    """Batches of the groups in order, on the CPU: which group, how many of its rows are done before, the rows.
+    captions: Captions,
+    groups: Sequence[Sequence[int]],
+    backbone: Backbone,
+    truncate: bool,
+    workers: int,
+    notices: Notices,
+    show: bool,
+    every: bool = False,
+) -> Iterator[tuple[int, int, CaptionBatch, Tensor | None]]:
+    """Batches of the groups in order, on the CPU: which group, how many of its rows are done before, the rows; and with `every`, for which
+    the context is that of all captions of the rows, how many each has.
 
     Pictures are loaded by as many workers, a bounded number of pixels at a time.
     """
-    parts: list[tuple[int, int, list[int]]] = []
+    parts: list[tuple[int, int, Visit]] = []
     for group, rows in enumerate(groups):
         pixels = captions[rows[:1]].pixels if rows else None
         chunk = CHUNK if pixels is None else max(1, min(CHUNK, LOADED // math.prod(pixels.shape[2:])))
-        parts += [(group, i, list(rows[i : i + chunk])) for i in range(0, len(rows), chunk)]
+        parts += [(group, i, Visit(rows[i : i + chunk], every=every)) for i in range(0, len(rows), chunk)]
     loader = DataLoader(captions, batch_size=None, sampler=[rows for *_, rows in parts], num_workers=workers)  # type: ignore[arg-type]
     for (group, done, _), raw in zip(parts, counted(loader, len(parts), "encoding the data", show), strict=True):
         notices.hear(raw, len(captions))
         batch = encode_batch(raw, backbone, truncate)
-        yield group, done, CaptionBatch(None if batch.latent is None else batch.latent.cpu(), to(batch.c, "cpu"), batch.rows.cpu())
+        latent = None if batch.latent is None else batch.latent.cpu()
+        yield group, done, CaptionBatch(latent, to(batch.c, "cpu"), batch.rows.cpu()), raw.counts

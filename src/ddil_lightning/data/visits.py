@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from ddil_lightning.streams import Streams
-
-T = TypeVar("T")
 
 
 class Visit(list[int]):
@@ -33,3 +34,22 @@ class Visit(list[int]):
     def choice(self, row: int, n: int) -> int:
         """Which of the `n` captions of a row is taken, the same whenever it is asked for: nothing to save, nothing to restore."""
         return 0 if self.epoch is None or n < 2 else Streams(self.seed, self.epoch, rank=row).number("caption") % n
+
+
+class Wording(NamedTuple):
+    """Which rows of a table of captions are those of the places of a table of images."""
+
+    starts: Tensor  # [n] the first caption of each place
+    counts: Tensor  # [n] how many it has
+    which: Tensor | None = None  # [T] the row of the table that a caption is; None: each its own
+
+    @classmethod
+    def of(cls, counts: Tensor, which: Tensor | None = None, begin: int = 0) -> Wording:
+        """Of places with so many captions each, one place's after the other's."""
+        return cls(counts.cumsum(0) - counts + begin, counts, which)
+
+    def chosen(self, places: Tensor, visit: Visit) -> Tensor:
+        """[B] the row of the caption that each of `places`, which holds the row of a visit, is visited with."""
+        counts = self.counts[places].tolist()
+        at = self.starts[places] + torch.tensor([visit.choice(row, n) for row, n in zip(visit, counts, strict=True)], dtype=torch.int64)
+        return at if self.which is None else self.which[at].long()
