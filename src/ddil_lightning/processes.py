@@ -59,6 +59,16 @@ class Processes:
             raise failure or Elsewhere("another process has failed")
         return result
 
+    def gathered(self, mine: T) -> list[T]:
+        """What every process gives, in their order, in all of them."""
+        every: list[Any] = [mine]
+        if self._strategy is not None:
+            from torch import distributed
+
+            every = every * self.world
+            distributed.all_gather_object(every, mine)
+        return every
+
     def wait(self) -> None:
         """Wait until every process of the run has come here."""
         if self._strategy is not None:

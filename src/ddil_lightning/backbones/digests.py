@@ -1,4 +1,4 @@
-"""What tells one pipeline's encoders from another's, so that a cache of latents and text states is used for those that made it."""
+"""Digests of the parts of a pipeline that make latents and text states, so that what they have made is known as theirs."""
 
 from __future__ import annotations
 
@@ -10,16 +10,28 @@ import torch
 from torch import nn
 
 
-def digest(pipe: Any, network: str) -> str:
-    """A digest of a pipeline's weights besides those of its component `network`, of its latents' scale and its vocabulary."""
-    made = hashlib.sha256()
+def fingerprints(pipe: Any, network: str) -> dict[str, str]:
+    """A digest of every encoder and vocabulary of a diffusers pipeline by its name; `network` is the component that denoises.
+
+    Weights count in the precision that they have, the autoencoder with the scale of its latents.
+    """
+    found = {}
     for name, part in sorted(pipe.components.items()):
+        digest = hashlib.sha256()
         if isinstance(part, nn.Module) and name != network:
             for key, value in sorted(part.state_dict().items()):
                 data = value.detach().cpu().flatten().contiguous().view(torch.uint8)
-                made.update(f"{name}.{key} {value.dtype} {tuple(value.shape)}".encode() + memoryview(data.numpy()))
+                digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode() + memoryview(data.numpy()))
         elif hasattr(part, "get_vocab"):
-            made.update(json.dumps([name, part.model_max_length, sorted(part.get_vocab().items())]).encode())
-    config = pipe.vae.config
-    made.update(f"{config.scaling_factor} {config.get('shift_factor')}".encode())
-    return made.hexdigest()
+            digest.update(json.dumps([part.model_max_length, sorted(part.get_vocab().items())]).encode())
+        else:
+            continue
+        if name == "vae":
+            digest.update(f"{part.config.scaling_factor} {part.config.get('shift_factor')}".encode())
+        found[name] = digest.hexdigest()
+    return found
+
+
+def digest(pipe: Any, network: str) -> str:
+    """One digest of all `fingerprints`."""
+    return hashlib.sha256(json.dumps(fingerprints(pipe, network), sort_keys=True).encode()).hexdigest()

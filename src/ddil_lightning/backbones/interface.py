@@ -193,6 +193,10 @@ class Backbone(ABC):
     def encoders(self) -> str:
         """A digest of everything that makes latents and text states: a cache is good for one of these alone."""
 
+    def fingerprints(self) -> dict[str, str]:
+        """`encoders` by part, so that who has used some of them alone depends on no other: `vae` makes the latents, all others the text."""
+        return {"encoders": self.encoders()}
+
     @abstractmethod
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Scaled latents [B, C, h, w] of images [B, 3, H, W] in [-1, 1]."""

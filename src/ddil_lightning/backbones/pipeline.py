@@ -18,7 +18,7 @@ from ddil_lightning import plugins
 from ddil_lightning.backbones import architectures, autoencoder, loading, schedulers
 from ddil_lightning.backbones.adapters import Adapter, adapt, graft, merged, sharing
 from ddil_lightning.backbones.architectures import Architecture
-from ddil_lightning.backbones.digests import digest
+from ddil_lightning.backbones.digests import digest, fingerprints
 from ddil_lightning.backbones.family import Family
 from ddil_lightning.backbones.loading import check_weights, empty_network, load_pipeline, recommended, settled
 from ddil_lightning.backbones.repositories import DENOISERS
@@ -276,6 +276,10 @@ class Pipeline(Sized):
         """A digest of everything that makes latents and text states: weights of the encoders, the latents' scale, the vocabulary."""
         found = digest(self.pipe, self._network.component)
         return f"{found} at {by(self.size)}" if self.resized else found  # SDXL is told the size with every caption that has no image
+
+    def fingerprints(self) -> dict[str, str]:
+        """A digest of each encoder and vocabulary by its name."""
+        return fingerprints(self.pipe, self._network.component)
 
     def check_length(self, prompts: Sequence[str]) -> None:
         """Raises ValueError, naming the first prompt that the tokenizer would cut or does not take."""

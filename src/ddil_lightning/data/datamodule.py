@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 from ddil_lightning.bounds import at_least, seeds, within
 from ddil_lightning.data.captions import Captions, Prompts, RawBatch
 from ddil_lightning.data.encoded import Encoded, Notices, encode_batch
-from ddil_lightning.data.preparation import check_latents, check_sizes, latent_box, own_captions, prepared, sort_by_size
+from ddil_lightning.data.preparation import check_latents, latent_box, prepared
 from ddil_lightning.data.sampler import CounterSampler
+from ddil_lightning.data.stored import Stored
 from ddil_lightning.diffusion.denoiser import evaluating
 from ddil_lightning.feed import Feed
 from ddil_lightning.imitation.buffer import ReplayBuffer
@@ -40,7 +41,8 @@ class DDILDataModule(LightningDataModule, Feed):
         batch_size: samples per process and micro-batch.
         rollouts: when roll-outs are made, and how a batch is mixed with them.
         buffer: what is kept of them.
-        cache: encode everything once (`true`), keep it in a file in half precision (a path), or encode on the fly (`false`).
+        cache: encode everything once (`true`), keep it in a file in half precision (a path), or encode on the fly (`false`);
+            or read what ddil-cache has encoded into a folder (its path), which needs no `captions` besides.
         truncate: cut prompts that are too long, instead of refusing them.
         workers: processes that read captions and pictures.
         seed: of everything random here; a run gives its own.
@@ -120,14 +122,10 @@ class DDILDataModule(LightningDataModule, Feed):
             # Lightning moves the method only after this hook, and no data set should be encoded on a CPU beside an idle GPU.
             backbone.to(self.trainer.strategy.root_device)
         given = backbone.captions if self.captions is None else self.captions
-        given = own_captions(backbone) if given is None else given
-        given.on_error = self.on_error
-        if not isinstance(given, Encoded):
+        options = (self.cache, self.truncate, self.workers, self.on_error)
+        given, self.captions = prepared(given, backbone, *options, self.notices, Processes(self.trainer))
+        if not isinstance(given, Encoded) or isinstance(given, Stored):
             self._examples = given.some(16)
-        processes = Processes(self.trainer)
-        check_sizes(given, backbone)
-        sort_by_size(given, processes)
-        self.captions = prepared(given, backbone, self.cache, self.truncate, self.workers, self.notices, processes)
         self.encodes = not isinstance(self.captions, Encoded)
         no_images = self.captions.latents is None if isinstance(self.captions, Encoded) else isinstance(self.captions, Prompts)
         if self.prior.forward > 0 and no_images and self.needs_images(self.learner):

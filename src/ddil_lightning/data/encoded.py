@@ -195,6 +195,12 @@ def encode(
     return Encoded.of(tables)
 
 
+def chunk_rows(captions: Captions, rows: Sequence[int]) -> int:
+    """How many of `rows`, whose pictures are of one shape, are encoded at a time."""
+    pixels = captions[rows[:1]].pixels if rows else None
+    return CHUNK if pixels is None else max(1, min(CHUNK, LOADED // math.prod(pixels.shape[2:])))
+
+
 def encoded_batches(
     captions: Captions,
     groups: Sequence[Sequence[int]],
@@ -212,8 +218,7 @@ def encoded_batches(
     """
     parts: list[tuple[int, int, Visit]] = []
     for group, rows in enumerate(groups):
-        pixels = captions[rows[:1]].pixels if rows else None
-        chunk = CHUNK if pixels is None else max(1, min(CHUNK, LOADED // math.prod(pixels.shape[2:])))
+        chunk = chunk_rows(captions, rows)
         parts += [(group, i, Visit(rows[i : i + chunk], every=every)) for i in range(0, len(rows), chunk)]
     loader = DataLoader(captions, batch_size=None, sampler=[rows for *_, rows in parts], num_workers=workers)  # type: ignore[arg-type]
     for (group, done, _), raw in zip(parts, counted(loader, len(parts), "encoding the data", show), strict=True):

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from ddil_lightning.data.cachefile import cached
 from ddil_lightning.data.captions import Captions, builtin
 from ddil_lightning.data.encoded import Encoded, Notices, encode
+from ddil_lightning.data.stored import Stored, stored
 from ddil_lightning.diffusion.reflection import estimate_box
 from ddil_lightning.messages import counted
 from ddil_lightning.processes import Processes
@@ -35,16 +36,40 @@ def own_captions(backbone: Any) -> Captions:
 
 
 def prepared(
-    captions: Captions, backbone: Any, cache: bool | str, truncate: bool, workers: int, notices: Notices, processes: Processes
-) -> Captions:
-    """`captions` after the frozen encoders: all at once in memory (`cache` true) or in a file (its name); else as they are."""
+    captions: Captions | None,
+    backbone: Any,
+    cache: bool | str,
+    truncate: bool,
+    workers: int,
+    on_error: Literal["stop", "skip"],
+    notices: Notices,
+    processes: Processes,
+) -> tuple[Captions, Captions]:
+    """A data set, the pipeline's own where there is none, and its rows after the frozen encoders.
+
+    All at once in memory (`cache` true), in a file that is written once (its name), or from a folder that ddil-cache has made, which needs
+    no data set besides; else the rows are the data set itself.
+    """
+    folder: Stored | None = None
+    if isinstance(cache, str) and Path(cache).is_dir():
+        folder = processes.by_all(lambda: stored(Path(cache), captions, backbone, truncate, on_error == "skip"))
+        if processes.first:
+            notices.recall(Path(cache), folder.manifest["skipped"]["count"])
+    if captions is None:
+        captions = own_captions(backbone) if folder is None else folder
+    captions.on_error = on_error
+    check_sizes(captions, backbone)
+    if folder is not None:
+        return captions, folder
+    if len(captions.sizes or ()) > 1:
+        captions.group_by(processes.by_first(captions.groups))
     if isinstance(cache, str):
-        return cached(Path(cache), captions, backbone, truncate, workers, notices, processes)
+        return captions, cached(Path(cache), captions, backbone, truncate, workers, notices, processes)
     if not cache and captions.stream:
         raise ValueError("data.captions.stream reads in order and training in any: leave data.cache at true, or use ddil-cache first")
     if cache and not isinstance(captions, Encoded):
-        return encode(captions, backbone, truncate, workers, notices, processes.first)
-    return captions
+        return captions, encode(captions, backbone, truncate, workers, notices, processes.first)
+    return captions, captions
 
 
 def latent_box(captions: Any, backbone: Any, processes: Processes) -> tuple[list[float], list[float]] | None:

@@ -1,0 +1,250 @@
+"""A cache folder in the making: rows in files of their own, then the captions that they have in common, then the text states of these.
+
+Whatever a process has finished stays when it is killed; what was half written is gone. Every file is a function of its rows alone, so that
+it is the same whoever writes it, and when.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ddil_lightning.backbones.interface import Backbone
+from ddil_lightning.backbones.sizes import whole
+from ddil_lightning.bounds import within
+from ddil_lightning.data import manifest
+from ddil_lightning.data.base import Captions
+from ddil_lightning.data.encoded import CHUNK, Notices, chunk_rows
+from ddil_lightning.data.raw import RawBatch
+from ddil_lightning.data.shards import about_shard, checksum, packed, read_shard, unpacked, write_shard
+from ddil_lightning.data.visits import Visit
+from ddil_lightning.files import sweep
+from ddil_lightning.messages import counted
+from ddil_lightning.processes import Processes
+
+NAMED = 100  # skipped rows that a manifest names
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """How a cache folder keeps what is encoded.
+
+    Args:
+        dtype: of latents and text states.
+        text: keep text states, each caption's once; without them training encodes the captions of each batch.
+        shard_rows: rows, and captions, in a file.
+    """
+
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    text: bool = True
+    shard_rows: int = 2048
+
+    def __post_init__(self) -> None:
+        within(1, 10**7, **{"--shard_rows": self.shard_rows})
+
+
+class Shard(NamedTuple):
+    """Rows of one shape that are kept in one file."""
+
+    file: str
+    group: int
+    rows: Tensor
+
+
+class Writer:
+    """Makes the cache folder `folder` of `captions`, or goes on with it; `processes` share the files. `write` does all of it."""
+
+    def __init__(
+        self, folder: Path, captions: Captions, backbone: Backbone, keeping: Keeping, truncate: bool, workers: int, processes: Processes
+    ) -> None:
+        self.folder, self.captions, self.backbone, self.keeping = folder, captions, backbone, keeping
+        self.truncate, self.workers, self.processes = truncate, workers, processes
+        self.notices = Notices()
+        self._dtype = getattr(torch, keeping.dtype)
+
+    def write(self) -> dict[str, Any]:
+        """Everything that is not there yet -> the manifest. Raises ValueError for a folder of another cache, or what cannot be kept."""
+        about = self.processes.by_first(self._begin)
+        if about["complete"]:
+            return about
+        if len(self.captions.sizes or ()) > 1:
+            self.captions.group_by(self.processes.by_first(self.captions.groups))
+        groups = self.captions.groups()
+        shards: list[Shard] = []
+        for group, (rows, _) in enumerate(groups):
+            for part in rows.split(self.keeping.shard_rows):
+                shards.append(Shard(f"rows-{len(shards):05d}.safetensors", group, part))
+        self.processes.by_all(lambda: self._rows(shards, [rows for rows, _ in groups]))
+        self.processes.wait()
+        unique, texts = self.processes.by_first(lambda: self._captions(shards))
+        if self.keeping.text:
+            self.processes.by_all(lambda: self._texts(texts))
+            self.processes.wait()
+        names = [shard.file for shard in shards] + ["index.safetensors"]
+        names += [f"{kind}-{i:05d}.safetensors" for kind in ("captions", *(["text"] if self.keeping.text else [])) for i in range(texts)]
+        files = self._checksums(names)
+        return self.processes.by_first(lambda: self._end(about, shards, [group.name for group in groups], unique, files))
+
+    def _begin(self) -> dict[str, Any]:
+        """The manifest of a cache that is not complete, for whoever goes on with it; of one that is, its own."""
+        kept = {"dtype": self.keeping.dtype, "shard_rows": self.keeping.shard_rows}
+        about = {**manifest.origin(self.captions, self.backbone, self.truncate), **kept, "text": self.keeping.text}
+        if not self.keeping.text and self.captions[[0]].pixels is None:
+            raise ValueError("captions without images, and no text states of them: there is nothing to keep; leave --text at true")
+        known = manifest.check_same(self.folder, about)
+        if known.get("complete") and known["text"] >= about["text"] and not manifest.drop_damaged(self.folder, known):
+            return known
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sweep(self.folder, inside=False)
+        about["complete"] = False
+        manifest.write(self.folder, about)
+        return about
+
+    # Rows ----------------------------------------------------------------------------------------------------------------------------
+
+    def _mine(self, files: list[str]) -> list[int]:
+        """Which of several files this process has to write."""
+        return [i for i in range(self.processes.rank, len(files), self.processes.world) if not (self.folder / files[i]).is_file()]
+
+    def _rows(self, shards: list[Shard], groups: list[Tensor]) -> None:
+        """Latents, sizes and captions of the rows of each file."""
+        mine = self._mine([shard.file for shard in shards])
+        chunks = {g: chunk_rows(self.captions, groups[g].tolist()) for g in {shards[i].group for i in mine}}
+        parts = [(i, Visit(part.tolist(), every=True)) for i in mine for part in shards[i].rows.split(chunks[shards[i].group])]
+        loader = DataLoader(self.captions, batch_size=None, sampler=[rows for _, rows in parts], num_workers=self.workers)  # type: ignore[arg-type]
+        told = counted(loader, len(parts), "encoding the data", self.processes.first, rows=lambda raw: len(raw.rows))
+        made: list[dict[str, Any]] = []
+        for at, ((i, rows), raw) in enumerate(zip(parts, told, strict=True), 1):
+            self.notices.hear(raw, len(self.captions))
+            made.append(self._encoded(raw, rows))
+            if at == len(parts) or parts[at][0] != i:
+                self._write_rows(shards[i], made)
+                made = []
+
+    @torch.no_grad()
+    def _encoded(self, raw: RawBatch, rows: Visit) -> dict[str, Any]:
+        if not self.truncate:
+            self.backbone.check_length(raw.prompts)  # now, and not when the images are done
+        found: dict[str, Any] = {"prompts": raw.prompts, "counts": raw.counts, "skipped": raw.skipped, "enlarged": raw.enlarged}
+        if raw.pixels is not None:
+            latents = self._held(self.backbone.encode_images(raw.pixels).cpu(), f"the latents of rows {rows[0]} to {rows[-1]}")
+            own = whole((raw.pixels.shape[2], raw.pixels.shape[3]), len(rows)) if raw.pixels.ndim == 4 else None
+            found |= {"latents": latents, "sizes": own if raw.sizes is None else raw.sizes}
+        return found
+
+    def _held(self, values: Tensor, what: str) -> Tensor:
+        held = values.to(self._dtype) if values.is_floating_point() else values
+        if held.is_floating_point() and not bool(held.isfinite().all()):
+            raise ValueError(f"{what} are too large for {self.keeping.dtype}, or not finite: give --dtype bfloat16 or float32")
+        return held
+
+    def _write_rows(self, shard: Shard, made: list[dict[str, Any]]) -> None:
+        columns = {"rows": shard.rows, "counts": torch.cat([part["counts"] for part in made]).to(torch.int32)}
+        columns |= packed([text for part in made for text in part["prompts"]])
+        if "latents" in made[0]:
+            columns["latents"] = torch.cat([part["latents"] for part in made])
+        if made[0].get("sizes") is not None:
+            columns["sizes"] = torch.cat([part["sizes"] for part in made]).to(torch.int32)
+            ids = self._ids(columns["sizes"], made[0]["prompts"][:1])
+            columns |= {} if ids is None else {"ids": ids}
+        skipped = list(dict.fromkeys(why for part in made for why in part["skipped"]))
+        about = {"group": shard.group, "skipped": skipped, "enlarged": sum(part["enlarged"] for part in made)}
+        write_shard(self.folder / shard.file, columns, about)
+
+    @torch.no_grad()
+    def _ids(self, sizes: Tensor, prompt: list[str]) -> Tensor | None:
+        """[n, ...] what the network is told of images of these `sizes` with any caption; None for a network that is told nothing."""
+        unique, number = sizes.unique(dim=0, return_inverse=True)
+        few = self.backbone.encode_text(prompt * len(unique[:4]), True, sizes=unique[:4]).ids
+        if few is None or torch.equal(few.cpu(), unique[:4].float()):
+            return None if few is None else sizes.float()
+        parts = [self.backbone.encode_text(prompt * len(part), True, sizes=part).ids for part in unique.split(CHUNK)]
+        return torch.cat([part.cpu() for part in parts if part is not None])[number]
+
+    # Captions ------------------------------------------------------------------------------------------------------------------------
+
+    def _captions(self, shards: list[Shard]) -> tuple[int, int]:
+        """Every caption once, in files of their own, and which of them each row has -> how many there are, and in how many files."""
+        known: dict[bytes, int] = {}
+        which: list[Tensor] = []
+        fresh: list[str] = []
+        files = 0
+
+        def write() -> None:
+            nonlocal files, fresh
+            write_shard(self.folder / f"captions-{files:05d}.safetensors", packed(fresh), {})
+            files, fresh = files + 1, []
+
+        for shard in shards:
+            numbers = []
+            for text in unpacked(read_shard(self.folder / shard.file)):
+                key = blake2b(text.encode(), digest_size=16).digest()
+                if key not in known:
+                    known[key] = len(known)
+                    fresh.append(text)
+                    if len(fresh) == self.keeping.shard_rows:
+                        write()
+                numbers.append(known[key])
+            which.append(torch.tensor(numbers, dtype=torch.int32))
+        if fresh:
+            write()
+        write_shard(self.folder / "index.safetensors", {"which": torch.cat(which)}, {})
+        return len(known), files
+
+    @torch.no_grad()
+    def _texts(self, files: int) -> None:
+        """The text states of the captions in each file."""
+        names = [f"text-{i:05d}.safetensors" for i in range(files)]
+        mine = self._mine(names)
+        alone = "latents" not in read_shard(self.folder / "rows-00000.safetensors")
+        words = {i: read_shard(self.folder / f"captions-{i:05d}.safetensors") for i in mine}
+
+        def parts() -> Iterator[tuple[int, list[str], bool]]:
+            for i in mine:
+                texts = unpacked(words[i])
+                for start in range(0, len(texts), CHUNK):
+                    yield i, texts[start : start + CHUNK], start + CHUNK >= len(texts)
+
+        total = sum(math.ceil(len(columns["ends"]) / CHUNK) for columns in words.values())
+        made: list[dict[str, Tensor]] = []
+        for i, texts, last in counted(parts(), total, "encoding the captions", self.processes.first, rows=lambda part: len(part[1])):
+            c = self.backbone.encode_text(texts, self.truncate)
+            held = {name: value.cpu() for name, value in c._asdict().items() if value is not None and (alone or name != "ids")}
+            what = f"of captions {i * self.keeping.shard_rows} and on"
+            made.append({name: value if name == "ids" else self._held(value, f"{name} {what}") for name, value in held.items()})
+            if last:
+                write_shard(self.folder / names[i], {name: torch.cat([part[name] for part in made]) for name in made[0]}, {})
+                made = []
+
+    # The end -------------------------------------------------------------------------------------------------------------------------
+
+    def _checksums(self, names: list[str]) -> dict[str, Any]:
+        """Length and checksum of every file, of which each process reads its share."""
+        mine = {name: checksum(self.folder / name) for name in names[self.processes.rank :: self.processes.world]}
+        every = self.processes.gathered(mine)
+        found = {name: known for part in every for name, known in part.items()}
+        return {name: found[name] for name in names}
+
+    def _end(self, about: dict[str, Any], shards: list[Shard], groups: list[str], unique: int, files: dict[str, Any]) -> dict[str, Any]:
+        told = [about_shard(self.folder / shard.file) for shard in shards]
+        skipped = list(dict.fromkeys(why for one in told for why in one["skipped"]))
+        made = {
+            **about,
+            "text": self.keeping.text,
+            "complete": True,
+            "groups": [{"name": name, "files": [s.file for s in shards if s.group == g]} for g, name in enumerate(groups)],
+            "captions": unique,
+            "skipped": {"count": len(skipped), "first": skipped[:NAMED]},
+            "enlarged": sum(one["enlarged"] for one in told),
+            "files": files,
+        }
+        manifest.write(self.folder, made)
+        return made

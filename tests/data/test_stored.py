@@ -1,0 +1,367 @@
+"""A cache folder: made by one process or two, in one go or several, and trained on as if its rows had just been encoded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ddil_lightning.backbones.pipeline import Pipeline
+from ddil_lightning.data import encoded, manifest, writer
+from ddil_lightning.data.captions import Captions, RawBatch
+from ddil_lightning.data.datamodule import DDILDataModule
+from ddil_lightning.data.encoded import encode, encode_batch
+from ddil_lightning.data.shards import Column, packed, unpacked, write_shard
+from ddil_lightning.data.stored import Stored, stored
+from ddil_lightning.data.visits import Visit
+from ddil_lightning.data.writer import Keeping, Writer
+from ddil_lightning.processes import Processes
+from ddil_lightning.records import CaptionBatch, to
+from toys import FORWARD_ONLY, Toy, attach, equal, first
+
+if TYPE_CHECKING:
+    from pair import Pair
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny: Path) -> Pipeline:
+    return Pipeline(str(tiny))
+
+
+class Ten(Captions):
+    """Ten pictures in memory with a caption each; `several`: with one, two or three; `images=False`: captions alone."""
+
+    def __init__(self, several: bool = False, images: bool = True, bad: tuple[int, ...] = ()) -> None:
+        noise = torch.rand(10, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        self.several, self._pixels, self.bad = several, noise if images else None, bad
+
+    def __len__(self) -> int:
+        return 10
+
+    def prompts(self, index: Any) -> list[str]:
+        return [texts[0] for texts in self.texts(index)]
+
+    def texts(self, index: Any) -> list[list[str]]:
+        if not self.several:
+            return [[f"a digit {WORDS[i]}"] for i in index]
+        return [[f"a digit {WORDS[i]}", "a red circle", f"a small {WORDS[i % 3]}"][: 1 + i % 3] for i in index]
+
+    def pixels(self, index: Any) -> torch.Tensor | None:
+        for i in set(index) & set(self.bad):
+            raise ValueError(f"row {i} is broken")
+        return None if self._pixels is None else self._pixels[list(index)]
+
+
+def made(folder: Path, captions: Captions, backbone: Pipeline, truncate: bool = False, **keeping: Any) -> dict[str, Any]:
+    return Writer(folder, captions, backbone, Keeping(**{"shard_rows": 4} | keeping), truncate, 0, Processes()).write()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+# What is kept ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_folder_gives_what_encoding_gives_in_its_precision(
+    dtype: Any, backbone: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, with as many rows in a batch of the encoders: another number of them may round otherwise."""
+    monkeypatch.setattr(encoded, "CHUNK", 4), monkeypatch.setattr(writer, "CHUNK", 4)
+    told = made(tmp_path / "c", Ten(), backbone, dtype=dtype)
+    direct, found = encode(Ten(), backbone), Stored(tmp_path / "c")
+    kind = getattr(torch, dtype)
+    for rows in ([9, 0, 5], [3], list(range(10))):
+        a, b = direct[rows], found[rows]
+        assert isinstance(b, CaptionBatch) and equal(b, to(to(a, kind), torch.float32)) and b.rows.tolist() == rows
+    assert (
+        told["captions"] == 10
+        and told["rows"] == 10
+        and [g["files"] for g in told["groups"]] == [[f"rows-0000{i}.safetensors" for i in range(3)]]
+    )
+    assert found.prompts([7, 1]) == ["a digit seven", "a digit one"] and len(found) == 10
+    box = found.some_latents(4)
+    assert len(box) == 1 and box[0].shape == (4, 4, 8, 8)
+    if Path("/proc/self/maps").is_file():
+        assert "rows-00001.safetensors" in Path("/proc/self/maps").read_text()
+
+
+def test_equal_captions_are_kept_once_and_all_of_a_picture_are_drawn(backbone: Pipeline, tmp_path: Path) -> None:
+    rows = Ten(several=True)
+    told = made(tmp_path / "c", rows, backbone, dtype="float32")
+    assert told["captions"] == 10 + 2  # each row's own, and two that several have
+    found, memory = Stored(tmp_path / "c"), encode(rows, backbone)
+    assert found.texts([8, 1]) == rows.texts([8, 1])
+    drawn = set()
+    for epoch in range(12):
+        visit = Visit([2, 9, 4], 5, epoch)
+        asked = rows[visit]
+        drawn.add(asked.prompts[0])
+        torch.testing.assert_close(found[visit].c.text, encode_batch(asked, backbone).c.text, rtol=0, atol=1e-5)
+        torch.testing.assert_close(memory[visit].c.text, found[visit].c.text, rtol=0, atol=1e-5)
+    assert drawn == set(rows.texts([2])[0])
+    assert sum(len(load_file(tmp_path / "c" / name)["text"]) for name in told["files"] if name.startswith("text")) == told["captions"]
+
+
+def test_captions_alone(backbone: Pipeline, tmp_path: Path) -> None:
+    made(tmp_path / "c", Ten(images=False), backbone)
+    found = Stored(tmp_path / "c")
+    assert found.latents is None and found[[3, 1]].latent is None and found.some_latents(3) == []
+    torch.testing.assert_close(found[[3, 1]].c.text, encode(Ten(images=False), backbone)[[3, 1]].c.text, rtol=0, atol=2e-3)
+    with pytest.raises(ValueError, match="^captions without images, and no text states of them: there is nothing to keep"):
+        made(tmp_path / "d", Ten(images=False), backbone, text=False)
+
+
+def test_without_text_states_captions_are_encoded_on_the_fly(backbone: Pipeline, tmp_path: Path) -> None:
+    told = made(tmp_path / "c", Ten(several=True), backbone, dtype="float32", text=False)
+    assert not any(name.startswith("text") for name in told["files"])
+    found = Stored(tmp_path / "c")
+    visit = Visit([8, 0], 1, 3)
+    batch = found[visit]
+    assert isinstance(batch, RawBatch) and batch.pixels is None and batch.prompts == Ten(several=True)[visit].prompts
+    on_the_fly, whole = encode_batch(batch, backbone), encode_batch(Ten(several=True)[visit], backbone)
+    assert torch.equal(on_the_fly.c.text, whole.c.text)
+    torch.testing.assert_close(on_the_fly.latent, whole.latent, rtol=0, atol=1e-5)
+    # Asked for later, they are added to what is there.
+    before = contents(tmp_path / "c")
+    made(tmp_path / "c", Ten(several=True), backbone, dtype="float32")
+    after = contents(tmp_path / "c")
+    assert all(after[name] == data for name, data in before.items() if name != "manifest.json")
+    assert isinstance(Stored(tmp_path / "c")[visit], CaptionBatch)
+
+
+def test_sizes_and_shapes_of_pictures(xl: Path, tmp_path: Path) -> None:
+    """SDXL's pooled text once a caption, its ids once a picture; two shapes are two tables."""
+    from PIL import Image
+
+    from ddil_lightning.data.captions import Images
+
+    for i in range(6):
+        Image.new("RGB", (40, 30) if i % 2 else (30, 40), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"a {('red', 'blue')[i // 3]} circle")
+    backbone = Pipeline(str(xl))
+    sizes: Any = [(16, 32), (32, 16)]
+    images = Images(str(tmp_path), size=sizes)
+    told = made(tmp_path / "c", images, backbone, dtype="float32", shard_rows=2)
+    assert told["captions"] == 2 and [len(group["files"]) for group in told["groups"]] == [2, 2]
+    found, memory = Stored(tmp_path / "c"), encode(Images(str(tmp_path), size=sizes), backbone)
+    assert [group.rows.tolist() for group in found.groups()] == [group.rows.tolist() for group in memory.groups()]
+    for rows in ([1, 5], [4, 0, 2]):
+        a, b = memory[rows], found[rows]
+        assert torch.equal(a.c.ids, b.c.ids) and a.latent is not None  # type: ignore[arg-type]
+        for x, y in ((a.latent, b.latent), (a.c.text, b.c.text), (a.c.pooled, b.c.pooled)):
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
+    made(tmp_path / "d", Images(str(tmp_path), size=sizes), backbone, text=False)
+    fly = encode_batch(Stored(tmp_path / "d")[[1, 5]], backbone)
+    assert torch.equal(fly.c.ids, memory[[1, 5]].c.ids)  # type: ignore[arg-type]
+
+
+def test_rows_that_are_skipped_are_counted_once_and_told(backbone: Pipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    holes = Ten(bad=(2, 3))
+    holes.on_error = "skip"
+    told = made(tmp_path / "c", holes, backbone)
+    assert told["skipped"] == {"count": 2, "first": ["row 2 is broken", "row 3 is broken"]}
+    found = Stored(tmp_path / "c")
+    assert found.prompts([2, 3, 4]) == ["a digit four"] * 3 and len(found) == 10
+    with pytest.raises(ValueError, match=r"was made with 2 rows skipped: set data\.on_error to skip"):
+        stored(tmp_path / "c", None, backbone, False, skip=False)
+    assert len(stored(tmp_path / "c", None, backbone, False, skip=True)) == 10
+
+
+def test_what_half_precision_cannot_hold_is_refused(backbone: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbone, "encode_images", lambda pixels: torch.full((len(pixels), 4, 8, 8), 1e5))
+    with pytest.raises(ValueError, match=r"the latents of rows 0 to 3 are too large for float16, or not finite: give --dtype bfloat16"):
+        made(tmp_path / "c", Ten(), backbone)
+    made(tmp_path / "d", Ten(), backbone, dtype="bfloat16")
+
+
+def test_a_caption_that_is_too_long_is_named_before_all_images_are_encoded(backbone: Pipeline, tmp_path: Path) -> None:
+    long = Ten()
+    long.texts = lambda index: [["blue " * 30 if i == 1 else "blue"] for i in index]  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="has 32 tokens and the text encoder reads 16"):
+        made(tmp_path / "c", long, backbone)
+    assert not list((tmp_path / "c").glob("rows-*"))
+    made(tmp_path / "d", long, backbone, truncate=True)
+    with pytest.raises(
+        ValueError, match=r"was made with data\.truncate, and prompts in it may be cut: set data\.truncate, or make it anew"
+    ):
+        stored(tmp_path / "d", None, backbone, truncate=False, skip=False)
+
+
+# Several goes and several processes -------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_goes_on_where_it_was_killed(backbone: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After every file that it writes: what is whole stays as it is, the rest is made, and all is as if nothing had happened."""
+    rows = Ten(several=True)
+    made(tmp_path / "whole", rows, backbone)
+    whole = contents(tmp_path / "whole")
+    count = [0]
+
+    def killed(*args: Any) -> None:
+        if count[0] == 0:
+            raise KeyboardInterrupt
+        count[0] -= 1
+        write_shard(*args)
+
+    for after in range(sum(name.endswith(".safetensors") for name in whole)):
+        folder = tmp_path / f"killed after {after}"
+        count[0] = after
+        monkeypatch.setattr(writer, "write_shard", killed)
+        with pytest.raises(KeyboardInterrupt):
+            made(folder, rows, backbone)
+        monkeypatch.undo()
+        kept = {file: file.stat().st_mtime_ns for file in folder.glob("rows-*")}
+        with pytest.raises(ValueError, match="is not complete: give the same ddil-cache command again, and it goes on"):
+            Stored(folder)
+        (folder / ".rows-00009.safetensors.999999999.ddil-part").write_bytes(b"half")
+        made(folder, rows, backbone)
+        assert contents(folder) == whole and all(file.stat().st_mtime_ns == time for file, time in kept.items())
+
+
+def test_a_complete_cache_is_left_alone_and_a_damaged_one_mended(
+    backbone: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "c"
+    told = made(folder, Ten(), backbone)
+    whole = contents(folder)
+    monkeypatch.setattr(Pipeline, "encode_images", lambda *args: pytest.fail("encoded"))
+    assert made(folder, Ten(), backbone) == json.loads(json.dumps(told))
+    monkeypatch.undo()
+    for name in ("rows-00001.safetensors", "text-00002.safetensors", "index.safetensors"):
+        (folder / name).write_bytes(whole[name][:-1])
+        with pytest.raises(ValueError, match=f"the cache {folder} is damaged: {name} is not as it was written; remove it, and make it"):
+            Stored(folder)
+        made(folder, Ten(), backbone)
+        (folder / name).unlink()
+        with pytest.raises(ValueError, match=f"the cache {folder} is damaged: {name} is missing"):
+            Stored(folder)
+        made(folder, Ten(), backbone)
+        assert contents(folder) == whole
+    flipped = bytearray(whole["rows-00001.safetensors"])
+    flipped[-1] ^= 1
+    (folder / "rows-00001.safetensors").write_bytes(flipped)
+    Stored(folder)  # as long as it was: that is what a start looks at
+    with pytest.raises(ValueError, match=r"rows-00001\.safetensors is not as it was written"):
+        manifest.check_files(folder, manifest.read(folder), whole=True)
+
+
+def written_by_two(rank: int, tiny: str, folder: str) -> None:
+    from types import SimpleNamespace
+
+    from lightning.pytorch.strategies import DDPStrategy
+    from torch import distributed
+
+    strategy = SimpleNamespace(
+        broadcast=lambda value: (distributed.broadcast_object_list(box := [value]), box[0])[1],
+        reduce_boolean_decision=lambda mine: (
+            all(every) if (distributed.all_gather_object(every := [None, None], mine), every)[1] else False
+        ),
+        barrier=distributed.barrier,
+    )
+    assert DDPStrategy  # what a run has; its collective calls are these
+    trainer = SimpleNamespace(global_rank=rank, world_size=2, strategy=strategy)
+    Writer(Path(folder), Ten(several=True), Pipeline(tiny), Keeping(shard_rows=4), False, 0, Processes(trainer)).write()
+
+
+def test_two_processes_write_what_one_does(pair: Pair, tiny: Path, backbone: Pipeline, tmp_path: Path) -> None:
+    made(tmp_path / "one", Ten(several=True), backbone)
+    pair.run(written_by_two, str(tiny), str(tmp_path / "two"))
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+# What is refused --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_of_other_encoders_or_data_is_refused(backbone: Pipeline, tiny: Path, tmp_path: Path) -> None:
+    made(tmp_path / "c", Ten(), backbone)
+    made(tmp_path / "bare", Ten(), backbone, text=False)
+    vae, text = Pipeline(str(tiny)), Pipeline(str(tiny))
+    with torch.no_grad():
+        vae.pipe.vae.encoder.conv_in.bias[0] += 1e-6
+        next(text.pipe.text_encoder.parameters())[0] += 1e-6
+    for name, other in (("vae", vae), ("text_encoder", text)):
+        said = f"^the cache {tmp_path / 'c'} was made by another {name} than that of {tiny}, or in another precision: make it anew by"
+        with pytest.raises(ValueError, match=said):
+            stored(tmp_path / "c", None, other, False, False)
+    stored(tmp_path / "bare", None, text, False, False)
+    with pytest.raises(ValueError, match="another vae"):
+        stored(tmp_path / "bare", None, vae, False, False)
+    fewer = Ten()
+    fewer.stamp = lambda: "other"  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"was made from other captions or pictures: .*, or leave data\.captions out"):
+        stored(tmp_path / "c", fewer, backbone, False, False)
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'c'} holds a cache with dtype float16, not float32: remove it, or give another"):
+        made(tmp_path / "c", Ten(), backbone, dtype="float32")
+    with pytest.raises(ValueError, match="holds a cache with other encoders"):
+        made(tmp_path / "c", Ten(), vae)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "x").write_text("mine")
+    with pytest.raises(ValueError, match="holds something else than a cache: give another --out"):
+        made(tmp_path / "other", Ten(), backbone)
+    with pytest.raises(ValueError, match=r"is no cache: it has no manifest\.json; make one by ddil-cache"):
+        Stored(tmp_path / "other")
+    own = encode(Ten(), backbone)
+    with pytest.raises(ValueError, match="^the data are encoded already, and the cache .* would take their place"):
+        stored(tmp_path / "c", own, backbone, False, False)
+
+
+def test_a_cache_of_another_size_is_refused(backbone: Pipeline, tmp_path: Path) -> None:
+    rows = Ten()
+    rows.sizes = ((16, 16),)
+    made(tmp_path / "c", rows, backbone)
+    other = Ten()
+    other.sizes = ((32, 32), (16, 64))
+    with pytest.raises(ValueError, match=r"was made of pictures of 16 x 16, and data\.captions\.size is 32 x 32, 16 x 64: make it anew"):
+        stored(tmp_path / "c", other, backbone, False, False)
+
+
+# Training ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_training_on_a_folder_is_training_on_what_was_encoded(text: bool, tiny: Path, backbone: Pipeline, tmp_path: Path) -> None:
+    made(tmp_path / "c", Ten(several=True), backbone, dtype="float32", text=text)
+    shutil.move(tmp_path / "c", tmp_path / "moved")
+    runs = []
+    for captions, cache in ((Ten(several=True), True), (None, str(tmp_path / "moved"))):
+        toy = Toy()
+        toy.backbone = backbone
+        made_ = attach(DDILDataModule(captions, FORWARD_ONLY, batch_size=4, cache=cache), toy)
+        made_.setup("fit")
+        runs.append((first(6, made_), made_.box(), made_.examples(2), made_.reference(2)))
+    for a, b in zip(runs[0][0], runs[1][0], strict=True):
+        assert torch.equal(a.t, b.t)
+        torch.testing.assert_close(a.x_t, b.x_t, rtol=0, atol=1e-5)
+        torch.testing.assert_close(a.c.text, b.c.text, rtol=0, atol=1e-5)
+    assert runs[0][2] == runs[1][2] == ["a digit zero", "a digit one"]
+
+
+# Columns ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_column_goes_over_several_files() -> None:
+    whole = torch.arange(24).view(8, 3)
+    column = Column([whole[:3], whole[3:3], whole[3:]])
+    assert column.shape == (8, 3) and len(column) == 8
+    for index in ([7, 0, 3, 3, 2], slice(None, 5), torch.tensor([4]), slice(6, None), []):
+        assert torch.equal(
+            column[index], whole[torch.as_tensor(index) if isinstance(index, list) and index else index if index != [] else slice(0)]
+        )
+    for wrong in (8, -1):
+        with pytest.raises(IndexError):
+            column[[wrong]]
+
+
+def test_texts_are_kept_as_they_are() -> None:
+    texts = ["", "ein Kreis, größer", "两个", "a\nb", ""]
+    assert unpacked(packed(texts)) == texts and unpacked(packed(texts), [2, 0]) == ["两个", ""] and unpacked(packed([])) == []
+    assert unpacked(packed(["", ""])) == ["", ""]
