@@ -83,6 +83,8 @@ class Assembly(LightningCLI):
     acting: tuple[str, ...] = ("stages",)
     """Which of the groups of `OWN` are callbacks of the trainer, in their order: here those that decide what is trained."""
 
+    command, usage = "ddil-fit", "--config NAME [--updates N] [--seed N] [--run_dir DIR] [--ckpt_path PATH|last] [any.key=value ...]"
+
     def __init__(self, words: Sequence[str], callbacks: Iterable[Callback] = ()) -> None:
         self._more = list(callbacks)
         super().__init__(
@@ -98,8 +100,8 @@ class Assembly(LightningCLI):
             trainer_defaults={"max_epochs": -1, "enable_model_summary": False, "num_sanity_val_steps": 0, "log_every_n_steps": 1},
             parser_kwargs={
                 "exit_on_error": False,
-                "prog": "ddil-fit",
-                "usage": "ddil-fit --config NAME [--updates N] [--seed N] [--run_dir DIR] [--ckpt_path PATH|last] [any.key=value ...]",
+                "prog": self.command,
+                "usage": f"{self.command} {self.usage}",
             },
         )
 

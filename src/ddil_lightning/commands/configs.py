@@ -199,7 +199,7 @@ OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*\+?=.*", re.DOTALL)
 
 RECORD_FIELD = re.compile(r"(--model(?:\.init_args)?\.(?!init_args\.)\w+)\.(\w+)")
 
-FLAGS = ("--help", "--print_config")  # options without a value of their own
+FLAGS = ("--help", "--print_config", "--verify")  # options without a value of their own
 
 MOVED = {
     "model": {
@@ -218,6 +218,9 @@ MOVED = {
     },
 }
 """Options of ddil-fit that were at one level, and where they are now: for a run that goes on, and for who types an old name."""
+
+CACHE_SHORT = {"--pipeline": "--model.init_args.pipeline", "--seed": "--seed_everything"}
+"""Options of ddil-cache by the short names that `expand` replaces; those of `data.` need not say so."""
 
 PRETRAIN_MOVED = {
     **{name: f"unet.{name}" for name in ("batch_size", "devices", "lr", "hold", "ema", "focus")},

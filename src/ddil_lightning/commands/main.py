@@ -73,6 +73,11 @@ def pretrain() -> None:
     run(command("pretrain"), "ddil-pretrain")
 
 
+def cache() -> None:
+    """The entry point of ddil-cache; exits as `run` does."""
+    run(command("cache"), "ddil-cache")
+
+
 def command(name: str) -> Callable[..., int]:
     """The function `name` of commands/name.py, which is imported when it is called."""
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ddil_lightning.bounds import at_least, seeds, within
+from ddil_lightning.data.cachefolder import CacheFolder
 from ddil_lightning.data.captions import Captions, Prompts, RawBatch
 from ddil_lightning.data.encoded import Encoded, Notices, encode_batch
 from ddil_lightning.data.preparation import check_latents, latent_box, prepared
 from ddil_lightning.data.sampler import CounterSampler
-from ddil_lightning.data.stored import Stored
 from ddil_lightning.diffusion.denoiser import evaluating
 from ddil_lightning.feed import Feed
 from ddil_lightning.imitation.buffer import ReplayBuffer
@@ -124,7 +124,7 @@ class DDILDataModule(LightningDataModule, Feed):
         given = backbone.captions if self.captions is None else self.captions
         options = (self.cache, self.truncate, self.workers, self.on_error)
         given, self.captions = prepared(given, backbone, *options, self.notices, Processes(self.trainer))
-        if not isinstance(given, Encoded) or isinstance(given, Stored):
+        if not isinstance(given, Encoded) or isinstance(given, CacheFolder):
             self._examples = given.some(16)
         self.encodes = not isinstance(self.captions, Encoded)
         no_images = self.captions.latents is None if isinstance(self.captions, Encoded) else isinstance(self.captions, Prompts)

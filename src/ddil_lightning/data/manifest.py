@@ -20,9 +20,9 @@ SAME = ("format", "encoders", "sizes", "told", "dtype", "truncate", "rows", "sha
 """What must not change while a cache is made. Text states may be asked for later, and what is skipped is said by each file."""
 
 
-def origin(captions: Captions, backbone: Backbone, truncate: bool) -> dict[str, Any]:
-    """What a cache depends on and can be told without reading a picture."""
-    told = None if captions.sizes or backbone.size is None else by(backbone.size)  # SDXL is told it with captions alone
+def origin(captions: Captions, backbone: Backbone, truncate: bool, images: bool) -> dict[str, Any]:
+    """What a cache depends on. `images`: whether the data have any."""
+    told = None if images or backbone.size is None else by(backbone.size)  # SDXL is told it where there is no image to be told of
     return {
         "format": FORMAT,
         "model": backbone.path,
@@ -114,9 +114,7 @@ def check_use(folder: Path, manifest: Mapping[str, Any], captions: Captions | No
         if manifest["rows"] != len(captions) or manifest["stamp"] != captions.stamp():
             raise ValueError(f"the cache {folder} was made from other captions or pictures: {REMEDY}, or leave data.captions out")
     if manifest["text"] and manifest["truncate"] and not truncate:
-        raise ValueError(
-            f"the cache {folder} was made with data.truncate, and prompts in it may be cut: set data.truncate, or {REMEDY}"
-        )
+        raise ValueError(f"the cache {folder} was made with data.truncate, and prompts in it may be cut: set data.truncate, or {REMEDY}")
     if manifest["skipped"]["count"] and not skip:
         count = manifest["skipped"]["count"]
         raise ValueError(f"the cache {folder} was made with {count} rows skipped: set data.on_error to skip, or {REMEDY}")

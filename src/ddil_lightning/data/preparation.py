@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ddil_lightning.data.cachefile import cached
+from ddil_lightning.data.cachefolder import CacheFolder, open_folder
 from ddil_lightning.data.captions import Captions, builtin
 from ddil_lightning.data.encoded import Encoded, Notices, encode
-from ddil_lightning.data.stored import Stored, stored
 from ddil_lightning.diffusion.reflection import estimate_box
 from ddil_lightning.messages import counted
 from ddil_lightning.processes import Processes
@@ -50,9 +50,9 @@ def prepared(
     All at once in memory (`cache` true), in a file that is written once (its name), or from a folder that ddil-cache has made, which needs
     no data set besides; else the rows are the data set itself.
     """
-    folder: Stored | None = None
+    folder: CacheFolder | None = None
     if isinstance(cache, str) and Path(cache).is_dir():
-        folder = processes.by_all(lambda: stored(Path(cache), captions, backbone, truncate, on_error == "skip"))
+        folder = processes.by_all(lambda: open_folder(Path(cache), captions, backbone, truncate, on_error == "skip"))
         if processes.first:
             notices.recall(Path(cache), folder.manifest["skipped"]["count"])
     if captions is None:

@@ -96,8 +96,9 @@ class Writer:
     def _begin(self) -> dict[str, Any]:
         """The manifest of a cache that is not complete, for whoever goes on with it; of one that is, its own."""
         kept = {"dtype": self.keeping.dtype, "shard_rows": self.keeping.shard_rows}
-        about = {**manifest.origin(self.captions, self.backbone, self.truncate), **kept, "text": self.keeping.text}
-        if not self.keeping.text and self.captions[[0]].pixels is None:
+        images = self.captions[[0]].pixels is not None
+        about = {**manifest.origin(self.captions, self.backbone, self.truncate, images), **kept, "text": self.keeping.text}
+        if not self.keeping.text and not images:
             raise ValueError("captions without images, and no text states of them: there is nothing to keep; leave --text at true")
         known = manifest.check_same(self.folder, about)
         if known.get("complete") and known["text"] >= about["text"] and not manifest.drop_damaged(self.folder, known):

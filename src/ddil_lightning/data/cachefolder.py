@@ -19,7 +19,7 @@ from ddil_lightning.data.visits import Visit, Wording
 from ddil_lightning.records import Context
 
 
-class Stored(Encoded):
+class CacheFolder(Encoded):
     """The rows of a cache folder; a batch is encoded, or without text states a RawBatch of latents and captions.
 
     What it holds in memory is an index: the captions of the rows by number, and where rows lie. Raises ValueError for a folder that is
@@ -60,7 +60,7 @@ class Stored(Encoded):
             table, places = self._find(torch.tensor([row]))
             wording = cast(Wording, table.wording)
             start, count = int(wording.starts[places]), int(wording.counts[places])
-            found.append(self._told(self._which[start : start + count]))
+            found.append(self._worded(self._which[start : start + count]))
         return found
 
     def __getitem__(self, index: Sequence[int]) -> Any:
@@ -71,7 +71,7 @@ class Stored(Encoded):
         rows = torch.tensor(visit, dtype=torch.int64)
         table, places = self._find(rows)
         sizes = self._sizes[next(i for i, one in enumerate(self.tables) if one is table)]
-        prompts = self._told(cast(Wording, table.wording).chosen(places, visit))
+        prompts = self._worded(cast(Wording, table.wording).chosen(places, visit))
         return RawBatch(
             None,
             prompts,
@@ -80,14 +80,14 @@ class Stored(Encoded):
             latent=None if table.latents is None else table.latents[places].float(),
         )
 
-    def _told(self, numbers: Tensor) -> list[str]:
+    def _worded(self, numbers: Tensor) -> list[str]:
         """The captions of these numbers."""
         files = torch.searchsorted(self._ends, numbers.long(), right=True)
         begins = self._ends - torch.tensor([len(words["ends"]) for words in self._words])
         return [unpacked(self._words[i], [int(n - begins[i])])[0] for i, n in zip(files.tolist(), numbers.long(), strict=True)]
 
 
-def stored(folder: Path, captions: Captions | None, backbone: Backbone, truncate: bool, skip: bool) -> Stored:
+def open_folder(folder: Path, captions: Captions | None, backbone: Backbone, truncate: bool, skip: bool) -> CacheFolder:
     """The cache of a folder. Raises ValueError for one that was made by or from something else than the run has.
 
     `captions`: the data that the run names besides, None where the cache is all that it has; `skip`: whether rows may have been skipped.
@@ -95,8 +95,8 @@ def stored(folder: Path, captions: Captions | None, backbone: Backbone, truncate
     if isinstance(captions, Encoded):
         if captions.file != folder.resolve():
             raise ValueError(f"the data are encoded already, and the cache {folder} would take their place: leave data.cache at true")
-        return cast(Stored, captions)
-    found = Stored(folder)
+        return cast(CacheFolder, captions)
+    found = CacheFolder(folder)
     manifest.check_use(folder, found.manifest, captions, backbone, truncate, skip)
     return found
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.data import encoded, manifest, writer
+from ddil_lightning.data.cachefolder import CacheFolder, open_folder
 from ddil_lightning.data.captions import Captions, RawBatch
 from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.data.encoded import encode, encode_batch
 from ddil_lightning.data.shards import Column, packed, unpacked, write_shard
-from ddil_lightning.data.stored import Stored, stored
 from ddil_lightning.data.visits import Visit
 from ddil_lightning.data.writer import Keeping, Writer
 from ddil_lightning.processes import Processes
@@ -77,7 +77,7 @@ def test_a_folder_gives_what_encoding_gives_in_its_precision(
     """To the bit, with as many rows in a batch of the encoders: another number of them may round otherwise."""
     monkeypatch.setattr(encoded, "CHUNK", 4), monkeypatch.setattr(writer, "CHUNK", 4)
     told = made(tmp_path / "c", Ten(), backbone, dtype=dtype)
-    direct, found = encode(Ten(), backbone), Stored(tmp_path / "c")
+    direct, found = encode(Ten(), backbone), CacheFolder(tmp_path / "c")
     kind = getattr(torch, dtype)
     for rows in ([9, 0, 5], [3], list(range(10))):
         a, b = direct[rows], found[rows]
@@ -98,7 +98,7 @@ def test_equal_captions_are_kept_once_and_all_of_a_picture_are_drawn(backbone: P
     rows = Ten(several=True)
     told = made(tmp_path / "c", rows, backbone, dtype="float32")
     assert told["captions"] == 10 + 2  # each row's own, and two that several have
-    found, memory = Stored(tmp_path / "c"), encode(rows, backbone)
+    found, memory = CacheFolder(tmp_path / "c"), encode(rows, backbone)
     assert found.texts([8, 1]) == rows.texts([8, 1])
     drawn = set()
     for epoch in range(12):
@@ -113,7 +113,7 @@ def test_equal_captions_are_kept_once_and_all_of_a_picture_are_drawn(backbone: P
 
 def test_captions_alone(backbone: Pipeline, tmp_path: Path) -> None:
     made(tmp_path / "c", Ten(images=False), backbone)
-    found = Stored(tmp_path / "c")
+    found = CacheFolder(tmp_path / "c")
     assert found.latents is None and found[[3, 1]].latent is None and found.some_latents(3) == []
     torch.testing.assert_close(found[[3, 1]].c.text, encode(Ten(images=False), backbone)[[3, 1]].c.text, rtol=0, atol=2e-3)
     with pytest.raises(ValueError, match="^captions without images, and no text states of them: there is nothing to keep"):
@@ -123,7 +123,7 @@ def test_captions_alone(backbone: Pipeline, tmp_path: Path) -> None:
 def test_without_text_states_captions_are_encoded_on_the_fly(backbone: Pipeline, tmp_path: Path) -> None:
     told = made(tmp_path / "c", Ten(several=True), backbone, dtype="float32", text=False)
     assert not any(name.startswith("text") for name in told["files"])
-    found = Stored(tmp_path / "c")
+    found = CacheFolder(tmp_path / "c")
     visit = Visit([8, 0], 1, 3)
     batch = found[visit]
     assert isinstance(batch, RawBatch) and batch.pixels is None and batch.prompts == Ten(several=True)[visit].prompts
@@ -135,7 +135,7 @@ def test_without_text_states_captions_are_encoded_on_the_fly(backbone: Pipeline,
     made(tmp_path / "c", Ten(several=True), backbone, dtype="float32")
     after = contents(tmp_path / "c")
     assert all(after[name] == data for name, data in before.items() if name != "manifest.json")
-    assert isinstance(Stored(tmp_path / "c")[visit], CaptionBatch)
+    assert isinstance(CacheFolder(tmp_path / "c")[visit], CaptionBatch)
 
 
 def test_sizes_and_shapes_of_pictures(xl: Path, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_sizes_and_shapes_of_pictures(xl: Path, tmp_path: Path) -> None:
     images = Images(str(tmp_path), size=sizes)
     told = made(tmp_path / "c", images, backbone, dtype="float32", shard_rows=2)
     assert told["captions"] == 2 and [len(group["files"]) for group in told["groups"]] == [2, 2]
-    found, memory = Stored(tmp_path / "c"), encode(Images(str(tmp_path), size=sizes), backbone)
+    found, memory = CacheFolder(tmp_path / "c"), encode(Images(str(tmp_path), size=sizes), backbone)
     assert [group.rows.tolist() for group in found.groups()] == [group.rows.tolist() for group in memory.groups()]
     for rows in ([1, 5], [4, 0, 2]):
         a, b = memory[rows], found[rows]
@@ -160,20 +160,20 @@ def test_sizes_and_shapes_of_pictures(xl: Path, tmp_path: Path) -> None:
         for x, y in ((a.latent, b.latent), (a.c.text, b.c.text), (a.c.pooled, b.c.pooled)):
             torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
     made(tmp_path / "d", Images(str(tmp_path), size=sizes), backbone, text=False)
-    fly = encode_batch(Stored(tmp_path / "d")[[1, 5]], backbone)
+    fly = encode_batch(CacheFolder(tmp_path / "d")[[1, 5]], backbone)
     assert torch.equal(fly.c.ids, memory[[1, 5]].c.ids)  # type: ignore[arg-type]
 
 
-def test_rows_that_are_skipped_are_counted_once_and_told(backbone: Pipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_that_are_skipped_are_counted_once_and_worded(backbone: Pipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     holes = Ten(bad=(2, 3))
     holes.on_error = "skip"
     told = made(tmp_path / "c", holes, backbone)
     assert told["skipped"] == {"count": 2, "first": ["row 2 is broken", "row 3 is broken"]}
-    found = Stored(tmp_path / "c")
+    found = CacheFolder(tmp_path / "c")
     assert found.prompts([2, 3, 4]) == ["a digit four"] * 3 and len(found) == 10
     with pytest.raises(ValueError, match=r"was made with 2 rows skipped: set data\.on_error to skip"):
-        stored(tmp_path / "c", None, backbone, False, skip=False)
-    assert len(stored(tmp_path / "c", None, backbone, False, skip=True)) == 10
+        open_folder(tmp_path / "c", None, backbone, False, skip=False)
+    assert len(open_folder(tmp_path / "c", None, backbone, False, skip=True)) == 10
 
 
 def test_what_half_precision_cannot_hold_is_refused(backbone: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +193,7 @@ def test_a_caption_that_is_too_long_is_named_before_all_images_are_encoded(backb
     with pytest.raises(
         ValueError, match=r"was made with data\.truncate, and prompts in it may be cut: set data\.truncate, or make it anew"
     ):
-        stored(tmp_path / "d", None, backbone, truncate=False, skip=False)
+        open_folder(tmp_path / "d", None, backbone, truncate=False, skip=False)
 
 
 # Several goes and several processes -------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def test_a_cache_goes_on_where_it_was_killed(backbone: Pipeline, tmp_path: Path,
         monkeypatch.undo()
         kept = {file: file.stat().st_mtime_ns for file in folder.glob("rows-*")}
         with pytest.raises(ValueError, match="is not complete: give the same ddil-cache command again, and it goes on"):
-            Stored(folder)
+            CacheFolder(folder)
         (folder / ".rows-00009.safetensors.999999999.ddil-part").write_bytes(b"half")
         made(folder, rows, backbone)
         assert contents(folder) == whole and all(file.stat().st_mtime_ns == time for file, time in kept.items())
@@ -239,17 +239,17 @@ def test_a_complete_cache_is_left_alone_and_a_damaged_one_mended(
     for name in ("rows-00001.safetensors", "text-00002.safetensors", "index.safetensors"):
         (folder / name).write_bytes(whole[name][:-1])
         with pytest.raises(ValueError, match=f"the cache {folder} is damaged: {name} is not as it was written; remove it, and make it"):
-            Stored(folder)
+            CacheFolder(folder)
         made(folder, Ten(), backbone)
         (folder / name).unlink()
         with pytest.raises(ValueError, match=f"the cache {folder} is damaged: {name} is missing"):
-            Stored(folder)
+            CacheFolder(folder)
         made(folder, Ten(), backbone)
         assert contents(folder) == whole
     flipped = bytearray(whole["rows-00001.safetensors"])
     flipped[-1] ^= 1
     (folder / "rows-00001.safetensors").write_bytes(flipped)
-    Stored(folder)  # as long as it was: that is what a start looks at
+    CacheFolder(folder)  # as long as it was: that is what a start looks at
     with pytest.raises(ValueError, match=r"rows-00001\.safetensors is not as it was written"):
         manifest.check_files(folder, manifest.read(folder), whole=True)
 
@@ -291,14 +291,14 @@ def test_a_cache_of_other_encoders_or_data_is_refused(backbone: Pipeline, tiny: 
     for name, other in (("vae", vae), ("text_encoder", text)):
         said = f"^the cache {tmp_path / 'c'} was made by another {name} than that of {tiny}, or in another precision: make it anew by"
         with pytest.raises(ValueError, match=said):
-            stored(tmp_path / "c", None, other, False, False)
-    stored(tmp_path / "bare", None, text, False, False)
+            open_folder(tmp_path / "c", None, other, False, False)
+    open_folder(tmp_path / "bare", None, text, False, False)
     with pytest.raises(ValueError, match="another vae"):
-        stored(tmp_path / "bare", None, vae, False, False)
+        open_folder(tmp_path / "bare", None, vae, False, False)
     fewer = Ten()
     fewer.stamp = lambda: "other"  # type: ignore[method-assign]
     with pytest.raises(ValueError, match=r"was made from other captions or pictures: .*, or leave data\.captions out"):
-        stored(tmp_path / "c", fewer, backbone, False, False)
+        open_folder(tmp_path / "c", fewer, backbone, False, False)
     with pytest.raises(ValueError, match=f"^{tmp_path / 'c'} holds a cache with dtype float16, not float32: remove it, or give another"):
         made(tmp_path / "c", Ten(), backbone, dtype="float32")
     with pytest.raises(ValueError, match="holds a cache with other encoders"):
@@ -308,10 +308,10 @@ def test_a_cache_of_other_encoders_or_data_is_refused(backbone: Pipeline, tiny: 
     with pytest.raises(ValueError, match="holds something else than a cache: give another --out"):
         made(tmp_path / "other", Ten(), backbone)
     with pytest.raises(ValueError, match=r"is no cache: it has no manifest\.json; make one by ddil-cache"):
-        Stored(tmp_path / "other")
+        CacheFolder(tmp_path / "other")
     own = encode(Ten(), backbone)
     with pytest.raises(ValueError, match="^the data are encoded already, and the cache .* would take their place"):
-        stored(tmp_path / "c", own, backbone, False, False)
+        open_folder(tmp_path / "c", own, backbone, False, False)
 
 
 def test_a_cache_of_another_size_is_refused(backbone: Pipeline, tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def test_a_cache_of_another_size_is_refused(backbone: Pipeline, tmp_path: Path) 
     other = Ten()
     other.sizes = ((32, 32), (16, 64))
     with pytest.raises(ValueError, match=r"was made of pictures of 16 x 16, and data\.captions\.size is 32 x 32, 16 x 64: make it anew"):
-        stored(tmp_path / "c", other, backbone, False, False)
+        open_folder(tmp_path / "c", other, backbone, False, False)
 
 
 # Training ---------------------------------------------------------------------------------------------------------------------------

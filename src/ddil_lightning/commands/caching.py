@@ -1,0 +1,105 @@
+"""ddil-cache: the data of a config through the frozen encoders of its pipeline, into a folder that training maps."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from ddil_lightning import plugins
+from ddil_lightning.backbones.interface import Backbone
+from ddil_lightning.backbones.pipeline import Pipeline
+from ddil_lightning.commands.arguments import device
+from ddil_lightning.commands.assembly import Assembly
+from ddil_lightning.data.encoded import Encoded
+from ddil_lightning.data.preparation import check_sizes, own_captions
+from ddil_lightning.data.writer import Keeping, Writer
+from ddil_lightning.errors import Refusal
+from ddil_lightning.files import check_writable
+from ddil_lightning.messages import plain, quiet
+from ddil_lightning.processes import Processes
+from ddil_lightning.signals import Stopped
+from ddil_lightning.training.options import Memory
+
+PATIENCE = timedelta(days=7)
+"""How long a process waits for the others, each of which has files of its own to write."""
+
+
+class CacheCLI(Assembly):
+    """The parser of ddil-fit with the options of a cache: of the parts of a config it makes the data and the pipeline, and no method."""
+
+    command, usage = "ddil-cache", "[--config NAME] [--pipeline PATH] [--captions.path PATH] --out DIR [any.key=value ...]"
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Also the folder and how it keeps what is encoded."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--out", type=str, required=True, help="the folder to write, or to go on with; `data.cache` names it in training"
+        )
+        parser.add_class_arguments(Keeping)
+        parser.add_argument("--verify", type=bool, default=False, help="alone with --out: compare every file of a cache with its checksum")
+
+    def instantiate_classes(self) -> None:
+        """Make the data and the pipeline; what a constructor refuses, it says in its own words."""
+        try:
+            self.datamodule = self.parser.instantiate_classes(Namespace(data=self.config.data)).data
+            self.backbone = backbone_of(self.config.model.init_args)
+        except ValueError as error:
+            raise ValueError(plain(str(error))) from error
+
+
+def backbone_of(method: Any) -> Backbone:
+    """The pipeline of a method's options. Its network has no weights: nothing but the encoders is used."""
+    if not isinstance(method.pipeline, str):
+        raise Refusal("ddil-cache encodes by a diffusers pipeline: give model.pipeline a built-in name, a folder or a hub id")
+    return Pipeline(method.pipeline, *Memory(**vars(method.memory)).dtypes, bare=True)
+
+
+def cache(words: Sequence[str]) -> int:
+    """Encode everything that is not there yet, and say what is there now."""
+    quiet()
+    begun = time.monotonic()
+    plugins.load()  # before the config is read, which may name their classes in short
+    cli = CacheCLI(words)
+    data, folder = cli.datamodule, Path(cli.config.out)
+    check_writable(folder / "manifest.json")
+    processes, where = together()
+    cli.backbone.encoders_to(where)
+    captions = own_captions(cli.backbone) if data.captions is None else data.captions
+    if isinstance(captions, Encoded):
+        raise Refusal("data.captions are encoded already")
+    captions.on_error = data.on_error
+    check_sizes(captions, cli.backbone)
+    keeping = Keeping(cli.config.dtype, cli.config.text, cli.config.shard_rows)
+    writer = Writer(folder, captions, cli.backbone, keeping, data.truncate, data.workers, processes)
+    try:
+        about = writer.write()
+    except KeyboardInterrupt as stop:
+        said = f"stopped; what is whole in {folder} stays, and the same command goes on"
+        raise Stopped(getattr(stop, "number", signal.SIGINT), said) from stop
+    writer.notices.close()
+    if processes.first:
+        size = sum(known["bytes"] for known in about["files"].values()) / 2**20
+        made = f"{about['rows']} rows, {about['captions']} captions, {size:.1f} MiB, {time.monotonic() - begun:.0f} s"
+        print(f"{made}: {folder}; train on it by data.cache={folder}")
+    return 0
+
+
+def together() -> tuple[Processes, Any]:
+    """The processes that a launcher such as torchrun has started, and the device of this one; or this one alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes(), device()
+    from lightning.fabric import Fabric
+    from lightning.fabric.strategies import DDPStrategy
+
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    fabric = Fabric(devices=here, num_nodes=int(os.environ["WORLD_SIZE"]) // here, strategy=DDPStrategy(timeout=PATIENCE))
+    fabric.launch()
+    return Processes(fabric), fabric.device
