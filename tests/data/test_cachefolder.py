@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import suite
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.data import encoded, manifest, writer
 from ddil_lightning.data.cachefolder import CacheFolder, open_folder
@@ -22,6 +23,8 @@ from ddil_lightning.data.visits import Visit
 from ddil_lightning.data.writer import Keeping, Writer
 from ddil_lightning.processes import Processes
 from ddil_lightning.records import CaptionBatch, to
+from options import options
+from suite import BY_NAME, MIXED, Run, StopAt, build, fit, state
 from toys import FORWARD_ONLY, Toy, attach, equal, first
 
 if TYPE_CHECKING:
@@ -343,6 +346,24 @@ def test_training_on_a_folder_is_training_on_what_was_encoded(text: bool, tiny: 
         torch.testing.assert_close(a.x_t, b.x_t, rtol=0, atol=1e-5)
         torch.testing.assert_close(a.c.text, b.c.text, rtol=0, atol=1e-5)
     assert runs[0][2] == runs[1][2] == ["a digit zero", "a digit one"]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_run_resumes_exactly_and_is_that_on_what_a_file_keeps(several: bool, light: Path, tmp_path: Path) -> None:
+    """To the bit, and without the data. The position in them, here in the midst of an epoch, is part of the checkpoint; so are captions."""
+    made(tmp_path / "folder", Ten(several), suite.backbone(light), shard_rows=16)
+
+    def run(name: str, *callbacks: Any, ckpt: Path | None = None) -> Run:
+        rows = None if name == "folder" else Ten(several)
+        given = {"batch_size": 3, "rollouts": {"every": 2}, "buffer": {"capacity": 64}, "cache": str(tmp_path / name)}
+        data = DDILDataModule(rows, MIXED, **options(DDILDataModule, {}, given))
+        return fit(build(BY_NAME["lcm"], light, updates=5), data, *callbacks, ckpt=ckpt)
+
+    straight = run("folder" if several else "file")
+    cut = run("folder", StopAt(4, tmp_path / "cut.ckpt"))
+    resumed = run("folder", ckpt=tmp_path / "cut.ckpt")
+    assert suite.equal(state(straight), state(resumed)) and straight.rows == cut.rows + resumed.rows
+    assert isinstance(resumed.data.captions, CacheFolder) and isinstance(straight.data.captions, CacheFolder) == several
 
 
 # Columns ----------------------------------------------------------------------------------------------------------------------------
