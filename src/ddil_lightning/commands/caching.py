@@ -19,7 +19,7 @@ from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.commands.arguments import device
 from ddil_lightning.commands.assembly import Assembly
 from ddil_lightning.data.encoded import Encoded
-from ddil_lightning.data.preparation import check_sizes, own_captions
+from ddil_lightning.data.preparation import check_sizes, own_captions, sort_by_size
 from ddil_lightning.data.writer import Keeping, Writer
 from ddil_lightning.errors import Refusal
 from ddil_lightning.files import check_writable
@@ -77,6 +77,7 @@ def cache(words: Sequence[str]) -> int:
         raise Refusal("data.captions are encoded already")
     captions.on_error = data.on_error
     check_sizes(captions, cli.backbone)
+    sort_by_size(captions, processes)
     keeping = Keeping(cli.config.dtype, cli.config.text, cli.config.shard_rows)
     writer = Writer(folder, captions, cli.backbone, keeping, data.truncate, data.workers, processes)
     try:

@@ -61,8 +61,7 @@ def prepared(
     check_sizes(captions, backbone)
     if folder is not None:
         return captions, folder
-    if len(captions.sizes or ()) > 1:
-        captions.group_by(processes.by_first(captions.groups))
+    sort_by_size(captions, processes)
     if isinstance(cache, str):
         return captions, cached(Path(cache), captions, backbone, truncate, workers, notices, processes)
     if not cache and captions.stream:

@@ -75,8 +75,6 @@ class Writer:
         about = self.processes.by_first(self._begin)
         if about["complete"]:
             return about
-        if len(self.captions.sizes or ()) > 1:
-            self.captions.group_by(self.processes.by_first(self.captions.groups))
         groups = self.captions.groups()
         shards: list[Shard] = []
         for group, (rows, _) in enumerate(groups):
