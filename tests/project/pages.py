@@ -80,6 +80,8 @@ SMALL = {
     "ddil-test": "--n 16",
     "ddil-pretrain": f"{PRETRAIN} --interim.folder=null --dataset=digits",
     "data.captions=Images": "data.captions.size=16",
+    "captions.path=my_images": "size=16",
+    "--captions.path": "--size 16",
     "lcm_ddil_sd15.yaml": "model.pipeline=builtin model.memory.teacher_dtype=float32 data.captions.size=16 data.workers=0 previews.every=0 "
     "trainer.devices=1 trainer.strategy=auto trainer.precision=32-true",
 }
