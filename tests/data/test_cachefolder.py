@@ -24,6 +24,7 @@ from ddil_lightning.data.writer import Keeping, Writer
 from ddil_lightning.processes import Processes
 from ddil_lightning.records import CaptionBatch, to
 from options import options
+from pictured import parquet
 from suite import BY_NAME, MIXED, Run, StopAt, build, fit, state
 from toys import FORWARD_ONLY, Toy, attach, equal, first
 
@@ -175,8 +176,8 @@ def test_rows_that_are_skipped_are_counted_once_and_worded(backbone: Pipeline, t
     found = CacheFolder(tmp_path / "c")
     assert found.prompts([2, 3, 4]) == ["a digit four"] * 3 and len(found) == 10
     with pytest.raises(ValueError, match=r"was made with 2 rows skipped: set data\.on_error to skip"):
-        open_folder(tmp_path / "c", None, backbone, False, skip=False)
-    assert len(open_folder(tmp_path / "c", None, backbone, False, skip=True)) == 10
+        open_folder(tmp_path / "c", None, backbone, False, False, Processes())
+    assert len(open_folder(tmp_path / "c", None, backbone, False, True, Processes())) == 10
 
 
 def test_what_half_precision_cannot_hold_is_refused(backbone: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +197,22 @@ def test_a_caption_that_is_too_long_is_named_before_all_images_are_encoded(backb
     with pytest.raises(
         ValueError, match=r"was made with data\.truncate, and prompts in it may be cut: set data\.truncate, or make it anew"
     ):
-        open_folder(tmp_path / "d", None, backbone, truncate=False, skip=False)
+        open_folder(tmp_path / "d", None, backbone, False, False, Processes())
+
+
+def test_a_stream_is_kept_in_one_pass(backbone: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it gives is what the same files give that are read in any order."""
+    from ddil_lightning.data.captions import Images
+    from ddil_lightning.data.streaming import Stream
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder, begun, begin = str(parquet(tmp_path / "set", rows=30)), [], Stream._begin
+    monkeypatch.setattr(Stream, "_begin", lambda self, row: (begun.append(row), begin(self, row))[1])
+    made(tmp_path / "stream", Images(folder, 16, stream=True), backbone)
+    assert begun == [0]
+    made(tmp_path / "table", Images(folder, 16), backbone)
+    one, other = contents(tmp_path / "stream"), contents(tmp_path / "table")
+    assert one.pop("manifest.json") != other.pop("manifest.json") and one == other  # a stream and a table have stamps of their own
 
 
 # Several goes and several processes -------------------------------------------------------------------------------------------------
@@ -294,14 +310,14 @@ def test_a_cache_of_other_encoders_or_data_is_refused(backbone: Pipeline, tiny: 
     for name, other in (("vae", vae), ("text_encoder", text)):
         said = f"^the cache {tmp_path / 'c'} was made by another {name} than that of {tiny}, or in another precision: make it anew by"
         with pytest.raises(ValueError, match=said):
-            open_folder(tmp_path / "c", None, other, False, False)
-    open_folder(tmp_path / "bare", None, text, False, False)
+            open_folder(tmp_path / "c", None, other, False, False, Processes())
+    open_folder(tmp_path / "bare", None, text, False, False, Processes())
     with pytest.raises(ValueError, match="another vae"):
-        open_folder(tmp_path / "bare", None, vae, False, False)
+        open_folder(tmp_path / "bare", None, vae, False, False, Processes())
     fewer = Ten()
     fewer.stamp = lambda: "other"  # type: ignore[method-assign]
     with pytest.raises(ValueError, match=r"was made from other captions or pictures: .*, or leave data\.captions out"):
-        open_folder(tmp_path / "c", fewer, backbone, False, False)
+        open_folder(tmp_path / "c", fewer, backbone, False, False, Processes())
     with pytest.raises(ValueError, match=f"^{tmp_path / 'c'} holds a cache with dtype float16, not float32: remove it, or give another"):
         made(tmp_path / "c", Ten(), backbone, dtype="float32")
     with pytest.raises(ValueError, match="holds a cache with other encoders"):
@@ -314,7 +330,7 @@ def test_a_cache_of_other_encoders_or_data_is_refused(backbone: Pipeline, tiny: 
         CacheFolder(tmp_path / "other")
     own = encode(Ten(), backbone)
     with pytest.raises(ValueError, match="^the data are encoded already, and the cache .* would take their place"):
-        open_folder(tmp_path / "c", own, backbone, False, False)
+        open_folder(tmp_path / "c", own, backbone, False, False, Processes())
 
 
 def test_a_cache_of_another_size_is_refused(backbone: Pipeline, tmp_path: Path) -> None:
@@ -324,7 +340,7 @@ def test_a_cache_of_another_size_is_refused(backbone: Pipeline, tmp_path: Path) 
     other = Ten()
     other.sizes = ((32, 32), (16, 64))
     with pytest.raises(ValueError, match=r"was made of pictures of 16 x 16, and data\.captions\.size is 32 x 32, 16 x 64: make it anew"):
-        open_folder(tmp_path / "c", other, backbone, False, False)
+        open_folder(tmp_path / "c", other, backbone, False, False, Processes())
 
 
 # Training ---------------------------------------------------------------------------------------------------------------------------

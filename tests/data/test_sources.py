@@ -21,17 +21,12 @@ from ddil_lightning.data.captions import Captions, Images, Prompts
 from ddil_lightning.data.folders import Cells
 from ddil_lightning.data.sampler import CounterSampler
 from ddil_lightning.data.visits import Visit
+from pictured import parquet, png
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
-def png(level: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), (level, 0, 0)).save(file, "PNG")
-    return file.getvalue()
 
 
 def levels(captions: Captions, rows: Any) -> list[int]:
@@ -149,18 +144,6 @@ def test_the_stamp_of_archives_follows_them_and_what_is_read(tmp_path: Path) -> 
 
 
 # Parquet and streams ----------------------------------------------------------------------------------------------------------------
-
-
-def parquet(folder: Path, parts: int = 2, rows: int = 10, **more: Any) -> Path:
-    """Rows of red 10 i in several files, each with two captions."""
-    from datasets import Dataset
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for k in range(parts):
-        mine = range(k * rows // parts, (k + 1) * rows // parts)
-        cells = [{"image": png(10 * i), "text": [f"row {i}", f"again {i}"]} | {key: f(i) for key, f in more.items()} for i in mine]
-        Dataset.from_list(cells).to_parquet(str(folder / f"train-{k:05d}-of-{parts:05d}.parquet"))
-    return folder
 
 
 @pytest.mark.parametrize("stream", [False, True])

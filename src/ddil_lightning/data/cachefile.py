@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import struct
 from collections.abc import Mapping
@@ -38,6 +39,8 @@ def cached(
         return captions
     if not processes.by_first(path.is_file):
         fresh = {"truncate": str(truncate), "skipped": UNKNOWN, "sizes": "own"}
+        if processes.first and _has_several(captions):
+            logging.getLogger(__name__).warning(f"the cache {path} holds the first of several captions of a picture: ddil-cache keeps all")
         origin = processes.by_first(lambda: {**_origin(captions, backbone), **fresh, "content": captions.content()})
         _write(path, captions, backbone, truncate, workers, notices, processes, origin)
     else:
@@ -48,6 +51,14 @@ def cached(
     if len(found) != len(captions):
         raise ValueError(f"the cache {path} holds {len(found)} rows and the data set {len(captions)}: {DAMAGED}")
     return found
+
+
+def _has_several(captions: Captions) -> bool:
+    """Whether one of the first rows has several captions; what is wrong with a row is said when it is encoded."""
+    try:
+        return any(len(texts) > 1 for texts in captions.texts(range(min(64, len(captions)))))
+    except (OSError, ValueError):
+        return False
 
 
 def _origin(captions: Captions, backbone: Backbone) -> dict[str, str]:

@@ -16,6 +16,7 @@ from ddil_lightning.data.encoded import Encoded, Table
 from ddil_lightning.data.raw import RawBatch
 from ddil_lightning.data.shards import Column, read_shard, unpacked
 from ddil_lightning.data.visits import Visit, Wording
+from ddil_lightning.processes import Processes
 from ddil_lightning.records import Context
 
 
@@ -87,18 +88,20 @@ class CacheFolder(Encoded):
         return [unpacked(self._words[i], [int(n - begins[i])])[0] for i, n in zip(files.tolist(), numbers.long(), strict=True)]
 
 
-def open_folder(folder: Path, captions: Captions | None, backbone: Backbone, truncate: bool, skip: bool) -> CacheFolder:
-    """The cache of a folder. Raises ValueError for one that was made by or from something else than the run has.
+def open_folder(
+    folder: Path, captions: Captions | None, backbone: Backbone, truncate: bool, skip: bool, processes: Processes
+) -> CacheFolder:
+    """The cache of a folder. Raises ValueError for one that was made by or from something else than the run has, or in another way.
 
     `captions`: the data that the run names besides, None where the cache is all that it has; `skip`: whether rows may have been skipped.
     """
+    if isinstance(captions, CacheFolder) and captions.file == folder.resolve():
+        return captions  # a second fit
     if isinstance(captions, Encoded):
-        if captions.file != folder.resolve():
-            raise ValueError(f"the data are encoded already, and the cache {folder} would take their place: leave data.cache at true")
-        return cast(CacheFolder, captions)
-    found = CacheFolder(folder)
-    manifest.check_use(folder, found.manifest, captions, backbone, truncate, skip)
-    return found
+        raise ValueError(f"the data are encoded already, and the cache {folder} would take their place: leave data.cache at true")
+    # By one for all: it reads the encoders' weights.
+    processes.by_first(lambda: manifest.check_use(folder, manifest.read(folder), captions, backbone, truncate, skip))
+    return CacheFolder(folder)
 
 
 def _context(states: Sequence[dict[str, Tensor]]) -> Context:

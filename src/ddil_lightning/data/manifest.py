@@ -98,6 +98,7 @@ def check_files(folder: Path, manifest: Mapping[str, Any], whole: bool = False) 
 
 def check_use(folder: Path, manifest: Mapping[str, Any], captions: Captions | None, backbone: Backbone, truncate: bool, skip: bool) -> None:
     """Raises ValueError for a cache that was made by or from something else, or in a way that a run does not allow."""
+    check_files(folder, manifest)
     theirs, mine = manifest["encoders"], backbone.fingerprints()
     for name in sorted({*theirs, *mine}):
         if theirs.get(name) != mine.get(name) and (manifest["text"] or name in ("vae", "encoders")):

@@ -52,7 +52,7 @@ def prepared(
     """
     folder: CacheFolder | None = None
     if isinstance(cache, str) and Path(cache).is_dir():
-        folder = processes.by_all(lambda: open_folder(Path(cache), captions, backbone, truncate, on_error == "skip"))
+        folder = open_folder(Path(cache), captions, backbone, truncate, on_error == "skip", processes)
         if processes.first:
             notices.recall(Path(cache), folder.manifest["skipped"]["count"])
     if captions is None:

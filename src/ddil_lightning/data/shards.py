@@ -92,7 +92,7 @@ class Column:
 
     def __getitem__(self, index: Tensor | slice | Sequence[int]) -> Tensor:
         """The rows `index`, in memory."""
-        rows = torch.arange(len(self))[index] if isinstance(index, slice) else torch.as_tensor(index)
+        rows = torch.arange(*index.indices(len(self))) if isinstance(index, slice) else torch.as_tensor(index, dtype=torch.int64)
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):
             raise IndexError(f"row {int(rows.max())} of {len(self)}")
         made = torch.empty(len(rows), *self.shape[1:], dtype=self._parts[0].dtype)
