@@ -152,7 +152,8 @@ def is_adapted(network: nn.Module) -> bool:
 def merged(model: nn.Module, weights: Mapping[str, Tensor], base: nn.Module) -> dict[str, Tensor]:
     """The float32 state of a plain network that does as `model`, adapters on `base`: W + (alpha / rank) B A, and what is trained whole.
 
-    `weights`: those of the base in float32, as they are stored. A layer without an adapter keeps its tensor of them.
+    `weights`: those of the base in float32, as they are stored, on the device where the state is made. A layer without an adapter keeps
+    its tensor of them.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -160,10 +161,10 @@ def merged(model: nn.Module, weights: Mapping[str, Tensor], base: nn.Module) -> 
     with torch.no_grad():
         for name, module in model.named_modules():
             if isinstance(module, LoraLayer):
-                delta = module.get_delta_weight(NAME).float()
-                state[f"{name}.weight"] = state[f"{name}.weight"].to(delta.device) + delta
+                weight = state[f"{name}.weight"]
+                state[f"{name}.weight"] = weight + module.get_delta_weight(NAME).to(weight)
         shared = {id(p) for p in base.parameters()}
         for name, p in model.named_parameters():
             if id(p) not in shared and ".lora_" not in name:
-                state[name] = p.detach().float()
+                state[name] = p.detach().float().to(next(iter(weights.values())).device)
     return state

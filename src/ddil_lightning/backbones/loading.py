@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,6 +104,20 @@ def load_pipeline(path: str | Path, dtype: Any = torch.float32, spare: bool = Tr
         raise ValueError(f"the pipeline {path} {what}: only text-to-image pipelines in latents are distilled")
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Inside, diffusers says nothing: it warns of what a file does not hold and nobody expects there."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def recommended(path: str | Path) -> dict[str, Any]:
