@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,6 +19,7 @@ from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.files import move_contents, read_table, replacing_folder, unused
 from ddil_lightning.runs.card import Card
+from ddil_lightning.runs.replay import replayed
 from ddil_lightning.training.sharing import merged, standing_in
 
 if TYPE_CHECKING:
@@ -117,12 +118,27 @@ def confirm(method: Distillation, made: Pipeline, prompts: Sequence[str], steps:
 
     `trained`: what to compare with, by default the student as it is exported. Adapters on a network in half precision are compared
     without a network in float32 on the device: the caller holds the weights against each other, number by number, and here both samplers
-    ask one network, the reloaded one. The device then holds the trained network and one pipeline in its precision.
+    ask one network, the reloaded one (`replay`). The device then holds the trained network and one pipeline in its precision.
     """
     if not is_lean(method):
         return compare(method, trained or method.deployment, made, prompts, steps, halved=trained is None)
     with standing_in(method, made.network()):
-        return compare(method, method.deployment, made, prompts, steps)
+        return compare_samplers(method.deployment, made, prompts, steps)
+
+
+def compare_samplers(deployment: Deployment, made: Pipeline, prompts: Sequence[str], steps: int) -> float:
+    """`compare` for a deployment of the reloaded network itself: only how it is asked, and what is made of its answers, can differ."""
+    with full_precision(made.device):
+        found = replayed(deployment, made, prompts, steps)
+    if isinstance(found, str):
+        raise NotAsTrained(f"the exported pipeline does not sample as the trainer does: at {steps} steps {found}")
+    difference = relative(*found)
+    if not difference <= LEAST:
+        raise NotAsTrained(
+            f"the exported pipeline does not sample as the trainer does: at {steps} steps its latents differ by {difference:.2e} of their "
+            f"size, where rounding explains {LEAST:.0e}"
+        )
+    return difference
 
 
 def check_weights(made: nn.Module, kept: nn.Module, dtype: torch.dtype, what: str) -> None:
@@ -143,12 +159,12 @@ def compare(
     `halved`: the encoders were exported in half precision, so both sides read the pipeline's text states.
     """
     (policy, grid), g, backbone = deployment.sampler(steps), deployment.guidance, method.backbone
-    with full_precision(backbone.device), in_float32(made.network().model):
+    with full_precision(backbone.device):
         made = made.laid_out_as(deployment.network)
         if halved or backbone.dtype != torch.float32:
             backbone = made
         mine = sampling.latents(backbone, policy, grid, prompts, g, seed).cpu()
-        theirs = sampling.pipeline_latents(made, prompts, steps, deployment.guidance_scale, seed, dtype=torch.float32).cpu()
+        theirs = sampling.pipeline_latents(made, prompts, steps, deployment.guidance_scale, seed).cpu()
         difference = relative(mine, theirs)
         tolerance = max(LEAST, MARGIN * sensitivity(backbone, policy, grid, prompts, g, seed, mine))
     if not difference <= tolerance:
@@ -240,8 +256,11 @@ def rehearse(method: Distillation, folder: Path, prompts: Sequence[str], export_
                 scheduler = deployment.scheduler()
                 scheduler.save_pretrained(folder / "scheduler")
                 made = made.stepping(type(scheduler).from_pretrained(folder / "scheduler"))
-            with standing_in(method, made.network()) if is_lean(method) else nullcontext():
-                compare(method, method.deployments()[k], made, prompts, steps)
+            if is_lean(method):
+                with standing_in(method, made.network()):
+                    compare_samplers(method.deployments()[k], made, prompts, steps)
+            else:
+                compare(method, deployment, made, prompts, steps)
 
 
 def _same(method: Distillation, folder: Path, dtype: torch.dtype) -> Pipeline:
@@ -264,33 +283,6 @@ def rounded(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> Iterator[
     finally:
         for p, value in exact:
             p.data = value
-
-
-@contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
-    """Inside, a network in half precision reads and answers float32: a sampler's own arithmetic is then compared in full."""
-    dtype = next(model.parameters()).dtype
-
-    def narrowed(x: Any) -> Any:
-        if isinstance(x, Mapping):
-            return {key: narrowed(value) for key, value in x.items()}
-        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
-
-    def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return tuple(map(narrowed, args)), narrowed(kwargs)
-
-    def after(module: nn.Module, args: Any, out: Any) -> Any:
-        return tuple(x.float() for x in out)
-
-    if dtype == torch.float32:
-        yield
-        return
-    handles = [model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def relative(a: Tensor, b: Tensor) -> float:

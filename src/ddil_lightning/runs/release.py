@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -118,7 +118,8 @@ def _adapters(method: Distillation, given: Release, kind: str) -> float:
             lora.check_equal(getattr(pipe, network.component), network.model, given.dtype)
         except ValueError as error:
             raise NotAsTrained(str(error)) from error
-        with rounded(lora.parameters(network), given.dtype), merged(method):
+        # Of a lean student the adapters have just been compared, and no merged network is asked.
+        with rounded(lora.parameters(network), given.dtype), nullcontext() if is_lean(method) else merged(method):
             return confirm(method, backbone.holding(pipe), given.prompts, given.steps, trained)
 
 
