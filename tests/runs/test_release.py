@@ -14,7 +14,7 @@ import huggingface_hub
 import numpy
 import pytest
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler, UNet2DConditionModel
+from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import metadata_load
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors import safe_open
@@ -211,6 +211,16 @@ def test_sdxl_goes_out_in_all_formats(xl: Path, tmp_path: Path) -> None:
     found = dict(release.release(trained(xl), Release(tmp_path, FORMATS[1:], "x", 4, PROMPTS)))
     assert len(found) == 3 and max(found.values()) < 1e-4
     assert "lora_unet_up_blocks_0_attentions_0_proj_in.alpha" in load_file(tmp_path / "x_4step_kohya.safetensors")
+
+
+def test_a_student_that_is_a_whole_network_goes_out_in_one_file(tiny: Path, tmp_path: Path) -> None:
+    method = trained(tiny, adapter=Adapter())
+    ((path, difference),) = release.release(method, Release(tmp_path, ["single-file"], "x", 4, PROMPTS, torch.bfloat16))
+    assert difference < 1e-4
+    pipe = StableDiffusionPipeline.from_single_file(str(path), config=str(tiny))
+    pipe.scheduler = method.deployment.scheduler()
+    with export.rounded(method.outgoing.network.parameters(), torch.bfloat16):
+        assert sampled(method, pipe) < 0.05  # whose text encoder is rounded too
 
 
 @pytest.mark.parametrize("told", [False, True])
