@@ -27,6 +27,7 @@ from ddil_lightning.runs import export, release, replay
 from ddil_lightning.runs.card import Card, licence_of
 from ddil_lightning.runs.release import FORMATS, Push, Release
 from ddil_lightning.training.options import Memory
+from ddil_lightning.training.sharing import merged
 
 PROMPTS = ["a handwritten one", ""]
 LORA, KOHYA, SINGLE = "pytorch_lora_weights.safetensors", "lcm-tiny_4step_kohya.safetensors", "lcm-tiny_4step.safetensors"
@@ -120,7 +121,7 @@ def test_peft_alone_reads_rank_and_alpha_in_the_header(method: Any, out: Path) -
 
 def test_safetensors_alone_merges_kohyas_keys(method: Any, out: Path) -> None:
     """As ComfyUI and A1111 do: W + (alpha / rank) up down, found by a layer's name with underscores."""
-    stored, state, merged = load_file(out / KOHYA), load_file(Path(method.backbone.path) / UNET), load_file(out / "pipeline" / UNET)
+    stored, state, whole = load_file(out / KOHYA), load_file(Path(method.backbone.path) / UNET), load_file(out / "pipeline" / UNET)
     layers = {f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}": name for name in state if name.endswith(".weight")}
     ours = {key.partition(".")[0] for key in stored}
     assert ours <= layers.keys() and len(stored) == 3 * len(ours) > 100
@@ -129,7 +130,7 @@ def test_safetensors_alone_merges_kohyas_keys(method: Any, out: Path) -> None:
         assert float(alpha) == 6.0 and len(down) == 4
         delta = up.flatten(1) @ down.flatten(1) * float(alpha) / len(down)
         state[layers[layer]] = state[layers[layer]] + delta.view(state[layers[layer]].shape)
-    assert all(torch.allclose(value, merged[name], atol=1e-6) for name, value in state.items())
+    assert all(torch.allclose(value, whole[name], atol=1e-6) for name, value in state.items())
 
 
 def blocks(card: str) -> list[str]:
@@ -194,9 +195,8 @@ def test_the_licence_is_the_teachers(tiny: Path, tmp_path: Path) -> None:
 
 def test_half_precision_is_checked_as_strictly(method: Any, tmp_path: Path) -> None:
     exact = [p.clone() for p in method.outgoing.network.parameters()]
-    found = dict(release.release(method, Release(tmp_path / "out", FORMATS[1:], "lcm-tiny", 2, PROMPTS, torch.float16)))
+    found = dict(release.release(method, Release(tmp_path / "out", FORMATS[2:], "lcm-tiny", 2, PROMPTS, torch.float16)))
     assert max(found.values()) < 1e-4 and [p.name for p in found] == [
-        LORA,
         "lcm-tiny_2step_kohya.safetensors",
         "lcm-tiny_2step.safetensors",
     ]
@@ -206,27 +206,37 @@ def test_half_precision_is_checked_as_strictly(method: Any, tmp_path: Path) -> N
     assert all(torch.equal(a, b) for a, b in zip(exact, method.outgoing.network.parameters(), strict=True))
 
 
-def test_sdxl_goes_out_in_all_formats(xl: Path, tmp_path: Path) -> None:
+def test_sdxl_goes_out_for_other_tools(xl: Path, tmp_path: Path) -> None:
     """Under names of diffusers for kohya's too, which ComfyUI and A1111 read of SDXL as well."""
-    found = dict(release.release(trained(xl), Release(tmp_path, FORMATS[1:], "x", 4, PROMPTS)))
-    assert len(found) == 3 and max(found.values()) < 1e-4
+    found = dict(release.release(trained(xl), Release(tmp_path, FORMATS[2:], "x", 4, PROMPTS)))
+    assert len(found) == 2 and max(found.values()) < 1e-4
     assert "lora_unet_up_blocks_0_attentions_0_proj_in.alpha" in load_file(tmp_path / "x_4step_kohya.safetensors")
 
 
-def test_a_student_that_is_a_whole_network_goes_out_in_one_file(tiny: Path, tmp_path: Path) -> None:
-    method = trained(tiny, adapter=Adapter())
+def test_a_student_that_is_a_whole_network_goes_out_in_one_file(light: Path, tmp_path: Path) -> None:
+    method = trained(light, adapter=Adapter())
     ((path, difference),) = release.release(method, Release(tmp_path, ["single-file"], "x", 4, PROMPTS, torch.bfloat16))
     assert difference < 1e-4
-    pipe = StableDiffusionPipeline.from_single_file(str(path), config=str(tiny))
+    pipe = StableDiffusionPipeline.from_single_file(str(path), config=str(light))
     pipe.scheduler = method.deployment.scheduler()
     with export.rounded(method.outgoing.network.parameters(), torch.bfloat16):
         assert sampled(method, pipe) < 0.05  # whose text encoder is rounded too
 
 
-@pytest.mark.parametrize("told", [False, True])
-def test_a_base_in_half_precision_needs_no_second_network_in_float32(told: bool, tiny: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_merged_network_stays_off_the_device_where_its_base_is_in_half_precision(light: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for dtype in ("bfloat16", "float32"):
+        method = trained(light, memory=Memory(dtype))
+        monkeypatch.setattr(type(method), "device", torch.device("meta"))
+        with merged(method):
+            found.append({p.device.type for p in method.deployment.network.parameters()})
+    assert found == [{"cpu"}, {"meta"}]
+
+
+@pytest.mark.parametrize("told", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_base_in_half_precision_needs_no_second_network_in_float32(told: bool, light: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Weights are held against each other one by one, and both samplers ask the pipeline that was read again, in its precision."""
-    method, asked = trained(tiny, memory=Memory("bfloat16"), w_conditioned=told), []
+    method, asked = trained(light, memory=Memory("bfloat16"), w_conditioned=told), []
 
     def watched(deployment: Any, made: Any, *args: Any) -> Any:
         asked.append((deployment.network is made.network(), made.network().model.dtype))
@@ -267,13 +277,13 @@ def test_a_replay_tells_another_time_guidance_or_text(tiny: Path, monkeypatch: p
     ("kind", "dtype"),
     [
         ("kohya", "bfloat16"),
-        ("single-file", "float32"),
+        pytest.param("single-file", "float32", marks=pytest.mark.slow),
         pytest.param("kohya", "float32", marks=pytest.mark.slow),
         pytest.param("single-file", "bfloat16", marks=pytest.mark.slow),
     ],
 )
-def test_what_does_not_sample_as_trained_gets_another_name(kind: str, dtype: Any, tiny: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    method = trained(tiny, memory=Memory(dtype))
+def test_what_does_not_sample_as_trained_gets_another_name(kind: str, dtype: Any, light: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    method = trained(light, memory=Memory(dtype))
     wrong = LCMScheduler.from_config(method.deployment.scheduler().config, original_inference_steps=25)
     monkeypatch.setattr(type(method.backbone), "scheduler", lambda *args: wrong)
     given = Release(tmp_path, [kind], "x", 4, PROMPTS)
@@ -284,9 +294,9 @@ def test_what_does_not_sample_as_trained_gets_another_name(kind: str, dtype: Any
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
-def test_weights_that_are_read_otherwise_are_found(dtype: Any, tiny: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_weights_that_are_read_otherwise_are_found(dtype: Any, light: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Also those that no latent depends on, and in half precision by the weights themselves."""
-    method, checkpoint = trained(tiny, memory=Memory(dtype)), release.ldm.checkpoint
+    method, checkpoint = trained(light, memory=Memory(dtype)), release.ldm.checkpoint
     key = "first_stage_model.decoder.conv_out.bias"
 
     def other(*args: Any) -> dict[str, Any]:
@@ -374,7 +384,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     yield made
 
 
-def test_a_release_goes_to_a_private_repository_with_the_pipeline_on_top(method: Any, hub: Any, tmp_path: Path) -> None:
+def test_a_release_goes_to_a_private_repository_with_the_pipeline_on_top(light: Path, hub: Any, tmp_path: Path) -> None:
+    method = trained(light)
     given = Release(tmp_path / "out", ["diffusers", "lora"], "x", 4, PROMPTS, hub="me/few")
     push = Push("me/few")
     list(release.release(method, given))

@@ -173,7 +173,7 @@ class Push:
 
     def __init__(self, name: str, public: bool = False) -> None:
         from huggingface_hub import HfApi, constants, get_token
-        from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+        from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id
 
         try:
@@ -190,11 +190,8 @@ class Push:
         self._api = HfApi(token=self._token)
         with self._masked():
             self._api.whoami()
-            try:
-                seen = self._api.repo_info(name)
-            except RepositoryNotFoundError:
-                return
-        if not seen.private and not public:
+            seen = self._visible()
+        if seen and not public:
             raise ValueError(f"--push {name}: everybody can read this repository; say --public, or give the name of a new one")
 
     def upload(self, given: Release) -> str:
@@ -209,15 +206,20 @@ class Push:
             self._api.upload_folder(repo_id=self.name, folder_path=str(given.out), path_in_repo=".", ignore_patterns=[f"{pipeline}/**"])
         return str(url)
 
-    @contextmanager
-    def _masked(self) -> Iterator[None]:
-        """Inside, whatever the hub's client raises is a ValueError of one line, without the token."""
+    def _visible(self) -> bool:
+        """Whether the repository is there, for everybody to read."""
         from huggingface_hub.errors import RepositoryNotFoundError
 
         try:
-            yield
+            return not self._api.repo_info(self.name).private
         except RepositoryNotFoundError:
-            raise
+            return False
+
+    @contextmanager
+    def _masked(self) -> Iterator[None]:
+        """Inside, whatever the hub's client raises is a ValueError of one line, without the token."""
+        try:
+            yield
         except Exception as error:
             said = f"{type(error).__name__}: {one_line(error)}".replace(str(self._token), "***")
             raise ValueError(f"--push {self.name} failed ({said}): look at the token's rights and the connection") from None
