@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+from diffusers.utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
 from safetensors.torch import load_file, save_file
 
 from ddil_lightning.backbones import ldm
 from ddil_lightning.backbones.loading import load_pipeline, without_weights
 from ddil_lightning.backbones.pipeline import Pipeline
+from ddil_lightning.backbones.unet import UNet
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +81,14 @@ def test_real_u_nets_have_the_names_that_other_tools_know_them_by(config: Any, k
     names, state = ldm._unet_names(unet), unet.state_dict()
     used = {names[key] for key in state}
     assert len(used) == len(state) and set(known) <= used
+    # kohya's names of adapters lose the dots: every layer that has one by default is found again by diffusers.
+    layers = {
+        key.removesuffix(".weight") for key, value in state.items() if value.ndim > 1 and key.removesuffix(".weight").endswith(UNet.adapts)
+    }
+    made = convert_state_dict_to_kohya({f"unet.{layer}.lora_{part}.weight": torch.empty(1, 1) for layer in layers for part in "AB"})
+    found, _ = _convert_non_diffusers_lora_to_diffusers(made)
+    again = convert_unet_state_dict_to_peft({key.removeprefix("unet."): value for key, value in found.items()})
+    assert len(layers) > 200 and {key.partition(".lora_")[0] for key in again} == layers
     if kind:
         assert infer_diffusers_model_type({f"{ldm.UNET}{names[key]}": value for key, value in state.items()}) == kind
 

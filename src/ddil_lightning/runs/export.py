@@ -95,7 +95,8 @@ class NotAsTrained(ValueError):
 
 def verify(method: Distillation, folder: Path, prompts: Sequence[str], steps: int, halved: bool = False) -> float:
     """`compare` the trainer's sampler with the pipeline in `folder`, loaded as its users load it; raises and answers as that does."""
-    return compare(method, method.deployment, reloaded(method, folder), prompts, steps, halved)
+    made = reloaded(method, folder)
+    return confirm(method, made, prompts, steps) if is_lean(method) else compare(method, method.deployment, made, prompts, steps, halved)
 
 
 def reloaded(method: Distillation, folder: Path) -> Pipeline:

@@ -33,12 +33,16 @@ def replayed(deployment: Deployment, made: Pipeline, prompts: Sequence[str], ste
     calls: list[tuple[dict[str, Any], Tensor]] = []
     with _recording(model, calls):
         mine = sampling.latents(made, policy, grid, prompts, deployment.guidance, seed).cpu()
-    faults: list[str] = []
-    with _replaying(model, calls, faults):
-        theirs = sampling.pipeline_latents(made, prompts, steps, deployment.guidance_scale, seed, dtype=torch.float32).cpu()
-    if calls:
-        faults.append(f"it asks its network {len(calls)} times less")
-    return faults[0] if faults else (mine, theirs)
+    try:
+        with _replaying(model, calls):
+            theirs = sampling.pipeline_latents(made, prompts, steps, deployment.guidance_scale, seed, dtype=torch.float32).cpu()
+    except _Otherwise as why:
+        return str(why)
+    return f"it asks its network {len(calls)} times less" if calls else (mine, theirs)
+
+
+class _Otherwise(Exception):
+    """Ends a replay at the first question that was not asked before."""
 
 
 @contextmanager
@@ -56,18 +60,20 @@ def _recording(model: nn.Module, calls: list[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _replaying(model: nn.Module, calls: list[Any], faults: list[str]) -> Iterator[None]:
+def _replaying(model: nn.Module, calls: list[Any]) -> Iterator[None]:
     signature = inspect.signature(model.forward)
 
     def replay(*args: Any, **kwargs: Any) -> Any:
         told = dict(signature.bind(*args, **kwargs).arguments)
-        first = next(iter(told.values()))  # the latents
-        if not calls or calls[0][1].shape != first.shape:
-            faults.append("it asks its network more often, or of other latents")
-            return (torch.zeros_like(first),)
+        if not calls:
+            raise _Otherwise("it asks its network more often")
         before, answer = calls.pop(0)
-        names = list(signature.parameters)[1:]
-        faults.extend(f"its network is told another {name}" for name in names if not _alike(before.get(name), told.get(name), name))
+        first, *others = signature.parameters
+        if before[first].shape != told[first].shape:
+            raise _Otherwise("its network is asked of latents of another shape")
+        for name in others:
+            if not _alike(before.get(name), told.get(name), name):
+                raise _Otherwise(f"its network is told another {name}")
         return (answer,)
 
     with _in_place_of(model, replay):
