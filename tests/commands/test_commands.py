@@ -178,14 +178,25 @@ def test_a_prompt_that_is_too_long(tiny: Path, here: Path, capsys: Any) -> None:
 
 def test_export_writes_what_the_run_itself_exported(finished: Path, here: Path, capsys: Any) -> None:
     code, out, err = call(capsys, main.command("export"), "--ckpt_path", finished, "--out", "out")
-    assert code == 0 and "pipeline written and checked: out" in out, err
-    for path in (p for p in (finished / "pipeline").rglob("*") if p.is_file()):
-        assert (here / "out" / path.relative_to(finished / "pipeline")).read_bytes() == path.read_bytes(), path
+    assert code == 0 and "written and checked: out/pipeline (latents" in out and "model card: out/README.md" in out, err
+    for path in (p for p in (finished / "pipeline").rglob("*") if p.is_file() and p.name != "README.md"):
+        assert (here / "out" / "pipeline" / path.relative_to(finished / "pipeline")).read_bytes() == path.read_bytes(), path
+    cards = [(here / "out" / part / "README.md").read_text() for part in (".", "pipeline")]  # of the run, and more than it could know
+    assert all("0.75 forward, 0.25 student, 0 teacher" in card and "12 updates, batch 8 a device" in card for card in cards)
     assert "is there and not an empty folder" in refused(capsys, main.command("export"), "--ckpt_path", finished, "--out", "out")
     (here / "empty").mkdir()
     words = ["--ckpt_path", finished, "--out", "empty", "--steps", 2, "--dtype", "float16"]
     assert call(capsys, main.command("export"), *words)[0] == 0
-    assert json.loads((here / "empty" / "ddil.json").read_text())["steps"] == 2
+    code, out, err = call(capsys, main.command("export"), *words[:2], "--out", "single", "--format", "single-file", "lora", "--name", "a/b")
+    assert code != 0 and "'a/b' is no name for files" in err
+    said = refused(capsys, main.command("export"), *words[:2], "--out", "single", "--format", "single-file", "lora")
+    assert "this student has no adapters" in said or "told its guidance" in said
+    assert "give --push owner/name too" in refused(capsys, main.command("export"), *words[:2], "--out", "single", "--public")
+    assert "--push needs the hub, and HF_HUB_OFFLINE is set" in refused(
+        capsys, main.command("export"), *words[:2], "--out", "single", "--push", "me/few"
+    )
+    assert not (here / "single").exists()
+    assert json.loads((here / "empty" / "pipeline" / "ddil.json").read_text())["steps"] == 2
 
 
 @pytest.mark.parametrize("which", [0, 3, 4], ids=["lcm", "pd", "dmd2"])
@@ -209,7 +220,7 @@ def test_a_restored_method_holds_the_one_network_that_is_asked_for(which: int, t
     assert call(capsys, main.command("export"), "--ckpt_path", "r", "--out", "out")[0] == 0
     for part in ("unet", "vae"):
         name = f"{part}/diffusion_pytorch_model.safetensors"
-        assert Path("out", name).read_bytes() == Path("r/pipeline", name).read_bytes()
+        assert Path("out/pipeline", name).read_bytes() == Path("r/pipeline", name).read_bytes()
 
 
 def test_a_table_is_printed_before_it_is_written(tiny: Path, here: Path, judged: None, capsys: Any) -> None:
@@ -234,7 +245,7 @@ def test_pictures_and_pipelines_go_where_they_are_meant_to(tiny: Path, finished:
     (here / "real").mkdir()
     (here / "out").symlink_to("real")
     assert call(capsys, main.command("export"), "--ckpt_path", finished, "--out", "out")[0] == 0
-    assert (here / "out").is_symlink() and (here / "real" / "unet").is_dir() and not list(here.glob(".*"))
+    assert (here / "out").is_symlink() and (here / "real" / "pipeline" / "unet").is_dir() and not list(here.glob(".*"))
 
 
 def test_a_pipeline_of_another_size_than_the_data_names_the_remedy(tiny: Path, here: Path, capsys: Any) -> None:

@@ -214,7 +214,7 @@ ANY = [
 OPTIONS = {
     "sample": ("--pipeline tiny --prompt digit --out x.png", "pipeline prompt steps guidance seed n scale out truncate"),
     "test": ("--pipeline tiny --n 16 --steps 1", "pipeline steps guidance n seed data images out ckpt_path dpm"),
-    "export": ("--ckpt_path run --out out", "ckpt_path out steps dtype safety_checker"),
+    "export": ("--ckpt_path run --out out", "ckpt_path out format name steps dtype license push"),
     "pretrain": ("--out out", """dataset images seed out unet unet.batch_size unet.lr unet.devices unet.hold unet.ema unet.focus autoencoder
                  autoencoder.steps autoencoder.decoder_steps measurement.guidance measurement.prompts interim interim.folder interim.every
                  resume progress config"""),

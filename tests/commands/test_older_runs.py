@@ -100,7 +100,7 @@ def test_it_goes_on_exactly_and_is_exported(run: tuple[str, Path], tiny: Path, t
     arguments = f"{plan}pipeline: {tiny}, guidance: 2.0, optimizer: {{lr: 0.5}}"
     (tmp_path / "other.yaml").write_text(f"model: {{class_path: {method}, init_args: {{{arguments}}}}}\n")
     assert main.command("export")(["--ckpt_path", "a", "--out", "exported"]) == 0
-    assert json.loads(Path("exported/ddil.json").read_text())["student_updates"] == 2
+    assert json.loads(Path("exported/pipeline/ddil.json").read_text())["student_updates"] == 2
     code, out, err = fit(capsys, "--config", "a/config.yaml", "--ckpt_path", "a/checkpoints/updates=2.ckpt")
     assert code == 0 and "going on as the run began" not in out, err
     code, out, err = fit(capsys, "--config", "other.yaml", "--ckpt_path", "b")

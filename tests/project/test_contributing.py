@@ -312,9 +312,9 @@ def test_every_command_knows_both(named: None, pixart: Path, tmp_path: Path, mon
     (row,) = json.loads((run / "metrics.json").read_text())["rows"]
     assert row["metrics"]["colourfulness"] > 0
     forget()
-    assert "pipeline written and checked" in call(capsys, "export", "--ckpt_path", str(run), "--out", "exported")
+    assert "written and checked: exported/pipeline" in call(capsys, "export", "--ckpt_path", str(run), "--out", "exported")
     forget()
-    call(capsys, "sample", "--pipeline", "exported", "--prompt", "a red square", "--out", "x.png")
+    call(capsys, "sample", "--pipeline", "exported/pipeline", "--prompt", "a red square", "--out", "x.png")
     assert Path("x.png").is_file()
 
 

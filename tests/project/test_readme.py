@@ -172,7 +172,7 @@ def test_tests_samples_and_exports(ran: Done, place: Path) -> None:
     (teacher,) = json.loads((place / "metrics.json").read_text())["rows"]
     assert (teacher["name"], teacher["guidance"], teacher["nfe"]) == ("teacher@32", 3.0, 64)
     assert Image.open(place / "x.png").height >= 256 and "1 image(s), 4 steps" in the(ran, "ddil-sample").out
-    weights = (place / "my-student" / "unet" / "diffusion_pytorch_model.safetensors", last / "pipeline" / "unet")
+    weights = (place / "my-student" / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors", last / "pipeline" / "unet")
     half, whole = weights[0].stat().st_size, sum(p.stat().st_size for p in weights[1].glob("*.safetensors"))
     assert 0.45 < half / whole < 0.6  # float16
     assert (place / the(ran, "ddil-pretrain").out.strip().splitlines()[-1] / "model_index.json").is_file()

@@ -7,7 +7,7 @@ the adapter that is active in the backward pass. So every role is a tree of modu
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -149,21 +149,22 @@ def is_adapted(network: nn.Module) -> bool:
     return any(".lora_" in name for name, _ in network.named_parameters())
 
 
-def merged(model: nn.Module, weights: Mapping[str, Tensor], base: nn.Module) -> dict[str, Tensor]:
+def merged(model: nn.Module, state: dict[str, Tensor], base: nn.Module) -> dict[str, Tensor]:
     """The float32 state of a plain network that does as `model`, adapters on `base`: W + (alpha / rank) B A, and what is trained whole.
 
-    `weights`: those of the base in float32, as they are stored. A layer without an adapter keeps its tensor of them.
+    `state`: the weights of the base in float32, as they are stored, which are replaced in it one by one, so that there are never two of
+    all. A layer without an adapter keeps its tensor. All of it stays on their device.
     """
     from peft.tuners.lora import LoraLayer
 
-    state = dict(weights)
+    device = next(iter(state.values())).device
     with torch.no_grad():
         for name, module in model.named_modules():
             if isinstance(module, LoraLayer):
-                delta = module.get_delta_weight(NAME).float()
-                state[f"{name}.weight"] = state[f"{name}.weight"].to(delta.device) + delta
+                weight = state[f"{name}.weight"]
+                state[f"{name}.weight"] = weight + module.get_delta_weight(NAME).to(weight)
         shared = {id(p) for p in base.parameters()}
         for name, p in model.named_parameters():
             if id(p) not in shared and ".lora_" not in name:
-                state[name] = p.detach().float()
+                state[name] = p.detach().float().to(device)
     return state

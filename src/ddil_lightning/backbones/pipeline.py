@@ -47,6 +47,12 @@ def family_of(pipe: Any, path: str) -> Family:
     return FAMILIES[type(model).__name__](model)
 
 
+def _halved(part: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a component in `dtype`, made without a second one in its own precision."""
+    narrow: dict[int, Any] = {id(p): nn.Parameter(p.detach().to(dtype), requires_grad=p.requires_grad) for p in part.parameters()}
+    return copy.deepcopy(part, narrow).to(dtype)
+
+
 class Pipeline(Sized):
     """A teacher pipeline of diffusers.
 
@@ -256,7 +262,7 @@ class Pipeline(Sized):
         else:
             parts = {**self.pipe.components, **own}
         if dtype != torch.float32:
-            parts = {name: copy.deepcopy(part).to(dtype) if isinstance(part, nn.Module) else part for name, part in parts.items()}
+            parts = {name: _halved(part, dtype) if isinstance(part, nn.Module) else part for name, part in parts.items()}
         extra = {"requires_safety_checker": parts["safety_checker"] is not None} if "safety_checker" in parts else {}
         type(self.pipe)(**parts, **extra).save_pretrained(folder, safe_serialization=True)
         return folder

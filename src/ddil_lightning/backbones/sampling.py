@@ -74,10 +74,19 @@ def decoded(backbone: Backbone, made: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def pipeline_latents(backbone: Pipeline, prompts: Sequence[str], steps: int, g: float, seed: int = 0, chunk: int | None = None) -> Tensor:
+def pipeline_latents(
+    backbone: Pipeline,
+    prompts: Sequence[str],
+    steps: int,
+    g: float,
+    seed: int = 0,
+    chunk: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Final latents [N, C, h, w] of a diffusers pipeline called as its users call it, from the same noise as `latents`.
 
-    `g` is the guidance_scale of the call. Raises ValueError where the pipeline's scheduler fails for so many `steps`.
+    `g` is the guidance_scale of the call; `dtype` that of the latents it begins with, by default its network's. Raises ValueError where
+    the pipeline's scheduler fails for so many `steps`.
     """
     out, shape, pipe, (height, width) = [], backbone.latent_shape, backbone.pipe, backbone.size
     chunk = chunk or batch(shape)
@@ -91,7 +100,7 @@ def pipeline_latents(backbone: Pipeline, prompts: Sequence[str], steps: int, g: 
                 guidance_scale=g,
                 height=height,
                 width=width,
-                latents=x_T[part].to(backbone.device, backbone.network().model.dtype),
+                latents=x_T[part].to(backbone.device, dtype or backbone.network().model.dtype),
                 generator=generators[part],
                 output_type="latent",
                 **backbone.network().called_with,

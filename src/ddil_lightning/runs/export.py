@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,9 +18,12 @@ from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.files import move_contents, read_table, replacing_folder, unused
-from ddil_lightning.training.sharing import merged
+from ddil_lightning.runs.card import Card
+from ddil_lightning.runs.replay import replayed
+from ddil_lightning.training.sharing import merged, standing_in
 
 if TYPE_CHECKING:
+    from ddil_lightning.backbones.family import Family
     from ddil_lightning.backbones.pipeline import Pipeline
     from ddil_lightning.training.deployment import Deployment
     from ddil_lightning.training.method import Distillation
@@ -49,7 +52,7 @@ def export(method: Distillation, folder: Path, steps: int = 4, dtype: torch.dtyp
     with replacing_folder(folder) as temporary, merged(method):
         backbone.save(temporary, method.deployment.network, deployment.scheduler, dtype, safety_checker)
         (temporary / "ddil.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        (temporary / "README.md").write_text(card(about, backbone.path), encoding="utf-8")
+        (temporary / "README.md").write_text(card(method, steps).text(), encoding="utf-8")
     return folder
 
 
@@ -72,28 +75,19 @@ def about_student(method: Distillation, steps: int) -> dict[str, Any]:
     }
 
 
-def card(about: dict[str, Any], teacher: str) -> str:
-    """The model card of a student in Markdown, made from its ddil.json (`about`)."""
-    nodes, g, (low, high) = ", ".join(map(str, about["timesteps"])), about["guidance_scale"], about["guidance_range"]
-    size = f", height={about['size'][0]}, width={about['size'][1]}" if "size" in about else ""
-    why = f"within the trained range ({low:g} to {high:g})" if g > 1 else f"right because guidance {low:g} is part of the weights"
-    return f"""---
-library_name: diffusers
-tags: [text-to-image, distillation, ddil]
----
-# A {about["steps"]}-step student of `{teacher}`
-
-Distilled with {about["method"]} by [ddil-lightning](https://pypi.org/project/ddil-lightning/), {about["student_updates"]} student updates.
-
-```python
-from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained(".")
-image = pipe("a prompt", num_inference_steps={about["steps"]}, guidance_scale={g:g}{size}).images[0]
-```
-
-The scheduler holds the timesteps it was trained for ({nodes} at {about["steps"]} steps); another scheduler or a "leading" spacing
-fails in silence. `guidance_scale` {g:g} is {why}.
-"""
+def card(method: Distillation, steps: int, **known: Any) -> Card:
+    """The model card of the student that `method` deploys; `known`: fields of Card besides."""
+    backbone, adapter = cast("Pipeline", method.backbone), method.adapter
+    rank = adapter.rank if method.outgoing.shared else None
+    return Card(
+        about_student(method, steps),
+        method.deployment.scheduler(),  # type: ignore[misc]
+        type(backbone.pipe).__name__,
+        backbone.size,
+        told=method.deployment.told,
+        adapter=None if rank is None else (rank, rank if adapter.alpha is None else adapter.alpha),
+        **known,
+    )
 
 
 class NotAsTrained(ValueError):
@@ -102,12 +96,59 @@ class NotAsTrained(ValueError):
 
 def verify(method: Distillation, folder: Path, prompts: Sequence[str], steps: int, halved: bool = False) -> float:
     """`compare` the trainer's sampler with the pipeline in `folder`, loaded as its users load it; raises and answers as that does."""
-    return compare(method, method.deployment, reloaded(method, folder), prompts, steps, halved)
+    made = reloaded(method, folder)
+    return confirm(method, made, prompts, steps) if is_lean(method) else compare(method, method.deployment, made, prompts, steps, halved)
 
 
 def reloaded(method: Distillation, folder: Path) -> Pipeline:
     """A student's pipeline from its folder, in the place of the method's own."""
-    return cast("Pipeline", method.backbone).holding(load_pipeline(folder))
+    return cast("Pipeline", method.backbone).holding(load_pipeline(folder, loads(method)))
+
+
+def is_lean(method: Distillation) -> bool:
+    """Whether the student is adapters on a network in half precision, as large models are trained: see `confirm`."""
+    return bool(method.outgoing.shared) and method.backbone.dtype != torch.float32
+
+
+def loads(method: Distillation) -> torch.dtype:
+    """The precision that pipelines are compared in."""
+    return method.backbone.dtype if is_lean(method) else torch.float32
+
+
+def confirm(method: Distillation, made: Pipeline, prompts: Sequence[str], steps: int, trained: Deployment | None = None) -> float:
+    """The largest relative difference between latents of a reloaded pipeline, `made`, and of the trainer, as `compare` answers it.
+
+    `trained`: what to compare with, by default the student as it is exported. Adapters on a network in half precision are compared
+    without a network in float32 on the device: the caller holds the weights against each other, number by number, and here both samplers
+    ask one network, the reloaded one (`replay`). The device then holds the trained network and one pipeline in its precision.
+    """
+    if not is_lean(method):
+        return compare(method, trained or method.deployment, made, prompts, steps, halved=trained is None)
+    with standing_in(method, made.network()):
+        return compare_samplers(method.deployment, made, prompts, steps)
+
+
+def compare_samplers(deployment: Deployment, made: Pipeline, prompts: Sequence[str], steps: int) -> float:
+    """`compare` for a deployment of the reloaded network itself: only how it is asked, and what is made of its answers, can differ."""
+    with full_precision(made.device):
+        found = replayed(deployment, made, prompts, steps)
+    if isinstance(found, str):
+        raise NotAsTrained(f"the exported pipeline does not sample as the trainer does: at {steps} steps {found}")
+    difference = relative(*found)
+    if not difference <= LEAST:
+        raise NotAsTrained(
+            f"the exported pipeline does not sample as the trainer does: at {steps} steps its latents differ by {difference:.2e} of their "
+            f"size, where rounding explains {LEAST:.0e}"
+        )
+    return difference
+
+
+def check_weights(made: nn.Module, kept: nn.Module, dtype: torch.dtype, what: str) -> None:
+    """Raises NotAsTrained, naming the tensor, unless a reloaded network is, bit by bit, the one that was written in `dtype`."""
+    theirs = made.state_dict()
+    for name, value in kept.state_dict().items():
+        if name not in theirs or not torch.equal(theirs[name], value.to(dtype).to(theirs[name])):
+            raise NotAsTrained(f"{what} is not as it was written: {name} is another tensor when it is read again")
 
 
 def compare(
@@ -185,12 +226,12 @@ def deliver(
     if unverified.exists() and not exported(unverified):
         unverified = unused(unverified)
     as_trained = method.deployment
-    with replacing_folder(folder) as temporary, merged(method), rounded(method.deployment.network, dtype):
+    with replacing_folder(folder) as temporary, merged(method), rounded(method.deployment.network.parameters(), dtype):
         made = export(method, temporary / "made", steps, dtype, safety_checker)
         # Adapters sample as their merged weights do, unless one of the two was rounded.
-        deployment = as_trained if {dtype, method.backbone.dtype} == {torch.float32} else method.deployment
+        exact = {dtype, method.backbone.dtype} == {torch.float32}
         try:
-            difference = compare(method, deployment, reloaded(method, made), prompts, steps, halved=dtype != torch.float32)
+            difference = confirm(method, _same(method, made, dtype), prompts, steps, as_trained if exact else None)
         except NotAsTrained as error:
             with replacing_folder(unverified) as kept:
                 move_contents(made, kept)
@@ -208,29 +249,41 @@ def rehearse(method: Distillation, folder: Path, prompts: Sequence[str], export_
     made = None
     with merged(method):
         ahead = method.deployments()
-        for deployment in ahead:
+        for k, deployment in enumerate(ahead):
             steps = export_steps if export_steps is not None and deployment is ahead[-1] else deployment.steps[0]
             if made is None:
-                made = reloaded(method, export(method, folder, steps))
+                made = _same(method, export(method, folder, steps, loads(method)), loads(method))
             else:
                 assert deployment.scheduler is not None  # the first one could be exported
                 scheduler = deployment.scheduler()
                 scheduler.save_pretrained(folder / "scheduler")
                 made = made.stepping(type(scheduler).from_pretrained(folder / "scheduler"))
-            compare(method, deployment, made, prompts, steps)
+            if is_lean(method):
+                with standing_in(method, made.network()):
+                    compare_samplers(method.deployments()[k], made, prompts, steps)
+            else:
+                compare(method, deployment, made, prompts, steps)
+
+
+def _same(method: Distillation, folder: Path, dtype: torch.dtype) -> Pipeline:
+    """The pipeline in `folder`, reloaded; of a lean student its network is compared with the merged one here (`confirm`)."""
+    made = reloaded(method, folder)
+    if is_lean(method):
+        check_weights(made.network().model, cast("Family", method.deployment.network).model, dtype, f"the pipeline {folder.name}")
+    return made
 
 
 @contextmanager
 @torch.no_grad()
-def rounded(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, `network` has its weights as `dtype` holds them, so that an export in half precision is compared as strictly as any."""
-    exact = [] if dtype == torch.float32 else [p.data for p in network.parameters()]
-    for p in network.parameters() if exact else ():
+def rounded(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> Iterator[None]:
+    """Inside, `parameters` are as `dtype` holds them, so that an export in half precision is compared as strictly as any."""
+    exact = [] if dtype == torch.float32 else [(p, p.data) for p in parameters]
+    for p, _ in exact:
         p.data = p.to(dtype).to(p.dtype)  # not in place: others may read the same tensor
     try:
         yield
     finally:
-        for p, value in zip(network.parameters(), exact, strict=False):
+        for p, value in exact:
             p.data = value
 
 

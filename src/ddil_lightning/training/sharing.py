@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import nn
+
 
 def leave_out_shared(method: Any) -> None:
     """Keep what the roles of `method` share with the frozen pipeline out of its checkpoints, which then hold adapters alone."""
@@ -30,12 +33,23 @@ def _shared(method: Any) -> set[str]:
 
 @contextmanager
 def merged(method: Any) -> Iterator[None]:
-    """Inside, the deployed network of `method` has its adapters merged: a plain float32 network, as it is exported."""
+    """Inside, the deployed network of `method` has its adapters merged: a plain float32 network, as it is exported.
+
+    It is on the method's device, or, where the frozen network is in half precision and the device may not hold it, on the CPU.
+    """
     if not method.outgoing.shared or method.shards.whole is not None:
         yield
         return
-    method.shards.whole = method.backbone.merged(method.outgoing.network).to(method.device)
+    made = method.backbone.merged(method.outgoing.network)
+    with standing_in(method, made.to(method.device if method.backbone.dtype == torch.float32 else "cpu")):
+        yield
+
+
+@contextmanager
+def standing_in(method: Any, network: nn.Module) -> Iterator[None]:
+    """Inside, `network` is deployed in the place of the method's own."""
+    before, method.shards.whole = method.shards.whole, network
     try:
         yield
     finally:
-        method.shards.forget()
+        method.shards.whole = before

@@ -1,0 +1,251 @@
+"""The model card of a released student: what it is, how it was made and measured, and how it is called, as the Hugging Face hub has it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ddil_lightning.backbones.repositories import BUILTIN, pipeline_folder
+from ddil_lightning.evaluation.table import protocols, results_table
+from ddil_lightning.texts import by, place
+
+OWN = "https://pypi.org/project/ddil-lightning/"
+ADAPTERS = ("lora", "kohya")
+"""The formats that hold a student's adapters alone."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """Everything that a card is made from.
+
+    `about`: the student's ddil.json. `scheduler`: the student's, of diffusers. `kind`: the class of its pipeline. `size`: of its images in
+    pixels, (height, width). `files`: where each format lies, seen from the card. `told`: whether it is told its guidance. `adapter`: (rank,
+    alpha) of one. `run`: the config and the summary of the run that made it, as far as they are known. `licence`: by default the
+    teacher's. `hub`: the repository that it goes to.
+    """
+
+    about: Mapping[str, Any]
+    scheduler: Any
+    kind: str
+    size: tuple[int, int]
+    files: Mapping[str, str] = field(default_factory=lambda: {"diffusers": "."})
+    told: bool = False
+    adapter: tuple[int, float] | None = None
+    run: Mapping[str, Any] = field(default_factory=dict)
+    licence: str | None = None
+    hub: str | None = None
+
+    def text(self) -> str:
+        """The card in Markdown, with its header."""
+        about = self.about
+        updates = f"{about['student_updates']} student updates"
+        parts = [
+            f"---\n{self._header()}\n---",
+            f"# A {about['steps']}-step student of `{self.teacher}`",
+            f"Distilled with {about['method']} by [ddil-lightning]({OWN}), {updates}.",
+            "\n".join(("| | |", "|---|---|", *(f"| {name} | {said} |" for name, said in self._facts()))),
+            *self._in_diffusers(),
+            *self._in_comfy(),
+            *self._results(),
+        ]
+        return "\n\n".join(parts) + "\n"
+
+    @cached_property
+    def teacher(self) -> str:
+        """What the teacher is called: its hub id, or the name of its folder, whose place is nobody else's business."""
+        path = str(self.about["teacher"])
+        return path if path in BUILTIN or pipeline_folder(path) is None else place(path).resolve().name
+
+    def _header(self) -> str:
+        from huggingface_hub import ModelCardData
+
+        whole = any(name not in ADAPTERS for name in self.files)
+        tags = ["text-to-image", "ddil", "distillation", "few-step", str(self.about["method"]).lower(), *(() if whole else ("lora",))]
+        return ModelCardData(
+            base_model=self.teacher,
+            base_model_relation="finetune" if whole else "adapter",
+            license=self.licence or licence_of(self.about["teacher"]) or "other",
+            library_name="diffusers",
+            pipeline_tag="text-to-image",
+            tags=tags,
+        ).to_yaml()
+
+    # What it is ----------------------------------------------------------------------------------------------------------------------
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        about, config, summary = self.about, self.run.get("config") or {}, self.run.get("summary") or {}
+        data = config.get("data") or {}
+        prior = data.get("prior")
+        yield "method", str(about["method"])
+        if isinstance(prior, Mapping):
+            shares = ((name, prior.get(name)) for name in ("forward", "student", "teacher"))
+            yield "latents trained on", ", ".join(f"{share:g} {name}" for name, share in shares if share is not None)
+        yield "steps", f"{about['steps']}; made for {', '.join(map(str, about['made_for']))}"
+        yield "nodes", f"{self._nodes} at {about['steps']} steps"
+        yield "guidance", self._guidance
+        if self.adapter:
+            rank, alpha = self.adapter
+            yield "adapters", f"rank {rank}, alpha {alpha:g}; strength 1, others are not tested"
+        yield "resolution", f"{by(self.size)} pixels"
+        yield "data", _data(data.get("captions"), about.get("dataset"))
+        yield "compute", ", ".join(_compute(about, data, config, summary))
+
+    @property
+    def _nodes(self) -> str:
+        return ", ".join(map(str, self.about["timesteps"]))
+
+    @property
+    def _guidance(self) -> str:
+        g, (low, high) = self.about["guidance_scale"], self.about["guidance_range"]
+        if self.told:
+            span = f"{low:g} to {high:g}" if low != high else f"{low:g} alone"
+            return (
+                f"`guidance_scale` {g:g} is within the trained range ({span}). The network is told it, in one evaluation a step; 1 tells "
+                "it that there is none, and 0 something that it was never trained on"
+            )
+        return (
+            f"`guidance_scale` {g:g} is right because guidance {low:g} is part of the weights; 0 means the same to diffusers, and anything "
+            "above 1 guides once more"
+        )
+
+    # How it is called ----------------------------------------------------------------------------------------------------------------
+
+    def _in_diffusers(self) -> Iterator[str]:
+        steps, g = self.about["steps"], self.about["guidance_scale"]
+        # A pipeline's own call makes what its network was first made for.
+        size = f", height={self.size[0]}, width={self.size[1]}" if "size" in self.about else ""
+        call = f'image = pipe("a prompt", num_inference_steps={steps}, guidance_scale={g:g}{size}).images[0]'
+        yield "## In diffusers"
+        if "diffusers" in self.files:
+            where = self.hub or self.files["diffusers"]
+            yield _code("from diffusers import DiffusionPipeline", f'pipe = DiffusionPipeline.from_pretrained("{where}")', call)
+            yield (
+                f"The scheduler holds the timesteps it was trained for ({self._nodes} at {steps} steps); another scheduler or a "
+                '"leading" spacing\nfails in silence.'
+            )
+        for name in self.files:
+            if name in ADAPTERS:
+                yield f"The adapters `{self.files[name]}` on their teacher, with the scheduler that they were trained for:"
+                yield _code(*self._adapters(name), call)
+            if name == "single-file":
+                yield f"The single file `{self.files[name]}`, with the scheduler that it was trained for:"
+                yield _code(*self._single_file(name), call)
+
+    def _adapters(self, name: str) -> Iterator[str]:
+        builtin = BUILTIN.get(str(self.about["teacher"]))
+        if builtin:
+            yield "from importlib.resources import files"
+        yield f"from diffusers import DiffusionPipeline, {type(self.scheduler).__name__}"
+        own = f'str(files("ddil_lightning") / "miniature" / "weights" / "{builtin}")'
+        teacher = own if builtin else f'"{self.teacher if self.hub else self.about["teacher"]}"'
+        yield f"pipe = DiffusionPipeline.from_pretrained({teacher})"
+        yield f'pipe.load_lora_weights("{self.hub or "."}", weight_name="{self.files[name]}")'
+        yield self._scheduled
+
+    def _single_file(self, name: str) -> Iterator[str]:
+        yield f"from diffusers import {self.kind}, {type(self.scheduler).__name__}"
+        url = f"https://huggingface.co/{self.hub}/blob/main/" if self.hub else ""
+        # Without one diffusers takes the original Stable Diffusion's, whatever it finds in the file.
+        config = (self.hub or self.files["diffusers"]) if "diffusers" in self.files else None
+        given = f', config="{config}"' if config else ""
+        yield f'pipe = {self.kind}.from_single_file("{url}{self.files[name]}"{given})'
+        yield self._scheduled
+
+    @property
+    def _scheduled(self) -> str:
+        """The scheduler in full: every option that is not its class's own, so that nothing of the teacher's is left."""
+        kind, config = type(self.scheduler), self.scheduler.config
+        defaults = kind().config
+        own = {key: value for key, value in config.items() if not key.startswith("_") and value != defaults.get(key)}
+        return f"pipe.scheduler = {kind.__name__}({', '.join(f'{key}={value!r}' for key, value in own.items())})"
+
+    def _in_comfy(self) -> Iterator[str]:
+        loadable = [name for name in ("single-file", "kohya", "lora") if name in self.files]
+        if not loadable:
+            return
+        about, n = self.about, self.about["steps"]
+        sampler = "lcm" if type(self.scheduler).__name__ == "LCMScheduler" else "ddim"
+        last = self.scheduler.config.num_train_timesteps - 1
+        apart = max(abs(t - last * (1 - i / n)) for i, t in enumerate(about["timesteps"]))
+        loader = "*Load Checkpoint*" if "single-file" in loadable else "*Load LoRA* on the teacher, strength 1"
+        yield "## In ComfyUI"
+        model = ""
+        if self.scheduler.config.prediction_type == "v_prediction":
+            zsnr = "on" if self.scheduler.config.get("rescale_betas_zero_snr") else "off"
+            model = f", *ModelSamplingDiscrete* with v_prediction and zsnr {zsnr}"
+        file = self.files[next((name for name in ("single-file", "kohya") if name in loadable), "lora")]
+        yield (
+            f"`{file}` by {loader}{model}, *KSampler* with steps {n}, cfg {about['guidance_scale']:g}, sampler_name {sampler}, "
+            f"scheduler sgm_uniform, denoise 1.\nThat scheduler's times differ from the trained ones by at most {apart:.0f} of {last + 1}. "
+            "This is read from ComfyUI's sources, and was not tried there."
+        )
+        if "lora" in loadable and self.adapter and self.adapter[0] != self.adapter[1]:
+            scale = self.adapter[1] / self.adapter[0]
+            yield f"ComfyUI does not read the alpha of `{self.files['lora']}`: take the kohya file, or strength {scale:g}."
+
+    # How good it is ------------------------------------------------------------------------------------------------------------------
+
+    def _results(self) -> Iterator[str]:
+        rows: Sequence[Mapping[str, Any]] = (self.run.get("summary") or {}).get("rows") or ()
+        if not rows:
+            return
+        yield "## Measured"
+        yield results_table(rows)
+        for protocol in protocols(rows):
+            yield "Protocol: " + "; ".join(_flat(protocol)) + "."
+
+
+def licence_of(teacher: str) -> str | None:
+    """The licence that the card of a pipeline names, where the card lies on this machine."""
+    from huggingface_hub import metadata_load, try_to_load_from_cache
+
+    try:
+        folder = pipeline_folder(teacher)
+        card = folder / "README.md" if folder else try_to_load_from_cache(str(teacher), "README.md")
+        found = metadata_load(Path(card)) if isinstance(card, str | Path) and Path(card).is_file() else None
+    except Exception:  # a card that nobody can read names no licence
+        return None
+    licence = (found or {}).get("license")
+    return licence if isinstance(licence, str) and licence else None
+
+
+def _data(captions: Any, dataset: Any) -> str:
+    """Which data, by name: where they lay on somebody's machine is left out."""
+    if not captions:
+        return f"what the built-in data set {dataset} draws" if dataset else "not stated"
+    if isinstance(captions, str):
+        return f"`{captions}`"
+    given = captions.get("init_args") or {}
+    path = next((given[key] for key in ("path", "dataset", "name", "urls") if isinstance(given.get(key), str)), None)
+    kind = str(captions.get("class_path", "")).rpartition(".")[2]
+    return f"{kind} `{Path(path).name if path.startswith(('/', '.', '~')) else path}`" if path else kind
+
+
+def _compute(about: Mapping[str, Any], data: Mapping[str, Any], config: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{about['student_updates']} updates"
+    if data.get("batch_size"):
+        optimizer = ((config.get("model") or {}).get("init_args") or {}).get("optimizer") or {}
+        more = f" x {optimizer['accumulate']}" if optimizer.get("accumulate", 1) != 1 else ""
+        yield f"batch {data['batch_size']}{more} a device"
+    machine = summary.get("machine") or {}
+    if machine.get("device"):
+        yield f"{machine['device']} ({machine.get('date', 'undated')})"
+    if summary.get("seconds_training"):
+        yield f"{summary['seconds_training'] / 3600:.2g} hours of training"
+
+
+def _code(*lines: str) -> str:
+    imports = [line for line in lines if line.startswith("from ")]
+    rest = [line for line in lines if not line.startswith("from ")]
+    return "\n".join(("```python", *imports, "", *rest, "```"))
+
+
+def _flat(table: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{key} ")
+        elif value is not None:
+            yield f"{above}{key} {value}".replace("_", " ") if not isinstance(value, str) else f"{above}{key}: {value}"

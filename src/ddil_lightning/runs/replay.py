@@ -1,0 +1,107 @@
+"""Two samplers on one network: what it answered to the one it answers to the other, so that no rounding grows on the way.
+
+This is how a large student is compared, of which the device holds one copy in half precision: schedulers, nodes, guidance and texts are
+held against each other to float32's precision, whatever the network computes in, and the network itself is asked once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ddil_lightning.backbones import sampling
+
+if TYPE_CHECKING:
+    from ddil_lightning.backbones.pipeline import Pipeline
+    from ddil_lightning.training.deployment import Deployment
+
+CLOSE = 2**-6
+"""How far what a network is told may be from what it was told, relative to its size: it is rounded to half precision at other places."""
+
+
+def replayed(deployment: Deployment, made: Pipeline, prompts: Sequence[str], steps: int, seed: int = 0) -> tuple[Tensor, Tensor] | str:
+    """The latents of the trainer's sampler with the network of `made`, and those of that pipeline, called as its users call it.
+
+    In words where the two do not ask the same of the network: another time, text, guidance or number of evaluations.
+    """
+    (policy, grid), model = deployment.sampler(steps), made.network().model
+    calls: list[tuple[dict[str, Any], Tensor]] = []
+    with _recording(model, calls):
+        mine = sampling.latents(made, policy, grid, prompts, deployment.guidance, seed).cpu()
+    try:
+        with _replaying(model, calls):
+            theirs = sampling.pipeline_latents(made, prompts, steps, deployment.guidance_scale, seed, dtype=torch.float32).cpu()
+    except _Otherwise as why:
+        return str(why)
+    return f"it asks its network {len(calls)} times less" if calls else (mine, theirs)
+
+
+class _Otherwise(Exception):
+    """Ends a replay at the first question that was not asked before."""
+
+
+@contextmanager
+def _recording(model: nn.Module, calls: list[Any]) -> Iterator[None]:
+    forward = model.forward
+    signature = inspect.signature(forward)
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        (answer,) = forward(*args, **kwargs)
+        calls.append((dict(signature.bind(*args, **kwargs).arguments), answer.float()))
+        return (answer.float(),)
+
+    with _in_place_of(model, record):
+        yield
+
+
+@contextmanager
+def _replaying(model: nn.Module, calls: list[Any]) -> Iterator[None]:
+    signature = inspect.signature(model.forward)
+
+    def replay(*args: Any, **kwargs: Any) -> Any:
+        told = dict(signature.bind(*args, **kwargs).arguments)
+        if not calls:
+            raise _Otherwise("it asks its network more often")
+        before, answer = calls.pop(0)
+        first, *others = signature.parameters
+        if before[first].shape != told[first].shape:
+            raise _Otherwise("its network is asked of latents of another shape")
+        for name in others:
+            if not _alike(before.get(name), told.get(name), name):
+                raise _Otherwise(f"its network is told another {name}")
+        return (answer,)
+
+    with _in_place_of(model, replay):
+        yield
+
+
+@contextmanager
+def _in_place_of(model: Any, forward: Any) -> Iterator[None]:
+    own = vars(model).get("forward")  # what somebody else has put in the place of the class's
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
+
+
+def _alike(a: Any, b: Any, name: str) -> bool:
+    """Whether two arguments say the same; one that a sampler leaves out says nothing."""
+    if isinstance(a, Mapping) or isinstance(b, Mapping):
+        a, b = a or {}, b or {}
+        return all(_alike(a.get(key), b.get(key), key) for key in {**a, **b})
+    if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+        return True
+    if a is None or b is None:
+        return False
+    a, b = (torch.as_tensor(x).detach().cpu().double() for x in (a, b))
+    if "time" in name and "cond" not in name and "ids" not in name:
+        return bool((a == b).all())  # one for all samples, or one for each
+    return a.shape == b.shape and bool((a - b).abs().max() <= CLOSE * a.abs().max())
