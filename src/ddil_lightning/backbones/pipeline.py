@@ -8,9 +8,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -47,6 +48,15 @@ def family_of(pipe: Any, path: str) -> Family:
     return FAMILIES[type(model).__name__](model)
 
 
+def settings(model: Any, changes: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """The configuration of a network, with `changes`, for another one.
+
+    Where it lay on this machine is nobody else's business, and of the names that its file leaves out, as Stable Diffusion's does with the
+    embedding of the guidance, diffusers would take no other value than the default.
+    """
+    return {key: value for key, value in {**model.config, **changes}.items() if key not in ("_name_or_path", "_use_default_values")}
+
+
 class Pipeline(Backbone):
     """A teacher pipeline of diffusers.
 
@@ -63,9 +73,7 @@ class Pipeline(Backbone):
         self, path: str = "builtin", dtype: torch.dtype = torch.float32, vae_dtype: torch.dtype = torch.float32, bare: bool = False
     ) -> None:
         about = recommended(path)
-        empty = empty_network(path) if bare else {}
-        self.pipe: Any = load_pipeline(path, {"default": dtype, "vae": vae_dtype}, **empty)
-        check_weights(self.pipe, path, empty)
+        self.pipe: Any = self.load(path, dtype, vae_dtype, bare)
         self._network = family_of(self.pipe, str(path))
         for part in self.parts():
             part.requires_grad_(False).eval()
@@ -80,6 +88,13 @@ class Pipeline(Backbone):
         self._network.check(str(path), self.pipe.vae.config.latent_channels)
         super().__init__(str(path), schedule, PREDICTS[kind], self._network.latent_shape, about, dtype)
         self.bare = bare
+
+    def load(self, path: str, dtype: torch.dtype, vae_dtype: torch.dtype, bare: bool) -> Any:
+        """The pipeline of diffusers, checked; its network without memory for weights where it is `bare`."""
+        empty = empty_network(path) if bare else {}
+        pipe = load_pipeline(path, {"default": dtype, "vae": vae_dtype}, **empty)
+        check_weights(pipe, path, empty)
+        return pipe
 
     def parts(self) -> list[nn.Module]:
         """Every component that is a module, frozen: the network, the autoencoder, the text encoders."""
@@ -117,9 +132,7 @@ class Pipeline(Backbone):
         source = self._network
         extra = source.told() if w_conditioned and not source.w_conditioned else {}
         with self._memory():
-            # Where the teacher lay on this machine is nobody else's business.
-            config = {k: v for k, v in {**source.model.config, **extra}.items() if k != "_name_or_path"}
-            model = type(source.model).from_config(config)
+            model = type(source.model).from_config(settings(source.model, extra))
         if not self.bare:
             missing, unexpected = model.load_state_dict(self._weights(), strict=False)
             if unexpected or (missing and not extra):
@@ -135,7 +148,7 @@ class Pipeline(Backbone):
         new: list[str] = []
         if w_conditioned and not source.w_conditioned:
             with loading.without_weights():
-                told = type(model).from_config({**model.config, **source.told()})
+                told = type(model).from_config(settings(model, source.told()))
             new = graft(model, told)
             model.register_to_config(**source.told())
         adapt(model, adapter, source.adapts, new)
@@ -145,7 +158,7 @@ class Pipeline(Backbone):
         """A network with its adapters merged into the weights of the frozen one as they are stored, whatever it computes in."""
         model = cast(Family, network).model
         with loading.without_weights():
-            plain = type(model).from_config({k: v for k, v in model.config.items() if k != "_name_or_path"})
+            plain = type(model).from_config(settings(model))
         plain.load_state_dict(merged(model, self._weights(), self._network.model), assign=True)
         return type(self._network)(plain.to(memory_format=torch.channels_last).requires_grad_(False).eval())
 

@@ -104,6 +104,14 @@ class UNet(Family):
         ids = torch.tensor([side, side, 0.0, 0.0, side, side], device=device).repeat(len(prompts), 1)
         return Context(text.float(), pooled=pooled.float(), ids=ids)
 
+    def blank(self, n: int, tokens: int) -> Context:
+        """Text states; with the pooled text and the size that SDXL is told."""
+        c, config = super().blank(n, tokens), self.model.config
+        if config.addition_embed_type != "text_time":
+            return c
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return c._replace(pooled=torch.zeros(n, pooled), ids=torch.zeros(n, 6))
+
     def features(self, x_t: Tensor, t: Tensor, c: Context, layers: Sequence[str] = ()) -> tuple[Tensor, ...]:
         """The features [B, F, h, w] that leave the blocks `layers`, by default the bottleneck; what comes after the last is not run."""
         return self._watched(x_t, t, c, layers, no_further=True)[1]
