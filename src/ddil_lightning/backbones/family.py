@@ -62,9 +62,9 @@ class Family(Network):
         """
         raise ValueError(f"{type(self).__name__} cannot be told the guidance: set model.w_conditioned to false")
 
-    def recompute(self) -> None:
-        """Switch diffusers' own gradient checkpointing on, in place."""
-        self.model.enable_gradient_checkpointing()
+    def recompute(self, on: bool = True) -> None:
+        """Switch diffusers' own gradient checkpointing on or off, in place."""
+        self.model.enable_gradient_checkpointing() if on else self.model.disable_gradient_checkpointing()
 
     def blocks(self) -> Sequence[nn.Module]:
         """The modules whose class is named in `blocks_of`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ddil_lightning.feed import Feed
 from ddil_lightning.records import FORWARD, Context, LatentBatch
+from ddil_lightning.training.measures import Measures
 
 MICRO = 2
 """Micro-batches of an update that are tried: the second finds the gradients of the first, and so do all others."""
@@ -41,37 +43,44 @@ class Step(NamedTuple):
     peak: int
 
 
-class Ledger(TorchDispatchMode):
-    """Counts the bytes of all storages that are made inside, and forgets those that are let go.
+class Ledger(FakeTensorMode):
+    """Inside, tensors have shapes and no values; the bytes of their storages are counted, and forgotten when they are let go.
 
     Gradients are told apart (`gradient`). A tensor that has no values answers 1 where it is asked for one; whether any is so, or two are
     equal, it answers no, and everything else yes: then all numbers are finite and no rule is broken.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(allow_non_fake_inputs=True)
         self.live, self.gradients, self.peak, self.activations, self.states = 0, 0, 0, 0, 0
         self._known: dict[int, tuple[Any, int]] = {}
         self._graded: set[int] = set()
         self._denied: set[int] = set()
+        self._inner = False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What every operation goes through. What it makes on its way, of others, is not counted: kernels do without."""
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # asked more often than anything is computed
+        if self._inner:
+            return super().dispatch(func, types, args, kwargs)
+        self._inner = True
         try:
-            out = func(*args, **(kwargs or {}))
+            out = super().dispatch(func, types, args, kwargs)
         except DataDependentOutputException:
             return _answer(args[0].dtype, args[0].untyped_storage()._cdata not in self._denied)
-        for value in tree_leaves(out):
+        finally:
+            self._inner = False
+        for value in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(value, Tensor):
-                self._note(value)
-                if func.overloadpacket in DENIED:
-                    self._denied.add(value.untyped_storage()._cdata)
+                self._note(value, func.overloadpacket in DENIED)
         return out
 
-    def _note(self, value: Tensor) -> None:
+    def _note(self, value: Tensor, denied: bool) -> None:
         storage = value.untyped_storage()
         key = storage._cdata
+        if denied:
+            self._denied.add(key)
         if key in self._known:
             return
         size = storage.nbytes()
@@ -97,9 +106,9 @@ class Ledger(TorchDispatchMode):
             self.gradients += self._known[key][1]
 
     def begin(self) -> None:
-        """What is there now are the optimisers' states; peaks are counted from now on."""
-        self.states = self.live
-        self.peak, self.activations = self.live, 0
+        """What is there now stays: it is no activation. Peaks are counted from now on."""
+        self.states = self.peak = self.live
+        self.activations = 0
 
 
 def _answer(dtype: torch.dtype, yes: bool) -> bool | int | float:
@@ -123,22 +132,32 @@ class Planned:
     """A method on tensors without memory, ready for steps: a copy of `method`, which is not touched and need not have weights."""
 
     def __init__(self, method: Any, precision: str, batch: int, cuda: bool) -> None:
-        self.batch, self.precision = batch, Precision(precision)
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.batch, self.precision, self.ledger = batch, Precision(precision), Ledger()
         null = method.teacher.null if method.teacher.null is not None else method.backbone.null()
-        with self.fake:
+        with self.ledger:
             self.of = {id(p): (p, _empty(p)) for p in _parameters(method)}
         memo: dict[int, Any] = {key: made for key, (_, made) in self.of.items()}
-        memo |= {id(thing): thing for thing in _untouched(method)}
+        memo |= _untouched(method)
         self.method = copy.deepcopy(method, memo)
         self.method.descent.accumulate = min(self.method.descent.accumulate, MICRO)
         self.context = null
         self.foreach = cuda
 
+    def encode(self) -> int:
+        """What passes, in bytes, while the images of a batch are encoded, by as many at a time as the backbone takes."""
+        side = self.method.backbone.side
+        if side is None:
+            return 0
+        with self.ledger, torch.no_grad():
+            self.ledger.begin()
+            self.method.backbone.encode_images(torch.zeros(self.batch, 3, side, side))
+        return self.ledger.activations
+
     def step(self) -> Step:
         """The memory of an update of the student, with what else belongs to it."""
-        method, ledger = self.method, Ledger()
-        with self.fake, ledger:
+        method, ledger = self.method, self.ledger
+        with ledger, _uncollected():
+            weights = ledger.live
             optimizers = self._optimizers()
             for p in _trained(optimizers):
                 p.grad = torch.empty_like(p)
@@ -162,7 +181,7 @@ class Planned:
         states = {made: sum(_bytes(v) for v in state.values()) for o in optimizers for made, state in o.state.items()}
         gradients = sum(_bytes(p) for p in _trained(optimizers))
         own = {p: states[made] for p, made in self.of.values() if made in states}
-        return Step(own, gradients, ledger.activations, ledger.peak)
+        return Step(own, gradients, ledger.activations, ledger.peak - weights)
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         """The method's own, as a trainer has them."""
@@ -191,6 +210,18 @@ def latents(method: Any, n: int, null: Context) -> LatentBatch:
     return LatentBatch(x, t, s, node, c, x.clone(), tag, torch.ones(n), slot, c.guided(None), x.clone(), x.clone())
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Inside, Python does not look for garbage in cycles: it would take a quarter of the time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 def _empty(p: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(torch.empty_strided(p.size(), p.stride(), dtype=p.dtype), requires_grad=p.requires_grad)
 
@@ -204,9 +235,15 @@ def _parameters(method: Any) -> Iterator[nn.Parameter]:
             yield p
 
 
-def _untouched(method: Any) -> list[Any]:
-    """What a step neither changes nor asks."""
-    return [part for part in (getattr(method.backbone, "pipe", None), method.feed) if part is not None]
+def _untouched(method: Any) -> dict[int, Any]:
+    """What a copy for a plan has in common with the method, because no step changes it, and what stands in for its run, by identity."""
+    pipe = getattr(method.backbone, "pipe", None)
+    same = [] if pipe is None else [part for part in vars(pipe).values() if part is not None and not isinstance(part, nn.Module)]
+    return {id(thing): thing for thing in same} | {
+        id(method.feed): Feed(),
+        id(method.measures): Measures(),
+        id(method._trainer): None,
+    }
 
 
 def _trained(optimizers: Iterable[torch.optim.Optimizer]) -> list[nn.Parameter]:
