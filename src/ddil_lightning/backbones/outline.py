@@ -58,7 +58,7 @@ class Parts:
                 continue
             made = _component(folder / name, *entry)
             if isinstance(made, nn.Module):
-                made = made.to(vae_dtype if name == "vae" else dtype)
+                nn.Module.to(made, vae_dtype if name == "vae" else dtype)  # its own `to` warns of layers that there are not
             if made is not None:
                 self.components[name] = made
                 setattr(self, name, made)
