@@ -124,7 +124,7 @@ def measured(case: str, pipeline: str, batch: int, precision: str, seed: int) ->
     c = method.backbone.null()
     data.captions = Encoded(torch.randn(8 * batch, *method.backbone.latent_shape), Context(c.text.repeat(8 * batch, 1, 1)))
     trainer.fit(method, datamodule=data)
-    meter.end(torch.device("cpu"))
+    meter.end(torch.device("cpu"), (method, *method.backbone.parts()))
     assert meter.peak is not None
     return {"planned": gib(expected(method, data, trainer)), "measured": gib(meter.peak)}
 

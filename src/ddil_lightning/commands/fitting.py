@@ -60,7 +60,7 @@ def train(cli: FitCLI, checkpoints: Checkpoints, parent: int) -> None:
     try:
         with watched(cli, checkpoints, parent):
             trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.resumed, weights_only=True if cli.resumed else None)
-        cli.meter.end(trainer.strategy.root_device)
+        cli.meter.end(trainer.strategy.root_device, (cli.model, *cli.model.backbone.parts()))
     except FloatingPointError as error:
         again = "go on from it" if newest(cli, checkpoints) else "begin again"
         raise FloatingPointError(f"{error}; {last_good(cli, checkpoints)}: {again} with a lower model.optimizer.lr") from error

@@ -83,12 +83,16 @@ def parts(method: Any, step: Step | None = None) -> Iterator[Part]:
     """What each role holds, tensors that several share counted at the first of them: the frozen network, the encoders, the roles."""
     seen: set[int] = set()
     states = {} if step is None else {id(p): size for p, size in step.optimizer.items()}
-    backbone = method.backbone
-    encoders = [part for part in backbone.parts() if part is not backbone.network()]
-    yield _part("teacher", [backbone.network()], seen, states, own=False)
-    yield _part("encoders", encoders, seen, states, own=False)
+    yield _part("teacher", [method.backbone.network()], seen, states, own=False)
+    yield _part("encoders", encoders(method.backbone), seen, states, own=False)
     for name, child in method.named_children():
         yield _part(name, [child], seen, states, own=True)
+
+
+def encoders(backbone: Any) -> list[nn.Module]:
+    """The frozen parts that have nothing of the network."""
+    network = {id(p) for p in backbone.network().parameters()}
+    return [part for part in backbone.parts() if not any(id(p) in network for p in part.parameters())]
 
 
 def _part(name: str, modules: Iterable[nn.Module], seen: set[int], states: dict[int, int], own: bool) -> Part:

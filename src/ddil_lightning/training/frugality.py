@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ddil_lightning.backbones.adapters import Adapter
-from ddil_lightning.training.footprint import EIGHT, FULL, Footprint, Part, Setting, bytes_of, placed
+from ddil_lightning.training.footprint import EIGHT, FULL, Footprint, Part, Setting, bytes_of, encoders, placed
 
 RANK = 64
 """LCM-LoRA's."""
@@ -59,7 +59,7 @@ def _of_half_frozen(method: Any, made: Footprint) -> Iterator[tuple[str, Footpri
     """With the frozen parts that are in float32 in half precision: the network and the text encoders, and the autoencoder."""
     backbone = method.backbone
     vae = getattr(getattr(backbone, "pipe", None), "vae", None)
-    texts = [part for part in backbone.parts() if part is not backbone.network() and part is not vae]
+    texts = [part for part in encoders(backbone) if part is not vae]
     network, text, pictures = _half([backbone.network()]), _half(texts), _half([] if vae is None else [vae])
     yield "model.memory.teacher_dtype=bfloat16", _less_weight(made, teacher=network, encoders=text)
     yield "model.memory.vae_dtype=bfloat16", _less_weight(made, encoders=pictures)
