@@ -1,4 +1,4 @@
-"""The memory that a plan says, against the peak that a training has: Stable Diffusion 1.5 in its real size, with random weights, on the CPU.
+"""The memory that a plan says, against the peak of a training: Stable Diffusion 1.5 in its real size, with random weights, on the CPU.
 
 The pipeline is written once, from the published configurations, and removed. Each case trains in a process of its own, at 128 pixels and
 batch 1 unless asked otherwise; the full one needs some 20 GB.
@@ -118,7 +118,14 @@ def measured(case: str, pipeline: str, batch: int, precision: str, seed: int) ->
             meter.begin()
 
     meter = Meter()
-    words = [f"model.pipeline={pipeline}", "model.ema=0", "model.memory.teacher_dtype=bfloat16", f"data.batch_size={batch}", "--updates", "3"]
+    words = [
+        f"model.pipeline={pipeline}",
+        "model.ema=0",
+        "model.memory.teacher_dtype=bfloat16",
+        f"data.batch_size={batch}",
+        "--updates",
+        "3",
+    ]
     words += [f"trainer.precision={precision}", "trainer.accelerator=cpu", "--seed", str(seed), *CASES[case][1].split()]
     trainer, method, data = assemble("lcm.yaml", *words, callbacks=[Begin()])
     c = method.backbone.null()

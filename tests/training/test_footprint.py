@@ -70,7 +70,8 @@ def test_a_plan_of_configurations_is_what_a_method_holds_and_a_step_takes(name: 
     states = [value for o in optimizers for state in o.state.values() for value in state.values()]
     assert found.of("optimizer") == sum(x.untyped_storage().nbytes() for x in states)
     assert saved / len(optimizers) < found.activations < 2 * saved  # of two backward passes, one after the other
-    assert max(found.of("gradients"), found.activations) <= found.at_once - found.of("optimizer") <= found.of("gradients") + found.activations
+    held, both = found.at_once - found.of("optimizer"), found.of("gradients") + found.activations
+    assert max(found.of("gradients"), found.activations) <= held <= both
 
 
 def test_shapes_alone_are_counted_as_real_tensors_are(light: Path) -> None:

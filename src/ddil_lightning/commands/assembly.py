@@ -99,7 +99,7 @@ class Assembly(LightningCLI):
             parser_kwargs={
                 "exit_on_error": False,
                 "prog": "ddil-fit",
-                "usage": "ddil-fit --config NAME [--updates N] [--seed N] [--run_dir DIR] [--ckpt_path PATH|last] [--plan] [any.key=value ...]",
+                "usage": "ddil-fit --config NAME [--updates N] [--seed N] [--run_dir DIR] [--ckpt_path PATH|last] [--plan] [any.key=value]",
             },
         )
 

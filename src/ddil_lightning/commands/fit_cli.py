@@ -20,8 +20,8 @@ from ddil_lightning.files import unused, write_text
 from ddil_lightning.runs.checkpoint import check_fits, check_newest, check_whole, find_checkpoint, folder_of, load_checkpoint
 from ddil_lightning.runs.finish import rehearse
 from ddil_lightning.runs.folder import Claim, check_free, check_latest, point_latest, reserve, take_up
-from ddil_lightning.runs.memory import Meter
 from ddil_lightning.runs.loggers import MetricsFile, check_wandb, masked, wandb_logger
+from ddil_lightning.runs.memory import Meter
 
 RUN_DIR = "DDIL_RUN_DIR"  # tells the processes that Lightning launches where the run is
 

@@ -130,9 +130,10 @@ def table(method: Any, setting: Setting, made: Footprint, other: Footprint, host
     side = "" if method.backbone.side is None else f" at {method.backbone.side} px"
     found = [f"memory plan: {type(method).__name__} of {method.backbone.path}{side}, on {many}, {how}; in GiB", ""]
     found.append(f"{'':<12}{'weights':>11}{'gradients':>11}{'optimiser':>11}")
-    rows = [(part.name, part.weights, part.gradients, part.optimizer) for part in made.parts]
-    for name, *sizes in (*rows, ("together", *(made.of(kind) for kind in ("weights", "gradients", "optimizer")))):
-        found.append(f"{name:<12}" + "".join(f"{_shown(size):>11}" for size in sizes))
+    shown = [part for part in made.parts if part.gradients or 1000 * part.weights >= made.of("weights")]
+    rows = [(part.name, part.weights, part.gradients, part.optimizer) for part in shown]
+    rows.append(("together", made.of("weights"), made.of("gradients"), made.of("optimizer")))
+    found += [f"{name:<12}{_shown(w):>11}{_shown(g):>11}{_shown(o):>11}" for name, w, g, o in rows]
     plain, frugal = (other, made) if method.gradient_checkpointing else (made, other)
     words = [_shown(plain.activations), _shown(frugal.activations) + " with gradient checkpointing"]
     words[method.gradient_checkpointing] += " (as it is set)"

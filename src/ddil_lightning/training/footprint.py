@@ -73,7 +73,7 @@ def placed(whole: Footprint, method: Any, setting: Setting) -> Footprint:
     if setting.strategy != "fsdp2":
         return whole
     n = setting.devices
-    split = tuple(Part(p.name, *(-(-x // n) for x in p[1:4]), p.own) if p.own else p for p in whole.parts)
+    split = tuple(Part(p.name, -(-p.weights // n), -(-p.gradients // n), -(-p.optimizer // n), True) if p.own else p for p in whole.parts)
     kept = whole._replace(parts=split, gathered=2 * max((_gathered(child) for child in _networks(method)), default=0))
     # All of a step's activations, beside the shares of gradients and states.
     return kept._replace(at_once=min(whole.at_once, whole.activations + kept.of("gradients") + kept.of("optimizer")))

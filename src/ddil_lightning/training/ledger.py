@@ -1,4 +1,4 @@
-"""What a training step would hold in memory: the step itself is run on tensors that have shapes and no memory, and their bytes are counted."""
+"""What a training step holds in memory: it is taken on tensors that have shapes and no memory, whose bytes are counted."""
 
 from __future__ import annotations
 
