@@ -33,8 +33,12 @@ class Architecture(NamedTuple):
 
 
 def own_config(model: Any) -> dict[str, Any]:
-    """A network's configuration; where it lay on this machine is nobody else's business."""
-    return {key: value for key, value in model.config.items() if key != "_name_or_path"}
+    """A network's configuration, to make another one of it.
+
+    Where it lay on this machine is nobody else's business, and of the names that its file leaves out, as Stable Diffusion's does with the
+    embedding of the guidance, diffusers would take no other value than the default.
+    """
+    return {key: value for key, value in model.config.items() if key not in ("_name_or_path", "_use_default_values")}
 
 
 def described(said: str | Mapping[str, Any], teacher: Family, copied: Callable[[], Weights], role: str) -> Architecture:

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from ddil_lightning.backbones.interface import Network
 from ddil_lightning.records import Context
 
+WIDTHS = ("cross_attention_dim", "caption_channels", "joint_attention_dim")
+"""Where a network's configuration says how wide the states of the texts are that it reads."""
+
 
 class Family(Network):
     """A component of a diffusers pipeline as a `Network`: what `Pipeline` asks of it besides.
@@ -72,9 +75,9 @@ class Family(Network):
         """
         raise ValueError(f"{type(self).__name__} cannot be told the guidance: set model.w_conditioned to false")
 
-    def recompute(self) -> None:
-        """Switch diffusers' own gradient checkpointing on, in place."""
-        self.model.enable_gradient_checkpointing()
+    def recompute(self, on: bool = True) -> None:
+        """Switch diffusers' own gradient checkpointing on or off, in place."""
+        self.model.enable_gradient_checkpointing() if on else self.model.disable_gradient_checkpointing()
 
     def blocks(self) -> Sequence[nn.Module]:
         """The modules whose class is named in `blocks_of`."""
@@ -95,3 +98,11 @@ class Family(Network):
             prompt=list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         return Context(text.float())
+
+    def blank(self, n: int, tokens: int) -> Context:
+        """Zeros of the shapes that `context` answers `n` prompts of so many `tokens` with, by its configuration: for a memory plan."""
+        config = self.model.config
+        width = next((config[name] for name in WIDTHS if config.get(name)), None)
+        if width is None:
+            raise ValueError(f"{type(self).__name__} does not say how wide its texts are: write blank()")
+        return Context(torch.zeros(n, tokens, width))

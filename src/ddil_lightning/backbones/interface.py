@@ -64,7 +64,7 @@ class Network(nn.Module, ABC):
         """Parts that are gathered one at a time where weights are sharded: memory then holds one of them, not the whole network."""
         return ()
 
-    def recompute(self) -> None:
+    def recompute(self, on: bool = True) -> None:
         """Compute activations again in the backward pass instead of keeping them, where that saves memory (gradient checkpointing)."""
 
     def compile_blocks(self) -> None:

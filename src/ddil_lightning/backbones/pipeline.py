@@ -77,11 +77,8 @@ class Pipeline(Sized):
         source = Source.of(path)
         path = source.path
         about = recommended(path)
-        self.source = settled(source, DENOISERS if bare else ())
         self._others: dict[str, Architecture] = {}
-        empty = empty_network(self.source) if bare else {}
-        self.pipe: Any = load_pipeline(self.source, {"default": dtype, "vae": vae_dtype}, **empty)
-        check_weights(self.pipe, self.source, empty)
+        self.pipe: Any = self.load(source, dtype, vae_dtype, bare)
         self._network = family_of(self.pipe, path)
         for part in self.parts():
             part.requires_grad_(False).eval()
@@ -92,6 +89,14 @@ class Pipeline(Sized):
         super().__init__(path, schedule, predicts, self._network.latent_shape, about, dtype)
         self.bare = bare
         self.sample_at(next((said for said in (size, source.size, about.get("size")) if said is not None), None))
+
+    def load(self, source: Source, dtype: torch.dtype, vae_dtype: torch.dtype, bare: bool) -> Any:
+        """The pipeline of diffusers, checked; its network without memory for weights where it is `bare`. Sets `source`, all of it said."""
+        self.source = settled(source, DENOISERS if bare else ())
+        empty = empty_network(self.source) if bare else {}
+        pipe = load_pipeline(self.source, {"default": dtype, "vae": vae_dtype}, **empty)
+        check_weights(pipe, self.source, empty)
+        return pipe
 
     def parts(self) -> list[nn.Module]:
         """Every component that is a module, frozen: the network, the autoencoder, the text encoders."""
@@ -153,7 +158,7 @@ class Pipeline(Sized):
         new: list[str] = []
         if w_conditioned and not source.w_conditioned:
             with loading.without_weights():
-                told = type(model).from_config({**model.config, **source.told()})
+                told = type(model).from_config({**architectures.own_config(model), **source.told()})
             new = graft(model, told)
             model.register_to_config(**source.told())
         adapt(model, adapter, source.adapts, new)
@@ -163,7 +168,7 @@ class Pipeline(Sized):
         """A network with its adapters merged into the weights of the frozen one as they are stored, whatever it computes in."""
         model = cast(Family, network).model
         with loading.without_weights():
-            plain = type(model).from_config({k: v for k, v in model.config.items() if k != "_name_or_path"})
+            plain = type(model).from_config(architectures.own_config(model))
         plain.load_state_dict(merged(model, {key: value.float() for key, value in self._weights()}, self._network.model), assign=True)
         return type(self._network)(plain.to(memory_format=torch.channels_last).requires_grad_(False).eval())
 

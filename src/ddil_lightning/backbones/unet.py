@@ -139,6 +139,14 @@ class UNet(Family):
         text, _, pooled, _ = made
         return Context(text.float(), pooled=pooled.float(), ids=sizes.to(device, torch.float32))
 
+    def blank(self, n: int, tokens: int) -> Context:
+        """Text states; with the pooled text and the size that SDXL is told."""
+        c, config = super().blank(n, tokens), self.model.config
+        if config.addition_embed_type != "text_time":
+            return c
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return c._replace(pooled=torch.zeros(n, pooled), ids=torch.zeros(n, 6))
+
     def features(self, x_t: Tensor, t: Tensor, c: Context, layers: Sequence[str] = ()) -> tuple[Tensor, ...]:
         """The features [B, F, h, w] that leave the blocks `layers`, by default the bottleneck; what comes after the last is not run."""
         return self._watched(x_t, t, c, layers, no_further=True)[1]

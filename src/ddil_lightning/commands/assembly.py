@@ -83,7 +83,7 @@ class Assembly(LightningCLI):
     acting: tuple[str, ...] = ("stages",)
     """Which of the groups of `OWN` are callbacks of the trainer, in their order: here those that decide what is trained."""
 
-    command, usage = "ddil-fit", "--config NAME [--updates N] [--seed N] [--run_dir DIR] [--ckpt_path PATH|last] [any.key=value ...]"
+    command, usage = "ddil-fit", "--config NAME [--updates N] [--seed N] [--run_dir DIR] [--ckpt_path PATH|last] [--plan] [any.key=value]"
 
     def __init__(self, words: Sequence[str], callbacks: Iterable[Callback] = ()) -> None:
         self._more = list(callbacks)

@@ -199,7 +199,7 @@ OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*\+?=.*", re.DOTALL)
 
 RECORD_FIELD = re.compile(r"(--model(?:\.init_args)?\.(?!init_args\.)\w+)\.(\w+)")
 
-FLAGS = ("--help", "--print_config", "--verify")  # options without a value of their own
+FLAGS = ("--help", "--print_config", "--plan", "--verify")  # options without a value of their own
 
 MOVED = {
     "model": {

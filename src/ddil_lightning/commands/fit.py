@@ -16,6 +16,10 @@ def fit(argv: list[str], patience: bool = False) -> int:
     asks = ("--help", "-h", "--print_config", "--model.help", "--data.help", "--trainer.help")
     if patience and os.environ.get("LOCAL_RANK", "0") == "0" and not any(word.startswith(asks) or word.endswith(".help") for word in words):
         print("ddil-fit: loading PyTorch and Lightning ...", flush=True)
+    if "--plan" in words:
+        from ddil_lightning.commands.plan import plan
+
+        return plan([word for word in words if word != "--plan"])
     from ddil_lightning.commands import fitting
 
     return fitting.fit(words)

@@ -21,6 +21,7 @@ from ddil_lightning.runs.checkpoint import check_fits, check_newest, check_whole
 from ddil_lightning.runs.finish import rehearse
 from ddil_lightning.runs.folder import Claim, check_free, check_latest, point_latest, reserve, take_up
 from ddil_lightning.runs.loggers import MetricsFile, check_wandb, masked, wandb_logger
+from ddil_lightning.runs.memory import Meter
 
 RUN_DIR = "DDIL_RUN_DIR"  # tells the processes that Lightning launches where the run is
 
@@ -33,8 +34,9 @@ class FitCLI(Assembly):
 
     acting = ("checkpoints", "previews", "progress", "stages")
 
-    def __init__(self, words: Sequence[str]) -> None:
+    def __init__(self, words: Sequence[str], meter: Meter | None = None) -> None:
         self.folder, self.started = Path(), False
+        self.meter = meter or Meter()
         self.resumed: Path | None = None
         self.state: dict[str, Any] = {}
         self._source: Path | None = None  # the run that is resumed
@@ -189,6 +191,7 @@ class Start(Callback):
         found = trainer.strategy.broadcast(found)
         if found:
             raise Refusal(found) if trainer.is_global_zero else SystemExit(2)
+        self.cli.meter.begin()
         if trainer.is_global_zero:
             self.cli.start()
 

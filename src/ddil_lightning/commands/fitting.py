@@ -16,23 +16,27 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from ddil_lightning import plugins
 from ddil_lightning.callbacks import Checkpoints, Stages
 from ddil_lightning.commands.fit_cli import FitCLI, launched_by
+from ddil_lightning.commands.plan import expected
 from ddil_lightning.commands.watch import Watch, is_lost
 from ddil_lightning.errors import EXPECTED, Refusal, one_line
 from ddil_lightning.messages import quiet
 from ddil_lightning.runs.checkpoint import reinstate
 from ddil_lightning.runs.finish import finish, trying
 from ddil_lightning.runs.folder import is_complete
+from ddil_lightning.runs.memory import Meter, gib
 from ddil_lightning.signals import Stopped
 
+PLANNED_AFTER = 60.0
+"""Seconds of training from which on the plan, which takes some itself, is made for comparison."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def fit(words: list[str]) -> int:
     """Train, export, check, test, report. Returns 0; after a signal raises Stopped, which says how to go on."""
     quiet()
-    begun, parent = time.time(), os.getppid()
+    begun, parent, meter = time.time(), os.getppid(), Meter()
     plugins.load()  # before the config is read, which may name their classes in short
-    cli = FitCLI(words)
+    cli = FitCLI(words, meter)
     checkpoints = next(c for c in cli.trainer.callbacks if isinstance(c, Checkpoints))  # type: ignore[attr-defined]
     try:
         if cli.clock < cli.model.updates:
@@ -56,6 +60,7 @@ def train(cli: FitCLI, checkpoints: Checkpoints, parent: int) -> None:
     try:
         with watched(cli, checkpoints, parent):
             trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.resumed, weights_only=True if cli.resumed else None)
+        cli.meter.end(trainer.strategy.root_device, (cli.model, *cli.model.backbone.parts()))
     except FloatingPointError as error:
         again = "go on from it" if newest(cli, checkpoints) else "begin again"
         raise FloatingPointError(f"{error}; {last_good(cli, checkpoints)}: {again} with a lower model.optimizer.lr") from error
@@ -157,7 +162,7 @@ def conclude(cli: FitCLI, checkpoints: Checkpoints, begun: float) -> None:
         # A resumed run has also taken the time that its checkpoint knows of.
         before = cli.state["callbacks"].get(checkpoints.state_key, {}).get("seconds", 0.0) if cli.state else 0.0
         summary |= {"seconds": round(time.time() - begun + before, 1), "seconds_training": round(checkpoints.seconds, 1)}
-        summary = {key: value for key, value in summary.items() if key != "failed" or value}
+        summary = {key: value for key, value in summary.items() if key != "failed" or value} | peak(cli, checkpoints.seconds)
         # A page that cannot be drawn is no reason to call a run failed.
         unmade: dict[str, str] = {}
         with trying("report", unmade):
@@ -165,6 +170,7 @@ def conclude(cli: FitCLI, checkpoints: Checkpoints, begun: float) -> None:
         # Last: a run with a summary of its clock is complete.
         with trying("summary.json", failed):
             write_rows(cli.folder / "summary.json", summary)  # type: ignore[arg-type]
+        print(told_of_memory(summary), end="")
         page = f"no report, {unmade['report']}" if unmade else f"report {cli.folder / 'report.html'}"
         print(f"{method.student_updates} updates, {summary['seconds']:.0f} s; {page}")
     except KeyboardInterrupt as stop:
@@ -176,3 +182,23 @@ def conclude(cli: FitCLI, checkpoints: Checkpoints, begun: float) -> None:
         last = newest(cli, checkpoints)
         kept = f"the student is safe, go on with: {command(cli, last)}" if last else "nothing was saved"
         raise Refusal(f"{said}; {kept}")
+
+
+def peak(cli: FitCLI, seconds: float) -> dict[str, float]:
+    """The most memory that the training has held, in GiB, and of a run of some time what a plan says of it, for summary.json."""
+    measured = cli.meter.peak
+    if measured is None:
+        return {}
+    found = {"peak_memory_gib": round(gib(measured), 3)}
+    if seconds >= PLANNED_AFTER:
+        with trying("plan", {}):  # an estimate is no reason to call a run failed
+            found["planned_memory_gib"] = round(gib(expected(cli.model, cli.datamodule, cli.trainer)), 3)
+    return found
+
+
+def told_of_memory(summary: dict[str, Any]) -> str:
+    """A line of what `peak` has found, if anything."""
+    if "peak_memory_gib" not in summary:
+        return ""
+    planned = f", planned {summary['planned_memory_gib']:.2f}" if "planned_memory_gib" in summary else ""
+    return f"peak memory of the training {summary['peak_memory_gib']:.2f} GiB{planned}\n"

@@ -158,6 +158,10 @@ class DMD2(Distillation):
         """One for the student; one for critic and head."""
         return [self.optimizer_of(self.student.weights(), self.lr), self.optimizer_of(self.adversary.weights(), self.critic_lr)]
 
+    def on_student_turn(self) -> None:
+        """The last batch of the critic's cycle."""
+        self.adversary.updates += (-self.adversary.updates - 1) % self.adversary.every
+
     def setup(self, stage: str) -> None:
         """Raises ValueError for a GAN without data."""
         super().setup(stage)

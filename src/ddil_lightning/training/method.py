@@ -212,6 +212,9 @@ class Distillation(Clocks, LightningModule):
         self.averaging.follow(self.student, self.stage_updates)
         self.measures.updated(self.student_updates)
 
+    def on_student_turn(self) -> None:
+        """Go on to the batch that updates the student, in a method with turns: a memory plan tries the largest step of them."""
+
     # Lightning -------------------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:

@@ -1,0 +1,180 @@
+"""The memory that a plan says, against the peak of a training: Stable Diffusion 1.5 in its real size, with random weights, on the CPU.
+
+The pipeline is written once, from the published configurations, and removed. Each case trains in a process of its own, at 128 pixels and
+batch 1 unless asked otherwise; the full one needs some 20 GB.
+
+    python benchmarks/memory.py [--cases lora full] [--side 128] [--batch 1] [--precision 32-true] [--folder DIR] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import common
+import tables
+import torch
+from lightning.pytorch import Callback
+from torch import nn
+
+CASES = {
+    "full": ("LCM", "model.target_decay=0.95"),
+    "lora": ("LCM-LoRA", "model.adapter.rank=64"),
+    "lora-checkpointing": ("LCM-LoRA, checkpointing", "model.adapter.rank=64 model.memory.gradient_checkpointing=true"),
+}
+COLUMNS = (
+    ("name", ""),
+    ("planned", "planned, GiB"),
+    ("measured", "measured, GiB"),
+    ("ratio", "planned / measured"),
+)
+UNET = {
+    "block_out_channels": (320, 640, 1280, 1280),
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+TEXT = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+    "hidden_act": "quick_gelu",
+}
+SMALL = {
+    "unet": {**UNET, "block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 32, "norm_num_groups": 8},
+    "vae": {**VAE, "block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4},
+    "text": {**TEXT, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": 32},
+}
+
+
+def write_pipeline(folder: Path, side: int, quick: bool) -> None:
+    """A random pipeline of the class of Stable Diffusion 1.5 for images of `side` pixels, in bfloat16."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from ddil_lightning.backbones.loading import without_weights
+    from ddil_lightning.miniature import networks, shapes
+
+    sizes = SMALL if quick else {"unet": UNET, "vae": VAE, "text": TEXT}
+    with without_weights():
+        unet = UNet2DConditionModel(sample_size=side // 8, **sizes["unet"])
+        vae = AutoencoderKL(sample_size=side, **sizes["vae"])
+        text = CLIPTextModel(CLIPTextConfig(**sizes["text"]))
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    StableDiffusionPipeline(
+        unet=drawn(unet),
+        vae=drawn(vae),
+        text_encoder=drawn(text),
+        tokenizer=networks.build_tokenizer(shapes.WORDS, 77),
+        scheduler=DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+def drawn(model: nn.Module) -> Any:
+    """A network that had no memory with small random weights in bfloat16."""
+    nn.Module.to(model, torch.bfloat16)  # its own `to` warns of layers that there are not
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = nn.Parameter(torch.randn(p.shape, dtype=torch.bfloat16) * 0.02)
+    return model
+
+
+def measured(case: str, pipeline: str, batch: int, precision: str, seed: int) -> dict[str, float]:
+    """The planned and the measured peak of one case in GiB, in this process, which has nothing else to do."""
+    import diffusers  # noqa: F401 (the interpreter's share: what a run would import)
+    import peft  # noqa: F401
+    from diffusers import StableDiffusionPipeline  # noqa: F401
+    from transformers import CLIPTextModel  # noqa: F401
+
+    from ddil_lightning import assemble
+    from ddil_lightning.commands.plan import expected
+    from ddil_lightning.data.encoded import Encoded
+    from ddil_lightning.records import Context
+    from ddil_lightning.runs.memory import Meter, gib
+
+    class Begin(Callback):
+        """Training begins."""
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            """Forget what loading has taken."""
+            meter.begin()
+
+    meter = Meter()
+    words = [
+        f"model.pipeline={pipeline}",
+        "model.ema=0",
+        "model.memory.teacher_dtype=bfloat16",
+        f"data.batch_size={batch}",
+        "--updates",
+        "3",
+    ]
+    words += [f"trainer.precision={precision}", "trainer.accelerator=cpu", "--seed", str(seed), *CASES[case][1].split()]
+    trainer, method, data = assemble("lcm.yaml", *words, callbacks=[Begin()])
+    c = method.backbone.null()
+    data.captions = Encoded(torch.randn(8 * batch, *method.backbone.latent_shape), Context(c.text.repeat(8 * batch, 1, 1)))
+    trainer.fit(method, datamodule=data)
+    meter.end(torch.device("cpu"), (method, *method.backbone.parts()))
+    assert meter.peak is not None
+    return {"planned": gib(expected(method, data, trainer)), "measured": gib(meter.peak)}
+
+
+def measure(args: argparse.Namespace) -> tables.Report:
+    """Write the pipeline, run each case, and make the report."""
+    rows = []
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        write_pipeline(Path(folder) / "sd15", args.side, args.quick)
+        for case in args.cases:
+            words = [sys.executable, __file__, "--one", case, "--pipeline", f"{folder}/sd15", "--batch", str(args.batch)]
+            words += ["--precision", args.precision, "--seed", str(args.seed)]
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"{case} has failed: {done.stderr.strip().splitlines()[-1:] or done.returncode}")
+            found = json.loads(done.stdout.strip().splitlines()[-1])
+            rows.append({"name": CASES[case][0], **found, "ratio": found["planned"] / found["measured"]})
+    worst = max((row["ratio"] for row in rows), key=lambda ratio: abs(ratio - 1))
+    return {
+        "benchmark": "memory",
+        "columns": COLUMNS,
+        "rows": rows,
+        "targets": [tables.target("the plan over the peak, where it is furthest off", worst, 1.15, at_most=True)],
+        "notes": [f"{args.side} px, batch {args.batch}, {args.precision}; the peak of the process, less what it had when it was begun"],
+    }
+
+
+def main(argv: list[str] | None = None) -> tables.Report | None:
+    """The command line of this benchmark."""
+    parser = common.parser(__doc__)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=["lora", "full"])
+    parser.add_argument("--side", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--folder", help="where the pipeline is written meanwhile (default: the system's)")
+    parser.add_argument("--one", choices=list(CASES), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.one:
+        common.quiet()
+        print(json.dumps(measured(args.one, args.pipeline, args.batch, args.precision, args.seed)))
+        return None
+    return common.main(measure, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""ddil-fit --plan: the memory of a run in advance, from configurations alone, and what would make it smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Trainer
+
+from ddil_lightning import plugins
+from ddil_lightning.backbones.outline import Outline
+from ddil_lightning.backbones.source import Source
+from ddil_lightning.commands.assembly import Assembly
+from ddil_lightning.commands.checks import check_method, check_room, check_trainer
+from ddil_lightning.data.encoded import Encoded
+from ddil_lightning.data.preparation import own_captions
+from ddil_lightning.imitation.buffer import FINE
+from ddil_lightning.messages import quiet
+from ddil_lightning.runs.memory import gib, room
+from ddil_lightning.training.footprint import Footprint, Setting, bytes_of, footprint
+from ddil_lightning.training.frugality import smaller
+from ddil_lightning.training.options import Memory
+
+
+class PlanCLI(Assembly):
+    """Makes method and data of a config, the pipeline of its configurations alone; no trainer."""
+
+    def before_instantiate_classes(self) -> None:
+        """What a plan has no use for is not made: weights, and data that stay where they are."""
+        model, data = self.config.model.init_args, self.config.data
+        if isinstance(model.pipeline, str) or not hasattr(model.pipeline, "class_path"):
+            model.pipeline = Outline(Source.of(model.pipeline), *Memory(**vars(model.memory)).dtypes, bare=True)
+        if data.cache is not True:
+            data.captions = None
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """None, after what the parts ask of each other was checked."""
+        check_method(self.model)
+        self.model.check_prior(self.datamodule.prior)
+        check_room(self.model, self.datamodule)
+        check_trainer(self.config.trainer)
+        return None  # type: ignore[return-value]
+
+
+class Held(NamedTuple):
+    """What lies in the memory of the host, in bytes."""
+
+    cached: int
+    buffer: int
+
+
+def plan(words: Sequence[str]) -> int:
+    """Print the plan of a command line; 0."""
+    quiet()
+    plugins.load()
+    cli = PlanCLI(words)
+    setting = setting_of(cli.config.trainer, cli.datamodule.batch_size)
+    made, host = footprint(cli.model, setting), held(cli.model, cli.datamodule)
+    on = bool(cli.model.gradient_checkpointing)
+    other = recomputing(cli.model, setting, not on)
+    print("\n".join(table(cli.model, setting, made, other, host)))
+    print("\n".join(advice(cli.model, setting, made, other, host)))
+    return 0
+
+
+def expected(method: Any, data: Any, trainer: Any) -> int:
+    """The bytes that a plan says of the run of a `trainer`: on its device, or, where that is the CPU, with what the host keeps."""
+    cuda = trainer.strategy.root_device.type == "cuda"
+    name = type(trainer.strategy).__name__
+    strategy = "fsdp2" if name == "Sharded" else "ddp" if name.startswith("DDP") else ""
+    made = footprint(method, Setting(data.batch_size, str(trainer.precision), trainer.world_size, strategy, cuda))
+    return made.total + (0 if cuda else sum(held(method, data)))
+
+
+def recomputing(method: Any, setting: Setting, on: bool) -> Footprint:
+    """The footprint with gradient checkpointing on or off; the method is left so."""
+    for role in method.roles.values():
+        if role.weights():
+            role.network.recompute(on)
+    return footprint(method, setting)
+
+
+def setting_of(trainer: Any, batch: int) -> Setting:
+    """Where the config's trainer would work, on the present machine."""
+    wanted = str(trainer.accelerator or "auto")
+    there = torch.cuda.device_count()
+    cuda = wanted in ("gpu", "cuda") or (wanted == "auto" and there > 0)
+    devices = _count(trainer.devices, max(there, 1) if cuda else 1) * int(trainer.num_nodes or 1)
+    strategy = getattr(trainer.strategy, "class_path", trainer.strategy)
+    name = "fsdp2" if "fsdp2" in str(strategy) or "Sharded" in str(strategy) else "ddp" if "ddp" in str(strategy).lower() else ""
+    return Setting(batch, str(trainer.precision or "32-true"), devices, name or ("ddp" if devices > 1 else ""), cuda)
+
+
+def _count(devices: Any, present: int) -> int:
+    """How many devices `trainer.devices` stands for."""
+    if isinstance(devices, list):
+        return max(len(devices), 1)
+    text = str(devices)
+    if "," in text:
+        return len([part for part in text.split(",") if part.strip()])
+    return int(text) if text.isdigit() and int(text) > 0 else present
+
+
+def held(method: Any, data: Any) -> Held:
+    """What the host keeps of encoded data and of roll-outs."""
+    latent = torch.Size(method.backbone.latent_shape).numel()
+    text = sum(bytes_of(x.float()) for x in method.backbone.null() if x is not None)
+    captions, buffer = data.captions, _buffer(method, data, latent, text)
+    if data.cache is not True or (isinstance(captions, Encoded) and captions.file):
+        return Held(0, buffer)
+    if captions is None:
+        captions = method.backbone.captions or own_captions(method.backbone)
+    return Held(len(captions) * (4 * latent + text), buffer)
+
+
+def _buffer(method: Any, data: Any, latent: int, text: int) -> int:
+    """A full buffer: states in half precision unless late ones are among them, and a text for every roll-out."""
+    if data.buffer is None or not data.prior.rollouts:
+        return 0
+    walks = [walk.nodes.tolist() for walk in method.walks()] or [[FINE]]
+    width = 4 if min(map(min, walks)) < FINE else 2
+    return data.buffer.capacity * width * latent + data.buffer.capacity // min(map(len, walks)) * text
+
+
+def table(method: Any, setting: Setting, made: Footprint, other: Footprint, host: Held) -> list[str]:
+    """The plan, a line each."""
+    where = "GPU" if setting.cuda else "CPU"
+    many = f"each of {setting.devices} {where}s" if setting.devices > 1 else f"one {where}"
+    how = ", ".join(filter(None, [setting.strategy, setting.precision, f"batches of {setting.batch}"]))
+    side = "" if method.backbone.side is None else f" at {method.backbone.side} px"
+    found = [f"memory plan: {type(method).__name__} of {method.backbone.path}{side}, on {many}, {how}; in GiB", ""]
+    found.append(f"{'':<12}{'weights':>11}{'gradients':>11}{'optimiser':>11}")
+    shown = [part for part in made.parts if part.gradients or 1000 * part.weights >= made.of("weights")]
+    rows = [(part.name, part.weights, part.gradients, part.optimizer) for part in shown]
+    rows.append(("together", made.of("weights"), made.of("gradients"), made.of("optimizer")))
+    found += [f"{name:<12}{_shown(w):>11}{_shown(g):>11}{_shown(o):>11}" for name, w, g, o in rows]
+    plain, frugal = (other, made) if method.gradient_checkpointing else (made, other)
+    words = [_shown(plain.activations), _shown(frugal.activations) + " with gradient checkpointing"]
+    words[method.gradient_checkpointing] += " (as it is set)"
+    found += ["", f"activations {', '.join(words)}; {_shown(made.encoding)} pass while a batch of images is encoded"]
+    if made.buckets:
+        found.append(f"ddp's buckets {_shown(made.buckets)}")
+    if made.gathered:
+        found.append(f"gathered by fsdp2 {_shown(made.gathered)}")
+    found.append(f"encoded data in memory {_shown(host.cached)}, a full buffer of roll-outs {_shown(host.buffer)}, on the host")
+    return [*found, "", f"most at a time {_shown(total(made, setting, host))}: {_verdict(total(made, setting, host), setting)}"]
+
+
+def total(made: Footprint, setting: Setting, host: Held) -> int:
+    """What counts against the device; a CPU is the host as well."""
+    return made.total + (0 if setting.cuda else sum(host))
+
+
+def _shown(size: int) -> str:
+    """GiB, with two decimals of what is small."""
+    value = gib(size)
+    return "-" if size == 0 else f"{value:.1f}" if value >= 100 else f"{value:.2f}" if value >= 0.01 else "< 0.01"
+
+
+def _verdict(size: int, setting: Setting) -> str:
+    """Whether it fits the present device."""
+    there = room(setting.cuda)
+    if there is None:
+        return "there is no GPU here to compare with"
+    memory, name = there
+    return f"{name} has {gib(memory):.1f}, {'it fits' if size <= memory else 'it does not fit'}"
+
+
+def advice(method: Any, setting: Setting, made: Footprint, other: Footprint, host: Held) -> list[str]:
+    """What would make it smaller, each by itself, what changes the result least first; what saves nothing is left out."""
+    now = total(made, setting, host)
+    found = [(words, total(changed, setting, host)) for words, changed in smaller(method, setting, made, other)]
+    width = max((len(words) for words, _ in found), default=0)
+    told = [f"  {words:<{width}}  {_shown(size)}" for words, size in found if size < 0.99 * now]
+    return ["it would be, with", *told] if told else []

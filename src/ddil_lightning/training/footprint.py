@@ -1,0 +1,126 @@
+"""The memory of a run in advance: what every role holds, what a step needs besides, and what of it a strategy adds or takes away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ddil_lightning.backbones.interface import Network
+from ddil_lightning.training.ledger import Planned, Step
+
+FULL, EIGHT = 8, 2
+"""Bytes that AdamW keeps for every weight: two moments in float32, or in 8 bits each."""
+
+
+class Setting(NamedTuple):
+    """Where a run takes place: `batch` per device, `precision` as the Trainer calls it, `strategy` one of "", "ddp" and "fsdp2"."""
+
+    batch: int
+    precision: str = "32-true"
+    devices: int = 1
+    strategy: str = ""
+    cuda: bool = False
+
+
+class Part(NamedTuple):
+    """What a role, or other modules, hold in bytes on one device; `own`: it is a part of the method, which a strategy may split."""
+
+    name: str
+    weights: int
+    gradients: int
+    optimizer: int
+    own: bool
+
+
+class Footprint(NamedTuple):
+    """The memory of a run in bytes on one device.
+
+    `at_once`: the most that gradients, optimisers' states and activations take together; less than their sum, because activations have
+    partly gone when the gradients are complete. `encoding`: what passes while images are encoded. `buckets`: DDP's copies of gradients.
+    `gathered`: what fsdp2 gathers of weights, and of gradients before they are split.
+    """
+
+    parts: tuple[Part, ...]
+    activations: int
+    at_once: int
+    encoding: int
+    buckets: int = 0
+    gathered: int = 0
+
+    def of(self, kind: str) -> int:
+        """The bytes of one kind of all parts: weights, gradients or optimizer."""
+        return sum(getattr(part, kind) for part in self.parts)
+
+    @property
+    def total(self) -> int:
+        """The most that there is at any time: in a step, or while images are encoded between two of them."""
+        return self.of("weights") + self.buckets + max(self.at_once + self.gathered, self.of("optimizer") + self.encoding)
+
+
+def footprint(method: Any, setting: Setting) -> Footprint:
+    """That of `method`, which need not have weights, by one training step on tensors without memory."""
+    planned = Planned(method, setting.precision, setting.batch, setting.cuda)
+    encoding, step = planned.encode(), planned.step()
+    return placed(Footprint(tuple(parts(method, step)), step.activations, step.peak, encoding), method, setting)
+
+
+def placed(whole: Footprint, method: Any, setting: Setting) -> Footprint:
+    """What one of several devices has of the `whole` footprint under a strategy."""
+    if setting.strategy == "ddp":
+        return whole._replace(buckets=whole.of("gradients"))
+    if setting.strategy != "fsdp2":
+        return whole
+    n = setting.devices
+    split = tuple(Part(p.name, -(-p.weights // n), -(-p.gradients // n), -(-p.optimizer // n), True) if p.own else p for p in whole.parts)
+    kept = whole._replace(parts=split, gathered=2 * max((_gathered(child) for child in _networks(method)), default=0))
+    # All of a step's activations, beside the shares of gradients and states.
+    return kept._replace(at_once=min(whole.at_once, whole.activations + kept.of("gradients") + kept.of("optimizer")))
+
+
+def parts(method: Any, step: Step | None = None) -> Iterator[Part]:
+    """What each role holds, tensors that several share counted at the first of them: the frozen network, the encoders, the roles."""
+    seen: set[int] = set()
+    states = {} if step is None else {id(p): size for p, size in step.optimizer.items()}
+    yield _part("teacher", [method.backbone.network()], seen, states, own=False)
+    yield _part("encoders", encoders(method.backbone), seen, states, own=False)
+    for name, child in method.named_children():
+        yield _part(name, [child], seen, states, own=True)
+
+
+def encoders(backbone: Any) -> list[nn.Module]:
+    """The frozen parts that have nothing of the network."""
+    network = {id(p) for p in backbone.network().parameters()}
+    return [part for part in backbone.parts() if not any(id(p) in network for p in part.parameters())]
+
+
+def _part(name: str, modules: Iterable[nn.Module], seen: set[int], states: dict[int, int], own: bool) -> Part:
+    weights = gradients = optimizer = 0
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            size = bytes_of(tensor)
+            weights += size
+            gradients += size if tensor.requires_grad else 0
+            optimizer += states.get(id(tensor), 0)
+    return Part(name, weights, gradients, optimizer, own)
+
+
+def bytes_of(tensor: Tensor) -> int:
+    """The memory of a tensor's values, wherever they are."""
+    return tensor.numel() * tensor.element_size()
+
+
+def _networks(method: Any) -> Iterator[nn.Module]:
+    return (getattr(child, "network", child) for child in method.children())
+
+
+def _gathered(network: nn.Module) -> int:
+    """What is whole of a sharded network at a time: all that is in no block, the block at work and the one that is fetched ahead."""
+    blocks = list(network.blocks()) if isinstance(network, Network) else []
+    sizes = sorted((sum(map(bytes_of, block.parameters())) for block in blocks), reverse=True)
+    inside = {id(p): bytes_of(p) for block in blocks for p in block.parameters()}
+    return sum(map(bytes_of, network.parameters())) - sum(inside.values()) + sum(sizes[:2])
