@@ -162,7 +162,7 @@ def measure(args: argparse.Namespace) -> tables.Report:
 def main(argv: list[str] | None = None) -> tables.Report | None:
     """The command line of this benchmark."""
     parser = common.parser(__doc__)
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=["lora", "full"])
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=["lora"])
     parser.add_argument("--side", type=int, default=128)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--precision", default="32-true")
