@@ -74,6 +74,13 @@ def test_without_a_config_and_a_look_at_the_result(pictures: list[str], tiny: Pa
     assert code == 2 and err.startswith("ddil-cache: the cache kept is damaged: rows-00000.safetensors is not as it was written")
 
 
+def test_a_pipeline_of_a_size_and_a_config_with_a_class(pictures: list[str], tiny: Path, capsys: Any) -> None:
+    own = json.dumps({"class_path": "Pipeline", "init_args": {"path": str(tiny), "size": [16, 24]}})
+    words = ["--model=LCM", f"model.pipeline={own}", "--captions.path", "set", "--captions.size=[16,24]", "--out", "kept"]
+    code, _, err = cache(capsys, *words)
+    assert code == 0 and json.loads(Path("kept/manifest.json").read_text())["sizes"] == [[16, 24]], err
+
+
 def test_a_signal_leaves_what_is_whole_and_says_how_to_go_on(pictures: list[str], tiny: Path, capsys: Any, monkeypatch: Any) -> None:
     words = ["--pipeline", str(tiny), "--captions.path", "set", "--size", "16", "--out", "kept", "--shard_rows", "4"]
     write, written = writer.write_shard, []
@@ -102,6 +109,7 @@ def test_what_cannot_be_is_one_line(pictures: list[str], tiny: Path, tiny_config
     for words, said in (
         ([*data], "ddil-cache needs --out DIR, the folder to write"),
         ([*data, "--out", "full"], "full holds something else than a cache: give another --out, or an empty folder"),
+        ([*data, "--out", "full/x"], "--out full/x is a file: give a folder"),
         ([*data, "--out", "k", "--dtype", "int8"], "dtype takes float16 or bfloat16 or float32, not int8"),
         ([*data, "--out", "k", "--shard_rows", "0"], "--shard_rows is 0: give a number from 1 to 1e+07"),
         ([*data[:-2], "--out", "k", "--pipeline", "set"], "set is no pipeline folder: it has no model_index.json"),

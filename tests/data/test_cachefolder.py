@@ -17,7 +17,8 @@ from ddil_lightning.data import encoded, manifest, writer
 from ddil_lightning.data.cachefolder import CacheFolder, open_folder
 from ddil_lightning.data.captions import Captions, RawBatch
 from ddil_lightning.data.datamodule import DDILDataModule
-from ddil_lightning.data.encoded import encode, encode_batch
+from ddil_lightning.data.encoded import Notices, encode, encode_batch
+from ddil_lightning.data.preparation import prepared
 from ddil_lightning.data.shards import Column, packed, unpacked, write_shard
 from ddil_lightning.data.visits import Visit
 from ddil_lightning.data.writer import Keeping, Writer
@@ -328,6 +329,8 @@ def test_a_cache_of_other_encoders_or_data_is_refused(backbone: Pipeline, tiny: 
         made(tmp_path / "other", Ten(), backbone)
     with pytest.raises(ValueError, match=r"is no cache: it has no manifest\.json; make one by ddil-cache"):
         CacheFolder(tmp_path / "other")
+    with pytest.raises(ValueError, match="another vae"):  # named as the data themselves
+        prepared(CacheFolder(tmp_path / "c"), vae, True, False, 0, "stop", Notices(), Processes())
     own = encode(Ten(), backbone)
     with pytest.raises(ValueError, match="^the data are encoded already, and the cache .* would take their place"):
         open_folder(tmp_path / "c", own, backbone, False, False, Processes())
@@ -351,12 +354,14 @@ def test_training_on_a_folder_is_training_on_what_was_encoded(text: bool, tiny: 
     made(tmp_path / "c", Ten(several=True), backbone, dtype="float32", text=text)
     shutil.move(tmp_path / "c", tmp_path / "moved")
     runs = []
-    for captions, cache in ((Ten(several=True), True), (None, str(tmp_path / "moved"))):
+    moved = tmp_path / "moved"
+    for captions, cache in ((Ten(several=True), True), (None, str(moved)), (CacheFolder(moved), True)):
         toy = Toy()
         toy.backbone = backbone
         made_ = attach(DDILDataModule(captions, FORWARD_ONLY, batch_size=4, cache=cache), toy)
         made_.setup("fit")
         runs.append((first(6, made_), made_.box(), made_.examples(2), made_.reference(2)))
+    assert equal(runs[1], runs[2])
     for a, b in zip(runs[0][0], runs[1][0], strict=True):
         assert torch.equal(a.t, b.t)
         torch.testing.assert_close(a.x_t, b.x_t, rtol=0, atol=1e-5)

@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from ddil_lightning import plugins
@@ -56,10 +56,15 @@ class CacheCLI(Assembly):
 
 
 def backbone_of(method: Any) -> Backbone:
-    """The pipeline of a method's options. Its network has no weights: nothing but the encoders is used."""
-    if not isinstance(method.pipeline, str):
-        raise Refusal("ddil-cache encodes by a diffusers pipeline: give model.pipeline a built-in name, a folder or a hub id")
-    return Pipeline(method.pipeline, *Memory(**vars(method.memory)).dtypes, bare=True)
+    """The pipeline of a method's options. A diffusers pipeline's network has no weights: nothing but the encoders is used."""
+    if not hasattr(method.pipeline, "class_path"):
+        return Pipeline(method.pipeline, *Memory(**vars(method.memory)).dtypes, bare=True)
+    given = method.pipeline.clone()
+    if "bare" in given.get("init_args", {}):
+        given.init_args.bare = True
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Backbone, "pipeline", required=True)
+    return parser.instantiate_classes(parser.parse_object({"pipeline": given.as_dict()})).pipeline
 
 
 def cache(words: Sequence[str]) -> int:
@@ -69,10 +74,13 @@ def cache(words: Sequence[str]) -> int:
     plugins.load()  # before the config is read, which may name their classes in short
     cli = CacheCLI(words)
     data, folder = cli.datamodule, Path(cli.config.out)
+    if folder.exists() and not folder.is_dir():
+        raise Refusal(f"--out {folder} is a file: give a folder")
     check_writable(folder / "manifest.json")
     processes, where = together()
     cli.backbone.encoders_to(where)
-    captions = own_captions(cli.backbone) if data.captions is None else data.captions
+    captions = cli.backbone.captions if data.captions is None else data.captions
+    captions = own_captions(cli.backbone) if captions is None else captions
     if isinstance(captions, Encoded):
         raise Refusal("data.captions are encoded already")
     captions.on_error = data.on_error

@@ -95,13 +95,13 @@ def open_folder(
 
     `captions`: the data that the run names besides, None where the cache is all that it has; `skip`: whether rows may have been skipped.
     """
-    if isinstance(captions, CacheFolder) and captions.file == folder.resolve():
-        return captions  # a second fit
-    if isinstance(captions, Encoded):
+    ours = captions if isinstance(captions, CacheFolder) and captions.file == folder.resolve() else None  # a second fit
+    if isinstance(captions, Encoded) and ours is None:
         raise ValueError(f"the data are encoded already, and the cache {folder} would take their place: leave data.cache at true")
     # By one for all: it reads the encoders' weights.
-    processes.by_first(lambda: manifest.check_use(folder, manifest.read(folder), captions, backbone, truncate, skip))
-    return CacheFolder(folder)
+    data = captions if ours is None else None
+    processes.by_first(lambda: manifest.check_use(folder, manifest.read(folder), data, backbone, truncate, skip))
+    return CacheFolder(folder) if ours is None else ours
 
 
 def _context(states: Sequence[dict[str, Tensor]]) -> Context:

@@ -51,6 +51,8 @@ def prepared(
     no data set besides; else the rows are the data set itself.
     """
     folder: CacheFolder | None = None
+    if isinstance(captions, CacheFolder) and isinstance(cache, bool):
+        cache = str(captions.file)
     if isinstance(cache, str) and Path(cache).is_dir():
         folder = open_folder(Path(cache), captions, backbone, truncate, on_error == "skip", processes)
         if processes.first:
