@@ -131,7 +131,7 @@ def test_without_text_states_captions_are_encoded_on_the_fly(backbone: Pipeline,
     found = CacheFolder(tmp_path / "c")
     visit = Visit([8, 0], 1, 3)
     batch = found[visit]
-    assert isinstance(batch, RawBatch) and batch.pixels is None and batch.prompts == Ten(several=True)[visit].prompts
+    assert not found.whole and isinstance(batch, RawBatch) and batch.pixels is None and batch.prompts == Ten(several=True)[visit].prompts
     on_the_fly, whole = encode_batch(batch, backbone), encode_batch(Ten(several=True)[visit], backbone)
     assert torch.equal(on_the_fly.c.text, whole.c.text)
     torch.testing.assert_close(on_the_fly.latent, whole.latent, rtol=0, atol=1e-5)

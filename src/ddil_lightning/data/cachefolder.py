@@ -30,6 +30,7 @@ class CacheFolder(Encoded):
     def __init__(self, folder: Path) -> None:
         self.file, self.manifest = folder.resolve(), manifest.read(folder)
         manifest.check_files(folder, self.manifest)
+        self.whole = self.manifest["text"]
         names = self.manifest["files"]
         self._words = [read_shard(folder / name) for name in names if name.startswith("captions-")]
         self._ends = torch.tensor([len(words["ends"]) for words in self._words]).cumsum(0)
@@ -66,7 +67,7 @@ class CacheFolder(Encoded):
 
     def __getitem__(self, index: Sequence[int]) -> Any:
         """A batch of rows of one shape, with the caption of each in the epoch of the visit."""
-        if self.manifest["text"]:
+        if self.whole:
             return super().__getitem__(index)
         visit = Visit.of(index)
         rows = torch.tensor(visit, dtype=torch.int64)

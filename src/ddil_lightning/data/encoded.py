@@ -50,6 +50,8 @@ class Encoded(Captions):
 
     file: Path | None = None
     """The cache that the rows are mapped from."""
+    whole: bool = True
+    """Whether its batches need no encoder any more."""
 
     def __init__(self, latents: Tensor | None, c: Context) -> None:
         self.tables = [Table(latents, c, torch.arange(len(c.text)))]
