@@ -136,10 +136,6 @@ class Backbone(ABC):
     def to(self, device: torch.device) -> Backbone:
         """The backbone itself, after its frozen parts have been moved to `device`."""
 
-    def encoders_to(self, device: torch.device) -> Backbone:
-        """The backbone itself, after the parts that make latents and text states have been moved to `device`, for who needs no more."""
-        return self.to(device)
-
     @property
     @abstractmethod
     def device(self) -> torch.device:

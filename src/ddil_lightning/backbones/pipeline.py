@@ -107,13 +107,6 @@ class Pipeline(Sized):
         self.pipe.to(device)
         return self
 
-    def encoders_to(self, device: torch.device) -> Pipeline:
-        """Every part but the network, which may have no weights."""
-        for part in self.parts():
-            if part is not self._network.model:
-                part.to(device)
-        return self
-
     @property
     def device(self) -> torch.device:
         """The device of the frozen parts."""

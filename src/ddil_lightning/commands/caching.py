@@ -78,7 +78,9 @@ def cache(words: Sequence[str]) -> int:
         raise Refusal(f"--out {folder} is a file: give a folder")
     check_writable(folder / "manifest.json")
     processes, where = together()
-    cli.backbone.encoders_to(where)
+    for part in cli.backbone.parts():
+        if not any(weight.is_meta for weight in part.parameters()):  # the network has none
+            part.to(where)
     captions = cli.backbone.captions if data.captions is None else data.captions
     captions = own_captions(cli.backbone) if captions is None else captions
     if isinstance(captions, Encoded):
