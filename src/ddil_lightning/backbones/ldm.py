@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddil_lightning.backbones.loading import hushed
+from ddil_lightning.backbones.weights import hushed
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 RESNET = ("in_layers.0", "in_layers.2", "out_layers.0", "out_layers.3", "emb_layers.1", "skip_connection")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,20 +185,6 @@ def load_part(path: str, name: str, dtype: torch.dtype, option: str) -> nn.Modul
     except Exception as error:  # whatever a library makes of a file that is not as it expects
         raise ValueError(f"{option}: {path} could not be loaded: {reason(error)}") from error
     return made
-
-
-@contextmanager
-def hushed() -> Iterator[None]:
-    """Inside, diffusers says nothing: it warns of what a file does not hold and nobody expects there."""
-    from diffusers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def recommended(path: str | Path) -> dict[str, Any]:

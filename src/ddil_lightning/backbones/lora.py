@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ddil_lightning.backbones.adapters import NAME, is_adapted
 from ddil_lightning.backbones.family import Family
-from ddil_lightning.backbones.loading import hushed
+from ddil_lightning.backbones.weights import hushed
 
 
 def check(network: nn.Module, shared: Iterable[nn.Parameter]) -> None:

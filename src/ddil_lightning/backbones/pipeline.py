@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ddil_lightning import plugins
-from ddil_lightning.backbones import architectures, autoencoder, loading, schedulers
+from ddil_lightning.backbones import architectures, autoencoder, loading, saving, schedulers
 from ddil_lightning.backbones.adapters import Adapter, adapt, graft, merged, sharing
 from ddil_lightning.backbones.architectures import Architecture
 from ddil_lightning.backbones.digests import digest, fingerprints
@@ -45,12 +45,6 @@ def family_of(pipe: Any, path: str) -> Family:
         known = ", ".join(FAMILIES)
         raise ValueError(f"the pipeline {path} denoises with a {type(model).__name__}: known are {known}; CONTRIBUTING.md adds one")
     return FAMILIES[type(model).__name__](model)
-
-
-def _halved(part: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of a component in `dtype`, made without a second one in its own precision."""
-    narrow: dict[int, Any] = {id(p): nn.Parameter(p.detach().to(dtype), requires_grad=p.requires_grad) for p in part.parameters()}
-    return copy.deepcopy(part, narrow).to(dtype)
 
 
 class Pipeline(Sized):
@@ -254,15 +248,7 @@ class Pipeline(Sized):
         own = {kind.component: network.model, "scheduler": scheduler()}
         if self.resized and self.size[0] == self.size[1]:  # then a plain call makes this size; no pipeline of SDXL could keep two sides
             network.model.register_to_config(sample_size=self.latent_shape[-1])
-        whole = {part.dtype for part in self.parts() if part is not self._network.model} == {torch.float32}
-        if safety_checker or not whole:
-            parts = load_pipeline(self.source, spare=not safety_checker, **own).components
-        else:
-            parts = {**self.pipe.components, **own}
-        if dtype != torch.float32:
-            parts = {name: _halved(part, dtype) if isinstance(part, nn.Module) else part for name, part in parts.items()}
-        extra = {"requires_safety_checker": parts["safety_checker"] is not None} if "safety_checker" in parts else {}
-        type(self.pipe)(**parts, **extra).save_pretrained(folder, safe_serialization=True)
+        saving.write(self, folder, own, dtype, safety_checker)
         return folder
 
     def laid_out_as(self, network: nn.Module) -> Pipeline:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -97,3 +98,17 @@ def stored_weights(files: Iterable[Path]) -> Weights:
                     read += value.nbytes
                     yield keys.pop(0), value
                     del value
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Inside, diffusers says nothing: it warns of what a file does not hold and nobody expects there."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -126,7 +126,7 @@ class DDILDataModule(LightningDataModule, Feed):
         given, self.captions = prepared(given, backbone, *options, self.notices, Processes(self.trainer))
         if not isinstance(given, Encoded) or isinstance(given, CacheFolder):
             self._examples = given.some(16)
-        self.encodes = not isinstance(self.captions, Encoded) or isinstance(self.captions[[0]], RawBatch)
+        self.encodes = not (isinstance(self.captions, Encoded) and self.captions.whole)
         no_images = self.captions.latents is None if isinstance(self.captions, Encoded) else isinstance(self.captions, Prompts)
         if self.prior.forward > 0 and no_images and self.needs_images(self.learner):
             raise ValueError("the prior has a forward share but the data set has no images: give that share to the teacher, or give images")
