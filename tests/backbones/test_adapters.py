@@ -200,3 +200,18 @@ def test_sharing_shares_what_it_is_told_to() -> None:
     other = sharing(net, net[0].parameters())
     assert other[0].weight is net[0].weight and other[1].weight is not net[1].weight  # type: ignore[index]
     assert other[1].running_mean is not net[1].running_mean  # type: ignore[index]
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_a_configuration_that_leaves_the_embedding_out_still_gets_one(rank: int | None, light: Path, tmp_path: Path) -> None:
+    """As the published one of Stable Diffusion 1.5 does: diffusers takes what a file leaves out at its default, whatever is asked for."""
+    import json
+    import shutil
+
+    folder = Path(shutil.copytree(light, tmp_path / "published"))
+    file = folder / "unet" / "config.json"
+    config = json.loads(file.read_text())
+    config.pop("time_cond_proj_dim", None)
+    file.write_text(json.dumps(config))
+    role = Pipeline(str(folder)).role("student", w_conditioned=True, adapter=Adapter(rank))
+    assert role.network.w_conditioned and any("cond_proj" in name for name, p in role.named_parameters() if p.requires_grad)
