@@ -23,9 +23,10 @@ import published
 import real_size
 import tables
 import torch
-from real_size import GIB, Cell
+from real_size import Cell
 
 from ddil_lightning.backbones.pipeline import Pipeline
+from ddil_lightning.runs.memory import gib
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 """Dense bfloat16 operations a second with float32 sums, by the makers' data sheets."""
@@ -54,7 +55,7 @@ def measured(cell: Cell, backbone: Pipeline, side: int, updates: int, critic_ste
     if gpu:
         torch.cuda.reset_peak_memory_stats()
     try:
-        row = real_size.measure(cell, backbone, side, updates, critic_steps, count=True)
+        row, _ = real_size.measure(cell, backbone, side, updates, critic_steps, count=True)
     except torch.OutOfMemoryError:
         return {"name": cell.name, "batch": cell.batch, "note": "does not fit"}
     finally:
@@ -63,7 +64,7 @@ def measured(cell: Cell, backbone: Pipeline, side: int, updates: int, critic_ste
             torch.cuda.empty_cache()
     fastest = next((ops for name, ops in PEAKS.items() if gpu and name in torch.cuda.get_device_name()), None)
     share = None if fastest is None else row["flops"] / row["seconds"] / fastest
-    return {**row, "batch": cell.batch, "peak": torch.cuda.max_memory_allocated() / GIB if gpu else None, "share": share}
+    return {**row, "batch": cell.batch, "peak": gib(torch.cuda.max_memory_allocated()) if gpu else None, "share": share}
 
 
 def measure(args: argparse.Namespace) -> tables.Report:

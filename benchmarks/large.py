@@ -24,6 +24,7 @@ import torch
 from real_size import Cell
 
 from ddil_lightning.backbones.pipeline import Pipeline
+from ddil_lightning.runs.memory import Meter, gib
 
 CELLS = {
     "sd15": (Cell("SD1.5", "LCM", 64, True, 1),),
@@ -42,10 +43,15 @@ COLUMNS = (
 def one(folder: str, cell: Cell, side: int, updates: int) -> dict[str, Any]:
     """A row, measured in this process from the loading of the pipeline on."""
     common.quiet()
-    with real_size.peak() as most:
-        backbone = Pipeline(folder, getattr(torch, cell.dtype))
-        row = real_size.measure(cell, backbone, side, updates, critic_steps=1)
-    return {**row, "peak": most[0]}
+    import diffusers  # noqa: F401 (the libraries' share, which any run has)
+    import peft  # noqa: F401
+    import transformers  # noqa: F401
+
+    meter = Meter()
+    backbone = Pipeline(folder, getattr(torch, cell.dtype))
+    row, method = real_size.measure(cell, backbone, side, updates, critic_steps=1)
+    meter.end(torch.device("cpu"), (method, *backbone.parts()))
+    return {**row, "peak": gib(meter.peak or 0)}
 
 
 def measure(args: argparse.Namespace) -> tables.Report:

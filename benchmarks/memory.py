@@ -1,6 +1,6 @@
 """The memory that a plan says, against the peak of a training: Stable Diffusion 1.5 in its real size, with random weights, on the CPU.
 
-The pipeline is written once, from the published configurations, and removed. Each case trains in a process of its own, at 128 pixels and
+The pipeline is written once (published.py), and removed. Each case trains in a process of its own, at 128 pixels and
 batch 1 unless asked otherwise; the full one needs some 20 GB.
 
     python benchmarks/memory.py [--cases lora full] [--side 128] [--batch 1] [--precision 32-true] [--folder DIR] [--json FILE]
@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import common
+import published
 import tables
 import torch
 from lightning.pytorch import Callback
-from torch import nn
 
 CASES = {
     "full": ("LCM", "model.target_decay=0.95"),
@@ -33,68 +33,6 @@ COLUMNS = (
     ("measured", "measured, GiB"),
     ("ratio", "planned / measured"),
 )
-UNET = {
-    "block_out_channels": (320, 640, 1280, 1280),
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
-VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
-TEXT = {
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-    "hidden_act": "quick_gelu",
-}
-SMALL = {
-    "unet": {**UNET, "block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 32, "norm_num_groups": 8},
-    "vae": {**VAE, "block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4},
-    "text": {**TEXT, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": 32},
-}
-
-
-def write_pipeline(folder: Path, side: int, quick: bool) -> None:
-    """A random pipeline of the class of Stable Diffusion 1.5 for images of `side` pixels, in bfloat16."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from ddil_lightning.backbones.loading import without_weights
-    from ddil_lightning.miniature import networks, shapes
-
-    sizes = SMALL if quick else {"unet": UNET, "vae": VAE, "text": TEXT}
-    with without_weights():
-        unet = UNet2DConditionModel(sample_size=side // 8, **sizes["unet"])
-        vae = AutoencoderKL(sample_size=side, **sizes["vae"])
-        text = CLIPTextModel(CLIPTextConfig(**sizes["text"]))
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    StableDiffusionPipeline(
-        unet=drawn(unet),
-        vae=drawn(vae),
-        text_encoder=drawn(text),
-        tokenizer=networks.build_tokenizer(shapes.WORDS, 77),
-        scheduler=DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
-
-
-def drawn(model: nn.Module) -> Any:
-    """A network that had no memory with small random weights in bfloat16."""
-    nn.Module.to(model, torch.bfloat16)  # its own `to` warns of layers that there are not
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                module._parameters[name] = nn.Parameter(torch.randn(p.shape, dtype=torch.bfloat16) * 0.02)
-    return model
 
 
 def measured(case: str, pipeline: str, batch: int, precision: str, seed: int) -> dict[str, float]:
@@ -140,7 +78,8 @@ def measure(args: argparse.Namespace) -> tables.Report:
     """Write the pipeline, run each case, and make the report."""
     rows = []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        write_pipeline(Path(folder) / "sd15", args.side, args.quick)
+        place = Path(folder) / "sd15"
+        common.random_pipeline(place) if args.quick else published.write(place, "sd15", args.side)
         for case in args.cases:
             words = [sys.executable, __file__, "--one", case, "--pipeline", f"{folder}/sd15", "--batch", str(args.batch)]
             words += ["--precision", args.precision, "--seed", str(args.seed)]

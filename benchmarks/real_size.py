@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import resource
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +24,6 @@ from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.optimisation import Optimizer
 from ddil_lightning.training.options import Memory
 
-GIB = 2**30
 PRIORS = {"LCM": SamplingPrior(0.5, 0.5), "DMD2": SamplingPrior(0.25, 0.5, 0.25)}
 """With DDIL, as in the configs of the paper's scale."""
 
@@ -111,8 +105,10 @@ def built(cell: Cell, backbone: Backbone, updates: int, critic_steps: int) -> Di
     )
 
 
-def measure(cell: Cell, backbone: Backbone, side: int, updates: int, critic_steps: int = 5, count: bool = False) -> dict[str, Any]:
-    """A row of a cell: images a second after the first update, and the peak of memory less what was there before the networks."""
+def measure(
+    cell: Cell, backbone: Backbone, side: int, updates: int, critic_steps: int = 5, count: bool = False
+) -> tuple[dict[str, Any], Distillation]:
+    """The row of a cell, images a second after the first update, and its method."""
     method = built(cell, backbone, updates, critic_steps)
     prior = PRIORS[cell.method] if cell.ddil else SamplingPrior()
     rollouts = Rollouts(every=1, trajectories=cell.batch)
@@ -129,30 +125,4 @@ def measure(cell: Cell, backbone: Backbone, side: int, updates: int, critic_step
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
     images = cell.batch * (critic_steps if cell.method == "DMD2" else 1)  # a batch an update of the critic
     row = {"name": cell.name, "trained": trained / 1e6, "updates": updates, "seconds": seconds, "images": images / seconds}
-    return {**row, "flops": timed.flops}
-
-
-@contextmanager
-def peak() -> Iterator[list[float]]:
-    """Inside, the largest memory of this process on the CPU is watched: the list holds how much more it was than at the start, in GiB."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    before, most, over = resident(), [0.0], threading.Event()
-
-    def watch() -> None:
-        while not over.wait(0.01):
-            most[0] = max(most[0], resident() - before)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield most
-    finally:
-        over.set()
-        thread.join()
-
-
-def resident() -> float:
-    """The memory of this process now, in GiB."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize() / GIB
+    return {**row, "flops": timed.flops}, method

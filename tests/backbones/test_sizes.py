@@ -13,6 +13,7 @@ from torch import nn
 from ddil_lightning.backbones import sampling
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.sizes import check, pair
+from ddil_lightning.backbones.source import Source
 from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
@@ -48,7 +49,7 @@ def test_sizes_that_the_network_does_not_divide_are_refused_with_the_nearest() -
 
 def test_a_pipeline_samples_at_its_size(backbone: Pipeline, xl: Path) -> None:
     assert (backbone.size, backbone.latent_shape, backbone.resized) == ((16, 16), (4, 8, 8), False)
-    made = Pipeline(str(xl), size=(16, 24))
+    made = Pipeline(Source(str(xl), size=(16, 24)))
     assert (made.size, made.latent_shape, made.resized) == ((16, 24), (4, 8, 12), True) and made.encoders() != backbone.encoders()
     assert made.encode_text(PROMPTS).ids.tolist() == [[16, 24, 0, 0, 16, 24]] * 2  # type: ignore[union-attr]
     assert backbone.null().ids.tolist() == [[16, 16, 0, 0, 16, 16]]  # type: ignore[union-attr]

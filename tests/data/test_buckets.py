@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from ddil_lightning.backbones.pipeline import Pipeline
+from ddil_lightning.backbones.source import Source
 from ddil_lightning.data.buckets import Buckets, nearest, sizes_of
 from ddil_lightning.data.cachefile import cached
 from ddil_lightning.data.captions import Images
@@ -290,10 +291,10 @@ def test_sizes_are_checked_before_anything_is_encoded(tiny: Path, tmp_path: Path
         check_sizes(Images(folder, size=[SQUARE, (17, 30)]), backbone)
     with pytest.raises(ValueError, match=r"^data\.captions\.size is 16 x 24, 24 x 16, and .* samples at 16 x 16: give that size too"):
         check_sizes(Images(folder, size=[WIDE, HIGH]), backbone)
-    check_sizes(Images(folder, size=[WIDE, HIGH]), Pipeline(str(tiny), size=WIDE))
+    check_sizes(Images(folder, size=[WIDE, HIGH]), Pipeline(Source(str(tiny), size=WIDE)))
     images = Images(folder, size=[*SIZES, (8, 32)])
     with caplog.at_level(logging.WARNING):
         sort_by_size(images, Processes())
     assert "no picture is nearest in aspect to 24 x 16, 8 x 32 of data.captions.size" in caplog.text
     whole = encode(images, backbone)
-    assert check_latents(whole, Pipeline(str(tiny), size=WIDE), False, lambda rows: whole[rows].latent).tolist() == [1]
+    assert check_latents(whole, Pipeline(Source(str(tiny), size=WIDE)), False, lambda rows: whole[rows].latent).tolist() == [1]

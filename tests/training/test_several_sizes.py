@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from ddil_lightning.backbones.pipeline import Pipeline
+from ddil_lightning.backbones.source import Source
 from ddil_lightning.callbacks import Checkpoints
 from ddil_lightning.data.captions import Images, Prompts
 from ddil_lightning.data.datamodule import DDILDataModule
@@ -101,7 +102,7 @@ def test_the_student_samples_at_the_pipelines_own_size(straight: Any, tmp_path: 
 
 @pytest.mark.parametrize("size", [(24, 24), (16, 24)])
 def test_a_run_at_another_size_samples_and_exports_at_it(size: tuple[int, int], xl: Path, pictures: Path, tmp_path: Path) -> None:
-    method = LCM(pipeline=Pipeline(str(xl), size=size), updates=1, guidance=2.0, w_conditioned=False)
+    method = LCM(pipeline=Pipeline(Source(str(xl), size=size)), updates=1, guidance=2.0, w_conditioned=False)
     data = DDILDataModule(Images(str(pictures), size=size), batch_size=2)
     fit(method, data)
     assert data.reference(1).latent.shape[2:] == (size[0] // 2, size[1] // 2)  # type: ignore[union-attr]
@@ -114,7 +115,7 @@ def test_a_run_at_another_size_samples_and_exports_at_it(size: tuple[int, int], 
 
 def test_captions_alone_are_of_the_size_that_is_sampled(xl: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red circle\ntwo\na handwritten seven\na\n")
-    heard, method = Heard(), LCM(pipeline=Pipeline(str(xl), size=(16, 24)), updates=1, guidance=2.0, w_conditioned=False)
+    heard, method = Heard(), LCM(pipeline=Pipeline(Source(str(xl), size=(16, 24))), updates=1, guidance=2.0, w_conditioned=False)
     method.student.network.model.register_forward_pre_hook(heard, with_kwargs=True)
     fit(method, DDILDataModule(Prompts(str(tmp_path / "prompts.txt")), SamplingPrior(0, 1, 0), batch_size=2, buffer=Buffer(capacity=48)))
     assert {shape for shape, _ in heard.calls} == {(8, 12)} and {row for _, ids in heard.calls for row in ids} == {(16, 24, 0, 0, 16, 24)}

@@ -55,7 +55,6 @@ class Pipeline(Sized):
         dtype: of the frozen network and of the text encoders; the student is always made in float32.
         vae_dtype: of the autoencoder, whose latents are what training takes for data.
         bare: networks, the teacher's too, are without memory for weights; the one that is wanted gets them from a checkpoint.
-        size: height and width in pixels of the images that it samples, or one number for both; by default as its card says, else its own.
     """
 
     holds_students = True
@@ -66,7 +65,6 @@ class Pipeline(Sized):
         dtype: torch.dtype = torch.float32,
         vae_dtype: torch.dtype = torch.float32,
         bare: bool = False,
-        size: int | tuple[int, int] | None = None,
     ) -> None:
         source = Source.of(path)
         path = source.path
@@ -82,7 +80,7 @@ class Pipeline(Sized):
         self._network.check(path, self.pipe.vae.config.latent_channels)
         super().__init__(path, schedule, predicts, self._network.latent_shape, about, dtype)
         self.bare = bare
-        self.sample_at(next((said for said in (size, source.size, about.get("size")) if said is not None), None))
+        self.sample_at(next((said for said in (source.size, about.get("size")) if said is not None), None))
 
     def load(self, source: Source, dtype: torch.dtype, vae_dtype: torch.dtype, bare: bool) -> Any:
         """The pipeline of diffusers, checked; its network without memory for weights where it is `bare`. Sets `source`, all of it said."""

@@ -29,8 +29,9 @@ def sample(argv: list[str]) -> int:
         raise Refusal(f"--size {' '.join(map(str, args.size))}: give height and width, or one number for both")
     from ddil_lightning.backbones import sampling
     from ddil_lightning.backbones.pipeline import Pipeline
+    from ddil_lightning.backbones.source import Source
 
-    backbone = Pipeline(args.pipeline, size=(args.size[0], args.size[-1]) if args.size else None).to(device())
+    backbone = Pipeline(Source(args.pipeline, size=(args.size[0], args.size[-1]) if args.size else None)).to(device())
     prompts = [p for p in args.prompt for _ in range(args.n)]
     if not args.truncate:
         with advising("--truncate"):
