@@ -17,7 +17,14 @@ from ddil_lightning.miniature import pretrain
 
 PRETRAIN = [name for name in config_names() if name.startswith("pretrain")]
 TOY = [name for name in config_names() if name.startswith("toy2d/")]
-LARGE = ["dmd2_ddil_ssd1b.yaml", "lcm_ddil_sd15.yaml", "lcm_lora_sd15.yaml", "pd_ddil_sd15.yaml"]
+LARGE = [
+    "dmd2_ddil_ssd1b.yaml",
+    "dmd2_lora_sdxl.yaml",
+    "lcm_ddil_sd15.yaml",
+    "lcm_lora_sd15.yaml",
+    "lcm_lora_sdxl.yaml",
+    "pd_ddil_sd15.yaml",
+]
 FIT = [name for name in config_names() if name not in (*PRETRAIN, *TOY, *LARGE)]
 
 
@@ -48,6 +55,8 @@ OWN = {  # what makes a large run small; everything else of its config stays
     "lcm_lora_sd15.yaml": ("sd15", ["--updates", "2"]),
     "pd_ddil_sd15.yaml": ("sd15", [f"model.stages=[{PLAN}]"]),
     "dmd2_ddil_ssd1b.yaml": ("ssd1b", ["--updates", "2", "model.critic.steps=2"]),
+    "dmd2_lora_sdxl.yaml": ("ssd1b", ["--updates", "2", "model.critic.steps=2"]),
+    "lcm_lora_sdxl.yaml": ("ssd1b", ["--updates", "2"]),
 }
 
 
