@@ -18,6 +18,7 @@ from ddil_lightning.data.preparation import own_captions
 from ddil_lightning.imitation.buffer import FINE
 from ddil_lightning.messages import quiet
 from ddil_lightning.runs.memory import gib, room
+from ddil_lightning.texts import by
 from ddil_lightning.training.footprint import Footprint, Setting, bytes_of, footprint
 from ddil_lightning.training.frugality import smaller
 from ddil_lightning.training.options import Memory
@@ -128,7 +129,7 @@ def table(method: Any, setting: Setting, made: Footprint, other: Footprint, host
     where = "GPU" if setting.cuda else "CPU"
     many = f"each of {setting.devices} {where}s" if setting.devices > 1 else f"one {where}"
     how = ", ".join(filter(None, [setting.strategy, setting.precision, f"batches of {setting.batch}"]))
-    side = "" if method.backbone.side is None else f" at {method.backbone.side} px"
+    side = "" if method.backbone.size is None else f" at {by(method.backbone.size)} px"
     found = [f"memory plan: {type(method).__name__} of {method.backbone.path}{side}, on {many}, {how}; in GiB", ""]
     found.append(f"{'':<12}{'weights':>11}{'gradients':>11}{'optimiser':>11}")
     shown = [part for part in made.parts if part.gradients or 1000 * part.weights >= made.of("weights")]

@@ -145,12 +145,12 @@ class Planned:
 
     def encode(self) -> int:
         """What passes, in bytes, while the images of a batch are encoded, by as many at a time as the backbone takes."""
-        side = self.method.backbone.side
-        if side is None:
+        size = self.method.backbone.size
+        if size is None:
             return 0
         with self.ledger, torch.no_grad():
             self.ledger.begin()
-            self.method.backbone.encode_images(torch.zeros(self.batch, 3, side, side))
+            self.method.backbone.encode_images(torch.zeros(self.batch, 3, *size))
         return self.ledger.activations
 
     def step(self) -> Step:
