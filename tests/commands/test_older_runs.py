@@ -53,14 +53,18 @@ data: {DATA}
 """
 
 
-NEW = {"gan.layers"}
+NEW = {
+    "gan.layers",
+    *(f"adapter.{name}" for name in ("rank", "alpha", "dropout", "targets", "full", "whole")),
+    *("memory.compile", "memory.offload", "optimizer.kind", "optimizer.options"),
+}
 """Options that no older version had."""
 
 
 def flat(options: dict[str, Any], moved: dict[str, str]) -> dict[str, Any]:
     """A config's options as they were once called."""
     former = {new: name for name, new in moved.items()}
-    records = {new.partition(".")[0] for new in moved.values()}
+    records = {new.partition(".")[0] for new in moved.values()} | {"adapter"}
     named = [(f"{k}.{field}", x) for k, v in options.items() if k in records for field, x in v.items()]
     return {**{k: v for k, v in options.items() if k not in records}, **{former[name]: value for name, value in named if name not in NEW}}
 
@@ -156,6 +160,16 @@ def test_one_field_on_the_command_line_leaves_the_others_of_the_config(tiny_conf
     code, out, err = fit(capsys, "--config", str(tiny_config), *words)
     said = yaml.safe_load(out)
     assert code == 0, err
-    mine = {"lr": 0.001, "final_lr": 0.05, "warmup": 5, "betas": [0.5, 0.75], "weight_decay": 0.0, "clip": 0.5, "accumulate": 1}
+    mine = {
+        "kind": "AdamW",
+        "options": {},
+        "lr": 0.001,
+        "final_lr": 0.05,
+        "warmup": 5,
+        "betas": [0.5, 0.75],
+        "weight_decay": 0.0,
+        "clip": 0.5,
+        "accumulate": 1,
+    }
     assert said["model"]["init_args"]["optimizer"] == mine
     assert said["data"]["buffer"] == {"capacity": 70, "max_age": 7, "priority": 0.0} and said["data"]["rollouts"]["every"] == 4

@@ -55,7 +55,7 @@ def test_an_outline_is_the_pipeline_without_values(xl: Path, light: Path) -> Non
                 mine, theirs = part.state_dict(), getattr(real.pipe, name).state_dict()
                 assert {k: (v.shape, v.dtype) for k, v in mine.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
                 assert all(p.is_meta for p in part.parameters())
-        assert outline.latent_shape == real.latent_shape and outline.side == real.side and outline.predicts == real.predicts
+        assert outline.latent_shape == real.latent_shape and outline.size == real.size and outline.predicts == real.predicts
         shapes = [[None if x is None else x.shape for x in backbone.encode_text(["a", "a"], True)] for backbone in (outline, real)]
         assert shapes[0] == shapes[1]
 

@@ -84,6 +84,8 @@ SMALL = {
     "--captions.path": "--size 16",
     "lcm_ddil_sd15.yaml": "model.pipeline=builtin model.memory.teacher_dtype=float32 data.captions.size=16 data.workers=0 previews.every=0 "
     "trainer.devices=1 trainer.strategy=auto trainer.precision=32-true",
+    "lcm_lora_sdxl.yaml": "model.pipeline=builtin model.memory.teacher_dtype=float32 model.memory.vae_dtype=float32 data.captions.size=16 "
+    "data.workers=0 previews.every=0 trainer.devices=1 trainer.strategy=auto trainer.precision=32-true",
 }
 """What is added to a line, by a word of it: the same, in seconds."""
 

@@ -139,7 +139,7 @@ def test_print_config_and_wandb(ran: Done) -> None:
 
 
 def test_own_images(ran: Done, place: Path) -> None:
-    small = yaml.safe_load(the(ran, "my_images", "data.md").config)
+    small = yaml.safe_load(the(ran, "data.captions.path=my_images", "data.md").config)
     large = yaml.safe_load((place / "runs" / "sd15" / "config.yaml").read_text())
     for config in (small, large):
         captions = config["data"]["captions"]

@@ -69,7 +69,7 @@ class Distillation(Clocks, LightningModule):
 
     def __init__(
         self,
-        pipeline: str | Source | Backbone = "builtin",
+        pipeline: str | Backbone | Source = "builtin",
         guidance: float | list[float] | None = None,
         updates: int = 1000,
         optimizer: Optimizer = Optimizer(),
