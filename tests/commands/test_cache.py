@@ -75,7 +75,7 @@ def test_without_a_config_and_a_look_at_the_result(pictures: list[str], tiny: Pa
 
 
 def test_a_pipeline_of_a_size_and_a_config_with_a_class(pictures: list[str], tiny: Path, capsys: Any) -> None:
-    own = json.dumps({"class_path": "Pipeline", "init_args": {"path": str(tiny), "size": [16, 24]}})
+    own = json.dumps({"class_path": "Pipeline", "init_args": {"path": {"path": str(tiny), "size": [16, 24]}}})
     words = ["--model=LCM", f"model.pipeline={own}", "--captions.path", "set", "--captions.size=[16,24]", "--out", "kept"]
     code, _, err = cache(capsys, *words)
     assert code == 0 and json.loads(Path("kept/manifest.json").read_text())["sizes"] == [[16, 24]], err

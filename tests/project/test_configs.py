@@ -60,7 +60,8 @@ OWN = {  # what makes a large run small; everything else of its config stays
 }
 
 
-@pytest.mark.parametrize("name", LARGE)
+# Those with adapters are as the others but for the adapters, which the slow tests have.
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if "lora" in n and "sdxl" not in n else ()) for n in LARGE])
 def test_large_configs_run_to_their_end_on_a_small_pipeline_of_their_layout(
     name: str, here: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:

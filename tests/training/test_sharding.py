@@ -61,7 +61,11 @@ def every_way(rank: int, entry: Entry, tiny: Path, folder: Path) -> dict[str, An
     return found | {"refused": str(raised.value)}
 
 
-@pytest.fixture(scope="module", params=ONE_EACH, ids=lambda entry: entry.name)
+# The ordinary tests shard the method with two optimisers, the slow ones the others too.
+MARKED = [pytest.param(entry, marks=() if entry.unused else pytest.mark.slow, id=entry.name) for entry in ONE_EACH]
+
+
+@pytest.fixture(scope="module", params=MARKED)
 def runs(request: pytest.FixtureRequest, pair: Pair, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the processes report, by the kind of run, and the folder of their checkpoints."""
     folder = tmp_path_factory.mktemp(request.param.name)
