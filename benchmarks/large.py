@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import common
 import published
@@ -26,6 +26,7 @@ from real_size import Cell
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.runs.memory import Meter, gib
 
+T = TypeVar("T")
 CELLS = {
     "sd15": (Cell("SD1.5", "LCM", 64, True, 1),),
     "sdxl": (Cell("SDXL", "DMD2", 64, True, 1),),
@@ -54,6 +55,12 @@ def one(folder: str, cell: Cell, side: int, updates: int) -> dict[str, Any]:
     return {**row, "peak": gib(meter.peak or 0)}
 
 
+def apart(work: Callable[..., T], *given: Any) -> T:
+    """What `work` answers in a process of its own, which leaves nothing behind."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(work, given)
+
+
 def measure(args: argparse.Namespace) -> tables.Report:
     """The rows of all models that were asked for."""
     rows, side = [], 32 if args.quick else args.side
@@ -63,10 +70,8 @@ def measure(args: argparse.Namespace) -> tables.Report:
             if args.quick:
                 common.random_pipeline(folder)
             elif not (folder / "model_index.json").is_file():
-                published.write(folder, model, side)
-            for cell in CELLS[model]:
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    rows.append(pool.apply(one, (str(folder), cell, side, args.updates)))
+                apart(published.write, folder, model, side)
+            rows += [apart(one, str(folder), cell, side, args.updates) for cell in CELLS[model]]
     return {"benchmark": "real size, batch 1, gradient checkpointing", "columns": COLUMNS, "rows": rows}
 
 
