@@ -122,7 +122,7 @@ def write(folder: Path, kind: str, side: int, dtype: torch.dtype = torch.bfloat1
     unet = filled(lambda: UNet2DConditionModel.from_config({**WEIGHTS[kind][0], "sample_size": side // 8}), dtype)
     vae = filled(lambda: AutoencoderKL(**VAE, scaling_factor=0.13025 if large else 0.18215, sample_size=side), dtype)
     text = filled(lambda: CLIPTextModel(CLIPTextConfig(**CLIP_L, **ids)), dtype)
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False)
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
     parts: dict[str, Any] = {"unet": unet, "vae": vae, "text_encoder": text, "tokenizer": tokenizer, "scheduler": scheduler}
     if large:
         second = filled(lambda: CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_G, **ids)), dtype)
