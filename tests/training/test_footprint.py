@@ -16,7 +16,7 @@ from ddil_lightning.backbones.adapters import Adapter
 from ddil_lightning.backbones.outline import Outline
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.training import frugality
-from ddil_lightning.training.footprint import Footprint, Part, Setting, footprint, parts, placed
+from ddil_lightning.training.footprint import Footprint, Part, Setting, away, footprint, parts, placed
 from ddil_lightning.training.frugality import smaller
 from ddil_lightning.training.ledger import Ledger, Precision, latents
 from ddil_lightning.training.options import Memory
@@ -168,3 +168,10 @@ def test_a_footprint_adds_up() -> None:
     held = (Part("teacher", 10, 0, 0, False), Part("student", 20, 20, 40, True))
     assert Footprint(held, activations=5, at_once=62, encoding=3).total == 30 + 62
     assert Footprint(held, activations=5, at_once=62, encoding=30, buckets=20).total == 30 + 20 + 40 + 30
+
+
+def test_what_rests_on_the_cpu_weighs_nothing_on_a_gpu() -> None:
+    made = Footprint((Part("student", 10, 10, 20, True), Part("average", 10, 0, 0, True), Part("encoders", 7, 0, 0, False)), 5, 30, 9)
+    assert made.total == 27 + max(30, 20 + 9)
+    assert away(made, ["average"]).total == 17 + 30
+    assert away(made, ["encoders"]).total == 20 + 30 and away(made, ["encoders"]).encoding == 0

@@ -56,7 +56,7 @@ def plan(words: Sequence[str]) -> int:
     quiet()
     plugins.load()
     cli = PlanCLI(words)
-    setting = setting_of(cli.config.trainer, cli.datamodule.batch_size)
+    setting = setting_of(cli.config.trainer, cli.datamodule.batch_size)._replace(encoded=bool(cli.datamodule.cache))
     made, host = footprint(cli.model, setting), held(cli.model, cli.datamodule)
     on = bool(cli.model.gradient_checkpointing)
     other = recomputing(cli.model, setting, not on)
@@ -70,7 +70,7 @@ def expected(method: Any, data: Any, trainer: Any) -> int:
     cuda = trainer.strategy.root_device.type == "cuda"
     name = type(trainer.strategy).__name__
     strategy = "fsdp2" if name == "Sharded" else "ddp" if name.startswith("DDP") else ""
-    made = footprint(method, Setting(data.batch_size, str(trainer.precision), trainer.world_size, strategy, cuda))
+    made = footprint(method, Setting(data.batch_size, str(trainer.precision), trainer.world_size, strategy, cuda, not data.encodes))
     return made.total + (0 if cuda else sum(held(method, data)))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -15,13 +15,17 @@ FULL, EIGHT = 8, 2
 
 
 class Setting(NamedTuple):
-    """Where a run takes place: `batch` per device, `precision` as the Trainer calls it, `strategy` one of "", "ddp" and "fsdp2"."""
+    """Where a run takes place: `batch` per device, `precision` as the Trainer calls it, `strategy` one of "", "ddp" and "fsdp2".
+
+    `encoded`: whether all data are encoded before the training, so that encoders leave a GPU.
+    """
 
     batch: int
     precision: str = "32-true"
     devices: int = 1
     strategy: str = ""
     cuda: bool = False
+    encoded: bool = False
 
 
 class Part(NamedTuple):
@@ -63,7 +67,14 @@ def footprint(method: Any, setting: Setting) -> Footprint:
     """That of `method`, which need not have weights, by one training step on tensors without memory."""
     planned = Planned(method, setting.precision, setting.batch, setting.cuda)
     encoding, step = planned.encode(), planned.step()
-    return placed(Footprint(tuple(parts(method, step)), step.activations, step.peak, encoding), method, setting)
+    whole = placed(Footprint(tuple(parts(method, step)), step.activations, step.peak, encoding), method, setting)
+    return away(whole, (*method.offload.names, *(["encoders"] if setting.encoded else []))) if setting.cuda else whole
+
+
+def away(made: Footprint, names: Sequence[str]) -> Footprint:
+    """With the parts `names` on the CPU while they are not called (training.offload); what has no encoders encodes nothing."""
+    kept = tuple(part._replace(weights=0) if part.name in names else part for part in made.parts)
+    return made._replace(parts=kept, encoding=0 if "encoders" in names else made.encoding)
 
 
 def placed(whole: Footprint, method: Any, setting: Setting) -> Footprint:

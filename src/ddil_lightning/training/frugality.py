@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ddil_lightning.backbones.adapters import Adapter
-from ddil_lightning.training.footprint import EIGHT, FULL, Footprint, Part, Setting, bytes_of, encoders, placed
+from ddil_lightning.training.footprint import EIGHT, FULL, Footprint, Part, Setting, away, bytes_of, encoders, placed
 
 RANK = 64
 """LCM-LoRA's."""
@@ -22,6 +22,11 @@ def smaller(method: Any, setting: Setting, made: Footprint, other: Footprint) ->
     """
     if not method.gradient_checkpointing:
         yield "model.memory.gradient_checkpointing=true", other
+    if setting.cuda:
+        if not setting.encoded:
+            yield "data.cache=DIR, made by ddil-cache (the encoders leave the GPU)", away(made, ["encoders"])
+        for name in ("average", "target", "former"):
+            yield f"model.memory.offload=[{name}]", away(made, [name])
     if setting.batch > 1:
         twice = f"data.batch_size={setting.batch // 2} model.optimizer.accumulate={2 * method.descent.accumulate}"
         yield twice, _of_half_activations(made)._replace(encoding=made.encoding // 2)
