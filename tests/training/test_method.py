@@ -198,6 +198,19 @@ def test_any_optimizer_by_its_path_and_with_its_own_options(tiny: Path) -> None:
         torch.testing.assert_close(p, before[name] - 0.1 * (before[name] / 2 + 3 * seen.steps[0][f"student.{name}"]))
 
 
+class Wrapped(Halving):
+    """One that hands on what it is given, as wrappers do."""
+
+    def __init__(self, params: Any, lr: float = 0.1, **more: Any) -> None:
+        super().__init__(params, lr, **more)
+
+
+def test_options_of_an_optimizer_that_hands_them_on(tiny: Path) -> None:
+    kind = f"{Wrapped.__module__}.{Wrapped.__qualname__}"
+    run = train(FIRST, tiny, updates=1, optimizer={"kind": kind, "options": {"gain": 2.0}})
+    assert run.trainer.optimizers[0].param_groups[0]["gain"] == 2.0
+
+
 @pytest.mark.parametrize("kind", ["SGD", "Adafactor"])
 def test_optimizers_of_torch_by_their_name(kind: str, tiny: Path) -> None:
     run = train(FIRST, tiny, updates=2, optimizer={"kind": kind})

@@ -94,7 +94,8 @@ class Descent:
         takes = signature(kind).parameters
         usual = {"betas": given.betas, "weight_decay": given.weight_decay}
         deaf = [name for name, value in usual.items() if name not in takes and value != getattr(Optimizer, name)]
-        deaf += [name for name in given.options if name not in takes]
+        anything = any(p.kind is p.VAR_KEYWORD for p in takes.values())  # which it hands to somebody who may know them
+        deaf += [name for name in given.options if name not in takes and not anything]
         if deaf:
             raise ValueError(f"optimizer.{deaf[0]} is none of {given.kind}'s, which takes {', '.join(n for n in takes if n != 'params')}")
         own = {name: value for name, value in usual.items() if name in takes}
