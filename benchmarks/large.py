@@ -4,7 +4,7 @@ Networks are those of the published configurations with random weights: 0.86 bil
 their text encoders and autoencoder. Every setting runs in a process of its own; its peak is that of the process less what it was before
 the networks were loaded (the interpreter and the libraries).
 
-    python benchmarks/large.py [--models sd15 sdxl] [--side 128] [--updates 2] [--folder DIR] [--json FILE]
+    python benchmarks/large.py [--models sd15 sdxl] [--side 128] [--updates 2] [--quantize int8] [--folder DIR] [--json FILE]
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import multiprocessing
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import common
 import published
@@ -24,6 +24,7 @@ import torch
 from real_size import Cell
 
 from ddil_lightning.backbones.pipeline import Pipeline
+from ddil_lightning.backbones.quantising import Quantize
 from ddil_lightning.runs.memory import Meter, gib
 
 T = TypeVar("T")
@@ -41,7 +42,7 @@ COLUMNS = (
 )
 
 
-def one(folder: str, cell: Cell, side: int, updates: int) -> dict[str, Any]:
+def one(folder: str, cell: Cell, side: int, updates: int, quantize: Quantize | None) -> dict[str, Any]:
     """A row, measured in this process from the loading of the pipeline on."""
     common.quiet()
     import diffusers  # noqa: F401 (the libraries' share, which any run has)
@@ -49,9 +50,10 @@ def one(folder: str, cell: Cell, side: int, updates: int) -> dict[str, Any]:
     import transformers  # noqa: F401
 
     meter = Meter()
-    backbone = Pipeline(folder, getattr(torch, cell.dtype))
+    backbone = Pipeline(folder, getattr(torch, cell.dtype), quantize=quantize)
     row, method = real_size.measure(cell, backbone, side, updates, critic_steps=1)
     meter.end(torch.device("cpu"), (method, *backbone.parts()))
+    row["name"] += f", base in {quantize}" if quantize else ""
     return {**row, "peak": gib(meter.peak or 0)}
 
 
@@ -71,7 +73,7 @@ def measure(args: argparse.Namespace) -> tables.Report:
                 common.random_pipeline(folder)
             elif not (folder / "model_index.json").is_file():
                 apart(published.write, folder, model, side)
-            rows += [apart(one, str(folder), cell, side, args.updates) for cell in CELLS[model]]
+            rows += [apart(one, str(folder), cell, side, args.updates, args.quantize) for cell in CELLS[model]]
     return {"benchmark": "real size, batch 1, gradient checkpointing", "columns": COLUMNS, "rows": rows}
 
 
@@ -81,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> tables.Report:
     made.add_argument("--models", nargs="+", choices=("sd15", "sdxl"), default=["sd15", "sdxl"])
     made.add_argument("--side", type=int, default=128, help="of the images, in pixels")
     made.add_argument("--updates", type=int, default=2)
+    made.add_argument("--quantize", choices=get_args(Quantize), help="the linear layers of the frozen network (model.memory.quantize)")
     made.add_argument("--folder", type=Path, help="where the random pipelines are kept (default: nowhere)")
     return common.main(measure, made.parse_args(argv))
 

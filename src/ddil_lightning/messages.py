@@ -159,8 +159,13 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 
 def parameters(cls: type) -> list[str]:
-    """The names that the constructors of a class and of its bases accept, and the dotted ones of fields, where a record is the default."""
-    signatures = [inspect.signature(c).parameters.values() for c in cls.__mro__[:-1]]
+    """The names that the constructor of a class accepts, with those of its bases that it hands **kwargs on to, and the dotted ones of
+    fields, where a record is the default."""
+    signatures = []
+    for c in cls.__mro__[:-1]:
+        signatures.append(inspect.signature(c).parameters.values())
+        if not any(p.kind is p.VAR_KEYWORD for p in signatures[-1]):
+            break
     return _dotted(p for found in reversed(signatures) for p in found)
 
 
@@ -272,7 +277,7 @@ def _types(text: str) -> str:
 
 
 def quiet() -> None:
-    """Silence warnings and tips of Lightning that say nothing to a user of this library, one by one; no whole category."""
+    """Silence warnings and tips of libraries that say nothing to a user of this one, one by one; no whole category."""
     for message in (
         "isinstance.treespec",
         "does not have many workers",
@@ -281,8 +286,10 @@ def quiet() -> None:
         "You are using the plain ModelCheckpoint",
     ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")
-    tips = ("Tip:", "available:", "LOCAL_RANK", "Trainer.fit` stopped", "Restor", "`weights_only` was not set", "KeyboardInterrupt")
+    tips = ["Tip:", "available:", "LOCAL_RANK", "Trainer.fit` stopped", "Restor", "`weights_only` was not set", "KeyboardInterrupt"]
+    tips += ["is now natively supported by torch.compile", "Unable to import `torchao` Tensor objects"]
     names = ["lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero", "lightning.fabric.utilities.seed"]
+    names += ["torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"]
     for name in [*names, "lightning.pytorch.trainer.connectors.checkpoint_connector"]:
         logger = logging.getLogger(name)
         if not any(isinstance(f, _Tips) for f in logger.filters):

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ddil_lightning.backbones.resting import Resting
+from ddil_lightning.backbones.resting import Resting, to_file
 from ddil_lightning.training import offload
 from suite import BY_NAME, build, captions, equal, fit, state
 
@@ -60,6 +60,56 @@ def test_what_is_shared_stays() -> None:
     shared = list(module[0].parameters())
     module(torch.ones(4, 2, device=META))
     assert all(a is b for a, b in zip(module[0].parameters(), shared, strict=True))
+
+
+class Large(nn.Module):
+    """Tied weights, an order of memory of its own, a buffer that repeats one row, something small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tied = nn.ModuleList([nn.Linear(600, 600, bias=False), nn.Linear(600, 600)])
+        self.tied[1].weight = self.tied[0].weight
+        self.conv = nn.Conv2d(256, 256, 3, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        self.register_buffer("rows", torch.arange(3.0).expand(2**18, 3))
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tied[1](self.tied[0](x))
+
+
+def resident() -> int:
+    """Bytes of anonymous memory of this process."""
+    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")).split()[1]) * 1024
+
+
+def test_on_a_cpu_it_lies_in_a_file_and_is_what_it_was(tmp_path: Path) -> None:
+    module, x = Large(), torch.ones(1, 600)
+    before = {name: (value.clone(), value.stride(), value.data_ptr()) for name, value in module.state_dict().items()}
+    answer = module(x)
+    to_file([module], tmp_path / "new")
+    after = module.state_dict()
+    assert all(torch.equal(after[name], value) and after[name].stride() == stride for name, (value, stride, _) in before.items())
+    moved = {name for name, (_, _, place) in before.items() if after[name].data_ptr() != place}
+    assert moved == {"tied.0.weight", "tied.1.weight", "conv.weight"} and module.tied[0].weight is module.tied[1].weight
+    assert torch.equal(module(x), answer) and not list((tmp_path / "new").iterdir())
+    module.tied[0].weight.zero_()  # a private copy: no file is written
+    assert not module.tied[1].weight.any()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's count of memory")
+def test_what_lies_in_a_file_takes_no_memory(tmp_path: Path) -> None:
+    module = nn.Linear(4096, 4096, bias=False)
+    with_it = resident()
+    to_file([module], tmp_path)
+    assert with_it - resident() > 0.9 * module.weight.nbytes
+
+
+def test_where_a_file_finds_no_room_it_stays(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    module = nn.Linear(600, 600)
+    place = module.weight.data_ptr()
+    to_file([module], tmp_path / "file" / "folder")
+    assert module.weight.data_ptr() == place
 
 
 @pytest.mark.parametrize(("name", "names"), [("lcm", ("average", "target", "teacher")), ("lcm-lora", ("average", "target"))])

@@ -64,6 +64,7 @@ FAULTS = {
         ["--config", "{data: {captions: {class_path: Shapes, init_args: {sed: 3}}}}"],
         "unknown key data.captions.sed: did you mean data.captions.seed?",
     ),
+    "key of a base alone": (["data.captions=Digits", "data.captions.n=8"], "unknown key data.captions.n; --help lists the keys"),
     "base of all methods": (["--model=Distillation"], "the config names no method: give model: {class_path: LCM, ...}"),
     "unfinished method": (
         [f"--model={__name__}.Unfinished"],

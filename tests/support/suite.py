@@ -146,10 +146,11 @@ def pictures(folder: Path) -> Encoded:
 
 
 def build(entry: Entry, folder: Path, seed: int = 0, **kwargs: Any) -> Any:
-    """The method in a setting that has everything on: an average, reflection, a range of guidance."""
+    """The method in a setting that has everything on: an average, reflection, a range of guidance. `pipeline`: one of its own."""
     torch.manual_seed(seed)
+    pipeline = kwargs.pop("pipeline", None) or backbone(folder)
     settings = {"updates": 6, "optimizer": {"lr": 1e-3}, "guidance": [1.0, 4.0], "ema": 0.9, "reflect": "static", "log_every": 1}
-    return entry.method(pipeline=backbone(folder), **options(entry.method, settings, entry.kwargs, kwargs))
+    return entry.method(pipeline=pipeline, **options(entry.method, settings, entry.kwargs, kwargs))
 
 
 def captions(folder: Path, prior: SamplingPrior = MIXED, **kwargs: Any) -> DDILDataModule:

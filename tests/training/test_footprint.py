@@ -153,13 +153,17 @@ def test_what_would_be_smaller_is_what_the_option_gives(light: Path, monkeypatch
     said = dict(smaller(method, setting, now, now))
     half = made(entry, Outline(str(light), torch.bfloat16, bare=True))
     assert said["model.memory.teacher_dtype=bfloat16"].of("weights") == footprint(half, setting).of("weights") < now.of("weights")
+    eight = footprint(made(entry, Outline(str(light), torch.bfloat16, bare=True, quantize="int8")), setting)
+    told = dict(smaller(half, setting, footprint(half, setting), now))
+    assert told["model.memory.quantize=int8"].of("weights") == eight.of("weights") and not any("nf4" in name for name in told)
+    assert not any("quantize" in name for name in said)  # it computes in half precision
     bare = made(entry, Outline(str(light), bare=True), ema=0.0)
     assert said["model.ema=0 (no average of the student)"].total == footprint(bare, setting).total
     lora = made(entry, Outline(str(light), bare=True), adapter=Adapter(4))
-    told, exact = said["model.adapter.rank=4"], footprint(lora, setting)
-    assert [p.name for p in told.parts] == [p.name for p in exact.parts]
-    assert told.of("weights") == exact.of("weights") and told.of("gradients") == exact.of("gradients")
-    assert told.of("optimizer") == pytest.approx(exact.of("optimizer"), rel=0.01)
+    adapted, exact = said["model.adapter.rank=4"], footprint(lora, setting)
+    assert [p.name for p in adapted.parts] == [p.name for p in exact.parts]
+    assert adapted.of("weights") == exact.of("weights") and adapted.of("gradients") == exact.of("gradients")
+    assert adapted.of("optimizer") == pytest.approx(exact.of("optimizer"), rel=0.01)
     assert Memory().gradient_checkpointing is False and "model.memory.gradient_checkpointing=true" in said
 
 

@@ -10,10 +10,11 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.callbacks import Checkpoints
 from ddil_lightning.imitation.prior import SamplingPrior
 from pair import WORLD, Pair, ddp
-from suite import BATCH, FORWARD, METHODS, MIXED, PER_METHOD, Entry, Gradients, Run, build, captions, equal, fit, state
+from suite import BATCH, BY_NAME, FORWARD, METHODS, MIXED, PER_METHOD, Entry, Gradients, Run, build, captions, equal, fit, state
 
 UPDATES = 4
 
@@ -93,6 +94,27 @@ def test_both_ranks_buffers_are_in_the_checkpoint(ranks: Any) -> None:
     _, straight, _ = ranks
     kept = straight[0]["state"]["data"]["buffers"]
     assert len(kept) == WORLD and all(equal(kept[rank], straight[rank]["mine"]) for rank in range(WORLD))
+
+
+def on_eight_bits(rank: int, tiny: Path) -> dict[str, Any]:
+    entry = BY_NAME["lcm-lora"]
+    return state(fit(*settings(entry, tiny, pipeline=Pipeline(str(tiny), torch.bfloat16, quantize="int8")), **ddp(entry)))
+
+
+@pytest.mark.slow
+def test_a_quantised_base_is_each_process_own(pair: Pair, tiny: Path) -> None:
+    """DDP would send it around, and cannot."""
+    pytest.importorskip("torchao")
+    a, b = pair.run(on_eight_bits, tiny)
+    assert equal(a["weights"], b["weights"]) and equal(a["optimizers"], b["optimizers"])
+
+
+def test_ddp_sends_no_shared_weights_around(tiny: Path) -> None:
+    method = build(BY_NAME["lcm-lora"], tiny)
+    fit(method, captions(tiny), max_steps=1)
+    left, shared = set(method._ddp_params_and_buffers_to_ignore), {id(p) for role in method.roles.values() for p in role.shared}
+    assert {id(p) for name, p in method.named_parameters(remove_duplicate=False) if name in left} == shared
+    assert not any(p.requires_grad for name, p in method.named_parameters(remove_duplicate=False) if name in left)
 
 
 def test_another_number_of_processes_is_refused(tiny: Path, tmp_path: Path) -> None:

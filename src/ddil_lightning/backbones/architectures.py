@@ -38,7 +38,7 @@ def own_config(model: Any) -> dict[str, Any]:
     Where it lay on this machine is nobody else's business, and of the names that its file leaves out, as Stable Diffusion's does with the
     embedding of the guidance, diffusers would take no other value than the default.
     """
-    return {key: value for key, value in model.config.items() if key not in ("_name_or_path", "_use_default_values")}
+    return {key: value for key, value in model.config.items() if key not in ("_name_or_path", "_use_default_values", "quantization_config")}
 
 
 def described(said: str | Mapping[str, Any], teacher: Family, copied: Callable[[], Weights], role: str) -> Architecture:

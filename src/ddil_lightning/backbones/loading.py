@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ddil_lightning.backbones import loras, singlefile
+from ddil_lightning.backbones import loras, quantising, singlefile
 from ddil_lightning.backbones.repositories import (
     DENOISERS,
     SPARED,
@@ -63,11 +63,13 @@ def settled(source: Source, given: Collection[str] = ()) -> Source:
     return replace(source, variant=stored(source, (*given, *(["vae"] if source.vae else []))).variant)
 
 
-def load_pipeline(source: str | Path | Source, dtype: Any = torch.float32, spare: bool = True, **kwargs: Any) -> DiffusionPipeline:
+def load_pipeline(
+    source: str | Path | Source, dtype: Any = torch.float32, spare: bool = True, quantize: str | None = None, **kwargs: Any
+) -> DiffusionPipeline:
     """A diffusers pipeline from its source; safetensors only, quiet, in float32 if not asked otherwise.
 
-    `dtype`: one for all, or by component as diffusers takes it. `spare`: without SPARED. `kwargs`: components to take instead of the stored
-    ones, which are not touched. Raises ValueError, naming the file where it is known.
+    `dtype`: one for all, or by component as diffusers takes it. `spare`: without SPARED. `quantize`: the denoising network in fewer bits
+    (`quantising`). `kwargs`: components to take instead of the stored ones, which are not touched. Raises ValueError, naming the file.
     """
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
@@ -79,8 +81,10 @@ def load_pipeline(source: str | Path | Source, dtype: Any = torch.float32, spare
     if source.vae is not None and "vae" not in given:
         given["vae"] = load_part(source.vae, "vae", dtypes["vae" if "vae" in dtypes else "default"], "model.pipeline.vae")
     place = stored(source, given)
+    name = next((name for name in DENOISERS if name in place.listed and name not in given), None) if quantize else None
+    now = quantize if name is not None and place.file is None and not source.lora else None
     try:
-        pipe = _read(place, dtypes, spare, given)
+        pipe = _read(place, dtypes, spare, given, now)
     except Exception as error:  # whatever a library makes of a file that is not as it expects
         raise ValueError(f"the pipeline {source.path} could not be loaded: {reason(error)}") from error
     missing = [] if any(getattr(pipe, name, None) is not None for name in DENOISERS) else ["U-Net and no transformer"]
@@ -89,11 +93,13 @@ def load_pipeline(source: str | Path | Source, dtype: Any = torch.float32, spare
         what = f"has no {missing[0]}" if missing else f"is a {type(pipe).__name__}"
         raise ValueError(f"the pipeline {source.path} {what}: only text-to-image pipelines in latents are distilled")
     loras.fuse(pipe, source.lora, tuple(kwargs))
+    if name is not None and quantize is not None and now is None:
+        setattr(pipe, name, quantising.quantised(getattr(pipe, name), dtypes["default"], quantize))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def _read(place: Stored, dtypes: dict[str, Any], spare: bool, given: dict[str, Any]) -> Any:
+def _read(place: Stored, dtypes: dict[str, Any], spare: bool, given: dict[str, Any], quantize: str | None) -> Any:
     """The pipeline of `place`, by diffusers."""
     import transformers
 
@@ -110,7 +116,7 @@ def _read(place: Stored, dtypes: dict[str, Any], spare: bool, given: dict[str, A
     if place.file is not None:
         return singlefile.load(place, dtypes, **{name: part for name, part in own.items() if name not in SPARED or part is not None})
     for part in (name for name in DENOISERS if index.get(name, [None])[0] is not None and name not in given):
-        network = _network(place, part, dtypes[part if part in dtypes else "default"])
+        network = _network(place, part, dtypes[part if part in dtypes else "default"], quantize)
         own |= {} if network is None else {part: network}
     files = {"variant": place.variant, "use_safetensors": True}
     return _sparing(list(absent)).from_pretrained(str(place.folder), dtype=dtypes if len(dtypes) > 1 else dtypes["default"], **files, **own)
@@ -133,7 +139,7 @@ def exact_weights(source: Source, pipe: Any, name: str) -> Weights:
     return model.state_dict().items()  # type: ignore[no-any-return]
 
 
-def _network(place: Stored, name: str, dtype: torch.dtype) -> nn.Module | None:
+def _network(place: Stored, name: str, dtype: torch.dtype, quantize: str | None) -> nn.Module | None:
     """A network with memory of its own for its weights, once, which diffusers would leave mapped from a file that may change.
 
     None where there is more to it than tensors by their names, for diffusers to read it.
@@ -141,6 +147,8 @@ def _network(place: Stored, name: str, dtype: torch.dtype) -> nn.Module | None:
     import diffusers
 
     folder, kind = place.folder / name, getattr(diffusers, str(place.listed[name][1]), None)
+    if kind is not None and quantize is not None:
+        return quantising.read(kind, folder, place.variant_of(name), dtype, quantize)
     if kind is None or getattr(kind, "_keep_in_fp32_modules", None) or "quantization_config" in read_json(folder / "config.json"):
         return None
     with without_weights():
@@ -268,7 +276,8 @@ def check_weights(pipe: Any, source: Source, given: Collection[str] = ()) -> Non
             what = f" ({missing[0]})" if missing else ""
             raise ValueError(f"the pipeline {path}: the file of its {name} lacks some of the weights{what}: take another copy of it")
         for key, value in weights.items():
-            if value.is_floating_point() and not bool(value.isfinite().all()):
+            plain = value if type(value) is torch.Tensor else value.dequantize()  # a quantised one
+            if plain.is_floating_point() and not bool(plain.isfinite().all()):
                 raise ValueError(f"the pipeline {path} has NaN or infinite weights in its {name} ({key}): take another copy of it")
 
 

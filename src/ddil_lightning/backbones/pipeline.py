@@ -21,6 +21,7 @@ from ddil_lightning.backbones.architectures import Architecture
 from ddil_lightning.backbones.digests import digest, fingerprints
 from ddil_lightning.backbones.family import Family
 from ddil_lightning.backbones.loading import check_weights, empty_network, load_pipeline, recommended, settled
+from ddil_lightning.backbones.quantising import Quantize
 from ddil_lightning.backbones.repositories import DENOISERS
 from ddil_lightning.backbones.sizes import Sized, whole
 from ddil_lightning.backbones.source import Source
@@ -54,6 +55,7 @@ class Pipeline(Sized):
         path: built-in name, folder, hub id or a checkpoint of a single .safetensors file, or a Source, which says more.
         dtype: of the frozen network and of the text encoders; the student is always made in float32.
         vae_dtype: of the autoencoder, whose latents are what training takes for data.
+        quantize: the frozen network in fewer bits (`backbones.quantising`); students are made of the weights as they are stored.
         bare: networks, the teacher's too, are without memory for weights; the one that is wanted gets them from a checkpoint.
     """
 
@@ -65,9 +67,10 @@ class Pipeline(Sized):
         dtype: torch.dtype = torch.float32,
         vae_dtype: torch.dtype = torch.float32,
         bare: bool = False,
+        quantize: Quantize | None = None,
     ) -> None:
         source = Source.of(path)
-        path = source.path
+        path, self.quantize = source.path, quantize
         about = recommended(path)
         self._others: dict[str, Architecture] = {}
         self.pipe: Any = self.load(source, dtype, vae_dtype, bare)
@@ -86,7 +89,7 @@ class Pipeline(Sized):
         """The pipeline of diffusers, checked; its network without memory for weights where it is `bare`. Sets `source`, all of it said."""
         self.source = settled(source, DENOISERS if bare else ())
         empty = empty_network(self.source) if bare else {}
-        pipe = load_pipeline(self.source, {"default": dtype, "vae": vae_dtype}, **empty)
+        pipe = load_pipeline(self.source, {"default": dtype, "vae": vae_dtype}, quantize=None if bare else self.quantize, **empty)
         check_weights(pipe, self.source, empty)
         return pipe
 

@@ -1,12 +1,22 @@
-"""Modules whose weights lie on the CPU and come to the device for their calls: what is asked seldom need not fill it all the time."""
+"""Modules whose weights lie elsewhere, and come for their calls: what is asked seldom need not fill the memory all the time.
+
+Those of a GPU rest on the CPU, those of the CPU in a mapped file, whose pages the system reads when they are asked for.
+"""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+LARGE = 2**20
+"""Bytes of a tensor from which on a file is worth it."""
+ALIGNED = 64
+"""Bytes at whose multiples tensors begin in a file, as an allocator would place them."""
 
 
 class Resting:
@@ -56,6 +66,47 @@ class Resting:
         for table, name, x in self._resting:
             table[name] = x
         self._resting = []
+
+
+def to_file(modules: Iterable[nn.Module], folder: Path) -> None:
+    """Give the large tensors of modules that are not trained to a file in `folder`, which goes with the last of them.
+
+    They are what they were, on the CPU, and take memory again when they are read, which the system may take back at any time.
+    Where the file finds no room, all stays as it is.
+    """
+    every = {id(x): x for module in modules for x in (*module.parameters(), *module.buffers())}
+    moved = [x for x in every.values() if x.nbytes >= LARGE and _dense(x)]
+    if not moved:
+        return
+    starts = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=".resting-", dir=folder) as file:
+            for x in moved:
+                starts.append(file.seek(-(-file.tell() // ALIGNED) * ALIGNED))
+                file.write(_flat(x).view(torch.uint8).numpy().data)
+            file.flush()
+            mapped = torch.from_file(file.name, shared=False, size=file.tell(), dtype=torch.uint8).untyped_storage()
+    except (OSError, RuntimeError):  # no room, no right, or a system that cannot map a file that it will remove
+        return
+    for x, start in zip(moved, starts, strict=True):
+        x.data = torch.empty(0, dtype=x.dtype).set_(mapped, start // x.itemsize, x.shape, x.stride())
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether its elements fill their stretch of memory, in whatever order."""
+    dims = sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1)
+    expected = 1
+    for stride, size in dims:
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _flat(x: Tensor) -> Tensor:
+    """The elements of a dense tensor in the order of memory."""
+    return x.detach().as_strided((x.numel(),), (1,))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -33,4 +33,4 @@ def write(backbone: Any, folder: Path, own: Mapping[str, Any], dtype: torch.dtyp
 def halved(part: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of a component in `dtype`, made without a second one in its own precision."""
     narrow: dict[int, Any] = {id(p): nn.Parameter(p.detach().to(dtype), requires_grad=p.requires_grad) for p in part.parameters()}
-    return copy.deepcopy(part, narrow).to(dtype)
+    return nn.Module.to(copy.deepcopy(part, narrow), dtype)  # its own `to` warns of layers that there are not

@@ -180,6 +180,7 @@ class Mapped(TorchCheckpointIO):
 
 
 def finite(method: Any) -> bool:
-    """Whether all parameters of a module are finite (of a sharded one, those of this process)."""
-    local = (p.to_local() if hasattr(p, "to_local") else p for p in method.parameters())
+    """Whether all that a method trains and averages is finite (of a sharded one, that of this process): what roles share never changes."""
+    shared = {id(p) for role in method.roles.values() for p in role.shared}
+    local = (p.to_local() if hasattr(p, "to_local") else p for p in method.parameters() if id(p) not in shared)
     return all(bool(p.isfinite().all()) for p in local)

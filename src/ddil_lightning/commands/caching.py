@@ -58,7 +58,7 @@ class CacheCLI(Assembly):
 def backbone_of(method: Any) -> Backbone:
     """The pipeline of a method's options. A diffusers pipeline's network has no weights: nothing but the encoders is used."""
     if not hasattr(method.pipeline, "class_path"):
-        return Pipeline(method.pipeline, *Memory(**vars(method.memory)).dtypes, bare=True)
+        return Pipeline(method.pipeline, **Memory(**vars(method.memory)).stored, bare=True)
     given = method.pipeline.clone()
     if "bare" in given.get("init_args", {}):
         given.init_args.bare = True

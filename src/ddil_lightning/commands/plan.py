@@ -31,7 +31,7 @@ class PlanCLI(Assembly):
         """What a plan has no use for is not made: weights, and data that stay where they are."""
         model, data = self.config.model.init_args, self.config.data
         if isinstance(model.pipeline, str) or not hasattr(model.pipeline, "class_path"):
-            model.pipeline = Outline(Source.of(model.pipeline), *Memory(**vars(model.memory)).dtypes, bare=True)
+            model.pipeline = Outline(Source.of(model.pipeline), **Memory(**vars(model.memory)).stored, bare=True)
         if data.cache is not True:
             data.captions = None
 

@@ -27,9 +27,10 @@ def rebuild(config: Path) -> Distillation:
     try:
         parsed = parser.parse_object({"model": read_config(config).get("model")})
         args = parsed.model.init_args
+        args.memory.quantize = None  # for training alone; the teacher is tested as it is
         named = isinstance(args.pipeline, str) or not hasattr(args.pipeline, "class_path")
         if named and args.adapter.rank is None:  # adapters need the network below them
-            args.pipeline = Pipeline(Source.of(args.pipeline), *Memory(**vars(args.memory)).dtypes, bare=True)
+            args.pipeline = Pipeline(Source.of(args.pipeline), **Memory(**vars(args.memory)).stored, bare=True)
         return parser.instantiate_classes(parsed).model
     except ArgumentError as error:
         raise Refusal(f"{config}: {explain(str(error), [], [Distillation])}") from error

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ddil_lightning.backbones.interface import Network
+from ddil_lightning.backbones.quantising import saved
 from ddil_lightning.training.ledger import Planned, Step
 
 FULL, EIGHT = 8, 2
@@ -94,7 +95,8 @@ def parts(method: Any, step: Step | None = None) -> Iterator[Part]:
     """What each role holds, tensors that several share counted at the first of them: the frozen network, the encoders, the roles."""
     seen: set[int] = set()
     states = {} if step is None else {id(p): size for p, size in step.optimizer.items()}
-    yield _part("teacher", [method.backbone.network()], seen, states, own=False)
+    teacher, quantize = _part("teacher", [method.backbone.network()], seen, states, own=False), getattr(method.backbone, "quantize", None)
+    yield teacher._replace(weights=teacher.weights - (saved(method.backbone.network(), quantize) if quantize else 0))
     yield _part("encoders", encoders(method.backbone), seen, states, own=False)
     for name, child in method.named_children():
         yield _part(name, [child], seen, states, own=True)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ddil_lightning.backbones.adapters import Adapter
+from ddil_lightning.backbones.quantising import saved
 from ddil_lightning.training.footprint import EIGHT, FULL, Footprint, Part, Setting, away, bytes_of, encoders, placed
 
 RANK = 64
@@ -33,6 +34,7 @@ def smaller(method: Any, setting: Setting, made: Footprint, other: Footprint) ->
     if setting.cuda and setting.precision in ("32-true", "32", "None"):
         yield "trainer.precision=bf16-mixed", _of_half_activations(made)
     yield from _of_half_frozen(method, made)
+    yield from _of_fewer_bits(method, made, setting)
     if method.descent.settings.kind == "AdamW":
         eighth = _changed(made, lambda p: p._replace(optimizer=p.optimizer * EIGHT // FULL))
         yield "model.optimizer.kind=bitsandbytes.optim.AdamW8bit", eighth
@@ -68,6 +70,15 @@ def _of_half_frozen(method: Any, made: Footprint) -> Iterator[tuple[str, Footpri
     network, text, pictures = _half([backbone.network()]), _half(texts), _half([] if vae is None else [vae])
     yield "model.memory.teacher_dtype=bfloat16", _less_weight(made, teacher=network, encoders=text)
     yield "model.memory.vae_dtype=bfloat16", _less_weight(made, encoders=pictures)
+
+
+def _of_fewer_bits(method: Any, made: Footprint, setting: Setting) -> Iterator[tuple[str, Footprint]]:
+    """With the linear layers of a frozen network that is in half precision in 8 bits, and, on a GPU, in 4."""
+    dtype, network = method.backbone.dtype, method.backbone.network()
+    if dtype == torch.float32 or getattr(method.backbone, "quantize", "no pipeline") is not None:
+        return
+    for kind in ("int8", "nf4") if setting.cuda else ("int8",):
+        yield f"model.memory.quantize={kind}", _less_weight(made, teacher=saved(network, kind))
 
 
 def _half(modules: Sequence[nn.Module]) -> int:

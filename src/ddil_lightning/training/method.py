@@ -33,7 +33,7 @@ from ddil_lightning.training.optimisation import Descent, Optimizer
 from ddil_lightning.training.options import Memory, check_precision, checked_box, compile_roles, fit_box, guidance_range
 from ddil_lightning.training.randomness import Borrowed
 from ddil_lightning.training.sharding import Shards, check_strategy
-from ddil_lightning.training.sharing import leave_out_shared
+from ddil_lightning.training.sharing import leave_out_shared, leave_to_each_process
 
 
 class Distillation(Clocks, LightningModule):
@@ -89,7 +89,7 @@ class Distillation(Clocks, LightningModule):
         self.adapter = adapter
         within(1, 10**9, updates=updates, log_every=log_every)
         fraction(ema=ema)
-        self.backbone: Backbone = pipeline if isinstance(pipeline, Backbone) else Pipeline(pipeline, *memory.dtypes)
+        self.backbone: Backbone = pipeline if isinstance(pipeline, Backbone) else Pipeline(pipeline, **memory.stored)
         self.guidance = guidance_range(self.backbone.guidance if guidance is None else guidance)
         self.updates, self.lr = updates, optimizer.lr
         self.gradient_checkpointing, self.compiles, self.log_every = memory.gradient_checkpointing, memory.compile, log_every
@@ -242,7 +242,8 @@ class Distillation(Clocks, LightningModule):
         self.offload.begin(self)
 
     def configure_model(self) -> None:
-        """Shard, where the strategy says so, and compile, where the config does."""
+        """Share out and shard, as the strategy says, and compile, where the config does."""
+        leave_to_each_process(self)
         self.shards.set_up(self, self.outgoing.network, self.trainer.strategy)
         if self.compiles:
             compile_roles(self.roles.values())

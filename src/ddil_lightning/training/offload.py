@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ddil_lightning.backbones.resting import Resting
+from ddil_lightning.backbones.resting import Resting, to_file
 
 
 def apart(device: torch.device) -> bool:
@@ -37,10 +38,13 @@ class Offload:
             raise ValueError("memory.offload has 'teacher', which is the network below the adapters of all others: leave it out")
 
     def begin(self, method: Any) -> None:
-        """Put to rest what can be; nothing where the method itself is on the CPU."""
-        if not apart(method.device):
-            return
+        """Put to rest what can be: of a run on the CPU itself the encoders alone, in a file."""
+        self.end(method)  # of a training that an error ended
         backbone = method.backbone
+        if not apart(method.device):
+            if not method.feed.encodes:
+                to_file(backbone.encoder_parts(), Path(method.trainer.default_root_dir))
+            return
         roles = {**method.roles, "average": method.averaging.role}
         backbone.at = backbone.device
         self._resting = [] if method.feed.encodes else [Resting(part) for part in backbone.encoder_parts()]

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 import torch
 
 from ddil_lightning.backbones.interface import Network
+from ddil_lightning.backbones.quantising import Quantize
 from ddil_lightning.backbones.roles import Role
 from ddil_lightning.bounds import lengths, within
 from ddil_lightning.diffusion.reflection import BOX, Reflection
@@ -26,6 +27,8 @@ class Memory:
     Args:
         teacher_dtype: of the weights of the frozen network and of the text encoders.
         vae_dtype: of the autoencoder that makes the latents of the training.
+        quantize: the linear layers of the frozen network in 8 bits (`int8`, by torchao) or in 4 (`nf4`, by bitsandbytes, on a GPU). They
+            compute in teacher_dtype, which is bfloat16 or float16 then. Copies, and adapters that are merged, are of the weights as stored.
         offload: roles that lie on the CPU and come to the device for their calls: `average`, and frozen ones such as `target` or `teacher`.
             The encoders do so by themselves once all data are encoded.
         compile: compile the repeated blocks of all networks by torch.compile, which takes minutes at the start of a run.
@@ -37,11 +40,16 @@ class Memory:
     gradient_checkpointing: bool = False
     offload: tuple[str, ...] = ()
     compile: bool = False
+    quantize: Quantize | None = None
+
+    def __post_init__(self) -> None:
+        if self.quantize and self.teacher_dtype == "float32":
+            raise ValueError(f"memory.quantize={self.quantize} computes in half precision: set memory.teacher_dtype=bfloat16 with it")
 
     @property
-    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
-        """Those of the frozen network and of the autoencoder."""
-        return getattr(torch, self.teacher_dtype), getattr(torch, self.vae_dtype)
+    def stored(self) -> dict[str, Any]:
+        """How a Pipeline holds its frozen parts: its arguments of that."""
+        return {"dtype": getattr(torch, self.teacher_dtype), "vae_dtype": getattr(torch, self.vae_dtype), "quantize": self.quantize}
 
 
 def guidance_range(g: float | Sequence[float]) -> tuple[float, float]:

@@ -16,6 +16,11 @@ def leave_out_shared(method: Any) -> None:
     method.register_load_state_dict_post_hook(_shared_are_there)
 
 
+def leave_to_each_process(method: Any) -> None:
+    """Have DDP leave alone what is shared: every process has read it, no gradient changes it, and it may be quantised."""
+    method._ddp_params_and_buffers_to_ignore = sorted(_shared(method))  # torch's own name
+
+
 def _without_shared(method: Any, state: dict[str, Any], prefix: str, local: Any) -> None:
     for name in _shared(method):
         state.pop(prefix + name, None)
