@@ -24,7 +24,8 @@ import commandline
 import suite
 from ddil_lightning import plugins
 from ddil_lightning.backbones import sampling
-from ddil_lightning.backbones.pipeline import FAMILIES, Pipeline
+from ddil_lightning.backbones.families import FAMILIES
+from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.commands import main
 from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.schedule import Grid

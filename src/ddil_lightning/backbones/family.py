@@ -20,7 +20,7 @@ WIDTHS = ("cross_attention_dim", "caption_channels", "joint_attention_dim")
 class Family(Network):
     """A component of a diffusers pipeline as a `Network`: what `Pipeline` asks of it besides.
 
-    A family is a subclass that writes `forward` and `latent_shape`, and an entry of `pipeline.FAMILIES` under the name of diffusers' class.
+    A family is a subclass that writes `forward` and `latent_shape`, and an entry of `families.FAMILIES` under the name of diffusers' class.
     It says besides where its pipelines differ from Stable Diffusion's: `component`, `blocks_of` and `called_with`, `tokens`, and `context`
     where its texts are encoded otherwise than by two answers of `encode_prompt`. `check` turns away what it cannot do, `spaces` and `sized`
     students of another architecture that cannot take its place. What it leaves out is refused by name where somebody needs it:

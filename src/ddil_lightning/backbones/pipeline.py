@@ -14,38 +14,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ddil_lightning import plugins
 from ddil_lightning.backbones import architectures, autoencoder, loading, saving, schedulers
 from ddil_lightning.backbones.adapters import Adapter, adapt, graft, merged, sharing
 from ddil_lightning.backbones.architectures import Architecture
 from ddil_lightning.backbones.digests import digest, fingerprints
+from ddil_lightning.backbones.families import family_of
 from ddil_lightning.backbones.family import Family
 from ddil_lightning.backbones.loading import check_weights, empty_network, load_pipeline, recommended, settled
 from ddil_lightning.backbones.quantising import Quantize
 from ddil_lightning.backbones.repositories import DENOISERS
 from ddil_lightning.backbones.sizes import Sized, whole
 from ddil_lightning.backbones.source import Source
-from ddil_lightning.backbones.unet import UNet
 from ddil_lightning.backbones.weights import Weights
 from ddil_lightning.diffusion.schedule import Predicts
 from ddil_lightning.diffusion.transitions import Transition
 from ddil_lightning.records import Context
 from ddil_lightning.texts import by, check_prompts
-
-FAMILIES: dict[str, type[Family]] = {"UNet2DConditionModel": UNet}
-"""The family of a pipeline by the class of its network in diffusers. A third party's is an entry made where its file is imported."""
-
-
-def family_of(pipe: Any, path: str) -> Family:
-    """The network of a pipeline in its family. Raises ValueError for a pipeline of no known one."""
-    name = next(name for name in DENOISERS if getattr(pipe, name, None) is not None)
-    model = getattr(pipe, name)
-    if type(model).__name__ not in FAMILIES:
-        plugins.load()
-    if type(model).__name__ not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise ValueError(f"the pipeline {path} denoises with a {type(model).__name__}: known are {known}; CONTRIBUTING.md adds one")
-    return FAMILIES[type(model).__name__](model)
 
 
 class Pipeline(Sized):

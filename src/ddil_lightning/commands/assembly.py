@@ -84,6 +84,7 @@ class Assembly(LightningCLI):
     """Which of the groups of `OWN` are callbacks of the trainer, in their order: here those that decide what is trained."""
 
     command, usage = "ddil-fit", "--config NAME [--updates N] [--seed N] [--run_dir DIR] [--ckpt_path PATH|last] [--plan] [any.key=value]"
+    purpose = "Train a few-step student as a config says; any key of it may be given after it."
 
     def __init__(self, words: Sequence[str], callbacks: Iterable[Callback] = ()) -> None:
         self._more = list(callbacks)
@@ -102,6 +103,7 @@ class Assembly(LightningCLI):
                 "exit_on_error": False,
                 "prog": self.command,
                 "usage": f"{self.command} {self.usage}",
+                "description": self.purpose,
             },
         )
 

@@ -36,6 +36,7 @@ class CacheCLI(Assembly):
     """The parser of ddil-fit with the options of a cache: of the parts of a config it makes the data and the pipeline, and no method."""
 
     command, usage = "ddil-cache", "[--config NAME] [--pipeline PATH] [--captions.path PATH] --out DIR [any.key=value ...]"
+    purpose = "Encode the images and captions of a config once, into a folder that training maps (data.cache)."
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Also the folder and how it keeps what is encoded."""

@@ -1,0 +1,25 @@
+"""Which family a pipeline's network belongs to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ddil_lightning import plugins
+from ddil_lightning.backbones.family import Family
+from ddil_lightning.backbones.repositories import DENOISERS
+from ddil_lightning.backbones.unet import UNet
+
+FAMILIES: dict[str, type[Family]] = {"UNet2DConditionModel": UNet}
+"""The family of a pipeline by the class of its network in diffusers. A third party's is an entry made where its file is imported."""
+
+
+def family_of(pipe: Any, path: str) -> Family:
+    """The network of a pipeline in its family. Raises ValueError for a pipeline of no known one."""
+    name = next(name for name in DENOISERS if getattr(pipe, name, None) is not None)
+    model = getattr(pipe, name)
+    if type(model).__name__ not in FAMILIES:
+        plugins.load()
+    if type(model).__name__ not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"the pipeline {path} denoises with a {type(model).__name__}: known are {known}; CONTRIBUTING.md adds one")
+    return FAMILIES[type(model).__name__](model)
