@@ -60,7 +60,7 @@ def page_of(cls: type) -> str:
 def test_every_option_of_ddil_fit_has_its_meaning(capsys: Any) -> None:
     code, page, _ = fit(capsys, "--help")
     said = meanings(page)
-    assert code == 0 and unexplained(page) == []
+    assert code == 0 and unexplained(page) == [] and "Train a few-step student" in page
     groups = {"data": assembly.DDILDataModule, "test": assembly.Test, **{cls.__name__.lower(): cls for cls in OWN}}
     wanted = {f"--{group}.{name}" for group, cls in groups.items() for name in names(cls)} - {"--data.seed"}
     assert wanted <= set(said) and {"--name", "--run_dir", "--ckpt_path", "--wandb", "--export_steps", "--trainer.devices"} <= set(said)
