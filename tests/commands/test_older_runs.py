@@ -56,7 +56,7 @@ data: {DATA}
 NEW = {
     "gan.layers",
     *(f"adapter.{name}" for name in ("rank", "alpha", "dropout", "targets", "full", "whole")),
-    *("memory.compile", "memory.offload", "optimizer.kind", "optimizer.options"),
+    *("memory.compile", "memory.offload", "memory.quantize", "optimizer.kind", "optimizer.options"),
 }
 """Options that no older version had."""
 

@@ -104,6 +104,7 @@ def evaluator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "load_evaluator", lambda *args: made)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("evaluator")
 def test_builtin(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     module = script("builtin")

@@ -60,8 +60,10 @@ OWN = {  # what makes a large run small; everything else of its config stays
 }
 
 
-# Those with adapters are as the others but for the adapters, which the slow tests have.
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if "lora" in n and "sdxl" not in n else ()) for n in LARGE])
+USUAL = ("lcm_ddil_sd15.yaml", "dmd2_ddil_ssd1b.yaml", "dmd2_lora_sdxl.yaml")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in USUAL else pytest.mark.slow) for n in LARGE])
 def test_large_configs_run_to_their_end_on_a_small_pipeline_of_their_layout(
     name: str, here: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:

@@ -44,7 +44,7 @@ LORA = Adapter(4, alpha=32.0)
 METHODS = [
     Entry("lcm", LCM),
     Entry("lcm-fixed-guidance", LCM, {"w_conditioned": False, "guidance": 2.0}),
-    Entry("lcm-online-target", LCM, {"target_decay": 0.0, "ema": 0.0, "distance": {"kind": "mse"}}),
+    Entry("lcm-online-target", LCM, {"target_decay": 0.0, "ema": 0.0, "distance": {"kind": "mse"}}, slow=True),
     Entry("pd", PD, {"stages": PLAN, "teacher_steps": 16}),
     Entry("dmd2", DMD2, {"guidance": 2.0, "critic": {"steps": 2}}, falls="critic_loss", unused=True),
     Entry("lcm-lora", LCM, {"adapter": LORA}),

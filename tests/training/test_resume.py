@@ -63,7 +63,7 @@ def test_resuming_is_exact(entry: Entry, tiny: Path, straight: Any) -> None:
     same(run, fit(*objects(entry, tiny, "buffer"), ckpt=ckpt))
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "buffer"])
+@pytest.mark.parametrize("variant", ["accumulate", pytest.param("priority", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("entry", **PER_METHOD)
 def test_resuming_is_exact_in_every_variant(entry: Entry, variant: str, tiny: Path, straight: Any) -> None:
     run, ckpt = straight(entry, variant)

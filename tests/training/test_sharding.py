@@ -158,6 +158,7 @@ def by_the_command_line(rank: int, *words: str) -> int:
     return ddil_fit(list(words))
 
 
+@pytest.mark.slow
 def test_a_run_by_the_command_line(pair: Pair, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Previews, probe, stages, checkpoints, the export and its check, in bf16 and with gradient checkpointing."""
     monkeypatch.chdir(tmp_path)
