@@ -65,7 +65,7 @@ def place(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
 
 @pytest.fixture(scope="module")
 def ran(place: Path) -> Done:
-    """All commands, one after the other, as a reader of one page after the other would type them; nobody trains, or tests a teacher, twice."""
+    """All commands, one after the other, as a reader of one page after the other types them; nobody trains, or tests a teacher, twice."""
     done: Done = {}
     trained: dict[tuple[str, ...], Ran] = {}
     for page, line in COMMANDS:

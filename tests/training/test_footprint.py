@@ -123,6 +123,8 @@ def test_checkpointing_precision_and_micro_batches_change_what_they_should(light
     assert footprint(method, Setting(8)).activations < 0.9 * plain.activations
     method.student.network.recompute(False)
     assert footprint(method, Setting(8)) == plain
+    encoded = footprint(method, Setting(8, encoded=True))  # on a CPU too the encoders go
+    assert [p.weights for p in encoded.parts if p.name == "encoders"] == [0] and encoded.total < plain.total
     assert method.student_updates == 0 and method._trainer is None
     assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())
 

@@ -18,7 +18,7 @@ FULL, EIGHT = 8, 2
 class Setting(NamedTuple):
     """Where a run takes place: `batch` per device, `precision` as the Trainer calls it, `strategy` one of "", "ddp" and "fsdp2".
 
-    `encoded`: whether all data are encoded before the training, so that encoders leave a GPU.
+    `encoded`: whether all data are encoded before the training, so that encoders leave the device (of a CPU, for a file).
     """
 
     batch: int
@@ -69,11 +69,11 @@ def footprint(method: Any, setting: Setting) -> Footprint:
     planned = Planned(method, setting.precision, setting.batch, setting.cuda)
     encoding, step = planned.encode(), planned.step()
     whole = placed(Footprint(tuple(parts(method, step)), step.activations, step.peak, encoding), method, setting)
-    return away(whole, (*method.offload.names, *(["encoders"] if setting.encoded else []))) if setting.cuda else whole
+    return away(whole, (*(method.offload.names if setting.cuda else ()), *(["encoders"] if setting.encoded else ())))
 
 
 def away(made: Footprint, names: Sequence[str]) -> Footprint:
-    """With the parts `names` on the CPU while they are not called (training.offload); what has no encoders encodes nothing."""
+    """With the parts `names` elsewhere while they are not called (training.offload); what has no encoders encodes nothing."""
     kept = tuple(part._replace(weights=0) if part.name in names else part for part in made.parts)
     return made._replace(parts=kept, encoding=0 if "encoders" in names else made.encoding)
 

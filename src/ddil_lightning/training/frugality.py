@@ -23,9 +23,9 @@ def smaller(method: Any, setting: Setting, made: Footprint, other: Footprint) ->
     """
     if not method.gradient_checkpointing:
         yield "model.memory.gradient_checkpointing=true", other
+    if not setting.encoded:
+        yield f"data.cache=DIR, made by ddil-cache (the encoders leave the {'GPU' if setting.cuda else 'memory'})", away(made, ["encoders"])
     if setting.cuda:
-        if not setting.encoded:
-            yield "data.cache=DIR, made by ddil-cache (the encoders leave the GPU)", away(made, ["encoders"])
         for name in ("average", "target", "former"):
             yield f"model.memory.offload=[{name}]", away(made, [name])
     if setting.batch > 1:
