@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ddil_lightning.backbones.adapters import Adapter, sharing
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.roles import Role
+from ddil_lightning.backbones.source import Source
 from ddil_lightning.methods import DMD2, LCM
 from ddil_lightning.records import Context
 from ddil_lightning.training.optimisation import Optimizer
@@ -187,12 +188,41 @@ def test_moving_the_method_moves_what_is_shared_once(tiny: Path) -> None:
         ({"full": ("conv_int",)}, "adapter.full has 'conv_int', .* did you mean conv_in"),
         ({"targets": ("to_q",), "full": ("to_q",)}, "leaves no layer for an adapter"),
         ({"rank": None}, "adapter.alpha without adapters: set adapter.rank, such as 64"),
-        ({"whole": ("crtic",)}, "adapter.whole has 'crtic': the roles of DMD2 are student, critic, teacher"),
+        ({"whole": ("crtic",)}, "adapter.whole has 'crtic': the roles that DMD2 trains are student, critic"),
+        ({"whole": ("teacher",)}, "adapter.whole has 'teacher': the roles that DMD2 trains are student, critic"),
     ],
 )
 def test_what_cannot_be_is_refused(given: dict[str, Any], words: str, tiny: Path) -> None:
     with pytest.raises(ValueError, match=words):
         DMD2(pipeline=str(tiny), guidance=2.0, adapter=Adapter(**{"rank": 4, "alpha": 2.0, **given}))
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_layers_trained_whole_on_half_a_base_begin_as_they_are_stored(quantize: Any, tiny: Path, backbone: Pipeline, given: Given) -> None:
+    """The first layer among them: what the network computes in is the base's type, not its. A quantised layer gets plain weights."""
+    if quantize:
+        pytest.importorskip("torchao")
+    small, (x_t, t, c) = Pipeline(str(tiny), torch.bfloat16, quantize=quantize), given
+    names = ("conv_in", "time_embedding.linear_1")
+    role = small.role("student", adapter=Adapter(4, full=names))
+    stored = backbone.network().model
+    for name in names:
+        layer = role.network.model.get_submodule(name)
+        assert all(torch.equal(p, stored.get_submodule(name).get_parameter(key)) for key, p in layer.named_parameters())
+    role(x_t, t, c).x0.square().mean().backward()
+    own = [p for name in names for p in role.network.model.get_submodule(name).parameters()]
+    assert all(p.grad is not None and float(p.grad.abs().sum()) > 0 and p.dtype == torch.float32 for p in own)
+    with torch.no_grad():
+        for p in own:
+            p.add_(1.0)
+    merged = small.merged(role.network).model
+    assert all(torch.equal(merged.get_submodule(name).bias, stored.get_submodule(name).bias + 1) for name in names)
+
+
+@pytest.mark.parametrize("name", ["studnet", "target"])
+def test_networks_are_for_roles_that_are_trained(name: str, tiny: Path) -> None:
+    with pytest.raises(ValueError, match=f"model.pipeline.networks has '{name}': the roles that LCM trains are student"):
+        LCM(pipeline=Source(str(tiny), networks={name: {"layers_per_block": 2}}), guidance=2.0)  # type: ignore[arg-type]
 
 
 def test_sharing_shares_what_it_is_told_to() -> None:

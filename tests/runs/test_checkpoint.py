@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from ddil_lightning.backbones.adapters import Adapter
 from ddil_lightning.callbacks import Checkpoints
 from ddil_lightning.commands.restore import restore
 from ddil_lightning.runs import checkpoint
 from ddil_lightning.runs import folder as run_folder
-from suite import METHODS, PER_METHOD, build, equal, train
+from suite import BY_NAME, METHODS, PER_METHOD, build, equal, train
 
 
 @pytest.fixture(autouse=True)
@@ -163,6 +164,36 @@ def test_optimisers_that_never_stepped_and_parameters_without_gradients_have_no_
     steps.clear()
     state["ddil"]["stage_start"] = state["ddil"]["student_updates"]
     checkpoint.check_whole(path, state, method)
+
+
+@pytest.mark.parametrize(("options", "complete"), [({}, True), ({"momentum": 0.9}, False)])
+def test_an_optimiser_that_keeps_nothing_has_no_state(options: dict[str, Any], complete: bool, tiny: Path, here: Path) -> None:
+    """A run with plain SGD could not be resumed."""
+    given = {"optimizer": {"kind": "SGD", "options": options}}
+    train(METHODS[0], tiny, Checkpoints(folder=str(here)), updates=2, **given)
+    path, method = here / "updates=2.ckpt", build(METHODS[0], tiny, **given)
+    state = checkpoint.load_checkpoint(path)
+    checkpoint.check_whole(path, state, method)
+    state["optimizer_states"][0]["state"] = {}
+    if complete:
+        checkpoint.check_whole(path, state, method)
+        return
+    with pytest.raises(ValueError, match=r"lacks optimizer_states.0.state"):
+        checkpoint.check_whole(path, state, method)
+
+
+def test_adapters_of_another_strength_are_not_gone_on_from(tiny: Path, here: Path) -> None:
+    """Their weights have the same names and shapes, and with another alpha they are another student."""
+    entry = BY_NAME["lcm-lora"]
+    train(entry, tiny, Checkpoints(folder=str(here)), updates=1)
+    path = here / "updates=1.ckpt"
+    state = checkpoint.load_checkpoint(path)
+    checkpoint.check_whole(path, state, build(entry, tiny))
+    other = build(entry, tiny, adapter=Adapter(4, alpha=4.0))
+    with pytest.raises(ValueError, match=r"its adapters have an alpha of 8 x rank, and these one of 1 x rank"):
+        checkpoint.check_whole(path, state, other)
+    del state["ddil"]["strength"]  # as runs of before have it
+    checkpoint.check_whole(path, state, other)
 
 
 def test_an_optimiser_that_asks_more_of_its_trainer_is_left_alone(finished: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,11 @@ from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import checkpoints
 from ddil_lightning.backbones import lora, sampling
 from ddil_lightning.backbones.adapters import Adapter
+from ddil_lightning.backbones.loading import load_pipeline
+from ddil_lightning.backbones.source import Lora, Source
 from ddil_lightning.methods import LCM
 from ddil_lightning.runs import export, release, replay
 from ddil_lightning.runs.card import Card, licence_of
@@ -49,10 +52,10 @@ RUN = {
 }
 
 
-def trained(folder: Path, **kwargs: Any) -> Any:
+def trained(source: Path | Source, **kwargs: Any) -> Any:
     """A method with a student of adapters, told no guidance, that is no longer its teacher."""
     fields = {"guidance": 2.0, "w_conditioned": False, "adapter": Adapter(4, alpha=6.0), **kwargs}
-    method = LCM(pipeline=str(folder), **fields).eval()
+    method = LCM(pipeline=source if isinstance(source, Source) else str(source), **fields).eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for p in lora.parameters(method.outgoing.network) or method.outgoing.network.parameters():
@@ -154,6 +157,44 @@ def test_the_code_of_the_card_draws_one_image_in_every_format(out: Path, monkeyp
     monkeypatch.chdir(out / "pipeline")
     (code,) = blocks(Path("README.md").read_text())
     assert torch.equal(drawn(code), first)
+
+
+def test_the_code_of_a_half_precision_card_loads_it_in_its_type(light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers reads the type of a pipeline's files off for its text encoder alone, and its call then ended in an error of torch."""
+    monkeypatch.chdir(tmp_path)
+    list(release.release(trained(light), Release(tmp_path, ("diffusers", "lora"), "x", 4, PROMPTS, dtype=torch.bfloat16)))
+    codes = blocks(Path("README.md").read_text())
+    first, other = (drawn(code) for code in codes)
+    assert first.std() > 1 and (first - other).abs().mean() < 4 and all("torch_dtype=torch.bfloat16" in code for code in codes)
+
+
+def test_the_code_of_adapters_makes_the_teacher_of_all_that_it_was_made_of(tiny: Path, light: Path, tmp_path: Path) -> None:
+    """With a LoRA fused into it and another autoencoder, as in training; the student's were loaded on the bare pipeline."""
+    style = trained(light, adapter=Adapter(2))
+    lora.write(StableDiffusionPipeline, tmp_path / "style.safetensors", style.outgoing.network, torch.float32)
+    vae = tmp_path / "vae"
+    DiffusionPipeline.from_pretrained(tiny, safety_checker=None, feature_extractor=None, image_encoder=None).vae.save_pretrained(vae)
+    source = Source(str(light), vae=str(vae), lora=(Lora(str(tmp_path), "style.safetensors", scale=0.5),))
+    method = trained(source)
+    list(release.release(method, Release(tmp_path / "out", ("lora",), "x", 4, PROMPTS)))
+    text = (tmp_path / "out/README.md").read_text()
+    assert "at 0.5, the autoencoder `vae`" in text
+    names: dict[str, Any] = {}
+    (code,) = blocks(text)
+    exec(code.replace('load_lora_weights(".",', f'load_lora_weights("{tmp_path / "out"}",').partition("image = ")[0], names)
+    assert sampled(method, names["pipe"]) < 1e-4
+
+
+def test_a_single_file_is_a_teacher_like_any_other(light: Path, tmp_path: Path) -> None:
+    """Its card asked for a folder."""
+    file = checkpoints.single_file(load_pipeline(light), tmp_path / "one.safetensors")
+    method = trained(Source(str(file), config=str(light)))
+    list(release.release(method, Release(tmp_path / "out", ("diffusers", "lora"), release.default_name("lcm", str(file)), 4, PROMPTS)))
+    text = (tmp_path / "out/README.md").read_text()
+    assert "A 4-step student of `one`" in text and f'from_single_file("{file}", config="{light}")' in text
+    names: dict[str, Any] = {}
+    exec(blocks(text)[1].replace('load_lora_weights(".",', f'load_lora_weights("{tmp_path / "out"}",').partition("image = ")[0], names)
+    assert sampled(method, names["pipe"]) < 1e-4
 
 
 def test_a_card_says_what_the_hub_and_a_reader_need(out: Path, tiny: Path) -> None:

@@ -211,9 +211,9 @@ def test_options_of_an_optimizer_that_hands_them_on(tiny: Path) -> None:
     assert run.trainer.optimizers[0].param_groups[0]["gain"] == 2.0
 
 
-@pytest.mark.parametrize("kind", ["SGD", "Adafactor"])
-def test_optimizers_of_torch_by_their_name(kind: str, tiny: Path) -> None:
-    run = train(FIRST, tiny, updates=2, optimizer={"kind": kind})
+@pytest.mark.parametrize(("kind", "options"), [("SGD", {}), ("Adafactor", {}), ("AdamW", {"foreach": True})])
+def test_optimizers_of_torch_by_their_name(kind: str, options: dict[str, Any], tiny: Path) -> None:
+    run = train(FIRST, tiny, updates=2, optimizer={"kind": kind, "options": options})
     assert type(run.trainer.optimizers[0]).__name__ == kind and run.method.student_updates == 2
 
 
@@ -225,6 +225,9 @@ def test_optimizers_of_torch_by_their_name(kind: str, tiny: Path) -> None:
         ({"kind": "bitsnbytes.optim.AdamW8bit"}, "No module named 'bitsnbytes'; install the package"),
         ({"kind": "SGD", "betas": (0.9, 0.95)}, "optimizer.betas is none of SGD's, which takes lr, momentum"),
         ({"options": {"momentun": 0.9}}, "optimizer.momentun is none of AdamW's"),
+        ({"options": {"lr": 0.1}}, "optimizer.options has lr, which is not its to say: set optimizer.lr"),
+        ({"kind": "LBFGS"}, "'LBFGS', which asks for the loss several times in a step: take another optimiser"),
+        ({"kind": "torch.optim.SparseAdam"}, "SparseAdam', which takes sparse gradients alone"),
     ],
 )
 def test_an_optimizer_that_cannot_be_is_refused(given: dict[str, Any], words: str, tiny: Path) -> None:

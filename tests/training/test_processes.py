@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.callbacks import Checkpoints
@@ -107,6 +108,17 @@ def test_a_quantised_base_is_each_process_own(pair: Pair, tiny: Path) -> None:
     pytest.importorskip("torchao")
     a, b = pair.run(on_eight_bits, tiny)
     assert equal(a["weights"], b["weights"]) and equal(a["optimizers"], b["optimizers"])
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "looks"), [("dmd2", {}, True), ("dmd2", {"find_unused_parameters": False}, False), ("lcm", {}, None)]
+)
+def test_a_method_with_turns_has_ddp_look_for_unused_parameters(name: str, given: dict[str, bool], looks: bool | None, tiny: Path) -> None:
+    """Else it stops at the first batch, of which the student has no gradient."""
+    method, strategy = build(BY_NAME[name], tiny), DDPStrategy(**given)
+    method.trainer = SimpleNamespace(strategy=strategy, precision="32-true")
+    method.setup("fit")
+    assert strategy._ddp_kwargs.get("find_unused_parameters") is looks
 
 
 def test_ddp_sends_no_shared_weights_around(tiny: Path) -> None:

@@ -55,6 +55,11 @@ class Adapter:
         """Whether there are adapters at all."""
         return self.rank is not None
 
+    @property
+    def strength(self) -> float | None:
+        """alpha / rank, which is no weight, and a part of what the adapters do; None without them."""
+        return None if self.rank is None else (self.rank if self.alpha is None else self.alpha) / self.rank
+
     def is_for(self, role: str) -> bool:
         """Whether a role that is trained is adapters on the frozen network, and no whole copy."""
         return self.is_on and role not in self.whole
@@ -79,10 +84,11 @@ def graft(model: nn.Module, other: nn.Module) -> list[str]:
     return names
 
 
-def adapt(model: nn.Module, adapter: Adapter, usual: Sequence[str], new: Sequence[str] = ()) -> None:
+def adapt(model: nn.Module, adapter: Adapter, usual: Sequence[str], new: Sequence[str] = ()) -> list[str]:
     """Put adapters on `model`, in place: on `adapter.targets`, or on those of the `usual` ones that it has.
 
-    The layers of `adapter.full` and the `new` ones get float32 weights of their own. Raises ValueError for a name that fits no layer.
+    The layers of `adapter.full`, whose names are answered, and the `new` ones get float32 weights of their own. Raises ValueError for a
+    name that fits no layer.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -105,6 +111,17 @@ def adapt(model: nn.Module, adapter: Adapter, usual: Sequence[str], new: Sequenc
     for p in (*trained, *(p for name, p in model.named_parameters() if ".lora_" in name)):
         p.data = p.data.float()
         p.requires_grad_(True)
+    return full[len(new) :]
+
+
+def fill(model: nn.Module, layers: Sequence[str], weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Give the parameters of layers that are trained whole the values that `weights` hold under their names."""
+    own = {f"{layer}.{name}": p for layer in layers for name, p in model.get_submodule(layer).named_parameters()}
+    with torch.no_grad():
+        for name, value in weights:
+            if name in own:
+                own.pop(name).copy_(value)
+    assert not own, own.keys()
 
 
 def _fits(layer: str, names: Iterable[str]) -> bool:
@@ -128,8 +145,12 @@ def _ends(layer: str) -> Iterator[str]:
 
 
 def _own(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A float32 copy with weights of its own, which reads and writes what its neighbours in `dtype` do."""
-    made = copy.deepcopy(module).float().requires_grad_(True)
+    """A float32 copy with weights of its own, which reads and writes what its neighbours in `dtype` do, a quantised one's plain."""
+    if isinstance(module, nn.Linear) and (type(module.weight.data) is not Tensor or not module.weight.is_floating_point()):
+        made: nn.Module = nn.Linear(module.in_features, module.out_features, module.bias is not None, device=module.weight.device)
+    else:
+        made = copy.deepcopy(module).float()
+    made.requires_grad_(True)
     if dtype != torch.float32:
         made.register_forward_pre_hook(_widened)
         made.register_forward_hook(partial(_narrowed, dtype))

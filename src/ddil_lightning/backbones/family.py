@@ -42,6 +42,9 @@ class Family(Network):
     sized: ClassVar[tuple[str, ...]] = ("sample_size",)
     """Settings that say how large the samples are: those of the teacher hold for every network beside it."""
 
+    typical: str | None = None
+    """The name of a parameter whose type all others have but adapters and what is trained whole beside them; None for the first."""
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.add_module(self.component, model)
@@ -50,6 +53,11 @@ class Family(Network):
     def model(self) -> Any:
         """The network of diffusers that is wrapped, as its pipeline holds it."""
         return getattr(self, self.component)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in where nothing casts: a teacher may be in half precision, and its answer is upcast by the schedule."""
+        return (next(self.model.parameters()) if self.typical is None else self.model.get_parameter(self.typical)).dtype
 
     @property
     @abstractmethod

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ddil_lightning.backbones import architectures, autoencoder, loading, saving, schedulers
-from ddil_lightning.backbones.adapters import Adapter, adapt, graft, merged, sharing
+from ddil_lightning.backbones.adapters import Adapter, adapt, fill, graft, merged, sharing
 from ddil_lightning.backbones.architectures import Architecture
 from ddil_lightning.backbones.digests import digest, fingerprints
 from ddil_lightning.backbones.families import family_of
@@ -133,8 +133,12 @@ class Pipeline(Sized):
                 told = type(model).from_config({**architectures.own_config(model), **source.told()})
             new = graft(model, told)
             model.register_to_config(**source.told())
-        adapt(model, adapter, source.adapts, new)
-        return type(source)(model.train())
+        whole = adapt(model, adapter, source.adapts, new)
+        if whole and self.dtype != torch.float32:  # they begin as they are stored, not as half precision has rounded them
+            fill(model, whole, self._weights())
+        made = type(source)(model.train())
+        made.typical = next(name for name, p in model.named_parameters() if not p.requires_grad and p.dtype == self.dtype)
+        return made
 
     def merged(self, network: nn.Module) -> Family:
         """A network with its adapters merged into the weights of the frozen one as they are stored, whatever it computes in."""

@@ -59,6 +59,14 @@ def single_file(path: str | Path) -> Path | None:
     return file if file.suffix == ".safetensors" and str(path).isprintable() and file.is_file() else None
 
 
+def called(path: str | Path) -> str:
+    """What a pipeline is called: a built-in name or hub id as it is, else the last name of folder or file, whose place is one's own."""
+    file = single_file(path)
+    if file is not None:
+        return file.resolve().stem
+    return str(path) if str(path) in BUILTIN or pipeline_folder(path) is None else place(path).resolve().name
+
+
 def pipeline_folder(path: str | Path) -> Path | None:
     """The folder behind `path`: a built-in name, or a local pipeline folder; None where it can only be a hub id.
 

@@ -178,7 +178,7 @@ class UNet(Family):
     def forward(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
         """[B, C, H, W] in the unet's prediction space. Raises ValueError when a w-conditioned U-Net is not told w."""
         kwargs: dict[str, Any] = {}
-        dtype = next(self.model.parameters()).dtype  # a teacher may be in half precision; its answer is upcast by the schedule
+        dtype = self.dtype
         if self.w_conditioned:
             if c.w is None:
                 raise ValueError("this U-Net is conditioned on guidance, but the context carries no w: give it guidance g (w = g - 1)")

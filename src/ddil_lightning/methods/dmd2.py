@@ -87,6 +87,7 @@ class DMD2(Distillation):
     """
 
     wants = Wants(pure_noise=True)
+    takes_turns = True
     critic: Role
     head: nn.Module | None
 

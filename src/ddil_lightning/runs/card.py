@@ -8,7 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ddil_lightning.backbones.repositories import BUILTIN, pipeline_folder
+import torch
+
+from ddil_lightning.backbones.repositories import BUILTIN, called, part_folder, pipeline_folder, single_file
+from ddil_lightning.backbones.source import Source
 from ddil_lightning.evaluation.table import protocols, results_table
 from ddil_lightning.texts import by, place
 
@@ -23,8 +26,8 @@ class Card:
 
     `about`: the student's ddil.json. `scheduler`: the student's, of diffusers. `kind`: the class of its pipeline. `size`: of its images in
     pixels, (height, width). `files`: where each format lies, seen from the card. `told`: whether it is told its guidance. `adapter`: (rank,
-    alpha) of one. `run`: the config and the summary of the run that made it, as far as they are known. `licence`: by default the
-    teacher's. `hub`: the repository that it goes to.
+    alpha) of one. `source`: where the teacher comes from, all of it. `dtype`: of the files. `run`: the config and the summary of the run
+    that made it, as far as they are known. `licence`: by default the teacher's. `hub`: the repository that it goes to.
     """
 
     about: Mapping[str, Any]
@@ -34,6 +37,8 @@ class Card:
     files: Mapping[str, str] = field(default_factory=lambda: {"diffusers": "."})
     told: bool = False
     adapter: tuple[int, float] | None = None
+    source: Source | None = None
+    dtype: torch.dtype = torch.float32
     run: Mapping[str, Any] = field(default_factory=dict)
     licence: str | None = None
     hub: str | None = None
@@ -56,8 +61,7 @@ class Card:
     @cached_property
     def teacher(self) -> str:
         """What the teacher is called: its hub id, or the name of its folder, whose place is nobody else's business."""
-        path = str(self.about["teacher"])
-        return path if path in BUILTIN or pipeline_folder(path) is None else place(path).resolve().name
+        return called(str(self.about["teacher"]))
 
     def _header(self) -> str:
         from huggingface_hub import ModelCardData
@@ -79,6 +83,8 @@ class Card:
         about, config, summary = self.about, self.run.get("config") or {}, self.run.get("summary") or {}
         data = config.get("data") or {}
         prior = data.get("prior")
+        if self._besides:
+            yield "teacher", f"`{self.teacher}` with {', '.join(self._besides)}"
         yield "method", str(about["method"])
         if isinstance(prior, Mapping):
             shares = ((name, prior.get(name)) for name in ("forward", "student", "teacher"))
@@ -92,6 +98,13 @@ class Card:
         yield "resolution", f"{by(self.size)} pixels"
         yield "data", _data(data.get("captions"), about.get("dataset"))
         yield "compute", ", ".join(_compute(about, data, config, summary))
+
+    @property
+    def _besides(self) -> list[str]:
+        """What the teacher is made of besides its pipeline."""
+        source = self.source or Source("builtin")
+        loras = [f"the LoRA `{_anonymous(one.path)}` at {one.scale:g}" for one in source.lora]
+        return [*loras, *([f"the autoencoder `{_anonymous(source.vae)}`"] if source.vae else [])]
 
     @property
     def _nodes(self) -> str:
@@ -121,7 +134,9 @@ class Card:
         yield "## In diffusers"
         if "diffusers" in self.files:
             where = self.hub or self.files["diffusers"]
-            yield _code("from diffusers import DiffusionPipeline", f'pipe = DiffusionPipeline.from_pretrained("{where}")', call)
+            yield _code(
+                "from diffusers import DiffusionPipeline", f'pipe = DiffusionPipeline.from_pretrained("{where}"{self._typed})', call
+            )
             yield (
                 f"The scheduler holds the timesteps it was trained for ({self._nodes} at {steps} steps); another scheduler or a "
                 '"leading" spacing\nfails in silence.'
@@ -140,10 +155,39 @@ class Card:
             yield "from importlib.resources import files"
         yield f"from diffusers import DiffusionPipeline, {type(self.scheduler).__name__}"
         own = f'str(files("ddil_lightning") / "miniature" / "weights" / "{builtin}")'
-        teacher = own if builtin else f'"{self.teacher if self.hub else self.about["teacher"]}"'
-        yield f"pipe = DiffusionPipeline.from_pretrained({teacher})"
+        yield from self._loaded(own if builtin else f'"{self._named(str(self.about["teacher"]))}"')
         yield f'pipe.load_lora_weights("{self.hub or "."}", weight_name="{self.files[name]}")'
         yield self._scheduled
+
+    def _loaded(self, teacher: str) -> Iterator[str]:
+        """The teacher as it was in training: with its own autoencoder, and with the LoRAs that were fused into it."""
+        source = self.source or Source("builtin")
+        given = f', variant="{source.variant}"' if source.variant else ""
+        if source.vae:
+            folder = ', subfolder="vae"' if part_folder(source.vae, "vae").name == "vae" else ""
+            yield "from diffusers import AutoencoderKL"
+            yield f'vae = AutoencoderKL.from_pretrained("{self._named(source.vae)}"{folder}{self._typed})'
+            given += ", vae=vae"
+        if single_file(str(self.about["teacher"])) is None:
+            yield f"pipe = DiffusionPipeline.from_pretrained({teacher}{given}{self._typed})"
+        else:
+            config = f', config="{self._named(source.config)}"' if source.config else ""
+            yield f"from diffusers import {self.kind}"
+            yield f"pipe = {self.kind}.from_single_file({teacher}{config}{given}{self._typed})"
+        for one in source.lora:
+            file = f', weight_name="{one.weight_name}"' if one.weight_name else ""
+            yield f'pipe.load_lora_weights("{self._named(one.path)}"{file})'
+            yield f"pipe.fuse_lora(lora_scale={one.scale:g})"
+            yield "pipe.unload_lora_weights()"
+
+    def _named(self, path: str) -> str:
+        """A path as the code names it: on the hub nobody is told where it lay."""
+        return _anonymous(path) if self.hub else path
+
+    @property
+    def _typed(self) -> str:
+        """The argument that loads everything in the type of the files, which diffusers does not read off them."""
+        return "" if self.dtype == torch.float32 else f", torch_dtype={self.dtype}"
 
     def _single_file(self, name: str) -> Iterator[str]:
         yield f"from diffusers import {self.kind}, {type(self.scheduler).__name__}"
@@ -151,7 +195,7 @@ class Card:
         # Without one diffusers takes the original Stable Diffusion's, whatever it finds in the file.
         config = (self.hub or self.files["diffusers"]) if "diffusers" in self.files else None
         given = f', config="{config}"' if config else ""
-        yield f'pipe = {self.kind}.from_single_file("{url}{self.files[name]}"{given})'
+        yield f'pipe = {self.kind}.from_single_file("{url}{self.files[name]}"{given}{self._typed})'
         yield self._scheduled
 
     @property
@@ -198,6 +242,11 @@ class Card:
             yield "Protocol: " + "; ".join(_flat(protocol)) + "."
 
 
+def _anonymous(path: str) -> str:
+    """A hub id as it is; of what is on this machine the last name."""
+    return place(path).resolve().name if place(path).exists() else path
+
+
 def licence_of(teacher: str) -> str | None:
     """The licence that the card of a pipeline names, where the card lies on this machine."""
     from huggingface_hub import metadata_load, try_to_load_from_cache
@@ -239,6 +288,7 @@ def _compute(about: Mapping[str, Any], data: Mapping[str, Any], config: Mapping[
 
 def _code(*lines: str) -> str:
     imports = [line for line in lines if line.startswith("from ")]
+    imports += ["import torch"] if any("torch_dtype" in line for line in lines) else []
     rest = [line for line in lines if not line.startswith("from ")]
     return "\n".join(("```python", *imports, "", *rest, "```"))
 

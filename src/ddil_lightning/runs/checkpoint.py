@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import torch
 
 CHANGED = "it was changed or written by another version; take another checkpoint"
 """The cause and the remedy, said of every checkpoint that lacks something."""
@@ -96,15 +99,21 @@ def check_whole(path: Path, state: Mapping[str, Any], method: Any) -> None:
 
 
 def check_clocks(path: Path, state: Mapping[str, Any], method: Any) -> None:
-    """Raises ValueError, naming it, for a clock or a count of `method` that a checkpoint lacks."""
+    """Raises ValueError, naming it, for a clock or a count of `method` that a checkpoint lacks, and for adapters of another strength."""
     mine: dict[str, Any] = {}
     method.on_save_checkpoint(mine)
     clocks = state["ddil"]
     counted = _table(clocks.get("evaluations"))
-    missing = [name for name in mine["ddil"] if name not in clocks]
+    missing = [name for name in mine["ddil"] if name not in (*clocks, "strength")]  # which older runs have not
     missing += [f"evaluations.{name}" for name in mine["ddil"]["evaluations"] if name not in counted]
     if missing:
         raise ValueError(f"the checkpoint {path} lacks ddil.{missing[0]}: {CHANGED}")
+    strength = clocks.get("strength")
+    if strength is not None and strength != method.adapter.strength:
+        raise ValueError(
+            f"the checkpoint {path} does not fit this config: its adapters have an alpha of {strength:g} x rank, and these one of "
+            f"{method.adapter.strength:g} x rank, as which they would be another student; resume with the config.yaml of its run"
+        )
 
 
 def _optimizer_faults(state: Mapping[str, Any], method: Any) -> list[str]:
@@ -122,7 +131,7 @@ def _optimizer_faults(state: Mapping[str, Any], method: Any) -> list[str]:
         if known is not None and len(keys) != len(known):
             return [f"has {len(keys)} parameters in optimizer_states.{i}, and the method {len(known)}"]
         if not steps:
-            faults += [f"lacks optimizer_states.{i}.state"] if begun else []
+            faults += [f"lacks optimizer_states.{i}.state"] if begun and _remembers(optimizers, i) else []
             continue
         if known is not None:
             # Sharded runs number the parameters of the whole method, others those of the optimiser.
@@ -130,6 +139,20 @@ def _optimizer_faults(state: Mapping[str, Any], method: Any) -> list[str]:
             absent = [key for key in keys if not steps.get(key) and _has_moved(every.get(key), state["state_dict"], method)]
             faults += [f"lacks optimizer_states.{i}.state.{key}" for key in absent]
     return faults
+
+
+def _remembers(optimizers: list[Any] | None, i: int) -> bool:
+    """Whether an optimiser keeps anything between its steps, by one of its kind and settings; True where it cannot be tried."""
+    if optimizers is None:
+        return True
+    kind, probe = type(optimizers[i]), torch.nn.Parameter(torch.zeros(1))
+    probe.grad = torch.ones(1)
+    try:
+        tried = kind([probe], **{name: value for name, value in optimizers[i].defaults.items() if name in signature(kind).parameters})
+        tried.step()
+    except Exception:  # whatever an optimiser of a third party needs
+        return True
+    return any(value is not None for value in tried.state[probe].values())
 
 
 def _optimizers(method: Any) -> list[Any] | None:

@@ -86,6 +86,7 @@ def card(method: Distillation, steps: int, **known: Any) -> Card:
         backbone.size,
         told=method.deployment.told,
         adapter=None if rank is None else (rank, rank if adapter.alpha is None else adapter.alpha),
+        source=backbone.source,
         **known,
     )
 

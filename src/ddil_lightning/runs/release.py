@@ -15,11 +15,10 @@ import torch
 
 from ddil_lightning.backbones import ldm, lora
 from ddil_lightning.backbones.loading import load_pipeline
-from ddil_lightning.backbones.repositories import BUILTIN, pipeline_folder
+from ddil_lightning.backbones.repositories import BUILTIN, called
 from ddil_lightning.errors import one_line
 from ddil_lightning.files import replacing_folder, write_text
 from ddil_lightning.runs.export import NotAsTrained, card, check_weights, confirm, deliver, export, is_lean, loads, rounded
-from ddil_lightning.texts import place
 from ddil_lightning.training.sharing import merged
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ class Release:
 
 def default_name(config: str | None, teacher: str) -> str:
     """A release's name: that of the config, and the teacher's, in letters that every system and every tool takes."""
-    path = BUILTIN.get(teacher) or (teacher if pipeline_folder(teacher) is None else place(teacher).resolve().name)
+    path = BUILTIN.get(teacher) or called(teacher)
     parts = (config or "student", path.rpartition("/")[2])
     return "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", part).strip("_.") for part in parts)
 
@@ -97,7 +96,7 @@ def release(method: Distillation, given: Release) -> Iterator[tuple[Path, float]
             yield path, deliver(method, path, given.prompts, given.steps, given.dtype, given.safety_checker)
         else:
             yield path, (_single_file if kind == "single-file" else _adapters)(method, given, kind)
-    known = {"run": given.run, "licence": given.licence, "hub": given.hub}
+    known = {"run": given.run, "licence": given.licence, "hub": given.hub, "dtype": given.dtype}
     if "diffusers" in given.formats:
         write_text(given.out / given.file("diffusers") / "README.md", card(method, given.steps, **known).text())
     files = {kind: given.file(kind) for kind in FORMATS if kind in given.formats}

@@ -15,8 +15,11 @@ def check_complete(method: Any) -> None:
 
 
 def check_names(method: Any) -> None:
-    """Raises ValueError for the name of a role, in an option of a method that has cast its roles, that is none of them."""
-    unknown = [name for name in method.adapter.whole if name not in method.roles]
-    if unknown:
-        raise ValueError(f"adapter.whole has {unknown[0]!r}: the roles of {type(method).__name__} are {', '.join(method.roles)}")
+    """Raises ValueError for a name, in an option of a method that has cast its roles, that is none of the roles that the option is for."""
+    trained = [name for name, role in method.roles.items() if role.weights()]  # a frozen one is a copy of one of them
+    networks = getattr(getattr(method.backbone, "source", None), "networks", {})
+    for option, names in (("adapter.whole", method.adapter.whole), ("model.pipeline.networks", networks)):
+        unknown = [name for name in names if name not in trained]
+        if unknown:
+            raise ValueError(f"{option} has {unknown[0]!r}: the roles that {type(method).__name__} trains are {', '.join(trained)}")
     method.offload.check(method.roles, method.average is not None)

@@ -32,7 +32,7 @@ from ddil_lightning.training.offload import Offload
 from ddil_lightning.training.optimisation import Descent, Optimizer
 from ddil_lightning.training.options import Memory, check_precision, checked_box, compile_roles, fit_box, guidance_range
 from ddil_lightning.training.randomness import Borrowed
-from ddil_lightning.training.sharding import Shards, check_strategy
+from ddil_lightning.training.sharding import Shards, check_strategy, find_unused
 from ddil_lightning.training.sharing import leave_out_shared, leave_to_each_process
 
 
@@ -66,6 +66,9 @@ class Distillation(Clocks, LightningModule):
 
     sources: tuple[str, ...] = ("forward", "student", "teacher")
     """The sources on which the method's targets are defined (METHODS 1.4)."""
+
+    takes_turns: bool = False
+    """Whether a batch may leave trained parameters without a gradient, as one with a critic does: DDP is told to look for them."""
 
     def __init__(
         self,
@@ -222,6 +225,8 @@ class Distillation(Clocks, LightningModule):
         shares = any(role.shared for role in self.roles.values())
         check_strategy(self.trainer.strategy, self.trainer.precision, shares, offload=bool(self.offload.names))
         check_precision(self.trainer.precision)
+        if self.takes_turns:
+            find_unused(self.trainer.strategy)
         if self.feed.prior is not None:
             self.check_prior(self.feed.prior)
 
@@ -275,7 +280,7 @@ class Distillation(Clocks, LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the clocks, the counts of evaluations and the micro-batches of an update under way."""
         names = ("student_updates", "stage", "stage_start", "has_box", "evaluations")
-        own = {"micro": dict(self.descent.micro), "sharded": self.shards.split}
+        own = {"micro": dict(self.descent.micro), "sharded": self.shards.split, "strength": self.adapter.strength}
         checkpoint["ddil"] = {**{name: getattr(self, name) for name in names}, **own}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

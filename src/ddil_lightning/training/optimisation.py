@@ -53,6 +53,13 @@ class Optimizer:
         at_least(0, **{"optimizer.clip": self.clip})
         within(1, 10**6, **{"optimizer.accumulate": self.accumulate})
         optimizer_class(self.kind)  # a run is refused before anything is loaded
+        own = [name for name in self.options if name in ("lr", "params")]
+        if own:
+            raise ValueError(f"optimizer.options has {own[0]}, which is not its to say: set optimizer.lr")
+
+
+UNFIT = {"LBFGS": "asks for the loss several times in a step", "SparseAdam": "takes sparse gradients alone"}
+"""Optimisers of torch that no method here can use, and why."""
 
 
 def optimizer_class(kind: str) -> type[torch.optim.Optimizer]:
@@ -67,6 +74,8 @@ def optimizer_class(kind: str) -> type[torch.optim.Optimizer]:
         near = get_close_matches(name, known, 1, 0.6)
         what = f"did you mean {near[0]}?" if near else f"there is none of that name in {path or 'torch.optim'}"
         raise ValueError(f"optimizer.kind is {kind!r}, which is no optimiser: {what}")
+    if name in UNFIT:
+        raise ValueError(f"optimizer.kind is {kind!r}, which {UNFIT[name]}: take another optimiser")
     return found
 
 
@@ -100,7 +109,7 @@ class Descent:
             raise ValueError(f"optimizer.{deaf[0]} is none of {given.kind}'s, which takes {', '.join(n for n in takes if n != 'params')}")
         own = {name: value for name, value in usual.items() if name in takes}
         # Under a gradient scaler (16-mixed) a fused optimiser would unscale by itself, after the clipping.
-        if "fused" in takes and getattr(trainer.precision_plugin, "scaler", None) is None:
+        if "fused" in takes and not {"fused", "foreach"} & set(given.options) and getattr(trainer.precision_plugin, "scaler", None) is None:
             own["fused"] = True
         return kind([{"params": list(parameters), "base_lr": lr}], lr=lr, **{**own, **given.options})  # type: ignore[call-arg]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch import nn
 
 from ddil_lightning.backbones.interface import Network
@@ -57,6 +57,12 @@ def check_strategy(strategy: Any, precision: str, shares: bool = False, offload:
             f"trainer.strategy {type(strategy).__name__} splits the networks in a way that is not supported: take fsdp2, or ddp where "
             "every process has memory for them whole"
         )
+
+
+def find_unused(strategy: Any) -> None:
+    """Have DDP look for what a step leaves without a gradient, which not every batch of a method with two optimisers updates."""
+    if isinstance(strategy, DDPStrategy):
+        strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
 
 
 def shard(networks: Iterable[nn.Module], mesh: Any) -> None:
