@@ -282,6 +282,7 @@ def quiet() -> None:
         "isinstance.treespec",
         "does not have many workers",
         "module.s. in eval mode",
+        "your dataloader is not resumable",
         "exists and is not empty",
         "You are using the plain ModelCheckpoint",
     ):

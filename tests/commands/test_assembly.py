@@ -111,3 +111,19 @@ def test_pipelines_of_stages_are_written_where_the_words_say(tiny: Path, here: P
         assert isinstance(method, PD)
         trainer.fit(method, data)
         assert sorted(p.name for p in here.glob("*/stages/*")) == left and len(list(here.iterdir())) == len(left[:1])
+
+
+def test_the_place_of_ones_own_data_is_filled_or_named(tiny: Path, tmp_path: Path) -> None:
+    """A folder of ddil-cache is all the data that a run needs, also of a config that waits for the name of a data set."""
+    words = [
+        "lcm_ddil_sd15.yaml",
+        f"model.pipeline={tiny}",
+        "trainer.accelerator=cpu",
+        "trainer.precision=32-true",
+        "data.captions.size=16",
+    ]
+    with pytest.raises(Refusal, match=r"data.captions.path is still YOUR_DATA: say data.captions.path=YOURS, .* or data.cache=DIR"):
+        assemble(*words)
+    assert assemble(*words, f"data.cache={tmp_path}").data.captions is None
+    with pytest.raises(Refusal, match="still YOUR_DATA"):
+        assemble(*words, f"data.cache={tmp_path / 'new.safetensors'}")

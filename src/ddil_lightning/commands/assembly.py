@@ -30,6 +30,7 @@ from ddil_lightning.commands.checks import (
     check_trainer,
     refuse_data_seed,
     refuse_null,
+    say_data,
 )
 from ddil_lightning.commands.configs import FIT_SHORT, MOVED, expand, in_present_names
 from ddil_lightning.data.captions import Captions, Digits, Images, Prompts, Shapes  # noqa: F401
@@ -153,6 +154,7 @@ class Assembly(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Make method, data and trainer; what a constructor refuses, it says in its own words."""
+        say_data(self.config.data)
         try:
             super().instantiate_classes()
         except ValueError as error:

@@ -18,6 +18,7 @@ from ddil_lightning.backbones.interface import Backbone
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.commands.arguments import device
 from ddil_lightning.commands.assembly import Assembly
+from ddil_lightning.commands.checks import say_data
 from ddil_lightning.data.encoded import Encoded
 from ddil_lightning.data.preparation import check_sizes, own_captions, sort_by_size
 from ddil_lightning.data.writer import Keeping, Writer
@@ -49,6 +50,7 @@ class CacheCLI(Assembly):
 
     def instantiate_classes(self) -> None:
         """Make the data and the pipeline; what a constructor refuses, it says in its own words."""
+        say_data(self.config.data)
         try:
             self.datamodule = self.parser.instantiate_classes(Namespace(data=self.config.data)).data
             self.backbone = backbone_of(self.config.model.init_args)

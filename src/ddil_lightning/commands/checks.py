@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
@@ -161,3 +162,19 @@ def refuse_data_seed(words: Sequence[str]) -> None:
         data = read_config(value).get("data")
         if isinstance(data, dict) and "seed" in data:
             raise Refusal("data.seed follows the seed of the run: set seed_everything, or --seed on the command line")
+
+
+PLACEHOLDER = "YOUR_DATA"
+"""What the large configs name in the place of a user's own data."""
+
+
+def say_data(data: Any) -> None:
+    """Leave out a config's placeholder where a folder of ddil-cache holds all data. Raises Refusal where nothing is in its place."""
+    if getattr(getattr(data.captions, "init_args", None), "path", None) != PLACEHOLDER:
+        return
+    if not (isinstance(data.get("cache"), str) and Path(data.cache).is_dir()):
+        raise Refusal(
+            f"data.captions.path is still {PLACEHOLDER}: say data.captions.path=YOURS, a folder or a hub id, or data.cache=DIR, a folder "
+            "that ddil-cache has made"
+        )
+    data.captions = None

@@ -46,11 +46,10 @@ class Card:
     def text(self) -> str:
         """The card in Markdown, with its header."""
         about = self.about
-        updates = f"{about['student_updates']} student updates"
         parts = [
             f"---\n{self._header()}\n---",
             f"# A {about['steps']}-step student of `{self.teacher}`",
-            f"Distilled with {about['method']} by [ddil-lightning]({OWN}), {updates}.",
+            f"Distilled with {about['method']} by [ddil-lightning]({OWN}), {about['student_updates']} student updates.",
             "\n".join(("| | |", "|---|---|", *(f"| {name} | {said} |" for name, said in self._facts()))),
             *self._in_diffusers(),
             *self._in_comfy(),
