@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddil_lightning.backbones.sampling import to_uint8
-from ddil_lightning.evaluation.metrics.pairs import resize
-from ddil_lightning.evaluation.networks import Distance, Features, Networks, cosine, said
-
-NEEDS = ("features", "real", "cosine", "distance", "verdict", "modes")
-"""What a metric can ask of a suite, beyond images and prompts; the members of `Batch` of these names."""
+from ddil_lightning.evaluation.given import NEEDS, REFERRED, SPACES, Given, Verdict
+from ddil_lightning.evaluation.networks import Distance, cosine
 
 
 def as_saved(images: Tensor) -> Tensor:
@@ -29,87 +25,6 @@ def as_saved(images: Tensor) -> Tensor:
         bad = (~torch.isfinite(images).flatten(1).all(1)).sum()
         raise ValueError(f"images: {bad} of {len(images)} hold NaN or infinity; the sampler diverged, nothing can be scored")
     return to_uint8(images).float() / 127.5 - 1
-
-
-@torch.no_grad()
-def chunked(net: Features, images: Tensor, chunk: int = 128) -> Tensor:
-    """`net` over images [B, ...] at most `chunk` at a time, as float32 [B, D] on the CPU. Raises ValueError for other shapes."""
-    out = torch.cat([net(x).float().cpu() for x in images.split(chunk)]) if len(images) else torch.empty(0, 0)
-    if out.ndim != 2 or len(out) != len(images):
-        raise ValueError(f"feature network: {tuple(out.shape)} for {len(images)} images; it must return [B, D]")
-    return out
-
-
-class Verdict(Protocol):
-    """What a judge finds in B images."""
-
-    @property
-    def correct(self) -> dict[str, Tensor]:
-        """For each attribute the share of it that is right, [B] in [0, 1], NaN where the prompt says nothing of it."""
-        ...
-
-    @property
-    def residual(self) -> Tensor:
-        """The distance of each image to the ideal drawing of what was read in it, [B]."""
-        ...
-
-
-@dataclass(frozen=True)
-class Judge:
-    """What reads pictures exactly: `verdict` compares images with their prompts, `modes` gives the mode coverage of prompts that leave
-    something open. `side`: the edge in pixels of the only pictures that they can read, None for any."""
-
-    verdict: Callable[[Tensor, Sequence[str]], Verdict] | None = None
-    modes: Callable[[Tensor, Sequence[str]], float] | None = None
-    side: int | None = None
-
-    def about(self) -> dict[str, str | None]:
-        """Where its two functions come from, in words, as a protocol names them."""
-        return {"judge": said(self.verdict), "modes": said(self.modes)}
-
-
-@dataclass(frozen=True, eq=False)
-class Reference:
-    """`real`: features [N, D] of the real images that generated ones are compared with, None where there are none. `about`: which they are.
-
-    `size`: the edge to which the real images were resized, in pixels, and to which generated ones are before `features`; None for as they
-    are. What compares generated images with each other alone sees them as they are.
-    """
-
-    real: Tensor | None = None
-    about: str | None = None
-    size: int | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Given:
-    """All that a suite has for its metrics; what is None leaves the metrics that need it unmeasured.
-
-    Raises ValueError for a network that is still a name: `Networks.load` makes networks of names.
-    """
-
-    networks: Networks = field(default_factory=Networks)
-    reference: Reference = field(default_factory=Reference)
-    judge: Judge = field(default_factory=Judge)
-
-    def __post_init__(self) -> None:
-        nets = self.networks
-        for given in (nets.features, nets.clip, nets.distance):
-            if isinstance(given, str):
-                raise ValueError(f"Given: the network {given!r} is named and not made; give Networks(...).load(device)")
-
-    def has(self) -> set[str]:
-        """The members of NEEDS that this suite can meet."""
-        nets = self.networks
-        parts = {
-            "features": nets.features,
-            "real": self.reference.real,
-            "cosine": nets.clip if nets.text is None else nets.text,
-            "distance": nets.distance,
-            "verdict": self.judge.verdict,
-            "modes": self.judge.modes,
-        }
-        return {name for name in NEEDS if parts[name] is not None}
 
 
 class Batch:
@@ -132,6 +47,10 @@ class Batch:
         mine._made, mine._reader, mine._needs = self._made, name, frozenset(needs)
         return mine
 
+    def has(self, need: str) -> bool:
+        """Whether this suite has one of NEEDS, for a metric that can do without it."""
+        return need in self._given.has()
+
     @property
     def prompts(self) -> list[str]:
         """The prompt of each of the B images."""
@@ -146,6 +65,46 @@ class Batch:
     def real(self) -> Tensor:
         """The features [N, D] of the real images."""
         return self._read("real")
+
+    @property
+    def teacher(self) -> Tensor:
+        """The features [N, D] of the teacher's own images of all prompts."""
+        return self._read("teacher")
+
+    @property
+    def embeddings(self) -> Tensor:
+        """The embeddings [B, E] of the images by a second network, of unit length; the images are resized as the reference is."""
+        return self._read("embeddings")
+
+    @property
+    def real_embeddings(self) -> Tensor:
+        """The embeddings [N, E] of the real images."""
+        return self._read("real_embeddings")
+
+    @property
+    def patches(self) -> Tensor:
+        """The features [B * P, D] of P crops at full resolution of each image, those of an image one after the other."""
+        return self._read("patches")
+
+    @property
+    def real_patches(self) -> Tensor:
+        """The features [N * P, D] of the real images' crops."""
+        return self._read("real_patches")
+
+    @property
+    def teacher_patches(self) -> Tensor:
+        """The features [N * P, D] of the crops of the teacher's images."""
+        return self._read("teacher_patches")
+
+    @property
+    def tones(self) -> Tensor:
+        """Saturation and contrast [B, 2] of the images (`views.tones`); the images are resized as the reference is."""
+        return self._read("tones")
+
+    @property
+    def real_tones(self) -> Tensor:
+        """Saturation and contrast [N, 2] of the real images."""
+        return self._read("real_tones")
 
     @property
     def cosine(self) -> Tensor:
@@ -180,12 +139,16 @@ class Batch:
     def _make(self, need: str) -> Any:
         nets: Any = self._given.networks
         judge: Any = self._given.judge
-        if need == "features":
-            return chunked(nets.features, resize(self.images, self._given.reference.size))
+        if need in REFERRED:
+            whose, space = REFERRED[need]
+            return getattr(self._given, whose).rows[space]
+        if need in SPACES:
+            known = self._made_once("features") if need == "embeddings" and self._given.shares else None
+            return self._given.rows(need, self.images, known)
         if need == "cosine" and nets.text is not None:
             return cosine(self._made_once("features"), nets.text(self.prompts).cpu())
         if need == "cosine":
             return nets.clip(self.images, self.prompts).double().cpu()
         if need == "verdict":
             return judge.verdict(self.images, self.prompts)
-        return {"real": self._given.reference.real, "distance": nets.distance, "modes": judge.modes}[need]
+        return {"distance": nets.distance, "modes": judge.modes}[need]

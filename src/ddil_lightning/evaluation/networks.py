@@ -36,13 +36,15 @@ class Networks:
     """What a suite looks through: a callable, the name of a default (`load` makes it), or None, which leaves its metrics None.
 
     `features`: of images. `clip`: cosines of images and prompts, or instead of it `text`: prompts to [B, D], compared with `features`.
-    `distance`: of two images. Raises ValueError for `text` without `features`.
+    `distance`: of two images. `embed`: embeddings of images by another network, for CMMD and for diversity in features.
+    Raises ValueError for `text` without `features`.
     """
 
     features: Features | str | None = None
     clip: Scorer | str | None = None
     distance: Distance | str | None = None
     text: Callable[[Sequence[str]], Tensor] | None = None
+    embed: Features | str | None = None
 
     def __post_init__(self) -> None:
         if self.text is not None and self.features is None:
@@ -88,10 +90,10 @@ def said(net: Any) -> str | None:
 
 
 class Named:
-    """A function with the name that a protocol gives it."""
+    """A function with the name that a protocol gives it. `resizing`: how it brings images to its own size, where that has a name."""
 
-    def __init__(self, about: str, call: Callable[..., Tensor]) -> None:
-        self.about, self.call = about, call
+    def __init__(self, about: str, call: Callable[..., Tensor], resizing: str | None = None) -> None:
+        self.about, self.call, self.resizing = about, call, resizing
 
     def __call__(self, *args: Any) -> Tensor:
         """Call the function and answer what it does."""
@@ -99,14 +101,34 @@ class Named:
 
 
 INCEPTION = "Inception-v3 pool3 (TensorFlow FID weights, torch-fidelity)"
+RESIZES = {
+    "torch-fidelity": "torch-fidelity: TensorFlow 1's bilinear to 299, not antialiased",
+    "clean-fid": "clean-fid: antialiased bicubic in float to 299",
+}
+"""How saved images are brought to the size that Inception reads, by the package whose numbers it gives, as a protocol says it."""
+LAYERS = (
+    "Conv2d_1a_3x3 Conv2d_2a_3x3 Conv2d_2b_3x3 MaxPool_1 Conv2d_3b_1x1 Conv2d_4a_3x3 MaxPool_2 Mixed_5b Mixed_5c Mixed_5d "
+    "Mixed_6a Mixed_6b Mixed_6c Mixed_6d Mixed_6e Mixed_7a Mixed_7b Mixed_7c AvgPool"
+)
+"""The parts of torch-fidelity's Inception up to pool3, in their order."""
 
 
-def inception_features(weights: str | None = None, device: str | torch.device = "cpu") -> Features:
+def clean(images: Tensor, side: int = 299) -> Tensor:
+    """Images [B, 3, H, W], uint8, as float in [0, 255] of `side` pixels, by clean-fid's resizing (Parmar et al. 2022).
+
+    That is Pillow's antialiased bicubic channel by channel in float, not rounded afterwards; torch's kernel is the same one.
+    """
+    return torch.nn.functional.interpolate(images.float(), (side, side), mode="bicubic", antialias=True).clamp(0, 255)
+
+
+def inception_features(weights: str | None = None, device: str | torch.device = "cpu", resizing: str = "torch-fidelity") -> Features:
     """Inception-v3 pool3 features [B, 2048] with the ported TensorFlow FID weights (torch-fidelity), of images in [-1, 1].
 
-    The images are rounded to 8 bits and resized to 299 by the network's own TensorFlow-1 bilinear. `weights`: a local file instead
-    of the download. Raises ValueError without torch-fidelity.
+    The images are rounded to 8 bits and resized to 299 by one of RESIZES: the network's own TensorFlow-1 bilinear, or clean-fid's.
+    `weights`: a local file instead of the download. Raises ValueError without torch-fidelity, and for another `resizing`.
     """
+    if resizing not in RESIZES:
+        raise ValueError(f"inception_features: resizing={resizing!r}; choose {' or '.join(RESIZES)}")
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ModuleNotFoundError as e:
@@ -115,9 +137,15 @@ def inception_features(weights: str | None = None, device: str | torch.device = 
 
     @torch.no_grad()
     def features(images: Tensor) -> Tensor:
-        return net(to_uint8(images).to(device))[0].flatten(1)
+        x = to_uint8(images).to(device)
+        if resizing == "torch-fidelity":
+            return net(x)[0].flatten(1)
+        x = (clean(x) - 128) / 128  # the network's own forward takes 8 bits alone
+        for name in LAYERS.split():
+            x = getattr(net, name)(x)
+        return x.flatten(1)
 
-    return Named(INCEPTION if weights is None else f"{INCEPTION}, {weights}", features)
+    return Named(INCEPTION if weights is None else f"{INCEPTION}, {weights}", features, RESIZES[resizing])
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -230,7 +258,11 @@ def lpips_distance(net: str = "alex", device: str | torch.device = "cpu", random
 
 DEFAULTS = {
     "inception": Default(INCEPTION, lambda device: inception_features(device=device)),
+    "inception_clean_fid": Default(INCEPTION, lambda device: inception_features(device=device, resizing="clean-fid")),
     "open_clip": Default("OpenCLIP ViT-g-14 laion2b_s12b_b42k", lambda device: open_clip_net(device=device).score),
+    "clip_l14_336": Default(
+        "OpenCLIP ViT-L-14-336-quickgelu openai", lambda device: open_clip_net("ViT-L-14-336-quickgelu", "openai", device=device).image
+    ),
     "lpips": Default("LPIPS 0.1 alex", lambda device: lpips_distance(device=device)),
 }
 """The networks that a suite of one's own images can name."""

@@ -24,7 +24,13 @@ METRICS = (
     "frechet.Frechet",
     "clip.ClipScore",
     "prdc.DensityCoverage",
+    "kid.Kid",
+    "cmmd.Cmmd",
+    "patches.PatchFrechet",
+    "teacher.FrechetTeacher",
     "diversity.Diversity",
+    "vendi.Vendi",
+    "tones.Tones",
     "alignment.Alignment",
     "modes.ModeCoverage",
     "blur.Blur",
@@ -83,9 +89,9 @@ def column(key: str) -> Column:
 
 
 def unmeasured() -> dict[str, Any]:
-    """What a row's `metrics` hold where nothing was measured: None for every number, and the details empty."""
+    """What a row's `metrics` hold where nothing was measured: None for every number, the details empty, and no intervals."""
     details = [(name, value) for metric in metrics() for name, value in metric.details.items()]
-    return dict.fromkeys(keys()) | {name: type(value)(value) for name, value in details}
+    return dict.fromkeys(keys()) | {name: type(value)(value) for name, value in details} | {"intervals": {}}
 
 
 @cache
@@ -99,7 +105,7 @@ def _own() -> tuple[type[Metric], ...]:
 
 def _faults(metric: type[Metric], taken: dict[str, str]) -> Iterator[str]:
     """What keeps a metric from being registered, in words."""
-    from ddil_lightning.evaluation.batches import NEEDS
+    from ddil_lightning.evaluation.given import NEEDS
     from ddil_lightning.evaluation.metrics.base import Metric
 
     if not (inspect.isclass(metric) and issubclass(metric, Metric)):
@@ -117,9 +123,9 @@ def _faults(metric: type[Metric], taken: dict[str, str]) -> Iterator[str]:
             yield f"{c.key}: better={c.better!r}; it is 'higher', 'lower', or '' where neither is"
         elif c.key in taken:
             yield f"{c.key} is a number of {taken[c.key]} already; choose another key"
-        elif c.key in ROW:
+        elif c.key in (*ROW, "intervals"):
             yield f"{c.key} is the name of another part of a row; choose another key"
-    unknown = sorted(set(metric.needs) - set(NEEDS))
+    unknown = sorted({*metric.needs, *metric.wants} - set(NEEDS))
     if unknown:
         yield f"needs {', '.join(unknown)}: no suite has it; choose among {', '.join(NEEDS)}"
     if metric.over not in PASSES:

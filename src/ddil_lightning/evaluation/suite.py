@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ddil_lightning.evaluation.batches import Batch, Given, Judge, Reference, as_saved, chunked
+from ddil_lightning.evaluation.batches import Batch, as_saved
+from ddil_lightning.evaluation.given import SPACES, Given, Judge, Reference, View
 from ddil_lightning.evaluation.metrics.pairs import choose, image_batches, read_pairs
-from ddil_lightning.evaluation.networks import PAPER, Features, MapDistance, Networks
+from ddil_lightning.evaluation.networks import PAPER, MapDistance, Networks
 from ddil_lightning.evaluation.registry import PASSES, metrics, unmeasured
+from ddil_lightning.evaluation.views import Crops
 from ddil_lightning.texts import by
 
 if TYPE_CHECKING:
@@ -91,10 +93,13 @@ class Suite:
         prompts, real, probes, module = _held_out(data, n, seed)
         net = load_evaluator()
         seeds = max(2, round((3 * n / 8 if extra is None else extra) / len(probes)))
-        networks = Networks(net.image_features, distance=MapDistance(net.image_feature_maps), text=net.text_features)
-        reference = Reference(chunked(net.image_features, as_saved(real)), f"held-out images of {data}")
-        given = Given(networks, reference, Judge(module.judge, module.mode_coverage, real.shape[-1]))
-        return cls(data, prompts, given, Probes(probes, seeds), seed, batch, f"held-out prompts of {data}")
+        look, side = net.image_features, real.shape[-1]
+        networks = Networks(look, distance=MapDistance(net.image_feature_maps), text=net.text_features, embed=look)
+        judge, view = Judge(module.judge, module.mode_coverage, side), View(crops=Crops(side // 2, side, grid=2))
+        given = Given(networks, judge=judge, view=view)
+        reference = Reference(given.rows_of(as_saved(real).split(128)), f"held-out images of {data}")
+        probed = Probes(probes, seeds)
+        return cls(data, prompts, replace(given, reference=reference), probed, seed, batch, f"held-out prompts of {data}")
 
     @classmethod
     def from_folder(
@@ -108,18 +113,21 @@ class Suite:
         networks: Networks = PAPER,
         batch: int = 16,
         device: str | torch.device = "cpu",
+        crops: Crops | None = None,
     ) -> Suite:
         """A suite of the user's own images and captions: `source` and `images` as in `metrics.pairs.read_pairs`.
 
         COCO-2017 5k is `from_folder("annotations/captions_val2017.json", "val2017")`. `probes`: so many of the prompts, with so many seeds
-        each. `networks`: of those that are named the weights may be downloaded once. Raises as `read_pairs`, `choose` and `Networks.load`.
+        each. `networks`: of those that are named the weights may be downloaded once. `crops`: for a patch FID, which reads every image once
+        more. Raises as `read_pairs`, `choose` and `Networks.load`.
         """
         pairs = read_pairs(source, images)
         chosen, loaded = choose(pairs, n, seed), networks.load(device)
         paths = [p.image for p in chosen]
-        net: Any = loaded.features
-        real = None if net is None else _features_of(net, paths, size)
-        given = Given(loaded, Reference(real, "the images of these prompts", size))
+        given = Given(loaded, view=View(size, crops))
+        whole = given.rows_of(image_batches(paths, size), [space for space in SPACES if space != "patches"])
+        parts = given.rows_of(image_batches(paths, crops.at), ["patches"]) if crops else {}
+        given = replace(given, reference=Reference(whole | parts, "the images of these prompts"))
         probed = [p.caption for p in choose(chosen, min(probes[0], len(chosen)), seed)] if probes[0] else []
         where = f"{source}, {'all' if len(chosen) == len(pairs) else f'{len(chosen)} of {len(pairs)} chosen by seed {seed}'}"
         return cls(Path(source).stem, [p.caption for p in chosen], given, Probes(probed, probes[1]), seed, batch, where)
@@ -132,14 +140,16 @@ class Suite:
     @property
     def protocol(self) -> dict[str, Any]:
         """What a number must be quoted with; two numbers can be compared where theirs are equal."""
-        reference, probes = self.given.reference, self.probes
-        images = None if reference.real is None else len(reference.real)
+        given, probes = self.given, self.probes
+        view, resizing = given.view, getattr(given.networks.features, "resizing", None)
+        resized = None if view.size is None else f"centre crop, Lanczos {view.size}"
         return {
             "n": len(self.prompts),
             "prompts": self.source,
-            "reference": {"source": reference.about, "images": images},
-            "resize": None if reference.size is None else f"centre crop, Lanczos {reference.size}",
-            "networks": self.given.networks.about() | self.given.judge.about(),
+            "reference": {"source": given.reference.about, "images": given.reference.images, "teacher": given.teacher.about},
+            "resize": ", then ".join(filter(None, [resized, resizing])) or None,
+            "crops": view.crops and view.crops.about,
+            "networks": given.networks.about() | given.judge.about(),
             "seeds": {"first": self.seed, "probes": len(probes.prompts), "per_probe": probes.seeds},
             "batch": self.batch,
         }
@@ -170,22 +180,38 @@ class Suite:
             if over == "prompts" or readers:  # the prompts are drawn in any case: a row has the time of its images
                 for batch in self._draw(sample, over):
                     for metric in readers:
-                        metric.update(batch.read_by(type(metric).__name__, metric.needs))
+                        metric.update(batch.read_by(type(metric).__name__, (*metric.needs, *metric.wants)))
         out = unmeasured()
         for metric in (m for m in made if m.update_called):
-            out |= _declared(metric, metric.compute())
+            found = _declared(metric, metric.compute())
+            out |= found | {"intervals": out["intervals"] | found.get("intervals", {})}
         return out
+
+    @torch.no_grad()
+    def taught(self, sample: Sampler, about: str) -> Suite:
+        """The suite with the teacher's images of its prompts as a second reference, for the distances to the teacher (FID-T).
+
+        `sample`: the teacher in its own best step count. It is asked once for every prompt, with noise that no sampler is scored on: images
+        from the same noise would be near each other for that alone. Raises ValueError for a suite without a network for features.
+        """
+        rows = self.given.rows_of((batch.images for batch in self._draw(sample, "teacher")), ("features", "patches"))
+        if not rows:
+            raise ValueError(f"suite {self.name}: a distance to the teacher is one of features, and there is no network for them")
+        return replace(self, given=replace(self.given, teacher=Reference(rows, about)))
 
     def _draw(self, sample: Sampler, over: str) -> Iterator[Batch]:
         """Batches of checked images; the seed of a batch is that of the pass plus the number of its first prompt.
 
-        The probes follow the prompts: `seeds` images of each, whole prompts in a batch, so that pairs stay within it.
+        The probes follow the prompts: `seeds` images of each, whole prompts in a batch, so that pairs stay within it. After them comes the
+        teacher, as a reference, with the prompts once more.
         """
         asked, size, seed, seeds = list(self.prompts), self.batch, self.seed, 1
         if over == "probes":
             seeds = self.probes.seeds
             asked = [p for p in self.probes.prompts for _ in range(seeds)]
             size, seed = seeds * max(1, self.batch // seeds), self.seed + len(self.prompts)
+        elif over == "teacher":
+            seed += len(self.prompts) + len(self.probes.prompts) * self.probes.seeds
         for i in range(0, len(asked), size):
             part = asked[i : i + size]
             images = sample(part, seed + i)
@@ -197,8 +223,9 @@ class Suite:
 def _declared(metric: Metric, found: dict[str, Any]) -> dict[str, Any]:
     """What a metric computed. Raises ValueError where that is not what it has declared."""
     declared = {c.key for c in metric.columns} | set(metric.details)
-    if set(found) != declared:
-        raise ValueError(f"metric {type(metric).__name__}: it computes {sorted(found)} and declares {sorted(declared)}")
+    given = {*found, *found.get("intervals", {})} - {"intervals"}
+    if given != declared:
+        raise ValueError(f"metric {type(metric).__name__}: it computes {sorted(given)} and declares {sorted(declared)}")
     return found
 
 
@@ -212,11 +239,6 @@ def _held_out(data: str, n: int, seed: int) -> tuple[list[str], Tensor, list[str
         return prompts, shapes.render(shapes.draw_scenes(n, HELD_OUT + seed)), judge.partial_prompts(), judge
     # one open prompt only: five times, so that the ten digits can show; and the ten digits, whose diversity is the writers'
     return prompts, digits.split("held_out")[0], digits.partial_prompts() * 5 + digits.prompts(10, 0), digits
-
-
-def _features_of(net: Features, paths: Sequence[Path], size: int) -> Tensor:
-    """Features [N, D] of image files, 64 images in memory at a time."""
-    return torch.cat([chunked(net, images) for images in image_batches(paths, size)])
 
 
 def paired_distance(a: Tensor, b: Tensor) -> float:

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ddil_lightning.evaluation.batches import Batch
 from ddil_lightning.evaluation.columns import Column
+from ddil_lightning.evaluation.intervals import intervals
 from ddil_lightning.evaluation.metrics.base import Metric
 
 
 def attribute_accuracy(verdicts: Mapping[str, Tensor]) -> dict[str, Any]:
-    """{"attribute_accuracy", "all_right", "per_attribute"} of verdicts [N] by attribute: the share right in [0, 1], NaN if not asked.
+    """{"attribute_accuracy", "all_right", "per_attribute", "intervals"} of verdicts [N] by attribute: the share right, NaN if not asked.
 
     The accuracy is the mean over images of the mean over what was asked of the image; an image is all right if everything asked
     is 1. Images of which nothing was asked do not count; a value is None where nothing was asked at all. Raises ValueError for a verdict
@@ -26,11 +27,13 @@ def attribute_accuracy(verdicts: Mapping[str, Tensor]) -> dict[str, Any]:
     if not ((right >= 0) & (right <= 1)).all():
         raise ValueError("attribute accuracy: a verdict is a share right in [0, 1], or NaN where nothing was asked")
     images = asked.any(1)
-    accuracy = (right.sum(1) / asked.sum(1).clamp(min=1))[images].sum()
-    perfect = ((right == 1) | ~asked).all(1)[images].sum()
+    accuracy = (right.sum(1) / asked.sum(1).clamp(min=1))[images]
+    perfect = ((right == 1) | ~asked).all(1)[images].double()
     shares = {n: _ratio(r, a) for n, r, a in zip(verdicts, right.sum(0).tolist(), asked.sum(0).tolist(), strict=True)}
     count = float(images.sum())
-    return {"attribute_accuracy": _ratio(float(accuracy), count), "all_right": _ratio(float(perfect), count), "per_attribute": shares}
+    found = {"attribute_accuracy": _ratio(float(accuracy.sum()), count), "all_right": _ratio(float(perfect.sum()), count)}
+    spread = intervals(attribute_accuracy=accuracy, all_right=perfect)
+    return {**found, "per_attribute": shares, "intervals": spread}
 
 
 def _ratio(a: float, b: float) -> float | None:

@@ -19,21 +19,21 @@ class Metric(torchmetrics.Metric):
     A metric of one's own, in any module; what imports the module can measure by it:
 
         @register                                    # ddil_lightning.evaluation.registry
-        class Saturation(Metric):
-            columns = (Column("saturation", "Saturation", "", "mean distance of the colours from grey"),)
+        class Vividness(Metric):
+            columns = (Column("vividness", "Vividness", "", "mean distance of the colours from grey"),)
             states = ("values",)
 
             def update(self, batch):
                 self.values.append((batch.images - batch.images.mean(1, keepdim=True)).abs().mean((1, 2, 3)))
 
             def compute(self):
-                return {"saturation": float(self.all("values").mean())}
+                return means(vividness=self.all("values"))     # evaluation.intervals
 
     `columns` are the numbers that it gives; a table shows them in this order. `needs` are the members of the batch that not every suite has
-    (`batches.NEEDS`): where one is missing, the metric's numbers are None. `over` says which images it is of: `prompts`, one of every
-    held-out prompt, or `probes`, several of a few. `states` are lists of tensors, a row an image (or a prompt), to which `update` appends;
-    over processes they are put together in the order of the ranks. `details` is what it gives beside its numbers, for the files alone, with
-    its value where nothing is measured.
+    (`given.NEEDS`): where one is missing, the metric's numbers are None. `wants` are those that it can do without, and asks
+    `batch.has(name)` for first. `over` says which images it is of: `prompts`, one of every held-out prompt, or `probes`, several of a few.
+    `states` are lists of tensors, a row an image (or a prompt), to which `update` appends; over processes they are put together in the
+    order of the ranks. `details` is what it gives beside its numbers, for the files alone, with its value where nothing is measured.
 
     The networks are in the batch, so no metric owns one. What `compute` needs of a batch beside the states is put into `held`, a dict: a
     network in it is in no state_dict, no optimiser and no checkpoint of what holds the metric.
@@ -44,6 +44,7 @@ class Metric(torchmetrics.Metric):
 
     columns: ClassVar[tuple[Column, ...]] = ()
     needs: ClassVar[tuple[str, ...]] = ()
+    wants: ClassVar[tuple[str, ...]] = ()
     over: ClassVar[str] = "prompts"
     states: ClassVar[tuple[str, ...]] = ()
     details: ClassVar[dict[str, Any]] = {}
@@ -63,7 +64,10 @@ class Metric(torchmetrics.Metric):
 
     @abstractmethod
     def compute(self) -> dict[str, Any]:
-        """{key: number} for every column, None where a number is not defined, and every one of `details`."""
+        """{key: number} for every column, None where a number is not defined, and every one of `details`.
+
+        A number that is a mean over images or prompts has its 95 % interval under `intervals`, {key: [low, high]} (`evaluation.intervals`).
+        """
 
     def all(self, state: str) -> Tensor:
         """A state's rows [N, ...], of all updates. Raises ValueError before the first."""

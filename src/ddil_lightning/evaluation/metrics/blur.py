@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ddil_lightning.evaluation.batches import Batch
 from ddil_lightning.evaluation.columns import Column
+from ddil_lightning.evaluation.intervals import means
 from ddil_lightning.evaluation.metrics.base import Metric
 
 
@@ -21,6 +24,6 @@ class Blur(Metric):
         """Append the residual [B] of each image."""
         self.residuals.append(batch.verdict.residual.double().cpu())
 
-    def compute(self) -> dict[str, float]:
+    def compute(self) -> dict[str, Any]:
         """The mean residual over all images."""
-        return {"blur": float(self.all("residuals").mean())}
+        return means(blur=self.all("residuals"))

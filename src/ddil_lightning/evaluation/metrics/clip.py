@@ -5,10 +5,13 @@ The paper's scores use OpenCLIP ViT-g/14 (`networks.open_clip_net`).
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ddil_lightning.evaluation.batches import Batch
 from ddil_lightning.evaluation.columns import Column
+from ddil_lightning.evaluation.intervals import means
 from ddil_lightning.evaluation.metrics.base import Metric
 
 
@@ -24,6 +27,6 @@ class ClipScore(Metric):
         """Append the cosine [B] of each image and its prompt."""
         self.cosines.append(batch.cosine)
 
-    def compute(self) -> dict[str, float]:
+    def compute(self) -> dict[str, Any]:
         """The mean cosine over all images, in [-1, 1]."""
-        return {"clip": float(self.all("cosines").mean())}
+        return means(clip=self.all("cosines"))

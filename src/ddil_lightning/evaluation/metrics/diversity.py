@@ -7,12 +7,14 @@ is another number, so the range is checked.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddil_lightning.evaluation.batches import Batch
 from ddil_lightning.evaluation.columns import Column
+from ddil_lightning.evaluation.intervals import means
 from ddil_lightning.evaluation.metrics.base import Metric
 from ddil_lightning.evaluation.networks import Distance
 
@@ -71,6 +73,6 @@ class Diversity(Metric):
         """Append the mean distance between the images of each prompt; a batch holds whole prompts."""
         self.per_prompt.append(seed_diversity(batch.images.unflatten(0, (-1, batch.seeds)), batch.distance))
 
-    def compute(self) -> dict[str, float]:
+    def compute(self) -> dict[str, Any]:
         """The mean over all prompts of the mean distance between the images of one."""
-        return {"lpips_diversity": float(self.all("per_prompt").mean())}
+        return means(lpips_diversity=self.all("per_prompt"))

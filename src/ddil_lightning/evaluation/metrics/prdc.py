@@ -1,18 +1,31 @@
-"""Density and coverage (Naeem et al. 2020): do generated images lie where real ones are, and is every real one approached?
+"""Are generated images where real ones are, and the other way round? By balls around images, each to the k-th nearest other of its set.
 
-Balls of radius r_k(X_i), the distance of real X_i to its k-th nearest other real. With N real and M generated images:
-density = 1/(k M) sum_ij 1[Y_j in ball i], coverage = fraction of balls hit. Equal laws: E density = 1 and
-E coverage = 1 - prod_{j=1..k} (N - j)/(M + N - j), about 1 - 2^-k for M = N.
+Real balls of radius r_k(X_i), N real and M generated images (Naeem et al. 2020): density = 1/(k M) sum_ij 1[Y_j in ball i], coverage =
+fraction of real balls that are hit. Equal laws: E density = 1 and E coverage = 1 - prod_{j=1..k} (N - j)/(M + N - j), about 1 - 2^-k for
+M = N. Improved precision and recall (Kynkaanniemi et al. 2019): the fraction of generated images in some real ball, and of real ones in
+some ball around a generated one, which a single outlier widens: density and coverage do without the latter. All with k = 5.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ddil_lightning.evaluation.batches import Batch
 from ddil_lightning.evaluation.columns import Column
+from ddil_lightning.evaluation.intervals import intervals
 from ddil_lightning.evaluation.metrics.base import Metric
+
+
+class Neighbours(NamedTuple):
+    """Which images lie in whose balls: of each generated one in how many real balls [M], of each real one whether its own is hit [N], and
+    whether it lies in the ball of a generated one [N], None where there are too few of these."""
+
+    inside: Tensor
+    hit: Tensor
+    reached: Tensor | None
 
 
 def expected_coverage(n: int, m: int, k: int = 5) -> float:
@@ -28,12 +41,22 @@ def _squared(a: Tensor, b: Tensor) -> Tensor:
     return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp_(min=0)
 
 
-@torch.no_grad()
-def density_coverage(real: Tensor, fake: Tensor, k: int = 5, chunk: int = 1024) -> tuple[float, float]:
-    """(density, coverage) of features [N, D] and [M, D]; [chunk, max(N, M)] distances at a time.
+def _radii(x: Tensor, k: int, chunk: int) -> Tensor:
+    """The squared distance [N] of each of `x` [N, D] to its k-th nearest other."""
+    found = []
+    for start in range(0, len(x), chunk):
+        own = _squared(x[start : start + chunk], x)
+        own.diagonal(start).fill_(torch.inf)
+        found.append(own.kthvalue(k, dim=1).values)
+    return torch.cat(found)
 
-    A point on a ball's surface is outside, as in the authors' code, so a set scored against itself has density 1. Raises ValueError
-    with N <= k real or no generated features.
+
+@torch.no_grad()
+def neighbours(real: Tensor, fake: Tensor, k: int = 5, chunk: int = 1024) -> Neighbours:
+    """The balls of features [N, D] and [M, D]; [chunk, max(N, M)] distances at a time.
+
+    A point on a ball's surface is outside, as in the code of density's authors, so a set scored against itself has density 1. Raises
+    ValueError with N <= k real or no generated features.
     """
     if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
         raise ValueError(f"density_coverage: features {tuple(real.shape)} and {tuple(fake.shape)}; both must be [*, D]")
@@ -41,35 +64,64 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5, chunk: int = 1024) 
         raise ValueError(f"density_coverage: k={k} needs more than k real features, got {len(real)}, and some generated, got {len(fake)}")
     real, fake = real.double(), fake.double()
     real, fake = real - real.mean(0), fake - real.mean(0)
-    inside, hit = 0, 0
-    for start in range(0, len(real), chunk):
-        x = real[start : start + chunk]
-        own = _squared(x, real)
-        own[torch.arange(len(x)), torch.arange(start, start + len(x))] = torch.inf
-        radius = own.kthvalue(k, dim=1).values
-        within = _squared(x, fake) < radius[:, None]
-        inside += int(within.sum())
-        hit += int(within.any(1).sum())
-    return inside / (k * len(fake)), hit / len(real)
+    around_real = _radii(real, k, chunk)
+    around_fake = _radii(fake, k, chunk) if len(fake) > k else None
+    inside, hit, reached = torch.zeros(len(fake), dtype=torch.int64, device=fake.device), [], []
+    for x, radius in zip(real.split(chunk), around_real.split(chunk), strict=True):
+        apart = _squared(x, fake)
+        within = apart < radius[:, None]
+        inside += within.sum(0)
+        hit.append(within.any(1))
+        if around_fake is not None:
+            reached.append((apart < around_fake).any(1))
+    return Neighbours(inside, torch.cat(hit), torch.cat(reached) if reached else None)
+
+
+def density_coverage(real: Tensor, fake: Tensor, k: int = 5, chunk: int = 1024) -> tuple[float, float]:
+    """(density, coverage) of features [N, D] and [M, D]. Raises ValueError as `neighbours` does."""
+    inside, hit, _ = neighbours(real, fake, k, chunk)
+    return int(inside.sum()) / (k * len(fake)), int(hit.sum()) / len(real)
+
+
+def precision_recall(real: Tensor, fake: Tensor, k: int = 5, chunk: int = 1024) -> tuple[float, float | None]:
+    """(precision, recall) of features [N, D] and [M, D]; recall is None with M <= k. Raises ValueError as `neighbours` does."""
+    inside, _, reached = neighbours(real, fake, k, chunk)
+    return _share(inside > 0), None if reached is None else _share(reached)
+
+
+def _share(which: Tensor) -> float:
+    return int(which.sum()) / len(which)
 
 
 class DensityCoverage(Metric):
-    """Density and coverage of the features of all images. Raises ValueError as `density_coverage` does."""
+    """Density, coverage, precision and recall of the features of all images. Raises ValueError as `neighbours` does."""
 
     columns = (
         Column("density", "Density", "higher", "how deep generated images lie in regions of real ones; may exceed 1"),
         Column("coverage", "Coverage", "higher", "share of real images that have a generated one in their neighbourhood"),
+        Column("precision", "Precision", "higher", "share of generated images in the neighbourhood of a real one", shown=False),
+        Column("recall", "Recall", "higher", "share of real images in the neighbourhood of a generated one", shown=False),
     )
     needs = ("features", "real")
     states = ("features",)
     features: list[Tensor]
+    k = 5
 
     def update(self, batch: Batch) -> None:
         """Append the features [B, D] of the images, and hold those of the real ones."""
         self.features.append(batch.features)
         self.held["real"] = batch.real
 
-    def compute(self) -> dict[str, float]:
-        """Density and coverage of all generated images with respect to the real ones."""
-        density, coverage = density_coverage(self.held["real"], self.all("features"))
-        return {"density": density, "coverage": coverage}
+    def compute(self) -> dict[str, object]:
+        """The four of all generated images with respect to the real ones.
+
+        Density and precision are means over generated images, and their intervals take the real ones as they are.
+        """
+        inside, hit, reached = neighbours(self.held["real"], self.all("features"), self.k)
+        return {
+            "density": int(inside.sum()) / (self.k * len(inside)),
+            "coverage": _share(hit),
+            "precision": _share(inside > 0),
+            "recall": None if reached is None else _share(reached),
+            "intervals": intervals(density=inside / self.k, precision=inside > 0),
+        }

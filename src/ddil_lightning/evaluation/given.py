@@ -1,0 +1,167 @@
+"""What a suite has for its metrics: networks, a judge, the images that generated ones are compared with, and how all are looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ddil_lightning.evaluation.metrics.pairs import resize
+from ddil_lightning.evaluation.networks import Features, Networks, said
+from ddil_lightning.evaluation.views import Crops, tones
+
+SPACES = ("features", "embeddings", "patches", "tones")
+"""Where images are points: rows of numbers that generated and real ones alike are turned into, by `Given.rows`."""
+REFERRED = {
+    "real": ("reference", "features"),
+    "real_embeddings": ("reference", "embeddings"),
+    "real_patches": ("reference", "patches"),
+    "real_tones": ("reference", "tones"),
+    "teacher": ("teacher", "features"),
+    "teacher_patches": ("teacher", "patches"),
+}
+"""The needs that are rows of images which a suite holds: of which of its two references, and in which space."""
+NEEDS = (*SPACES, *REFERRED, "cosine", "distance", "verdict", "modes")
+"""What a metric can ask of a suite, beyond images and prompts; the members of `Batch` of these names."""
+
+
+@torch.no_grad()
+def chunked(net: Features, images: Tensor, chunk: int = 128) -> Tensor:
+    """`net` over images [B, ...] at most `chunk` at a time, as float32 [B, D] on the CPU. Raises ValueError for other shapes."""
+    out = torch.cat([net(x).float().cpu() for x in images.split(chunk)]) if len(images) else torch.empty(0, 0)
+    if out.ndim != 2 or len(out) != len(images):
+        raise ValueError(f"feature network: {tuple(out.shape)} for {len(images)} images; it must return [B, D]")
+    return out
+
+
+class Verdict(Protocol):
+    """What a judge finds in B images."""
+
+    @property
+    def correct(self) -> dict[str, Tensor]:
+        """For each attribute the share of it that is right, [B] in [0, 1], NaN where the prompt says nothing of it."""
+        ...
+
+    @property
+    def residual(self) -> Tensor:
+        """The distance of each image to the ideal drawing of what was read in it, [B]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What reads pictures exactly: `verdict` compares images with their prompts, `modes` gives the mode coverage of prompts that leave
+    something open. `side`: the edge in pixels of the only pictures that they can read, None for any."""
+
+    verdict: Callable[[Tensor, Sequence[str]], Verdict] | None = None
+    modes: Callable[[Tensor, Sequence[str]], float] | None = None
+    side: int | None = None
+
+    def about(self) -> dict[str, str | None]:
+        """Where its two functions come from, in words, as a protocol names them."""
+        return {"judge": said(self.verdict), "modes": said(self.modes)}
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Images that generated ones are compared with, as `rows` by space ([N, D] for each of SPACES that it has), and in words, `about`.
+
+    Raises ValueError for rows of no space.
+    """
+
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+    about: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rows, Mapping) or set(self.rows) - set(SPACES):
+            found = sorted(self.rows) if isinstance(self.rows, Mapping) else type(self.rows).__name__
+            raise ValueError(f"Reference: {found}; give rows by space, {{'features': [N, D]}}, of {', '.join(SPACES)}")
+
+    @property
+    def images(self) -> int | None:
+        """How many images it is of, None for none."""
+        return next((len(rows) for space, rows in self.rows.items() if space != "patches"), None)
+
+
+@dataclass(frozen=True)
+class View:
+    """How images are looked at; `distance` and the judge see them as they are.
+
+    `size`: the edge in pixels to which real images were resized, and to which generated ones are before they are compared with them; None
+    for as they are. `crops`: the parts for `patches`, None for none.
+    """
+
+    size: int | None = None
+    crops: Crops | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """All that a suite has for its metrics; what is None leaves the metrics that need it unmeasured.
+
+    `reference`: the real images; `teacher`: the teacher's own of the same prompts, a second reference. Raises ValueError for a network that
+    is still a name: `Networks.load` makes networks of names.
+    """
+
+    networks: Networks = field(default_factory=Networks)
+    reference: Reference = field(default_factory=Reference)
+    judge: Judge = field(default_factory=Judge)
+    view: View = field(default_factory=View)
+    teacher: Reference = field(default_factory=Reference)
+
+    def __post_init__(self) -> None:
+        nets = self.networks
+        for given in (nets.features, nets.clip, nets.distance, nets.embed):
+            if isinstance(given, str):
+                raise ValueError(f"Given: the network {given!r} is named and not made; give Networks(...).load(device)")
+
+    def has(self) -> set[str]:
+        """The members of NEEDS that this suite can meet."""
+        nets = self.networks
+        parts = {
+            "features": nets.features,
+            "embeddings": nets.embed,
+            "patches": nets.features and self.view.crops,
+            "tones": tones,
+            **{need: getattr(self, whose).rows.get(space) for need, (whose, space) in REFERRED.items()},
+            "cosine": nets.clip if nets.text is None else nets.text,
+            "distance": nets.distance,
+            "verdict": self.judge.verdict,
+            "modes": self.judge.modes,
+        }
+        return {name for name in NEEDS if parts[name] is not None}
+
+    @property
+    def shares(self) -> bool:
+        """Whether one network makes both features and embeddings, so that it need be called once only."""
+        return self.networks.embed is not None and self.networks.embed == self.networks.features
+
+    def rows(self, space: str, images: Tensor, features: Tensor | None = None) -> Tensor:
+        """The rows [B, D] on the CPU of images [B, 3, H, W], as `as_saved` answers them, in one of the SPACES that this suite has.
+
+        Of `patches` an image has several, one after the other; `embeddings` have unit length. `features`: those of the images, if they
+        are known already.
+        """
+        nets: Any = self.networks
+        if space == "patches":
+            crops: Any = self.view.crops
+            return chunked(nets.features, crops(resize(images, crops.at)))
+        if space == "embeddings" and self.shares and features is not None:
+            return normalize(features, dim=1)
+        seen = resize(images, self.view.size)
+        if space == "tones":
+            return tones(seen)
+        return chunked(nets.features, seen) if space == "features" else normalize(chunked(nets.embed, seen), dim=1)
+
+    def rows_of(self, batches: Iterable[Tensor], spaces: Sequence[str] = SPACES) -> dict[str, Tensor]:
+        """The rows [N, D] of all images of `batches` in those of `spaces` that this suite has, for a `Reference`."""
+        met = self.has()
+        found: dict[str, list[Tensor]] = {space: [] for space in spaces if space in met}
+        for images in batches:
+            for space, rows in found.items():
+                rows.append(self.rows(space, images, found["features"][-1] if space == "embeddings" and "features" in found else None))
+        return {space: torch.cat(rows) for space, rows in found.items()}

@@ -1,0 +1,35 @@
+"""KID: the squared distance of generated and real features in the space of a cubic kernel (Binkowski et al. 2018).
+
+It is unbiased, so that numbers of different N can be compared, and needs no covariance, so that some hundred images do. Published code
+averages it over random subsets of 1000, which have the same mean and spread more; here all pairs are taken once, nothing is drawn, and the
+two sides may differ in number, which torchmetrics' formula does not allow for.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ddil_lightning.evaluation.batches import Batch
+from ddil_lightning.evaluation.columns import Column
+from ddil_lightning.evaluation.kernels import cubic, squared_mmd
+from ddil_lightning.evaluation.metrics.base import Metric
+
+
+class Kid(Metric):
+    """The unbiased kernel distance, not times 1000. Raises ValueError with fewer than two images on either side."""
+
+    columns = (
+        Column("kid", "KID", "lower", "kernel distance of generated and real features; unbiased, so 0 or less where equal", shown=False),
+    )
+    needs = ("features", "real")
+    states = ("features",)
+    features: list[Tensor]
+
+    def update(self, batch: Batch) -> None:
+        """Append the features [B, D] of the images, and hold those of the real ones."""
+        self.features.append(batch.features)
+        self.held["real"] = batch.real
+
+    def compute(self) -> dict[str, float]:
+        """The kernel distance between all generated images and the real ones."""
+        return {"kid": squared_mmd(cubic, self.held["real"], self.all("features"))}
