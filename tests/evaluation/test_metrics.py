@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ddil_lightning.diffusion.gaussians import frechet_distance
-from ddil_lightning.evaluation.batches import Batch, Given, Judge, Reference, as_saved, chunked
+from ddil_lightning.evaluation.batches import Batch, as_saved
+from ddil_lightning.evaluation.given import Given, Judge, Reference, View, chunked
 from ddil_lightning.evaluation.metrics.alignment import Alignment, attribute_accuracy
 from ddil_lightning.evaluation.metrics.base import Metric
 from ddil_lightning.evaluation.metrics.diversity import Diversity, check_range, seed_diversity
@@ -30,6 +32,7 @@ from ddil_lightning.evaluation.networks import (
 )
 from ddil_lightning.evaluation.registry import metrics, unmeasured
 from ddil_lightning.evaluation.suite import Probes, Suite
+from ddil_lightning.evaluation.views import Crops
 from pair import Pair
 
 
@@ -227,7 +230,7 @@ def test_diversity_is_the_mean_over_pairs_then_prompts():
     x = pictures(3, 4, 3, 12, 12)
     explicit = seed_diversity(x, lambda a, b: MapDistance(trunk())(a, b))  # without `embed`: pair by pair
     m = measured(Diversity(), x.flatten(0, 1), Given(Networks(distance=MapDistance(trunk()))), size=4, seeds=4)
-    assert m.compute() == {"lpips_diversity": pytest.approx(float(explicit.mean()), rel=1e-5)}
+    assert m.compute() == {"lpips_diversity": pytest.approx(float(explicit.mean()), rel=1e-5), "intervals": {}}
 
 
 def test_range_check():
@@ -289,7 +292,7 @@ class Verdict(NamedTuple):
 
 def given(real: Tensor) -> Given:
     """The pixels themselves as features."""
-    return Given(Networks(lambda x: x.flatten(1)), Reference(real))
+    return Given(Networks(lambda x: x.flatten(1)), Reference({"features": real}))
 
 
 def measured(metric: Metric, images: Tensor, given: Given, prompts: list[str] | None = None, size: int = 100, seeds: int = 1) -> Metric:
@@ -318,15 +321,17 @@ def everything() -> Given:
         right = (torch.tensor([int(p.split()[-1]) for p in prompts]) % 3 > 0).float()
         return Verdict({"colour": right, "shape": 1 - right}, images.flatten(1).std(1))
 
-    networks = Networks(net().eval(), encoders().score, MapDistance(trunk()))
-    return Given(networks, Reference(chunked(net().eval(), pictures(15, 3, 12, 12))), Judge(judge, Brightness()))
+    networks = Networks(net().eval(), encoders().score, MapDistance(trunk()), embed=net(5, 6).eval())
+    made = Given(networks, judge=Judge(judge, Brightness()), view=View(crops=Crops(6, 12, 2)))
+    real, teacher = (Reference(made.rows_of([pictures(15, 3, 12, 12, seed=s)])) for s in (0, 3))
+    return replace(made, reference=real, teacher=teacher)
 
 
-def fill(rank: int, world: int) -> dict[str, object]:
+def fill(rank: int, world: int) -> dict[str, Any]:
     """All metrics of every `world`-th image, or probe of three images, from `rank`: unequal shares."""
     images, prompts = pictures(13, 3, 12, 12, seed=1) * 0.8, [f"caption {i}" for i in range(13)]
     probed = pictures(15, 3, 12, 12, seed=2)
-    out: dict[str, object] = {}
+    out: dict[str, Any] = {"intervals": {}}
     for kind in metrics():
         metric = kind(sync_on_compute=True)
         if kind.over == "prompts":
@@ -335,7 +340,8 @@ def fill(rank: int, world: int) -> dict[str, object]:
             index = torch.arange(15).view(5, 3)[rank::world].flatten()
             asked = [f"probe {'x' * (i // 3)}" for i in range(15)]
             metric.update(Batch(probed[index], index, asked, everything(), seeds=3))
-        out |= metric.compute()
+        found = metric.compute()
+        out |= found | {"intervals": out["intervals"] | found.get("intervals", {})}
     return out
 
 
@@ -345,7 +351,8 @@ def flat(values: dict) -> dict[str, float]:
 
 def test_two_processes_equal_one(pair: Pair):
     one, both = flat(fill(0, 1)), [flat(found) for found in pair.run(fill, 2)]
-    assert {k.split(".")[0] for k in one} == set(unmeasured()) and one["attribute_accuracy."] == 0.5
+    assert {k.split(".")[0] for k in one} == set(unmeasured()) and one["attribute_accuracy."] == 0.5 and None not in one.values()
+    assert {"intervals.clip", "intervals.density", "intervals.saturation_drift"} < set(one) and "intervals.vendi" not in one  # 5 prompts
     for got in both:
         torch.testing.assert_close(got, one, rtol=1e-6, atol=1e-9)
 
@@ -380,11 +387,12 @@ def test_networks_are_named_in_words():
         "clip": "OpenCLIP ViT-g-14 laion2b_s12b_b42k",
         "distance": "LPIPS 0.1 alex",
         "text": None,
+        "embed": None,
     }
     assert said(lpips_distance(random_trunk=True)) == "LPIPS 0.1 alex with a random trunk"
     assert said(net()) == "torch.nn.modules.container.Sequential" and said(brightness) == f"{__name__}.brightness"
     assert said(MapDistance(encoders().score)).startswith("unweighted LPIPS of torch.nn")
-    with pytest.raises(ValueError, match="no network 'dino': choose inception, open_clip, lpips"):
+    with pytest.raises(ValueError, match="no network 'dino': choose inception, inception_clean_fid, open_clip, clip_l14_336, lpips"):
         Networks(distance="dino").load()
     with pytest.raises(ValueError, match="Given: the network 'lpips' is named and not made; give Networks"):
         Given(Networks(distance="lpips"))

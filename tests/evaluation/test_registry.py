@@ -15,13 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddil_lightning.evaluation.batches import NEEDS, Given, Judge, Reference
 from ddil_lightning.evaluation.columns import Column
+from ddil_lightning.evaluation.given import NEEDS, Given, Judge, Reference, View
 from ddil_lightning.evaluation.metrics.base import Metric
 from ddil_lightning.evaluation.networks import Networks
 from ddil_lightning.evaluation.registry import METRICS, columns, keys, metrics, register, unmeasured, unregister
 from ddil_lightning.evaluation.suite import Probes, Suite, make_row
 from ddil_lightning.evaluation.table import results_table, table, write_rows
+from ddil_lightning.evaluation.views import Crops
 from ddil_lightning.runs.report import write_report
 
 OUTSIDE = """
@@ -31,8 +32,8 @@ from ddil_lightning.evaluation.registry import register
 
 
 @register
-class Saturation(Metric):
-    columns = (Column("saturation", "Saturation", "lower", "mean distance from grey", short="colour", decimals=4, headline=True),)
+class Vividness(Metric):
+    columns = (Column("vividness", "Vividness", "lower", "mean distance from grey", short="colour", decimals=4, headline=True),)
     states = ("values",)
     details = {"brightest": []}
 
@@ -41,7 +42,7 @@ class Saturation(Metric):
         self.held.setdefault("brightest", []).append(float(batch.images.max()))
 
     def compute(self):
-        return {"saturation": float(self.all("values").mean()), "brightest": self.held["brightest"]}
+        return {"vividness": float(self.all("values").mean()), "brightest": self.held["brightest"]}
 """
 
 
@@ -57,10 +58,10 @@ def clean() -> Iterator[None]:
 
 @pytest.fixture
 def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    (tmp_path / "saturation_of_mine.py").write_text(OUTSIDE)
+    (tmp_path / "vividness_of_mine.py").write_text(OUTSIDE)
     monkeypatch.syspath_prepend(tmp_path)
-    yield importlib.import_module("saturation_of_mine")
-    sys.modules.pop("saturation_of_mine")
+    yield importlib.import_module("vividness_of_mine")
+    sys.modules.pop("vividness_of_mine")
 
 
 def red(prompts: list[str], seed: int) -> Tensor:
@@ -71,15 +72,15 @@ def red(prompts: list[str], seed: int) -> Tensor:
 def test_one_from_outside_is_measured_written_and_shown(outside: Any, tmp_path: Path) -> None:
     suite = Suite("mine", [f"a {i}" for i in range(5)], batch=2)
     found = suite.score(red)
-    assert found["saturation"] == pytest.approx(8 / 9, abs=1e-6) and found["brightest"] == [1.0, 1.0, 1.0]
+    assert found["vividness"] == pytest.approx(8 / 9, abs=1e-6) and found["brightest"] == [1.0, 1.0, 1.0]
     rows = [make_row(f"{who}@{n}", n, 1.0, n, 0.1, found, suite.protocol) for who in ("teacher", "student") for n in (4, 2)]
-    assert "| Saturation ↓ |" in results_table(rows) and "| 0.8889 |" in results_table(rows)
-    assert "Saturation ↓" in table(rows) and table(rows).count("0.8889") == 4
+    assert "| Vividness ↓ |" in results_table(rows) and "| 0.8889 |" in results_table(rows)
+    assert "Vividness ↓" in table(rows) and table(rows).count("0.8889") == 4
     write_rows(tmp_path / "summary.json", {"rows": rows})  # type: ignore[arg-type]
     written = json.loads((tmp_path / "summary.json").read_text())["rows"]
     assert written == rows and written[0]["protocol"]["n"] == 5
     page = write_report(tmp_path).read_text()
-    assert "<th>Saturation ↓</th>" in page and "<dd>mean distance from grey</dd>" in page and "<b>Saturation ↓</b>" in page
+    assert "<th>Vividness ↓</th>" in page and "<dd>mean distance from grey</dd>" in page and "<b>Vividness ↓</b>" in page
     assert "How it was measured" in page and "<b>prompts</b>given" in page
 
 
@@ -88,22 +89,23 @@ def test_a_benchmark_has_its_column(outside: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delitem(sys.modules, "builtin_table", raising=False)
     module = importlib.import_module("builtin_table")
     sys.modules.pop("builtin_table")
-    assert ("saturation", "Saturation ↓") in module.COLUMNS and ("gap_saturation", "gap colour ↑") in module.COLUMNS
-    assert module.GAPS == ("frechet", "all_right", "saturation")
+    assert ("vividness", "Vividness ↓") in module.COLUMNS and ("gap_vividness", "gap colour ↑") in module.COLUMNS
+    assert module.GAPS == ("frechet", "all_right", "vividness")
 
 
 def test_without_a_meeting_need_its_number_is_none_and_every_other_as_before(outside: Any) -> None:
     nothing = Suite("mine", ["a"] * 3).score(red)
-    unregister(outside.Saturation)
+    unregister(outside.Vividness)
     before = Suite("mine", ["a"] * 3).score(red)
-    assert set(nothing) - set(before) == {"saturation", "brightest"} and before == unmeasured()
-    assert all(before[k] is None for k in keys()) and before["per_attribute"] == {}
+    assert set(nothing) - set(before) == {"vividness", "brightest"} and before["saturation"] == pytest.approx(1)
+    tones = {"saturation": before["saturation"], "contrast": 0}  # which need no network and no reference
+    assert before == unmeasured() | tones and before["per_attribute"] == before["intervals"] == {}
 
 
 def test_what_comes_twice_from_one_place_replaces_itself(outside: Any) -> None:
-    first = outside.Saturation
-    again = importlib.reload(outside).Saturation
-    assert again in metrics() and first not in metrics() and keys().count("saturation") == 1
+    first = outside.Vividness
+    again = importlib.reload(outside).Vividness
+    assert again in metrics() and first not in metrics() and keys().count("vividness") == 1
 
 
 def fine(**changes: Any) -> type[Metric]:
@@ -134,7 +136,9 @@ def fine(**changes: Any) -> type[Metric]:
         ({"columns": (Column("clip", "Mine", "", "x"),)}, "clip is a number of ClipScore already; choose another key"),
         ({"columns": (Column("mode_kl", "Mine", "", "x"),)}, "mode_kl is a number of the analytic toy already"),
         ({"columns": (Column("steps", "Mine", "", "x"),)}, "steps is the name of another part of a row"),
-        ({"needs": ("depth",)}, "needs depth: no suite has it; choose among features, real, cosine, distance, verdict, modes"),
+        ({"needs": ("depth",)}, "needs depth: no suite has it; choose among features, embeddings, patches, tones, real"),
+        ({"wants": ("depth",)}, "needs depth: no suite has it; choose among features"),
+        ({"columns": (Column("intervals", "Mine", "", "x"),)}, "intervals is the name of another part of a row"),
         ({"over": "images"}, "over='images'; it is 'prompts' or 'probes'"),
         ({"compute": None}, "it does not define compute"),
         ({"update": None, "compute": None}, "it does not define compute and update"),
@@ -174,9 +178,12 @@ def full(count: list[str]) -> Suite:
         called("features", lambda x: x.flatten(1)[:, :4]),
         distance=called("distance", lambda a, b: (a - b).abs().mean((1, 2, 3))),
         text=called("text", lambda prompts: torch.ones(len(prompts), 4)),
+        embed=called("embed", lambda x: x.flatten(1)[:, :3]),
     )
     judge = Judge(called("verdict", lambda x, p: Seen(len(x))), called("modes", lambda x, p: 1.0))
-    return Suite("full", [f"{i}" for i in range(12)], Given(nets, Reference(torch.randn(12, 4)), judge), Probes(["a", "b"], 2), batch=6)
+    rows = {"features": torch.randn(12, 4), "embeddings": torch.randn(12, 3), "patches": torch.randn(12, 4), "tones": torch.rand(12, 2)}
+    given = Given(nets, Reference(rows), judge, View(crops=Crops(2, 4)), Reference(rows))
+    return Suite("full", [f"{i}" for i in range(12)], given, Probes(["a", "b"], 2), batch=6)
 
 
 def test_a_need_that_is_read_and_not_declared_is_refused_by_name() -> None:
@@ -205,7 +212,8 @@ def test_what_metrics_share_is_computed_once_and_what_none_needs_not_at_all() ->
     both = {"needs": ("features", "verdict")}
     register(fine(**both, update=lambda self, batch: self.values.append(batch.features.mean(1) + batch.verdict.residual)))
     full(count).score(noise)
-    assert {k: count.count(k) for k in ("features", "text", "verdict", "modes")} == {"features": 2, "text": 2, "verdict": 2, "modes": 1}
+    expected = {"features": 2 + 2, "embed": 2 + 1, "text": 2, "verdict": 2, "modes": 1}  # with the crops, with the probes
+    assert {k: count.count(k) for k in expected} == expected
     count.clear()
     batch = next(full(count)._draw(noise, "prompts"))
     assert batch.prompts == ["0", "1", "2", "3", "4", "5"] and count == []

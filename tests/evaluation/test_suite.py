@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddil_lightning.evaluation.batches import Given, Judge, Reference
+from ddil_lightning.evaluation.given import Given, Judge, Reference
 from ddil_lightning.evaluation.metrics.pairs import choose, load_images, read_pairs, resize
 from ddil_lightning.evaluation.metrics.prdc import expected_coverage
 from ddil_lightning.evaluation.networks import Networks, lpips_distance
-from ddil_lightning.evaluation.registry import ROW, keys
+from ddil_lightning.evaluation.registry import ROW, columns, keys
 from ddil_lightning.evaluation.suite import Probes, Suite, Timed, make_row, paired_distance
 from ddil_lightning.evaluation.table import protocols, table, write_rows
 
@@ -59,7 +59,7 @@ def suite(**changes) -> Suite:
         "clip": lambda x, p: 1 - (x.mean((1, 2, 3)) - levels(list(p))).abs(),
         "distance": lambda a, b: (a - b).square().mean((1, 2, 3)),
         "text": None,
-        "real": colours(sampler()(prompts, 12345)),
+        "real": {"features": colours(sampler()(prompts, 12345))},
         "verdict": judge,
         "modes": lambda x, p: float((x.mean((1, 2, 3)) > levels(list(p))).float().mean()),
     }
@@ -71,7 +71,7 @@ def suite(**changes) -> Suite:
 
 def test_the_true_law_scores_as_it_should():
     out = suite().score(sampler())
-    assert list(out) == [*keys(), "per_attribute"]
+    assert list(out) == [*keys(), "per_attribute", "intervals"]
     assert 0 <= out["frechet"] < 0.02
     assert out["density"] == pytest.approx(1, abs=0.15) and out["coverage"] == pytest.approx(expected_coverage(300, 300), abs=0.04)
     spread = 0.2 / 3**0.5  # of an image's mean over three channels
@@ -109,13 +109,16 @@ def test_probe_groups_hold_whole_prompts():
         sizes.append(len(prompts))
         return sampler()(prompts, seed)
 
-    suite(batch=12, prompts=["level 1"] * 12, real=None).score(sample)
+    suite(batch=12, prompts=["level 1"] * 12, real={}).score(sample)
     assert sizes == [12, 10, 10, 10]
 
 
 def test_undefined_metrics_are_none():
     out = suite(verdict=None, modes=None, clip=None, features=None, distance=None).score(sampler())
-    assert all(out[k] is None for k in keys()) and out["per_attribute"] == {}
+    tones = {"saturation", "contrast"}  # which need nothing; of these images all contrasts are 0
+    assert (
+        all((out[k] is None) == (k not in tones) for k in keys()) and out["per_attribute"] == {} and set(out["intervals"]) == {"saturation"}
+    )
 
 
 def test_images_are_scored_as_saved():
@@ -141,7 +144,7 @@ def test_broken_samplers_are_refused(sample, message):
 def test_score_needs_no_gradients_and_leaves_none():
     weight = torch.ones((), requires_grad=True)
     out = suite().score(lambda p, s: sampler()(p, s) * weight)
-    assert all(isinstance(out[k], float) for k in keys()) and weight.grad is None
+    assert all(isinstance(out[c.key], float) for c in columns() if c.shown) and weight.grad is None
 
 
 def test_timed():
@@ -303,13 +306,15 @@ def test_a_row_says_what_it_was_measured_by(folder):
     assert s.protocol == {
         "n": 12,
         "prompts": f"{folder}, all",
-        "reference": {"source": "the images of these prompts", "images": 12},
+        "reference": {"source": "the images of these prompts", "images": 12, "teacher": None},
         "resize": "centre crop, Lanczos 16",
+        "crops": None,
         "networks": {
             "features": "torch.nn.modules.container.Sequential",
             "clip": None,
             "distance": "LPIPS 0.1 alex with a random trunk",
             "text": None,
+            "embed": None,
             "judge": None,
             "modes": None,
         },
@@ -318,7 +323,7 @@ def test_a_row_says_what_it_was_measured_by(folder):
     }
     assert json.loads(json.dumps(s.protocol)) == s.protocol
     assert Suite.from_folder(folder, n=5, seed=2, networks=Networks()).protocol["prompts"] == f"{folder}, 5 of 12 chosen by seed 2"
-    same, other = suite().protocol, [suite(seed=1), suite(real=None), suite(verdict=None), suite(probes=Probes(["level 3"], 10))]
+    same, other = suite().protocol, [suite(seed=1), suite(real={}), suite(verdict=None), suite(probes=Probes(["level 3"], 10))]
     assert suite().protocol == same and all(x.protocol != same for x in other)
     assert protocols([{"protocol": same}, {"protocol": dict(same)}, {"name": "old"}, {"protocol": other[0].protocol}]) == [
         same,
@@ -376,7 +381,8 @@ def test_builtin_suite(untrained, data):
     s = Suite.builtin(data, n=32, extra=60)
     assert len(s.prompts) == 32 and s.probes.seeds * len(s.probes.prompts) == 60
     true, constant = s.score(truth(data)), s.score(lambda p, seed: truth(data)(p[:1], 0).expand(len(p), -1, -1, -1))
-    assert set(true) == {*keys(), "per_attribute"} and all(isinstance(true[k], float) for k in keys())
+    assert set(true) == {*keys(), "per_attribute", "intervals"}
+    assert {k for k in keys() if not isinstance(true[k], float)} == {"frechet_teacher", "patch_frechet_teacher"}  # no teacher is asked
     assert true["attribute_accuracy"] > 0.97 and true["all_right"] > 0.9 and true["blur"] < 0.05
     assert true["mode_coverage"] > 0.6 and constant["mode_coverage"] < 0.1
     assert constant["lpips_diversity"] == pytest.approx(0, abs=1e-6) and true["lpips_diversity"] > 0.01
