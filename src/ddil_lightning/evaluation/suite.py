@@ -95,7 +95,7 @@ class Suite:
         seeds = max(2, round((3 * n / 8 if extra is None else extra) / len(probes)))
         look, side = net.image_features, real.shape[-1]
         networks = Networks(look, distance=MapDistance(net.image_feature_maps), text=net.text_features, embed=look)
-        judge, view = Judge(module.judge, module.mode_coverage, side), View(crops=Crops(side // 2, side, grid=2))
+        judge, view = Judge(module.judge, module.mode_coverage, side), View(crops=Crops(side // 2, side))
         given = Given(networks, judge=judge, view=view)
         reference = Reference(given.rows_of(as_saved(real).split(128)), f"held-out images of {data}")
         probed = Probes(probes, seeds)
