@@ -26,7 +26,8 @@ OWN = (
     *(Column(f"gap_{c.key}", f"gap {c.short}", "higher", "share of the teacher's gap that is closed") for c in columns() if c.headline),
 )
 MEASURES = tuple(c.key for c in (*columns(), *OWN))
-COLUMNS = (("variant", ""), ("name", ""), *((c.key, c.heading) for c in (*columns(), *OWN)))
+SHOWN = tuple(c for c in (*columns(), *OWN) if c.shown or c.key == "blur")  # the others are in the JSON
+COLUMNS = (("variant", ""), ("name", ""), *((c.key, c.heading) for c in SHOWN))
 
 
 class Baseline(TypedDict):

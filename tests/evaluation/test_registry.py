@@ -227,6 +227,13 @@ def test_every_entry_is_a_file_and_every_file_an_entry() -> None:
     assert all(c.meaning and c.better in ("higher", "lower", "") for c in columns()) and len(set(keys())) == len(keys())
 
 
+def test_every_number_is_explained() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    first = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
+    told = {key: bool(dot) for cell in first for key, dot in re.findall(r"`(\w+)`( •)?", cell)}
+    assert told == {c.key: c.shown for c in columns()}
+
+
 def test_no_metric_is_loaded_before_one_is_asked_for() -> None:
     """torchmetrics costs seconds, which a suite, a table or a network does not need."""
     names = ("suite", "table", "registry", "networks", "batches", "columns")

@@ -162,6 +162,13 @@ def test_what_the_rows_were_measured_by(run: Path) -> None:
     assert "The rows were measured by 2 protocols: compare only rows of the same." in write_report(run, summary).read_text()
 
 
+def test_all_measures_stand_in_a_table_of_their_own_with_their_intervals(run: Path) -> None:
+    rows = [{**r, "metrics": {**r["metrics"], "kid": 0.5, "intervals": {"frechet": [0.25, 1.25]}}} for r in ROWS]
+    page = Page(write_report(run, {"rows": rows}).read_text())
+    table, every = page.text.split("All measures, with 95 % intervals")
+    assert "KID ↓" in every and "KID" not in table.partition("What the columns mean")[0] and "[0.250, 1.250]" in every
+
+
 def test_results_table() -> None:
     table = results_table([row("teacher@32", 1.0, 0.9), row("student@2", 21.345, 0.12345, clip=0.3)])
     assert table.splitlines() == [

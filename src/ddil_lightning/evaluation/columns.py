@@ -13,7 +13,7 @@ class Column(NamedTuple):
 
     `key`: its name in `metrics`. `better`: higher, lower, or empty where neither is better by itself. `meaning`: a line for a legend.
     `short`: its name within a sentence. `decimals`: None for as many as its size asks for. `span`: the ends of its axis in a chart,
-    None for those of the values. `shown`: False for a number that stands in the files and in no table. `headline`: it gets a chart
+    None for those of the values. `shown`: False for a number of the files and of the report's table of all. `headline`: it gets a chart
     over the steps in the report, and a sentence on how much of the teacher's gap a student closes; the first also gets the tiles.
     """
 

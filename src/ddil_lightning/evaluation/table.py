@@ -87,9 +87,23 @@ def table(rows: Sequence[Row], width: int = 160) -> str:
     return tabulate(rows, [*TERMINAL, *headings(rows), END]).text(width)
 
 
-def present(rows: Sequence[Row]) -> list[Column]:
-    """The columns that tables show and at least one row has, of the suite's metrics and of the toy's."""
-    return [c for c in (*columns(), *POINTS) if c.shown and any(values_of(row).get(c.key) is not None for row in rows)]
+def present(rows: Sequence[Row], every: bool = False) -> list[Column]:
+    """The columns that tables show and at least one row has, of the suite's metrics and of the toy's; `every`: the others, too."""
+    found = (c for c in (*columns(), *POINTS) if c.shown or every)
+    return [c for c in found if any(values_of(row).get(c.key) is not None for row in rows)]
+
+
+def measures(rows: Sequence[Row]) -> Table:
+    """Every number of the rows, a line each, with the interval that it may have: more than a table with a line a row has room for."""
+    names = [shown(row, "name") for row in rows]
+    return Table(["", *names], [[c.heading, *(ranged(row, c.key) for row in rows)] for c in present(rows, every=True)])
+
+
+def ranged(row: Row, key: str) -> str:
+    """The value of a row under `key` as text, with the ends of its interval if it has one."""
+    found = values_of(row).get("intervals")
+    ends = found.get(key) if isinstance(found, Mapping) else None
+    return shown(row, key) + (f" [{', '.join(cell(x, decimals_of(key)) for x in ends)}]" if ends else "")
 
 
 def shown(row: Row, key: str) -> str:

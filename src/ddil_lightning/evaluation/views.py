@@ -47,7 +47,7 @@ def tones(images: Tensor) -> Tensor:
     """Saturation and contrast [B, 2], float64 in [0, 1], of images [B, 3, H, W] in [-1, 1].
 
     Saturation is the mean over pixels of (max - min) / max of their colours, 0 for black, as in HSV; contrast the standard deviation of
-    luminance. Both rise under strong guidance (Sadat et al. 2024, adaptive projected guidance).
+    luminance. Both rise under strong guidance (Sadat et al. 2024, adaptive projected guidance). Noise in dark pixels counts as saturation.
     """
     x = (images.double() + 1) / 2
     high, low = x.amax(1), x.amin(1)

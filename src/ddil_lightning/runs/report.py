@@ -24,6 +24,7 @@ from ddil_lightning.evaluation.table import (
     cell,
     gap_closed,
     headings,
+    measures,
     present,
     protocols,
     results_table,
@@ -121,10 +122,11 @@ def _results(rows: Sequence[Row], problem: str) -> str:
     marks = ["cut" if before and mine != before else "" for before, mine in zip(["", *roles], roles, strict=False)]
     table = tabulate(rows, [*COLUMNS, *headings(rows), ("seconds_per_image", "s / image"), ("n", "Images")])
     page = table.html(marks, [ROLE_COLOURS.get(mine, 8) for mine in roles])
-    meanings = "".join(f"<dt>{escape(c.heading)}</dt><dd>{escape(c.meaning)}</dd>" for c in present(rows))
+    meanings = "".join(f"<dt>{escape(c.heading)}</dt><dd>{escape(c.meaning)}</dd>" for c in present(rows, every=True))
     meanings += "<dt>NFE</dt><dd>network evaluations for one image; a guided step counts twice</dd>"
     legend = f"<details><summary>What the columns mean</summary><dl>{meanings}</dl></details>"
-    return f"<h2>Results</h2>{page}{legend}{_protocols(rows)}{_quality(rows)}"
+    every = f"<details><summary>All measures, with 95 % intervals</summary>{measures(rows).html()}</details>"
+    return f"<h2>Results</h2>{page}{legend}{every}{_protocols(rows)}{_quality(rows)}"
 
 
 def _protocols(rows: Sequence[Row]) -> str:

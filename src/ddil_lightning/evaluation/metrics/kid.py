@@ -2,7 +2,8 @@
 
 It is unbiased, so that numbers of different N can be compared, and needs no covariance, so that some hundred images do. Published code
 averages it over random subsets of 1000, which have the same mean and spread more; here all pairs are taken once, nothing is drawn, and the
-two sides may differ in number, which torchmetrics' formula does not allow for.
+two sides may differ in number, which torchmetrics' formula does not allow for. Unbiased it is for independent samples: an image of a real
+one's own caption is nearer to it than to others, and that pulls the number down by 2/N of the difference, below 0 for a good sampler.
 """
 
 from __future__ import annotations
