@@ -15,6 +15,7 @@ from ddil_lightning.evaluation.networks import Networks, lpips_distance
 from ddil_lightning.evaluation.registry import ROW, columns, keys
 from ddil_lightning.evaluation.suite import Probes, Suite, Timed, make_row, paired_distance
 from ddil_lightning.evaluation.table import protocols, table, write_rows
+from ddil_lightning.evaluation.views import Crops
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -261,9 +262,12 @@ def test_suite_from_folder(folder):
     out = s.score(sample)
     assert out["lpips_diversity"] == 0 and out["coverage"] > 0.8 and out["frechet"] < 1e-2
     assert out["clip"] is out["mode_coverage"] is out["attribute_accuracy"] is None
-    without = Suite.from_folder(folder, size=16, networks=Networks(tiny()))
+    without = Suite.from_folder(folder, size=16, networks=Networks(tiny(), embed=tiny(6)), crops=Crops(8, 16))
     exact = without.score(lambda prompts, seed: real[[int(p.split()[-1]) for p in prompts]])
-    assert exact["frechet"] == pytest.approx(0, abs=1e-6) and (exact["density"], exact["coverage"]) == (1, 1)
+    assert exact["frechet"] == pytest.approx(0, abs=1e-6) and {exact[k] for k in ("density", "coverage", "precision", "recall")} == {1}
+    zero = ("cmmd", "patch_frechet", "saturation_drift", "contrast_drift")
+    assert [exact[k] for k in zero] == pytest.approx([0] * 4, abs=1e-6) and out["patch_frechet"] is out["cmmd"] is None
+    assert without.protocol["crops"] == "the centre, 8 of 16 pixels" and out["contrast_drift"] < 1e-3
     with pytest.raises(ValueError, match="no network 'dino'"):
         Suite.from_folder(folder, networks=Networks("dino"))
 

@@ -52,11 +52,11 @@ def _radii(x: Tensor, k: int, chunk: int) -> Tensor:
 
 
 @torch.no_grad()
-def neighbours(real: Tensor, fake: Tensor, k: int = 5, chunk: int = 1024) -> Neighbours:
+def neighbours(real: Tensor, fake: Tensor, k: int = 5, chunk: int = 1024, recall: bool = True) -> Neighbours:
     """The balls of features [N, D] and [M, D]; [chunk, max(N, M)] distances at a time.
 
-    A point on a ball's surface is outside, as in the code of density's authors, so a set scored against itself has density 1. Raises
-    ValueError with N <= k real or no generated features.
+    A point on a ball's surface is outside, as in the code of density's authors, so a set scored against itself has density 1. `recall`:
+    whether to look at the balls around generated images, too. Raises ValueError with N <= k real or no generated features.
     """
     if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
         raise ValueError(f"density_coverage: features {tuple(real.shape)} and {tuple(fake.shape)}; both must be [*, D]")
@@ -65,7 +65,7 @@ def neighbours(real: Tensor, fake: Tensor, k: int = 5, chunk: int = 1024) -> Nei
     real, fake = real.double(), fake.double()
     real, fake = real - real.mean(0), fake - real.mean(0)
     around_real = _radii(real, k, chunk)
-    around_fake = _radii(fake, k, chunk) if len(fake) > k else None
+    around_fake = _radii(fake, k, chunk) if recall and len(fake) > k else None
     inside, hit, reached = torch.zeros(len(fake), dtype=torch.int64, device=fake.device), [], []
     for x, radius in zip(real.split(chunk), around_real.split(chunk), strict=True):
         apart = _squared(x, fake)
@@ -79,7 +79,7 @@ def neighbours(real: Tensor, fake: Tensor, k: int = 5, chunk: int = 1024) -> Nei
 
 def density_coverage(real: Tensor, fake: Tensor, k: int = 5, chunk: int = 1024) -> tuple[float, float]:
     """(density, coverage) of features [N, D] and [M, D]. Raises ValueError as `neighbours` does."""
-    inside, hit, _ = neighbours(real, fake, k, chunk)
+    inside, hit, _ = neighbours(real, fake, k, chunk, recall=False)
     return int(inside.sum()) / (k * len(fake)), int(hit.sum()) / len(real)
 
 
