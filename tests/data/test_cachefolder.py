@@ -274,6 +274,48 @@ def test_a_complete_cache_is_left_alone_and_a_damaged_one_mended(
         manifest.check_files(folder, manifest.read(folder), whole=True)
 
 
+def test_text_states_are_those_of_the_captions_that_a_repair_has_numbered_anew(backbone: Pipeline, tmp_path: Path) -> None:
+    """A row that could not be read at first can be read later: every caption behind it moves up by one, and its text states with it."""
+    rows, folder = Ten(bad=(1,)), tmp_path / "c"
+    rows.on_error = "skip"
+    made(folder, rows, backbone, dtype="float32")
+    rows.bad = (9,)
+    for name in ("rows-00000.safetensors", "rows-00002.safetensors"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-1])
+    made(folder, rows, backbone, dtype="float32")
+    found = CacheFolder(folder)
+    assert found.prompts([1, 8]) == ["a digit one", "a digit eight"]
+    states = backbone.encode_text(found.prompts(range(10))).text
+    torch.testing.assert_close(found[range(10)].c.text, states, rtol=0, atol=1e-5)
+    manifest.check_files(folder, manifest.read(folder), whole=True)
+    assert {file.name for file in folder.glob("*.safetensors")} == set(manifest.read(folder)["files"])
+
+
+def test_rows_that_have_changed_their_size_are_made_again(backbone: Pipeline, tmp_path: Path) -> None:
+    """What could not be read was sorted with the row after it; a file of the other rows is not kept."""
+    from PIL import Image
+
+    from ddil_lightning.data.captions import Images
+
+    (tmp_path / "set").mkdir()
+    for i in range(4):
+        Image.new("RGB", (24, 16) if i in (0, 3) else (16, 16), (60 * i, 0, 0)).save(tmp_path / "set" / f"{i}.png")
+        (tmp_path / "set" / f"{i}.txt").write_text(WORDS[i])
+    picture = (tmp_path / "set" / "0.png").read_bytes()
+    (tmp_path / "set" / "0.png").write_bytes(b"the server does not answer")
+
+    def images() -> Images:
+        found = Images(str(tmp_path / "set"), size=[(16, 16), (16, 24)])
+        found.on_error, found.stamp = "skip", lambda: "addresses"  # type: ignore[method-assign]
+        return found
+
+    made(tmp_path / "c", images(), backbone)
+    (tmp_path / "set" / "0.png").write_bytes(picture)
+    (tmp_path / "c" / "text-00000.safetensors").unlink()
+    made(tmp_path / "c", images(), backbone)
+    assert [group.rows.tolist() for group in CacheFolder(tmp_path / "c").groups()] == [[1, 2], [0, 3]]
+
+
 def written_by_two(rank: int, tiny: str, folder: str) -> None:
     from types import SimpleNamespace
 

@@ -7,7 +7,7 @@ it is the same whoever writes it, and when.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -83,6 +83,7 @@ class Writer:
         self.processes.by_all(lambda: self._rows(shards, [rows for rows, _ in groups]))
         self.processes.wait()
         unique, texts = self.processes.by_first(lambda: self._captions(shards))
+        self.processes.by_first(lambda: self._drop_others(len(shards), texts))
         if self.keeping.text:
             self.processes.by_all(lambda: self._texts(texts))
             self.processes.wait()
@@ -109,13 +110,21 @@ class Writer:
 
     # Rows ----------------------------------------------------------------------------------------------------------------------------
 
-    def _mine(self, files: list[str]) -> list[int]:
-        """Which of several files this process has to write."""
-        return [i for i in range(self.processes.rank, len(files), self.processes.world) if not (self.folder / files[i]).is_file()]
+    def _mine(self, files: int, is_made: Callable[[int], bool]) -> list[int]:
+        """Which of so many files this process has to write: those of its share that are not made of what they would be made of now."""
+        return [i for i in range(self.processes.rank, files, self.processes.world) if not is_made(i)]
+
+    def _has_rows(self, shard: Shard) -> bool:
+        """Whether the file of a shard holds its rows: a picture that can be read only now may belong to another size."""
+        try:
+            about = about_shard(self.folder / shard.file)
+            return about["group"] == shard.group and torch.equal(read_shard(self.folder / shard.file)["rows"], shard.rows)
+        except (KeyError, ValueError):  # not there, cut short, or of something else
+            return False
 
     def _rows(self, shards: list[Shard], groups: list[Tensor]) -> None:
         """Latents, sizes and captions of the rows of each file."""
-        mine = self._mine([shard.file for shard in shards])
+        mine = self._mine(len(shards), lambda i: self._has_rows(shards[i]))
         chunks = {g: chunk_rows(self.captions, groups[g].tolist()) for g in {shards[i].group for i in mine}}
         parts = [(i, Visit(part.tolist(), every=True)) for i in mine for part in shards[i].rows.split(chunks[shards[i].group])]
         loader = DataLoader(self.captions, batch_size=None, sampler=[rows for _, rows in parts], num_workers=self.workers)  # type: ignore[arg-type]
@@ -200,9 +209,9 @@ class Writer:
 
     @torch.no_grad()
     def _texts(self, files: int) -> None:
-        """The text states of the captions in each file."""
+        """The text states of the captions in each file. A file says of which captions: these are numbered anew in every go."""
         names = [f"text-{i:05d}.safetensors" for i in range(files)]
-        mine = self._mine(names)
+        mine = self._mine(files, lambda i: self._has_texts(names[i], self._origin_of_texts(i)))
         alone = "latents" not in read_shard(self.folder / "rows-00000.safetensors")
         words = {i: read_shard(self.folder / f"captions-{i:05d}.safetensors") for i in mine}
 
@@ -220,8 +229,27 @@ class Writer:
             what = f"of captions {i * self.keeping.shard_rows} and on"
             made.append({name: value if name == "ids" else self._held(value, f"{name} {what}") for name, value in held.items()})
             if last:
-                write_shard(self.folder / names[i], {name: torch.cat([part[name] for part in made]) for name in made[0]}, {})
+                write_shard(
+                    self.folder / names[i], {name: torch.cat([part[name] for part in made]) for name in made[0]}, self._origin_of_texts(i)
+                )
                 made = []
+
+    def _origin_of_texts(self, i: int) -> dict[str, Any]:
+        """What the text states of the captions in a file depend on besides the encoders."""
+        return {"captions": checksum(self.folder / f"captions-{i:05d}.safetensors")["sha256"], "truncate": self.truncate}
+
+    def _has_texts(self, name: str, about: dict[str, Any]) -> bool:
+        try:
+            return about_shard(self.folder / name) == about
+        except ValueError:  # not there, or cut short
+            return False
+
+    def _drop_others(self, rows: int, texts: int) -> None:
+        """Remove what an earlier go has left behind the last file of each kind."""
+        for file in self.folder.glob("*-*.safetensors"):
+            kind, _, number = file.stem.partition("-")
+            if number.isdigit() and int(number) >= {"rows": rows, "captions": texts, "text": texts}.get(kind, int(number) + 1):
+                file.unlink()
 
     # The end -------------------------------------------------------------------------------------------------------------------------
 
