@@ -277,7 +277,7 @@ def test_a_complete_cache_is_left_alone_and_a_damaged_one_mended(
 def test_text_states_are_those_of_the_captions_that_a_repair_has_numbered_anew(backbone: Pipeline, tmp_path: Path) -> None:
     """A row that could not be read at first can be read later: every caption behind it moves up by one, and its text states with it."""
     rows, folder = Ten(bad=(1,)), tmp_path / "c"
-    rows.on_error = "skip"
+    rows.on_error, rows.stamp = "skip", lambda: "ten"  # type: ignore[method-assign]
     made(folder, rows, backbone, dtype="float32")
     rows.bad = (9,)
     for name in ("rows-00000.safetensors", "rows-00002.safetensors"):
@@ -376,6 +376,21 @@ def test_a_cache_of_other_encoders_or_data_is_refused(backbone: Pipeline, tiny: 
     own = encode(Ten(), backbone)
     with pytest.raises(ValueError, match="^the data are encoded already, and the cache .* would take their place"):
         open_folder(tmp_path / "c", own, backbone, False, False, Processes())
+
+
+def test_data_without_a_stamp_are_compared_by_their_content(backbone: Pipeline, tmp_path: Path) -> None:
+    """The built-in sets and most classes of one's own have none: any other data were taken for those of the cache, and gone on with."""
+    made(tmp_path / "c", Ten(), backbone)
+    open_folder(tmp_path / "c", Ten(), backbone, False, False, Processes())
+    brighter = Ten()
+    brighter._pixels = Ten().pixels(range(10)) + 0.01  # type: ignore[operator]
+    for other in (Ten(several=True), brighter):
+        with pytest.raises(ValueError, match=r"was made from other captions or pictures: .*, or leave data\.captions out"):
+            open_folder(tmp_path / "c", other, backbone, False, False, Processes())
+    (tmp_path / "c" / "rows-00001.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds a cache of other captions or pictures: remove it, or give another --out"):
+        made(tmp_path / "c", brighter, backbone)
+    assert made(tmp_path / "c", Ten(), backbone)["complete"]
 
 
 def test_a_cache_of_another_size_is_refused(backbone: Pipeline, tmp_path: Path) -> None:

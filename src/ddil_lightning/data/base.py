@@ -109,9 +109,12 @@ class Captions(Dataset[Any]):
         return self._raw_batch(row)  # none can be: with the error of the row that was asked for
 
     def _content_parts(self) -> Iterator[Any]:
-        for start in range(0, len(self), 64):
-            raw = self[range(start, min(start + 64, len(self)))]
-            yield from raw.prompts
-            if raw.pixels is not None:
-                yield tuple(raw.pixels.shape)
-                yield raw.pixels.detach().float().cpu().contiguous().numpy().tobytes()
+        for group in self.groups():  # a batch is of one shape
+            for rows in group.rows.split(64):
+                raw = self[Visit(rows.tolist(), every=True)]
+                yield from raw.prompts
+                if raw.counts is not None and bool((raw.counts != 1).any()):
+                    yield raw.counts.tolist()
+                if raw.pixels is not None:
+                    yield tuple(raw.pixels.shape)
+                    yield raw.pixels.detach().float().cpu().contiguous().numpy().tobytes()

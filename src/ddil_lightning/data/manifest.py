@@ -16,8 +16,9 @@ from ddil_lightning.texts import by
 NAME, FORMAT = "manifest.json", 1
 AGAIN = "make it by the same ddil-cache command"
 REMEDY = "make it anew by ddil-cache, or give another data.cache"
-SAME = ("format", "encoders", "sizes", "told", "dtype", "truncate", "rows", "shard_rows", "stamp")
-"""What must not change while a cache is made. Text states may be asked for later, and what is skipped is said by each file."""
+SAME = ("format", "encoders", "sizes", "told", "dtype", "truncate", "rows", "shard_rows")
+"""What must not change while a cache is made, besides the data. Text states may be asked for later, and what is skipped is said by each
+file."""
 
 
 def origin(captions: Captions, backbone: Backbone, truncate: bool, images: bool) -> dict[str, Any]:
@@ -32,8 +33,20 @@ def origin(captions: Captions, backbone: Backbone, truncate: bool, images: bool)
         "told": told,
         "truncate": truncate,
         "rows": len(captions),
-        "stamp": captions.stamp(),
+        **data(captions),
     }
+
+
+def data(captions: Captions) -> dict[str, str | None]:
+    """What tells the data from others: their stamp, and of those that have none every caption and picture."""
+    stamp = captions.stamp()
+    return {"stamp": stamp, "content": captions.content() if stamp is None else None}
+
+
+def is_of(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
+    """Whether a cache was made from the data of `mine`. One of before that says nothing of its data is of none."""
+    same = (mine[name] is not None and theirs.get(name) == mine[name] for name in ("stamp", "content"))
+    return theirs["rows"] == mine["rows"] and any(same)
 
 
 def revision(path: str) -> str | None:
@@ -73,6 +86,8 @@ def check_same(folder: Path, mine: Mapping[str, Any]) -> dict[str, Any]:
         name = different[0]
         what = f"{name} {theirs.get(name)}, not {mine[name]}" if name in ("dtype", "truncate", "rows", "shard_rows") else f"other {name}"
         raise ValueError(f"{folder} holds a cache with {what}: remove it, or give another --out")
+    if not is_of(theirs, mine):
+        raise ValueError(f"{folder} holds a cache of other captions or pictures: remove it, or give another --out")
     return theirs
 
 
@@ -112,7 +127,7 @@ def check_use(folder: Path, manifest: Mapping[str, Any], captions: Captions | No
         if manifest["sizes"] != sizes:
             said = [", ".join(by(size) for size in given or []) or "one size" for given in (manifest["sizes"], sizes)]
             raise ValueError(f"the cache {folder} was made of pictures of {said[0]}, and data.captions.size is {said[1]}: {REMEDY}")
-        if manifest["rows"] != len(captions) or manifest["stamp"] != captions.stamp():
+        if not is_of(manifest, {"rows": len(captions), **data(captions)}):
             raise ValueError(f"the cache {folder} was made from other captions or pictures: {REMEDY}, or leave data.captions out")
     if manifest["text"] and manifest["truncate"] and not truncate:
         raise ValueError(f"the cache {folder} was made with data.truncate, and prompts in it may be cut: set data.truncate, or {REMEDY}")
