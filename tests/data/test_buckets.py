@@ -14,7 +14,8 @@ from safetensors import safe_open
 
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.source import Source
-from ddil_lightning.data.buckets import Buckets, nearest, sizes_of
+from ddil_lightning.data.base import Captions
+from ddil_lightning.data.buckets import Buckets, Group, Sorting, nearest, sizes_of
 from ddil_lightning.data.cachefile import cached
 from ddil_lightning.data.captions import Images
 from ddil_lightning.data.encoded import Encoded, Notices, Table, encode
@@ -143,6 +144,29 @@ def test_a_row_that_cannot_be_read_is_replaced_within_its_size(tmp_path: Path) -
     batch = images[[2, 4]]
     assert batch.rows.tolist() == [4, 4] and batch.pixels is not None and batch.pixels.shape[2:] == WIDE and len(batch.skipped) == 1
     assert batch.sizes.tolist() == [[24, 40, 0, 1, 16, 24]] * 2 and images[[3, 0]].rows.tolist() == [3, 1]  # type: ignore[union-attr]
+
+
+def test_in_place_of_a_row_no_more_rows_are_looked_at_than_it_takes() -> None:
+    """A batch with one broken row listed all rows of the data set for each of its own: a minute a batch of 10 million rows."""
+    tried = []
+
+    class Million(Captions):
+        def __len__(self) -> int:
+            return 10**12  # a list of these would end the test
+
+        def prompts(self, index: Any) -> list[str]:
+            tried.append(list(index))
+            if set(index) & {7, 8, len(self) - 1}:
+                raise ValueError("broken")
+            return ["a"] * len(index)
+
+    rows = Million()
+    rows.on_error = "skip"
+    assert rows[[6, 7, len(rows) - 1]].rows.tolist() == [6, 9, 0] and len(tried) == 1 + 1 + 3 + 2
+    sorting = Sorting(SIZES)
+    sorting.hear([Group(torch.arange(0, 10**6, 2), "16 x 16"), Group(torch.arange(1, 10**6, 2), "16 x 24")], 10**6)
+    assert list(islice(sorting.others(10**6 - 3, 10**6), 3)) == [10**6 - 1, 1, 3] and list(sorting.others(10, 10**6))[-1] == 8
+    assert len(list(sorting.others(10, 10**6))) == 10**6 // 2 - 1
 
 
 # Batches of one shape --------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -52,7 +53,7 @@ class Captions(Dataset[Any]):
         except (OSError, ValueError):
             if self.on_error == "stop":
                 raise
-        return joined([self._next_readable(visit.at([row]), self._peers(row)) for row in visit])
+        return joined([self._next_readable(visit.at([row])) for row in visit])
 
     def groups(self) -> list[Group]:
         """The rows by the shape of their pictures, for a batch is of one shape: all of them, where there is one."""
@@ -92,16 +93,14 @@ class Captions(Dataset[Any]):
             return [text for several in texts for text in several], torch.tensor([len(several) for several in texts])
         return [several[rows.choice(row, len(several))] for row, several in zip(rows, texts, strict=True)], None
 
-    def _peers(self, row: int) -> Sequence[int]:
-        """The rows whose pictures are of the shape of that of `row`, ascending."""
-        return range(len(self))
+    def _others(self, row: int) -> Iterator[int]:
+        """The rows whose pictures are of the shape of that of `row`: those after it, then from the first."""
+        return chain(range(row + 1, len(self)), range(row))
 
-    def _next_readable(self, row: Visit, peers: Sequence[int]) -> RawBatch:
-        """The batch of one row, or of the first of its `peers` after it (after the last comes the first) that can be read, and why the
-        others cannot."""
+    def _next_readable(self, row: Visit) -> RawBatch:
+        """The batch of one row, or of the first of the others that can be read, and why the rows before that cannot."""
         skipped: list[str] = []
-        start = peers.index(row[0])
-        for other in (*peers[start:], *peers[:start]):
+        for other in chain(row, self._others(row[0])):  # one by one: there may be millions, and the first is mostly good
             try:
                 return self._raw_batch(row.at([other]))._replace(skipped=tuple(skipped))
             except (OSError, ValueError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ Size = tuple[int, int]
 Pictures = Callable[[Sequence[int]], list[Size | None]]
 PART = 64
 """Rows whose pictures are asked for at a time."""
+SEARCHED = 4096
+"""Rows among which one of a size is looked for at a time."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +110,15 @@ class Sorting:
         for group in groups:
             self._found[group.rows] = names.index(group.name)
 
-    def peers(self, row: int, rows: int) -> Sequence[int]:
-        """The rows of the size of `row`, ascending."""
-        if self._found is None:
-            return range(rows)
-        return (self._found == self._found[row]).nonzero()[:, 0].tolist()
+    def others(self, row: int, rows: int) -> Iterator[int]:
+        """The other rows of the size of `row`: those after it, then from the first; looked for a part at a time."""
+        for begin, end in ((row + 1, rows), (0, row)):
+            if self._found is None:
+                yield from range(begin, end)
+                continue
+            for part in self._found[begin:end].split(SEARCHED):
+                yield from ((part == self._found[row]).nonzero()[:, 0] + begin).tolist()
+                begin += len(part)
 
     def size(self, rows: Sequence[int]) -> Size:
         """The one size of `rows`. Raises ValueError where they have several."""

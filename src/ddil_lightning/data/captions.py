@@ -144,9 +144,9 @@ class Images(Captions):
                 raise
             return [None] if len(rows) == 1 else [size for row in rows for size in self._frames([row])]
 
-    def _peers(self, row: int) -> Sequence[int]:
+    def _others(self, row: int) -> Iterator[int]:
         self.groups()
-        return self._sorting.peers(row, len(self))
+        return self._sorting.others(row, len(self))
 
     def _size(self, rows: Sequence[int]) -> Size:
         """The one size of the pictures of `rows`. Raises ValueError where they have several."""
