@@ -165,6 +165,30 @@ def test_parquet_files_of_a_split_are_those_that_are_called_so(tmp_path: Path) -
         Images(str(tmp_path), split="other")
 
 
+@pytest.mark.parametrize(
+    ("names", "read"),
+    [
+        (["train-00000-of-00001-6f24123afdb9a66c", "test-00000-of-00001-0a0b0c0d0e0f1234"], 1),  # as the Hub once called them
+        (["digits_train", "digits-test"], 1),
+        (["part-0", "part-1"], 2),
+        (["test-00000-of-00002", "test-00001-of-00002"], 2),  # nothing else: they were meant
+        (["part-0", "test-00000-of-00001"], "test"),
+        (["valid", "my test"], "test, valid"),
+    ],
+)
+def test_what_is_held_out_is_not_trained_on(names: list[str], read: Any, tmp_path: Path) -> None:
+    parquet(tmp_path, rows=2)
+    for i, name in enumerate(names):
+        (tmp_path / f"train-0000{i}-of-00002.parquet").rename(tmp_path / f"{name}.parquet")
+    if isinstance(read, int):
+        assert Images(str(tmp_path), size=8).prompts(range(read)) == ["row 0", "row 1"][:read] and len(Images(str(tmp_path))) == read
+        return
+    said = f"could not be read: no file is called train, and some are called {read}: give split=, or a pattern of the files that are meant"
+    with pytest.raises(ValueError, match=said):
+        Images(str(tmp_path), size=8)
+    assert Images(str(tmp_path), size=8, split="test").prompts([0]) == ["row 1"]
+
+
 def test_a_stream_is_read_once_in_order_and_again_for_who_goes_back(tmp_path: Path) -> None:
     images = Images(str(parquet(tmp_path, rows=60)), size=8, stream=True)
     begun: list[int] = []

@@ -18,6 +18,8 @@ HINT = "; name them with image= and caption="
 TABLES = {".parquet": "parquet", ".arrow": "arrow"}
 SHARDS = {".tar": "archives", ".parquet": "parquet"}
 """What a data set in several files, in a folder or by a pattern, may be made of."""
+HELD_OUT = {"test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev"}
+"""Names of splits, as `datasets` reads them, that nobody trains on without saying so."""
 
 
 Rows = Any
@@ -127,12 +129,25 @@ def _inside(folder: Path) -> tuple[str, list[Path]]:
 
 
 def _of_split(files: Sequence[Path], split: str) -> list[Path]:
-    """Those of several files that are called after `split` (`train-00000-of-00002`, `train/0000`); where none is, all of them are train."""
-    called = {file: re.sub(r"-\d+-of-\d+$", "", file.stem) for file in files}
+    """Those of several files that are called after `split` (`train-00000-of-00002`, `train/0000`, `digits_train`).
+
+    Where none is, all of them are train, but for files of which some are called after a split that is held out, or all after several.
+    Raises ValueError for these, which would be trained on, and where no file is of another split.
+    """
+    # Older data sets of the Hub end in a checksum: train-00000-of-00001-6f24123afdb9a66c.
+    called = {file: re.sub(r"-\d+-of-\d+(-[0-9a-f]{16})?$", "", file.stem) for file in files}
     mine = [file for file in files if split in (called[file], file.parent.name)]
+    if mine:
+        return mine
+    words = {file: re.split(r"[\W\d_]+", name.lower()) for file, name in called.items()}
+    held = {file: next((name for name in (*words[file], file.parent.name) if name in HELD_OUT), "") for file in files}
+    mine = [file for file in files if split in words[file] and held[file] in ("", split)]
     if not mine and split != "train":
         raise ValueError(f"it has no split {split!r}: no file is called after it, as {split}-00000-of-00001.parquet is")
-    return mine or list(files)
+    if not mine and len(set(held.values())) > 1:
+        names = ", ".join(sorted(set(held.values()) - {""}))
+        raise ValueError(f"no file is called train, and some are called {names}: give split=, or a pattern of the files that are meant")
+    return mine if mine and (split != "train" or any(held.values())) else list(files)
 
 
 def _listed(file: Path, image: str, caption: str) -> list[Row]:
