@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from ddil_lightning.data.captions import Images
+from ddil_lightning.data.captions import Images, Prompts
 from ddil_lightning.data.folders import Listing, Row
 from ddil_lightning.evaluation.metrics.pairs import load_images, read_pairs
 
@@ -67,6 +67,19 @@ def test_a_folder_with_metadata(kind: str, tmp_path: Path) -> None:
     rows = [(name, f"number {i}, größer\x0cas said") for i, name in enumerate(reversed(NAMES))]
     write(folder / f"metadata.{kind}", [{"file_name": name, "text": text} for name, text in rows])
     assert both(folder) == rows
+
+
+def test_an_unquoted_comma_does_not_cut_a_caption(tmp_path: Path) -> None:
+    """The rest of the caption was dropped without a word. Empty cells at the end are a spreadsheet's."""
+    pictures(tmp_path, ["a.png", "b.png"])
+    metadata = tmp_path / "metadata.csv"
+    metadata.write_text('file_name,text\na.png,"a barn, snow",,\nb.png,a dog\n')
+    assert both(tmp_path) == [("a.png", "a barn, snow"), ("b.png", "a dog")]
+    metadata.write_text("file_name,text\na.png,a dog\nb.png,a barn, snow\n")
+    said = f"^{re.escape(str(metadata))}, line 3: more cells than the head names, first ' snow': put captions with commas in quotes$"
+    for read in (lambda: Images(str(tmp_path)), lambda: read_pairs(tmp_path), lambda: Prompts(str(metadata))):
+        with pytest.raises(ValueError, match=said):
+            read()
 
 
 def test_metadata_in_folders_below(tmp_path: Path) -> None:
