@@ -225,6 +225,24 @@ def test_a_stream_skips_what_cannot_be_read_and_names_what_is_not_there(tmp_path
         Images("owner/there-is-no-such-set", stream=True)
 
 
+def test_a_stream_begins_with_a_picture_that_cannot_be_read(tmp_path: Path) -> None:
+    """It was decoded for the sake of the columns' names, and ended the run in a library's words, on_error=skip or not."""
+    from datasets import Dataset, Features, Value
+    from datasets import Image as Column
+
+    cells = {"image": [{"bytes": data, "path": None} for data in (b"no picture", png(10))], "text": ["a", "b"]}
+    Dataset.from_dict(cells, features=Features({"image": Column(), "text": Value("string")})).to_parquet(str(tmp_path / "set.parquet"))
+    images = Images(str(tmp_path / "set.parquet"), size=8, stream=True)
+    with pytest.raises(ValueError, match=r"row 0 \(from 0\): not a readable image \(it begins with b'no picture'"):
+        images[[0]]
+    images.on_error = "skip"
+    assert levels(images, [0, 1]) == [10, 10]
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "set.parquet").read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"^the data set .*cut\.parquet could not be read: ") as error:
+        Images(str(tmp_path / "cut.parquet"), size=8, stream=True)
+    assert "\n" not in str(error.value)
+
+
 # Prompts ----------------------------------------------------------------------------------------------------------------------------
 
 

@@ -41,14 +41,18 @@ class Stream:
     def __init__(self, opened: Any, path: str, image: str, caption: str, folder: Path, limit: int | None) -> None:
         self._rows, self._builder, self._split = opened
         self._path, self._image, self._caption, self._folder = path, image, caption, folder
-        first = next(iter(self._rows), None)
+        self._rows = self._rows.decode(False)  # before the first row is looked at, whose picture may be broken
+        try:
+            first = next(iter(self._rows), None)
+        except Exception as error:  # as in _read
+            raise ValueError(f"the data set {path} could not be read: {reason(error)}") from error
         missing = {image, caption} - set(first or (image, caption))
         if missing:
             raise ValueError(
                 f"the data set {path} has no column {' or '.join(sorted(missing))}: it has {', '.join(first or ())}; "
                 "name them with image= and caption="
             )
-        self._rows = self._rows.select_columns([image, caption]).decode(False)
+        self._rows = self._rows.select_columns([image, caption])
         count = self._counted()
         self._count = count if limit is None else min(count, limit)
         self._begin(0)
