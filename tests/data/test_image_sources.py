@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -241,6 +242,39 @@ def test_a_stream_begins_with_a_picture_that_cannot_be_read(tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"^the data set .*cut\.parquet could not be read: ") as error:
         Images(str(tmp_path / "cut.parquet"), size=8, stream=True)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet", "archives", "saved"])
+def test_a_copy_is_alike_and_other_data_are_not(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache was refused for the time of a copy, and for that of the files that `datasets` makes for itself."""
+    from datasets import load_dataset
+
+    source, copy = tmp_path / "source", tmp_path / "elsewhere" / "copy"
+    if kind == "folder":
+        source.mkdir()
+        for i in range(3):
+            (source / f"{i}.png").write_bytes(png(10 * i))
+            (source / f"{i}.txt").write_text(f"row {i}")
+    elif kind == "archives":
+        archives(source)
+    else:
+        parquet(tmp_path / "own" if kind == "saved" else source)
+        if kind == "saved":
+            load_dataset("parquet", data_files=str(tmp_path / "own" / "*.parquet"), split="train").save_to_disk(str(source))
+    shutil.copytree(source, copy, copy_function=shutil.copyfile)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "another cache")
+    a, b = Images(str(source), size=8), Images(str(copy), size=8)
+    assert a.likeness() == b.likeness() and a.stamp() != b.stamp() and a.stamp() == Images(str(source), size=8).stamp()
+    if kind == "parquet":
+        os.utime(next((tmp_path / "another cache").rglob("*.arrow")), (9, 9))
+        assert a.stamp() == Images(str(source), size=8, stream=True).stamp()
+        assert a.likeness() == Images(str(copy), size=8, stream=True).likeness()
+    suffix = {"folder": ".png", "parquet": ".parquet", "archives": ".tar", "saved": ".arrow"}[kind]
+    file = next(file for file in sorted(copy.rglob("*")) if file.suffix == suffix)
+    data = file.read_bytes()
+    file.unlink()  # it may be mapped
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert a.likeness() != b.likeness()
 
 
 # Prompts ----------------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ddil_lightning.data.folders import IMAGES, Cells, stat_of
+from ddil_lightning.data.folders import IMAGES, Cells, marks
 from ddil_lightning.texts import parse_json, reason
 
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
@@ -77,11 +77,10 @@ class Archives:
         """Nothing: the archives were read when they were indexed."""
         return []
 
-    def stamps(self) -> Iterator[Any]:
-        """What changes with any archive, their order and what is read of them."""
+    def stamps(self, times: bool = True) -> Iterator[Any]:
+        """What changes with any archive, their order and what is read of them; without `times` what copies of them have as well."""
         yield self._image, self._caption
-        for file in self._files:
-            yield file.name, stat_of(str(file))
+        yield from marks(self._files, times)
 
     def _text(self, file: Path, name: str, places: Sequence[int]) -> Any:
         begin, size, text_begin, text_size = places

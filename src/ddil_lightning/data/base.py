@@ -80,6 +80,10 @@ class Captions(Dataset[Any]):
         """A digest that is as good as `content` while nothing changes, from what is known without reading pictures; None without such."""
         return None
 
+    def likeness(self) -> str | None:
+        """A digest that data have in common with their copies, for where `stamp` knows places or times; None without such."""
+        return None
+
     def _raw_batch(self, rows: Visit) -> RawBatch:
         prompts, counts = self._told(rows)
         return RawBatch(self.pixels(rows), prompts, torch.tensor(rows), counts=counts)

@@ -116,6 +116,10 @@ class Images(Captions):
         """From the captions and from size and time of every picture file, or the fingerprint of the data set."""
         return digest([self._shape(), *self._rows.stamps()])
 
+    def likeness(self) -> str:
+        """From the captions and from size and ends of files: what a copy of the data has as well, in another place and of another time."""
+        return digest([self._shape(), *self._rows.stamps(times=False)])
+
     def _raw_batch(self, rows: Visit) -> RawBatch:
         if self.on_error == "stop" and not self._complete:  # at once, not after hours of training
             gone = self._rows.missing()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -20,6 +21,8 @@ from ddil_lightning.texts import file_text, parse_json, read_lines, read_text, r
 IMAGES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 LISTS = (".json", ".jsonl", ".csv")
+END, LOOKED_INTO = 2**16, 1024
+"""How much of a file tells it from others of its size, and into how many of many files is looked for it."""
 
 
 class Row(NamedTuple):
@@ -106,13 +109,13 @@ class Listing:
         """Rows whose file is not there; what is no name of a file is found when the row is read."""
         return [(i, file) for i, file in enumerate(self._files) if _is_gone(file)]
 
-    def stamps(self) -> Iterator[Any]:
-        """What changes with any caption, any picture file and the order."""
-        for file, caption in zip(self._files, self._captions, strict=True):
+    def stamps(self, times: bool = True) -> Iterator[Any]:
+        """What changes with any caption, any picture file and the order; without `times` what a copy of the folder has as well."""
+        for i, (file, caption) in enumerate(zip(self._files, self._captions, strict=True)):
             yield caption
             if isinstance(file, str):
                 yield os.path.relpath(file, self._root) if "://" not in file and "\0" not in file else file
-            yield stat_of(file)
+            yield trace_of(file, i, len(self), times)
 
 
 class Cells:
@@ -152,6 +155,31 @@ def stat_of(file: Any) -> tuple[int, int] | None:
         return stat.st_size, stat.st_mtime_ns
     except (OSError, ValueError):
         return None
+
+
+def mark_of(file: Any) -> tuple[int, str] | None:
+    """Size and a digest of the end of a file, which a copy of it has too; None where there is none. A parquet file's table of contents
+    is at its end."""
+    try:
+        with open(file_text(file), "rb") as data:
+            size = data.seek(0, os.SEEK_END)
+            data.seek(max(0, size - END))
+            return size, hashlib.sha256(data.read()).hexdigest()
+    except (OSError, ValueError):
+        return None
+
+
+def trace_of(file: Any, row: int, rows: int, times: bool) -> Any:
+    """What is told of the picture file of a row: size and time, or without `times` its size and of some rows its mark."""
+    if times:
+        return stat_of(file)
+    return mark_of(file) if row % max(1, rows // LOOKED_INTO) == 0 else (stat_of(file) or (None,))[0]
+
+
+def marks(files: Iterable[str | Path], times: bool) -> Iterator[Any]:
+    """What changes with any of several files that a data set is read from, and their order, wherever they lie."""
+    for file in files:
+        yield os.path.basename(file), stat_of(str(file)) if times else mark_of(str(file))
 
 
 def bytes_of(file: Any) -> Any:

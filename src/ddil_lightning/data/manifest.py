@@ -32,20 +32,21 @@ def origin(captions: Captions, backbone: Backbone, truncate: bool, images: bool)
         "sizes": None if captions.sizes is None else [list(size) for size in captions.sizes],
         "told": told,
         "truncate": truncate,
-        "rows": len(captions),
         **data(captions),
     }
 
 
-def data(captions: Captions) -> dict[str, str | None]:
-    """What tells the data from others: their stamp, and of those that have none every caption and picture."""
+def data(captions: Captions) -> dict[str, Any]:
+    """What tells the data from others: a stamp and what their copies have of it, and where there is no stamp every caption and picture."""
     stamp = captions.stamp()
-    return {"stamp": stamp, "content": captions.content() if stamp is None else None}
+    known = (None, captions.content()) if stamp is None else (captions.likeness(), None)
+    return {"rows": len(captions), "stamp": stamp, **dict(zip(("alike", "content"), known, strict=True))}
 
 
 def is_of(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
-    """Whether a cache was made from the data of `mine`. One of before that says nothing of its data is of none."""
-    same = (mine[name] is not None and theirs.get(name) == mine[name] for name in ("stamp", "content"))
+    """Whether a cache was made from the data of `mine`, or from others that these are a copy of. One of before that says nothing of its
+    data is of none."""
+    same = (mine[name] is not None and theirs.get(name) == mine[name] for name in ("stamp", "alike", "content"))
     return theirs["rows"] == mine["rows"] and any(same)
 
 
@@ -127,7 +128,8 @@ def check_use(folder: Path, manifest: Mapping[str, Any], captions: Captions | No
         if manifest["sizes"] != sizes:
             said = [", ".join(by(size) for size in given or []) or "one size" for given in (manifest["sizes"], sizes)]
             raise ValueError(f"the cache {folder} was made of pictures of {said[0]}, and data.captions.size is {said[1]}: {REMEDY}")
-        if not is_of(manifest, {"rows": len(captions), **data(captions)}):
+        unchanged = manifest["rows"] == len(captions) and manifest["stamp"] is not None and manifest["stamp"] == captions.stamp()
+        if not unchanged and not is_of(manifest, data(captions)):
             raise ValueError(f"the cache {folder} was made from other captions or pictures: {REMEDY}, or leave data.captions out")
     if manifest["text"] and manifest["truncate"] and not truncate:
         raise ValueError(f"the cache {folder} was made with data.truncate, and prompts in it may be cut: set data.truncate, or {REMEDY}")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ddil_lightning.data.folders import stat_of
+from ddil_lightning.data.folders import marks
 from ddil_lightning.texts import reason
 
 KEPT = 16
@@ -85,11 +85,12 @@ class Stream:
         """Nothing: what is not there is found when it is read."""
         return []
 
-    def stamps(self) -> Iterator[Any]:
-        """The files that are read, with their sizes and times where they are on this machine, and their revision where they are not."""
-        yield self._image, self._caption, self._split
-        for file in self._files():
-            yield os.path.basename(file) if os.path.exists(file) else file, stat_of(file)
+    def stamps(self, times: bool = True) -> Iterator[Any]:
+        """What `tables.Table` says of local files, so that a cache is as good for both; of others their names, which hold a revision."""
+        files = self._files()
+        here = all(os.path.exists(file) for file in files)
+        yield self._image, self._caption, self._split, len(self)
+        yield from marks(files, times) if here else files
 
     def _files(self) -> list[str]:
         files = self._builder.config.data_files or {}

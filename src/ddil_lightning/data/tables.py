@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ddil_lightning.data.archives import Archives, expanded
-from ddil_lightning.data.folders import IMAGES, LISTS, METADATA, Listing, Row, list_folder, read_rows, stat_of, walk
+from ddil_lightning.data.folders import IMAGES, LISTS, METADATA, Listing, Row, list_folder, marks, read_rows, trace_of, walk
 from ddil_lightning.data.streaming import Stream, open_stream
 from ddil_lightning.texts import place, reason
 
@@ -29,12 +29,15 @@ Rows = Any
 class Table:
     """Two columns of a data set: pictures, their bytes or their paths from `folder`, and captions."""
 
-    def __init__(self, rows: Any, path: str, image: str, caption: str, folder: Path, limit: int | None) -> None:
+    def __init__(
+        self, rows: Any, path: str, image: str, caption: str, folder: Path, limit: int | None, split: str, files: Sequence[Path]
+    ) -> None:
         missing = {image, caption} - set(rows.column_names)
         if missing:
             names = " or ".join(sorted(missing))
             raise ValueError(f"the data set {path} has no column {names}: it has {', '.join(rows.column_names)}{HINT}")
         self._image, self._caption, self._folder = image, caption, folder
+        self._split, self._files = split, list(files)
         self._rows = _undecoded(rows if limit is None else rows.select(range(min(limit, len(rows)))), image, path)
 
     def __len__(self) -> int:
@@ -53,15 +56,25 @@ class Table:
         """Nothing: pictures are mostly inside, and a file that is not there is found when its row is read."""
         return []
 
-    def stamps(self) -> Iterator[Any]:
-        """What changes with any caption, any picture and the order: the set's fingerprint, its files, and those that the rows name."""
-        yield self._rows._fingerprint
-        for file in self._rows.cache_files:
-            yield stat_of(file["filename"])
+    def stamps(self, times: bool = True) -> Iterator[Any]:
+        """What changes with any caption, any picture and the order; without `times` what a copy of the data has as well.
+
+        Parquet files are themselves asked, and not the copies that `datasets` makes of them, which are as old as its cache. A data set of
+        the Hub has its revision in its fingerprint. Files that rows name, if they are there, belong to it.
+        """
+        if self._files:
+            yield self._image, self._caption, self._split, len(self)
+            yield from marks(self._files, times)
+        else:
+            yield self._rows._fingerprint
+            if _is_saved(self._folder):
+                yield from marks([file["filename"] for file in self._rows.cache_files], times)
         paths = self._rows.select_columns([self._image]).flatten().select_columns([f"{self._image}.path"])
         for start in range(0, len(self), 1024):
-            for path in paths[start : start + 1024][f"{self._image}.path"]:
-                yield stat_of(self._file(path, None))
+            for row, path in enumerate(paths[start : start + 1024][f"{self._image}.path"], start):
+                found = trace_of(self._file(path, None), row, len(self), times)
+                if found:
+                    yield row, found
 
     def _file(self, path: str | None, data: bytes | None) -> str | None:
         return os.path.join(self._folder, path) if data is None and path and "://" not in path else path
@@ -91,7 +104,7 @@ def load(path: str, image: str, caption: str, split: str, limit: int | None, str
     elif stream:
         rows = Stream(rows, path, image, caption, folder, limit)
     elif kind != "archives":
-        rows = Table(rows, path, image, caption, folder, limit)
+        rows = Table(rows, path, image, caption, folder, limit, split, files)
     if len(rows) == 0:
         raise ValueError(f"the data set {path} has no row")
     return rows
