@@ -188,12 +188,27 @@ def test_what_half_precision_cannot_hold_is_refused(backbone: Pipeline, tmp_path
     made(tmp_path / "d", Ten(), backbone, dtype="bfloat16")
 
 
-def test_a_caption_that_is_too_long_is_named_before_all_images_are_encoded(backbone: Pipeline, tmp_path: Path) -> None:
+def test_a_caption_that_is_too_long_is_named_before_any_image_is_encoded(
+    backbone: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stopped ddil-cache at its own file, and what was encoded up to there could not be gone on with by the remedy, truncation."""
+    long = Ten(bad=(3,))
+    long.on_error, long.stamp = "skip", lambda: "ten"  # type: ignore[method-assign]
+    long.texts = lambda index: [["blue", "red " * 30] if i == 9 else ["blue"] for i in index]  # type: ignore[method-assign]
+    said = r"^row 9 \(from 0\) of the data: the prompt 'red .* has 32 tokens and the text encoder reads 16: .* \(data\.truncate=true\)$"
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=said):
+        patch.setattr(Pipeline, "encode_images", lambda *args: pytest.fail("encoded"))
+        made(tmp_path / "c", long, backbone)
+    short = Ten()
+    made(tmp_path / "c2", short, backbone)
+    whole = contents(tmp_path / "c2")
+    monkeypatch.setattr(Pipeline, "encode_images", lambda *args: pytest.fail("encoded"))
+    assert made(tmp_path / "c2", short, backbone, truncate=True)["truncate"]  # rows do not depend on it
+    different = {name for name, data in contents(tmp_path / "c2").items() if data != whole[name]}
+    assert different == {"manifest.json", *(f"text-0000{i}.safetensors" for i in range(3))}
+    monkeypatch.undo()
     long = Ten()
     long.texts = lambda index: [["blue " * 30 if i == 1 else "blue"] for i in index]  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match="has 32 tokens and the text encoder reads 16"):
-        made(tmp_path / "c", long, backbone)
-    assert not list((tmp_path / "c").glob("rows-*"))
     made(tmp_path / "d", long, backbone, truncate=True)
     with pytest.raises(
         ValueError, match=r"was made with data\.truncate, and prompts in it may be cut: set data\.truncate, or make it anew"

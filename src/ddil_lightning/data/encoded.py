@@ -166,6 +166,19 @@ class Notices:
             log.warning(f"{self.enlarged} of {self._read} pictures were smaller than data.captions.size and were enlarged")
 
 
+def check_lengths(rows: Sequence[int], texts: Sequence[Sequence[str]], backbone: Backbone) -> None:
+    """Raises ValueError, naming row and remedy, for the first of the captions of `rows` that the text encoder would cut."""
+    try:
+        backbone.check_length([text for several in texts for text in several])
+    except ValueError:
+        for row, several in zip(rows, texts, strict=True):
+            try:
+                backbone.check_length(several)
+            except ValueError as error:
+                raise ValueError(f"row {row} (from 0) of the data: {error} (data.truncate=true)") from error
+        raise
+
+
 def encode_batch(raw: RawBatch, backbone: Backbone, truncate: bool = False) -> CaptionBatch:
     """One raw batch on the backbone's device."""
     latent = None if raw.latent is None else raw.latent.to(backbone.device, torch.float32)

@@ -16,9 +16,9 @@ from ddil_lightning.texts import by
 NAME, FORMAT = "manifest.json", 1
 AGAIN = "make it by the same ddil-cache command"
 REMEDY = "make it anew by ddil-cache, or give another data.cache"
-SAME = ("format", "encoders", "sizes", "told", "dtype", "truncate", "rows", "shard_rows")
-"""What must not change while a cache is made, besides the data. Text states may be asked for later, and what is skipped is said by each
-file."""
+SAME = ("format", "encoders", "sizes", "told", "dtype", "rows", "shard_rows")
+"""What must not change while a cache is made, besides the data. Text states may be asked for later, or with `truncate`, which each file
+of them says; and each file says what is skipped."""
 
 
 def origin(captions: Captions, backbone: Backbone, truncate: bool, images: bool) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def check_same(folder: Path, mine: Mapping[str, Any]) -> dict[str, Any]:
     different = [name for name in SAME if theirs.get(name) != mine[name]]
     if different:
         name = different[0]
-        what = f"{name} {theirs.get(name)}, not {mine[name]}" if name in ("dtype", "truncate", "rows", "shard_rows") else f"other {name}"
+        what = f"{name} {theirs.get(name)}, not {mine[name]}" if name in ("dtype", "rows", "shard_rows") else f"other {name}"
         raise ValueError(f"{folder} holds a cache with {what}: remove it, or give another --out")
     if not is_of(theirs, mine):
         raise ValueError(f"{folder} holds a cache of other captions or pictures: remove it, or give another --out")

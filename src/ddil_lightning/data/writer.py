@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +23,7 @@ from ddil_lightning.backbones.sizes import whole
 from ddil_lightning.bounds import within
 from ddil_lightning.data import manifest
 from ddil_lightning.data.base import Captions
-from ddil_lightning.data.encoded import CHUNK, Notices, chunk_rows
+from ddil_lightning.data.encoded import CHUNK, Notices, check_lengths, chunk_rows
 from ddil_lightning.data.raw import RawBatch
 from ddil_lightning.data.shards import about_shard, checksum, packed, read_shard, unpacked, write_shard
 from ddil_lightning.data.visits import Visit
@@ -80,7 +81,10 @@ class Writer:
         for group, (rows, _) in enumerate(groups):
             for part in rows.split(self.keeping.shard_rows):
                 shards.append(Shard(f"rows-{len(shards):05d}.safetensors", group, part))
-        self.processes.by_all(lambda: self._rows(shards, [rows for rows, _ in groups]))
+        mine = self._mine(len(shards), lambda i: self._has_rows(shards[i]))
+        share = shards[self.processes.rank :: self.processes.world]
+        self.processes.by_all(lambda: self._check_captions([row for shard in share for row in shard.rows.tolist()]))
+        self.processes.by_all(lambda: self._rows(shards, mine, [rows for rows, _ in groups]))
         self.processes.wait()
         unique, texts = self.processes.by_first(lambda: self._captions(shards))
         self.processes.by_first(lambda: self._drop_others(len(shards), texts))
@@ -100,7 +104,8 @@ class Writer:
         if not self.keeping.text and not images:
             raise ValueError("captions without images, and no text states of them: there is nothing to keep; leave --text at true")
         known = manifest.check_same(self.folder, about)
-        if known.get("complete") and known["text"] >= about["text"] and not manifest.drop_damaged(self.folder, known):
+        cut = known.get("text") and known["truncate"] != self.truncate
+        if known.get("complete") and known["text"] >= about["text"] and not cut and not manifest.drop_damaged(self.folder, known):
             return known
         self.folder.mkdir(parents=True, exist_ok=True)
         sweep(self.folder, inside=False)
@@ -122,9 +127,23 @@ class Writer:
         except (KeyError, ValueError):  # not there, cut short, or of something else
             return False
 
-    def _rows(self, shards: list[Shard], groups: list[Tensor]) -> None:
-        """Latents, sizes and captions of the rows of each file."""
-        mine = self._mine(len(shards), lambda i: self._has_rows(shards[i]))
+    def _check_captions(self, rows: list[int]) -> None:
+        """Raises ValueError for a row whose caption is too long, before any picture is encoded. A stream is not read twice for it."""
+        for start in range(0, 0 if self.truncate or self.captions.stream else len(rows), CHUNK):
+            part = rows[start : start + CHUNK]
+            check_lengths(part, self._readable(part), self.backbone)
+
+    def _readable(self, rows: list[int]) -> list[list[str]]:
+        """The captions of `rows`, none of one that cannot be read and may be skipped."""
+        try:
+            return self.captions.texts(rows)
+        except (OSError, ValueError):
+            if self.captions.on_error == "stop":
+                raise
+            return [[]] if len(rows) == 1 else [several for row in rows for several in self._readable([row])]
+
+    def _rows(self, shards: list[Shard], mine: list[int], groups: list[Tensor]) -> None:
+        """Latents, sizes and captions of the rows of each file that is `mine`."""
         chunks = {g: chunk_rows(self.captions, groups[g].tolist()) for g in {shards[i].group for i in mine}}
         parts = [(i, Visit(part.tolist(), every=True)) for i in mine for part in shards[i].rows.split(chunks[shards[i].group])]
         loader = DataLoader(self.captions, batch_size=None, sampler=[rows for _, rows in parts], num_workers=self.workers)  # type: ignore[arg-type]
@@ -139,8 +158,10 @@ class Writer:
 
     @torch.no_grad()
     def _encoded(self, raw: RawBatch, rows: Visit) -> dict[str, Any]:
-        if not self.truncate:
-            self.backbone.check_length(raw.prompts)  # now, and not when the images are done
+        if not self.truncate and self.captions.stream:
+            told = iter(raw.prompts)
+            counts = torch.ones(len(raw.rows)).long() if raw.counts is None else raw.counts
+            check_lengths(raw.rows.tolist(), [list(islice(told, n)) for n in counts.tolist()], self.backbone)
         found: dict[str, Any] = {"prompts": raw.prompts, "counts": raw.counts, "skipped": raw.skipped, "enlarged": raw.enlarged}
         if raw.pixels is not None:
             latents = self._held(self.backbone.encode_images(raw.pixels).cpu(), f"the latents of rows {rows[0]} to {rows[-1]}")
