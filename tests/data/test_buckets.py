@@ -284,6 +284,13 @@ def test_batches_and_buffer_are_of_one_shape() -> None:
     assert made.buffer is not None and made.buffer.shapes() == set(shapes)
 
 
+@pytest.mark.parametrize("buffer", [{"capacity": 20}, {"capacity": 99, "max_age": 2}])
+def test_a_shape_that_the_buffer_has_lost_is_rolled_out_again(buffer: Any) -> None:
+    """Evicted or too old: its batches were forward latents alone until by chance one of them met the cadence."""
+    made = module(HALF, of_two_shapes(), Toy(), rollouts={"every": 5}, buffer=buffer)
+    assert all(bool(b.source[2:].ne(FORWARD).all()) for b in first(60, made))
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"buffer": {"capacity": 0}}, {"buffer": {"priority": 0.6, "capacity": 40}}])
 @pytest.mark.parametrize("at", [1, 3, 6])
 def test_resuming_with_several_shapes_repeats_every_bit(at: int, kwargs: Any) -> None:

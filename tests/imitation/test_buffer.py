@@ -40,6 +40,21 @@ def filled(chunks: int = 3, **settings) -> ReplayBuffer:
     return buffer
 
 
+def test_a_rare_shape_keeps_what_it_has() -> None:
+    """Its only roll-out was evicted for being the oldest, and batches of it were forward latents from then on."""
+    buffer, rare, often = ReplayBuffer(36), (2, 2, 6), (2, 4, 4)
+    for k, shape in enumerate((rare, often, often, often, often)):
+        buffer.add(rollout(k, shape=shape), clock=k, stage=0)
+    assert buffer.held(rare) == 12 and buffer.held(often) == 24
+    assert set((buffer.sample(200, 9, generator(), shape=often).c.text[:, 0, 0] // 100).tolist()) == {3, 4}
+    buffer.add(rollout(5, shape=rare), clock=5, stage=0)
+    buffer.add(rollout(6, shape=(2, 8, 2)), clock=6, stage=0)
+    assert buffer.held(rare) == buffer.held(often) == buffer.held((2, 8, 2)) == 12
+    buffer.update(torch.arange(84), torch.ones(84), torch.tensor(NODES).repeat_interleave(3).repeat(7))  # slots between are gone
+    buffer.add(rollout(7, nodes=NODES[:1], shape=(2, 1, 1)), clock=7, stage=0)
+    assert buffer.held(often) == 0 and len(buffer) == 27  # of as many the oldest
+
+
 def same(a: tuple, b: tuple) -> bool:
     """Two samples, bit for bit."""
     return all(same(x, y) if isinstance(x, tuple) else (x is None and y is None) or torch.equal(x, y) for x, y in zip(a, b, strict=True))

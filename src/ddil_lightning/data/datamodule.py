@@ -209,7 +209,7 @@ class DDILDataModule(LightningDataModule, Feed):
         return encode_batch(batch, self.learner.backbone, self.truncate)
 
     def _rolls(self, shape: tuple[int, ...]) -> bool:
-        """Whether the next batch needs a roll-out: at the buffer's cadence and for latents of a new shape, or always without a buffer."""
+        """Whether the next batch needs a roll-out: at the buffer's cadence and for a shape that it lacks, or always without one."""
         if self.prior.rollouts == 0:
             return False
         if self.buffer is None or self._collected_at is None or shape not in self._collected:
@@ -223,8 +223,11 @@ class DDILDataModule(LightningDataModule, Feed):
         together = (lambda mine: mine) if self.trainer is None else self.trainer.strategy.reduce_boolean_decision
         check_finite(made, together, learner.student_updates)
         stage = self.streams.stage
+        held = buffer.shapes()
         buffer.expire(self.clock, stage)
         buffer.add(made, self.clock, stage, self._expected(made.t))
+        gone = held - buffer.shapes()  # whose next batch is rolled out again, on all processes if on one
+        self._collected = {shape, *(known for known in sorted(self._collected - {shape}) if together(known not in gone))}
         if len(buffer) == 0 and not self._warned:
             self._warned = True
             logging.getLogger(__name__).warning(
@@ -232,7 +235,6 @@ class DDILDataModule(LightningDataModule, Feed):
                 "While the buffer is empty, batches are forward latents alone; buffer/rejected counts on"
             )
         self._collected_at = self.clock
-        self._collected.add(shape)
 
     def _expected(self, t: Tensor) -> Tensor | None:
         """[M] mean square of forward latents at `t`: the buffer refuses states far from it. None without data in memory."""

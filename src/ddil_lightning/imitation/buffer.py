@@ -31,7 +31,7 @@ class ReplayBuffer:
     """States of the last roll-outs, drawn with replacement, uniformly or by priority.
 
     `capacity` counts states (0 keeps nothing); whole roll-outs are evicted, oldest first. `max_age` in student updates.
-    Latents of several shapes share the capacity, and a batch is drawn from those of one shape.
+    Latents of several shapes share the capacity: the most frequent are evicted. A batch is drawn from those of one shape.
     `priority` is the exponent a; `half_life` (updates), `uniform` (eta) and `beta0` only act where it is positive:
     P(j) = (1 - eta) p_j / sum p + eta / n,  p_j = clip(u_j, 0.1, 10)^a 2^(-age_j / half_life),  u_j = loss_j / running mean at its node.
     `storage`: "float16" (states below t = 50 stay float32) or "float32". Raises ValueError for settings outside their range.
@@ -67,11 +67,11 @@ class ReplayBuffer:
 
     def shapes(self) -> set[tuple[int, ...]]:
         """The shapes of the latents that are kept."""
-        return {tuple(chunk.states.x_t.shape[1:]) for chunk in self._chunks}
+        return {_shape(chunk) for chunk in self._chunks}
 
     def _of(self, shape: Sequence[int] | None) -> list[Chunk]:
         """The roll-outs of a shape, oldest first; of all where it is None."""
-        return [chunk for chunk in self._chunks if shape is None or tuple(chunk.states.x_t.shape[1:]) == tuple(shape)]
+        return [chunk for chunk in self._chunks if shape is None or _shape(chunk) == tuple(shape)]
 
     @torch.no_grad()
     def add(self, made: Rollout, clock: int, stage: int, expected: Tensor | None = None) -> Tensor:
@@ -213,9 +213,14 @@ class ReplayBuffer:
                 raise ValueError(f"contexts {shapes[0]} do not fit those in the replay buffer {shapes[1]}: flush it first")
 
     def _evict(self) -> None:
-        size = len(self)
+        """Whole roll-outs, the oldest of the shape that has the most states: a rare shape keeps the few that it has. Not the newest one,
+        while there are others."""
+        size, held = len(self), {shape: self.held(shape) for shape in self.shapes()}
         while size > self.capacity:
-            size -= len(self._chunks.popleft().states.t)
+            old = list(self._chunks)[:-1] or list(self._chunks)
+            gone = max(old, key=lambda chunk: held[_shape(chunk)])  # of equal ones the first, which is the oldest
+            self._chunks = deque(chunk for chunk in self._chunks if chunk is not gone)
+            size, held[_shape(gone)] = size - len(gone.states.t), held[_shape(gone)] - len(gone.states.t)
 
     def _locate(self, slot: Tensor) -> tuple[Tensor, Tensor]:
         """Chunk and row in it of every slot; chunk -1 for slots that are gone."""
@@ -233,3 +238,8 @@ class ReplayBuffer:
         # The plain mean at first, an exponential one later; a batch counts as its losses one by one would, up to order.
         rate = len(loss) / count if count <= WINDOW else 1 - (1 - 1 / WINDOW) ** len(loss)
         self._means[time] = (mean + rate * (float(loss.mean()) - mean), count)
+
+
+def _shape(chunk: Chunk) -> tuple[int, ...]:
+    """Of a latent."""
+    return tuple(chunk.states.x_t.shape[1:])
