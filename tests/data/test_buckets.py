@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors import safe_open
 
 from ddil_lightning.backbones.pipeline import Pipeline
@@ -19,7 +20,7 @@ from ddil_lightning.data.buckets import Buckets, Group, Sorting, nearest, sizes_
 from ddil_lightning.data.cachefile import cached
 from ddil_lightning.data.captions import Images
 from ddil_lightning.data.encoded import Encoded, Notices, Table, encode
-from ddil_lightning.data.pictures import cut, fitted, picture_size
+from ddil_lightning.data.pictures import cut, fitted, picture_size, read_picture
 from ddil_lightning.data.preparation import check_latents, check_sizes, latent_box, sort_by_size
 from ddil_lightning.data.sampler import CounterSampler
 from ddil_lightning.imitation.prior import SamplingPrior
@@ -129,6 +130,14 @@ def test_sizes_are_read_from_the_head_alone(kind: str, tmp_path: Path, monkeypat
     for broken in (b"", b"no picture"):
         with pytest.raises(ValueError, match=r"^row 7: not a readable image \(.*\)$"):
             picture_size(broken, "row 7")
+
+
+def test_an_orientation_in_xmp_turns_a_picture_and_its_size(tmp_path: Path) -> None:
+    info = PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", '<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>')
+    Image.new("RGB", (40, 20)).save(tmp_path / "x.png", pnginfo=info)
+    image = read_picture(tmp_path / "x.png")
+    assert picture_size(tmp_path / "x.png") == (image.height, image.width) == (40, 20)
 
 
 def test_a_row_that_cannot_be_read_is_replaced_within_its_size(tmp_path: Path) -> None:

@@ -181,6 +181,19 @@ def test_rows_that_are_skipped_are_counted_once_and_worded(backbone: Pipeline, t
     assert len(open_folder(tmp_path / "c", None, backbone, False, True, Processes())) == 10
 
 
+def test_the_caption_of_a_skipped_row_is_the_same_with_a_cache_and_without(backbone: Pipeline, tmp_path: Path) -> None:
+    """It was drawn by the row that was read without one, and with one by the row that was asked for."""
+    holes = Ten(several=True, bad=(3, 4, 7))
+    holes.on_error = "skip"
+    made(tmp_path / "c", holes, backbone, text=False)
+    found, drawn = CacheFolder(tmp_path / "c"), set()
+    for epoch in range(12):
+        visit = Visit(range(10), 5, epoch)
+        assert found[visit].prompts == holes[visit].prompts
+        drawn.add(tuple(found[visit].prompts[3:6]))
+    assert any(len(set(texts)) > 1 for texts in drawn)  # each by its own row
+
+
 def test_what_half_precision_cannot_hold_is_refused(backbone: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backbone, "encode_images", lambda pixels: torch.full((len(pixels), 4, 8, 8), 1e5))
     with pytest.raises(ValueError, match=r"the latents of rows 0 to 3 are too large for float16, or not finite: give --dtype bfloat16"):

@@ -82,6 +82,18 @@ def test_an_unquoted_comma_does_not_cut_a_caption(tmp_path: Path) -> None:
             read()
 
 
+def test_an_empty_cell_of_a_csv_is_a_missing_caption(tmp_path: Path) -> None:
+    """As one is that the line lacks: it was trained on as a caption of no words."""
+    pictures(tmp_path, ["a.png", "b.png", "c.png"])
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,\nb.png\nc.png,a dog\n")
+    images = Images(str(tmp_path), size=8)
+    for row in (0, 1):
+        with pytest.raises(ValueError, match=rf"row {row} \(from 0\): text is None and no caption; correct or remove the row"):
+            images.prompts([row])
+    images.on_error = "skip"
+    assert images[[0, 1, 2]].rows.tolist() == [2, 2, 2]
+
+
 def test_metadata_in_folders_below(tmp_path: Path) -> None:
     """Paths count from the folder of their own metadata; the top comes first."""
     pictures(tmp_path, ["a/1.png", "b [2]/test/1.png", "z.png", "b [2]/no row.png"])

@@ -91,6 +91,13 @@ def test_members_of_a_sample_need_not_stand_together(tmp_path: Path) -> None:
     assert named.texts([0, 1]) == [["one"], ["by table", "two"]] and levels(named, [0, 1]) == [10, 1]
 
 
+def test_pictures_that_are_no_sample_for_a_dot_in_their_name_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    members = {"img_1.5.png": png(1), "img_1.5.txt": "one and a half", **sample(2), "s/0002.mask.png": png(3)}
+    assert len(Images(str(tar(tmp_path / "x.tar", members)), size=8)) == 1
+    said = f"1 pictures of {tmp_path / 'x.tar'} are left out, the first img_1.5.png: a sample is called after its name up to the first dot"
+    assert [record.getMessage().partition(", as in")[0] for record in caplog.records] == [said]
+
+
 def test_what_is_wrong_in_an_archive_is_named_and_skipped(tmp_path: Path) -> None:
     members: dict[str, bytes | str] = {"0.png": png(0), "1.txt": "no picture", "2.png": b"<html>", "2.txt": "broken", "3.png": png(30)}
     members |= {"3.json": "{", "4.png": png(40), "4.txt": b"\xff", **sample(5)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import logging
 import os
 import re
 import tarfile
@@ -134,13 +135,18 @@ def _samples(file: Path, image: str) -> list[tuple[Part, Part, Part]]:
                 archive.members = []  # type: ignore[attr-defined]  # it keeps them all otherwise
     except (tarfile.TarError, OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read as a tar file: {reason(error)}; archives are read uncompressed and whole") from error
-    found = []
+    found, lost = [], []
     for parts in samples.values():
         pictures = [part for kind, part in parts.items() if kind == image.lower()]
         pictures += [part for kind, part in parts.items() if f".{kind}" in IMAGES]
         sample = (pictures[0] if pictures else ABSENT, parts.get("json", ABSENT), parts.get("txt", ABSENT))
         if sample[0].size >= 0 or sample[2].size >= 0:
             found.append(sample)
+        else:
+            lost += [part.name for part in parts.values() if Path(part.name).suffix.lower() in IMAGES]
+    if lost:
+        said = f"{len(lost)} pictures of {file} are left out, the first {lost[0]}: a sample is called after its name up to the first dot"
+        logging.getLogger(__name__).warning(f"{said}, as in WebDataset, and {image} or a known suffix is to follow it")
     return found
 
 

@@ -106,7 +106,7 @@ class Captions(Dataset[Any]):
         skipped: list[str] = []
         for other in chain(row, self._others(row[0])):  # one by one: there may be millions, and the first is mostly good
             try:
-                return self._raw_batch(row.at([other]))._replace(skipped=tuple(skipped))
+                return self._raw_batch(row.instead(other))._replace(skipped=tuple(skipped))
             except (OSError, ValueError) as error:
                 skipped.append(str(error))
         return self._raw_batch(row)  # none can be: with the error of the row that was asked for

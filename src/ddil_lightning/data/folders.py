@@ -264,7 +264,7 @@ def _csv(file: Path) -> Iterator[tuple[str, Any]]:
             where, more = f"{file}, line {reader.line_num}", cells.pop(None, None)  # type: ignore[call-overload]
             if more and any(more):  # an unquoted comma would cut a caption off; spreadsheets end lines in empty cells
                 raise ValueError(f"{where}: more cells than the head names, first {more[0]!r}: put captions with commas in quotes")
-            yield where, cells
+            yield where, {column: value or None for column, value in cells.items()}  # how CSV writes that there is nothing
     except csv.Error as error:
         raise ValueError(f"{file}, line {reader.reader.line_num}: no CSV: {reason(error)}") from error
 

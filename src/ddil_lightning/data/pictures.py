@@ -60,8 +60,8 @@ def picture_size(source: bytes | str | Path, name: str = "") -> tuple[int, int]:
     _trust_scans()
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            # A PNG that says nothing of EXIF in its head would be decoded whole in search of it.
-            silent = image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys()
+            # A PNG that says nothing of EXIF in its head would be decoded whole in search of it. XMP may know an orientation too.
+            silent = image.format == "PNG" and not {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"} & image.info.keys()
             turned = not silent and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
             # Newer Pillows have turned a TIFF already.
             stored = image.tag_v2.get(256, image.width) if image.format == "TIFF" else image.width

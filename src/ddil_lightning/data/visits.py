@@ -15,12 +15,13 @@ class Visit(list[int]):
     """Rows of a batch, as a sampler hands them to a data set: with the seed of the run and the number of the epoch.
 
     Without an epoch, as for an ordinary list of rows, the first caption of a row counts: what a probe or a preview sees stays the same.
-    `every`: all captions of each row are asked for, by who encodes them once.
+    `every`: all captions of each row are asked for, by who encodes them once. `asked`: the row that was asked for, where the one here is
+    read in its place: it says which caption is taken, as it does of a cache, which does not know of the other.
     """
 
-    def __init__(self, rows: Iterable[int], seed: int = 0, epoch: int | None = None, every: bool = False) -> None:
+    def __init__(self, rows: Iterable[int], seed: int = 0, epoch: int | None = None, every: bool = False, asked: int | None = None) -> None:
         super().__init__(int(row) for row in rows)
-        self.seed, self.epoch, self.every = seed, epoch, every
+        self.seed, self.epoch, self.every, self.asked = seed, epoch, every, asked
 
     @classmethod
     def of(cls, index: Sequence[int]) -> Visit:
@@ -31,9 +32,17 @@ class Visit(list[int]):
         """Other rows, asked for in the same way."""
         return Visit(rows, self.seed, self.epoch, self.every)
 
+    def instead(self, row: int) -> Visit:
+        """`row` in the place of the one row of this visit."""
+        return Visit([row], self.seed, self.epoch, self.every, self[0])
+
     def choice(self, row: int, n: int) -> int:
         """Which of the `n` captions of a row is taken, the same whenever it is asked for: nothing to save, nothing to restore."""
-        return 0 if self.epoch is None or n < 2 else Streams(self.seed, self.epoch, rank=row).number("caption") % n
+        return (
+            0
+            if self.epoch is None or n < 2
+            else Streams(self.seed, self.epoch, rank=row if self.asked is None else self.asked).number("caption") % n
+        )
 
 
 class Wording(NamedTuple):
