@@ -38,11 +38,9 @@ class Visit(list[int]):
 
     def choice(self, row: int, n: int) -> int:
         """Which of the `n` captions of a row is taken, the same whenever it is asked for: nothing to save, nothing to restore."""
-        return (
-            0
-            if self.epoch is None or n < 2
-            else Streams(self.seed, self.epoch, rank=row if self.asked is None else self.asked).number("caption") % n
-        )
+        if self.epoch is None or n < 2:
+            return 0
+        return Streams(self.seed, self.epoch, rank=row if self.asked is None else self.asked).number("caption") % n
 
 
 class Wording(NamedTuple):
