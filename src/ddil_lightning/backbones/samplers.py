@@ -45,9 +45,7 @@ def grid_of(backbone: Pipeline, steps: int) -> Grid:
         raise ValueError(f"{where} is no sampler of a student whose nodes are known: give it another one by name ({known})")
     for option in ("clip_sample", "thresholding", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"):
         if config.get(option):
-            raise ValueError(
-                f"{where} has {option} set, which changes its nodes or its steps: set it to false in its scheduler_config.json"
-            )
+            raise ValueError(f"{where} has {option} set, which changes its nodes or steps: set it to false in its scheduler_config.json")
     try:
         backbone.check_steps(steps)
         times = [round(float(t)) for t in scheduler.timesteps]

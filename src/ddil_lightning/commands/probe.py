@@ -24,15 +24,13 @@ def probe(argv: list[str]) -> int:
     parser.add_argument(
         "--protocol",
         type=place,
-        help="shapes, digits (default: what the student's card names), or captions of your own, as ddil-test has them",
+        help="shapes, digits (default: as the student's card says), or captions of your own, as ddil-test has them",
     )
     parser.add_argument("--images", type=place, help="the folder of the images that a caption file names")
     parser.add_argument("--steps", type=STEPS, help="of the student (default: what its card recommends, else 4)")
     parser.add_argument("--teacher_steps", type=STEPS, default=32, help="of the teacher alone: one student step is its share of them")
     parser.add_argument("--sampler", choices=SAMPLERS, help="the student's sampler by name (default: its own scheduler)")
-    parser.add_argument(
-        "--guidance", type=SCALE, help="guidance g of the teacher, and of a student that is told it (default: by the cards)"
-    )
+    parser.add_argument("--guidance", type=SCALE, help="guidance g of the teacher, and of a student that is told it (default: by its card)")
     parser.add_argument("--student_guidance", type=SCALE, help="guidance_scale of the student (default: by its card, else none)")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="these parts alone (default: all)")
     parser.add_argument("--seed", type=SEED, default=0, help="of prompts, noise and turns")
@@ -62,14 +60,13 @@ def probe(argv: list[str]) -> int:
 def _found(args: argparse.Namespace, is_run: bool) -> dict[str, Any]:
     """Everything that is measured, and by which protocol."""
     from ddil_lightning.commands.probing import material, probed, swept
+    from ddil_lightning.imitation.gaps import nodes
 
     contest, said = _contest(args, is_run)
     student, teacher = contest.student, contest.teacher
     protocol = args.protocol or student.about.get("dataset") or teacher.about.get("dataset")
     if protocol is None:
-        raise Refusal(
-            f"neither {student.path} nor {teacher.path} names a data set: say --protocol shapes, digits or CAPTIONS (--images DIR)"
-        )
+        raise Refusal(f"neither {student.path} nor {teacher.path} names a data set: say --protocol shapes, digits or CAPTIONS")
     given = material(protocol, args.images, args.n, args.seed, teacher)
     if not args.truncate:
         with advising("--truncate"):
@@ -81,8 +78,9 @@ def _found(args: argparse.Namespace, is_run: bool) -> dict[str, Any]:
     if given.without and "nodes" in args.only:
         said["left_out"] = f"distances and losses against forward latents: {given.without}"
         print(f"left out: {said['left_out']}", flush=True)
-    rows = probed(contest, given.prompts, given.images, args.seed) if "nodes" in args.only else []
-    found: dict[str, Any] = {"mixing": [], "switch": []} if suite is None else swept(contest, suite, sweeps)
+    seen = probed(contest, given.prompts, given.images, args.seed) if "nodes" in args.only else []
+    found: dict[str, Any] = {"mixing": [], "switch": []} if suite is None else swept(contest, suite, sweeps, seen)
+    rows = nodes(seen, contest.grid) if seen else []
     return {"protocol": said if suite is None else suite.protocol | said, "nodes": rows, **found}
 
 
@@ -121,9 +119,7 @@ def _pipeline(run: Path, steps: int | None) -> Path:
     from ddil_lightning.runs.folder import stage_pipelines
 
     if (run / "student.safetensors").is_file():
-        raise Refusal(
-            f"no pipeline can hold the student of {run}, so there is none to probe: the callback ShiftProbe measures it in training"
-        )
+        raise Refusal(f"no pipeline can hold the student of {run}, so there is none to probe: ShiftProbe measures it in training")
     if not (run / "pipeline").is_dir():
         raise Refusal(f"{run} holds no exported pipeline (pipeline/): give a finished run, or make one of a checkpoint by ddil-export")
     return stage_pipelines(run).get(steps or 0, run / "pipeline")

@@ -19,14 +19,14 @@ from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.evaluation.metrics.pairs import choose, load_images, read_pairs
 from ddil_lightning.evaluation.suite import Probes, Suite
-from ddil_lightning.imitation.gaps import nodes, see
+from ddil_lightning.imitation.gaps import Seen, see
 from ddil_lightning.imitation.mixing import Actor, Actors, Bernoulli, Mixing, Switch, mix_all
 from ddil_lightning.messages import counted
 
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 """The teacher's probabilities in the sweep."""
 
-ASKED = 64
+ASKED = 32
 """Samples of which losses and recovery are measured, for which the teacher walks from every node: means of many numbers each."""
 
 BUILTIN = ("shapes", "digits")
@@ -56,12 +56,13 @@ class Contest:
         size = sampling.batch(self.student.latent_shape)
         return (slice(i, min(i + size, n)) for i in range(0, n, size))
 
-    def mixed(self, prompts: Sequence[str], mixings: Sequence[Mixing], seed: int) -> Tensor:
-        """Final latents [K, N, C, h, w] of K mixtures of the two, on the CPU."""
+    def mixed(self, prompts: Sequence[str], mixings: Sequence[Mixing], seed: int, seen: Sequence[Seen] = ()) -> Tensor:
+        """Final latents [K, N, C, h, w] of K mixtures of the two, on the CPU. `seen`: by part, where the teacher has walked already."""
         parts, shape = list(self.parts(len(prompts))), self.student.latent_shape
         made = []
-        for part in counted(parts, len(parts), "sweeps"):
-            made.append(mix_all(self.actors(prompts[part]), mixings, self.grid, shape, seed + part.start).cpu())
+        for i, part in enumerate(counted(parts, len(parts), "sweeps")):
+            walk = seen[i].teacher if seen else None
+            made.append(mix_all(self.actors(prompts[part]), mixings, self.grid, shape, seed + part.start, walk).cpu())
         return torch.cat(made, 1)
 
     def costs(self, prompt: str) -> Tensor:
@@ -78,20 +79,31 @@ class Contest:
         return found
 
 
-def probed(contest: Contest, prompts: Sequence[str], data: Tensor | None, seed: int) -> list[dict[str, Any]]:
-    """The rows of `gaps.nodes`. `data`: images [N, 3, H, W] in [-1, 1] of the prompts, for forward latents."""
+def probed(contest: Contest, prompts: Sequence[str], data: Tensor | None, seed: int) -> list[Seen]:
+    """What `gaps.nodes` makes its rows of, by parts. `data`: images [N, 3, H, W] in [-1, 1] of the prompts, for forward latents.
+
+    The teacher's noise is that of the sweeps, the student's another, so that the two sets are independent.
+    """
     n, shape, seen = len(prompts), contest.student.latent_shape, []
     parts = list(contest.parts(n))
     for part in counted(parts, len(parts), "nodes"):
         latents = None if data is None else contest.teacher.encode_images(data[part])
         own = part.start + seed
         asked = max(0, min(part.stop, ASKED) - part.start)
-        seen.append(see(contest.actors(prompts[part]), contest.grid, shape, (own, own + n, own + 2 * n), latents, asked))
-    return nodes(seen, contest.grid)  # type: ignore[return-value]
+        found = see(contest.actors(prompts[part]), contest.grid, shape, (own + n, own, own + 2 * n), latents, asked)
+        seen.append(found._replace(student=_cpu(found.student), teacher=_cpu(found.teacher), forward=_cpu(found.forward)))
+    return seen
 
 
-def swept(contest: Contest, suite: Suite, parts: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """The rows of the sweeps among `parts`: `mixing` over the teacher's probability, `switch` over the inner nodes, in both orders."""
+def _cpu(latents: dict[int, Tensor]) -> dict[int, Tensor]:
+    return {t: x.cpu() for t, x in latents.items()}
+
+
+def swept(contest: Contest, suite: Suite, parts: Sequence[str], seen: Sequence[Seen] = ()) -> dict[str, list[dict[str, Any]]]:
+    """The rows of the sweeps among `parts`: `mixing` over the teacher's probability, `switch` over the inner nodes, in both orders.
+
+    `seen`: what `probed` has found of these prompts.
+    """
     suite = replace(suite, probes=Probes())  # one image a prompt, as the paper's tables have it
     asked: list[tuple[str, dict[str, Any], Mixing]] = []
     if "mixing" in parts:
@@ -102,7 +114,8 @@ def swept(contest: Contest, suite: Suite, parts: Sequence[str]) -> dict[str, lis
     rows: dict[str, list[dict[str, Any]]] = {"mixing": [], "switch": []}
     if not asked:  # a student of one step has no node to switch at
         return rows
-    latents, costs = contest.mixed(suite.prompts, [mixing for *_, mixing in asked], suite.seed), contest.costs(suite.prompts[0])
+    latents = contest.mixed(suite.prompts, [mixing for *_, mixing in asked], suite.seed, seen)
+    costs = contest.costs(suite.prompts[0])
     for (sweep, said, mixing), made in zip(asked, latents, strict=True):
 
         def sample(prompts: list[str], seed: int, made: Tensor = made) -> Tensor:
@@ -142,9 +155,8 @@ def material(protocol: str, folder: str | None, n: int | None, seed: int, backbo
         pairs = read_pairs(protocol, folder)
     except (FileNotFoundError, ValueError) as error:
         return _texts(protocol, n, seed, backbone, error)
-    n = _enough(
-        min(256, len(pairs)) if n is None else n, f"{protocol} holds {len(pairs)} images with captions" if n is None else f"--n {n}"
-    )
+    what = f"{protocol} holds {len(pairs)} images with captions" if n is None else f"--n {n}"
+    n = _enough(min(256, len(pairs)) if n is None else n, what)
     chosen, (height, width) = choose(pairs, n, seed), backbone.size
     captions = [pair.caption for pair in chosen]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -99,29 +99,51 @@ def mix_eval(actors: Actors, mixing: Mixing, grid: Grid, shape: Sequence[int], s
 
 
 @torch.no_grad()
-def mix_all(actors: Actors, mixings: Sequence[Mixing], grid: Grid, shape: Sequence[int], seed: int = 0) -> Tensor:
-    """[K, B, *shape]: the samples of K mixtures, all from the same noise. Whatever has begun alike is computed once, so a sweep is cheap."""
+def mix_all(
+    actors: Actors,
+    mixings: Sequence[Mixing],
+    grid: Grid,
+    shape: Sequence[int],
+    seed: int = 0,
+    walk: Mapping[int, Tensor] | None = None,
+) -> Tensor:
+    """[K, B, *shape]: the samples of K mixtures, all from the same noise; whatever has begun alike is computed once.
+
+    `walk`: the teacher's own from this noise, {time: [B, *shape]}, where it is known already.
+    """
     n, device = len(actors.student.c.text), actors.student.c.text.device
     by_student = torch.stack([mixing.by_student(grid, n, seed) for mixing in mixings])  # [K, B, N]
     x, generators = noise(n, shape, seed).to(device), renoising(n, seed)
     sample = torch.arange(n)  # whose state each row of x is
     row = sample.expand(len(mixings), n)  # where in x each trajectory is
+    walked = torch.full((n,), walk is not None)  # which rows of x are states of `walk`
     for j, (t, s) in enumerate(pairwise(grid.times.tolist())):
         going, row = (2 * row + by_student[:, :, j]).unique(return_inverse=True)
         before = going // 2
         x, sample = x[before.to(device)], sample[before]
         generators = [generators[i].clone_state() for i in before.tolist()]
-        x = _interval(actors, going % 2 == 1, x, sample, (t, s), generators, most=n)
+        by, walked = going % 2 == 1, walked[before] & (going % 2 == 0)
+        known = walk[s][sample[walked].to(walk[s].device)].to(x) if walk is not None else x[:0]
+        x = _interval(actors, by, ~by & ~walked, x, sample, (t, s), generators, n)
+        x[walked.to(device)] = known
     return x[row.to(device)]
 
 
 def _interval(
-    actors: Actors, by_student: Tensor, x: Tensor, sample: Tensor, times: tuple[int, int], generators: Sequence[torch.Generator], most: int
+    actors: Actors,
+    by_student: Tensor,
+    by_teacher: Tensor,
+    x: Tensor,
+    sample: Tensor,
+    times: tuple[int, int],
+    generators: Sequence[torch.Generator],
+    most: int,
 ) -> Tensor:
-    """x_s of x_t, each row by its own actor, told of its sample; `most` rows are asked together."""
+    """x_s of x_t, each row by its own actor, told of its sample; `most` rows are asked together, and those of neither stay."""
     out = x
-    for (policy, c), whose in ((actors.student, by_student), (actors.teacher, ~by_student)):
-        for rows in whose.nonzero().flatten().split(most):
+    for (policy, c), whose in ((actors.student, by_student), (actors.teacher, by_teacher)):
+        mine = whose.nonzero().flatten()
+        for rows in mine.split(most) if len(mine) else ():
             at, own = rows.to(x.device), [generators[i] for i in rows.tolist()]
             made = policy(x[at], *times, take(c, sample[rows].to(x.device)), own)
             out = made if len(rows) == len(x) else out.index_copy(0, at, made.to(out.dtype))

@@ -38,9 +38,7 @@ MEANING = {
     "recovery": "root mean square between the student's continuation and the teacher's, after one step of the student from the teacher's "
     "latents, and after one of the teacher (plain)",
 }
-FIRST = (
-    "At the first time all latents are pure noise but the forward ones: what stands there against the teacher is the measures' own floor."
-)
+FIRST = "At the first time both are pure noise: what stands there is the measures' own floor."
 
 
 class Part(NamedTuple):
