@@ -65,7 +65,10 @@ def _check_strides(where: str, times: Sequence[int], stride: int) -> None:
 
 
 def transition_of(backbone: Pipeline) -> Transition:
-    """How a pipeline's own scheduler steps between nodes; DPM-Solver++ in its first order, which is DDIM's step, as is Euler's."""
+    """How a pipeline's own scheduler steps between nodes; DPM-Solver++ in its first order, which is DDIM's step, as is Euler's.
+
+    TCD's with its authors' strength of noise, which their users give to the call as `eta`; a pipeline's own is 0.
+    """
     kind = type(backbone.pipe.scheduler).__name__
     return {NAMES["lcm"]: renoise, NAMES["tcd"]: TCD()}.get(kind, ddim)
 

@@ -20,7 +20,7 @@ def probe(argv: list[str]) -> int:
     parser = Parser("ddil-probe", description=probe.__doc__)
     parser.add_argument("--student", type=place, required=True, help="a finished run, or the pipeline folder or hub id of any student")
     parser.add_argument("--teacher", type=place, help="any pipeline of the same latents (default: the one that the student's card names)")
-    parser.add_argument("--n", type=number(1, 10**7), help="prompts (default: 256, or all of a smaller set of your own)")
+    parser.add_argument("--n", type=number(16, 10**7), help="prompts (default: 256, or all of a smaller set of your own)")
     parser.add_argument(
         "--protocol",
         type=place,

@@ -148,9 +148,9 @@ def material(protocol: str, folder: str | None, n: int | None, seed: int, backbo
     `n`: prompts (default: 256, or all of a smaller set). Raises ValueError for fewer than 16, and as what reads the captions does.
     """
     if protocol in BUILTIN:
-        n = _enough(256 if n is None else n, f"--n {n}")
-        images, prompts = _drawn(protocol, n, seed)
-        return Material(prompts, images, "", lambda: Suite.builtin(protocol, n=n, seed=seed).for_pipeline(backbone))
+        count = _enough(256 if n is None else n, f"--n {n}")
+        images, prompts = _drawn(protocol, count, seed)
+        return Material(prompts, images, "", lambda: Suite.builtin(protocol, n=count, seed=seed).for_pipeline(backbone))
     try:
         pairs = read_pairs(protocol, folder)
     except (FileNotFoundError, ValueError) as error:

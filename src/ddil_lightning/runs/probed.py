@@ -110,7 +110,7 @@ def trends(rows: Sequence[Row], sweep: str) -> list[str]:
     `sweep`: mixing, or who acts first. A trend is there where the last value lies beyond the first and most steps go its way.
     """
     # Whoever acts first has more where the switch is later, at a smaller t.
-    more = sorted(rows, key=lambda row: {"mixing": row.get("p_teacher", 0), "teacher": -row.get("at", 0)}.get(sweep, row.get("at", 0)))
+    more = sorted(rows, key=lambda row: float(row["p_teacher"] if sweep == "mixing" else -row["at"] if sweep == "teacher" else row["at"]))
     said = [_trend(more, "clip", True, "CLIP score")]
     if sweep != "student":  # where the student is first, the paper's FID goes down and up
         said.append(_trend(more, "frechet", True, "Fréchet distance"))
