@@ -73,7 +73,7 @@ def test_a_run_is_probed_in_all_parts(finished: Path, judged: None, capsys: Any)
     turns = {(row["first"], row["at"]): row["nfe"] for row in made["switch"]}
     assert turns["teacher", 759] == turns["student", 259] == 3 + 4 and turns["teacher", 259] == turns["student", 759] == 1 + 12
     assert len(turns) == 6 and all("all_right" in row["metrics"] for row in (*made["mixing"], *made["switch"]))
-    assert "paper's FID" in out and "23.14" in out and "of 5 steps that way" in out
+    assert "paper's FID" in out and "23.14" in out and "of 5 steps up" in out
     page = Path("p.html").read_text()
     assert page.count("<svg") >= 5 and "Teacher first, from the time t on the student" in page and "<script" not in page
 
@@ -139,8 +139,8 @@ def test_wrong_input_is_one_line(tiny: Path, sd15: Path, finished: Path, capsys:
 def test_trends_are_said_as_they_are() -> None:
     rows = [{"p_teacher": p, "metrics": {"clip": 0.3 + 0.01 * p, "frechet": 5 - p}} for p in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)]
     clip, frechet = trends(rows, "mixing")
-    assert clip.endswith("from 0.300 to 0.310, 5 of 5 steps that way: it shows")
-    assert frechet.endswith("0 of 5 steps that way: it does not show")
+    assert clip.endswith("from 0.3000 to 0.3100, 5 of 5 steps up: it shows")
+    assert frechet.endswith("0 of 5 steps up: it does not show")
     (first,) = trends([{"at": t, "metrics": {"clip": t / 1000}} for t in (749, 500, 250)], "student")
     (other,) = trends([{"at": t, "metrics": {"clip": t / 1000}} for t in (749, 500, 250)], "teacher")
-    assert "from 0.250 to 0.749, 2 of 2" in first and "it shows" in first and "from 0.749 to 0.250, 0 of 2" in other
+    assert "from 0.2500 to 0.7490, 2 of 2" in first and "it shows" in first and "from 0.7490 to 0.2500, 0 of 2" in other
