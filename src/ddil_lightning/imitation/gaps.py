@@ -109,7 +109,7 @@ def nodes(seen: Sequence[Seen], grid: Grid) -> list[dict[str, object]]:
         return {t: torch.cat([getattr(part, name)[t].cpu() for part in seen]) for t in grid.nodes.tolist()}
 
     others = {name: joined(name) for name in ("teacher", "forward") if getattr(seen[0], name)}
-    shifts = {name: shift_report(joined("student"), latents) for name, latents in others.items()}
+    shifts = {name: shift_report(joined("student"), latents, paired=True) for name, latents in others.items()}
     rows: list[dict[str, object]] = []
     for t in grid.nodes.tolist():
         told = [part.values[t] for part in seen if part.values]
