@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ddil_lightning.commands import main
-from ddil_lightning.evaluation.batches import Given, Judge
+from ddil_lightning.evaluation.given import Given, Judge
 from ddil_lightning.evaluation.suite import Suite
 from ddil_lightning.miniature import digits
 from ddil_lightning.runs import export

@@ -170,7 +170,7 @@ def material(protocol: str, folder: str | None, n: int | None, seed: int, backbo
 
 def _texts(protocol: str, n: int | None, seed: int, backbone: Pipeline, why: Exception) -> Material:
     """Captions without images. Raises `why`, the reason for which they were not read with them, where that fails too."""
-    from ddil_lightning.evaluation.batches import Given
+    from ddil_lightning.evaluation.given import Given
     from ddil_lightning.evaluation.networks import Networks
 
     lines: Prompts | None = None
