@@ -113,7 +113,6 @@ def test_pipelines_of_stages_are_written_where_the_words_say(tiny: Path, here: P
         assert sorted(p.name for p in here.glob("*/stages/*")) == left and len(list(here.iterdir())) == len(left[:1])
 
 
-<<<<<<< HEAD
 def test_the_place_of_ones_own_data_is_filled_or_named(tiny: Path, tmp_path: Path) -> None:
     """A folder of ddil-cache is all the data that a run needs, also of a config that waits for the name of a data set."""
     words = [
@@ -128,7 +127,8 @@ def test_the_place_of_ones_own_data_is_filled_or_named(tiny: Path, tmp_path: Pat
     assert assemble(*words, f"data.cache={tmp_path}").data.captions is None
     with pytest.raises(Refusal, match="still YOUR_DATA"):
         assemble(*words, f"data.cache={tmp_path / 'new.safetensors'}")
-=======
+
+
 def test_a_run_says_what_its_student_never_trains_on(tiny: Path, tiny_config: Path, here: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A line where it takes several steps and no prior gives its own latents a share, and one for times in use that are not trained."""
 
@@ -152,4 +152,3 @@ def test_a_run_says_what_its_student_never_trains_on(tiny: Path, tiny_config: Pa
     assert line.startswith("the student takes up to 8 steps")
     (line,) = said("test.student_steps=[3]", config=Path("both.yaml"))
     assert line == "at 3 steps the student is asked at t = 666, 332, where it is not trained"
->>>>>>> 8ce7c9d (ddil-probe in docs, tests of its samplers and its command)
