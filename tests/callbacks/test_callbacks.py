@@ -299,13 +299,18 @@ def test_the_shift_probe_is_the_energy_distance_of_the_report(tiny: Path, monkey
     values = probe.measure(run.method, run.data)
     monkeypatch.undo()
     batch, (policy, grid) = run.data.reference(12), run.method.deployment.sampler(4)
-    mine = probe._states(policy, grid, run.method, batch, probe.seed)
+    walk = probe._states(policy, grid, run.method, batch, probe.seed)
+    mine = {t: walk[t] for t in grid.nodes.tolist()[1:]}
     for name, reference in probe._references.items():
         report = shift_report(mine, reference)
         assert {f"@{t}": row["energy_distance"] for t, row in report.items()} == {
             key.removeprefix(f"shift/{name}") or "@mean": value for key, value in values.items() if key.startswith(f"shift/{name}")
         }
     assert set(probe._references) == {"teacher", "forward"} and len(values) == 8
+    probe.losses = 6
+    more = probe.measure(run.method, run.data)
+    assert {key: more[key] for key in values} == values and len(more) == 12
+    assert all(ratio > 0 for key, ratio in more.items() if "loss_ratio" in key)
 
 
 # Previews and progress ---------------------------------------------------------------------------------------------------------------

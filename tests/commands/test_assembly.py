@@ -127,3 +127,28 @@ def test_the_place_of_ones_own_data_is_filled_or_named(tiny: Path, tmp_path: Pat
     assert assemble(*words, f"data.cache={tmp_path}").data.captions is None
     with pytest.raises(Refusal, match="still YOUR_DATA"):
         assemble(*words, f"data.cache={tmp_path / 'new.safetensors'}")
+
+
+def test_a_run_says_what_its_student_never_trains_on(tiny: Path, tiny_config: Path, here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A line where it takes several steps and no prior gives its own latents a share, and one for times in use that are not trained."""
+
+    def said(*words: str, config: Path = tiny_config) -> list[str]:
+        caplog.clear()
+        assemble(config, *words)
+        return [r.getMessage() for r in caplog.records if r.name == "ddil_lightning.commands.assembly"]
+
+    alone = ("data.prior.forward=1.0", "data.prior.student=0.0")
+    ramp = "{class_path: Linear, init_args: {first: {forward: 1.0}, last: {forward: 0.5, student: 0.5}, end: 6}}"
+    Path("later.yaml").write_text(f"trainer: {{callbacks: [{{class_path: AnnealPrior, init_args: {{schedule: {ramp}}}}}]}}")
+    plan = "[{steps: 8, parts: [{updates: 3}]}, {steps: 4, parts: [{updates: 3, forward: 0.5, student: 0.5}]}]"
+    model = f"model: {{class_path: PD, init_args: {{pipeline: {tiny}, teacher_steps: 16, guidance: 2.0, stages: PLAN}}}}"
+    rest = "\ndata: {batch_size: 8, prior: {forward: 1.0}}\ntest: {n: 0}\npreviews: {every: 0}\n"
+    Path("both.yaml").write_text(model.replace("PLAN", plan) + rest)
+    Path("first.yaml").write_text(model.replace("PLAN", plan.partition("}, {")[0] + "}]") + rest)
+    assert said() == [] == said(*alone, "--config", "later.yaml") == said(config=Path("both.yaml"))
+    (line,) = said(*alone)
+    assert line.startswith("the student takes up to 4 steps and is never trained on latents of its own")
+    (line,) = said(config=Path("first.yaml"))
+    assert line.startswith("the student takes up to 8 steps")
+    (line,) = said("test.student_steps=[3]", config=Path("both.yaml"))
+    assert line == "at 3 steps the student is asked at t = 666, 332, where it is not trained"

@@ -146,3 +146,15 @@ def test_readable_errors():
         energy_distance(noise(0, 3, 2), noise(0, 9, 2))
     with pytest.raises(ValueError, match="one shape"):
         mmd_rbf(noise(0, 9, 2), noise(0, 9, 3))
+
+
+@pytest.mark.parametrize("measure", [mmd_rbf, energy_distance, probe_auc])
+def test_sets_of_the_same_prompts_are_compared_without_bias(measure):
+    """Laws that differ from prompt to prompt, the same in both sets: nothing on average, where pairs of one prompt are known as such."""
+    prompts = 3 * noise(7, 24, 2)
+    draws = [(prompts + 0.3 * noise(k, 24, 2), prompts + 0.3 * noise(1000 + k, 24, 2)) for k in range(60)]
+    right, wrong = (torch.tensor([measure(x, y, paired=known) for x, y in draws]) for known in (True, False))
+    if measure is probe_auc:
+        right, wrong = right - 0.5, wrong - 0.5
+    assert abs(float(right.mean())) < 4 * float(right.std()) / 60**0.5
+    assert float(wrong.mean()) < -4 * float(wrong.std()) / 60**0.5

@@ -78,6 +78,7 @@ PRETRAIN = (
 SMALL = {
     "ddil-fit": FIT,
     "ddil-test": "--n 16",
+    "ddil-probe": "--n 16 --teacher_steps 4",
     "ddil-pretrain": f"{PRETRAIN} --interim.folder=null --dataset=digits",
     "data.captions=Images": "data.captions.size=16",
     "captions.path=my_images": "size=16",

@@ -14,7 +14,10 @@ from ddil_lightning.diffusion.denoiser import to_w
 from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import ddim
+from ddil_lightning.imitation.gaps import loss, states
+from ddil_lightning.imitation.mixing import Actor, Actors
 from ddil_lightning.imitation.shift import energy_distance
+from ddil_lightning.records import take
 
 PAIRS = 2000
 """Samples per set in a distance, whose memory is quadratic."""
@@ -25,7 +28,8 @@ class ShiftProbe(Callback):
 
     The teacher walks its DDIM steps under the same guidance and is recorded at the student's nodes, from independent noise. Forward latents
     alone are the wrong yard-stick under guidance: the guided teacher is shifted against them itself. Writes shift/teacher and shift/forward
-    (energy distance, mean over nodes), and the same with a node's time. Node 0 is pure noise for both and is left out.
+    (energy distance, mean over nodes), and the same with a node's time. Node 0 is pure noise for both and is left out. Of a student that is
+    finished, `ddil-probe` measures more.
 
     Args:
         every: student updates between two probes.
@@ -33,14 +37,19 @@ class ShiftProbe(Callback):
         steps: of the student's sampler.
         teacher_steps: DDIM steps of the teacher.
         seed: of the noise, the same for every probe.
+        losses: captions on whose latents the loss is measured besides: shift/loss_ratio, the student's own over the teacher's
+            (`imitation.gaps.loss`), with a node's time, too. The teacher then walks at every probe; 0 leaves it out.
     """
 
-    def __init__(self, every: int = 100, count: int = 128, steps: int = 4, teacher_steps: int = 32, seed: int = 30_000) -> None:
+    def __init__(
+        self, every: int = 100, count: int = 128, steps: int = 4, teacher_steps: int = 32, seed: int = 30_000, losses: int = 0
+    ) -> None:
         at_least(1, every=every, teacher_steps=teacher_steps)
         at_least(2, steps=steps)
         within(8, 10**6, count=count)
+        within(0, count, losses=losses)
         seeds(seed=seed)
-        self.every, self.count, self.steps, self.teacher_steps, self.seed = every, count, steps, teacher_steps, seed
+        self.every, self.count, self.steps, self.teacher_steps, self.seed, self.losses = every, count, steps, teacher_steps, seed, losses
         self._references: dict[str, dict[int, Tensor]] = {}
         self._probed: int | None = None
 
@@ -62,24 +71,35 @@ class ShiftProbe(Callback):
         """The energy distances at the present weights, by the names in the class's docstring; the references are sampled once."""
         batch = data.reference(self.count)
         policy, grid = method.deployment.sampler(self.steps)
+        inner = grid.nodes.tolist()[1:]
+        walker = Policy(method.teacher.apart(), ddim, fine=Grid.named("trailing", self.teacher_steps, method.teacher.schedule.steps))
         if not self._references:
-            walker = Policy(method.teacher.apart(), ddim, fine=Grid.named("trailing", self.teacher_steps, method.teacher.schedule.steps))
             # Every set of latents has seeds of its own: seed + i is that of sample i.
             self._references["teacher"] = self._states(walker, grid, method, batch, self.seed + self.count)
             if batch.latent is not None:
                 eps, schedule = self._noise(batch, method, self.seed + 2 * self.count), method.teacher.schedule
-                self._references["forward"] = {t: schedule.add_noise(batch.latent, eps, t) for t in grid.nodes.tolist()[1:]}
+                self._references["forward"] = {t: schedule.add_noise(batch.latent, eps, t) for t in inner}
         mine = self._states(policy, grid, method, batch, self.seed)
         values: dict[str, float] = {}
         for name, reference in self._references.items():
-            nodes = {f"shift/{name}@{t}": energy_distance(x[:PAIRS], reference[t][:PAIRS]) for t, x in mine.items()}
+            nodes = {f"shift/{name}@{t}": energy_distance(mine[t][:PAIRS], reference[t][:PAIRS]) for t in inner}
             values |= {**nodes, f"shift/{name}": sum(nodes.values()) / len(nodes)}
-        return values
+        return values | (self._ratios(policy, walker, grid, method, batch, mine) if self.losses else {})
+
+    def _ratios(self, policy: Policy, walker: Policy, grid: Grid, method: Any, batch: Any, mine: dict[int, Tensor]) -> dict[str, float]:
+        """The loss on the student's own latents over that on the teacher's, and its mean over nodes."""
+        some = slice(self.losses)
+        c = take(batch.c, some).guided(to_w(method.eval_guidance))
+        actors, ratios = Actors(Actor(policy, c), Actor(walker, c)), {}
+        walk = {t: x[some] for t, x in self._references["teacher"].items()}
+        for j, t in list(enumerate(grid.nodes.tolist()))[1:]:
+            on, off = loss(actors, grid, j, mine[t][some]), loss(actors, grid, j, walk[t], walk)
+            ratios[f"shift/loss_ratio@{t}"] = float(on.mean() / off.mean())
+        return {**ratios, "shift/loss_ratio": sum(ratios.values()) / len(ratios)}
 
     def _states(self, policy: Policy, grid: Grid, method: Any, batch: Any, seed: int) -> dict[int, Tensor]:
         c = batch.c.guided(to_w(method.eval_guidance))
-        walk = policy.walk(self._noise(batch, method, seed), grid, c, renoising(len(batch.rows), seed))
-        return dict(zip(grid.nodes.tolist()[1:], walk, strict=False))
+        return states(policy, grid, self._noise(batch, method, seed), c, renoising(len(batch.rows), seed))
 
     def _noise(self, batch: Any, method: Any, seed: int) -> Tensor:
         shape = method.backbone.latent_shape if batch.latent is None else batch.latent.shape[1:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ddil_lightning import plugins
@@ -22,6 +24,7 @@ from ddil_lightning.bounds import seeds
 from ddil_lightning.callbacks import AnnealPrior, Cadence, FlushBuffer, ShiftProbe, Stages  # noqa: F401 (short names in configs)
 from ddil_lightning.commands.checks import (
     OWN,
+    cautions,
     check_callbacks,
     check_method,
     check_room,
@@ -177,6 +180,9 @@ class Assembly(LightningCLI):
         check_steps(self.model, self.config_init)
         check_room(self.model, self.datamodule)
         check_trainer(self.config.trainer)
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            for line in cautions(self.model, self.config_init):
+                logging.getLogger(__name__).warning(line)
 
     def callbacks(self) -> list[Callback]:
         """The config's own callbacks, those of `acting`, and those that were given."""

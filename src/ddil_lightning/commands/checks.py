@@ -13,7 +13,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from ddil_lightning.callbacks import Checkpoints, Previews, Progress, ShiftProbe, Stages
-from ddil_lightning.callbacks.annealing import OnClock
+from ddil_lightning.callbacks.annealing import AnnealPrior, OnClock
 from ddil_lightning.commands.configs import read_config
 from ddil_lightning.data.captions import Captions
 from ddil_lightning.data.datamodule import DDILDataModule
@@ -50,6 +50,39 @@ def check_steps(method: Distillation, config: Any) -> None:
                 sampler(n)
             except ValueError as error:
                 raise ValueError(f"{name} {n}: {error}") from error
+
+
+def cautions(method: Distillation, config: Any) -> Iterator[str]:
+    """What a run may mean and most do not, a line each: no own latents in training, and times in use that training does not have."""
+    multistep = max((max(deployment.steps) for deployment in method.deployments()), default=1)
+    if multistep > 1 and not any(prior.student > 0 for prior in _priors(method, config)):
+        yield (
+            f"the student takes up to {multistep} steps and is never trained on latents of its own, where its errors compound: give "
+            "data.prior.student a share, unless this is a baseline"
+        )
+    trained = {t for grid in (method.grid, *method.walks()) for t in grid.nodes.tolist()}
+    test, previews = config.test, config.previews
+    counts = {n for deployment in method.deployments() for n in deployment.steps} if not _stages(method) else set()
+    counts |= {*(test.student_steps or []), *((previews.student_steps or []) if previews.every else []), config.export_steps or 1}
+    for n in sorted(counts):
+        strange = [t for t in method.deployment.sampler(n)[1].nodes.tolist() if t not in trained]
+        if strange:
+            yield f"at {n} steps the student is asked at t = {', '.join(map(str, strange))}, where it is not trained"
+
+
+def _stages(method: Distillation) -> list[Any]:
+    """The stages of a method that has some."""
+    return list(getattr(method, "stages", ()))
+
+
+def _priors(method: Distillation, config: Any) -> list[Any]:
+    """Every prior that will be in force: of the plan's parts, and where it leaves that open, the schedule's or the data's own."""
+    callbacks = config.trainer.callbacks or []
+    schedules = [c.schedule for c in (callbacks if isinstance(callbacks, list) else [callbacks]) if isinstance(c, AnnealPrior)]
+    own = [prior for schedule in schedules for prior in schedule.ahead(method.updates)] or [config.data.prior]
+    stages = _stages(method)
+    open_ = not stages or any(not stage.parts and not stage.preliminary for stage in stages)
+    return [part for stage in stages for part in stage.parts] + (own if open_ else [])
 
 
 def check_method(method: Distillation) -> None:

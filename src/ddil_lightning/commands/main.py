@@ -73,6 +73,11 @@ def pretrain() -> None:
     run(command("pretrain"), "ddil-pretrain")
 
 
+def probe() -> None:
+    """The entry point of ddil-probe; exits as `run` does."""
+    run(command("probe"), "ddil-probe")
+
+
 def cache() -> None:
     """The entry point of ddil-cache; exits as `run` does."""
     run(command("cache"), "ddil-cache")

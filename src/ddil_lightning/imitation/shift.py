@@ -3,6 +3,9 @@
 All take `x` [N, ...] and `y` [M, ...] of the same shape per sample, latents [C, H, W] or points [D], and answer with a float. The
 samples of the two sets must be independent: latents grown from the same noise bias every pairwise measure downwards. Against
 forward latents a guided student shows the teacher's own distance too; the teacher's latents are the other useful reference.
+
+`paired`: sample i of both sets has the same prompt. Such a pair is no draw from both laws, which are mixtures over prompts, so it is left
+out of every mean over pairs; and no prompt that a probe is fitted on is one that it is measured on.
 """
 
 from __future__ import annotations
@@ -26,25 +29,25 @@ def frechet_pooled(x: Tensor, y: Tensor) -> float:
     return frechet_distance(_pooled(x), _pooled(y))
 
 
-def mmd_rbf(x: Tensor, y: Tensor, bandwidth: float | None = None) -> float:
+def mmd_rbf(x: Tensor, y: Tensor, bandwidth: float | None = None, paired: bool = False) -> float:
     """Squared maximum mean discrepancy with the kernel exp(-d^2 / (2 h^2)), unbiased (Gretton et al. 2012, eq. 3), so also below 0.
 
     `bandwidth` h: by default the median distance over all pairs of the two sets together.
     """
-    within_x, within_y, between = _distances(x, y)
+    within_x, within_y, between = _distances(x, y, paired)
     h = float(torch.cat([within_x, within_y, between]).median()) if bandwidth is None else bandwidth
     scale = max(2 * h**2, 1e-30)
     k_x, k_y, k_xy = ((-d.square() / scale).exp().mean() for d in (within_x, within_y, between))
     return float(k_x + k_y - 2 * k_xy)
 
 
-def energy_distance(x: Tensor, y: Tensor) -> float:
+def energy_distance(x: Tensor, y: Tensor, paired: bool = False) -> float:
     """2 E|X - Y| - E|X - X'| - E|Y - Y'| of the flattened samples as a U-statistic: unbiased, so also below 0 (Szekely & Rizzo 2013)."""
-    within_x, within_y, between = _distances(x, y)
+    within_x, within_y, between = _distances(x, y, paired)
     return float(2 * between.mean() - within_x.mean() - within_y.mean())
 
 
-def probe_auc(x: Tensor, y: Tensor, seed: int = 0) -> float:
+def probe_auc(x: Tensor, y: Tensor, seed: int = 0, paired: bool = False) -> float:
     """Area under the ROC curve of a logistic probe that tells x from y: 0.5 if it cannot, 1 if always.
 
     Fitted on one half and measured on the other. Features are pooled means and pooled mean squares (points: coordinates and their
@@ -54,6 +57,8 @@ def probe_auc(x: Tensor, y: Tensor, seed: int = 0) -> float:
     generator = torch.Generator().manual_seed(seed)
     train, test = [], []
     for z in (x, y):
+        if paired:
+            generator.manual_seed(seed)
         f = torch.cat([_pooled(z), _pooled(z.square())], 1)[torch.randperm(len(z), generator=generator).to(z.device)]
         train.append(f[: len(z) // 2])
         test.append(f[len(z) // 2 :])
@@ -69,7 +74,9 @@ def energy_gap(x_t: Tensor, schedule: NoiseSchedule, t: int, data_second_moment:
     return _energy(x_t) - float(schedule.alphas[t].square() * data_second_moment + schedule.sigmas[t].square())
 
 
-def shift_report(student: Mapping[int, Tensor], reference: Mapping[int, Tensor], limit: int = 2000) -> dict[int | str, dict[str, float]]:
+def shift_report(
+    student: Mapping[int, Tensor], reference: Mapping[int, Tensor], limit: int = 2000, paired: bool = False
+) -> dict[int | str, dict[str, float]]:
     """All measures at every node of `student` {t: latents [N, ...]} against `reference` at the same t, and their mean over nodes ("mean").
 
     `energy` is the difference of the two mean squares. `limit`: samples per set in the measures over pairs, whose memory is quadratic.
@@ -83,9 +90,9 @@ def shift_report(student: Mapping[int, Tensor], reference: Mapping[int, Tensor],
         y = reference[t]
         report[t] = {
             "frechet": frechet_pooled(x, y),
-            "mmd": mmd_rbf(x[:limit], y[:limit]),
-            "auc": probe_auc(x[:limit], y[:limit]),
-            "energy_distance": energy_distance(x[:limit], y[:limit]),
+            "mmd": mmd_rbf(x[:limit], y[:limit], paired=paired),
+            "auc": probe_auc(x[:limit], y[:limit], paired=paired),
+            "energy_distance": energy_distance(x[:limit], y[:limit], paired),
             "energy": _energy(x) - _energy(y),
         }
     rows = list(report.values())
@@ -105,10 +112,15 @@ def _pooled(x: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(x, (min(POOL, x.shape[2]), min(POOL, x.shape[3]))).flatten(1) if x.ndim == 4 else x
 
 
-def _distances(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Euclidean distances of all pairs within x, within y and between, without those of a sample to itself."""
+def _distances(x: Tensor, y: Tensor, paired: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Euclidean distances of all pairs within x, within y and between, without those of a sample to itself, or to its partner."""
     a, b = (z.flatten(1) for z in _pair(x, y))
-    return F.pdist(a), F.pdist(b), torch.cdist(a, b).flatten()
+    between = torch.cdist(a, b)
+    if not paired:
+        return F.pdist(a), F.pdist(b), between.flatten()
+    if len(a) != len(b):
+        raise ValueError(f"paired sets have as many samples each, got {len(a)} and {len(b)}")
+    return F.pdist(a), F.pdist(b), between[~torch.eye(len(a), dtype=torch.bool, device=a.device)]
 
 
 def _energy(x: Tensor) -> float:

@@ -68,7 +68,7 @@ def write_report(run_dir: Path | str, summary: Mapping[str, Any] | None = None) 
         _config(run_dir / "config.yaml"),
         f"<footer>ddil-lightning · {escape(run_dir.resolve().name)} · this page is one file and loads nothing</footer>",
     ]
-    return _write(run_dir / "report.html", name, body)
+    return write_page(run_dir / "report.html", name, body)
 
 
 def _header(name: str, summary: Mapping[str, Any]) -> str:
@@ -252,7 +252,7 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def _write(path: Path, title: str, body: Sequence[str]) -> Path:
+def write_page(path: Path, title: str, body: Sequence[str]) -> Path:
     """Write the page; a full disk leaves the older one whole."""
     style = resources.files(__package__).joinpath("report.css").read_text(encoding="utf-8")
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

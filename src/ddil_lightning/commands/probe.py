@@ -1,0 +1,127 @@
+"""The command ddil-probe: the covariate shift of any few-step pipeline against its teacher."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ddil_lightning.commands.arguments import SCALE, SEED, STEPS, Parser, advising, device, number, path, place
+from ddil_lightning.errors import Refusal
+from ddil_lightning.files import check_writable
+from ddil_lightning.messages import quiet
+
+PARTS = ("nodes", "mixing", "switch")
+SAMPLERS = ("lcm", "tcd", "ddim", "euler")
+
+
+def probe(argv: list[str]) -> int:
+    """How far a few-step student drifts from its teacher: node by node, and with both of them taking turns (the paper's appendix E)."""
+    parser = Parser("ddil-probe", description=probe.__doc__)
+    parser.add_argument("--student", type=place, required=True, help="a finished run, or the pipeline folder or hub id of any student")
+    parser.add_argument("--teacher", type=place, help="any pipeline of the same latents (default: the one that the student's card names)")
+    parser.add_argument("--n", type=number(16, 10**7), help="prompts (default: 256, or all of a smaller set of your own)")
+    parser.add_argument(
+        "--protocol",
+        type=place,
+        help="shapes, digits (default: as the student's card says), or captions of your own, as ddil-test has them",
+    )
+    parser.add_argument("--images", type=place, help="the folder of the images that a caption file names")
+    parser.add_argument("--steps", type=STEPS, help="of the student (default: what its card recommends, else 4)")
+    parser.add_argument("--teacher_steps", type=STEPS, default=32, help="of the teacher alone: one student step is its share of them")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="the student's sampler by name (default: its own scheduler)")
+    parser.add_argument("--guidance", type=SCALE, help="guidance g of the teacher, and of a student that is told it (default: by its card)")
+    parser.add_argument("--student_guidance", type=SCALE, help="guidance_scale of the student (default: by its card, else none)")
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="these parts alone (default: all)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of prompts, noise and turns")
+    parser.add_argument("--truncate", action="store_true", help="cut captions that are too long for the text encoder")
+    parser.add_argument("--out", type=path, help="the JSON file, with a page beside it (default: probe.json in the run folder, else here)")
+    args = parser.parse_args(argv)
+    if args.images and args.protocol in (None, "shapes", "digits"):
+        raise Refusal(f"--images {args.images} is the folder of a caption file's images: give that file too, by --protocol FILE")
+    is_run = not (Path(args.student) / "model_index.json").is_file() and (Path(args.student) / "config.yaml").is_file()
+    out = args.out or (Path(args.student) if is_run else Path.cwd()) / "probe.json"
+    if out.suffix.lower() != ".json":
+        raise Refusal(f"--out {out}: give a file's name that ends in .json; the page beside it ends in .html")
+    check_writable(out)
+    check_writable(out.with_suffix(".html"))
+    quiet()
+    found = _found(args, is_run)
+    from ddil_lightning.evaluation.table import write_rows
+    from ddil_lightning.runs.probed import text, write_probe
+
+    print(text(found), end="", flush=True)  # first: what cannot be written can still be read
+    write_rows(out, found)  # type: ignore[arg-type]
+    page = write_probe(out.with_suffix(".html"), found)
+    print(f"written to {out} and {page}")
+    return 0
+
+
+def _found(args: argparse.Namespace, is_run: bool) -> dict[str, Any]:
+    """Everything that is measured, and by which protocol."""
+    from ddil_lightning.commands.probing import material, probed, swept
+    from ddil_lightning.imitation.gaps import nodes
+
+    contest, said = _contest(args, is_run)
+    student, teacher = contest.student, contest.teacher
+    protocol = args.protocol or student.about.get("dataset") or teacher.about.get("dataset")
+    if protocol is None:
+        raise Refusal(f"neither {student.path} nor {teacher.path} names a data set: say --protocol shapes, digits or CAPTIONS")
+    given = material(protocol, args.images, args.n, args.seed, teacher)
+    if not args.truncate:
+        with advising("--truncate"):
+            student.check_length(given.prompts)
+            teacher.check_length(given.prompts)
+    sweeps = [part for part in args.only if part != "nodes"]
+    suite = given.suite() if sweeps else None  # before anything is sampled: its networks may be missing
+    said |= {"n": len(given.prompts), "prompts": protocol, "seed": args.seed}
+    if given.without and "nodes" in args.only:
+        said["left_out"] = f"distances and losses against forward latents: {given.without}"
+        print(f"left out: {said['left_out']}", flush=True)
+    seen = probed(contest, given.prompts, given.images, args.seed) if "nodes" in args.only else []
+    # The teacher's walks serve the sweeps too, where these are of the same prompts.
+    again = seen if suite is not None and list(suite.prompts) == given.prompts and suite.seed == args.seed else []
+    found: dict[str, Any] = {"mixing": [], "switch": []} if suite is None else swept(contest, suite, sweeps, again)
+    rows = nodes(seen, contest.grid) if seen else []
+    return {"protocol": said if suite is None else suite.protocol | said, "nodes": rows, **found}
+
+
+def _contest(args: argparse.Namespace, is_run: bool) -> tuple[Any, dict[str, Any]]:
+    """Student and teacher, loaded and checked, and what they are in words."""
+    from ddil_lightning.backbones.pipeline import Pipeline
+    from ddil_lightning.backbones.samplers import check_alike, grid_of, named, policy_of, scale_of
+    from ddil_lightning.commands.probing import Contest
+    from ddil_lightning.diffusion.policy import Policies
+    from ddil_lightning.diffusion.transitions import ddim
+
+    student = Pipeline(str(_pipeline(Path(args.student), args.steps) if is_run else args.student)).to(device())
+    source = args.teacher or student.about.get("teacher")
+    if source is None:
+        raise Refusal(f"{student.path} has no card that names its teacher: give it, by --teacher")
+    teacher = Pipeline(source).to(device())
+    check_alike(student, teacher)
+    if args.sampler:
+        student = named(student, args.sampler)
+    steps = args.steps or int(student.about.get("steps", 4))
+    if args.teacher_steps < steps:
+        raise Refusal(f"--teacher_steps {args.teacher_steps} are fewer than the student's {steps}: give at least as many")
+    grid, k = grid_of(student, steps), round(args.teacher_steps / steps)
+    own = student.guidance if "method" in student.about else teacher.guidance
+    g = own if args.guidance is None else args.guidance
+    told = args.guidance if student.network().w_conditioned and args.student_guidance is None else args.student_guidance
+    scales = scale_of(student, told, g), g
+    policies = Policies(policy_of(student, scales[0]), policy_of(teacher, g, ddim, k))
+    said = {"student": student.path, "teacher": teacher.path, "times": grid.times.tolist(), "substeps": k, "guidance": g}
+    said |= {"student_guidance_scale": scales[0], "sampler": type(student.pipe.scheduler).__name__}
+    return Contest(student, teacher, policies, grid, scales), said
+
+
+def _pipeline(run: Path, steps: int | None) -> Path:
+    """The pipeline of a run: that of the stage that was made for so many steps, else its last. Raises Refusal where there is none."""
+    from ddil_lightning.runs.folder import stage_pipelines
+
+    if (run / "student.safetensors").is_file():
+        raise Refusal(f"no pipeline can hold the student of {run}, so there is none to probe: ShiftProbe measures it in training")
+    if not (run / "pipeline").is_dir():
+        raise Refusal(f"{run} holds no exported pipeline (pipeline/): give a finished run, or make one of a checkpoint by ddil-export")
+    return stage_pipelines(run).get(steps or 0, run / "pipeline")

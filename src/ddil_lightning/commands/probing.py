@@ -1,0 +1,213 @@
+"""What ddil-probe measures: a student against its teacher at every node, and both of them mixed (appendix E; METHODS 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddil_lightning.backbones import sampling
+from ddil_lightning.backbones.pipeline import Pipeline
+from ddil_lightning.backbones.samplers import context_of
+from ddil_lightning.data.captions import Prompts
+from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.policy import Policies, Policy
+from ddil_lightning.diffusion.schedule import Grid
+from ddil_lightning.evaluation.metrics.pairs import choose, load_images, read_pairs
+from ddil_lightning.evaluation.suite import Probes, Suite
+from ddil_lightning.imitation.gaps import Seen, see
+from ddil_lightning.imitation.mixing import Actor, Actors, Bernoulli, Mixing, Switch, mix_all
+from ddil_lightning.messages import counted
+
+SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+"""The teacher's probabilities in the sweep."""
+
+ASKED = 32
+"""Samples of which losses and recovery are measured, for which the teacher walks from every node: means of many numbers each."""
+
+BUILTIN = ("shapes", "digits")
+COLUMNS = ("text", "caption", "prompt")
+
+
+@dataclass(frozen=True, eq=False)
+class Contest:
+    """A student and its teacher on the student's nodes. `scales`: the guidance_scale of each; both read prompts by their own encoders."""
+
+    student: Pipeline
+    teacher: Pipeline
+    policies: Policies
+    grid: Grid
+    scales: tuple[float, float]
+
+    def actors(self, prompts: Sequence[str]) -> Actors:
+        """Both, and what they are told of the prompts."""
+        teacher: Policy = self.policies.teacher  # type: ignore[assignment]
+        return Actors(
+            Actor(self.policies.student, context_of(self.student, prompts, self.scales[0])),
+            Actor(teacher, context_of(self.teacher, prompts, self.scales[1])),
+        )
+
+    def parts(self, n: int) -> Iterator[slice]:
+        """Batches of `n` samples that the device can take."""
+        size = sampling.batch(self.student.latent_shape)
+        return (slice(i, min(i + size, n)) for i in range(0, n, size))
+
+    def mixed(self, prompts: Sequence[str], mixings: Sequence[Mixing], seed: int, seen: Sequence[Seen] = ()) -> Tensor:
+        """Final latents [K, N, C, h, w] of K mixtures of the two, on the CPU. `seen`: by part, where the teacher has walked already."""
+        parts, shape = list(self.parts(len(prompts))), self.student.latent_shape
+        made = []
+        for i, part in enumerate(counted(parts, len(parts), "sweeps")):
+            walk = seen[i].teacher if seen else None
+            made.append(mix_all(self.actors(prompts[part]), mixings, self.grid, shape, seed + part.start, walk).cpu())
+        return torch.cat(made, 1)
+
+    def costs(self, prompt: str) -> Tensor:
+        """[2, N] network evaluations of a sample in every interval, of the teacher and of the student: counted on one."""
+        actors, found = self.actors([prompt]), torch.zeros(2, len(self.grid))
+        x, times = torch.zeros(1, *self.student.latent_shape, device=self.student.device), self.grid.times.tolist()
+        for k, (policy, c) in enumerate((actors.teacher, actors.student)):
+            denoiser = next(m for m in policy.modules() if isinstance(m, Denoiser))
+            for j in range(len(self.grid)):
+                before = denoiser.evaluations
+                with torch.no_grad():
+                    policy(x, times[j], times[j + 1], c)
+                found[k, j] = denoiser.evaluations - before
+        return found
+
+
+def probed(contest: Contest, prompts: Sequence[str], data: Tensor | None, seed: int) -> list[Seen]:
+    """What `gaps.nodes` makes its rows of, by parts. `data`: images [N, 3, H, W] in [-1, 1] of the prompts, for forward latents.
+
+    The teacher's noise is that of the sweeps, the student's another, so that the two sets are independent.
+    """
+    n, shape, seen = len(prompts), contest.student.latent_shape, []
+    parts = list(contest.parts(n))
+    for part in counted(parts, len(parts), "nodes"):
+        latents = None if data is None else contest.teacher.encode_images(data[part])
+        own = part.start + seed
+        asked = max(0, min(part.stop, ASKED) - part.start)
+        found = see(contest.actors(prompts[part]), contest.grid, shape, (own + n, own, own + 2 * n), latents, asked)
+        seen.append(found._replace(student=_cpu(found.student), teacher=_cpu(found.teacher), forward=_cpu(found.forward)))
+    return seen
+
+
+def _cpu(latents: dict[int, Tensor]) -> dict[int, Tensor]:
+    return {t: x.cpu() for t, x in latents.items()}
+
+
+def swept(contest: Contest, suite: Suite, parts: Sequence[str], seen: Sequence[Seen] = ()) -> dict[str, list[dict[str, Any]]]:
+    """The rows of the sweeps among `parts`: `mixing` over the teacher's probability, `switch` over the inner nodes, in both orders.
+
+    `seen`: what `probed` has found of these prompts.
+    """
+    suite = replace(suite, probes=Probes())  # one image a prompt, as the paper's tables have it
+    asked: list[tuple[str, dict[str, Any], Mixing]] = []
+    if "mixing" in parts:
+        asked += [("mixing", {"p_teacher": p}, Bernoulli(p)) for p in SHARES]
+    if "switch" in parts:
+        inner = contest.grid.nodes.tolist()[1:]
+        asked += [("switch", {"first": who, "at": t}, Switch(who, t)) for who in ("teacher", "student") for t in inner]  # type: ignore[arg-type]
+    rows: dict[str, list[dict[str, Any]]] = {"mixing": [], "switch": []}
+    if not asked:  # a student of one step has no node to switch at
+        return rows
+    latents = contest.mixed(suite.prompts, [mixing for *_, mixing in asked], suite.seed, seen)
+    costs = contest.costs(suite.prompts[0])
+    for (sweep, said, mixing), made in zip(asked, latents, strict=True):
+
+        def sample(prompts: list[str], seed: int, made: Tensor = made) -> Tensor:
+            start = seed - suite.seed  # the suite's seed of a batch is that of its first prompt
+            return sampling.decoded(contest.teacher, made[start : start + len(prompts)].to(contest.teacher.device))
+
+        measured = {key: value for key, value in suite.score(sample).items() if value is not None}
+        by_student = mixing.by_student(contest.grid, len(made), suite.seed).float().mean(0)
+        nfe = round(float(((1 - by_student) * costs[0] + by_student * costs[1]).sum()), 1)
+        rows[sweep].append({**said, "nfe": nfe, "metrics": measured})
+    return rows
+
+
+# Prompts and images ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """Prompts of a protocol, their images [N, 3, H, W] where it has them (else `without` says why), and the suite that scores both."""
+
+    prompts: list[str]
+    images: Tensor | None
+    without: str
+    suite: Callable[[], Suite]
+
+
+def material(protocol: str, folder: str | None, n: int | None, seed: int, backbone: Pipeline) -> Material:
+    """Of the built-in data `shapes` or `digits`, or of a file or folder of captions, with or without images, in the pipeline's size.
+
+    `n`: prompts (default: 256, or all of a smaller set). Raises ValueError for fewer than 16, and as what reads the captions does.
+    """
+    if protocol in BUILTIN:
+        count = _enough(256 if n is None else n, f"--n {n}")
+        images, prompts = _drawn(protocol, count, seed)
+        return Material(prompts, images, "", lambda: Suite.builtin(protocol, n=count, seed=seed).for_pipeline(backbone))
+    try:
+        pairs = read_pairs(protocol, folder)
+    except (FileNotFoundError, ValueError) as error:
+        return _texts(protocol, n, seed, backbone, error)
+    what = f"{protocol} holds {len(pairs)} images with captions" if n is None else f"--n {n}"
+    n = _enough(min(256, len(pairs)) if n is None else n, what)
+    chosen, (height, width) = choose(pairs, n, seed), backbone.size
+    captions = [pair.caption for pair in chosen]
+
+    def suite() -> Suite:
+        return Suite.from_folder(protocol, folder, n=n, seed=seed, probes=(0, 0), device=backbone.device)
+
+    if height != width:
+        return Material(captions, None, f"{backbone.path} samples no squares, as which the images of {protocol} are read", suite)
+    return Material(captions, load_images([pair.image for pair in chosen], height), "", suite)
+
+
+def _texts(protocol: str, n: int | None, seed: int, backbone: Pipeline, why: Exception) -> Material:
+    """Captions without images. Raises `why`, the reason for which they were not read with them, where that fails too."""
+    from ddil_lightning.evaluation.given import Given
+    from ddil_lightning.evaluation.networks import Networks
+
+    lines: Prompts | None = None
+    for column in COLUMNS:
+        try:
+            lines = Prompts(protocol, column)
+            every = lines.prompts(range(len(lines)))
+            break
+        except (OSError, ValueError, KeyError):
+            lines = None
+    if lines is None:
+        raise why
+    n = _enough(min(256, len(every)) if n is None else min(n, len(every)), f"{protocol} holds {len(every)} captions")
+    prompts = every[:n]
+
+    def suite() -> Suite:
+        networks = Networks(clip="open_clip").load(backbone.device)
+        return Suite(Path(protocol).stem, prompts, Given(networks), Probes(), seed, source=f"the first {n} of {protocol}")
+
+    return Material(prompts, None, f"{protocol} has captions without images", suite)
+
+
+def _drawn(data: str, n: int, seed: int) -> tuple[Tensor, list[str]]:
+    """Held-out images of the built-in data, and prompts that say of each what is on it: those of `Suite.builtin`."""
+    from ddil_lightning.miniature import digits, shapes
+    from ddil_lightning.miniature.sources import HELD_OUT, load_source
+
+    prompts = load_source(data).prompts(n, seed)
+    if data == "shapes":
+        return shapes.render(shapes.draw_scenes(n, HELD_OUT + seed)), prompts
+    images, labels = digits.split("held_out")
+    of = {k: (labels == k).nonzero().flatten().tolist() for k in range(10)}
+    rows = [of[k][i // 10 % len(of[k])] for i, k in enumerate(digits.parse(prompt)["digit"] for prompt in prompts)]
+    return images[rows], prompts
+
+
+def _enough(n: int, what: str) -> int:
+    if n < 16:
+        raise ValueError(f"{what}: at least 16 prompts, and some hundreds for numbers that mean something")
+    return n

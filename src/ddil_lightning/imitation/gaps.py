@@ -1,0 +1,125 @@
+"""What separates a student from its teacher on given latents: where it goes, what its next step costs, and whether that is made good."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddil_lightning.backbones.sampling import noise, renoising
+from ddil_lightning.diffusion.policy import Policy
+from ddil_lightning.diffusion.schedule import Grid
+from ddil_lightning.imitation.mixing import Actor, Actors
+from ddil_lightning.imitation.shift import shift_report
+from ddil_lightning.records import Context, take
+from ddil_lightning.streams import Generators
+
+
+def states(policy: Policy, grid: Grid, x_T: Tensor, c: Context, generators: Generators | None = None) -> dict[int, Tensor]:
+    """{time: latents [B, ...]} that a walk down `grid` meets, its start and its end among them."""
+    return dict(zip(grid.times.tolist(), [x_T, *policy.walk(x_T, grid, c, generators)], strict=True))
+
+
+def rest(actor: Actor, grid: Grid, node: int, x_t: Tensor, generators: Generators | None = None) -> Tensor:
+    """What the actor makes of latents [B, ...] at a node, at the end of the grid."""
+    times = grid.times.tolist()[node:]
+    for t, s in zip(times, times[1:], strict=False):
+        x_t = actor.policy(x_t, t, s, actor.c, generators)
+    return x_t
+
+
+def loss(actors: Actors, grid: Grid, node: int, x_t: Tensor, solved: dict[int, Tensor] | None = None) -> Tensor:
+    """[B] mean squares of the student's answer to latents at a node, minus the teacher's finer solution from the same latents.
+
+    A class-A loss (METHODS 1.4): it needs no clean image, so it has the same meaning on latents of any origin. A student that steps
+    deterministically is asked where it lands at the next node, and a teacher in substeps should land there. One that draws noise on its
+    way lands at random: it is asked for x0, and the teacher goes on to the end of the grid. `solved`: the walk of the teacher that
+    these latents are from, where they are its own, which need not be made again.
+    """
+    (policy, c), teacher = actors
+    t, s = grid.times.tolist()[node : node + 2]
+    if policy.transition.noisy:
+        mine = policy.denoiser(x_t, torch.full((len(x_t),), t, device=x_t.device), c).x0
+        return _squares(mine - (rest(teacher, grid, node, x_t) if solved is None else solved[int(grid.times[-1])]))
+    return _squares(policy(x_t, t, s, c) - (teacher.policy(x_t, t, s, teacher.c) if solved is None else solved[s]))
+
+
+def recovery(actors: Actors, grid: Grid, node: int, walk: dict[int, Tensor], seed: int) -> tuple[Tensor, Tensor]:
+    """([B], [B]) mean squares of the student's continuation minus the teacher's, behind one step from the teacher's latents at a node.
+
+    The first after a step of the student, injected into the teacher's `walk`; the second after the teacher's own, which is what the two
+    continuations differ by without an error to recover from. Noise that a student draws on its way is part of both.
+    """
+    student, teacher = actors
+    t, s = grid.times.tolist()[node : node + 2]
+    n = len(walk[t])
+    injected = student.policy(walk[t], t, s, student.c, renoising(n, seed))
+    mine = [rest(student, grid, node + 1, x_s, renoising(n, seed + n)) for x_s in (injected, walk[s])]
+    return _squares(mine[0] - rest(teacher, grid, node + 1, injected)), _squares(mine[1] - walk[int(grid.times[-1])])
+
+
+class Seen(NamedTuple):
+    """What one batch of samples shows: latents at every time of the grid, and numbers [B] at every node."""
+
+    student: dict[int, Tensor]
+    teacher: dict[int, Tensor]
+    forward: dict[int, Tensor]  # {} without data
+    values: dict[int, dict[str, Tensor]]  # {node: {name: [at most B]}}
+
+
+@torch.no_grad()
+def see(
+    actors: Actors, grid: Grid, shape: Sequence[int], seeds: tuple[int, int, int], data: Tensor | None = None, asked: int | None = None
+) -> Seen:
+    """The student's walk, the teacher's from independent noise, forward latents of `data` [B, ...], and what is lost at every node.
+
+    `seeds` of the three noises; sample i has each of them + i. `asked`: losses and recovery, which cost the teacher most, are those of so
+    many first samples; by default of all.
+    """
+    student, teacher = actors
+    n, schedule, times = len(student.c.text), student.policy.schedule, grid.nodes.tolist()
+    first, second, third = (noise(n, shape, seed).to(student.c.text.device) for seed in seeds)
+    mine = states(student.policy, grid, first, student.c, renoising(n, seeds[0]))
+    theirs = states(teacher.policy, grid, second, teacher.c, renoising(n, seeds[1]))
+    forward = {} if data is None else {t: schedule.add_noise(data, third, t) for t in times}
+    some = slice(asked)
+    few = Actors(*(actor._replace(c=take(actor.c, some)) for actor in actors))
+    walk = {t: x[some] for t, x in theirs.items()}
+    values: dict[int, dict[str, Tensor]] = {t: {} for t in times if asked != 0}
+    for j, (t, found) in enumerate(values.items()):
+        found |= {"on": loss(few, grid, j, mine[t][some]), "teacher": loss(few, grid, j, walk[t], walk)}
+        if forward:
+            found["forward"] = loss(few, grid, j, forward[t][some])
+        if j + 1 < len(times):
+            found["injected"], found["plain"] = recovery(few, grid, j, walk, seeds[0] + j)
+    return Seen(mine, theirs, forward, values)
+
+
+def nodes(seen: Sequence[Seen], grid: Grid) -> list[dict[str, object]]:
+    """A row for every node: `shift` from the teacher's latents and from forward ones, mean `loss` by latents, its `ratio`, `recovery`.
+
+    `ratio`: the loss on the student's own latents over that on the teacher's, and on forward ones. `recovery`: the root of the mean square
+    of `gaps.recovery` after a step of the student (`injected`) and of the teacher (`plain`). Without data, nothing says `forward`. Raises
+    ValueError for fewer than 4 samples.
+    """
+
+    def joined(name: str) -> dict[int, Tensor]:
+        return {t: torch.cat([getattr(part, name)[t].cpu() for part in seen]) for t in grid.nodes.tolist()}
+
+    others = {name: joined(name) for name in ("teacher", "forward") if getattr(seen[0], name)}
+    shifts = {name: shift_report(joined("student"), latents, paired=True) for name, latents in others.items()}
+    rows: list[dict[str, object]] = []
+    for t in grid.nodes.tolist():
+        told = [part.values[t] for part in seen if part.values]
+        mean = {key: float(torch.cat([values[key].cpu() for values in told]).mean()) for key in told[0]}
+        losses = {name: mean[name] for name in ("on", *others)}
+        ratio = {name: losses["on"] / losses[name] if losses[name] > 0 else None for name in others}
+        back = {key: mean[key] ** 0.5 for key in ("injected", "plain") if key in mean}
+        rows.append({"t": t, "shift": {name: found[t] for name, found in shifts.items()}, "loss": losses, "ratio": ratio, "recovery": back})
+    return rows
+
+
+def _squares(x: Tensor) -> Tensor:
+    return x.double().square().flatten(1).mean(1)

@@ -1,0 +1,211 @@
+"""What ddil-probe has found, as tables for a terminal and as one self-contained page, beside the figures of the paper's appendix E."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ddil_lightning.evaluation.registry import columns
+from ddil_lightning.evaluation.table import Table, cell, headings, shown, values_of
+from ddil_lightning.runs.charts import Series, line_chart
+from ddil_lightning.runs.report import write_page
+
+Row = Mapping[str, Any]
+
+PAPER = {
+    "mixing": {0.8: (23.14, 0.319), 0.6: (22.33, 0.317), 0.4: (21.95, 0.313), 0.2: (21.92, 0.307), 1.0: (22.5, 0.321)},
+    "teacher": ((23.60, 0.309), (23.80, 0.317), (24.21, 0.320)),
+    "student": ((21.64, 0.321), (21.16, 0.314), (22.05, 0.306)),
+}
+"""(FID, CLIP score) of appendix E, at the teacher's probability, and at the inner nodes 749, 500, 250 for who acts first (METHODS 6)."""
+
+NOTE = (
+    "paper: appendix E of arXiv 2410.11971, Stable Diffusion 1.5 with a 4-step DDIL student on 5 000 captions of COCO 2017, FID and CLIP "
+    "score by its networks; compare trends with it, not values. Which of its switch tables is which was inferred from CLIP. Trends are "
+    "said without an interval: another --seed tells how far one can be trusted."
+)
+MEASURES = {"frechet": "Fréchet", "mmd": "MMD", "auc": "probe AUC", "energy_distance": "energy distance", "energy": "energy"}
+MEANING = {
+    "Fréchet": "distance of 4 x 4 pooled channel means of the latents, biased upwards for few samples",
+    "MMD": "squared, unbiased, so also below 0",
+    "probe AUC": "of a logistic probe that tells the two sets apart: 0.5 if it cannot",
+    "energy distance": "unbiased, so also below 0",
+    "energy": "mean square of the student's latents minus the others'",
+    "loss": "mean square of the student's answer minus the teacher's finer solution from the same latent: of where a deterministic step "
+    "lands, or of x0 where the student re-noises; on the student's own latents, on the teacher's, and on forward ones",
+    "recovery": "root mean square between the student's continuation and the teacher's, after one step of the student from the teacher's "
+    "latents, and after one of the teacher (plain)",
+}
+FIRST = "At the first time both are pure noise: what stands there is the measures' own floor."
+
+
+class Part(NamedTuple):
+    """A table under its title, with what is said of it."""
+
+    title: str
+    table: Table
+    notes: Sequence[str] = ()
+
+
+def parts(found: Mapping[str, Any]) -> list[Part]:
+    """The tables of what was found, in the order in which they are read."""
+    made = []
+    rows = found["nodes"]
+    for name in rows[0]["shift"] if rows else ():
+        head = ["t", *MEASURES.values()]
+        lines = [[cell(row["t"]), *(cell(row["shift"][name][key], 4) for key in MEASURES)] for row in rows]
+        who = {"teacher": "the teacher's own latents, of independent noise", "forward": "forward latents of the data"}[name]
+        made.append(Part(f"The student's latents against {who}", Table(head, lines), (FIRST,) if name == "teacher" else ()))
+    if rows:
+        made.append(_losses(rows))
+    made += [_mixing(found["mixing"])] if found["mixing"] else []
+    made += [_switch(found["switch"], who) for who in ("teacher", "student") if found["switch"]]
+    return made
+
+
+def _losses(rows: Sequence[Row]) -> Part:
+    names = [name for name in ("on", "teacher", "forward") if name in rows[0]["loss"]]
+    others = names[1:]
+    said = {"on": "on its own", "teacher": "on the teacher's", "forward": "on forward"}
+    head = ["t", *(f"loss {said[name]}" for name in names), *(f"own / {name}" for name in others), "recovery", "plain"]
+    lines = []
+    for row in rows:
+        back = row["recovery"]
+        values = [*(row["loss"][name] for name in names), *(row["ratio"][name] for name in others), back.get("injected"), back.get("plain")]
+        lines.append([cell(row["t"]), *(cell(v, 4) for v in values)])
+    return Part("What a step costs, and what is made good", Table(head, lines))
+
+
+def _mixing(rows: Sequence[Row]) -> Part:
+    paper = [PAPER["mixing"].get(row["p_teacher"]) for row in rows]  # type: ignore[attr-defined]
+    names = [f"{row['p_teacher']:g}" for row in rows]
+    return Part("Every interval the teacher's with probability p", _swept("p", names, rows, paper), trends(rows, "mixing"))
+
+
+def _switch(rows: Sequence[Row], who: str) -> Part:
+    mine = [row for row in rows if row["first"] == who]
+    paper = list(PAPER[who]) if len(mine) == 3 else [None] * len(mine)
+    other = "student" if who == "teacher" else "teacher"
+    title = f"{who.capitalize()} first, from the time t on the {other}"
+    said = [*trends(mine, who), *(_order(rows) if who == "student" else ())]
+    return Part(title, _swept("t", [cell(row["at"]) for row in mine], mine, paper), said)
+
+
+def _swept(head: str, names: Sequence[str], rows: Sequence[Row], paper: Sequence[Any]) -> Table:
+    keys = headings(rows)
+    lines = []
+    for name, row, theirs in zip(names, rows, paper, strict=True):
+        fid, clip = ("–", "–") if theirs is None else (f"{theirs[0]:.2f}", f"{theirs[1]:.3f}")
+        lines.append([name, cell(row["nfe"]), *(shown(row, key) for key, _ in keys), fid, clip])
+    return Table([head, "NFE", *(label for _, label in keys), "paper's FID", "paper's CLIP"], lines)
+
+
+# Trends ----------------------------------------------------------------------------------------------------------------------------
+
+
+def trends(rows: Sequence[Row], sweep: str) -> list[str]:
+    """What the paper's table shows as the teacher gets more, and whether it shows here, in words. Nothing is asserted of it.
+
+    `sweep`: mixing, or who acts first. A trend is there where the last value lies beyond the first and most steps go its way.
+    """
+    # Whoever acts first has more where the switch is later, at a smaller t.
+    more = sorted(rows, key=lambda row: float(row["p_teacher"] if sweep == "mixing" else -row["at"] if sweep == "teacher" else row["at"]))
+    said = [_trend(more, "clip", "the CLIP score rises in the paper")]
+    if sweep != "student":  # where the student is first, the paper's FID goes down and up
+        said.append(_trend(more, "frechet", "the Fréchet distance rises in the paper"))
+    said.append(_trend(more, "all_right", "the share that is all right, which the paper has not, would rise as its CLIP score does"))
+    return [text for text in said if text]
+
+
+def _order(rows: Sequence[Row]) -> list[str]:
+    """Who had better be first, in the paper and here."""
+    at = {(row["first"], row["at"]): values_of(row).get("frechet") for row in rows}
+    pairs = [(value, at.get(("teacher", t))) for (who, t), value in at.items() if who == "student"]
+    if not pairs or any(a is None or b is None for a, b in pairs):
+        return []
+    lower = sum(a < b for a, b in pairs)  # type: ignore[operator]
+    return [
+        "with the student first the Fréchet distance is lower in the paper, at every node, than with the teacher first; here at "
+        f"{lower} of {len(pairs)} nodes: {'it shows' if lower == len(pairs) else 'it does not show'}"
+    ]
+
+
+def _trend(rows: Sequence[Row], key: str, claim: str) -> str:
+    values = [values_of(row)[key] for row in rows if values_of(row).get(key) is not None]
+    if len(values) < 2 or len(values) < len(rows):
+        return ""
+    ups = sum(b > a for a, b in pairwise(values))
+    shows = values[-1] > values[0] and 2 * ups > len(values) - 1
+    return (
+        f"with more teacher {claim}; here it goes from {cell(values[0], 4)} to {cell(values[-1], 4)}, "
+        f"{ups} of {len(values) - 1} steps up: {'it shows' if shows else 'it does not show'}"
+    )
+
+
+# Terminal and page -----------------------------------------------------------------------------------------------------------------
+
+
+def text(found: Mapping[str, Any]) -> str:
+    """Everything for a terminal."""
+    made = parts(found)
+    lines = [f"{part.title}\n{part.table.text()}{''.join(f'  {note}{chr(10)}' for note in part.notes)}" for part in made]
+    paper = f"{NOTE}\n" if found["mixing"] or found["switch"] else ""
+    return "\n".join(lines) + paper
+
+
+def write_probe(path: Path, found: Mapping[str, Any]) -> Path:
+    """Write the page, self-contained as `report.html` is; answers its path."""
+    about = found["protocol"]
+    name = f"{Path(str(about['student'])).name} against {Path(str(about['teacher'])).name}"
+    said = {key: value for key, value in about.items() if not isinstance(value, (Mapping, list))} | {"times": about["times"]}
+    facts = "".join(f"<span><b>{escape(key.replace('_', ' '))}</b>{escape(cell(value))}</span>" for key, value in said.items())
+    body = [f'<h1>{escape(name)}</h1><p class="facts" style="max-width:none">{facts}</p>']
+    for part in parts(found):
+        notes = "".join(f'<p class="note">{escape(note)}</p>' for note in part.notes)
+        body.append(f"<h2>{escape(part.title)}</h2>{part.table.html()}{notes}")
+    body.append(f'<h2>Charts</h2><div class="charts">{"".join(_charts(found))}</div>')
+    body.append(f'<p class="note">{escape(NOTE)}</p>' if found["mixing"] or found["switch"] else "")
+    meanings = MEANING | {c.heading: c.meaning for c in columns() if c.shown}
+    terms = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in meanings.items())
+    body.append(f"<details><summary>What the columns mean</summary><dl>{terms}</dl></details>")
+    body.append("<footer>ddil-lightning · ddil-probe · this page is one file and loads nothing</footer>")
+    return write_page(path, name, body)
+
+
+def _charts(found: Mapping[str, Any]) -> list[str]:
+    """Shift and losses over the nodes, and the sweeps' headline metrics."""
+    made, rows = [], sorted(found["nodes"], key=lambda row: row["t"])
+    times = [row["t"] for row in rows]
+    if rows:
+        for key in ("energy_distance", "auc"):
+            series = [Series(f"against {name}", times, [row["shift"][name][key] for row in rows]) for name in rows[0]["shift"]]
+            made.append(line_chart(_coloured(series), title=MEASURES[key], x_label="time t", x_ticks=times))
+        names = [name for name in rows[0]["loss"]]
+        series = [Series({"on": "student"}.get(name, name), times, [row["loss"][name] for row in rows]) for name in names]
+        made.append(line_chart(series, title="Loss on whose latents", x_label="time t", x_ticks=times, log_y=True))
+    for column in (c for c in columns() if c.key in ("frechet", "clip", "all_right")):
+        made += _sweep_charts(found, column.key, column.heading)
+    return made
+
+
+def _coloured(series: Sequence[Series]) -> list[Series]:
+    return [Series(s.name.removeprefix("against "), s.x, s.y) for s in series]
+
+
+def _sweep_charts(found: Mapping[str, Any], key: str, title: str) -> list[str]:
+    made = []
+    points = [(100 * row["p_teacher"], values_of(row)[key]) for row in found["mixing"] if values_of(row).get(key) is not None]
+    if points:
+        x, y = zip(*points, strict=True)
+        made.append(line_chart([Series("mixed", x, y)], title=title, x_label="teacher's share, %", x_ticks=x))
+    series = []
+    for who in ("teacher", "student"):
+        mine = [(row["at"], values_of(row)[key]) for row in found["switch"] if row["first"] == who and values_of(row).get(key) is not None]
+        if mine:
+            series.append(Series(f"first/{who}", *map(list, zip(*sorted(mine), strict=True))))
+    if series:
+        made.append(line_chart(series, title=f"{title}, who acts first", x_label="time of the switch", x_ticks=sorted(series[0].x)))
+    return made
