@@ -184,7 +184,8 @@ def test_every_signal_that_ends_a_process_saves(number: int, code: int, tiny_con
 TOLD = "import sys; from ddil_lightning.commands import main; main.run(main.command('fit'), 'ddil-fit', sys.argv[1:])"
 
 
-@pytest.mark.parametrize("reader", ["head", pytest.param("terminal", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", ["head", "terminal"])
 def test_who_reads_may_leave(reader: str, tiny_config: Path) -> None:
     """`ddil-fit ... | head`, a `tee` that dies, a terminal that is closed: the run goes on, and a terminal's SIGHUP saves."""
     words = [sys.executable, "-c", TOLD, "--config", str(tiny_config), "--run_dir", "r", "test.n=0", "previews.every=0", "--updates", "40"]

@@ -147,7 +147,7 @@ class StopInside(Checkpoint):
             trainer.should_stop = True
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_resuming_inside_a_cycle_is_exact(accumulate: int, tiny: Path, tmp_path: Path) -> None:
     def parts(seed: int) -> tuple[Any, Any]:
         return build(ENTRY, tiny, seed, updates=4, optimizer={"accumulate": accumulate}, ema=0.9), captions(tiny, MIXED)

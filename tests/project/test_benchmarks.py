@@ -200,6 +200,7 @@ def test_paired_scores_the_images_of_the_prompts_alone(script: Any) -> None:
     assert metrics["paired"] == pytest.approx(float((first.images.double() - zero).square().mean()), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_toy2d(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module, file, picture = script("toy2d"), tmp_path / "out.json", tmp_path / "toy.png"
     options = ["--methods", "pd", "lcm", "--variants", "both", "ddil", "longer_base", "same_times", "--jobs", "1", "--seed", "7"]

@@ -124,7 +124,7 @@ def test_toy_configs_differ_in_the_prior_alone(name: str) -> None:
     assert plain["data"].pop("prior") != ddil["data"].pop("prior") and plain == ddil
 
 
-@pytest.mark.parametrize("name", PRETRAIN)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if "digits" in n else pytest.mark.slow) for n in PRETRAIN])
 def test_pretrain(name: str, here: Path) -> None:
     words = ["--config", str(find_config(name)), "--images=32", "--unet.batch_size=8", "--unet.devices=1", "--autoencoder.steps=2"]
     words += [
