@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 import checkpoints
@@ -158,6 +160,19 @@ def test_a_plan_counts_the_bytes_that_are_there(small: Pipeline, tiny: Path) -> 
     for backbone in (small, outline):
         counted = next(parts(LCM(pipeline=backbone, guidance=2.0))).weights
         assert counted == there
+
+
+@needs_torchao
+def test_no_student_is_made_of_a_network_that_is_stored_quantised(tiny: Path, tmp_path: Path) -> None:
+    """It can be tested as it is; a copy of it would have been made of its bits."""
+    shutil.copytree(tiny, tmp_path / "p")
+    quantising.read(UNet2DConditionModel, tiny / "unet", None, HALF, "int8").save_pretrained(tmp_path / "p/unet")
+    stored = Pipeline(str(tmp_path / "p"), HALF)
+    x, t = torch.zeros(1, *stored.latent_shape), torch.tensor([9])
+    assert stored.role("teacher")(x, t, stored.null()).x0.isfinite().all()
+    for make in (stored.trainable, lambda: stored.adapted(Adapter(4)), lambda: Pipeline(str(tmp_path / "p"), HALF, quantize="int8")):
+        with pytest.raises(ValueError, match=r"is stored quantised, .* give the pipeline that it was made of, and model.memory.quantize"):
+            make()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ddil_lightning.backbones import architectures, autoencoder, loading, saving, schedulers
+from ddil_lightning.backbones import architectures, autoencoder, loading, quantising, saving, schedulers
 from ddil_lightning.backbones.adapters import Adapter, adapt, fill, graft, merged, sharing
 from ddil_lightning.backbones.architectures import Architecture
 from ddil_lightning.backbones.digests import digest, fingerprints
@@ -126,6 +126,7 @@ class Pipeline(Sized):
         if name in self.source.networks:
             raise ValueError(f"model.pipeline.networks.{name} has another base than the adapters: add {name} to model.adapter.whole")
         source = self._network
+        quantising.check_exact(source.model.config, self.path, self.quantize)  # now, and not when they are merged
         model: Any = sharing(source.model, source.model.parameters())
         new: list[str] = []
         if w_conditioned and not source.w_conditioned:
@@ -170,6 +171,7 @@ class Pipeline(Sized):
 
     def _weights(self) -> Weights:
         """The network's weights as they are stored, and a LoRA in them: a half-precision teacher has rounded its own."""
+        quantising.check_exact(self._network.model.config, self.path, self.quantize)
         if self.dtype == torch.float32:
             return self._network.model.state_dict().items()
         return loading.exact_weights(self.source, self.pipe, self._network.component)

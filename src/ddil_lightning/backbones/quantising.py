@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,9 +28,19 @@ def check(kind: str) -> None:
         raise ValueError("memory.quantize=nf4 needs a GPU, and there is none here: int8 works on a CPU as well")
 
 
+def check_exact(config: Mapping[str, Any], where: Any, quantize: str | None = None) -> None:
+    """Raises ValueError for a network that is stored in fewer bits, of which no student can be made. `quantize`: as it is held here."""
+    if config.get("quantization_config") and not quantize:
+        raise ValueError(
+            f"the network of {where} is stored quantised, so that its weights cannot be had: give the pipeline that it was made of, and "
+            "model.memory.quantize"
+        )
+
+
 def read(kind: type[Any], folder: Path, variant: str | None, dtype: torch.dtype, quantize: str) -> Any:
     """A network of diffusers, frozen, from its own folder, each of its layers quantised as soon as it is read."""
     check(quantize)
+    check_exact(kind.load_config(str(folder)), folder)
     files = {"variant": variant, "use_safetensors": True}
     return kind.from_pretrained(str(folder), torch_dtype=dtype, quantization_config=_config(quantize, dtype), **files)
 
