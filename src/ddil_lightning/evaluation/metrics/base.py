@@ -75,3 +75,21 @@ class Metric(torchmetrics.Metric):
         if isinstance(rows, list) and not rows:
             raise ValueError(f"metric {type(self).__name__}: nothing was measured; update it first")
         return dim_zero_cat(rows)
+
+
+class Compared(Metric):
+    """A metric of how the images' rows in a space lie to a reference's: its `needs` are the two, such as `features` and `real`."""
+
+    states = ("rows",)
+    rows: list[Tensor]
+
+    def update(self, batch: Batch) -> None:
+        """Append the rows [B, D] of the images, and hold the reference's."""
+        space, reference = self.needs
+        self.rows.append(getattr(batch, space))
+        self.held["reference"] = getattr(batch, reference)
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """The rows [N, D] of the reference, and those [M, D] of all images."""
+        return self.held["reference"], self.all("rows")

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ddil_lightning.evaluation.batches import Batch
 from ddil_lightning.evaluation.columns import Column
 from ddil_lightning.evaluation.kernels import Gaussian, squared_mmd
-from ddil_lightning.evaluation.metrics.base import Metric
+from ddil_lightning.evaluation.metrics.base import Compared
 
 
 def cmmd(real: Tensor, fake: Tensor) -> float:
@@ -20,19 +19,12 @@ def cmmd(real: Tensor, fake: Tensor) -> float:
     return 1000 * squared_mmd(Gaussian(10.0), real, fake, unbiased=False)
 
 
-class Cmmd(Metric):
+class Cmmd(Compared):
     """The distance of the embeddings of all images. Raises ValueError with fewer than two images on either side."""
 
     columns = (Column("cmmd", "CMMD", "lower", "kernel distance of generated and real images' embeddings, times 1000", shown=False),)
     needs = ("embeddings", "real_embeddings")
-    states = ("embeddings",)
-    embeddings: list[Tensor]
-
-    def update(self, batch: Batch) -> None:
-        """Append the embeddings [B, D] of the images, and hold those of the real ones."""
-        self.embeddings.append(batch.embeddings)
-        self.held["real"] = batch.real_embeddings
 
     def compute(self) -> dict[str, float]:
         """The distance between all generated images and the real ones."""
-        return {"cmmd": cmmd(self.held["real"], self.all("embeddings"))}
+        return {"cmmd": cmmd(*self.pair)}

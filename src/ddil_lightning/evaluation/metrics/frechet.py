@@ -5,15 +5,12 @@ FID is biased high for few images: compare numbers only at equal N, features and
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from ddil_lightning.diffusion.gaussians import frechet_distance
-from ddil_lightning.evaluation.batches import Batch
 from ddil_lightning.evaluation.columns import Column
-from ddil_lightning.evaluation.metrics.base import Metric
+from ddil_lightning.evaluation.metrics.base import Compared
 
 
-class Frechet(Metric):
+class Frechet(Compared):
     """The distance between generated and real features. Raises ValueError with fewer than two images on either side."""
 
     columns = (
@@ -27,14 +24,7 @@ class Frechet(Metric):
         ),
     )
     needs = ("features", "real")
-    states = ("features",)
-    features: list[Tensor]
-
-    def update(self, batch: Batch) -> None:
-        """Append the features [B, D] of the images, and hold those of the real ones."""
-        self.features.append(batch.features)
-        self.held["real"] = batch.real
 
     def compute(self) -> dict[str, float]:
         """The Fréchet distance between the features of all generated images and of the real ones."""
-        return {"frechet": frechet_distance(self.held["real"], self.all("features"))}
+        return {"frechet": frechet_distance(*self.pair)}

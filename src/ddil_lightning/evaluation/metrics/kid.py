@@ -8,29 +8,19 @@ one's own caption is nearer to it than to others, and that pulls the number down
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from ddil_lightning.evaluation.batches import Batch
 from ddil_lightning.evaluation.columns import Column
 from ddil_lightning.evaluation.kernels import cubic, squared_mmd
-from ddil_lightning.evaluation.metrics.base import Metric
+from ddil_lightning.evaluation.metrics.base import Compared
 
 
-class Kid(Metric):
+class Kid(Compared):
     """The unbiased kernel distance, not times 1000. Raises ValueError with fewer than two images on either side."""
 
     columns = (
         Column("kid", "KID", "lower", "kernel distance of generated and real features; unbiased, so 0 or less where equal", shown=False),
     )
     needs = ("features", "real")
-    states = ("features",)
-    features: list[Tensor]
-
-    def update(self, batch: Batch) -> None:
-        """Append the features [B, D] of the images, and hold those of the real ones."""
-        self.features.append(batch.features)
-        self.held["real"] = batch.real
 
     def compute(self) -> dict[str, float]:
         """The kernel distance between all generated images and the real ones."""
-        return {"kid": squared_mmd(cubic, self.held["real"], self.all("features"))}
+        return {"kid": squared_mmd(cubic, *self.pair)}

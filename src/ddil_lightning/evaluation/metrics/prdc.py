@@ -13,10 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddil_lightning.evaluation.batches import Batch
 from ddil_lightning.evaluation.columns import Column
 from ddil_lightning.evaluation.intervals import intervals
-from ddil_lightning.evaluation.metrics.base import Metric
+from ddil_lightning.evaluation.metrics.base import Compared
 
 
 class Neighbours(NamedTuple):
@@ -93,7 +92,7 @@ def _share(which: Tensor) -> float:
     return int(which.sum()) / len(which)
 
 
-class DensityCoverage(Metric):
+class DensityCoverage(Compared):
     """Density, coverage, precision and recall of the features of all images. Raises ValueError as `neighbours` does."""
 
     columns = (
@@ -103,21 +102,14 @@ class DensityCoverage(Metric):
         Column("recall", "Recall", "higher", "share of real images in the neighbourhood of a generated one", shown=False),
     )
     needs = ("features", "real")
-    states = ("features",)
-    features: list[Tensor]
     k = 5
-
-    def update(self, batch: Batch) -> None:
-        """Append the features [B, D] of the images, and hold those of the real ones."""
-        self.features.append(batch.features)
-        self.held["real"] = batch.real
 
     def compute(self) -> dict[str, object]:
         """The four of all generated images with respect to the real ones.
 
         Density and precision are means over generated images, and their intervals take the real ones as they are.
         """
-        inside, hit, reached = neighbours(self.held["real"], self.all("features"), self.k)
+        inside, hit, reached = neighbours(*self.pair, self.k)
         return {
             "density": int(inside.sum()) / (self.k * len(inside)),
             "coverage": _share(hit),

@@ -5,15 +5,12 @@ It says how faithful a student is, not how good: data that the teacher misses do
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from ddil_lightning.diffusion.gaussians import frechet_distance
-from ddil_lightning.evaluation.batches import Batch
 from ddil_lightning.evaluation.columns import Column
-from ddil_lightning.evaluation.metrics.base import Metric
+from ddil_lightning.evaluation.metrics.base import Compared
 
 
-class FrechetTeacher(Metric):
+class FrechetTeacher(Compared):
     """The distance between generated features and the teacher's. Raises ValueError with fewer than two images on either side."""
 
     columns = (
@@ -26,14 +23,7 @@ class FrechetTeacher(Metric):
         ),
     )
     needs = ("features", "teacher")
-    states = ("features",)
-    features: list[Tensor]
-
-    def update(self, batch: Batch) -> None:
-        """Append the features [B, D] of the images, and hold those of the teacher's."""
-        self.features.append(batch.features)
-        self.held["teacher"] = batch.teacher
 
     def compute(self) -> dict[str, float]:
         """The Fréchet distance between the features of all generated images and of the teacher's."""
-        return {"frechet_teacher": frechet_distance(self.held["teacher"], self.all("features"))}
+        return {"frechet_teacher": frechet_distance(*self.pair)}
