@@ -18,7 +18,7 @@ from ddil_lightning.callbacks import AnnealPrior, Cadence, Checkpoints, FlushBuf
 from ddil_lightning.callbacks.checkpoints import AGREE, finite
 from ddil_lightning.data.encoded import Encoded
 from ddil_lightning.feed import Feed
-from ddil_lightning.imitation.prior import Constant, Gated, Linear, Piecewise, SamplingPrior
+from ddil_lightning.imitation.prior import Constant, Gated, GatedBy, Linear, Piecewise, SamplingPrior
 from ddil_lightning.imitation.shift import shift_report
 from ddil_lightning.records import FORWARD, STUDENT
 from ddil_lightning.runs.checkpoint import clock_of, sorted_checkpoints
@@ -141,6 +141,24 @@ def test_the_level_of_a_gate_travels_with_the_checkpoint(tiny: Path, tmp_path: P
     assert first.schedule.level == 4
     fit(build(LCM, tiny), captions(tiny, PLAIN, buffer={"capacity": 0}), second, sources, ckpt=tmp_path / "4.ckpt")
     assert second.schedule.level == 6 and sources.seen[0] == (4, {FORWARD, STUDENT})
+
+
+def test_a_schedule_follows_a_measure_that_another_callback_publishes(tiny: Path) -> None:
+    """After every other update the probe publishes; 0.5 passes and 2.0 does not, and the next probe must pass anew."""
+    given, heard = iter([0.5, 2.0, 0.5]), []
+
+    class Probe(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            if pl_module.student_updates % 2 == 0:
+                pl_module.measures.publish(pl_module.student_updates, {"shift/loss_ratio": next(given), "other": 0.0})
+            heard.append(pl_module.feed.prior.student)
+
+    annealed = AnnealPrior(GatedBy(PLAIN, SamplingPrior(0.2, 0.8), measure="shift/loss_ratio", below=1.0, steps=4))
+    method = build(LCM, tiny, updates=6)
+    fit(method, captions(tiny, PLAIN, buffer={"capacity": 0}), Probe(), annealed)
+    assert heard == pytest.approx([0.0, 0.0, 0.2, 0.2, 0.2, 0.2]) and annealed.state_dict() == {"level": 2, "passed": 0}
+    method.measures.publish(7, {"shift/loss_ratio": 0.0})
+    assert annealed.state_dict()["level"] == 2  # the run is over
 
 
 def test_the_cadence_changes_with_the_clock() -> None:

@@ -6,7 +6,7 @@ be one batch late.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -60,18 +60,24 @@ class AnnealPrior(OnClock):
             check_images(pl_module, "the schedule of AnnealPrior")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Let a schedule that follows measures hear what the method publishes, and apply the first clock."""
-        if self.schedule.hears:
-            pl_module.measures.listen(self.schedule.hear, every_update=True)
+        """Let a schedule that follows the training hear what is published of it, and apply the first clock."""
+        self._broadcast = trainer.strategy.broadcast
+        if self.schedule.hears != "nothing":
+            pl_module.measures.listen(self._hear, every_update=self.schedule.hears == "updates")
         super().on_train_start(trainer, pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """End the schedule's hearing, so that it follows no later run of the same method."""
-        pl_module.measures.forget(self.schedule.hear)
+        pl_module.measures.forget(self._hear)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """End the schedule's hearing after a run that was broken off, too."""
-        pl_module.measures.forget(self.schedule.hear)
+        pl_module.measures.forget(self._hear)
+
+    def _hear(self, clock: int, values: Mapping[str, float]) -> None:
+        self.schedule.hear(clock, values)
+        if self.schedule.hears == "measures":  # which every process computes, to other last digits: one prior for all of them
+            self.schedule.state = self._broadcast(self.schedule.state)
 
     def apply(self, trainer: Any, method: Any, clock: int) -> None:
         """Check the schedule's prior of this clock and give it to the data."""

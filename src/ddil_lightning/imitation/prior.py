@@ -63,15 +63,15 @@ class Schedule:
     One that depends on how the training goes sets `hears`, writes `hear`, and keeps what it remembers in a dict `state`.
     """
 
-    hears: bool = False
-    """Whether it is told the losses of every update, which costs a wait for the device."""
+    hears: Literal["nothing", "updates", "measures"] = "nothing"
+    """What it is told: the losses of every update, which costs a wait for the device, or the measures that callbacks publish."""
 
     def __call__(self, clock: int) -> SamplingPrior:
         """The prior at `clock` student updates."""
         raise TypeError(f"{type(self).__name__} is no schedule: give it a __call__(clock) -> SamplingPrior")
 
-    def hear(self, clock: int, losses: Mapping[str, float]) -> None:
-        """The mean losses of update number `clock` by source (forward, student, teacher, mixed), over all processes."""
+    def hear(self, clock: int, values: Mapping[str, float]) -> None:
+        """Of an update, number `clock`, its mean losses by source (forward, student, teacher, mixed) over all processes; or the measures."""
 
     def ahead(self, updates: int) -> list[SamplingPrior]:
         """Priors that it may give in a run of so many updates, its extremes among them, to be checked before it begins."""
@@ -180,7 +180,39 @@ class Exponential(Schedule):
         return self.first.towards(self.last, 1 - self.rate ** (clock / self.every))
 
 
-class Gated(Schedule):
+class _Moves(Schedule):
+    """Equal moves from `first` to `last`, each after `patience` numbers in a row that have passed; `level` counts them."""
+
+    def __init__(self, first: SamplingPrior, last: SamplingPrior, steps: int, patience: int) -> None:
+        at_least(1, steps=steps, patience=patience)
+        self.first, self.last, self.steps, self.patience = first, last, steps, patience
+        self.level, self.passed = 0, 0
+
+    def __call__(self, clock: int) -> SamplingPrior:
+        """The prior at the present level."""
+        return self.first.towards(self.last, self.level / self.steps)
+
+    def ahead(self, updates: int) -> list[SamplingPrior]:
+        """Its ends: where it comes to between them depends on the training."""
+        return [self.first, self.last]
+
+    @property
+    def state(self) -> dict[str, int]:
+        """The level, and how many numbers in a row have passed."""
+        return {"level": self.level, "passed": self.passed}
+
+    @state.setter
+    def state(self, state: Mapping[str, int]) -> None:
+        self.level, self.passed = state["level"], state["passed"]
+
+    def tell(self, passes: bool) -> None:
+        """One more number, which passes or does not; `patience` in a row that do raise the level."""
+        self.passed = self.passed + 1 if passes else 0
+        if self.passed >= self.patience and self.level < self.steps:
+            self.level, self.passed = self.level + 1, 0
+
+
+class Gated(_Moves):
     """Performance-gated: one move from `first` to `last` whenever the student does on roll-outs nearly as well as on forward latents.
 
     It hears the losses of every update; `level` is its memory.
@@ -193,44 +225,52 @@ class Gated(Schedule):
         patience: how many updates in a row have to pass for a move.
     """
 
-    hears = True
+    hears = "updates"
 
     def __init__(self, first: SamplingPrior, last: SamplingPrior, ratio: float = 1.25, steps: int = 10, patience: int = 20) -> None:
-        at_least(1, steps=steps, patience=patience)
+        super().__init__(first, last, steps, patience)
         above(0, ratio=ratio)
-        self.first, self.last = first, last
         if self.first.rollouts == 0:
             raise ValueError(
                 "a gated schedule compares losses on roll-outs and on forward latents: give its first prior a student or teacher share"
             )
-        self.ratio, self.steps, self.patience = ratio, steps, patience
-        self.level, self.passed = 0, 0
+        self.ratio = ratio
 
-    def __call__(self, clock: int) -> SamplingPrior:
-        """The prior at the present level."""
-        return self.first.towards(self.last, self.level / self.steps)
-
-    def ahead(self, updates: int) -> list[SamplingPrior]:
-        """Its ends: where it comes to between them depends on the training."""
-        return [self.first, self.last]
-
-    def hear(self, clock: int, losses: Mapping[str, float]) -> None:
+    def hear(self, clock: int, values: Mapping[str, float]) -> None:
         """Compare the mean of all roll-outs with forward latents; an update that lacks one of them says nothing."""
-        rolled = [value for name, value in losses.items() if name != "forward"]
-        if rolled and "forward" in losses:
-            self.observe(sum(rolled) / len(rolled), losses["forward"])
-
-    @property
-    def state(self) -> dict[str, int]:
-        """The level, and how many updates in a row have passed."""
-        return {"level": self.level, "passed": self.passed}
-
-    @state.setter
-    def state(self, state: Mapping[str, int]) -> None:
-        self.level, self.passed = state["level"], state["passed"]
+        rolled = [loss for name, loss in values.items() if name != "forward"]
+        if rolled and "forward" in values:
+            self.observe(sum(rolled) / len(rolled), values["forward"])
 
     def observe(self, on_policy: float, forward: float) -> None:
-        """One update's mean losses on roll-out and on forward latents; `patience` passes in a row raise the level."""
-        self.passed = self.passed + 1 if on_policy < self.ratio * forward else 0
-        if self.passed >= self.patience and self.level < self.steps:
-            self.level, self.passed = self.level + 1, 0
+        """One update's mean losses on roll-out and on forward latents."""
+        self.tell(on_policy < self.ratio * forward)
+
+
+class GatedBy(_Moves):
+    """Gated by a measure: one move from `first` to `last` whenever a number that a callback publishes is small enough.
+
+    ShiftProbe's `shift/loss_ratio` is the loss on the student's own latents over that on the teacher's; `shift/teacher` says how far
+    apart these are. A measure that nobody publishes leaves the prior at `first`.
+
+    Args:
+        first: the prior at the start.
+        last: the prior after all moves.
+        measure: the name of the number, as loggers write it.
+        below: the value below which it passes.
+        steps: in how many equal moves `last` is reached.
+        patience: how many times in a row it has to pass for a move.
+    """
+
+    hears = "measures"
+
+    def __init__(
+        self, first: SamplingPrior, last: SamplingPrior, measure: str, below: float, steps: int = 4, patience: int = 1
+    ) -> None:
+        super().__init__(first, last, steps, patience)
+        self.measure, self.below = measure, below
+
+    def hear(self, clock: int, values: Mapping[str, float]) -> None:
+        """Look for the measure among what was published."""
+        if self.measure in values:
+            self.tell(values[self.measure] < self.below)
