@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +38,7 @@ from ddil_lightning.evaluation.table import write_rows
 from ddil_lightning.files import replacing
 from ddil_lightning.runs.checkpoint import load_checkpoint, reinstate
 from ddil_lightning.runs.folder import stage_pipelines
+from ddil_lightning.training.method import Distillation
 
 R = TypeVar("R", Baseline, Record)
 CHECKPOINT = "student.ckpt"
@@ -96,23 +97,33 @@ def baseline(teacher: Teacher) -> Baseline:
 
 def student(run: Run) -> Record:
     """One run, scored. Its networks are kept, so that other prompts, or more of them, need no second training."""
+    method, seconds = trained(run)
+    counts = method.evaluations
+    paired = Paired(suite(method.backbone.about["dataset"], run.teacher.n), torch.load(run.teacher.reference, weights_only=True))
+    return {
+        "variant": run.variant,
+        "seed": run.seed,
+        "seconds": seconds,
+        "updates": method.student_updates,
+        "network_evaluations": counts,
+        "rows": rows(run, method, paired),
+    }
+
+
+def trained(run: Run) -> tuple[Distillation, float]:
+    """The method of a run after its training, which is done where it has not been, on its device; and the seconds that took."""
     if not (run.students / CHECKPOINT).is_file():
         train(run)
     trainer, method, _ = assemble(run.config, *run.told)
     state = load_checkpoint(run.students / CHECKPOINT)
     reinstate(method, state)
-    counts = method.evaluations
-    method = method.to(trainer.strategy.root_device).eval()
-    paired = Paired(suite(method.backbone.about["dataset"], run.teacher.n), torch.load(run.teacher.reference, weights_only=True))
-    steps, dpm = STUDENT_STEPS[run.method], run.method == "pd"
-    return {
-        "variant": run.variant,
-        "seed": run.seed,
-        "seconds": state["seconds"],
-        "updates": method.student_updates,
-        "network_evaluations": counts,
-        "rows": method_rows(paired, method, (), steps, stages=stage_pipelines(run.students), dpm=dpm),  # type: ignore[arg-type]
-    }
+    return method.to(trainer.strategy.root_device).eval(), state["seconds"]
+
+
+def rows(run: Run, method: Distillation, scored: Any, steps: Sequence[int] | None = None) -> list[dict[str, Any]]:
+    """A student's rows on a suite, by default in all its step counts, PD's with DPM-Solver++ 2M too."""
+    counts, dpm = STUDENT_STEPS[run.method] if steps is None else steps, run.method == "pd" and steps is None
+    return method_rows(scored, method, (), counts, stages=stage_pipelines(run.students), dpm=dpm)
 
 
 def train(run: Run) -> None:

@@ -18,11 +18,14 @@ from suite import BY_NAME, METHODS, captions, fit, options
 
 
 class Places(Callback):
-    """Where everything that a step needs is while it is trained."""
+    """Where everything that a step needs is while it is trained, and the encoders, which nobody asks once the data are encoded."""
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        parts = (pl_module, *pl_module.backbone.parts())
-        self.found = {batch.x_t.device.type, pl_module.backbone.device.type, *(p.device.type for part in parts for p in part.parameters())}
+        backbone = pl_module.backbone
+        idle = [p for part in backbone.encoder_parts() for p in part.parameters()]
+        parts = [p for part in (pl_module, *backbone.parts()) for p in part.parameters() if not any(p is q for q in idle)]
+        self.found = {batch.x_t.device.type, backbone.device.type, *(p.device.type for p in parts)}
+        self.idle = {p.device.type for p in idle}
 
 
 GPU = [pytest.param(entry, precision, "gpu", marks=pytest.mark.gpu) for entry in METHODS for precision in ("32-true", "bf16-mixed")]
@@ -38,7 +41,7 @@ def test_a_method_trains_there_and_its_export_samples_as_it_does(
     device = torch.device("cuda" if accelerator == "gpu" else "cpu")
     seen = Places()
     run = fit(method, captions(tiny), seen, accelerator=accelerator, devices=1, precision=precision)
-    assert method.student_updates == 2 and seen.found == {device.type}
+    assert method.student_updates == 2 and seen.found == {device.type} and seen.idle == {"cpu"}
     assert all(torch.isfinite(torch.tensor(row["loss"])) for row in run.rows)
     method = method.to(device).eval()
     assert export.deliver(method, tmp_path / "out", ["a handwritten one", ""], method.deployment.steps[0]) < export.LEAST

@@ -1,0 +1,243 @@
+"""Which schedule of the prior? The shapes that a YAML can name, on a teacher that is known exactly and on the built-in pipeline.
+
+All have reflection and the mean roll-out share of the shipped config, so that what is compared is when roll-outs come and not how many.
+`constant` is the shipped config. `linear`, `cosine` and `exponential` raise the share of roll-outs, `falling` lowers it, and so do `gated`
+(by the losses) and `gated_by` (by ShiftProbe's loss ratio) where the student allows it, whose mean is what the training makes of it.
+`piecewise` (the paper's two parts) and `dagger` (p^k) leave the share as it is and let the student act more and more in place of the teacher.
+
+    python benchmarks/schedules.py [--methods pd lcm dmd2] [--schedules linear ...] [--seed 1000] [--seeds 12] [--jobs 2] [--json FILE]
+    python benchmarks/schedules.py --builtin linear dagger [--methods lcm] [--seed 100] [--seeds 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+import reproduce
+import toy2d
+import yaml
+from builtin_runs import Run, Teacher, fingerprint
+from reproduce_table import REPORTED, SHOWN, HEADINGS, TITLES, compared, values
+from tables import Part, Report
+from toy2d import STATIC, Task
+from toy2d_table import MEASURES, NAMES, join, row
+
+from ddil_lightning.commands.configs import find_config
+
+CONSTANT = "constant"
+SCHEDULES = (CONSTANT, "linear", "cosine", "exponential", "falling", "gated", "gated_by", "piecewise", "dagger")
+UNFIT = {("pd", "gated_by")}
+"""ShiftProbe samples in one step count, and a student that is halved takes others before its last stage."""
+SWING = 0.8
+"""How far a ramp goes to either side of the mean share, of what there is room for."""
+RATE = 0.5
+PERIODS = 5
+"""An exponential schedule shrinks by RATE in each of so many periods of a stage."""
+SHOWN_TOY = ("energy_distance", "coverage", "density", "mode_kl", "energy_teacher", "shift")
+
+
+def shares(forward: float, student: float, teacher: float) -> dict[str, float]:
+    """A prior, as a YAML writes it."""
+    return {"forward": round(forward, 6), "student": round(student, 6), "teacher": round(1 - round(forward, 6) - round(student, 6), 6)}
+
+
+def words(name: str, prior: Mapping[str, float], length: int) -> tuple[str, ...]:
+    """The callbacks of a schedule as words of a command line. `prior`: the config's, `length`: student updates of a stage."""
+    if name == CONSTANT:
+        return ()
+    rolled = 1 - prior["forward"]
+    part = prior["student"] / rolled  # the student's share of the roll-outs
+
+    def at(share: float, student: float = part) -> dict[str, float]:
+        return shares(1 - share, share * student, share * (1 - student))
+
+    low, high = ramp(rolled)
+    first, last = at(low), at(high)
+    if name in ("linear", "cosine", "falling"):
+        ends = {"first": first, "last": last} if name != "falling" else {"first": last, "last": first}
+        return anneal("Cosine" if name == "cosine" else "Linear", **ends, end=length)
+    every = max(1, round(length / PERIODS))
+    if name == "exponential":
+        low, high = ramp(rolled, exponential_mean())
+        return anneal("Exponential", first=at(low), last=at(high), rate=RATE, every=every)
+    if name == "gated":
+        return anneal("Gated", first=first, last=last, steps=10, patience=max(1, length // 40))
+    if name == "gated_by":
+        probe = {"every": max(1, length // 12), "count": 64, "losses": 32}
+        gate = anneal("GatedBy", first=first, last=last, measure="shift/loss_ratio", below=1.25, steps=6)
+        return (callback("ShiftProbe", **probe), *gate)
+    if name == "piecewise":
+        return anneal("Piecewise", priors=[at(rolled, 0.3), at(rolled, 0.7)], starts=[0, length // 2])
+    return anneal("Exponential", first=at(rolled, 0.0), last=at(rolled, 1.0), rate=RATE, every=every)  # dagger
+
+
+def ramp(mean: float, gone: float = 0.5) -> tuple[float, float]:
+    """Where a rising share begins and ends if the mean of the way, `gone` of it, is to be `mean`."""
+    way = SWING * min(mean / gone, (1 - mean) / (1 - gone))
+    return mean - gone * way, mean + (1 - gone) * way
+
+
+def exponential_mean() -> float:
+    """The mean over a stage of 1 - RATE^(PERIODS u), u from 0 to 1."""
+    from math import log
+
+    return 1 - (1 - RATE**PERIODS) / (-PERIODS * log(RATE))
+
+
+def anneal(kind: str, **told: Any) -> tuple[str, ...]:
+    """AnnealPrior with a schedule of a class."""
+    return (callback("AnnealPrior", schedule={"class_path": kind, "init_args": told}),)
+
+
+def callback(kind: str, **told: Any) -> str:
+    """A callback more."""
+    return "trainer.callbacks+=" + json.dumps({"class_path": kind, "init_args": told})
+
+
+def of_config(name: str, config: str) -> tuple[str, ...]:
+    """The words of a schedule for a config: its own prior, and the length of its (shortest) stage."""
+    found = yaml.safe_load(find_config(config).read_text())
+    told = found["model"]["init_args"]
+    length = min((stage["updates"] for stage in told.get("stages", [])), default=told.get("updates"))
+    return words(name, found["data"]["prior"], length)
+
+
+# On the toy ----------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scheduled(Task):
+    """A task of toy2d.py whose variants are schedules."""
+
+    def said(self, variant: str) -> tuple[str, tuple[str, ...]]:
+        """The config, and the words of its schedule."""
+        config = toy2d.DDIL.format(self.method)
+        return config, ("--seed", str(self.seeds[0]), *self.group, STATIC, *of_config(variant, config))
+
+    @property
+    def file(self) -> str:
+        """A name that says what the schedules are, too."""
+        told = hashlib.sha256(json.dumps([self.said(v) for v in self.variants]).encode()).hexdigest()[:8]
+        return f"schedules-{told}-{super().file}"
+
+
+def toy(args: argparse.Namespace) -> Report:
+    """Every schedule for every method on the toy, paired against the shipped config."""
+    if args.quick:
+        args.seeds, args.n = 2, 64
+    seeds = range(args.seed, args.seed + args.seeds)
+    groups = [tuple(seeds[i : i + 3]) for i in range(0, len(seeds), 3)]
+    todo = []
+    for method in args.methods:
+        names = tuple(s for s in (CONSTANT, *args.schedules) if (method, s) not in UNFIT)
+        told = (*(toy2d.quick(method) if args.quick else ()), *args.set)
+        todo += [Scheduled(method, tuple(dict.fromkeys(names)), group, told, args.n, None) for group in groups]
+    start, records = time.time(), []
+    for i, done in enumerate(common.parallel(functools.partial(toy2d.work, cache=args.cache), todo, args.jobs)):
+        records += done
+        print(f"[{i + 1}/{len(todo)}, {time.time() - start:.0f} s] {done[0]['method']}, seeds from {done[0]['seeds'][0]}", flush=True)
+    joined = join(records)
+    rows = [row(joined, method, variant, CONSTANT) for method, variant in joined]
+    shown = [("variant", ""), ("evaluations", "evaluations"), *((k, MEASURES[k]) for k in SHOWN_TOY)]
+    parts: list[Part] = [{"title": NAMES[m], "columns": shown, "rows": [r for r in rows if r["method"] == m]} for m in args.methods]
+    return {
+        "benchmark": "schedules",
+        "columns": [("method", "method"), ("variant", ""), ("energy_distance", MEASURES["energy_distance"])],
+        "rows": rows,
+        "parts": parts,
+        "seconds": round(time.time() - start, 1),
+        "notes": [
+            f"{args.seeds} seeds in groups of 3, {args.n} samples a seed in 4 steps; ± is the standard error of the mean, [t] of the paired "
+            "difference to constant, the shipped config; no p is corrected for the number of comparisons"
+        ],
+    }
+
+
+# On the built-in pipeline --------------------------------------------------------------------------------------------------------------
+
+
+def built_in(args: argparse.Namespace) -> Report:
+    """Some schedules on the built-in pipeline: the cells that are missing are made, as reproduce.py makes them, whose `both` is constant."""
+    if args.quick:
+        args.updates, args.n, args.seeds, args.captions, lesson = 2, 16, 1, 64, (64, 5)
+    else:
+        args.updates, args.captions, lesson = None, None, (1000, 300)
+    args.cells.mkdir(parents=True, exist_ok=True)
+    place = args.cache or Path("runs/benchmarks/reproduce")
+    place.mkdir(parents=True, exist_ok=True)
+    pipeline = common.pipeline_at(args.pipeline)
+    found = Teacher(pipeline, fingerprint(pipeline), args.n, place)
+    short = (f"model.init_args.updates={args.updates}",) if args.updates else ()
+    todo = [
+        Run(found, m, s, seed, f"{m}_ddil.yaml", (STATIC, *of_config(s, f"{m}_ddil.yaml"), *short), args.captions)
+        for seed in range(args.seed, args.seed + args.seeds)
+        for m in args.methods
+        for s in args.builtin
+        if (m, s) not in UNFIT
+    ]
+    missing = [run for run in todo if reproduce.known(run, args.cells) is None]
+    if missing:
+        reproduce.teacher(found, args.cells, lesson, args.jobs)
+    for made in common.parallel(functools.partial(reproduce.cell, cells=args.cells, threads=1, lesson=lesson), missing, args.jobs):
+        print(f"{made['method']} {made['variant']} seed {made['seed']}: {made['seconds']:.0f} s", flush=True)
+    return told_of(args, [run.variant for run in todo])
+
+
+def told_of(args: argparse.Namespace, names: Sequence[str]) -> Report:
+    """The tables of the cells that there are, paired against the shipped config's."""
+    files = [*args.cells.glob("*-*.json"), *reproduce.CELLS.glob("*-both-*.json")]
+    numbers = {
+        (m, k, "base" if v == "both" else v, s): found for (m, k, v, s), found in values([json.loads(f.read_text()) for f in files]).items()
+    }
+    parts: list[Part] = []
+    for method in args.methods:
+        for steps in REPORTED[method]:
+            rows = []
+            for name in dict.fromkeys(("base", *names)):
+                seeds = sorted(s for m, k, v, s in numbers if (m, k, v) == (method, steps, name))
+                if seeds:
+                    each = {key: compared(numbers, (method, steps), name, seeds, key) for key in SHOWN}
+                    rows.append({"name": CONSTANT if name == "base" else name, "seeds": len(seeds), **each})
+            shown = [("name", ""), ("seeds", "seeds"), *((key, HEADINGS[key]) for key in SHOWN)]
+            parts.append({"title": f"{TITLES[method]}, {steps} steps", "columns": shown, "rows": rows})
+    note = "± is the standard error of the mean, [t] of the paired difference to constant, the shipped config, on the seeds that both have"
+    return {"benchmark": "schedules, built-in", "columns": [("name", "")], "rows": [], "parts": parts, "notes": [note]}
+
+
+def measure(args: argparse.Namespace) -> Report:
+    """The toy, or the built-in pipeline where schedules are named for it."""
+    if args.seed is None:
+        args.seed = 100 if args.builtin else 1000
+    if args.seeds is None:
+        args.seeds = 3 if args.builtin else 12
+    if args.n is None:
+        args.n = 1000 if args.builtin else 2000
+    return built_in(args) if args.builtin else toy(args)
+
+
+def main(argv: Sequence[str] | None = None) -> Report:
+    """The command line of this benchmark."""
+    parser = common.parser(__doc__)
+    parser.set_defaults(seed=None)
+    parser.add_argument("--methods", nargs="+", choices=list(NAMES), default=list(NAMES))
+    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
+    parser.add_argument("--builtin", nargs="+", choices=SCHEDULES[1:], help="these, on the built-in pipeline")
+    parser.add_argument("--seeds", type=int, help="from --seed on (default: 12 of the toy, 3 of the built-in pipeline)")
+    parser.add_argument("--n", type=int, help="samples of the toy (default 2000), or held-out prompts (1000)")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--cache", type=Path, help="a folder that keeps finished groups of the toy, or the students of the pipeline")
+    parser.add_argument("--cells", type=Path, default=reproduce.HERE / "scheduled", help="the finished cells of the built-in pipeline")
+    return common.main(measure, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()
