@@ -9,10 +9,10 @@ READY := .venv/.ready
 DOCS_READY := .venv/.docs-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help fit test lint docs format clean
+.PHONY: help fit test lint docs reproduce format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  Options: make fit CONFIG=lcm.yaml ARGS='--updates 100 --seed 1';  make test JOBS=0 ARGS='tests/test_report.py -x --pdb'"
 
@@ -30,6 +30,9 @@ lint: $(READY) ## check style and types
 docs: $(DOCS_READY) ## install mkdocs, then build the site of README.md, docs/ and the docstrings in site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo 'built: site/index.html'
+
+reproduce: $(READY) ## make the missing cells of the reproduction table (hours) and docs/reproduction.md (ARGS, JOBS)
+	$(BIN)/python benchmarks/reproduce.py --jobs $(JOBS) --page docs/reproduction.md $(ARGS)
 
 format: $(READY) ## sort imports and format the code
 	$(BIN)/python -m ruff check --fix

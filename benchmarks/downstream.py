@@ -105,7 +105,9 @@ def tested(net: Classifier, n: int = 2000, seed: int = 0) -> dict[str, float]:
     return {"cas": float(whole.double().mean()), **{f"cas_{name}": float(x.double().mean()) for name, x in right.items()}}
 
 
-def score(sample: Callable[[list[str], int], Tensor], n: int = 1000, updates: int = 300, seed: int = 0, batch: int = 128) -> dict[str, float]:
+def score(
+    sample: Callable[[list[str], int], Tensor], n: int = 1000, updates: int = 300, seed: int = 0, batch: int = 128
+) -> dict[str, float]:
     """The classification accuracy scores of a sampler (prompts, seed) -> images, from noise that no other measure asks it for."""
     told = lesson(n, seed)
     made = [as_saved(sample(told.captions[i : i + batch], CAPTIONS + i)) for i in range(0, n, batch)]

@@ -17,6 +17,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ def cell(run: Run, cells: Path, threads: int, lesson: tuple[int, int]) -> dict[s
         "depends": depends(run),
         "config": run.config,
         "told": list(run.words),
+        "captions": run.captions,
         "updates": method.student_updates,
         "network_evaluations": spent,
         "seconds_training": round(seconds, 1),
@@ -156,21 +158,34 @@ def measure(args: argparse.Namespace) -> Report:
     if args.quick:
         args.updates, args.n, args.seeds, args.captions, args.lesson = args.updates or 2, min(args.n, 16), 1, 64, (64, 5)
     args.cells.mkdir(parents=True, exist_ok=True)
+    args.cache.mkdir(parents=True, exist_ok=True)
+    pipeline = common.pipeline_at(args.pipeline)
+    found = Teacher(pipeline, fingerprint(pipeline), args.n, args.cache)
     if not args.only_page:
-        make(args)
+        make(args, found)
     cells = [json.loads(file.read_text()) for file in sorted(args.cells.glob("*-*.json"))]
-    told = report(cells, json.loads((args.cells / "teacher.json").read_text()))
+    fresh = [c for c in cells if depends(run_of(c, found)) == c["depends"]]
+    told = report(fresh, json.loads((args.cells / "teacher.json").read_text()))
+    told["notes"] += [f"left out, because it was made with other settings than today's: {name(c)}" for c in cells if c not in fresh]
     if args.page:
         write_text(args.page, page(told))
     return told
 
 
-def make(args: argparse.Namespace) -> None:
+def run_of(cell: dict[str, Any], found: Teacher) -> Run:
+    """What a finished cell is of, if its config and its teacher are still those of today."""
+    told = replace(found, n=cell["protocol"]["n"])
+    return Run(told, cell["method"], cell["variant"], cell["seed"], cell["config"], tuple(cell["told"]), cell["captions"])
+
+
+def name(cell: dict[str, Any]) -> str:
+    """A cell in words."""
+    return f"{cell['method']} {cell['variant']} seed {cell['seed']}"
+
+
+def make(args: argparse.Namespace, found: Teacher) -> None:
     """Make the cells that are missing."""
-    args.cache.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # read by the workers when they import torch
-    pipeline = common.pipeline_at(args.pipeline)
-    found = Teacher(pipeline, fingerprint(pipeline), args.n, args.cache)
     if not found.reference.is_file():
         found.file.unlink(missing_ok=True)
     todo = [run for run in wanted(args, found) if known(run, args.cells) is None]
@@ -179,7 +194,7 @@ def make(args: argparse.Namespace) -> None:
     start, work = time.time(), functools.partial(cell, cells=args.cells, threads=args.threads, lesson=args.lesson)
     for i, made in enumerate(common.parallel(work, todo, args.jobs) if todo else ()):
         at = f"{i + 1}/{len(todo)}, {time.time() - start:.0f} s"
-        print(f"[{at}] {made['method']} {made['variant']} seed {made['seed']}: {made['seconds']:.0f} s", flush=True)
+        print(f"[{at}] {name(made)}: {made['seconds']:.0f} s", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> Report:

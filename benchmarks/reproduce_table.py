@@ -1,4 +1,4 @@
-"""The tables and the page of benchmarks/reproduce.py: means over seeds, paired differences, what a measure can tell, the paper's numbers."""
+"""The tables and the page of benchmarks/reproduce.py: means over seeds, paired differences, the paper's numbers, what a measure can tell."""
 
 from __future__ import annotations
 
@@ -18,9 +18,32 @@ REPORTED: dict[str, tuple[int, ...]] = {"pd": (4, 2), "lcm": (4, 2, 1), "dmd2": 
 TITLES = {"pd": "PD", "lcm": "LCM", "dmd2": "DMD2"}
 LABELS = {"base": "base", "reflected": "+ Reflected", "ddil": "+ DDIL", "both": "+ both"}
 CAS = Column("cas", "Taught ↑", "higher", "share of real scenes that a classifier taught by its images reads all right")
-SHOWN = ("frechet", "kid", "patch_frechet", "clip", "attribute_accuracy", "all_right", "coverage", "mode_coverage", "lpips_diversity", "cas")
+SHOWN = (
+    "frechet",
+    "kid",
+    "patch_frechet",
+    "clip",
+    "attribute_accuracy",
+    "all_right",
+    "coverage",
+    "mode_coverage",
+    "lpips_diversity",
+    "cas",
+)
 HEADINGS = {c.key: c.heading for c in (*columns(), *OWN)} | {"cas": CAS.label}
-TELLING = ("frechet", "kid", "cmmd", "patch_frechet", "clip", "attribute_accuracy", "all_right", "coverage", "mode_coverage", "blur", "paired")
+TELLING = (
+    "frechet",
+    "kid",
+    "cmmd",
+    "patch_frechet",
+    "clip",
+    "attribute_accuracy",
+    "all_right",
+    "coverage",
+    "mode_coverage",
+    "blur",
+    "paired",
+)
 """The measures whose spread is looked into."""
 
 PAPER: dict[tuple[str, int], dict[str, tuple[float, float, float]]] = {
@@ -61,7 +84,9 @@ def report(cells: Sequence[dict[str, Any]], teacher: Mapping[str, Any]) -> Repor
         "columns": shown,
         "rows": teachers(teacher),
         "parts": parts,
-        "each": [{k: cell[k] for k in ("method", "variant", "seed", "updates", "network_evaluations", "seconds_training")} for cell in cells],
+        "each": [
+            {k: cell[k] for k in ("method", "variant", "seed", "updates", "network_evaluations", "seconds_training")} for cell in cells
+        ],
         "seconds_training": {f"{c['method']}/{c['variant']}/{c['seed']}": c["seconds_training"] for c in cells},
         "notes": notes(cells),
     }
@@ -95,11 +120,11 @@ def table(method: str, steps: int, found: Mapping[Any, Mapping[str, float | None
 
 def compared(found: Mapping[Any, Mapping[str, float | None]], where: tuple[str, int], variant: str, seeds: Sequence[int], key: str) -> Any:
     """The mean of a variant with its standard error, and the paired difference to base on the seeds that both have."""
-    mine = {s: found[*where, variant, s].get(key) for s in seeds}
+    mine = {s: found[(*where, variant, s)].get(key) for s in seeds}
     mean, se = mean_se(list(mine.values()))
     if mean is None:
         return None
-    base = {s: found[*where, "base", s].get(key) for s in seeds if (*where, "base", s) in found}
+    base = {s: found[(*where, "base", s)].get(key) for s in seeds if (*where, "base", s) in found}
     both = [(mine[s], base[s]) for s in seeds if variant != "base" and base.get(s) is not None]
     told = paired([a for a, _ in both], [b for _, b in both]) if both else None  # type: ignore[misc]
     return {"mean": mean, "se": se, "paired": told}
@@ -112,13 +137,15 @@ def evaluations(method: str, variant: str, cells: Sequence[Mapping[str, Any]]) -
 
 
 def spread(found: Mapping[Any, Mapping[str, float | None]], again: Mapping[Any, Mapping[str, float | None]]) -> Part | None:
-    """Of every measure: how much one student's value moves with prompts and noise, how much it moves with the training's seed, by method."""
+    """How far every measure moves with prompts and noise, of one student, and how far with the training's seed, by method."""
     rows = []
     for key in TELLING:
         row: dict[str, Any] = {"name": HEADINGS[key]}
         for method, steps in REPORTED.items():
-            within = [(found[at].get(key), again[at].get(key)) for at in found if at[0] == method and at[1] == steps[0] and at in again]
-            row[f"{method}_within"] = root([(a - b) ** 2 / 2 for a, b in within if a is not None and b is not None])
+            twice = [(found[at].get(key), again[at].get(key)) for at in found if at[:2] == (method, steps[0]) and at in again]
+            # What all students have in common, such as other real images, is no part of the spread between them.
+            moved = [a - b for a, b in twice if a is not None and b is not None]
+            row[f"{method}_within"] = root([statistics.variance(moved) / 2]) if len(moved) > 1 else None
             row[f"{method}_between"] = root(variances(found, method, steps[0], key))
         rows.append(row)
     if all(value is None for row in rows for key, value in row.items() if key != "name"):
@@ -134,9 +161,10 @@ def variances(found: Mapping[Any, Mapping[str, float | None]], method: str, step
     """The variance over seeds of each variant that has several."""
     made = []
     for variant in LABELS:
-        each = [v[key] for (m, k, name, _), v in found.items() if (m, k, name) == (method, steps, variant) and v.get(key) is not None]
+        rows = [v for (m, k, name, _), v in found.items() if (m, k, name) == (method, steps, variant)]
+        each = [value for row in rows if (value := row.get(key)) is not None]
         if len(each) > 1:
-            made.append(statistics.variance(each))  # type: ignore[type-var]
+            made.append(statistics.variance(each))
     return made
 
 
@@ -151,7 +179,7 @@ def notes(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     for cell in cells:
         m = cell["machine"]
         made.setdefault(f"{m['device']}, torch {m['torch']}", []).append(m["date"])
-    where = "; ".join(f"{len(dates)} on {name} ({min(dates)} to {max(dates)})" for name, dates in made.items())
+    where = "; ".join(f"{len(d)} on {name} ({' to '.join(dict.fromkeys((min(d), max(d))))})" for name, d in made.items())
     prompts = cells[0]["protocol"]["n"] if cells else 0
     return [
         f"{len(cells)} cells: {where}; {prompts} held-out prompts",
@@ -179,8 +207,9 @@ HEAD = """# The reproduction table
 make reproduce
 ```
 
-trains every method on the built-in pipeline with and without DDIL and reflection, on seeds from 100 on, which no setting was chosen on, at equal updates; every cell is a
-file in `benchmarks/reproduced/`, and what is there is not made again. The paper's numbers (COCO-2017 5k; PD and LCM: SD1.5, DMD2: SSD-1B with a batch of 7) stand beside
-for their order, not for their size. What the tables show is said in [results](results.md#on-fresh-seeds).
+trains every method on the built-in pipeline with and without DDIL and reflection, on seeds from 100 on, which no setting was chosen on, at
+equal updates; every cell is a file in `benchmarks/reproduced/`, and what is there is not made again. The paper's numbers (COCO-2017 5k; PD
+and LCM: SD1.5, DMD2: SSD-1B with a batch of 7) stand beside for their order, not for their size. What the tables show is said in
+[results](results.md#on-fresh-seeds).
 
 ## The teacher"""

@@ -3,7 +3,7 @@
 All have reflection and the mean roll-out share of the shipped config, so that what is compared is when roll-outs come and not how many.
 `constant` is the shipped config. `linear`, `cosine` and `exponential` raise the share of roll-outs, `falling` lowers it, and so do `gated`
 (by the losses) and `gated_by` (by ShiftProbe's loss ratio) where the student allows it, whose mean is what the training makes of it.
-`piecewise` (the paper's two parts) and `dagger` (p^k) leave the share as it is and let the student act more and more in place of the teacher.
+`piecewise` (the paper's two parts) and `dagger` (p^k) leave the share as it is and let the student act more and more instead of the teacher.
 
     python benchmarks/schedules.py [--methods pd lcm dmd2] [--schedules linear ...] [--seed 1000] [--seeds 12] [--jobs 2] [--json FILE]
     python benchmarks/schedules.py --builtin linear dagger [--methods lcm] [--seed 100] [--seeds 3]
@@ -26,7 +26,7 @@ import reproduce
 import toy2d
 import yaml
 from builtin_runs import Run, Teacher, fingerprint
-from reproduce_table import REPORTED, SHOWN, HEADINGS, TITLES, compared, values
+from reproduce_table import HEADINGS, REPORTED, SHOWN, TITLES, compared, values
 from tables import Part, Report
 from toy2d import STATIC, Task
 from toy2d_table import MEASURES, NAMES, join, row
@@ -156,8 +156,8 @@ def toy(args: argparse.Namespace) -> Report:
         "parts": parts,
         "seconds": round(time.time() - start, 1),
         "notes": [
-            f"{args.seeds} seeds in groups of 3, {args.n} samples a seed in 4 steps; ± is the standard error of the mean, [t] of the paired "
-            "difference to constant, the shipped config; no p is corrected for the number of comparisons"
+            f"{args.seeds} seeds in groups of 3, {args.n} samples a seed in 4 steps; ± is the standard error of the mean, [t] of the paired diff"
+            "erence to constant, the shipped config; no p is corrected for the number of comparisons"
         ],
     }
 
@@ -166,7 +166,7 @@ def toy(args: argparse.Namespace) -> Report:
 
 
 def built_in(args: argparse.Namespace) -> Report:
-    """Some schedules on the built-in pipeline: the cells that are missing are made, as reproduce.py makes them, whose `both` is constant."""
+    """Some schedules on the built-in pipeline, whose missing cells are made as reproduce.py makes them; its `both` is constant."""
     if args.quick:
         args.updates, args.n, args.seeds, args.captions, lesson = 2, 16, 1, 64, (64, 5)
     else:
@@ -188,7 +188,7 @@ def built_in(args: argparse.Namespace) -> Report:
     if missing:
         reproduce.teacher(found, args.cells, lesson, args.jobs)
     for made in common.parallel(functools.partial(reproduce.cell, cells=args.cells, threads=1, lesson=lesson), missing, args.jobs):
-        print(f"{made['method']} {made['variant']} seed {made['seed']}: {made['seconds']:.0f} s", flush=True)
+        print(f"{reproduce.name(made)}: {made['seconds']:.0f} s", flush=True)
     return told_of(args, [run.variant for run in todo])
 
 

@@ -26,7 +26,7 @@ NAMED = sorted(
             cls
             for cls in subclasses((assembly.Distillation, assembly.Captions, assembly.Schedule))
             if cls.__module__.startswith("ddil_lightning.")
-            and cls.__name__ not in ("CacheFolder", "Encoded", "Points", "_Ramp")  # these are made by others, not named
+            and cls.__name__ not in ("CacheFolder", "Encoded", "Points", "_Moves", "_Ramp")  # these are made by others, not named
         ),
         *(getattr(ddil_lightning, name) for name in ("AnnealPrior", "Cadence", "FlushBuffer", "ShiftProbe")),
         *(*OWN, assembly.DDILDataModule, assembly.Test, assembly.Toy, Pipeline, Stage, Part),

@@ -201,6 +201,130 @@ def test_paired_scores_the_images_of_the_prompts_alone(script: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("evaluator")
+def test_reproduce(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    module, page = script("reproduce"), tmp_path / "page.md"
+    places = ["--cells", str(tmp_path / "cells"), "--cache", str(tmp_path / "cache"), "--page", str(page), "--jobs", "1"]
+    options = [*places, "--methods", "lcm", "pd", "--variants", "base", "both"]
+    report = run(module, tiny, tmp_path, capsys, *options)
+    titles = [part["title"] for part in report["parts"]]
+    assert titles[:-1] == ["PD, 4 steps", "PD, 2 steps", "LCM, 4 steps", "LCM, 2 steps", "LCM, 1 step"] and "tell" in titles[-1]
+    for part in report["parts"][:-1]:
+        base, both = part["rows"]
+        assert both["evaluations"] > base["evaluations"] and 0 <= both["cas"]["mean"] <= 1 and base["frechet"]["paired"] is None
+        difference = both["frechet"]["paired"]["mean"]
+        assert difference == pytest.approx(both["frechet"]["mean"] - base["frechet"]["mean"])
+    assert "## LCM, 4 steps" in page.read_text() and "| 24.39 |" in page.read_text()
+    monkeypatch.setattr(module, "cell", None)  # every cell is there, and none is made again
+    assert run(module, tiny, tmp_path, capsys, *options)["parts"] == report["parts"]
+    file = tmp_path / "cells" / "lcm-both-100.json"
+    told = json.loads(file.read_text()) | {"told": ["model.init_args.reflect=off"]}
+    file.write_text(json.dumps(told))
+    again = run(module, tiny, tmp_path, capsys, *places, "--only_page")
+    assert again["notes"][-1] == "left out, because it was made with other settings than today's: lcm both seed 100"
+
+
+def test_the_page_of_the_reproduction_is_made_of_the_cells(script: Any, tmp_path: Path) -> None:
+    """And every cell was made with the settings that are shipped."""
+    report = script("reproduce").main(["--only_page", "--page", str(tmp_path / "page.md"), "--cache", str(tmp_path)])
+    assert (tmp_path / "page.md").read_text() == (BENCHMARKS.parent / "docs" / "reproduction.md").read_text()
+    assert not [note for note in report["notes"] if "left out" in note]
+
+
+def test_what_the_reproduction_says_of_its_cells(script: Any) -> None:
+    module, names = script("reproduce_table"), ("base", "both")
+    frechet = {("base", 100): (1.0, 1.4), ("base", 101): (2.0, 2.0), ("both", 100): (0.5, 0.5), ("both", 101): (1.0, 0.6)}
+    cells = [
+        {
+            "method": "lcm",
+            "variant": v,
+            "seed": s,
+            "updates": 7,
+            "seconds_training": 1.0,
+            "network_evaluations": {"student": 10 * (v in names)},
+        }
+        | {"rows": [{"steps": 4, "metrics": {"frechet": a}}], "again": [{"steps": 4, "metrics": {"frechet": b}}]}
+        | {"downstream": {"4": {"cas": a / 4}}, "protocol": {"n": 16}, "machine": {"device": "x", "torch": "2", "date": "d"}}
+        for (v, s), (a, b) in frechet.items()
+    ]
+    report = module.report(cells, {"rows": [], "downstream": {"real": {"cas": 0.9}}})
+    table, spread = report["parts"]
+    base, both = table["rows"]
+    assert base["frechet"] == {"mean": 1.5, "se": pytest.approx(0.5), "paired": None} and both["cas"]["mean"] == pytest.approx(0.1875)
+    # The differences are -0.5 and -1: their mean -0.75 has the standard error 0.25.
+    assert both["frechet"]["paired"]["mean"] == -0.75 and both["frechet"]["paired"]["t"] == pytest.approx(-3.0)
+    (row,) = [r for r in spread["rows"] if r["name"].startswith("Fr")]
+    # The second time differs by -0.4, 0, 0 and 0.4: the variance of a single value is half of that of the difference.
+    assert row["lcm_within"] == pytest.approx((0.32 / 3 / 2) ** 0.5)
+    assert row["lcm_between"] == pytest.approx(((0.5 + 0.125) / 2) ** 0.5) and row["pd_between"] is None
+
+
+def test_a_classifier_is_taught_what_captions_say(script: Any) -> None:
+    module = script("downstream")
+    told = module.lesson(64)
+    open_ones = [c for c, colour in zip(told.captions, told.labels["colour"], strict=True) if colour < 0]
+    assert open_ones and all(" and " not in c for c in told.captions)
+    assert not any(word in c.split() for c in open_ones for word in ("red", "green", "blue", "yellow", "purple", "cyan"))
+    first, second = (module.taught(told.real, told.labels, updates=3).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    nothing = {name: torch.full_like(values, -1) for name, values in told.labels.items()}
+    assert all(bool(p.isfinite().all()) for p in module.taught(told.real, nothing, updates=2).parameters())
+
+
+@pytest.mark.slow
+def test_a_classifier_learns_from_pictures_that_differ(script: Any) -> None:
+    module = script("downstream")
+    told = module.lesson(64)
+    found = module.real(400, 120)
+    assert found["cas"] <= min(found[f"cas_{name}"] for name in module.HEADS) and found["cas_background"] > 0.9
+    # Pictures that all show one scene teach nothing of the others.
+    same = module.score(lambda prompts, seed: told.real[:1].expand(len(prompts), -1, -1, -1), 400, 120)
+    assert same["cas_shape"] < 0.5 < found["cas_shape"] and same["cas"] < 0.05
+
+
+@pytest.mark.parametrize("method", ["pd", "lcm", "dmd2"])
+@pytest.mark.parametrize("place", ["", "toy2d/"])
+def test_schedules_have_the_mean_prior_of_the_config(script: Any, method: str, place: str) -> None:
+    import yaml
+
+    from ddil_lightning.commands.configs import find_config
+    from ddil_lightning.imitation import prior as priors
+
+    module, config = script("schedules"), f"{place}{method}_ddil.yaml"
+    found = yaml.safe_load(find_config(config).read_text())
+    shipped = found["data"]["prior"]
+    length = min((s["updates"] for s in found["model"]["init_args"].get("stages", [])), default=found["model"]["init_args"].get("updates"))
+    for name in module.SCHEDULES[1:]:
+        told = json.loads(module.of_config(name, config)[-1].removeprefix("trainer.callbacks+="))["init_args"]["schedule"]
+        parts = {
+            k: [priors.SamplingPrior(**p) for p in v] if k == "priors" else priors.SamplingPrior(**v) if k in ("first", "last") else v
+            for k, v in told["init_args"].items()
+        }
+        schedule = getattr(priors, told["class_path"])(**parts)
+        way = [schedule(clock) for clock in range(length)]
+        if "gated" in name:  # they begin where the ramps do, and move as the training goes
+            assert way[0].rollouts < 1 - shipped["forward"] < schedule.last.rollouts
+            continue
+        assert sum(p.rollouts for p in way) / length == pytest.approx(1 - shipped["forward"], abs=0.005)
+        if name in ("piecewise", "dagger"):
+            assert way[0].p_student < way[-1].p_student and len({round(p.forward, 5) for p in way}) == 1
+        else:
+            assert (way[0].rollouts < way[-1].rollouts) is (name != "falling")
+
+
+@pytest.mark.slow
+def test_schedules(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = script("schedules")
+    report = run(
+        module, tiny, tmp_path, capsys, "--methods", "pd", "lcm", "--schedules", "linear", "gated_by", "--jobs", "1", "--seed", "7"
+    )
+    assert [(r["method"], r["variant"]) for r in report["rows"]] == [
+        ("pd", "constant"), ("pd", "linear"), ("lcm", "constant"), ("lcm", "linear"), ("lcm", "gated_by")
+    ]  # fmt: skip
+    assert report["rows"][0]["coverage"]["paired"] is None and report["rows"][1]["coverage"]["paired"] is not None
+
+
+@pytest.mark.slow
 def test_toy2d(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module, file, picture = script("toy2d"), tmp_path / "out.json", tmp_path / "toy.png"
     options = ["--methods", "pd", "lcm", "--variants", "both", "ddil", "longer_base", "same_times", "--jobs", "1", "--seed", "7"]

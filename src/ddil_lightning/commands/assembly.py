@@ -39,7 +39,7 @@ from ddil_lightning.commands.configs import FIT_SHORT, MOVED, expand, in_present
 from ddil_lightning.data.captions import Captions, Digits, Images, Prompts, Shapes  # noqa: F401
 from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.errors import Refusal
-from ddil_lightning.imitation.prior import Constant, Cosine, Exponential, Gated, Linear, Piecewise, Schedule  # noqa: F401
+from ddil_lightning.imitation.prior import Constant, Cosine, Exponential, Gated, GatedBy, Linear, Piecewise, Schedule  # noqa: F401
 from ddil_lightning.messages import each_text, explain, parameters, plain, subclasses
 from ddil_lightning.methods import DMD2, LCM, PD  # noqa: F401
 from ddil_lightning.runs.finish import Test

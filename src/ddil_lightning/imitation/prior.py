@@ -71,7 +71,7 @@ class Schedule:
         raise TypeError(f"{type(self).__name__} is no schedule: give it a __call__(clock) -> SamplingPrior")
 
     def hear(self, clock: int, values: Mapping[str, float]) -> None:
-        """Of an update, number `clock`, its mean losses by source (forward, student, teacher, mixed) over all processes; or the measures."""
+        """Mean losses by source (forward, student, teacher, mixed) of update number `clock`, over all processes; or the measures."""
 
     def ahead(self, updates: int) -> list[SamplingPrior]:
         """Priors that it may give in a run of so many updates, its extremes among them, to be checked before it begins."""
@@ -264,9 +264,7 @@ class GatedBy(_Moves):
 
     hears = "measures"
 
-    def __init__(
-        self, first: SamplingPrior, last: SamplingPrior, measure: str, below: float, steps: int = 4, patience: int = 1
-    ) -> None:
+    def __init__(self, first: SamplingPrior, last: SamplingPrior, measure: str, below: float, steps: int = 4, patience: int = 1) -> None:
         super().__init__(first, last, steps, patience)
         self.measure, self.below = measure, below
 
