@@ -1,4 +1,4 @@
-"""The tables and the page of benchmarks/reproduce.py: means over seeds, paired differences, the paper's numbers, what a measure can tell."""
+"""The tables and the page of benchmarks/reproduce.py: means, paired differences, the paper's numbers, what a measure can tell."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def compared(found: Mapping[Any, Mapping[str, float | None]], where: tuple[str, 
     mean, se = mean_se(list(mine.values()))
     if mean is None:
         return None
-    base = {s: found[(*where, "base", s)].get(key) for s in seeds if (*where, "base", s) in found}
+    base = {s: found[(*where, "base", s)].get(key) for s in seeds if where + ("base", s) in found}
     both = [(mine[s], base[s]) for s in seeds if variant != "base" and base.get(s) is not None]
     told = paired([a for a, _ in both], [b for _, b in both]) if both else None  # type: ignore[misc]
     return {"mean": mean, "se": se, "paired": told}

@@ -3,7 +3,7 @@
 All have reflection and the mean roll-out share of the shipped config, so that what is compared is when roll-outs come and not how many.
 `constant` is the shipped config. `linear`, `cosine` and `exponential` raise the share of roll-outs, `falling` lowers it, and so do `gated`
 (by the losses) and `gated_by` (by ShiftProbe's loss ratio) where the student allows it, whose mean is what the training makes of it.
-`piecewise` (the paper's two parts) and `dagger` (p^k) leave the share as it is and let the student act more and more instead of the teacher.
+`piecewise` (the paper's two parts) and `dagger` (p^k) leave the share as it is and let the student act more and more, not the teacher.
 
     python benchmarks/schedules.py [--methods pd lcm dmd2] [--schedules linear ...] [--seed 1000] [--seeds 12] [--jobs 2] [--json FILE]
     python benchmarks/schedules.py --builtin linear dagger [--methods lcm] [--seed 100] [--seeds 3]
@@ -156,8 +156,8 @@ def toy(args: argparse.Namespace) -> Report:
         "parts": parts,
         "seconds": round(time.time() - start, 1),
         "notes": [
-            f"{args.seeds} seeds in groups of 3, {args.n} samples a seed in 4 steps; ± is the standard error of the mean, [t] of the paired diff"
-            "erence to constant, the shipped config; no p is corrected for the number of comparisons"
+            f"{args.seeds} seeds in groups of 3, {args.n} samples a seed in 4 steps; ± is the standard error of the mean, [t] of "
+            "the paired difference to constant, the shipped config; no p is corrected for the number of comparisons"
         ],
     }
 
