@@ -45,7 +45,8 @@ def test(argv: list[str]) -> int:
     parser.add_argument(
         "--network",
         nargs="+",
-        default=(),
+        action="extend",
+        default=[],
         help="[FOR=]NAME[:PATH] with --data CAPTIONS: hps, features=inception:FILE, clip=none",
     )
     parser.add_argument("--strict", action="store_true", help="refuse a network that cannot be had, instead of leaving its metrics out")

@@ -109,7 +109,8 @@ def image_reward(path: str | None, device: str | torch.device, words: str | None
     try:
         net = Reward(weights, json.loads(med.read_text()))
     except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{file} and {med.name} hold no ImageReward: {type(error).__name__} {error}") from error
+        why = f"it has no {error.args[0]}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{file} and {med.name} hold no ImageReward: {why}") from error
     model = fit(net, weights, file, "ImageReward").float().to(device)
     tokenizer = BertTokenizer.from_pretrained(vocabulary, local_files_only=True)
 
