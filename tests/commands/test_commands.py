@@ -16,7 +16,6 @@ from ddil_lightning.commands import main
 from ddil_lightning.commands.restore import restore
 from ddil_lightning.evaluation import rows as scoring
 from ddil_lightning.evaluation.given import Given, Judge
-from ddil_lightning.evaluation.networks import Networks
 from ddil_lightning.evaluation.registry import keys
 from ddil_lightning.evaluation.suite import Suite
 from ddil_lightning.methods import DMD2

@@ -19,10 +19,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, gelu, layer_norm, linear
 
 from ddil_lightning.evaluation import presence
+from ddil_lightning.evaluation.batches import as_saved
+from ddil_lightning.evaluation.given import Given
 from ddil_lightning.evaluation.networks import NETWORKS, Absent, Networks, Spec, imagereward, open_clip_net, read_networks, weights
 from ddil_lightning.evaluation.networks import lpips as lpips_file
 from ddil_lightning.evaluation.presence import needing, present
 from ddil_lightning.evaluation.registry import keys
+from ddil_lightning.evaluation.suite import Probes, Suite
 
 MEAN, STD = (torch.tensor(x)[:, None, None] for x in imagereward.PIXELS)
 PROMPTS = ["a red square", "a square and a cat", "cat"]
@@ -263,10 +266,20 @@ def test_a_checkpoint_of_open_clip_that_does_not_fit(clip: tuple[Path, Any], tmp
 
 
 def sees(folder: Path, kind: str, side: int) -> None:
-    """A preprocessor_config.json as the repositories have it."""
-    numbers = {"image_mean": MEAN.flatten().tolist(), "image_std": STD.flatten().tolist(), "resample": 3}
-    sizes = {"size": {"shortest_edge": side}, "crop_size": side, "do_center_crop": True, "do_resize": True, "do_normalize": True}
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": kind, **numbers, **sizes}))
+    """A preprocessor_config.json as the repositories have it, some of them with the names of years ago."""
+    numbers: dict[str, Any] = {"image_mean": MEAN.flatten().tolist(), "image_std": STD.flatten().tolist(), "resample": 3}
+    sizes: dict[str, Any] = {
+        "size": {"shortest_edge": side},
+        "crop_size": side,
+        "do_center_crop": True,
+        "do_resize": True,
+        "do_normalize": True,
+    }
+    if kind.endswith("Extractor"):
+        sizes |= {"size": side, "feature_extractor_type": kind}
+    else:
+        sizes |= {"image_processor_type": kind}
+    (folder / "preprocessor_config.json").write_text(json.dumps(numbers | sizes))
 
 
 def test_pickscore_is_a_hundred_cosines(tmp_path: Path) -> None:
@@ -283,7 +296,7 @@ def test_pickscore_is_a_hundred_cosines(tmp_path: Path) -> None:
     model = randomised(CLIPModel(config))
     model.logit_scale.data.fill_(4.6052)  # 100, as the real ones have it
     model.save_pretrained(tmp_path)
-    sees(tmp_path, "CLIPImageProcessor", 16)
+    sees(tmp_path, "CLIPFeatureExtractor", 16)
     net = Networks(pickscore=f"pickscore:{tmp_path}").load().pickscore
     words = CLIPTokenizer.from_pretrained(tmp_path)
     images, expected = pictures(3), []
@@ -311,7 +324,7 @@ def dino(folder: Path, name: str) -> Any:
     model = randomised(made)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
-    sees(folder, "ViTImageProcessor" if name == "dino" else "BitImageProcessor", 16)
+    sees(folder, "ViTFeatureExtractor" if name == "dino" else "BitImageProcessor", 16)
     return model
 
 
@@ -335,6 +348,19 @@ def test_dino_is_the_class_token_from_a_folder_and_from_the_hub_s_cache(name: st
     with pytest.raises(ValueError, match=r"other holds no DINO.*: it lacks .* such weights") as error:
         Networks(embed=f"{name}:{tmp_path / 'other'}").load()
     assert "\n" not in str(error.value)
+
+
+def test_a_suite_measures_through_them(clip: tuple[Path, Any], tmp_path: Path) -> None:
+    dino(tmp_path, "dinov2")
+    nets = Networks(hps={"name": "hps", "path": str(clip[0]), "model": "ddil-tiny-clip"}, embed=f"dinov2:{tmp_path}").load()
+    suite = Suite("mine", ["cat"] * 12, Given(nets), Probes(["cat"] * 2, 3), batch=5)
+    found = suite.score(lambda prompts, seed: pictures(len(prompts), seed=seed))
+    scores = torch.cat([nets.hps(as_saved(pictures(n, seed=i)), ["cat"] * n) for i, n in ((0, 5), (5, 5), (10, 2))])
+    assert found["hps"] == pytest.approx(float(scores.mean()), abs=1e-6)
+    low, high = found["intervals"]["hps"]
+    assert low < found["hps"] < high and 1 < found["vendi"] <= 3 and found["feature_diversity"] > 0
+    assert found["pickscore"] is found["image_reward"] is found["clip"] is None
+    assert suite.protocol["networks"]["hps"].startswith("HPS v2.1, ddil-tiny-clip, ") and "pickscore" not in suite.protocol["networks"]
 
 
 # ImageReward

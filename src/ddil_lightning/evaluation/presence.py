@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from ddil_lightning.evaluation.given import REFERRED
-from ddil_lightning.evaluation.networks import NETWORKS, Absent, Networks, Spec
+from ddil_lightning.evaluation.networks import NETWORKS, Absent, Networks, Spec, Unpackaged
 from ddil_lightning.evaluation.registry import metrics
 
 MAKES = {"features": ("features", "patches"), "embed": ("embeddings",), "clip": ("cosine",)}
@@ -29,10 +29,11 @@ def present(networks: Networks, device: str | torch.device = "cpu") -> Networks:
     """
 
     def lacking(member: str, spec: Spec, why: Absent) -> None:
-        lost, give = ", ".join(needing(member)), f"give {NETWORKS[spec.name].file}, as {member}={spec.name}:PATH"
+        give = "" if isinstance(why, Unpackaged) else f"; give {NETWORKS[spec.name].file}, as {member}={spec.name}:PATH"
+        lost = ", ".join(needing(member))
         if networks.strict:
-            raise ValueError(f"the network {spec.name}, which {lost} look through, cannot be had: {why}; {give}") from why
-        _tell(f"without the network {spec.name} there is no {lost}: {why}; {give}")
+            raise ValueError(f"the network {spec.name}, which {lost} look through, cannot be had: {why}{give}") from why
+        _tell(f"without the network {spec.name} there is no {lost}: {why}{give}")
 
     return networks.load(device, lacking)
 

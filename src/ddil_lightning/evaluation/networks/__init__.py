@@ -6,7 +6,7 @@ network is a file, a network an entry of `table.NETWORKS`; packages and weights 
 
 from ddil_lightning.evaluation.networks.clip import ClipNet, cosine, open_clip_net
 from ddil_lightning.evaluation.networks.inception import INCEPTION, LAYERS, clean, inception_features
-from ddil_lightning.evaluation.networks.kinds import Absent, Distance, Features, Named, Scorer, said
+from ddil_lightning.evaluation.networks.kinds import Absent, Distance, Features, Named, Scorer, Unpackaged, said
 from ddil_lightning.evaluation.networks.lpips import MapDistance, lpips_distance
 from ddil_lightning.evaluation.networks.record import MEMBERS, PAPER, Networks, Spec, read_networks
 from ddil_lightning.evaluation.networks.table import NETWORKS
@@ -26,6 +26,7 @@ __all__ = [
     "Networks",
     "Scorer",
     "Spec",
+    "Unpackaged",
     "clean",
     "cosine",
     "inception_features",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddil_lightning.backbones.sampling import to_uint8
-from ddil_lightning.evaluation.networks.kinds import Absent, Features, Named, Scorer, paired, said
+from ddil_lightning.evaluation.networks.kinds import Features, Named, Scorer, Unpackaged, paired, said
 from ddil_lightning.evaluation.networks.weights import PICKLED, given_file, hub_file, told, url_file
 
 
@@ -65,7 +65,7 @@ def open_clip_net(
         import open_clip
         from torchvision.transforms.functional import to_pil_image
     except ModuleNotFoundError as e:
-        raise Absent("CLIP needs open_clip: pip install open_clip_torch") from e
+        raise Unpackaged("CLIP needs open_clip: pip install open_clip_torch") from e
     if name not in open_clip.list_models():
         raise ValueError(f"open_clip has no model {name!r}: choose one of open_clip.list_models()")
     tag = open_clip.get_pretrained_cfg(name, pretrained)

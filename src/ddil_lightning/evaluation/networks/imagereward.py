@@ -40,11 +40,12 @@ NAMES = (
 
 
 def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a checkpoint by the names of `Reward`; BLIP's projections for retrieval and its numbering of tokens are left out."""
+    """The weights of a checkpoint by the names of `Reward`; what BLIP has besides (its projections for
+    retrieval) and its numbering of tokens are left out."""
     found = {}
     for key, value in weights.items():
         name = key.removeprefix("blip.")
-        if name.startswith(("vision_proj.", "text_proj.")) or name.endswith("position_ids"):
+        if not name.startswith(("visual_encoder.", "text_encoder.", "mlp.")) or name.endswith("position_ids"):
             continue
         for pattern, new in NAMES:
             name, n = re.subn("^" + pattern, new, name)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddil_lightning.backbones.sampling import to_uint8
-from ddil_lightning.evaluation.networks.kinds import Absent, Features, Named
+from ddil_lightning.evaluation.networks.kinds import Features, Named, Unpackaged
 from ddil_lightning.evaluation.networks.weights import given_file, read, told, url_file
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -45,7 +45,7 @@ def inception_features(path: str | None = None, device: str | torch.device = "cp
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ModuleNotFoundError as e:
-        raise Absent("the Inception features of a Frechet distance need torch-fidelity: pip install 'ddil-lightning[eval]'") from e
+        raise Unpackaged("the Inception features of a Frechet distance need torch-fidelity: pip install 'ddil-lightning[eval]'") from e
     given = None if path is None else given_file(path, Path(URL).name)
     file = given or url_file(URL)
     with BytesIO() as weights:  # it reads pickles alone, or downloads without a limit

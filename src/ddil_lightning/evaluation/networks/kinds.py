@@ -28,6 +28,10 @@ class Absent(ValueError):
     """
 
 
+class Unpackaged(Absent):
+    """One for want of a package, which no file of weights makes up for: its message says what to install."""
+
+
 class Named:
     """A function with the name that a protocol gives it. `resizing`: how it brings images to its own size, where that has a name."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ddil_lightning.evaluation.networks.kinds import Absent, Distance, Named, said
+from ddil_lightning.evaluation.networks.kinds import Distance, Named, Unpackaged, said
 from ddil_lightning.evaluation.networks.weights import fit, given_file, read, told, url_file
 
 
@@ -57,7 +57,7 @@ def lpips_distance(net: str = "alex", device: str | torch.device = "cpu", random
         import torchvision
         from lpips import LPIPS
     except ModuleNotFoundError as e:
-        raise Absent("LPIPS needs the package lpips: pip install lpips") from e
+        raise Unpackaged("LPIPS needs the package lpips: pip install lpips") from e
     url = getattr(torchvision.models, TRUNKS[net]).IMAGENET1K_V1.url
     given = None if trunk is None else given_file(trunk, Path(url).name)
     path = None if random_trunk else given or url_file(url)

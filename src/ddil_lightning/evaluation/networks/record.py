@@ -80,6 +80,7 @@ class Networks:
     def __post_init__(self) -> None:
         if self.text is not None and self.features is None:
             raise ValueError("Networks: `text` is compared with `features`, which is None; give both, or `clip`")
+        self.named  # noqa: B018  # raises for a name that says nothing
 
     @property
     def named(self) -> dict[str, Spec]:
@@ -135,9 +136,7 @@ def read_networks(words: Sequence[str], base: Networks = PAPER) -> Networks:
         if member in found:
             raise ValueError(f"{word}: {member} is named twice")
         found[member] = spec
-    made = replace(base, **found)
-    made.named  # noqa: B018  # raises where a network is of another kind
-    return made
+    return replace(base, **found)
 
 
 def _table(text: str) -> str | Mapping[str, Any]:

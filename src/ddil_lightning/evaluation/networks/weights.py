@@ -81,7 +81,10 @@ def hub_folder(repository: str, *files: str | Sequence[str], spare: Sequence[str
 
     `spare`: files that are taken where there are any. Raises Absent as `hub_file` does.
     """
-    found = [hub_file(repository, *([names] if isinstance(names, str) else names)) for names in files]
+    wanted = [(names,) if isinstance(names, str) else names for names in files]
+    found = [hub_file(repository, *names) for names in wanted]
+    if len({path.parent for path in found}) > 1:  # the repository has moved on since the first was fetched, and now all are of one commit
+        found = [hub_file(repository, *names) for names in wanted]
     for name in spare:
         try:
             hub_file(repository, name)
