@@ -60,8 +60,10 @@ def test(argv: list[str]) -> int:
     out = args.out or home / "metrics.json"
     check_writable(out)
     args.n = _count(args)
+    from ddil_lightning.evaluation.networks import read_networks
     from ddil_lightning.evaluation.table import table, write_rows
 
+    args.networks = replace(read_networks(args.network), strict=args.strict)  # before a pipeline is loaded
     rows = _checkpoint_rows(args) if args.ckpt_path else _pipeline_rows(args)
     print(table(rows), end="", flush=True)  # first: what cannot be written can still be read
     write_rows(out, {"rows": rows, "n": args.n, "seed": args.seed})  # type: ignore[arg-type]
@@ -131,15 +133,13 @@ def _checkpoint_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _suite(args: argparse.Namespace, backbone: Any) -> Any:
-    from ddil_lightning.evaluation.networks import read_networks
     from ddil_lightning.evaluation.suite import Suite
 
     data = args.data or backbone.about.get("dataset")
     if data is None:
         raise Refusal(f"the pipeline {backbone.path} names no data set: say --data shapes, --data digits or --data CAPTIONS --images DIR")
     if data not in ("shapes", "digits"):
-        networks = replace(read_networks(args.network), strict=args.strict)
-        return Suite.from_folder(data, args.images, n=args.n, seed=args.seed, device=backbone.device, networks=networks)
+        return Suite.from_folder(data, args.images, n=args.n, seed=args.seed, device=backbone.device, networks=args.networks)
     if args.network:
         raise Refusal(f"--network {' '.join(args.network)}: {data} has networks of its own, others are for --data CAPTIONS")
     return Suite.builtin(data, n=args.n, seed=args.seed).for_pipeline(backbone)

@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -99,6 +100,9 @@ class Networks:
         ValueError as `named` does, and for a file or an option that does not fit.
         """
         made: dict[str, Any] = {}
+        for spec in self.named.values():  # first, for some networks take a minute to load
+            if spec.path is not None and not Path(spec.path).expanduser().exists():
+                raise ValueError(f"network {spec.name}: {spec.path} is not there: give {NETWORKS[spec.name].file}")
         for member, spec in self.named.items():
             try:
                 made[member] = NETWORKS[spec.name].make(spec.path, device, **spec.options)
