@@ -16,7 +16,6 @@ from ddil_lightning.commands import main
 from ddil_lightning.commands.restore import restore
 from ddil_lightning.evaluation import rows as scoring
 from ddil_lightning.evaluation.given import Given, Judge
-from ddil_lightning.evaluation.networks import Networks
 from ddil_lightning.evaluation.registry import keys
 from ddil_lightning.evaluation.suite import Suite
 from ddil_lightning.methods import DMD2
@@ -134,13 +133,20 @@ def test_a_set_of_one_s_own(tiny: Path, here: Path, monkeypatch: pytest.MonkeyPa
     assert said in refused(capsys, main.command("test"), *words, "digits", "--images", "set")
     assert "n=18: choose 2 to 17 of the 17 images" in refused(capsys, main.command("test"), *words, "set", "--n", 18)
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    assert "need torch-fidelity: pip install 'ddil-lightning[eval]'" in refused(capsys, main.command("test"), *words, "set")
-    whole = Suite.from_folder
-    monkeypatch.setattr(Suite, "from_folder", lambda *args, **kwargs: whole(*args, **kwargs, networks=Networks()))
+    strictly = refused(capsys, main.command("test"), *words, "set", "--strict")
+    assert (
+        "the network inception, which frechet, density, " in strictly
+        and "need torch-fidelity: pip install 'ddil-lightning[eval]'" in strictly
+    )
+    said = "no network 'lpisp': did you mean lpips?"
+    assert said in refused(capsys, main.command("test"), *words, "set", "--network", "distance=lpisp")
+    said = "--network hps: digits has networks of its own, others are for --data CAPTIONS"
+    assert said in refused(capsys, main.command("test"), *words, "digits", "--network", "hps")
+    words = ["--network", "clip=none", "distance=none", *words]
     for given, n in (([], 17), (["--n", 16], 16)):
         assert call(capsys, main.command("test"), *words, "set", *given)[0] == 0
         kept = json.loads((here / "metrics.json").read_text())
-        assert kept["n"] == n == kept["rows"][0]["n"]
+        assert kept["n"] == n == kept["rows"][0]["n"] and kept["rows"][0]["metrics"]["frechet"] is None
     for i in range(2, 17):
         (here / "set" / f"{i}.png").unlink()
     assert "set holds 2 images with captions: at least 16" in refused(capsys, main.command("test"), *words, "set")

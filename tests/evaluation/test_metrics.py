@@ -27,7 +27,6 @@ from ddil_lightning.evaluation.networks import (
     cosine,
     inception_features,
     lpips_distance,
-    open_clip_net,
     said,
 )
 from ddil_lightning.evaluation.registry import metrics, unmeasured
@@ -163,34 +162,6 @@ def test_clip_refuses_unpaired():
         encoders().score(pictures(2, 3, 8, 8), ["a"])
 
 
-def test_open_clip_local_checkpoint(tmp_path):
-    """A local checkpoint gives the model's own cosine; a path that is not there says so instead of downloading."""
-    open_clip = pytest.importorskip("open_clip")
-    import json
-
-    config = {
-        "embed_dim": 8,
-        "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
-    }
-    (tmp_path / "ddil-tiny-clip.json").write_text(json.dumps(config))
-    open_clip.add_model_config(tmp_path)
-    torch.manual_seed(0)
-    model, _, preprocess = open_clip.create_model_and_transforms("ddil-tiny-clip", pretrained=None)  # the third is the evaluation one
-    torch.save(model.state_dict(), tmp_path / "w.pt")
-    x = pictures(2, 3, 20, 20)
-    from torchvision.transforms.functional import to_pil_image
-
-    pixels = torch.stack([preprocess(to_pil_image(((i + 1) * 127.5).round().byte())) for i in as_saved(x)])
-    with torch.no_grad():
-        text = model.eval().encode_text(open_clip.get_tokenizer("ddil-tiny-clip")(["a cat", "two dogs"]))
-        expected = torch.cosine_similarity(model.encode_image(pixels), text)
-    got = open_clip_net("ddil-tiny-clip", str(tmp_path / "w.pt")).score(x, ["a cat", "two dogs"])
-    torch.testing.assert_close(got.float(), expected, atol=1e-5, rtol=1e-5)
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        open_clip_net("ddil-tiny-clip", str(tmp_path / "missing.pt"))
-
-
 # LPIPS diversity
 
 
@@ -321,7 +292,8 @@ def everything() -> Given:
         right = (torch.tensor([int(p.split()[-1]) for p in prompts]) % 3 > 0).float()
         return Verdict({"colour": right, "shape": 1 - right}, images.flatten(1).std(1))
 
-    networks = Networks(net().eval(), encoders().score, MapDistance(trunk()), embed=net(5, 6).eval())
+    liked = {name: encoders(name).score for name in ("hps", "pickscore", "image_reward")}
+    networks = Networks(net().eval(), encoders().score, MapDistance(trunk()), embed=net(5, 6).eval(), **liked)
     made = Given(networks, judge=Judge(judge, Brightness()), view=View(crops=Crops(6, 12, 2)))
     real, teacher = (Reference(made.rows_of([pictures(15, 3, 12, 12, seed=s)])) for s in (0, 3))
     return replace(made, reference=real, teacher=teacher)
@@ -392,7 +364,7 @@ def test_networks_are_named_in_words():
     assert said(lpips_distance(random_trunk=True)) == "LPIPS 0.1 alex with a random trunk"
     assert said(net()) == "torch.nn.modules.container.Sequential" and said(brightness) == f"{__name__}.brightness"
     assert said(MapDistance(encoders().score)).startswith("unweighted LPIPS of torch.nn")
-    with pytest.raises(ValueError, match="no network 'dino': choose inception, inception_clean_fid, open_clip, clip_l14_336, lpips"):
-        Networks(distance="dino").load()
+    with pytest.raises(ValueError, match="no network 'dinov9': did you mean dinov2. choose inception, inception_clean_fid, open_clip, "):
+        Networks(distance="dinov9").load()
     with pytest.raises(ValueError, match="Given: the network 'lpips' is named and not made; give Networks"):
         Given(Networks(distance="lpips"))

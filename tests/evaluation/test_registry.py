@@ -179,6 +179,7 @@ def full(count: list[str]) -> Suite:
         distance=called("distance", lambda a, b: (a - b).abs().mean((1, 2, 3))),
         text=called("text", lambda prompts: torch.ones(len(prompts), 4)),
         embed=called("embed", lambda x: x.flatten(1)[:, :3]),
+        **{name: called(name, lambda x, p: torch.ones(len(p))) for name in ("hps", "pickscore", "image_reward")},
     )
     judge = Judge(called("verdict", lambda x, p: Seen(len(x))), called("modes", lambda x, p: 1.0))
     rows = {"features": torch.randn(12, 4), "embeddings": torch.randn(12, 3), "patches": torch.randn(12, 4), "tones": torch.rand(12, 2)}

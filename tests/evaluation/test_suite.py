@@ -268,8 +268,8 @@ def test_suite_from_folder(folder):
     zero = ("cmmd", "patch_frechet", "saturation_drift", "contrast_drift")
     assert [exact[k] for k in zero] == pytest.approx([0] * 4, abs=1e-6) and out["patch_frechet"] is out["cmmd"] is None
     assert without.protocol["crops"] == "the centre, 8 of 16 pixels" and out["contrast_drift"] < 1e-3
-    with pytest.raises(ValueError, match="no network 'dino'"):
-        Suite.from_folder(folder, networks=Networks("dino"))
+    with pytest.raises(ValueError, match="no network 'dinov9'"):
+        Suite.from_folder(folder, networks=Networks("dinov9"))
 
 
 # rows
@@ -386,7 +386,8 @@ def test_builtin_suite(untrained, data):
     assert len(s.prompts) == 32 and s.probes.seeds * len(s.probes.prompts) == 60
     true, constant = s.score(truth(data)), s.score(lambda p, seed: truth(data)(p[:1], 0).expand(len(p), -1, -1, -1))
     assert set(true) == {*keys(), "per_attribute", "intervals"}
-    assert {k for k in keys() if not isinstance(true[k], float)} == {"frechet_teacher", "patch_frechet_teacher"}  # no teacher is asked
+    unasked = {"frechet_teacher", "patch_frechet_teacher"}  # as no teacher is
+    assert {k for k in keys() if not isinstance(true[k], float)} == unasked | {"hps", "pickscore", "image_reward"}
     assert true["attribute_accuracy"] > 0.97 and true["all_right"] > 0.9 and true["blur"] < 0.05
     assert true["mode_coverage"] > 0.6 and constant["mode_coverage"] < 0.1
     assert constant["lpips_diversity"] == pytest.approx(0, abs=1e-6) and true["lpips_diversity"] > 0.01

@@ -172,6 +172,7 @@ def _texts(protocol: str, n: int | None, seed: int, backbone: Pipeline, why: Exc
     """Captions without images. Raises `why`, the reason for which they were not read with them, where that fails too."""
     from ddil_lightning.evaluation.given import Given
     from ddil_lightning.evaluation.networks import Networks
+    from ddil_lightning.evaluation.presence import present
 
     lines: Prompts | None = None
     for column in COLUMNS:
@@ -187,7 +188,7 @@ def _texts(protocol: str, n: int | None, seed: int, backbone: Pipeline, why: Exc
     prompts = every[:n]
 
     def suite() -> Suite:
-        networks = Networks(clip="open_clip").load(backbone.device)
+        networks = present(Networks(clip="open_clip"), backbone.device)
         return Suite(Path(protocol).stem, prompts, Given(networks), Probes(), seed, source=f"the first {n} of {protocol}")
 
     return Material(prompts, None, f"{protocol} has captions without images", suite)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,14 @@ def test(argv: list[str]) -> int:
         "--data", type=place, help="shapes, digits (default: what the pipeline names), or a caption file of your own (COCO json, jsonl)"
     )
     parser.add_argument("--images", type=place, help="the folder of the images that a caption file names")
+    parser.add_argument(
+        "--network",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="[FOR=]NAME[:PATH] with --data CAPTIONS: hps, features=inception:FILE, clip=none",
+    )
+    parser.add_argument("--strict", action="store_true", help="refuse a network that cannot be had, instead of leaving its metrics out")
     parser.add_argument("--out", type=path, help="the JSON file (default: metrics.json in the run folder, else here)")
     args = parser.parse_args(argv)
     if sum(x is not None for x in (args.run, args.ckpt_path, args.pipeline)) != 1:
@@ -51,8 +60,10 @@ def test(argv: list[str]) -> int:
     out = args.out or home / "metrics.json"
     check_writable(out)
     args.n = _count(args)
+    from ddil_lightning.evaluation.networks import read_networks
     from ddil_lightning.evaluation.table import table, write_rows
 
+    args.networks = replace(read_networks(args.network), strict=args.strict)  # before a pipeline is loaded
     rows = _checkpoint_rows(args) if args.ckpt_path else _pipeline_rows(args)
     print(table(rows), end="", flush=True)  # first: what cannot be written can still be read
     write_rows(out, {"rows": rows, "n": args.n, "seed": args.seed})  # type: ignore[arg-type]
@@ -128,7 +139,9 @@ def _suite(args: argparse.Namespace, backbone: Any) -> Any:
     if data is None:
         raise Refusal(f"the pipeline {backbone.path} names no data set: say --data shapes, --data digits or --data CAPTIONS --images DIR")
     if data not in ("shapes", "digits"):
-        return Suite.from_folder(data, args.images, n=args.n, seed=args.seed, device=backbone.device)
+        return Suite.from_folder(data, args.images, n=args.n, seed=args.seed, device=backbone.device, networks=args.networks)
+    if args.network:
+        raise Refusal(f"--network {' '.join(args.network)}: {data} has networks of its own, others are for --data CAPTIONS")
     return Suite.builtin(data, n=args.n, seed=args.seed).for_pipeline(backbone)
 
 

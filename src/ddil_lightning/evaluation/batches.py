@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddil_lightning.backbones.sampling import to_uint8
-from ddil_lightning.evaluation.given import NEEDS, REFERRED, SPACES, Given, Verdict
+from ddil_lightning.evaluation.given import NEEDS, PREFERRED, REFERRED, SPACES, Given, Verdict
 from ddil_lightning.evaluation.networks import Distance, cosine
 
 
@@ -126,6 +126,21 @@ class Batch:
         """The function that gives the mode coverage, in [0, 1], of images [M, 3, H, W] and their M prompts."""
         return self._read("modes")
 
+    @property
+    def hps(self) -> Tensor:
+        """HPSv2 of each image and its prompt, [B] float64, a cosine."""
+        return self._read("hps")
+
+    @property
+    def pickscore(self) -> Tensor:
+        """PickScore of each image and its prompt, [B] float64, 100 times a cosine."""
+        return self._read("pickscore")
+
+    @property
+    def image_reward(self) -> Tensor:
+        """ImageReward of each image and its prompt, [B] float64, in standard deviations."""
+        return self._read("image_reward")
+
     def _read(self, need: str) -> Any:
         if need not in self._needs:
             raise ValueError(f"metric {self._reader}: it reads batch.{need} and does not declare it; write {need!r} into its `needs`")
@@ -149,6 +164,8 @@ class Batch:
             return cosine(self._made_once("features"), nets.text(self.prompts).cpu())
         if need == "cosine":
             return nets.clip(self.images, self.prompts).double().cpu()
+        if need in PREFERRED:
+            return getattr(nets, need)(self.images, self.prompts).double().cpu()
         if need == "verdict":
             return judge.verdict(self.images, self.prompts)
         return {"distance": nets.distance, "modes": judge.modes}[need]

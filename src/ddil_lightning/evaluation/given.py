@@ -25,7 +25,9 @@ REFERRED = {
     "teacher_patches": ("teacher", "patches"),
 }
 """The needs that are rows of images which a suite holds: of which of its two references, and in which space."""
-NEEDS = (*SPACES, *REFERRED, "cosine", "distance", "verdict", "modes")
+PREFERRED = ("hps", "pickscore", "image_reward")
+"""The needs that are numbers by which people would prefer an image for its prompt, each of the network of its name."""
+NEEDS = (*SPACES, *REFERRED, "cosine", "distance", "verdict", "modes", *PREFERRED)
 """What a metric can ask of a suite, beyond images and prompts; the members of `Batch` of these names."""
 
 
@@ -114,10 +116,8 @@ class Given:
     teacher: Reference = field(default_factory=Reference)
 
     def __post_init__(self) -> None:
-        nets = self.networks
-        for given in (nets.features, nets.clip, nets.distance, nets.embed):
-            if isinstance(given, str):
-                raise ValueError(f"Given: the network {given!r} is named and not made; give Networks(...).load(device)")
+        for spec in self.networks.named.values():
+            raise ValueError(f"Given: the network {spec.name!r} is named and not made; give Networks(...).load(device)")
 
     def has(self) -> set[str]:
         """The members of NEEDS that this suite can meet."""
@@ -132,6 +132,7 @@ class Given:
             "distance": nets.distance,
             "verdict": self.judge.verdict,
             "modes": self.judge.modes,
+            **{need: getattr(nets, need) for need in PREFERRED},
         }
         return {name for name in NEEDS if parts[name] is not None}
 

@@ -34,6 +34,9 @@ METRICS = (
     "alignment.Alignment",
     "modes.ModeCoverage",
     "blur.Blur",
+    "hps.Hps",
+    "pickscore.PickScore",
+    "imagereward.ImageReward",
 )
 """The package's own, FILE.CLASS below `evaluation/metrics/`, in the order of the columns."""
 

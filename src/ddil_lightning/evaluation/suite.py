@@ -23,6 +23,7 @@ from ddil_lightning.evaluation.batches import Batch, as_saved
 from ddil_lightning.evaluation.given import SPACES, Given, Judge, Reference, View
 from ddil_lightning.evaluation.metrics.pairs import choose, image_batches, read_pairs
 from ddil_lightning.evaluation.networks import PAPER, MapDistance, Networks
+from ddil_lightning.evaluation.presence import present
 from ddil_lightning.evaluation.registry import PASSES, metrics, unmeasured
 from ddil_lightning.evaluation.views import Crops
 from ddil_lightning.texts import by
@@ -118,11 +119,11 @@ class Suite:
         """A suite of the user's own images and captions: `source` and `images` as in `metrics.pairs.read_pairs`.
 
         COCO-2017 5k is `from_folder("annotations/captions_val2017.json", "val2017")`. `probes`: so many of the prompts, with so many seeds
-        each. `networks`: of those that are named the weights may be downloaded once. `crops`: for a patch FID, which reads every image once
-        more. Raises as `read_pairs`, `choose` and `Networks.load`.
+        each. `networks`: of those that are named the weights may be downloaded once; what cannot be had is told (`presence`). `crops`: for
+        a patch FID, which reads every image once more. Raises as `read_pairs`, `choose` and `present`.
         """
         pairs = read_pairs(source, images)
-        chosen, loaded = choose(pairs, n, seed), networks.load(device)
+        chosen, loaded = choose(pairs, n, seed), present(networks, device)
         paths = [p.image for p in chosen]
         given = Given(loaded, view=View(size, crops))
         whole = given.rows_of(image_batches(paths, size), [space for space in SPACES if space != "patches"])

@@ -11,6 +11,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 from ddil_lightning.evaluation.batches import Batch
 from ddil_lightning.evaluation.columns import Column
+from ddil_lightning.evaluation.intervals import means
 
 
 class Metric(torchmetrics.Metric):
@@ -75,6 +76,21 @@ class Metric(torchmetrics.Metric):
         if isinstance(rows, list) and not rows:
             raise ValueError(f"metric {type(self).__name__}: nothing was measured; update it first")
         return dim_zero_cat(rows)
+
+
+class Scored(Metric):
+    """The mean of a number that every image has with its prompt: the one of its `needs`, under the key of its one column."""
+
+    states = ("scores",)
+    scores: list[Tensor]
+
+    def update(self, batch: Batch) -> None:
+        """Append the number [B] of each image and its prompt."""
+        self.scores.append(getattr(batch, self.needs[0]))
+
+    def compute(self) -> dict[str, Any]:
+        """The mean over all images, with its interval."""
+        return means(**{self.columns[0].key: self.all("scores")})
 
 
 class Compared(Metric):
