@@ -120,11 +120,12 @@ def table(method: str, steps: int, found: Mapping[Any, Mapping[str, float | None
 
 def compared(found: Mapping[Any, Mapping[str, float | None]], where: tuple[str, int], variant: str, seeds: Sequence[int], key: str) -> Any:
     """The mean of a variant with its standard error, and the paired difference to base on the seeds that both have."""
-    mine = {s: found[(*where, variant, s)].get(key) for s in seeds}
+    method, steps = where
+    mine = {s: found[method, steps, variant, s].get(key) for s in seeds}
     mean, se = mean_se(list(mine.values()))
     if mean is None:
         return None
-    base = {s: found[(*where, "base", s)].get(key) for s in seeds if where + ("base", s) in found}
+    base = {s: found[method, steps, "base", s].get(key) for s in seeds if (method, steps, "base", s) in found}
     both = [(mine[s], base[s]) for s in seeds if variant != "base" and base.get(s) is not None]
     told = paired([a for a, _ in both], [b for _, b in both]) if both else None  # type: ignore[misc]
     return {"mean": mean, "se": se, "paired": told}
