@@ -158,3 +158,10 @@ def test_sets_of_the_same_prompts_are_compared_without_bias(measure):
         right, wrong = right - 0.5, wrong - 0.5
     assert abs(float(right.mean())) < 4 * float(right.std()) / 60**0.5
     assert float(wrong.mean()) < -4 * float(wrong.std()) / 60**0.5
+
+
+def test_the_points_of_several_members_are_one_vector() -> None:
+    """As the toy has them, [N, D, members]: its probes work while several seeds are trained at once."""
+    x, y = torch.randn(2, 16, 2, 3, generator=torch.Generator().manual_seed(0)).unbind(0)
+    for measure in (frechet_pooled, mmd_rbf, energy_distance, probe_auc):
+        assert measure(x, y) == measure(x.flatten(1), y.flatten(1))

@@ -1,8 +1,9 @@
 """How far a student's roll-outs have drifted from where it was trained: measures between two sets of latents at one node (METHODS 6).
 
-All take `x` [N, ...] and `y` [M, ...] of the same shape per sample, latents [C, H, W] or points [D], and answer with a float. The
-samples of the two sets must be independent: latents grown from the same noise bias every pairwise measure downwards. Against
-forward latents a guided student shows the teacher's own distance too; the teacher's latents are the other useful reference.
+All take `x` [N, ...] and `y` [M, ...] of the same shape per sample, latents [C, H, W] or points [D] (those of the toy's members are one
+long vector), and answer with a float. The samples of the two sets must be independent: latents grown from the same noise bias every
+pairwise measure downwards. Against forward latents a guided student shows the teacher's own distance too; the teacher's latents are the
+other useful reference.
 
 `paired`: sample i of both sets has the same prompt. Such a pair is no draw from both laws, which are mixtures over prompts, so it is left
 out of every mean over pairs; and no prompt that a probe is fitted on is one that it is measured on.
@@ -101,15 +102,15 @@ def shift_report(
 
 
 def _pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    if x.shape[1:] != y.shape[1:] or x.ndim not in (2, 4) or min(len(x), len(y)) < 4:
+    if x.shape[1:] != y.shape[1:] or x.ndim not in (2, 3, 4) or min(len(x), len(y)) < 4:
         got = f"got {tuple(x.shape)} and {tuple(y.shape)}"
-        raise ValueError(f"shift needs two sets of at least 4 latents [N, C, H, W] or points [N, D] of one shape, {got}")
+        raise ValueError(f"shift needs two sets of at least 4 latents [N, C, H, W] or points [N, D] (or [N, D, members]) of one shape, {got}")
     return x.detach().double(), y.detach().double()
 
 
 def _pooled(x: Tensor) -> Tensor:
     # A latent that is smaller than the pooled grid would only be repeated.
-    return F.adaptive_avg_pool2d(x, (min(POOL, x.shape[2]), min(POOL, x.shape[3]))).flatten(1) if x.ndim == 4 else x
+    return F.adaptive_avg_pool2d(x, (min(POOL, x.shape[2]), min(POOL, x.shape[3]))).flatten(1) if x.ndim == 4 else x.flatten(1)
 
 
 def _distances(x: Tensor, y: Tensor, paired: bool) -> tuple[Tensor, Tensor, Tensor]:
