@@ -90,3 +90,25 @@ def device() -> Any:
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pipeline_of(student: str, steps: int | None, purpose: str) -> str:
+    """The pipeline of a run: that of the stage that was made for so many `steps`, else its last; what is no run is a pipeline itself.
+
+    `purpose` ends a refusal's "there is none". Raises Refusal for a run that holds none.
+    """
+    from ddil_lightning.runs.folder import stage_pipelines
+
+    run = Path(student)
+    if not is_run(run):
+        return student
+    if (run / "student.safetensors").is_file():
+        raise Refusal(f"no pipeline can hold the student of {run}, so there is none {purpose}")
+    if not (run / "pipeline").is_dir():
+        raise Refusal(f"{run} holds no exported pipeline (pipeline/): give a finished run, or make one of a checkpoint by ddil-export")
+    return str(stage_pipelines(run).get(steps or 0, run / "pipeline"))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run, and no pipeline."""
+    return not (folder / "model_index.json").is_file() and (folder / "config.yaml").is_file()

@@ -78,6 +78,11 @@ def probe() -> None:
     run(command("probe"), "ddil-probe")
 
 
+def invert() -> None:
+    """The entry point of ddil-invert; exits as `run` does."""
+    run(command("invert"), "ddil-invert")
+
+
 def cache() -> None:
     """The entry point of ddil-cache; exits as `run` does."""
     run(command("cache"), "ddil-cache")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ddil_lightning.commands.arguments import SCALE, SEED, STEPS, Parser, advising, device, number, path, place
+from ddil_lightning.commands.arguments import SCALE, SEED, STEPS, Parser, advising, device, is_run, number, path, pipeline_of, place
 from ddil_lightning.errors import Refusal
 from ddil_lightning.files import check_writable
 from ddil_lightning.messages import quiet
@@ -39,14 +39,13 @@ def probe(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.images and args.protocol in (None, "shapes", "digits"):
         raise Refusal(f"--images {args.images} is the folder of a caption file's images: give that file too, by --protocol FILE")
-    is_run = not (Path(args.student) / "model_index.json").is_file() and (Path(args.student) / "config.yaml").is_file()
-    out = args.out or (Path(args.student) if is_run else Path.cwd()) / "probe.json"
+    out = args.out or (Path(args.student) if is_run(Path(args.student)) else Path.cwd()) / "probe.json"
     if out.suffix.lower() != ".json":
         raise Refusal(f"--out {out}: give a file's name that ends in .json; the page beside it ends in .html")
     check_writable(out)
     check_writable(out.with_suffix(".html"))
     quiet()
-    found = _found(args, is_run)
+    found = _found(args)
     from ddil_lightning.evaluation.table import write_rows
     from ddil_lightning.runs.probed import text, write_probe
 
@@ -57,12 +56,12 @@ def probe(argv: list[str]) -> int:
     return 0
 
 
-def _found(args: argparse.Namespace, is_run: bool) -> dict[str, Any]:
+def _found(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that is measured, and by which protocol."""
     from ddil_lightning.commands.probing import material, probed, swept
     from ddil_lightning.imitation.gaps import nodes
 
-    contest, said = _contest(args, is_run)
+    contest, said = _contest(args)
     student, teacher = contest.student, contest.teacher
     protocol = args.protocol or student.about.get("dataset") or teacher.about.get("dataset")
     if protocol is None:
@@ -86,7 +85,7 @@ def _found(args: argparse.Namespace, is_run: bool) -> dict[str, Any]:
     return {"protocol": said if suite is None else suite.protocol | said, "nodes": rows, **found}
 
 
-def _contest(args: argparse.Namespace, is_run: bool) -> tuple[Any, dict[str, Any]]:
+def _contest(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """Student and teacher, loaded and checked, and what they are in words."""
     from ddil_lightning.backbones.pipeline import Pipeline
     from ddil_lightning.backbones.samplers import check_alike, grid_of, named, policy_of, scale_of
@@ -94,7 +93,7 @@ def _contest(args: argparse.Namespace, is_run: bool) -> tuple[Any, dict[str, Any
     from ddil_lightning.diffusion.policy import Policies
     from ddil_lightning.diffusion.transitions import ddim
 
-    student = Pipeline(str(_pipeline(Path(args.student), args.steps) if is_run else args.student)).to(device())
+    student = Pipeline(pipeline_of(args.student, args.steps, "to probe: ShiftProbe measures it in training")).to(device())
     source = args.teacher or student.about.get("teacher")
     if source is None:
         raise Refusal(f"{student.path} has no card that names its teacher: give it, by --teacher")
@@ -114,14 +113,3 @@ def _contest(args: argparse.Namespace, is_run: bool) -> tuple[Any, dict[str, Any
     said = {"student": student.path, "teacher": teacher.path, "times": grid.times.tolist(), "substeps": k, "guidance": g}
     said |= {"student_guidance_scale": scales[0], "sampler": type(student.pipe.scheduler).__name__}
     return Contest(student, teacher, policies, grid, scales), said
-
-
-def _pipeline(run: Path, steps: int | None) -> Path:
-    """The pipeline of a run: that of the stage that was made for so many steps, else its last. Raises Refusal where there is none."""
-    from ddil_lightning.runs.folder import stage_pipelines
-
-    if (run / "student.safetensors").is_file():
-        raise Refusal(f"no pipeline can hold the student of {run}, so there is none to probe: ShiftProbe measures it in training")
-    if not (run / "pipeline").is_dir():
-        raise Refusal(f"{run} holds no exported pipeline (pipeline/): give a finished run, or make one of a checkpoint by ddil-export")
-    return stage_pipelines(run).get(steps or 0, run / "pipeline")

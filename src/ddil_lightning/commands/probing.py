@@ -149,7 +149,7 @@ def material(protocol: str, folder: str | None, n: int | None, seed: int, backbo
     """
     if protocol in BUILTIN:
         count = _enough(256 if n is None else n, f"--n {n}")
-        images, prompts = _drawn(protocol, count, seed)
+        images, prompts = drawn(protocol, count, seed)
         return Material(prompts, images, "", lambda: Suite.builtin(protocol, n=count, seed=seed).for_pipeline(backbone))
     try:
         pairs = read_pairs(protocol, folder)
@@ -194,7 +194,7 @@ def _texts(protocol: str, n: int | None, seed: int, backbone: Pipeline, why: Exc
     return Material(prompts, None, f"{protocol} has captions without images", suite)
 
 
-def _drawn(data: str, n: int, seed: int) -> tuple[Tensor, list[str]]:
+def drawn(data: str, n: int, seed: int) -> tuple[Tensor, list[str]]:
     """Held-out images of the built-in data, and prompts that say of each what is on it: those of `Suite.builtin`."""
     from ddil_lightning.miniature import digits, shapes
     from ddil_lightning.miniature.sources import HELD_OUT, load_source

@@ -1,0 +1,110 @@
+"""The command ddil-invert: prompts that a teacher gives back for images, and what few-step students make of them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ddil_lightning.commands.arguments import SCALE, SEED, STEPS, Parser, number, path, place
+from ddil_lightning.errors import Refusal
+from ddil_lightning.files import check_writable
+from ddil_lightning.messages import quiet
+
+
+def invert(argv: list[str]) -> int:
+    """Prompts of images, found by the teacher (PH2P), and how like these images every student draws them (the paper's appendix F)."""
+    parser = Parser("ddil-invert", description=invert.__doc__)
+    parser.add_argument("--teacher", type=place, help="the pipeline that prompts are found by (default: the one that a student's card names)")
+    parser.add_argument("--student", type=place, action="append", default=[], help="a finished run or any pipeline; may be given several times")
+    parser.add_argument("--images", type=place, default="builtin", help="a folder of pictures (default: builtin, held-out ones of built-in data)")
+    parser.add_argument("--n", type=number(1, 10**6), help="images (default: 16, or all of a smaller folder)")
+    parser.add_argument("--tokens", type=number(1, 10**4), help="words of a prompt (default: 12, or as many as the text encoder reads)")
+    parser.add_argument("--updates", type=number(0, 10**6), default=40, help="of the embeddings, with a projection after every tenth")
+    parser.add_argument("--passes", type=number(0, 1000), default=2, help="rounds in which single words are exchanged (PH2P itself: 0)")
+    parser.add_argument(
+        "--timesteps", type=number(0, 10**6), nargs=2, metavar=("LOW", "HIGH"), help="of the loss (default: the noisier half, 500 999)"
+    )
+    parser.add_argument("--seeds", type=number(1, 1000), default=4, help="images of each prompt; the paper's diversity takes 10")
+    parser.add_argument("--steps", type=STEPS, help="of the students (default: what their cards recommend, else 4)")
+    parser.add_argument("--teacher_steps", type=STEPS, default=32, help="of the teacher")
+    parser.add_argument("--guidance", type=SCALE, help="guidance g of the teacher, and of a student that is told it (default: by its card)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of images, search and noise")
+    parser.add_argument("--out", type=path, default=Path("invert.json"), help="the JSON file (default: invert.json)")
+    args = parser.parse_args(argv)
+    if args.teacher is None and not args.student:
+        raise Refusal("give --teacher, by which prompts are found, or a --student whose card names one")
+    if args.out.suffix.lower() != ".json":
+        raise Refusal(f"--out {args.out}: give a file's name that ends in .json")
+    check_writable(args.out)
+    quiet()
+    found = _found(args)
+    from ddil_lightning.evaluation.table import write_rows
+    from ddil_lightning.runs.inverted import text
+
+    print(text(found), end="", flush=True)  # first: what cannot be written can still be read
+    write_rows(args.out, found)  # type: ignore[arg-type]
+    print(f"written to {args.out}")
+    return 0
+
+
+def _found(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that is found and measured, and by which settings."""
+    from dataclasses import asdict
+
+    from ddil_lightning.backbones.vocabulary import Vocabulary
+    from ddil_lightning.commands.inverting import compared, inverted, material
+
+    teacher, students = _cast(args)
+    vocabulary = Vocabulary(teacher.backbone)
+    search = _search(args, vocabulary)
+    given = material(args.images, args.n, args.seed, teacher.backbone)
+    measures = given.measures()  # before anything is searched: its networks may be missing
+    prompts = inverted(given, vocabulary, search, args.seed)
+    rows, recovery = compared([teacher, *students], given, [found.prompt for found in prompts], measures, args.seeds, args.seed)
+    said = {"teacher": teacher.name, "students": [s.name for s in students], "images": given.about, "n": len(given.names)}
+    said |= {"search": asdict(search), "seeds": args.seeds, "seed": args.seed, "networks": measures.networks.about()}
+    texts = [
+        {"image": name, "caption": caption, "prompt": found.prompt, "loss": found.loss, "trace": found.trace}
+        for name, caption, found in zip(given.names, given.captions or [None] * len(given.names), prompts, strict=True)
+    ]
+    return {"protocol": said, "prompts": texts, "rows": rows, "recovery": recovery}
+
+
+def _search(args: argparse.Namespace, vocabulary: Any) -> Any:
+    """The settings of the search, checked against the teacher."""
+    from ddil_lightning.evaluation.inversion import Search
+
+    backbone, plain = vocabulary.backbone, Search()
+    total = backbone.schedule.steps
+    low, high = args.timesteps or (total // 2, total - 1)
+    if not low <= high < total:
+        raise Refusal(f"--timesteps {low} {high}: give two from 0 to {total - 1}, those of {backbone.path}, the smaller one first")
+    tokens = min(plain.tokens, vocabulary.longest) if args.tokens is None else args.tokens
+    if tokens > vocabulary.longest:
+        raise Refusal(f"--tokens {tokens}: the text encoder of {backbone.path} reads {vocabulary.longest} words at most")
+    return Search(tokens=tokens, updates=args.updates, passes=args.passes, timesteps=(low, high))
+
+
+def _cast(args: argparse.Namespace) -> tuple[Any, list[Any]]:
+    """The teacher and the students, loaded and checked against each other."""
+    from ddil_lightning.backbones.pipeline import Pipeline
+    from ddil_lightning.backbones.samplers import check_alike, scale_of
+    from ddil_lightning.commands.arguments import check_steps, device, pipeline_of
+    from ddil_lightning.commands.inverting import Sampler
+
+    loaded = [(name, Pipeline(pipeline_of(name, args.steps, "to invert with")).to(device())) for name in args.student]
+    source = args.teacher or next((s.about["teacher"] for _, s in loaded if "teacher" in s.about), None)
+    if source is None:
+        raise Refusal(f"{args.student[0]} has no card that names its teacher: give it, by --teacher")
+    teacher = Pipeline(source).to(device())
+    g = teacher.guidance if args.guidance is None else args.guidance
+    check_steps(teacher, [args.teacher_steps])
+    students = []
+    for name, student in loaded:
+        check_alike(student, teacher)
+        steps = args.steps or int(student.about.get("steps", 4))
+        check_steps(student, [steps])
+        told = args.guidance if student.network().w_conditioned else None
+        students.append(Sampler(name, student, steps, scale_of(student, told, g)))
+    return Sampler(source, teacher, args.teacher_steps, g), students
