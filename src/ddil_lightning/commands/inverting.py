@@ -130,14 +130,15 @@ def compared(
     asked = [(sampler, list(prompts), sampler.name) for sampler in samplers]
     if given.captions is not None:
         asked.insert(1, (samplers[0], given.captions, f"{samplers[0].name}, true captions"))
-    rows, seen = [], {}
+    rows: list[dict[str, Any]] = []
+    seen: list[dict[str, Any]] = []
     for sampler, texts, name in asked:
         sampler.backbone.check_length(texts)
         images, nfe = sampler.images(texts, seeds, seed)
         metrics = likeness(images, given.images, measures.networks.features, measures.networks.distance)  # type: ignore[arg-type]
         if given.captions is not None and measures.judge is not None:
-            seen[name] = judged(images, given.captions, measures.judge)
-            metrics |= {"attribute_accuracy": seen[name]["attributes"], "all_right": seen[name]["all"]}
+            seen.append({"name": name, **judged(images, given.captions, measures.judge)})
+            metrics |= {"attribute_accuracy": seen[-1]["attributes"], "all_right": seen[-1]["all"]}
         rows.append({"name": name, "steps": sampler.steps, "guidance_scale": sampler.scale, "nfe": nfe, "metrics": metrics})
     if given.captions is None:
         return rows, None

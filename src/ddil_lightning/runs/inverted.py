@@ -45,7 +45,7 @@ def _rows(rows: Sequence[Row]) -> Table:
 
 def _recovery(recovery: Mapping[str, Any]) -> str:
     """What was recovered of the scenes, beside chance: in the words of the prompts, and in the teacher's images of them."""
-    teacher = next(iter(recovery["images"].values()))
+    teacher = recovery["images"][0]
     table = [_line("words of the prompts", recovery["words"]), _line("the teacher's images of them", teacher)]
     shares = ", ".join(f"{name} {cell(value, 2)}" for name, value in recovery["words"]["by"].items() if value is not None)
     seen = ", ".join(f"{name} {cell(value, 2)}" for name, value in teacher["by"].items() if value is not None)
