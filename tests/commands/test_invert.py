@@ -35,7 +35,7 @@ def refused(capsys: Any, *words: Any) -> str:
 
 
 def test_a_run_and_a_pipeline_on_built_in_images(finished: Path, tiny: Path, capsys: Any) -> None:
-    """The teacher is the one of the run's card; a row each, the teacher's on the true captions besides; again the same."""
+    """The teacher is the one of the run's card; a row each, the teacher's on the true captions besides."""
     code, out, err = invert(capsys, "--student", finished, "--student", tiny, *QUICK)
     assert code == 0, err
     made = json.loads(Path("invert.json").read_text())
@@ -50,8 +50,6 @@ def test_a_run_and_a_pipeline_on_built_in_images(finished: Path, tiny: Path, cap
         assert len(prompt["prompt"].split()) == 3 and prompt["caption"].startswith("a handwritten") and prompt["caption"] in out
         assert prompt["trace"][-1] == prompt["loss"] and len(prompt["trace"]) == 3
     assert set(made["recovery"]["words"]) == {"attributes", "all", "by", "chance"} and len(made["recovery"]["images"]) == 4
-    assert invert(capsys, "--student", finished, "--student", tiny, *QUICK, "--out", "b.json")[0] == 0
-    assert json.loads(Path("b.json").read_text()) == made
 
 
 def test_pictures_of_ones_own(xl: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +69,7 @@ def test_pictures_of_ones_own(xl: Path, capsys: Any, monkeypatch: pytest.MonkeyP
 
 def test_the_built_in_teacher_gives_back_what_is_in_a_picture(capsys: Any) -> None:
     """A short search of one scene: a loss far below that of the words that it began with."""
-    few = ("--n", 1, "--updates", 20, "--passes", 1, "--tokens", 6, "--seeds", 1, "--teacher_steps", 4)
+    few = ("--n", 1, "--updates", 10, "--passes", 1, "--tokens", 5, "--seeds", 1, "--teacher_steps", 2)
     code, _, err = invert(capsys, "--teacher", "builtin", *few)
     assert code == 0, err
     (prompt,) = json.loads(Path("invert.json").read_text())["prompts"]
@@ -101,4 +99,4 @@ def test_bad_input_is_refused_in_a_line(tiny: Path, sd15: Path, xl: Path, capsys
     Path("empty/a.png").write_bytes(b"no picture")
     assert "a.png: not a readable image" in refused(capsys, "--teacher", tiny, "--images", "empty")
     assert "--n 3: empty holds 1 picture" in refused(capsys, "--teacher", tiny, "--images", "empty", "--n", 3)
-    assert "of another latent space" not in refused(capsys, "--teacher", tiny, "--student", "builtin")
+    assert "give a student and a teacher of the same latent space" in refused(capsys, "--teacher", tiny, "--student", "builtin")

@@ -79,6 +79,7 @@ SMALL = {
     "ddil-fit": FIT,
     "ddil-test": "--n 16",
     "ddil-probe": "--n 16 --teacher_steps 4",
+    "ddil-invert": "--n 1 --tokens 3 --updates 0 --passes 1 --seeds 1 --teacher_steps 2",
     "ddil-pretrain": f"{PRETRAIN} --interim.folder=null --dataset=digits",
     "data.captions=Images": "data.captions.size=16",
     "captions.path=my_images": "size=16",

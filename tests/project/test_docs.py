@@ -54,7 +54,7 @@ def test_every_block_is_of_a_kind_that_is_carried_out(page: Page) -> None:
 
 def test_every_line_is_a_known_command() -> None:
     lines = [words(line) for page in GUIDES.values() for line in page.lines]
-    ours = {f"ddil-{name}" for name in ("fit", "test", "probe", "sample", "export", "pretrain", "cache")}
+    ours = {f"ddil-{name}" for name in ("fit", "test", "probe", "invert", "sample", "export", "pretrain", "cache")}
     assert {line[0] for line in lines} == {"make", "python", *ours}
     assert {line[1].split("/")[0] for line in lines if line[0] == "python"} == {"benchmarks"}
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +74,9 @@ class Vocabulary:
         read = self.tokenizer(prompt, add_special_tokens=False).input_ids
         odd = next((i for i in read if i not in known), None)
         if odd is not None:
-            raise ValueError(f"the prompt {prompt!r} has the token {self.tokenizer.decode([odd])!r}, which is no word of {self.backbone.path}")
+            raise ValueError(
+                f"the prompt {prompt!r} has the token {self.tokenizer.decode([odd])!r}, which is no word of {self.backbone.path}"
+            )
         return torch.tensor([known[i] for i in read])
 
     def encode(self, embeddings: Tensor) -> Context:

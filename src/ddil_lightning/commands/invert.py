@@ -15,9 +15,15 @@ from ddil_lightning.messages import quiet
 def invert(argv: list[str]) -> int:
     """Prompts of images, found by the teacher (PH2P), and how like these images every student draws them (the paper's appendix F)."""
     parser = Parser("ddil-invert", description=invert.__doc__)
-    parser.add_argument("--teacher", type=place, help="the pipeline that prompts are found by (default: the one that a student's card names)")
-    parser.add_argument("--student", type=place, action="append", default=[], help="a finished run or any pipeline; may be given several times")
-    parser.add_argument("--images", type=place, default="builtin", help="a folder of pictures (default: builtin, held-out ones of built-in data)")
+    parser.add_argument(
+        "--teacher", type=place, help="the pipeline that prompts are found by (default: the one that a student's card names)"
+    )
+    parser.add_argument(
+        "--student", type=place, action="append", default=[], help="a finished run or any pipeline; may be given several times"
+    )
+    parser.add_argument(
+        "--images", type=place, default="builtin", help="a folder of pictures (default: builtin, held-out ones of built-in data)"
+    )
     parser.add_argument("--n", type=number(1, 10**6), help="images (default: 16, or all of a smaller folder)")
     parser.add_argument("--tokens", type=number(1, 10**4), help="words of a prompt (default: 12, or as many as the text encoder reads)")
     parser.add_argument("--updates", type=number(0, 10**6), default=40, help="of the embeddings, with a projection after every tenth")
@@ -52,6 +58,8 @@ def _found(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that is found and measured, and by which settings."""
     from dataclasses import asdict
 
+    import torch
+
     from ddil_lightning.backbones.vocabulary import Vocabulary
     from ddil_lightning.commands.inverting import compared, inverted, material
 
@@ -60,6 +68,9 @@ def _found(args: argparse.Namespace) -> dict[str, Any]:
     search = _search(args, vocabulary)
     given = material(args.images, args.n, args.seed, teacher.backbone)
     measures = given.measures()  # before anything is searched: its networks may be missing
+    longest = [vocabulary.text(torch.zeros(search.tokens, dtype=torch.long)), *(given.captions or [])]
+    for sampler in (teacher, *students):  # before an hour of search and not after it
+        sampler.backbone.check_length(longest)
     prompts = inverted(given, vocabulary, search, args.seed)
     rows, recovery = compared([teacher, *students], given, [found.prompt for found in prompts], measures, args.seeds, args.seed)
     said = {"teacher": teacher.name, "students": [s.name for s in students], "images": given.about, "n": len(given.names)}

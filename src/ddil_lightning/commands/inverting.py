@@ -133,7 +133,6 @@ def compared(
     rows: list[dict[str, Any]] = []
     seen: list[dict[str, Any]] = []
     for sampler, texts, name in asked:
-        sampler.backbone.check_length(texts)
         images, nfe = sampler.images(texts, seeds, seed)
         metrics = likeness(images, given.images, measures.networks.features, measures.networks.distance)  # type: ignore[arg-type]
         if given.captions is not None and measures.judge is not None:

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from ddil_lightning.backbones import sampling
-from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.vocabulary import Vocabulary
 from ddil_lightning.bounds import at_least
 from ddil_lightning.records import Context, take
@@ -178,9 +177,7 @@ def _delayed_projection(objective: Objective, vocabulary: Vocabulary, search: Se
         yield rows
 
 
-def _exchange(
-    best: Found, objective: Objective, vocabulary: Vocabulary, search: Search, held: Noise, generator: torch.Generator
-) -> Found:
+def _exchange(best: Found, objective: Objective, vocabulary: Vocabulary, search: Search, held: Noise, generator: torch.Generator) -> Found:
     """One round over the places of the prompt, in each of which a word may give way to a better one."""
     table, loss = vocabulary.table, best.loss
     for k in torch.randperm(search.tokens, generator=generator).tolist():

@@ -1,4 +1,4 @@
-"""How like its references a sampler's images of inverted prompts are, how they differ among themselves, and what of a scene is recovered."""
+"""How like its references a sampler's images of inverted prompts are, how they differ among themselves, and what of a scene comes back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from ddil_lightning.evaluation.batches import as_saved
 from ddil_lightning.evaluation.given import Verdict, chunked
 from ddil_lightning.evaluation.intervals import means
 from ddil_lightning.evaluation.metrics.diversity import seed_diversity
-from ddil_lightning.evaluation.metrics.pairs import resize
 from ddil_lightning.evaluation.networks import Distance, Features
 
 CHUNK = 32
@@ -29,7 +28,7 @@ def likeness(images: Tensor, references: Tensor, features: Features, distance: D
     Means over prompts, with their `intervals`.
     """
     p, s = images.shape[:2]
-    seen, real = as_saved(images.flatten(0, 1)), as_saved(resize(references, images.shape[-1]))
+    seen, real = as_saved(images.flatten(0, 1)), as_saved(references)
     a, b = (normalize(chunked(features, x), dim=-1).double() for x in (seen, real))
     cosines = (a @ b.T).view(p, s, p).mean(1)
     apart = [distance(x, y).flatten().cpu() for x, y in zip(seen.split(CHUNK), real.repeat_interleave(s, 0).split(CHUNK), strict=True)]
@@ -59,7 +58,9 @@ def judged(images: Tensor, captions: Sequence[str], judge: Judge) -> dict[str, A
     return _beside_chance(captions, rates)
 
 
-def worded(prompts: Sequence[str], captions: Sequence[str], right: Callable[[Sequence[str], Sequence[str]], Mapping[str, Tensor]]) -> dict[str, Any]:
+def worded(
+    prompts: Sequence[str], captions: Sequence[str], right: Callable[[Sequence[str], Sequence[str]], Mapping[str, Tensor]]
+) -> dict[str, Any]:
     """What of the captions' own words stands in the inverted prompts, by `right`, and what by chance, as `judged` answers."""
     return _beside_chance(captions, lambda said: _rates(right(prompts, said)))
 
@@ -77,4 +78,8 @@ def _rates(right: Mapping[str, Tensor]) -> dict[str, Any]:
     """The share of what was asked that is right, the share of rows with all of it right, and both by attribute."""
     table = torch.stack([values.double() for values in right.values()], 1)
     shares = {name: None if bool(v.isnan().all()) else float(v.nanmean()) for name, v in right.items()}
-    return {"attributes": float(table.nanmean(1).nanmean()), "all": float((table.nan_to_num(1.0) == 1).all(1).double().mean()), "by": shares}
+    return {
+        "attributes": float(table.nanmean(1).nanmean()),
+        "all": float((table.nan_to_num(1.0) == 1).all(1).double().mean()),
+        "by": shares,
+    }
