@@ -25,11 +25,11 @@ def invert(argv: list[str]) -> int:
         "--images", type=place, default="builtin", help="a folder of pictures (default: builtin, held-out ones of built-in data)"
     )
     parser.add_argument("--n", type=number(1, 10**6), help="images (default: 16, or all of a smaller folder)")
-    parser.add_argument("--tokens", type=number(1, 10**4), help="words of a prompt (default: 12, or as many as the text encoder reads)")
+    parser.add_argument("--tokens", type=number(1, 10**4), help="words of a prompt (default: 10, or as many as the text encoder reads)")
     parser.add_argument("--updates", type=number(0, 10**6), default=40, help="of the embeddings, with a projection after every tenth")
     parser.add_argument("--passes", type=number(0, 1000), default=2, help="rounds in which single words are exchanged (PH2P itself: 0)")
     parser.add_argument(
-        "--timesteps", type=number(0, 10**6), nargs=2, metavar=("LOW", "HIGH"), help="of the loss (default: the noisier half, 500 999)"
+        "--timesteps", type=number(0, 10**6), nargs=2, metavar=("LOW", "HIGH"), help="of the loss (default: those of high noise, 700 999)"
     )
     parser.add_argument("--seeds", type=number(1, 1000), default=4, help="images of each prompt; the paper's diversity takes 10")
     parser.add_argument("--steps", type=STEPS, help="of the students (default: what their cards recommend, else 4)")
@@ -89,7 +89,7 @@ def _search(args: argparse.Namespace, vocabulary: Any) -> Any:
 
     backbone, plain = vocabulary.backbone, Search()
     total = backbone.schedule.steps
-    low, high = args.timesteps or (total // 2, total - 1)
+    low, high = args.timesteps or (7 * total // 10, total - 1)
     if not low <= high < total:
         raise Refusal(f"--timesteps {low} {high}: give two from 0 to {total - 1}, those of {backbone.path}, the smaller one first")
     tokens = min(plain.tokens, vocabulary.longest) if args.tokens is None else args.tokens

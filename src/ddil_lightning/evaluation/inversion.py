@@ -48,14 +48,14 @@ class Search:
         candidates: words that are tried at a place.
     """
 
-    tokens: int = 12
+    tokens: int = 10
     updates: int = 40
     period: int = 10
     lr: float = 0.1
-    timesteps: tuple[int, int] = (500, 999)
+    timesteps: tuple[int, int] = (700, 999)
     samples: int = 8
     passes: int = 2
-    candidates: int = 16
+    candidates: int = 12
 
     def __post_init__(self) -> None:
         at_least(1, tokens=self.tokens, period=self.period, samples=self.samples, candidates=self.candidates)
