@@ -48,7 +48,8 @@ def test_a_run_and_a_pipeline_on_built_in_images(finished: Path, tiny: Path, cap
         assert {"similarity", "similarity_others", "lpips", "lpips_diversity", "all_right"} <= set(row["metrics"])
     for prompt in made["prompts"]:
         assert len(prompt["prompt"].split()) == 3 and prompt["caption"].startswith("a handwritten") and prompt["caption"] in out
-        assert prompt["trace"][-1] == prompt["loss"] and len(prompt["trace"]) == 3
+        assert prompt["trace"][-1] == prompt["loss"] and len(prompt["trace"]) == 3 and prompt["caption_loss"] > 0
+    assert "mean loss: random words" in out and "after exchanges" in out and "true captions" in out
     assert set(made["recovery"]["words"]) == {"attributes", "all", "by", "chance"} and len(made["recovery"]["images"]) == 4
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.vocabulary import Vocabulary
-from ddil_lightning.evaluation.inversion import Denoising, Noise, Search, invert
+from ddil_lightning.evaluation.inversion import Denoising, Noise, Search, held_noise, invert
 from ddil_lightning.evaluation.likeness import judged, likeness, worded
 from ddil_lightning.miniature import judge, shapes
 from ddil_lightning.miniature.wording import words_right
@@ -82,6 +82,10 @@ def test_a_prompt_follows_from_image_and_seed(vocabulary: Vocabulary) -> None:
     before = [p.clone() for p in vocabulary.backbone.network().parameters()]
     first = [invert(Denoising(vocabulary, z), vocabulary, search, seed=i) for i, z in enumerate(latents)]
     again = invert(Denoising(vocabulary, latents[1]), vocabulary, search, seed=1)
+    objective = Denoising(vocabulary, latents[1])
+    with torch.no_grad():  # of the text itself, as the pipeline reads it
+        read = objective.told(vocabulary.backbone.encode_text([again.prompt]), held_noise(objective, search, 1))
+    assert again.loss == pytest.approx(float(read), rel=1e-5)
     assert (again.prompt, again.loss, again.trace) == (first[1].prompt, first[1].loss, first[1].trace)
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, vocabulary.backbone.network().parameters(), strict=True))
     start = Search(6, updates=0, passes=0, samples=1)

@@ -72,15 +72,10 @@ def _found(args: argparse.Namespace) -> dict[str, Any]:
     for sampler in (teacher, *students):  # before an hour of search and not after it
         sampler.backbone.check_length(longest)
     prompts = inverted(given, vocabulary, search, args.seed)
-    rows, recovery = compared([teacher, *students], given, [found.prompt for found in prompts], measures, args.seeds, args.seed)
+    rows, recovery = compared([teacher, *students], given, [found["prompt"] for found in prompts], measures, args.seeds, args.seed)
     said = {"teacher": teacher.name, "students": [s.name for s in students], "images": given.about, "n": len(given.names)}
     said |= {"search": asdict(search), "seeds": args.seeds, "seed": args.seed, "networks": measures.networks.about()}
-    captions: list[str | None] = [*given.captions] if given.captions else [None] * len(given.names)
-    texts = [
-        {"image": name, "caption": caption, "prompt": found.prompt, "loss": found.loss, "trace": found.trace}
-        for name, caption, found in zip(given.names, captions, prompts, strict=True)
-    ]
-    return {"protocol": said, "prompts": texts, "rows": rows, "recovery": recovery}
+    return {"protocol": said, "prompts": prompts, "rows": rows, "recovery": recovery}
 
 
 def _search(args: argparse.Namespace, vocabulary: Any) -> Any:

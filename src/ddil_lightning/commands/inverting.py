@@ -15,7 +15,7 @@ from ddil_lightning.backbones import sampling
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.vocabulary import Vocabulary
 from ddil_lightning.data.folders import IMAGES, walk
-from ddil_lightning.evaluation.inversion import Denoising, Found, Search, invert
+from ddil_lightning.evaluation.inversion import Denoising, Search, held_noise, invert
 from ddil_lightning.evaluation.likeness import Judge, judged, likeness, worded
 from ddil_lightning.evaluation.metrics.pairs import load_images
 from ddil_lightning.evaluation.networks import MapDistance, Networks
@@ -113,11 +113,19 @@ def _measures(backbone: Pipeline) -> Callable[[], Measures]:
     return made
 
 
-def inverted(given: Material, vocabulary: Vocabulary, search: Search, seed: int) -> list[Found]:
-    """The prompt of every image, each searched by itself."""
-    backbone = vocabulary.backbone
+def inverted(given: Material, vocabulary: Vocabulary, search: Search, seed: int) -> list[dict[str, Any]]:
+    """Of every image, each searched by itself: its prompt, the loss of this and, on the same noise, of the caption where it has one."""
+    backbone, found = vocabulary.backbone, []
     latents = torch.cat([backbone.encode_images(part).float() for part in given.images.split(sampling.batch(backbone.latent_shape))])
-    return [invert(Denoising(vocabulary, z), vocabulary, search, seed + i) for i, z in enumerate(counted(latents, len(latents), "prompts"))]
+    for i, z in enumerate(counted(latents, len(latents), "prompts")):
+        objective, caption, loss = Denoising(vocabulary, z), None, None
+        prompt, _, own, trace = invert(objective, vocabulary, search, seed + i)
+        if given.captions is not None:
+            caption = given.captions[i]
+            with torch.no_grad():
+                loss = float(objective.told(backbone.encode_text([caption]), held_noise(objective, search, seed + i)))
+        found.append({"image": given.names[i], "prompt": prompt, "loss": own, "caption": caption, "caption_loss": loss, "trace": trace})
+    return found
 
 
 def compared(

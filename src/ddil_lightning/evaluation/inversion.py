@@ -149,8 +149,7 @@ def invert(objective: Objective, vocabulary: Vocabulary, search: Search = Search
     where no prompt has a finite loss.
     """
     vocabulary.check_tokens(search.tokens)
-    streams = Streams(seed, 0)
-    held = objective.draw(search, streams.local("held noise"))
+    streams, held = Streams(seed, 0), held_noise(objective, search, seed)
     best = Found("", torch.empty(0), math.inf, [])
     for rows in _delayed_projection(objective, vocabulary, search, streams):
         best = _better(best, rows, objective, vocabulary, held)
@@ -160,6 +159,11 @@ def invert(objective: Objective, vocabulary: Vocabulary, search: Search = Search
     if not math.isfinite(best.loss):
         raise ValueError("no prompt has a finite denoising loss: the latent or the teacher holds NaN or infinity")
     return best
+
+
+def held_noise(objective: Objective, search: Search, seed: int) -> Noise:
+    """The noise on which `invert` compares prompts, for who compares others with them."""
+    return objective.draw(search, Streams(seed, 0).local("held noise"))
 
 
 def _delayed_projection(objective: Objective, vocabulary: Vocabulary, search: Search, streams: Streams) -> Iterator[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import mean
 from typing import Any
 
 from ddil_lightning.evaluation.table import Table, cell, values_of
@@ -27,14 +28,33 @@ SHOWN = 16
 
 def text(found: Mapping[str, Any]) -> str:
     """Everything for a terminal: some prompts, a row a sampler, and what was recovered."""
-    parts = [_prompts(found["prompts"]), _rows(found["rows"]).text(), f"{NOTE}\n"]
+    parts = [_prompts(found["prompts"]), _losses(found["prompts"], found["protocol"]["search"]), _rows(found["rows"]).text(), f"{NOTE}\n"]
     return "\n".join([*parts, *([] if found["recovery"] is None else [_recovery(found["recovery"]) + "\n"])])
 
 
 def _prompts(prompts: Sequence[Row]) -> str:
-    lines = [f"{p['caption'] or p['image']}\n    {p['prompt']}   (loss {cell(p['loss'])})" for p in prompts[:SHOWN]]
+    lines = [
+        line
+        for p in prompts[:SHOWN]
+        for line in (_said(p["caption"] or p["image"], p["caption_loss"]), _said(f"    {p['prompt']}", p["loss"]))
+    ]
     more = len(prompts) - SHOWN
     return "\n".join([*lines, *([f"and {more} more"] if more > 0 else []), ""])
+
+
+def _losses(prompts: Sequence[Row], search: Row) -> str:
+    """How well prompts denoise their images on average: those that the search began with, found, and had to find."""
+    projected = search["updates"] // search["period"]
+    means = {"random words": mean(p["trace"][0] for p in prompts), "after PH2P": mean(p["trace"][projected] for p in prompts)}
+    if search["passes"]:
+        means["after exchanges"] = mean(p["loss"] for p in prompts)
+    if all(p["caption_loss"] is not None for p in prompts):
+        means["true captions"] = mean(p["caption_loss"] for p in prompts)
+    return f"mean loss: {', '.join(f'{name} {cell(value)}' for name, value in means.items())}\n"
+
+
+def _said(prompt: str, loss: float | None) -> str:
+    return prompt if loss is None else f"{prompt}   (loss {cell(loss)})"
 
 
 def _rows(rows: Sequence[Row]) -> Table:
