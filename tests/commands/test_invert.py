@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from ddil_lightning.commands import main
-from ddil_lightning.evaluation import networks
+from ddil_lightning.commands import inverting, main
+from ddil_lightning.evaluation.networks import MapDistance, Networks
 
 QUICK = ("--n", "2", "--tokens", "3", "--updates", "10", "--passes", "1", "--teacher_steps", "2", "--seeds", "2")
 
@@ -58,8 +58,7 @@ def test_pictures_of_ones_own(xl: Path, capsys: Any, monkeypatch: pytest.MonkeyP
     Path("mine/deep").mkdir(parents=True)
     for i, name in enumerate(("a.png", "deep/b.jpg", "deep/c.png")):
         Image.new("RGB", (20, 30), (80 * i, 0, 255)).save(Path("mine") / name)
-    monkeypatch.setattr(networks, "open_clip_net", lambda device: networks.ClipNet(lambda x: x.mean((2, 3)), lambda texts: None))
-    monkeypatch.setattr(networks, "lpips_distance", lambda device: networks.MapDistance(lambda x: [x]))
+    monkeypatch.setattr(inverting, "LOOKS", Networks(lambda x: x.mean((2, 3)), distance=MapDistance(lambda x: [x])))
     code, out, err = invert(capsys, "--teacher", xl, "--images", "mine", *QUICK, "--guidance", "2", "--seeds", "1")
     assert code == 0, err
     made = json.loads(Path("invert.json").read_text())
@@ -96,8 +95,12 @@ def test_bad_input_is_refused_in_a_line(tiny: Path, sd15: Path, xl: Path, capsys
     assert "was not made for the built-in data: give a folder" in refused(capsys, "--teacher", sd15)
     assert "nowhere: no such folder" in refused(capsys, "--teacher", tiny, "--images", "nowhere")
     Path("empty").mkdir()
+    assert "digits has networks of its own" in refused(capsys, "--teacher", tiny, "--network", "lpips")
     assert "empty holds no pictures" in refused(capsys, "--teacher", tiny, "--images", "empty")
     Path("empty/a.png").write_bytes(b"no picture")
     assert "a.png: not a readable image" in refused(capsys, "--teacher", tiny, "--images", "empty")
     assert "--n 3: empty holds 1 picture" in refused(capsys, "--teacher", tiny, "--images", "empty", "--n", 3)
     assert "give a student and a teacher of the same latent space" in refused(capsys, "--teacher", tiny, "--student", "builtin")
+    Image.new("RGB", (8, 8)).save("empty/a.png")
+    assert "name a network for each" in refused(capsys, "--teacher", xl, "--images", "empty", "--network", "features=none")
+    assert "network lpips: nowhere is not there" in refused(capsys, "--teacher", xl, "--images", "empty", "--network", "lpips:nowhere")

@@ -35,6 +35,9 @@ def invert(argv: list[str]) -> int:
     parser.add_argument("--steps", type=STEPS, help="of the students (default: what their cards recommend, else 4)")
     parser.add_argument("--teacher_steps", type=STEPS, default=32, help="of the teacher")
     parser.add_argument("--guidance", type=SCALE, help="guidance g of the teacher, and of a student that is told it (default: by its card)")
+    parser.add_argument(
+        "--network", nargs="+", default=[], metavar="NAME", help="of features=NAME[:PATH] and distance=NAME[:PATH], as ddil-test has them"
+    )
     parser.add_argument("--seed", type=SEED, default=0, help="of images, search and noise")
     parser.add_argument("--out", type=path, default=Path("invert.json"), help="the JSON file (default: invert.json)")
     args = parser.parse_args(argv)
@@ -66,7 +69,7 @@ def _found(args: argparse.Namespace) -> dict[str, Any]:
     teacher, students = _cast(args)
     vocabulary = Vocabulary(teacher.backbone)
     search = _search(args, vocabulary)
-    given = material(args.images, args.n, args.seed, teacher.backbone)
+    given = material(args.images, args.n, args.seed, teacher.backbone, args.network)
     measures = given.measures()  # before anything is searched: its networks may be missing
     longest = [vocabulary.text(torch.zeros(search.tokens, dtype=torch.long)), *(given.captions or [])]
     for sampler in (teacher, *students):  # before an hour of search and not after it

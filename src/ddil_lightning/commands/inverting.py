@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from ddil_lightning.data.folders import IMAGES, walk
 from ddil_lightning.evaluation.inversion import Denoising, Search, held_noise, invert
 from ddil_lightning.evaluation.likeness import Judge, judged, likeness, worded
 from ddil_lightning.evaluation.metrics.pairs import load_images
-from ddil_lightning.evaluation.networks import MapDistance, Networks
+from ddil_lightning.evaluation.networks import MapDistance, Networks, read_networks
 from ddil_lightning.messages import counted
 
 BUILTIN = ("shapes", "digits")
+LOOKS = Networks("clip_l14_336", distance="lpips")
+"""What pictures of one's own are compared through: CLIP's image encoder and LPIPS, whose weights are downloaded once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,13 +64,16 @@ class Material:
     measures: Callable[[], Measures]
 
 
-def material(source: str, n: int | None, seed: int, backbone: Pipeline) -> Material:
+def material(source: str, n: int | None, seed: int, backbone: Pipeline, networks: Sequence[str] = ()) -> Material:
     """Held-out images of the built-in data that the pipeline was made for (`builtin`), or the pictures of a folder in its size.
 
-    Raises ValueError for a pipeline of no built-in data or of no squares, and for fewer pictures than asked for.
+    `networks`: by name, in the place of LOOKS. Raises ValueError for a pipeline of no built-in data or of no squares, for fewer pictures
+    than asked for, and for `networks` where the built-in data have their own.
     """
     data, (height, width) = backbone.about.get("dataset"), backbone.size
-    measures = _measures(backbone) if data not in BUILTIN else lambda: _builtin(data)
+    if data in BUILTIN and networks:
+        raise ValueError(f"--network {' '.join(networks)}: {data} has networks of its own, others are for other pipelines")
+    measures = partial(_builtin, data) if data in BUILTIN else partial(_looked, networks, backbone.device)
     if source == "builtin":
         if data not in BUILTIN:
             raise ValueError(f"{backbone.path} was not made for the built-in data: give a folder of pictures, by --images DIR")
@@ -102,15 +108,12 @@ def _builtin(data: str) -> Measures:
     return Measures(Networks(net.image_features, distance=MapDistance(net.image_feature_maps)), load_source(data).judge)
 
 
-def _measures(backbone: Pipeline) -> Callable[[], Measures]:
-    """The paper's networks: CLIP's image encoder and LPIPS, whose weights are downloaded once."""
-
-    def made() -> Measures:
-        from ddil_lightning.evaluation.networks import lpips_distance, open_clip_net
-
-        return Measures(Networks(open_clip_net(device=backbone.device).image, distance=lpips_distance(device=backbone.device)))
-
-    return made
+def _looked(words: Sequence[str], device: torch.device) -> Measures:
+    """The networks of LOOKS, or those that `words` name in their place. Raises ValueError where one cannot be had."""
+    networks = read_networks(words, LOOKS)
+    if networks.features is None or networks.distance is None:
+        raise ValueError("images are compared by features and by a distance: name a network for each, as features=NAME and distance=NAME")
+    return Measures(networks.load(device))
 
 
 def inverted(given: Material, vocabulary: Vocabulary, search: Search, seed: int) -> list[dict[str, Any]]:
