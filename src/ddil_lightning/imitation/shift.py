@@ -104,7 +104,9 @@ def shift_report(
 def _pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if x.shape[1:] != y.shape[1:] or x.ndim not in (2, 3, 4) or min(len(x), len(y)) < 4:
         got = f"got {tuple(x.shape)} and {tuple(y.shape)}"
-        raise ValueError(f"shift needs two sets of at least 4 latents [N, C, H, W] or points [N, D] (or [N, D, members]) of one shape, {got}")
+        raise ValueError(
+            f"shift needs two sets of at least 4 latents [N, C, H, W] or points [N, D] (or [N, D, members]) of one shape, {got}"
+        )
     return x.detach().double(), y.detach().double()
 
 
