@@ -56,6 +56,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Scheduling(config, log)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Statistics of real images are kept for this session alone, and not in the cache of whoever runs it."""
+    os.environ["DDIL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 def make_pipeline(folder: Path, prediction_type: str = "v_prediction", unet: tuple[int, ...] = (16, 32)) -> Path:
     """An untrained Stable Diffusion in miniature: 8 x 8 latents, 250 k parameters."""
     from ddil_lightning.miniature import networks

@@ -264,7 +264,7 @@ def test_captions_that_are_too_long_are_said_before_anything_is_sampled(tiny: Pa
         Image.new("RGB", (16, 16)).save(here / f"{i}.png")
         (here / f"{i}.txt").write_text("a small red circle " * (9 if i == 7 else 1))
     suite = Suite("own", [f"{'a digit ' * (9 if i == 7 else 1)}" for i in range(16)])
-    monkeypatch.setattr(Suite, "from_folder", staticmethod(lambda *args, **kwargs: suite))
+    monkeypatch.setattr(Suite, "of", staticmethod(lambda *args, **kwargs: suite))
     words = ["--pipeline", tiny, "--data", str(here), "--n", 16, "--steps", 1]
     assert "and the text encoder reads 16: shorten it, or cut it by --truncate" in refused(capsys, main.command("test"), *words)
     assert call(capsys, main.command("test"), *words, "--truncate")[0] == 0

@@ -13,8 +13,9 @@ from ddil_lightning.evaluation.metrics.pairs import choose, load_images, read_pa
 from ddil_lightning.evaluation.metrics.prdc import expected_coverage
 from ddil_lightning.evaluation.networks import Networks, lpips_distance
 from ddil_lightning.evaluation.registry import ROW, columns, keys
+from ddil_lightning.evaluation.stamps import protocols, stamp
 from ddil_lightning.evaluation.suite import Probes, Suite, Timed, make_row, paired_distance
-from ddil_lightning.evaluation.table import protocols, table, write_rows
+from ddil_lightning.evaluation.table import table, write_rows
 from ddil_lightning.evaluation.views import Crops
 
 Image = pytest.importorskip("PIL.Image")
@@ -307,7 +308,10 @@ def test_table_shows_what_there_is():
 
 def test_a_row_says_what_it_was_measured_by(folder):
     s = Suite.from_folder(folder, size=16, networks=Networks(tiny(), distance=lpips_distance(random_trunk=True)), probes=(2, 3))
-    assert s.protocol == {
+    told = dict(s.protocol)
+    assert set(told.pop("digests")) == {"prompts", "probes", "reference"} and len(told.pop("stamp")) == 12
+    assert told == {
+        "name": folder.name,
         "n": 12,
         "prompts": f"{folder}, all",
         "reference": {"source": "the images of these prompts", "images": 12, "teacher": None},
@@ -328,7 +332,7 @@ def test_a_row_says_what_it_was_measured_by(folder):
     assert json.loads(json.dumps(s.protocol)) == s.protocol
     assert Suite.from_folder(folder, n=5, seed=2, networks=Networks()).protocol["prompts"] == f"{folder}, 5 of 12 chosen by seed 2"
     same, other = suite().protocol, [suite(seed=1), suite(real={}), suite(verdict=None), suite(probes=Probes(["level 3"], 10))]
-    assert suite().protocol == same and all(x.protocol != same for x in other)
+    assert suite().protocol == same and len({stamp(x.protocol) for x in other} | {same["stamp"]}) == 5
     assert protocols([{"protocol": same}, {"protocol": dict(same)}, {"name": "old"}, {"protocol": other[0].protocol}]) == [
         same,
         other[0].protocol,

@@ -1,4 +1,4 @@
-"""Every shipped config runs: ddil-fit's for two updates on a random pipeline, ddil-pretrain's for a few steps."""
+"""Every shipped config runs: ddil-fit's for two updates on a random pipeline, ddil-pretrain's for a few steps; protocols elsewhere."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ LARGE = [
     "lcm_lora_sdxl.yaml",
     "pd_ddil_sd15.yaml",
 ]
-FIT = [name for name in config_names() if name not in (*PRETRAIN, *TOY, *LARGE)]
+PROTOCOLS = [name for name in config_names() if name.startswith("protocols/")]  # of ddil-test, in tests/evaluation/test_protocols.py
+FIT = [name for name in config_names() if name not in (*PRETRAIN, *TOY, *LARGE, *PROTOCOLS)]
 
 
 @pytest.fixture(autouse=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ddil_lightning.commands import protocols
 from ddil_lightning.commands.arguments import (
     SCALE,
     SEED,
@@ -35,54 +35,45 @@ def test(argv: list[str]) -> int:
     parser.add_argument("--steps", type=STEPS, nargs="+", help="step counts (default: those a student is made for, 32 for a teacher)")
     parser.add_argument("--guidance", type=SCALE, help="guidance g (default: what the pipeline recommends)")
     parser.add_argument("--dpm", action="store_true", help="rows with DPM-Solver++ 2M too, for students that step by DDIM")
-    parser.add_argument("--n", type=number(16, 10**7), help="held-out prompts (default: 1000, or all of a smaller set of your own)")
-    parser.add_argument("--seed", type=SEED, default=0, help="of prompts and noise")
+    parser.add_argument("--n", type=number(16, 10**7), help="prompts (default: the protocol's; 1000, or all of a smaller set of your own)")
+    parser.add_argument("--seed", type=SEED, help="of prompts and noise (of a protocol: of its noise)")
     parser.add_argument("--truncate", action="store_true", help="cut captions that are too long for the text encoder")
     parser.add_argument(
-        "--data", type=place, help="shapes, digits (default: what the pipeline names), or a caption file of your own (COCO json, jsonl)"
+        "--data",
+        type=place,
+        help="shapes, digits (default: what the pipeline names), captions of your own (COCO json, jsonl, csv, txt, a folder, a data set of "
+        "Hugging Face), or the folder of the files that a protocol names",
     )
     parser.add_argument("--images", type=place, help="the folder of the images that a caption file names")
+    protocols.add_options(parser)
     parser.add_argument(
         "--network",
         nargs="+",
         action="extend",
         default=[],
-        help="[FOR=]NAME[:PATH] with --data CAPTIONS: hps, features=inception:FILE, clip=none",
+        help="[FOR=]NAME[:PATH], for captions of your own or a protocol: hps, features=inception:FILE, clip=none",
     )
     parser.add_argument("--strict", action="store_true", help="refuse a network that cannot be had, instead of leaving its metrics out")
     parser.add_argument("--out", type=path, help="the JSON file (default: metrics.json in the run folder, else here)")
     args = parser.parse_args(argv)
+    if args.save_reference:
+        return protocols.save_reference(args, protocols.planned(args), device())
     if sum(x is not None for x in (args.run, args.ckpt_path, args.pipeline)) != 1:
         raise Refusal("give one of: a run folder, --ckpt_path FILE, --pipeline DIR")
-    if args.images and args.data in (None, "shapes", "digits"):
+    if args.images and args.protocol is None and args.data in (None, "shapes", "digits"):
         raise Refusal(f"--images {args.images} is the folder of a caption file's images: give that file too, by --data FILE")
     home = Path(args.run) if args.run else config_of(args.ckpt_path).parent if args.ckpt_path else Path.cwd()
     out = args.out or home / "metrics.json"
     check_writable(out)
-    args.n = _count(args)
-    from ddil_lightning.evaluation.networks import read_networks
+    args.plan = protocols.planned(args)
+    from ddil_lightning.evaluation.stamps import called
     from ddil_lightning.evaluation.table import table, write_rows
 
-    args.networks = replace(read_networks(args.network), strict=args.strict)  # before a pipeline is loaded
     rows = _checkpoint_rows(args) if args.ckpt_path else _pipeline_rows(args)
     print(table(rows), end="", flush=True)  # first: what cannot be written can still be read
-    write_rows(out, {"rows": rows, "n": args.n, "seed": args.seed})  # type: ignore[arg-type]
-    print(f"written to {out}")
+    write_rows(out, {"rows": rows, "n": rows[0]["n"], "seed": rows[0]["protocol"]["seeds"]["first"]})  # type: ignore[arg-type]
+    print(f"measured by {called(rows[0]['protocol'])}; written to {out}")
     return 0
-
-
-def _count(args: argparse.Namespace) -> int:
-    """How many prompts: as asked, else 1000, or all of a smaller set of the user's own. Raises Refusal for fewer than 16."""
-    if args.n is not None or args.data in (None, "shapes", "digits"):
-        n, what = 1000 if args.n is None else args.n, f"--n {args.n}"
-    else:
-        from ddil_lightning.evaluation.metrics.pairs import read_pairs
-
-        n = min(1000, len(read_pairs(args.data, args.images)))
-        what = f"{args.data} holds {n} images with captions"
-    if n < 16:
-        raise Refusal(f"{what}: at least 16 prompts, and some hundreds for numbers that mean something")
-    return n
 
 
 def _pipeline_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -96,7 +87,7 @@ def _pipeline_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.run and not (Path(args.run) / "pipeline").is_dir():
         raise Refusal(f"{args.run} holds no exported pipeline (pipeline/): give a finished run, or --ckpt_path for one that is not")
     backbone = Pipeline(str(Path(args.run) / "pipeline") if args.run else args.pipeline).to(device())
-    suite = _suite(args, backbone)
+    suite = protocols.suite_of(args, args.plan, backbone)
     _check_prompts(args, suite, backbone)
     stages = stage_pipelines(Path(args.run)) if args.run else {}
     own = backbone.about.get("made_for", [4, 2, 1] if "method" in backbone.about else [32])
@@ -122,7 +113,7 @@ def _checkpoint_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     from ddil_lightning.evaluation.rows import student_rows
 
     method = restore(args.ckpt_path).to(device())
-    suite = _suite(args, method.backbone)
+    suite = protocols.suite_of(args, args.plan, method.backbone)
     _check_prompts(args, suite, method.backbone)
     deployment = method.deployment
     if args.guidance is not None and not deployment.told:
@@ -130,19 +121,6 @@ def _checkpoint_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     g = deployment.quoted if args.guidance is None else args.guidance
     samplers = {n: deployment.sampler(n) for n in args.steps or deployment.steps}
     return student_rows(suite, method.backbone, samplers, g, args.dpm)
-
-
-def _suite(args: argparse.Namespace, backbone: Any) -> Any:
-    from ddil_lightning.evaluation.suite import Suite
-
-    data = args.data or backbone.about.get("dataset")
-    if data is None:
-        raise Refusal(f"the pipeline {backbone.path} names no data set: say --data shapes, --data digits or --data CAPTIONS --images DIR")
-    if data not in ("shapes", "digits"):
-        return Suite.from_folder(data, args.images, n=args.n, seed=args.seed, device=backbone.device, networks=args.networks)
-    if args.network:
-        raise Refusal(f"--network {' '.join(args.network)}: {data} has networks of its own, others are for --data CAPTIONS")
-    return Suite.builtin(data, n=args.n, seed=args.seed).for_pipeline(backbone)
 
 
 def _check_prompts(args: argparse.Namespace, suite: Any, backbone: Any) -> None:

@@ -110,7 +110,7 @@ class Images(Captions):
 
     def pixels(self, index: Sequence[int]) -> Tensor:
         """The images of the rows `index`. Raises ValueError for one that cannot be read."""
-        return read_pictures(self._sources(index), self._size(index)).pixels
+        return read_pictures(self.sources(index), self._size(index)).pixels
 
     def stamp(self) -> str:
         """From the captions and from size and time of every picture file, or the fingerprint of the data set."""
@@ -128,7 +128,7 @@ class Images(Captions):
                 raise ValueError(f"{self._where(row, file)}: no such file; {len(gone)} of {len(self)} pictures are missing")
             self._complete = True
         prompts, counts = self._told(rows)
-        pixels, sizes, enlarged = read_pictures(self._sources(rows), self._size(rows))
+        pixels, sizes, enlarged = read_pictures(self.sources(rows), self._size(rows))
         return RawBatch(pixels, prompts, torch.tensor(rows), enlarged, sizes=sizes, counts=counts)
 
     def groups(self) -> list[Group]:
@@ -142,7 +142,7 @@ class Images(Captions):
     def _frames(self, rows: Sequence[int]) -> list[Size | None]:
         """Height and width of the pictures of `rows`; None for one that cannot be read and may be skipped."""
         try:
-            return [picture_size(*source) for source in self._sources(rows)]
+            return [picture_size(*source) for source in self.sources(rows)]
         except (OSError, ValueError):
             if self.on_error == "stop":
                 raise
@@ -162,7 +162,7 @@ class Images(Captions):
         (height, width), *others = self.sizes
         return self.sizes if others or height != width else height
 
-    def _sources(self, index: Sequence[int]) -> Iterator[tuple[bytes | str, str]]:
+    def sources(self, index: Sequence[int]) -> Iterator[tuple[bytes | str, str]]:
         """Pictures as bytes or files, and what a message calls them."""
         for row, (data, file) in zip(index, self._rows.pictures(index), strict=True):
             if data is None:

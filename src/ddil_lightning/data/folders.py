@@ -88,6 +88,11 @@ def read_column(file: Path, column: str) -> Iterator[Any]:
         raise ValueError(f"{file} has no column {column}: it has {', '.join(columns) or 'none'}; name another with caption=")
 
 
+def columns_of(file: Path) -> list[str]:
+    """The columns that at least one row of a json, jsonl, csv or parquet file has, in the order of their first. Raises as `read_rows`."""
+    return list(dict.fromkeys(name for _, cells in _cells(file) for name in cells))
+
+
 class Listing:
     """Picture files and their captions by row. `root`: the folder that they were listed from."""
 

@@ -85,7 +85,7 @@ def load(path: str, image: str, caption: str, split: str, limit: int | None, str
     file = place(path)
     rows: Any = None
     try:
-        kind, files = _kind(file, path)
+        kind, files = kind_of(file, path)
         if kind in ("list", "archives") and split != "train":
             raise ValueError(f"it has no split {split!r}, for a list of pictures is all train")
         if stream and kind not in ("parquet", "hub"):
@@ -110,7 +110,27 @@ def load(path: str, image: str, caption: str, split: str, limit: int | None, str
     return rows
 
 
-def _kind(file: Path, path: str) -> tuple[str, list[Path]]:
+def load_captions(path: str, caption: str, split: str) -> list[Any]:
+    """The cells of the column of captions of a data set that has no pictures, or whose pictures are not asked for.
+
+    Raises ValueError for what cannot be read, is no data set or has no such column.
+    """
+    file = place(path)
+    try:
+        kind, files = kind_of(file, path)
+        if kind in ("list", "archives"):
+            raise ValueError("captions alone are read from parquet files, a folder of save_to_disk, or a data set of the Hub")
+        if kind == "parquet" and files != [file]:
+            files, split = _of_split(files, split), "train"
+        rows = _load_dataset(file, path, split, files)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the data set {path} could not be read: {reason(error)}") from error
+    if caption not in rows.column_names:
+        raise ValueError(f"the data set {path} has no column {caption}: it has {', '.join(rows.column_names)}{HINT}")
+    return list(rows[caption])
+
+
+def kind_of(file: Path, path: str) -> tuple[str, list[Path]]:
     """What lies at a path, and in which files. Raises ValueError for a pattern that matches none, and for a file of no known kind."""
     if file.is_file():
         suffix = file.suffix.lower()

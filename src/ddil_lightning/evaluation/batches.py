@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddil_lightning.backbones.sampling import to_uint8
-from ddil_lightning.evaluation.given import NEEDS, PREFERRED, REFERRED, SPACES, Given, Verdict
+from ddil_lightning.evaluation.given import MOMENTS, NEEDS, PREFERRED, REFERRED, SPACES, Given, Verdict
 from ddil_lightning.evaluation.networks import Distance, cosine
 
 
@@ -65,6 +65,21 @@ class Batch:
     def real(self) -> Tensor:
         """The features [N, D] of the real images."""
         return self._read("real")
+
+    @property
+    def real_moments(self) -> tuple[Tensor, Tensor]:
+        """Mean [D] and covariance [D, D] of the real images' features, float64: there also where the features themselves are not."""
+        return self._read("real_moments")
+
+    @property
+    def real_patch_moments(self) -> tuple[Tensor, Tensor]:
+        """Mean [D] and covariance [D, D] of the features of the real images' crops, float64."""
+        return self._read("real_patch_moments")
+
+    @property
+    def teacher_patch_moments(self) -> tuple[Tensor, Tensor]:
+        """Mean [D] and covariance [D, D] of the features of the teacher's crops, float64."""
+        return self._read("teacher_patch_moments")
 
     @property
     def teacher(self) -> Tensor:
@@ -157,6 +172,9 @@ class Batch:
         if need in REFERRED:
             whose, space = REFERRED[need]
             return getattr(self._given, whose).rows[space]
+        if need in MOMENTS:
+            whose, space = MOMENTS[need]
+            return getattr(self._given, whose).moments(space)
         if need in SPACES:
             known = self._made_once("features") if need == "embeddings" and self._given.shares else None
             return self._given.rows(need, self.images, known)

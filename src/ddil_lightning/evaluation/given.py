@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ddil_lightning.diffusion.gaussians import moments
 from ddil_lightning.evaluation.metrics.pairs import resize
 from ddil_lightning.evaluation.networks import Features, Networks, said
 from ddil_lightning.evaluation.views import Crops, tones
@@ -25,9 +26,15 @@ REFERRED = {
     "teacher_patches": ("teacher", "patches"),
 }
 """The needs that are rows of images which a suite holds: of which of its two references, and in which space."""
+MOMENTS = {
+    "real_moments": ("reference", "features"),
+    "real_patch_moments": ("reference", "patches"),
+    "teacher_patch_moments": ("teacher", "patches"),
+}
+"""The needs that are mean and covariance of such rows: all that a Fréchet distance asks of them, and all that some files hold."""
 PREFERRED = ("hps", "pickscore", "image_reward")
 """The needs that are numbers by which people would prefer an image for its prompt, each of the network of its name."""
-NEEDS = (*SPACES, *REFERRED, "cosine", "distance", "verdict", "modes", *PREFERRED)
+NEEDS = (*SPACES, *REFERRED, *MOMENTS, "cosine", "distance", "verdict", "modes", *PREFERRED)
 """What a metric can ask of a suite, beyond images and prompts; the members of `Batch` of these names."""
 
 
@@ -72,11 +79,17 @@ class Judge:
 class Reference:
     """Images that generated ones are compared with, as `rows` by space ([N, D] for each of SPACES that it has), and in words, `about`.
 
-    Raises ValueError for rows of no space.
+    `gaussians`: mean [D] and covariance [D, D] by space, where the rows are not known. `count`: of how many images these are, if anyone
+    knows. `digest`: of the images' contents. `unreadable`: how many images were left out. Raises ValueError for rows of no space.
     """
 
     rows: Mapping[str, Tensor] = field(default_factory=dict)
     about: str | None = None
+    gaussians: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    count: int | None = None
+    digest: str | None = None
+    unreadable: int = 0
+    _moments: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.rows, Mapping) or set(self.rows) - set(SPACES):
@@ -85,8 +98,18 @@ class Reference:
 
     @property
     def images(self) -> int | None:
-        """How many images it is of, None for none."""
-        return next((len(rows) for space, rows in self.rows.items() if space != "patches"), None)
+        """How many images it is of, None for none and where nobody knows."""
+        return next((len(rows) for space, rows in self.rows.items() if space != "patches"), self.count)
+
+    def knows(self, space: str) -> bool:
+        """Whether it has mean and covariance in a space."""
+        return space in self.gaussians or space in self.rows
+
+    def moments(self, space: str) -> tuple[Tensor, Tensor]:
+        """Mean [D] and covariance [D, D] in a space, float64; of rows they are computed once. Raises ValueError for fewer than two rows."""
+        if space not in self._moments:
+            self._moments[space] = self.gaussians[space] if space in self.gaussians else moments(self.rows[space])
+        return self._moments[space]
 
 
 @dataclass(frozen=True)
@@ -132,6 +155,7 @@ class Given:
             "distance": nets.distance,
             "verdict": self.judge.verdict,
             "modes": self.judge.modes,
+            **{need: getattr(self, whose).knows(space) or None for need, (whose, space) in MOMENTS.items()},
             **{need: getattr(nets, need) for need in PREFERRED},
         }
         return {name for name in NEEDS if parts[name] is not None}

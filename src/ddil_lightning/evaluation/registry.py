@@ -6,8 +6,9 @@ alone costs seconds.
 
 from __future__ import annotations
 
+import difflib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -53,6 +54,17 @@ def metrics() -> list[type[Metric]]:
     """The classes of all metrics: the package's own, then the registered ones in their order, those of plugins among them."""
     plugins.load()
     return [*_own(), *_added.values()]
+
+
+def wanted(asked: Sequence[str] | None) -> list[type[Metric]]:
+    """The classes of the metrics that have one of the keys `asked`, all for None. Raises ValueError for a key that is no metric's."""
+    every = metrics()
+    known = [c.key for metric in every for c in metric.columns]
+    for key in asked or ():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=2, cutoff=0.5)
+            raise ValueError(f"no metric {key!r}: {'did you mean ' + ' or '.join(near) + '?' if near else 'known are ' + ', '.join(known)}")
+    return [metric for metric in every if asked is None or {c.key for c in metric.columns} & set(asked)]
 
 
 def register(metric: M) -> M:

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from ddil_lightning.evaluation.batches import Batch, as_saved
-from ddil_lightning.evaluation.given import SPACES, Given, Judge, Reference, View
-from ddil_lightning.evaluation.metrics.pairs import choose, image_batches, read_pairs
-from ddil_lightning.evaluation.networks import PAPER, MapDistance, Networks
-from ddil_lightning.evaluation.presence import present
-from ddil_lightning.evaluation.registry import PASSES, metrics, unmeasured
+from ddil_lightning.evaluation.given import Given, Reference
+from ddil_lightning.evaluation.material import held_out, material
+from ddil_lightning.evaluation.networks import PAPER, Networks
+from ddil_lightning.evaluation.protocols import BUILTIN, ProbePlan, PromptSource, Protocol
+from ddil_lightning.evaluation.registry import PASSES, unmeasured, wanted
+from ddil_lightning.evaluation.stamps import short, stamped
 from ddil_lightning.evaluation.views import Crops
 from ddil_lightning.texts import by
 
@@ -69,7 +70,8 @@ class Suite:
     """A data set's benchmark: its prompts, and what its images are measured with. What is None in `given` leaves its metrics None.
 
     `prompts`: N held-out captions, one image each. `seed`: of the first batch's noise. `batch`: images asked of the sampler at a time.
-    `source`: where the prompts come from, for the protocol.
+    `source`: where the prompts come from, for the protocol. `asked`: the keys of the metrics that are asked for, None for all. `changed`:
+    what of the named protocol is not its own.
     """
 
     name: str
@@ -79,6 +81,8 @@ class Suite:
     seed: int = 0
     batch: int = 128
     source: str = "given"
+    asked: Sequence[str] | None = None
+    changed: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def builtin(cls, data: str = "shapes", n: int = 512, seed: int = 0, extra: int | None = None, batch: int = 128) -> Suite:
@@ -87,20 +91,11 @@ class Suite:
         `extra` (default 3n/8): images of prompts that leave something open, for diversity and mode coverage. Raises ValueError for
         another name or n < 16.
         """
-        from ddil_lightning.miniature.evaluator import load_evaluator
-
         if n < 16:
             raise ValueError(f"n={n}: at least 16 prompts, and some hundreds for numbers that mean something")
-        prompts, real, probes, module = _held_out(data, n, seed)
-        net = load_evaluator()
-        seeds = max(2, round((3 * n / 8 if extra is None else extra) / len(probes)))
-        look, side = net.image_features, real.shape[-1]
-        networks = Networks(look, distance=MapDistance(net.image_feature_maps), text=net.text_features, embed=look)
-        judge, view = Judge(module.judge, module.mode_coverage, side), View(crops=Crops(side // 2, side))
-        given = Given(networks, judge=judge, view=view)
-        reference = Reference(given.rows_of(as_saved(real).split(128)), f"held-out images of {data}")
-        probed = Probes(probes, seeds)
-        return cls(data, prompts, replace(given, reference=reference), probed, seed, batch, f"held-out prompts of {data}")
+        made = held_out(data, n, seed)
+        seeds = max(2, round((3 * n / 8 if extra is None else extra) / len(made.probes)))
+        return cls(data, made.prompts, made.given, Probes(made.probes, seeds), seed, batch, made.source)
 
     @classmethod
     def from_folder(
@@ -116,22 +111,40 @@ class Suite:
         device: str | torch.device = "cpu",
         crops: Crops | None = None,
     ) -> Suite:
-        """A suite of the user's own images and captions: `source` and `images` as in `metrics.pairs.read_pairs`.
+        """A suite of the user's own images and captions: `source` and `images` as in `protocols.PromptSource`.
 
         COCO-2017 5k is `from_folder("annotations/captions_val2017.json", "val2017")`. `probes`: so many of the prompts, with so many seeds
         each. `networks`: of those that are named the weights may be downloaded once; what cannot be had is told (`presence`). `crops`: for
-        a patch FID, which reads every image once more. Raises as `read_pairs`, `choose` and `present`.
+        a patch FID, which reads every image once more. More can be said in a Protocol (`Suite.of`). Raises as that does.
         """
-        pairs = read_pairs(source, images)
-        chosen, loaded = choose(pairs, n, seed), present(networks, device)
-        paths = [p.image for p in chosen]
-        given = Given(loaded, view=View(size, crops))
-        whole = given.rows_of(image_batches(paths, size), [space for space in SPACES if space != "patches"])
-        parts = given.rows_of(image_batches(paths, crops.at), ["patches"]) if crops else {}
-        given = replace(given, reference=Reference(whole | parts, "the images of these prompts"))
-        probed = [p.caption for p in choose(chosen, min(probes[0], len(chosen)), seed)] if probes[0] else []
-        where = f"{source}, {'all' if len(chosen) == len(pairs) else f'{len(chosen)} of {len(pairs)} chosen by seed {seed}'}"
-        return cls(Path(source).stem, [p.caption for p in chosen], given, Probes(probed, probes[1]), seed, batch, where)
+        prompts = PromptSource(str(source), None if images is None else str(images), n=n, choice=seed)
+        plan = ProbePlan(probes[0], probes[1] if probes[0] else 0)
+        name = Path(source).stem
+        protocol = Protocol(prompts, size=size, crops=crops, probes=plan, seed=seed, batch=batch, name=name)
+        return cls.of(protocol, networks, device)
+
+    @classmethod
+    def of(
+        cls,
+        protocol: Protocol,
+        networks: Networks | None = None,
+        device: str | torch.device = "cpu",
+        changed: Mapping[str, Any] | None = None,
+    ) -> Suite:
+        """The suite of a protocol. `networks`: in the place of those that it names. `changed`: what of it is not its own, for the stamp.
+
+        Raises ValueError, or FileNotFoundError, for data that are missing or cannot be understood, and as `presence.present` does.
+        """
+        source = protocol.prompts.source
+        kept: dict[str, Any] = {"asked": protocol.metrics, "changed": dict(changed or {})}
+        if source in BUILTIN:
+            n = 512 if protocol.prompts.n is None else protocol.prompts.n
+            suite = cls.builtin(str(source), n, protocol.seed)
+            return replace(suite, name=protocol.name or suite.name, batch=protocol.batch or suite.batch, **kept)
+        made = material(protocol, networks, device)
+        probes = Probes(made.probes, protocol.probes.seeds)
+        name = protocol.name or Path(str(source)).stem
+        return cls(name, made.prompts, made.given, probes, protocol.seed, protocol.batch or 16, made.source, **kept)
 
     @property
     def side(self) -> int | None:
@@ -140,20 +153,28 @@ class Suite:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What a number must be quoted with; two numbers can be compared where theirs are equal."""
-        given, probes = self.given, self.probes
+        """What a number must be quoted with; two numbers can be compared where their stamps are equal (`stamps`)."""
+        given, probes, reference = self.given, self.probes, self.given.reference
         view, resizing = given.view, getattr(given.networks.features, "resizing", None)
         resized = None if view.size is None else f"centre crop, Lanczos {view.size}"
-        return {
+        referred = {"source": reference.about, "images": reference.images, "teacher": given.teacher.about}
+        told = {
+            "name": self.name,
             "n": len(self.prompts),
             "prompts": self.source,
-            "reference": {"source": given.reference.about, "images": given.reference.images, "teacher": given.teacher.about},
+            "reference": referred | ({"unreadable": reference.unreadable} if reference.unreadable else {}),
             "resize": ", then ".join(filter(None, [resized, resizing])) or None,
             "crops": view.crops and view.crops.about,
             "networks": given.networks.about() | given.judge.about(),
             "seeds": {"first": self.seed, "probes": len(probes.prompts), "per_probe": probes.seeds},
             "batch": self.batch,
+            "digests": {
+                "prompts": short(self.prompts),
+                "probes": short(probes.prompts),
+                "reference": (reference.digest or "")[:12] or None,
+            },
         }
+        return stamped(told | ({"changed": dict(self.changed)} if self.changed else {}))
 
     def for_pipeline(self, backbone: Backbone) -> Suite:
         """The suite itself. Raises ValueError for a pipeline whose pictures are of another size than the judge can read."""
@@ -166,16 +187,32 @@ class Suite:
             )
         return self
 
+    def measured(self) -> list[type[Metric]]:
+        """The metrics that are asked for and that this suite can meet.
+
+        Raises ValueError for one that it has too few images for, and for the key of none.
+        """
+        asked = wanted(self.asked)
+        met, real = self.given.has(), self.given.reference.images
+        found = [metric for metric in asked if met.issuperset(metric.needs)]
+        for metric in found:
+            have = self.probes.seeds if metric.over == "probes" and self.probes.prompts else len(self.prompts)
+            of = "images of a prompt" if metric.over == "probes" else "images"
+            if have < metric.least:
+                raise ValueError(f"{metric.named()}: needs at least {metric.least} {of}, and {self.name} asks for {have}: ask for more")
+            if real is not None and real < metric.least_real:
+                raise ValueError(f"{metric.named()}: needs at least {metric.least_real} real images, and {self.name} has {real}: give more")
+        return found
+
     @torch.no_grad()
     def score(self, sample: Sampler) -> dict[str, Any]:
-        """All metrics of a sampler: numbers under `registry.keys()` (None where undefined), and their details.
+        """All metrics of a sampler that are asked for: numbers under `registry.keys()` (None where undefined), and their details.
 
         Two samplers get the same calls, so their noise is paired if it depends on the seed only. Raises ValueError where the
-        sampler returns another number of images or values that are not finite, and for a metric that reads what it has not declared or
-        gives what it has not.
+        sampler returns another number of images or values that are not finite, for a metric that reads what it has not declared or
+        gives what it has not, and as `measured` does.
         """
-        met = self.given.has()
-        made = [metric() for metric in metrics() if met.issuperset(metric.needs)]
+        made = [metric() for metric in self.measured()]
         for over in PASSES:
             readers = [metric for metric in made if metric.over == over]
             if over == "prompts" or readers:  # the prompts are drawn in any case: a row has the time of its images
@@ -228,18 +265,6 @@ def _declared(metric: Metric, found: dict[str, Any]) -> dict[str, Any]:
     if given != declared:
         raise ValueError(f"metric {type(metric).__name__}: it computes {sorted(given)} and declares {sorted(declared)}")
     return found
-
-
-def _held_out(data: str, n: int, seed: int) -> tuple[list[str], Tensor, list[str], Any]:
-    """Prompts, real images of the held-out law, prompts that leave something open, and the module with judge and mode coverage."""
-    from ddil_lightning.miniature import digits, judge, shapes
-    from ddil_lightning.miniature.sources import HELD_OUT, load_source
-
-    prompts = load_source(data).prompts(n, seed)
-    if data == "shapes":
-        return prompts, shapes.render(shapes.draw_scenes(n, HELD_OUT + seed)), judge.partial_prompts(), judge
-    # one open prompt only: five times, so that the ten digits can show; and the ten digits, whose diversity is the writers'
-    return prompts, digits.split("held_out")[0], digits.partial_prompts() * 5 + digits.prompts(10, 0), digits
 
 
 def paired_distance(a: Tensor, b: Tensor) -> float:

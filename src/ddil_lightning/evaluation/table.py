@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ddil_lightning.evaluation.columns import POINTS, Column, number
 from ddil_lightning.evaluation.registry import columns
+from ddil_lightning.evaluation.stamps import note
 from ddil_lightning.files import write_text
 
 CLOCK = "student_updates"
@@ -78,13 +79,18 @@ def headings(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 def results_table(rows: Sequence[Row]) -> str:
-    """The rows of summary.json or metrics.json as a Markdown table: the columns that at least one row has, arrows for what is better."""
-    return tabulate(rows, [*SHORT, *headings(rows), END]).markdown()
+    """The rows of summary.json or metrics.json as a Markdown table: the columns that at least one row has, arrows for what is better.
+
+    A line below says where they cannot be compared.
+    """
+    markdown = tabulate(rows, [*SHORT, *headings(rows), END]).markdown()
+    return markdown + (f"\n\n{said}" if (said := note(rows)) else "")
 
 
 def table(rows: Sequence[Row], width: int = 160) -> str:
-    """The rows as text for a terminal of `width` letters, with steps and guidance besides."""
-    return tabulate(rows, [*TERMINAL, *headings(rows), END]).text(width)
+    """The rows as text for a terminal of `width` letters, with steps and guidance besides, and a line where they cannot be compared."""
+    text = tabulate(rows, [*TERMINAL, *headings(rows), END]).text(width)
+    return text + (f"{said}\n" if (said := note(rows)) else "")
 
 
 def present(rows: Sequence[Row], every: bool = False) -> list[Column]:
@@ -149,15 +155,6 @@ def gap_closed(student: float, teacher: float, reference: float) -> float | None
     """
     gap = teacher - reference
     return (teacher - student) / gap if abs(gap) >= 0.1 * abs(reference) and gap != 0 else None
-
-
-def protocols(rows: Sequence[Row]) -> list[Mapping[str, Any]]:
-    """The different protocols that rows were measured by. Rows of older runs have none, and are passed over."""
-    found: list[Mapping[str, Any]] = []
-    for protocol in (row.get("protocol") for row in rows):
-        if isinstance(protocol, Mapping) and protocol not in found:
-            found.append(protocol)
-    return found
 
 
 def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:

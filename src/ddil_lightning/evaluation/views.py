@@ -17,30 +17,42 @@ class Crops:
 
     Args:
         side: edge of a square in pixels. 299 is what Inception reads, so that nothing is resized.
-        at: edge of the images that are cut, to which others are resized before, real and generated alike.
+        at: edge of the images that are cut, to which others are resized before, real and generated alike; null for no resizing: each image
+            is cut as large as it is, as DMD2's evaluator does it, and one that is smaller than a square is enlarged to it.
         grid: so many squares each way, evenly from border to border; 1 is the one at the centre.
     """
 
     side: int = 299
-    at: int = 1024
+    at: int | None = 1024
     grid: int = 1
 
     def __post_init__(self) -> None:
-        if not 1 <= self.side <= self.at or self.grid < 1:
+        if not 1 <= self.side <= (self.side if self.at is None else self.at) or self.grid < 1:
             raise ValueError(f"Crops(side={self.side}, at={self.at}, grid={self.grid}): give 1 <= side <= at and grid >= 1")
+        if self.at is None and self.grid > 1:
+            raise ValueError(f"Crops(at=None, grid={self.grid}): of images of their own sizes the centre alone is cut; give grid=1")
 
     def __call__(self, images: Tensor) -> Tensor:
-        """The crops [B * grid^2, 3, side, side] of images [B, 3, at, at], those of an image one after the other."""
-        room, last = self.at - self.side, self.grid - 1
-        starts = [round(i * room / last) for i in range(self.grid)] if last else [room // 2]
-        cut = [images[:, :, y : y + self.side, x : x + self.side] for y in starts for x in starts]
+        """The crops [B * grid^2, 3, side, side] of images [B, 3, at, at], those of an image one after the other.
+
+        Raises ValueError for images that are smaller than a crop.
+        """
+        height, width = images.shape[-2:]
+        if min(height, width) < self.side:
+            raise ValueError(f"crops of {self.side} pixels: the images have {height} x {width}; give smaller ones, or `at` to enlarge to")
+        tops, lefts = self._starts(height), self._starts(width)
+        cut = [images[:, :, y : y + self.side, x : x + self.side] for y in tops for x in lefts]
         return torch.stack(cut, 1).flatten(0, 1)
+
+    def _starts(self, edge: int) -> list[int]:
+        room, last = edge - self.side, self.grid - 1
+        return [round(i * room / last) for i in range(self.grid)] if last else [room // 2]
 
     @property
     def about(self) -> str:
         """What a protocol calls them."""
         where = "the centre" if self.grid == 1 else f"a grid of {self.grid} x {self.grid}"
-        return f"{where}, {self.side} of {self.at} pixels"
+        return f"{where}, {self.side} pixels at full resolution" if self.at is None else f"{where}, {self.side} of {self.at} pixels"
 
 
 def tones(images: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 
 from ddil_lightning.backbones.repositories import BUILTIN, called, part_folder, pipeline_folder, single_file
 from ddil_lightning.backbones.source import Source
-from ddil_lightning.evaluation.table import protocols, results_table
+from ddil_lightning.evaluation.stamps import protocols
+from ddil_lightning.evaluation.table import results_table
 from ddil_lightning.texts import by, place
 
 OWN = "https://pypi.org/project/ddil-lightning/"

@@ -18,6 +18,7 @@ from typing import Any, TypeGuard
 
 from ddil_lightning.evaluation.columns import number
 from ddil_lightning.evaluation.registry import columns
+from ddil_lightning.evaluation.stamps import comparable, note, protocols
 from ddil_lightning.evaluation.table import (
     CLOCK,
     Row,
@@ -26,7 +27,6 @@ from ddil_lightning.evaluation.table import (
     headings,
     measures,
     present,
-    protocols,
     results_table,
     role,
     shown,
@@ -90,7 +90,11 @@ def _tiles(rows: Sequence[Row]) -> str:
     tiles = []
     for row in (r for r in rows if role(r) == "student" and _number(values_of(r).get(main.key))):
         same = by_name.get(f"teacher@{row.get('steps')}")
-        text = [f"{escape(r['name'])} {shown(r, main.key)}" for r in (same, best) if r and _number(values_of(r).get(main.key))]
+        text = [
+            f"{escape(r['name'])} {shown(r, main.key)}"
+            for r in (same, best)
+            if r and comparable(row, r) and _number(values_of(r).get(main.key))
+        ]
         closed = _closed(row, same, best)
         steps = "1 step" if row.get("steps") == 1 else f"{cell(row.get('steps'))} steps"
         steps += "".join(f", {solver}" for solver in str(row["name"]).split()[1:])  # student@4 dpm++
@@ -104,7 +108,7 @@ def _tiles(rows: Sequence[Row]) -> str:
 
 def _closed(row: Row, same: Row | None, best: Row | None) -> str:
     """A sentence on the share of the teacher's gap between few and many steps that the student closes, or nothing."""
-    if same is None or best is None or same is best:
+    if same is None or best is None or same is best or not comparable(row, same, best):
         return ""
     parts = []
     for column in (c for c in columns() if c.headline):
@@ -131,22 +135,22 @@ def _results(rows: Sequence[Row], problem: str) -> str:
 
 def _protocols(rows: Sequence[Row]) -> str:
     """What the numbers must be quoted with, and a note where the rows cannot be compared."""
-    found = protocols(rows)
-    note = f"The rows were measured by {len(found)} protocols: compare only rows of the same." if len(found) > 1 else ""
+    found, said = protocols(rows), note(rows)
     facts = "".join(_facts({k.replace("/", " "): v for k, v in _flat(p).items() if v is not None}) for p in found)
     text = f"<details><summary>How it was measured</summary>{facts}</details>" if found else ""
-    return (f'<p class="note">{note}</p>' if note else "") + text
+    return (f'<p class="note">{escape(said)}</p>' if said else "") + text
 
 
 def _quality(rows: Sequence[Row]) -> str:
     """Quality against the number of steps, one line per role, for the metrics that say most."""
-    charts = []
+    charts, mixed = [], not comparable(*rows)
     for metric in (c for c in columns() if c.headline):
         points: dict[str, list[tuple[float, float]]] = {}
         for row in rows:
             value = values_of(row).get(metric.key)
             if _number(value) and isinstance(row.get("steps"), int) and row["steps"] > 0:
-                points.setdefault(role(row), []).append((row["steps"], value))
+                name = f"{role(row)} {(row.get('protocol') or {}).get('stamp', '')}".strip() if mixed else role(row)
+                points.setdefault(name, []).append((row["steps"], value))
         series = [Series(name, *map(list, zip(*sorted(found), strict=True))) for name, found in points.items()]
         if not any(len(s.x) > 1 for s in series):
             continue

@@ -34,7 +34,9 @@ class Metric(torchmetrics.Metric):
     (`given.NEEDS`): where one is missing, the metric's numbers are None. `wants` are those that it can do without, and asks
     `batch.has(name)` for first. `over` says which images it is of: `prompts`, one of every held-out prompt, or `probes`, several of a few.
     `states` are lists of tensors, a row an image (or a prompt), to which `update` appends; over processes they are put together in the
-    order of the ranks. `details` is what it gives beside its numbers, for the files alone, with its value where nothing is measured.
+    order of the ranks. `least` and `least_real` are the fewest images, generated (over probes: of one prompt) and real, for which its
+    numbers are defined: a suite with fewer is refused before anything is drawn. `details` is what it gives beside its numbers, for the
+    files alone, with its value where nothing is measured.
 
     The networks are in the batch, so no metric owns one. What `compute` needs of a batch beside the states is put into `held`, a dict: a
     network in it is in no state_dict, no optimiser and no checkpoint of what holds the metric.
@@ -48,6 +50,8 @@ class Metric(torchmetrics.Metric):
     wants: ClassVar[tuple[str, ...]] = ()
     over: ClassVar[str] = "prompts"
     states: ClassVar[tuple[str, ...]] = ()
+    least: ClassVar[int] = 1
+    least_real: ClassVar[int] = 0
     details: ClassVar[dict[str, Any]] = {}
 
     is_differentiable = False
@@ -58,6 +62,11 @@ class Metric(torchmetrics.Metric):
         self.held: dict[str, Any] = {}
         for name in self.states:
             self.add_state(name, [], dist_reduce_fx="cat")
+
+    @classmethod
+    def named(cls) -> str:
+        """Its numbers by their keys, for a message."""
+        return ", ".join(column.key for column in cls.columns)
 
     @abstractmethod
     def update(self, batch: Batch) -> None:
@@ -106,6 +115,6 @@ class Compared(Metric):
         self.held["reference"] = getattr(batch, reference)
 
     @property
-    def pair(self) -> tuple[Tensor, Tensor]:
-        """The rows [N, D] of the reference, and those [M, D] of all images."""
+    def pair(self) -> tuple[Any, Tensor]:
+        """What the reference has, its rows [N, D] or its moments, and the rows [M, D] of all images."""
         return self.held["reference"], self.all("rows")

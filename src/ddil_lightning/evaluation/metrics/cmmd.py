@@ -24,6 +24,8 @@ class Cmmd(Compared):
 
     columns = (Column("cmmd", "CMMD", "lower", "kernel distance of generated and real images' embeddings, times 1000", shown=False),)
     needs = ("embeddings", "real_embeddings")
+    least = 2
+    least_real = 2
 
     def compute(self) -> dict[str, float]:
         """The distance between all generated images and the real ones."""

@@ -66,6 +66,7 @@ class Diversity(Metric):
     )
     needs = ("distance",)
     over = "probes"
+    least = 2
     states = ("per_prompt",)
     per_prompt: list[Tensor]
 

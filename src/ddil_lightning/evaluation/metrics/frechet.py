@@ -5,13 +5,16 @@ FID is biased high for few images: compare numbers only at equal N, features and
 
 from __future__ import annotations
 
-from ddil_lightning.diffusion.gaussians import frechet_distance
+from ddil_lightning.diffusion.gaussians import gaussian_distance, moments
 from ddil_lightning.evaluation.columns import Column
 from ddil_lightning.evaluation.metrics.base import Compared
 
 
 class Frechet(Compared):
-    """The distance between generated and real features. Raises ValueError with fewer than two images on either side."""
+    """The distance between generated and real features, of which mean and covariance will do.
+
+    Raises ValueError with fewer than two images on either side, and for statistics of another number of features.
+    """
 
     columns = (
         Column(
@@ -23,8 +26,10 @@ class Frechet(Compared):
             headline=True,
         ),
     )
-    needs = ("features", "real")
+    needs = ("features", "real_moments")
+    least = 2
 
     def compute(self) -> dict[str, float]:
         """The Fréchet distance between the features of all generated images and of the real ones."""
-        return {"frechet": frechet_distance(*self.pair)}
+        (mean, covariance), mine = self.pair
+        return {"frechet": float(gaussian_distance(mean, covariance, *moments(mine)))}

@@ -20,6 +20,8 @@ class Kid(Compared):
         Column("kid", "KID", "lower", "kernel distance of generated and real features; unbiased, so 0 or less where equal", shown=False),
     )
     needs = ("features", "real")
+    least = 2
+    least_real = 2
 
     def compute(self) -> dict[str, float]:
         """The kernel distance between all generated images and the real ones."""

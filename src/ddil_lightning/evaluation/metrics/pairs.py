@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ddil_lightning.backbones.sampling import to_uint8
 from ddil_lightning.data.folders import Row, list_folder, read_rows
-from ddil_lightning.data.pictures import read_squares, square
+from ddil_lightning.data.pictures import square
+from ddil_lightning.evaluation.galleries import Gallery
 from ddil_lightning.texts import caption_text, file_text, parse_json, place, read_text, shown
 
+T = TypeVar("T")
 COLUMNS = ("file_name", "image"), ("text", "caption", "prompt")
 
 
@@ -46,22 +47,26 @@ def read_pairs(source: str | Path, images: str | Path | None = None) -> list[Pai
     elif source.suffix in (".jsonl", ".csv"):
         rows = read_rows(source, *COLUMNS, pictures or source.parent)
     elif source.suffix == ".json":
-        beside = source.parent.parent / source.stem.rsplit("_", 1)[-1]
-        rows = _coco(source, pictures or (beside if beside.is_dir() else source.parent))
+        rows = [image.rows[0] for image in coco(source, parse_json(read_text(source), str(source)), pictures)]
     else:
         raise ValueError(f"{source}: cannot read {source.suffix or 'this'} files; give a folder, a .jsonl, or COCO's captions_*.json")
     if not rows:
         raise ValueError(f"{source}: no image with a caption was found")
     pairs = [_pair(row) for row in rows]
-    missing = [p.image for p in pairs if not p.image.is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{source}: {len(missing)} of {len(pairs)} images are missing, first {shown(missing[0])}; say where with images="
-        )
+    check_there(source, [pair.image for pair in pairs])
     return pairs
 
 
-def choose(pairs: list[Pair], n: int | None, seed: int) -> list[Pair]:
+def check_there(source: Path, files: Sequence[Path]) -> None:
+    """Raises FileNotFoundError, naming `source` and the first, for picture files that are not there."""
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{source}: {len(missing)} of {len(files)} images are missing, first {shown(missing[0])}; say where with images="
+        )
+
+
+def choose(pairs: list[T], n: int | None, seed: int) -> list[T]:
     """`n` of the pairs, a fixed selection for a seed in the order of the file, or all. Raises ValueError for more than there are."""
     if n is None or n == len(pairs):
         return pairs
@@ -75,18 +80,7 @@ def load_images(paths: Sequence[Path], size: int) -> Tensor:
 
     Raises ValueError for one that cannot be read.
     """
-    return torch.cat(list(image_batches(paths, size)))
-
-
-def image_batches(paths: Sequence[Path], size: int, batch: int = 64) -> Iterator[Tensor]:
-    """The images of `load_images`, `batch` in memory at a time; how many had to be enlarged is logged once, at the end."""
-    enlarged = 0
-    for i in range(0, len(paths), batch):
-        images, small = read_squares(((path, shown(path)) for path in paths[i : i + batch]), size)
-        enlarged += small
-        yield images
-    if enlarged:
-        logging.getLogger(__name__).warning(f"{enlarged} of {len(paths)} images are smaller than {size} pixels and were enlarged")
+    return torch.cat(list(Gallery.of_files(paths).squares(size)))
 
 
 def resize(images: Tensor, size: int | None) -> Tensor:
@@ -109,14 +103,29 @@ def _pair(row: Row) -> Pair:
     return Pair(Path(row.file), caption_text(row.caption))
 
 
-def _coco(path: Path, folder: Path) -> list[Row]:
-    data = parse_json(read_text(path), str(path))
+class CocoImage(NamedTuple):
+    """An image of COCO's captions file: its id, its file, and a row a caption."""
+
+    id: int
+    file: Path
+    rows: list[Row]
+
+
+def coco(path: Path, data: Any, pictures: Path | None = None, by_id: bool = True) -> list[CocoImage]:
+    """The images of COCO's captions file by id, with their captions in the order of the annotations' ids, or else as they stand.
+
+    `pictures`: their folder; by default the split's, beside that of the file. Images without a caption are left out. Raises ValueError for
+    a file that is none.
+    """
+    beside = path.parent.parent / path.stem.rsplit("_", 1)[-1]
+    folder = pictures or (beside if beside.is_dir() else path.parent)
     try:
-        names = {image["id"]: image["file_name"] for image in data["images"]}
-        first: dict[int, Row] = {}
-        for note in sorted(data["annotations"], key=lambda a: a["id"]):
+        names = {image["id"]: folder / image["file_name"] for image in data["images"]}
+        found: dict[int, list[Row]] = {}
+        for note in sorted(data["annotations"], key=lambda a: a["id"]) if by_id else data["annotations"]:
             image = note["image_id"]
-            first.setdefault(image, Row(str(folder / names[image]), note["caption"], f"{path}, annotation {note['id']}"))
-        return [first[i] for i in sorted(first)]
+            row = Row(str(names[image]), note["caption"], f"{path}, annotation {note['id']}")
+            found.setdefault(image, []).append(row)
+        return [CocoImage(i, names[i], found[i]) for i in sorted(found)]
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f'{path}: not a COCO captions file, which has "images" and "annotations" with "caption" ({e!r})') from e

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ddil_lightning.diffusion.gaussians import frechet_distance
+from ddil_lightning.diffusion.gaussians import gaussian_distance, moments
 from ddil_lightning.evaluation.batches import Batch
 from ddil_lightning.evaluation.columns import Column
 from ddil_lightning.evaluation.metrics.base import Metric
@@ -28,18 +28,19 @@ class PatchFrechet(Metric):
         ),
     )
     needs = ("patches",)
-    wants = ("real_patches", "teacher_patches")
+    wants = ("real_patch_moments", "teacher_patch_moments")
+    least = 2
     states = ("patches",)
     patches: list[Tensor]
 
     def update(self, batch: Batch) -> None:
         """Append the features [B * P, D] of the P crops of each image, and hold those that they are compared with."""
         self.patches.append(batch.patches)
-        self.held["real"] = batch.real_patches if batch.has("real_patches") else None
-        self.held["teacher"] = batch.teacher_patches if batch.has("teacher_patches") else None
+        self.held["real"] = batch.real_patch_moments if batch.has("real_patch_moments") else None
+        self.held["teacher"] = batch.teacher_patch_moments if batch.has("teacher_patch_moments") else None
 
     def compute(self) -> dict[str, float | None]:
         """The Fréchet distances between the features of all crops and of either reference's."""
-        mine = self.all("patches")
-        found = {name: None if rows is None else frechet_distance(rows, mine) for name, rows in self.held.items()}
+        mine = moments(self.all("patches"))
+        found = {name: of and float(gaussian_distance(of[0], of[1], *mine)) for name, of in self.held.items()}
         return {"patch_frechet": found["real"], "patch_frechet_teacher": found["teacher"]}

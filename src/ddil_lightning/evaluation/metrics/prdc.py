@@ -103,6 +103,7 @@ class DensityCoverage(Compared):
     )
     needs = ("features", "real")
     k = 5
+    least_real = k + 1
 
     def compute(self) -> dict[str, object]:
         """The four of all generated images with respect to the real ones.

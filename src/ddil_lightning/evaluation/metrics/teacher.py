@@ -23,6 +23,7 @@ class FrechetTeacher(Compared):
         ),
     )
     needs = ("features", "teacher")
+    least = 2
 
     def compute(self) -> dict[str, float]:
         """The Fréchet distance between the features of all generated images and of the teacher's."""

@@ -48,6 +48,7 @@ class Vendi(Metric):
     )
     needs = ("embeddings",)
     over = "probes"
+    least = 2
     states = ("per_prompt",)
     per_prompt: list[Tensor]
 

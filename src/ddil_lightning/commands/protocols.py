@@ -1,0 +1,230 @@
+"""The protocols of ddil-test: a packaged one or a file by name, or one of the user's own data, and what the command line changes of it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ddil_lightning.commands.arguments import path, place
+from ddil_lightning.commands.configs import config_names, find_config, read_config
+from ddil_lightning.errors import Refusal
+
+if TYPE_CHECKING:
+    from ddil_lightning.evaluation.networks import Networks
+    from ddil_lightning.evaluation.protocols import PromptSource, Protocol
+
+BUILTIN = ("shapes", "digits")
+LEAST = "at least 16 prompts, and some hundreds for numbers that mean something"
+
+
+class Plan(NamedTuple):
+    """What is measured by, what of the named protocol the command line changes, and the networks, None for those of built-in data."""
+
+    protocol: Protocol
+    changed: dict[str, Any]
+    networks: Networks | None = None
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of ddil-test that say what is measured by, besides --data, --images, --n and --seed."""
+    known = ", ".join(Path(name).stem for name in config_names() if name.startswith("protocols/"))
+    parser.add_argument("--protocol", type=place, help=f"{known}, or a YAML file of your own: every choice that numbers depend on")
+    parser.add_argument("--reference", type=place, help="other real images: a folder, a data set, or statistics (.safetensors, .npz)")
+    parser.add_argument("--save_reference", type=path, help="write the statistics of the real images (.safetensors, .npz), and no more")
+    parser.add_argument("--image_column", help="the column of images of --data (default: image); none for captions alone")
+    parser.add_argument("--caption_column", help="the column of captions of --data (default: text, caption or prompt)")
+    parser.add_argument("--split", help="the split of a Hugging Face data set (default: train)")
+    parser.add_argument("--skip_unreadable", action="store_true", help="leave out real images that cannot be read; the stamp counts them")
+
+
+def planned(args: argparse.Namespace) -> Plan | None:
+    """The protocol that the arguments ask for, with its files in their places; None for the data that a pipeline names itself.
+
+    Raises Refusal for what does not go together, for files that are not there and for fewer than 16 prompts.
+    """
+    if args.protocol is None and args.data is None:
+        if any((args.reference, args.image_column, args.caption_column, args.split, args.skip_unreadable)):
+            raise Refusal(
+                "--reference, --image_column, --caption_column, --split and --skip_unreadable are of --data or --protocol: give one"
+            )
+        return None
+    plan = _named(args) if args.protocol is not None else Plan(_builtin(args) if args.data in BUILTIN else _own(args), {})
+    if plan.protocol.prompts.source in BUILTIN and (args.reference or args.images or args.skip_unreadable):
+        raise Refusal(f"{plan.protocol.prompts.source} has its own real images: leave --images, --reference and --skip_unreadable out")
+    made, changed, _ = plan
+    if args.reference is not None:
+        made = replace(made, references=replace(made.references, source=args.reference))
+    if args.skip_unreadable:
+        made = replace(made, references=replace(made.references, skip_unreadable=True))
+    return Plan(made, changed, _networks(args, made))
+
+
+def suite_of(args: argparse.Namespace, plan: Plan | None, backbone: Any) -> Any:
+    """The suite of a plan, or of the data that the pipeline names; says once what it leaves out."""
+    from ddil_lightning.evaluation.suite import Suite
+
+    if plan is None:
+        data = backbone.about.get("dataset")
+        if data is None:
+            said = "say --data shapes, --data digits, --data CAPTIONS --images DIR or --protocol NAME"
+            raise Refusal(f"the pipeline {backbone.path} names no data set: {said}")
+        made_of = _builtin(argparse.Namespace(**vars(args) | {"data": data}))
+        plan = Plan(made_of, {}, _networks(args, made_of))
+    suite = Suite.of(plan.protocol, plan.networks, backbone.device, plan.changed).for_pipeline(backbone)
+    if len(suite.prompts) < 16:
+        raise Refusal(f"{suite.name} asks for {len(suite.prompts)} prompts: {LEAST}")
+    suite.measured()  # before anything is drawn
+    for line in notes(suite):
+        print(line, flush=True)
+    return suite
+
+
+def save_reference(args: argparse.Namespace, plan: Plan | None, device: Any) -> int:
+    """Write the statistics of the real images of a plan. Raises Refusal for a plan without, and where a pipeline is to be tested, too."""
+    from ddil_lightning.evaluation.references import check_name, save
+    from ddil_lightning.evaluation.suite import Suite
+
+    if args.run or args.ckpt_path or args.pipeline:
+        raise Refusal(
+            "--save_reference makes statistics of real images alone: leave the pipeline out, and test it by --reference FILE then"
+        )
+    if plan is None or plan.protocol.prompts.source in BUILTIN:
+        raise Refusal("--save_reference is for images of your own: say which, by --protocol NAME or --data CAPTIONS --images DIR")
+    check_name(args.save_reference)
+    suite = Suite.of(plan.protocol, plan.networks, device, plan.changed)
+    save(args.save_reference, suite.given.reference, suite.given)
+    print(f"statistics of {suite.given.reference.images} images: {args.save_reference}")
+    return 0
+
+
+def notes(suite: Any) -> Iterator[str]:
+    """What a suite leaves out for want of real images, a line, and where few images make a number incomparable."""
+    from ddil_lightning.evaluation.given import MOMENTS, REFERRED
+    from ddil_lightning.evaluation.registry import wanted
+
+    given, reference = suite.given, suite.given.reference
+    met, real = given.has(), {need for need, (whose, _) in (REFERRED | MOMENTS).items() if whose == "reference"}
+    lost = [metric for metric in wanted(suite.asked) if (gone := set(metric.needs) - met) and gone <= real]
+    if lost:
+        why = f"{reference.about} hold mean and covariance alone" if reference.gaussians else "there are no real images"
+        yield f"left out: {', '.join(metric.named() for metric in lost)}, for {why}"
+    if {"features", "real_moments"} <= met and (suite.asked is None or "frechet" in suite.asked):
+        few, width = min(len(suite.prompts), reference.images or len(suite.prompts)), len(reference.moments("features")[0])
+        if few <= width:
+            yield (
+                f"{few} images for {width} features: the covariance of a Fréchet distance has not full rank, and the distance is biased "
+                f"upwards; compare it at n = {len(suite.prompts)} alone"
+            )
+
+
+def _networks(args: argparse.Namespace, made: Protocol) -> Networks | None:
+    """The networks of a protocol with those that --network names, before anything is loaded; None for the built-in data's own."""
+    from ddil_lightning.evaluation.material import named
+
+    if made.prompts.source not in BUILTIN:
+        return replace(named(made, args.network), strict=args.strict)
+    if args.network:
+        said = f"{made.prompts.source} has networks of its own, others are for --data CAPTIONS or a protocol of files"
+        raise Refusal(f"--network {' '.join(args.network)}: {said}")
+    return None
+
+
+def _named(args: argparse.Namespace) -> Plan:
+    """A packaged protocol or a file, with what the command line says of its places, its n and its seed."""
+    from ddil_lightning.evaluation.protocols import protocol
+
+    file = find_config(args.protocol if args.protocol.endswith((".yaml", ".yml")) else f"protocols/{args.protocol}")
+    made, changed = protocol(read_config(file), str(file)).differing(args.n, args.seed)
+    made = replace(made, prompts=_columns(args, made.prompts))
+    if made.prompts.source in BUILTIN:
+        if args.data not in (None, made.prompts.source):
+            raise Refusal(f"protocol {made.name} is of {made.prompts.source}, not of {args.data}: leave --data out")
+        return Plan(made, changed)
+    if args.reference is not None:  # first: then the images need not be there
+        changed["reference"] = Path(args.reference).name
+        made = replace(made, references=replace(made.references, source=os.path.abspath(args.reference)))
+    placed = _placed(made, args.data, args.images)
+    if args.data is not None and not Path(args.data).is_dir() and Path(args.data).name != Path(str(made.prompts.source)).name:
+        changed["data"] = Path(args.data).name
+    return Plan(placed, changed)
+
+
+def _placed(made: Protocol, data: str | None, images: str | None) -> Protocol:
+    """The protocol with its files in their places. Raises Refusal, naming them all, where some are not there."""
+    from ddil_lightning.evaluation.protocols import ALL, OWN
+
+    prompts, against = made.prompts, made.references
+    below = Path(data) if data is not None and Path(data).is_dir() else None
+    if data is not None and below is None:
+        prompts = replace(prompts, source=data)
+    if below is not None:
+        sources = prompts.source if isinstance(prompts.source, list) else [prompts.source]
+        found = [str(below / name) for name in sources]
+        prompts = replace(prompts, source=found if isinstance(prompts.source, list) else found[0])
+        inside: dict[str, Any] = {key: str(below / value) for key in ("images", "only") if (value := getattr(prompts, key)) is not None}
+        prompts = replace(prompts, **inside)
+        if against.source not in (None, OWN, ALL) and (below / str(against.source)).exists():  # an absolute one stays
+            against = replace(against, source=str(below / str(against.source)))
+    if images is not None:
+        prompts = replace(prompts, images=images)
+    placed = replace(made, prompts=prompts, references=against)
+    _check_there(made, placed)
+    return placed
+
+
+def _check_there(made: Protocol, placed: Protocol) -> None:
+    """Raises Refusal for a protocol's files that are not there. What looks like a data set of the Hub is left to `datasets`."""
+    from ddil_lightning.evaluation.protocols import ALL, OWN
+
+    sources = placed.prompts.source if isinstance(placed.prompts.source, list) else [placed.prompts.source]
+    gone = [name for name in sources if Path(name).suffix and not Path(name).exists() and not any(c in name for c in "*?[{")]
+    needs_images = placed.references.source in (OWN, ALL) and placed.prompts.images is not None
+    gone += [placed.prompts.only] if placed.prompts.only is not None and not Path(placed.prompts.only).is_file() else []
+    gone += [str(placed.prompts.images)] if needs_images and not Path(str(placed.prompts.images)).is_dir() else []
+    if gone:
+        where = f": they are {made.obtain}" if made.obtain else ""
+        raise Refusal(
+            f"protocol {made.name}: no {', no '.join(gone)}; give --data DIR that holds what the protocol names, or --data FILE and "
+            f"--images DIR{where}"
+        )
+
+
+def _builtin(args: argparse.Namespace) -> Protocol:
+    """The protocol of the built-in data with so many prompts and this seed: that of its name, if nothing differs."""
+    from ddil_lightning.evaluation.protocols import PromptSource, Protocol
+
+    if args.images:
+        raise Refusal(f"--images {args.images} is the folder of a caption file's images: give that file too, by --data FILE")
+    n, seed = 1000 if args.n is None else args.n, args.seed or 0
+    return Protocol(PromptSource(args.data, n=n), seed=seed, name=args.data)
+
+
+def _own(args: argparse.Namespace) -> Protocol:
+    """The protocol of the user's own captions: all of them, or 1000 of more, through the paper's networks. Raises Refusal for under 16."""
+    from ddil_lightning.evaluation.captioned import read_set
+    from ddil_lightning.evaluation.protocols import OWN, PromptSource, Protocol, ReferenceSource
+
+    prompts = _columns(args, PromptSource(args.data, args.images, choice=args.seed or 0))
+    found = read_set(prompts, there=args.reference is None)
+    total, alone = len(found.captions), found.pictures is None
+    n = min(1000, total) if args.n is None else args.n
+    if n < 16:
+        raise Refusal(f"{args.data} holds {total} {'captions' if alone else 'images with captions'}: {LEAST}")
+    if alone and args.images:
+        raise Refusal(f"--images {args.images}: {args.data} names no images: leave one of them out, or name the column by --image_column")
+    networks = {"features": "inception", "clip": "open_clip", "distance": "lpips"}
+    if alone and args.reference is None:
+        networks.pop("features")
+    against = ReferenceSource(None if alone else OWN)
+    return Protocol(replace(prompts, n=n), against, networks=networks, seed=args.seed or 0, name=Path(args.data).stem)
+
+
+def _columns(args: argparse.Namespace, prompts: PromptSource) -> PromptSource:
+    """The prompts with the columns and the split that the command line names."""
+    named = {"image": args.image_column, "caption": args.caption_column, "split": args.split}
+    given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+    return replace(prompts, **given | ({"image": None} if args.image_column == "none" else {}))

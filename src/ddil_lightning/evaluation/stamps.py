@@ -1,0 +1,78 @@
+"""Stamps: what a number must be quoted with as a short digest, and rows that must not be compared because theirs differ."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ddil_lightning.backbones.sampling import to_uint8
+
+LENGTH = 12
+WORDS = ("stamp", "name", "changed", "prompts", "batch", "metrics")
+"""What a protocol says that changes no number: names, places, and how many images are drawn at a time. Of prompts and references their
+contents count (`digests`), wherever they lie."""
+
+
+def short(texts: Sequence[str]) -> str:
+    """A short digest of texts in their order."""
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:LENGTH]
+
+
+def content(images: Tensor) -> str:
+    """The digest of images [N, 3, H, W] as 8-bit files hold them, whatever their order."""
+    each = sorted(hashlib.sha256(x.numpy().tobytes()).hexdigest() for x in to_uint8(images))
+    return hashlib.sha256("".join(each).encode()).hexdigest()
+
+
+def stamp(protocol: Mapping[str, Any]) -> str:
+    """The digest of all in a protocol that a number depends on: rows with equal ones can be compared."""
+    told = {key: value for key, value in protocol.items() if key not in WORDS}
+    if protocol.get("digests", {}).get("reference") and isinstance(protocol.get("reference"), Mapping):
+        told["reference"] = {key: value for key, value in protocol["reference"].items() if key != "source"}
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:LENGTH]
+
+
+def stamped(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """A protocol with its stamp."""
+    return {**protocol, "stamp": stamp(protocol)}
+
+
+def comparable(*rows: Mapping[str, Any]) -> bool:
+    """Whether rows of results were measured by one protocol. Rows of older runs, which have none, are taken to be."""
+    return len(protocols(rows)) <= 1
+
+
+def protocols(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The different protocols that rows were measured by, told apart by their stamps, or whole where they have none as of older runs.
+
+    Rows without a protocol, of runs still older, are passed over.
+    """
+    found: dict[str, Mapping[str, Any]] = {}
+    for protocol in (row.get("protocol") for row in rows):
+        if isinstance(protocol, Mapping):
+            found.setdefault(_key(protocol), protocol)
+    return list(found.values())
+
+
+def called(protocol: Mapping[str, Any]) -> str:
+    """A protocol as a line names it: coco2017_5k (n = 100) 1a2b3c4d5e6f."""
+    changed = protocol.get("changed") or {}
+    parts = [str(protocol.get("name") or "unnamed"), f"({', '.join(f'{k} = {v}' for k, v in changed.items())})" if changed else ""]
+    return " ".join(filter(None, [*parts, protocol.get("stamp", "")]))
+
+
+def note(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for a table whose rows must not all be compared, naming their protocols; empty where they can be."""
+    found = protocols(rows)
+    names = ", ".join(map(called, found))
+    return f"The rows were measured by {len(found)} protocols: compare only rows of the same. They are {names}." if len(found) > 1 else ""
+
+
+def _key(protocol: Mapping[str, Any]) -> str:
+    """The stamp; without one all that the protocol says, but for how many images were drawn at a time."""
+    told = {key: value for key, value in protocol.items() if key != "batch"}
+    return str(protocol.get("stamp") or json.dumps(told, sort_keys=True, default=str))

@@ -1,0 +1,121 @@
+"""ddil-test by a protocol: packaged or of one's own, with data, overrides and statistics from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ddil_lightning.commands import main
+from ddil_lightning.evaluation import networks
+from ddil_lightning.evaluation.networks import Named
+
+MINE = """
+prompts: {source: captions.jsonl, images: pictures}
+networks: {features: inception, clip: open_clip}
+resize: torch-fidelity
+size: 16
+probes: {prompts: 2, seeds: 3}
+metrics: [frechet, kid, clip]
+"""
+
+
+def colours(images: Tensor) -> Tensor:
+    return torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
+
+
+def cosines(images: Tensor, prompts: Any) -> Tensor:
+    return images.mean((1, 2, 3)).clamp(-1, 1)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Twenty captioned pictures in `set`, a protocol of them, and small networks by the names of large ones."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set" / "pictures").mkdir(parents=True)
+    rows = [{"file_name": f"{i}.png", "text": f"a handwritten {'two' if i % 2 else 'one'}"} for i in range(20)]
+    for i in range(20):
+        Image.new("RGB", (18, 16), (12 * i, 5 * i, 0)).save(tmp_path / "set" / "pictures" / f"{i}.png")
+    (tmp_path / "set" / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "mine.yaml").write_text(MINE)
+    made = {"inception": Named("colours", colours, "small"), "open_clip": Named("brightness", cosines)}
+    for name, net in made.items():
+        entry = networks.NETWORKS[name]
+        monkeypatch.setitem(networks.NETWORKS, name, entry._replace(make=lambda path, device, net=net: net))
+    return tmp_path
+
+
+def call(capsys: Any, *words: Any) -> tuple[int, str, str]:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main.run(main.command("test"), "ddil-test", [str(word) for word in words])
+    return (stop.value.code, *capsys.readouterr())
+
+
+def refused(capsys: Any, *words: Any) -> str:
+    code, _, err = call(capsys, *words)
+    assert code == 2 and err.count("\n") == 1, err
+    return err
+
+
+def scored(capsys: Any, *words: Any) -> tuple[dict[str, Any], str]:
+    code, out, err = call(capsys, *words)
+    assert code == 0, err
+    return json.loads(Path("metrics.json").read_text())["rows"][0], out
+
+
+def test_a_protocol_of_one_s_own(tiny: Path, here: Path, capsys: Any) -> None:
+    """Its stamp is in the row, with what the command line changes; statistics that were written give the same numbers and stamp."""
+    words = ["--pipeline", tiny, "--steps", 1, "--protocol", "mine.yaml", "--data", "set"]
+    row, _ = scored(capsys, *words)
+    assert row["n"] == 20 and row["protocol"]["name"] == "mine" and "changed" not in row["protocol"]
+    assert row["metrics"]["density"] is None and row["metrics"]["frechet"] > 0 and row["protocol"]["resize"].endswith("small")
+    few, _ = scored(capsys, *words, "--n", 16, "--seed", 3)
+    assert few["protocol"]["changed"] == {"n": 16, "seed": 3} and few["protocol"]["stamp"] != row["protocol"]["stamp"]
+    code, out, _ = call(capsys, "--protocol", "mine.yaml", "--data", "set", "--save_reference", "real.safetensors")
+    assert code == 0 and out == "statistics of 20 images: real.safetensors\n"
+    again, _ = scored(capsys, *words[:-1], "set/captions.jsonl", "--images", "nowhere", "--reference", "real.safetensors")
+    assert again["metrics"] == row["metrics"] and again["protocol"]["stamp"] == row["protocol"]["stamp"]
+    assert again["protocol"]["changed"] == {"reference": "real.safetensors"}
+    call(capsys, "--protocol", "mine.yaml", "--data", "set", "--save_reference", "real.npz")
+    less, out = scored(capsys, *words, "--reference", "real.npz")
+    assert out.count("left out: kid, for the images of these prompts hold mean and covariance alone") == 1
+    assert less["metrics"]["frechet"] == pytest.approx(row["metrics"]["frechet"], rel=1e-9) and less["metrics"]["kid"] is None
+
+
+def test_prompts_alone(tiny: Path, here: Path, capsys: Any) -> None:
+    (here / "few.txt").write_text("a handwritten one\n" * 17)
+    networks = ["--pipeline", tiny, "--steps", 1, "--data", "few.txt"]
+    (here / "p.yaml").write_text(MINE.replace("captions.jsonl, images: pictures", "few.txt") + "references: {source: null}\n")
+    row, out = scored(capsys, *networks[:-2], "--protocol", "p.yaml")
+    assert out.count("left out: frechet, kid, for there are no real images") == 1
+    assert row["n"] == 17 and row["metrics"]["clip"] is not None and row["metrics"]["frechet"] is row["metrics"]["kid"] is None
+    assert "--images set: few.txt names no images" in refused(capsys, *networks, "--images", "set")
+    (here / "few.txt").write_text("a handwritten one\n" * 3)
+    assert "few.txt holds 3 captions: at least 16 prompts" in refused(capsys, *networks)
+
+
+def test_data_that_are_not_there(tiny: Path, here: Path, capsys: Any) -> None:
+    words = ["--pipeline", tiny, "--steps", 1, "--protocol"]
+    said = refused(capsys, *words, "coco2017_5k")
+    assert "protocol coco2017_5k: no annotations/captions_val2017.json, no val2017; give --data DIR" in said and "cocodataset.org" in said
+    assert "protocol hpsv2: no set/benchmark/anime.json" in refused(capsys, *words, "hpsv2", "--data", "set")
+    assert "did you mean protocols/shapes.yaml" in refused(capsys, *words, "shape")
+    assert "protocol shapes is of shapes, not of set: leave --data out" in refused(capsys, *words, "shapes", "--data", "set")
+    (here / "wrong.yaml").write_text("prompts: {source: a}\nsed: 1\n")
+    assert "wrong.yaml: unknown key sed: did you mean seed?" in refused(capsys, *words, "wrong.yaml")
+    assert "leave the pipeline out" in refused(capsys, *words, "mine.yaml", "--data", "set", "--save_reference", "x.npz")
+    (here / "set" / "pictures" / "7.png").write_text("no picture")
+    assert "pictures/7.png: not a readable image" in refused(capsys, *words, "mine.yaml", "--data", "set")
+    row, _ = scored(capsys, *words, "mine.yaml", "--data", "set", "--skip_unreadable")
+    assert row["protocol"]["reference"]["unreadable"] == 1 and row["protocol"]["reference"]["images"] == 19
+
+
+def test_a_packaged_protocol_is_its_built_in_data(tiny: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--pipeline", tiny, "--steps", 1, "--n", 16]
+    assert "shapes are pictures of 32 pixels" in refused(capsys, *words, "--protocol", "shapes")
