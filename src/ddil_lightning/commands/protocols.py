@@ -85,6 +85,7 @@ def suite_of(args: argparse.Namespace, plan: Plan | None, backbone: Any) -> Any:
 
 def save_reference(args: argparse.Namespace, plan: Plan | None, device: Any) -> int:
     """Write the statistics of the real images of a plan. Raises Refusal for a plan without, and where a pipeline is to be tested, too."""
+    from ddil_lightning.evaluation.networks import Networks
     from ddil_lightning.evaluation.references import check_name, save
     from ddil_lightning.evaluation.suite import Suite
 
@@ -92,10 +93,12 @@ def save_reference(args: argparse.Namespace, plan: Plan | None, device: Any) -> 
         raise Refusal(
             "--save_reference makes statistics of real images alone: leave the pipeline out, and test it by --reference FILE then"
         )
-    if plan is None or plan.protocol.prompts.source in BUILTIN:
+    if plan is None or plan.networks is None:
         raise Refusal("--save_reference is for images of your own: say which, by --protocol NAME or --data CAPTIONS --images DIR")
     check_name(args.save_reference)
-    suite = Suite.of(plan.protocol, plan.networks, device, plan.changed)
+    # A file without what a missing network would have seen is a trap, and the others see no real images.
+    networks = Networks(plan.networks.features, embed=plan.networks.embed, strict=True)
+    suite = Suite.of(plan.protocol, networks, device, plan.changed)
     save(args.save_reference, suite.given.reference, suite.given)
     print(f"statistics of {suite.given.reference.images} images: {args.save_reference}")
     return 0
