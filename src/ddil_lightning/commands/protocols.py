@@ -16,6 +16,7 @@ from ddil_lightning.errors import Refusal
 if TYPE_CHECKING:
     from ddil_lightning.evaluation.networks import Networks
     from ddil_lightning.evaluation.protocols import PromptSource, Protocol
+    from ddil_lightning.processes import Processes
 
 BUILTIN = ("shapes", "digits")
 LEAST = "at least 16 prompts, and some hundreds for numbers that mean something"
@@ -63,10 +64,8 @@ def planned(args: argparse.Namespace) -> Plan | None:
     return Plan(made, changed, _networks(args, made))
 
 
-def suite_of(args: argparse.Namespace, plan: Plan | None, backbone: Any) -> Any:
+def suite_of(args: argparse.Namespace, plan: Plan | None, backbone: Any, processes: Processes) -> Any:
     """The suite of a plan, or of the data that the pipeline names; says once what it leaves out."""
-    from ddil_lightning.evaluation.suite import Suite
-
     if plan is None:
         data = backbone.about.get("dataset")
         if data is None:
@@ -74,11 +73,24 @@ def suite_of(args: argparse.Namespace, plan: Plan | None, backbone: Any) -> Any:
             raise Refusal(f"the pipeline {backbone.path} names no data set: {said}")
         made_of = _builtin(argparse.Namespace(**vars(args) | {"data": data}))
         plan = Plan(made_of, {}, _networks(args, made_of))
-    suite = Suite.of(plan.protocol, plan.networks, backbone.device, plan.changed).for_pipeline(backbone)
-    if len(suite.prompts) < 16:
-        raise Refusal(f"{suite.name} asks for {len(suite.prompts)} prompts: {LEAST}")
-    suite.measured()  # before anything is drawn
-    for line in notes(suite):
+    return _shared(plan, backbone, processes)
+
+
+def _shared(plan: Plan, backbone: Any, processes: Processes) -> Any:
+    """The suite of a plan in every process: the first looks at the real images, and the others find its statistics in the cache."""
+    from ddil_lightning.evaluation.suite import Suite
+
+    def made() -> Any:
+        suite = Suite.of(plan.protocol, plan.networks, backbone.device, plan.changed).for_pipeline(backbone)
+        if len(suite.prompts) < 16:
+            raise Refusal(f"{suite.name} asks for {len(suite.prompts)} prompts: {LEAST}")
+        suite.measured()  # before anything is drawn
+        return suite
+
+    first: list[Any] = []
+    processes.by_first(lambda: first.append(made()))
+    suite = first[0] if first else made()
+    for line in notes(suite) if processes.first else ():
         print(line, flush=True)
     return suite
 
