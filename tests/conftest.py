@@ -25,7 +25,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell starts its back
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-PAIRED = ("test_sharding", "test_processes", "test_lockstep", "test_metrics", "test_cachefolder", "test_several_sizes")
+PAIRED = ("test_sharding", "test_processes", "test_lockstep", "test_metrics", "test_cachefolder", "test_several_sizes", "test_generation")
 """Files that use `pair`. They are one to those who share out the files, so that its two interpreters import everything once."""
 LONG = (
     *PAIRED, "test_resume", "test_fuzz", "test_methods", "test_tail", "test_benchmarks", "test_configs", "test_bad_data",

@@ -59,6 +59,22 @@ class Processes:
             raise failure or Elsewhere("another process has failed")
         return result
 
+    def alike(self, job: Callable[[], T]) -> T:
+        """The result of `job`, of which every process does its share. What goes wrong in several is told by the first of these alone."""
+        failure: Exception | None = None
+        result: Any = None
+        try:
+            result = job()
+        except Exception as error:
+            failure = error
+        told = self.gathered(None if failure is None else str(failure) or type(failure).__name__)
+        first = next((rank for rank, text in enumerate(told) if text is not None), None)
+        if first is None:
+            return result
+        if first == self.rank and failure is not None:
+            raise failure
+        raise Elsewhere(told[first] or "another process has failed")
+
     def gathered(self, mine: T) -> list[T]:
         """What every process gives, in their order, in all of them."""
         every: list[Any] = [mine]
@@ -68,6 +84,16 @@ class Processes:
             every = every * self.world
             distributed.all_gather_object(every, mine)
         return every
+
+    def collected(self, mine: T) -> list[T]:
+        """What every process gives, in their order, in the first of them; in the others nothing."""
+        if self._strategy is None:
+            return [mine]
+        from torch import distributed
+
+        every: list[Any] | None = [None] * self.world if self.first else None
+        distributed.gather_object(mine, every, dst=0)
+        return every or []
 
     def wait(self) -> None:
         """Wait until every process of the run has come here."""

@@ -23,7 +23,7 @@ from ddil_lightning.miniature import digits
 from ddil_lightning.runs import export
 from suite import METHODS, Entry, build
 
-ROW = {"name", "steps", "guidance", "n", "nfe", "seconds_per_image", "metrics", "protocol"}
+ROW = {"name", "steps", "guidance", "n", "nfe", "seconds_per_image", "metrics", "protocol", "generation"}
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +76,14 @@ def test_a_run_and_its_checkpoint_score_alike(finished: Path, here: Path, judged
         assert [(row["name"], row["steps"], row["nfe"]) for row in rows] == [("student@4", 4, 4), ("student@2", 2, 2), ("student@1", 1, 1)]
         assert {row["guidance"] for row in rows} == {2.0}
     assert [row["metrics"]["all_right"] for row in from_run] == [row["metrics"]["all_right"] for row in from_checkpoint]
+    words = ("--ckpt_path", "r/checkpoints/updates=12.ckpt", "--steps", 2, "--keep_images", "kept")
+    for drawn in ("16 images, ", "16 images, 0 of them drawn now"):
+        code, shown, err = call(capsys, main.command("test"), *words, "--n", 16)
+        assert code == 0 and f"student@2: {drawn}" in shown, err
+        (row,) = json.loads(Path("r/metrics.json").read_text())["rows"]
+        assert (row["metrics"], row["nfe"]) == (from_checkpoint[1]["metrics"], 2) and len(
+            list(Path("kept/student@2/prompts").iterdir())
+        ) == 17
 
 
 def test_any_pipeline_with_steps_and_guidance(tiny: Path, judged: None, capsys: Any) -> None:

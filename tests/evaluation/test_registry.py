@@ -216,7 +216,8 @@ def test_what_metrics_share_is_computed_once_and_what_none_needs_not_at_all() ->
     expected = {"features": 2 + 2, "embed": 2 + 1, "text": 2, "verdict": 2, "modes": 1}  # with the crops, with the probes
     assert {k: count.count(k) for k in expected} == expected
     count.clear()
-    batch = next(full(count)._draw(noise, "prompts"))
+    made = full(count)
+    batch = next(made.batches(noise, made.passes()[0]))
     assert batch.prompts == ["0", "1", "2", "3", "4", "5"] and count == []
 
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ddil_lightning.evaluation.drawing import Timed
 from ddil_lightning.evaluation.given import Given, Judge, Reference
 from ddil_lightning.evaluation.metrics.pairs import choose, load_images, read_pairs, resize
 from ddil_lightning.evaluation.metrics.prdc import expected_coverage
 from ddil_lightning.evaluation.networks import Networks, lpips_distance
 from ddil_lightning.evaluation.registry import ROW, columns, keys
-from ddil_lightning.evaluation.suite import Probes, Suite, Timed, make_row, paired_distance
+from ddil_lightning.evaluation.suite import Probes, Suite, make_row, paired_distance
 from ddil_lightning.evaluation.table import protocols, table, write_rows
 from ddil_lightning.evaluation.views import Crops
 
@@ -149,10 +150,16 @@ def test_score_needs_no_gradients_and_leaves_none():
 
 
 def test_timed():
+    """An image's time is that of calls whose size has been seen: of 128, 128, 44 and 30 images, of the second alone."""
     timed = Timed(sampler())
     assert timed.seconds_per_image is None
+    timed(["level 1"] * 3, 0)
+    assert timed.seconds_per_image == timed.cost.seconds / 3 > 0  # where there is no other, of that one
+    timed = Timed(sampler())
     suite().score(timed)
-    assert timed.images == 330 and timed.seconds_per_image == timed.seconds / 330 > 0
+    cost = timed.cost
+    assert (timed.images, cost.warm_images) == (330, 128) and 0 < cost.warm_seconds < cost.seconds
+    assert timed.seconds_per_image == cost.warm_seconds / 128
 
 
 # the user's own data
@@ -323,7 +330,6 @@ def test_a_row_says_what_it_was_measured_by(folder):
             "modes": None,
         },
         "seeds": {"first": 0, "probes": 2, "per_probe": 3},
-        "batch": 16,
     }
     assert json.loads(json.dumps(s.protocol)) == s.protocol
     assert Suite.from_folder(folder, n=5, seed=2, networks=Networks()).protocol["prompts"] == f"{folder}, 5 of 12 chosen by seed 2"

@@ -53,6 +53,15 @@ def test_step_cost(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.Captu
     assert goal["value"] == rows["Lightning step"]["ratio"] and goal["met"] is (goal["value"] <= goal["limit"])
 
 
+def test_generation(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The images of ddil-test, kept or not, are those of the pipeline, called plainly."""
+    report = run(script("generation"), tiny, tmp_path, capsys, "--threads", "1", "--cpu_time")
+    plain, ours, kept = report["rows"]
+    assert (plain["speed"], plain["different"], ours["different"], kept["different"]) == (1, 0, 0, 0) and 0.5 < ours["speed"] < 2
+    speed, same = report["targets"]
+    assert speed["value"] == ours["speed"] and same["met"] is True
+
+
 @pytest.mark.slow
 def test_dmd2_cost(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The published sequence in closed form for k = 5: 2.5 k student, k + 1 critic and 2 teacher forwards, 2 k + 1 encoder passes."""

@@ -31,7 +31,8 @@ from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.evaluation import registry
-from ddil_lightning.evaluation.suite import Suite, Timed, make_row
+from ddil_lightning.evaluation.drawing import Timed
+from ddil_lightning.evaluation.suite import Suite, make_row
 from ddil_lightning.evaluation.table import results_table
 from ddil_lightning.runs.export import export, verify
 from toys import WORDS

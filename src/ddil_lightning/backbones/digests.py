@@ -19,9 +19,7 @@ def fingerprints(pipe: Any, network: str) -> dict[str, str]:
     for name, part in sorted(pipe.components.items()):
         digest = hashlib.sha256()
         if isinstance(part, nn.Module) and name != network:
-            for key, value in sorted(part.state_dict().items()):
-                data = value.detach().cpu().flatten().contiguous().view(torch.uint8)
-                digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode() + memoryview(data.numpy()))
+            _read(digest, part)
         elif hasattr(part, "get_vocab"):
             digest.update(json.dumps([part.model_max_length, sorted(part.get_vocab().items())]).encode())
         else:
@@ -35,3 +33,22 @@ def fingerprints(pipe: Any, network: str) -> dict[str, str]:
 def digest(pipe: Any, network: str) -> str:
     """One digest of all `fingerprints`."""
     return hashlib.sha256(json.dumps(fingerprints(pipe, network), sort_keys=True).encode()).hexdigest()
+
+
+def weights(module: nn.Module) -> str:
+    """A digest of a module's weights in the precision that they have."""
+    digest = hashlib.sha256()
+    _read(digest, module)
+    return digest.hexdigest()
+
+
+def settings(part: Any) -> str:
+    """A digest of the configuration of a part of diffusers, such as a scheduler, but for where it was read from."""
+    said = {key: value for key, value in part.config.items() if not key.startswith("_")}
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _read(digest: Any, module: nn.Module) -> None:
+    for key, value in sorted(module.state_dict().items()):
+        data = value.detach().cpu().flatten().contiguous().view(torch.uint8)
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode() + memoryview(data.numpy()))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +14,17 @@ from lightning.pytorch.cli import LightningArgumentParser
 from ddil_lightning import plugins
 from ddil_lightning.backbones.interface import Backbone
 from ddil_lightning.backbones.pipeline import Pipeline
-from ddil_lightning.commands.arguments import device
 from ddil_lightning.commands.assembly import Assembly
 from ddil_lightning.commands.checks import say_data
+from ddil_lightning.commands.launched import together
 from ddil_lightning.data.encoded import Encoded
 from ddil_lightning.data.preparation import check_sizes, own_captions, sort_by_size
 from ddil_lightning.data.writer import Keeping, Writer
 from ddil_lightning.errors import Refusal
 from ddil_lightning.files import check_writable
 from ddil_lightning.messages import plain, quiet
-from ddil_lightning.processes import Processes
 from ddil_lightning.signals import Stopped
 from ddil_lightning.training.options import Memory
-
-PATIENCE = timedelta(days=7)
-"""How long a process waits for the others, each of which has files of its own to write."""
 
 
 class CacheCLI(Assembly):
@@ -104,16 +98,3 @@ def cache(words: Sequence[str]) -> int:
         made = f"{about['rows']} rows, {about['captions']} captions, {size:.1f} MiB, {time.monotonic() - begun:.0f} s"
         print(f"{made}: {folder}; train on it by data.cache={folder}")
     return 0
-
-
-def together() -> tuple[Processes, Any]:
-    """The processes that a launcher such as torchrun has started, and the device of this one; or this one alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Processes(), device()
-    from lightning.fabric import Fabric
-    from lightning.fabric.strategies import DDPStrategy
-
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-    fabric = Fabric(devices=here, num_nodes=int(os.environ["WORLD_SIZE"]) // here, strategy=DDPStrategy(timeout=PATIENCE))
-    fabric.launch()
-    return Processes(fabric), fabric.device

@@ -5,25 +5,18 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ddil_lightning.commands.arguments import (
-    SCALE,
-    SEED,
-    STEPS,
-    Parser,
-    advising,
-    baked,
-    check_steps,
-    device,
-    guidance_scale,
-    number,
-    path,
-    place,
-)
+from ddil_lightning.commands import generating
+from ddil_lightning.commands.arguments import SCALE, SEED, STEPS, Parser, advising, baked, check_steps, guidance_scale, number, path, place
+from ddil_lightning.commands.launched import together
 from ddil_lightning.errors import Refusal
 from ddil_lightning.files import check_writable
+from ddil_lightning.messages import quiet
 from ddil_lightning.runs.checkpoint import config_of
+
+if TYPE_CHECKING:
+    from ddil_lightning.evaluation.generation import Generation
 
 
 def test(argv: list[str]) -> int:
@@ -51,11 +44,13 @@ def test(argv: list[str]) -> int:
     )
     parser.add_argument("--strict", action="store_true", help="refuse a network that cannot be had, instead of leaving its metrics out")
     parser.add_argument("--out", type=path, help="the JSON file (default: metrics.json in the run folder, else here)")
+    generating.add_options(parser)
     args = parser.parse_args(argv)
     if sum(x is not None for x in (args.run, args.ckpt_path, args.pipeline)) != 1:
         raise Refusal("give one of: a run folder, --ckpt_path FILE, --pipeline DIR")
     if args.images and args.data in (None, "shapes", "digits"):
         raise Refusal(f"--images {args.images} is the folder of a caption file's images: give that file too, by --data FILE")
+    generating.check_options(args)
     home = Path(args.run) if args.run else config_of(args.ckpt_path).parent if args.ckpt_path else Path.cwd()
     out = args.out or home / "metrics.json"
     check_writable(out)
@@ -64,7 +59,13 @@ def test(argv: list[str]) -> int:
     from ddil_lightning.evaluation.table import table, write_rows
 
     args.networks = replace(read_networks(args.network), strict=args.strict)  # before a pipeline is loaded
-    rows = _checkpoint_rows(args) if args.ckpt_path else _pipeline_rows(args)
+    quiet()
+    processes, where = together()
+    how = generating.generation(args, processes)
+    with generating.resumable(args):
+        rows = (_checkpoint_rows if args.ckpt_path else _pipeline_rows)(args, how, where)
+    if not processes.first:
+        return 0
     print(table(rows), end="", flush=True)  # first: what cannot be written can still be read
     write_rows(out, {"rows": rows, "n": args.n, "seed": args.seed})  # type: ignore[arg-type]
     print(f"written to {out}")
@@ -85,7 +86,7 @@ def _count(args: argparse.Namespace) -> int:
     return n
 
 
-def _pipeline_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+def _pipeline_rows(args: argparse.Namespace, how: Generation, where: Any) -> list[dict[str, Any]]:
     from ddil_lightning.backbones import sampling
     from ddil_lightning.backbones.pipeline import Pipeline
     from ddil_lightning.evaluation.rows import pipeline_row
@@ -95,7 +96,8 @@ def _pipeline_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise Refusal(f"no pipeline can hold the student of {args.run}, so there is none to test: its rows are in summary.json")
     if args.run and not (Path(args.run) / "pipeline").is_dir():
         raise Refusal(f"{args.run} holds no exported pipeline (pipeline/): give a finished run, or --ckpt_path for one that is not")
-    backbone = Pipeline(str(Path(args.run) / "pipeline") if args.run else args.pipeline).to(device())
+    kind = generating.precision(args)
+    backbone = Pipeline(str(Path(args.run) / "pipeline") if args.run else args.pipeline, **kind).to(where)
     suite = _suite(args, backbone)
     _check_prompts(args, suite, backbone)
     stages = stage_pipelines(Path(args.run)) if args.run else {}
@@ -107,8 +109,8 @@ def _pipeline_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     for dpm in solvers if own_counts else ():  # some schedulers fail in few steps only, which would be after all the others
         sampling.pipeline_latents(backbone.with_solver(dpm), suite.prompts[:1], min(own_counts), g)
     for n in counts:
-        tested = Pipeline(str(stages[n])).to(device()) if n in stages else backbone
-        rows += [pipeline_row(suite, tested, n, g, dpm) for dpm in _solvers(args, tested)]
+        tested = Pipeline(str(stages[n]), **kind).to(where) if n in stages else backbone
+        rows += [pipeline_row(suite, tested, n, g, dpm, how) for dpm in _solvers(args, tested)]
     return rows
 
 
@@ -117,11 +119,11 @@ def _solvers(args: argparse.Namespace, backbone: Any) -> list[bool]:
     return [False, True] if args.dpm and backbone.steps_by_ddim else [False]
 
 
-def _checkpoint_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+def _checkpoint_rows(args: argparse.Namespace, how: Generation, where: Any) -> list[dict[str, Any]]:
     from ddil_lightning.commands.restore import restore
     from ddil_lightning.evaluation.rows import student_rows
 
-    method = restore(args.ckpt_path).to(device())
+    method = restore(args.ckpt_path).to(where)
     suite = _suite(args, method.backbone)
     _check_prompts(args, suite, method.backbone)
     deployment = method.deployment
@@ -129,7 +131,7 @@ def _checkpoint_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise Refusal(baked(args.ckpt_path, deployment.quoted))
     g = deployment.quoted if args.guidance is None else args.guidance
     samplers = {n: deployment.sampler(n) for n in args.steps or deployment.steps}
-    return student_rows(suite, method.backbone, samplers, g, args.dpm)
+    return student_rows(suite, method.backbone, samplers, g, args.dpm, how)
 
 
 def _suite(args: argparse.Namespace, backbone: Any) -> Any:
@@ -139,10 +141,11 @@ def _suite(args: argparse.Namespace, backbone: Any) -> Any:
     if data is None:
         raise Refusal(f"the pipeline {backbone.path} names no data set: say --data shapes, --data digits or --data CAPTIONS --images DIR")
     if data not in ("shapes", "digits"):
-        return Suite.from_folder(data, args.images, n=args.n, seed=args.seed, device=backbone.device, networks=args.networks)
+        made = Suite.from_folder(data, args.images, n=args.n, seed=args.seed, device=backbone.device, networks=args.networks)
+        return generating.several(args, made)
     if args.network:
         raise Refusal(f"--network {' '.join(args.network)}: {data} has networks of its own, others are for --data CAPTIONS")
-    return Suite.builtin(data, n=args.n, seed=args.seed).for_pipeline(backbone)
+    return generating.several(args, Suite.builtin(data, n=args.n, seed=args.seed).for_pipeline(backbone))
 
 
 def _check_prompts(args: argparse.Namespace, suite: Any, backbone: Any) -> None:

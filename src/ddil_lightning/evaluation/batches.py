@@ -13,17 +13,18 @@ from ddil_lightning.evaluation.given import NEEDS, PREFERRED, REFERRED, SPACES, 
 from ddil_lightning.evaluation.networks import Distance, cosine
 
 
-def as_saved(images: Tensor) -> Tensor:
+def as_saved(images: Tensor, where: Callable[[int], str] | None = None) -> Tensor:
     """Images [B, 3, H, W] as an 8-bit file would hold them: clamped to [-1, 1], rounded to 256 levels, on the CPU, float32.
 
     Public FID numbers are of saved files, and a sampler without a threshold overshoots [-1, 1] a little; both ends are settled here.
-    Raises ValueError for integers, another shape, or values that are not finite.
+    Raises ValueError for integers, another shape, or values that are not finite; `where` says in words which an image is.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(f"images: {images.dtype} {tuple(images.shape)}; pass floats [N, 3, H, W] in [-1, 1]")
     if not torch.isfinite(images).all():
-        bad = (~torch.isfinite(images).flatten(1).all(1)).sum()
-        raise ValueError(f"images: {bad} of {len(images)} hold NaN or infinity; the sampler diverged, nothing can be scored")
+        bad = (~torch.isfinite(images).flatten(1).all(1)).nonzero().flatten().tolist()
+        named = f", the first that of {where(bad[0])}" if where else ""
+        raise ValueError(f"images: {len(bad)} of {len(images)} hold NaN or infinity{named}; the sampler diverged, nothing can be scored")
     return to_uint8(images).float() / 127.5 - 1
 
 

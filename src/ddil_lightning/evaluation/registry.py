@@ -43,7 +43,7 @@ METRICS = (
 PASSES = ("prompts", "probes")
 """The images that a metric can be over: one of every held-out prompt, or several of a few."""
 
-ROW = ("name", "steps", "guidance", "n", "nfe", "seconds_per_image", "metrics", "protocol")
+ROW = ("name", "steps", "guidance", "n", "nfe", "seconds_per_image", "metrics", "protocol", "generation")
 """What a row of results holds beside its metrics, so no metric can be called it."""
 
 _added: dict[str, type[Metric]] = {}

@@ -10,31 +10,43 @@ import torch
 from torch import Tensor
 
 from ddil_lightning.backbones import sampling
+from ddil_lightning.backbones.digests import settings, weights
 from ddil_lightning.backbones.interface import Backbone
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.policy import Multistep, Policy
 from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import ddim
-from ddil_lightning.evaluation.suite import Suite, Timed, make_row
+from ddil_lightning.evaluation.generation import Generation, Source
+from ddil_lightning.evaluation.suite import Suite, make_row
 from ddil_lightning.records import END
 
 if TYPE_CHECKING:
     from ddil_lightning.training.method import Distillation
 
+ALONE = Generation()
+"""One process, whose images are not kept."""
 
-def policy_row(suite: Suite, backbone: Backbone, name: str, policy: Policy, grid: Grid, g: float) -> dict[str, Any]:
+
+def policy_row(
+    suite: Suite, backbone: Backbone, name: str, policy: Policy, grid: Grid, g: float, how: Generation = ALONE
+) -> dict[str, Any]:
     """The row of a sampler of this library at guidance `g`; its network evaluations (NFE) are counted, not assumed."""
     denoiser = next(m for m in policy.modules() if isinstance(m, Denoiser))
 
     def sample(prompts: list[str], seed: int) -> Tensor:
-        return sampling.images(backbone, policy, grid, prompts, g, seed)
+        return sampling.images(backbone, policy, grid, prompts, g, seed, how.batch)
 
-    before = denoiser.evaluations
-    timed = Timed(sample)
-    metrics = suite.score(timed)
-    nfe = round((denoiser.evaluations - before) / timed.images)
-    return make_row(name, len(grid), g, nfe, timed.seconds_per_image, metrics, suite.protocol)
+    def about() -> dict[str, Any]:
+        step = {"transition": f"{type(policy.transition).__name__} {vars(policy.transition)}", "solver": type(policy).__name__}
+        between = {"substeps": policy.substeps, "fine": policy.fine and policy.fine.times.tolist()}
+        made = step | between | {"nodes": grid.times.tolist(), "guidance": g, "predicts": str(denoiser.predicts)}
+        return {"name": name, "network": weights(denoiser.network), "encoders": backbone.encoders(), **made}
+
+    source = Source(name, sample, lambda: denoiser.evaluations, about, sampling.batch(backbone.latent_shape))
+    metrics, cost = how.measured(suite, source)
+    said = how.said(suite, source, denoiser.network)
+    return make_row(name, len(grid), g, cost.nfe, cost.seconds_per_image, metrics, suite.protocol, said)
 
 
 def method_rows(
@@ -63,14 +75,14 @@ def method_rows(
 
 
 def student_rows(
-    suite: Suite, backbone: Backbone, samplers: Mapping[int, tuple[Policy, Grid]], g: float, dpm: bool = False
+    suite: Suite, backbone: Backbone, samplers: Mapping[int, tuple[Policy, Grid]], g: float, dpm: bool = False, how: Generation = ALONE
 ) -> list[dict[str, Any]]:
     """student@N rows of samplers by step count; with `dpm`, another of each that steps by DDIM."""
     rows = []
     for n, (policy, grid) in samplers.items():
-        rows.append(policy_row(suite, backbone, f"student@{n}", policy, grid, g))
+        rows.append(policy_row(suite, backbone, f"student@{n}", policy, grid, g, how))
         if dpm and policy.transition == ddim:
-            rows.append(policy_row(suite, backbone, f"student@{n} dpm++", Multistep(policy.denoiser), grid, g))
+            rows.append(policy_row(suite, backbone, f"student@{n} dpm++", Multistep(policy.denoiser), grid, g, how))
     return rows
 
 
@@ -80,17 +92,32 @@ def folder_sampler(folder: Path, device: torch.device) -> tuple[Policy, Grid]:
     return Policy(Denoiser(backbone.network(), backbone.schedule, backbone.predicts), ddim), Grid([*backbone.about["timesteps"], END])
 
 
-def pipeline_row(suite: Suite, backbone: Pipeline, steps: int, guidance_scale: float, dpm: bool = False) -> dict[str, Any]:
-    """The row of a diffusers pipeline, called as its users call it, with its own scheduler or (`dpm`) DPM-Solver++ 2M made from it."""
+def pipeline_source(
+    backbone: Pipeline, steps: int, guidance_scale: float, dpm: bool = False, batch: int | None = None, calls: Sequence[int] = (0,)
+) -> Source:
+    """A diffusers pipeline as a row's sampler, `batch` images at a time: called as its users call it, with its own scheduler or (`dpm`)
+    DPM-Solver++ 2M made from it. `calls`: where its evaluations are counted (`Pipeline.counting`)."""
     solved = backbone.with_solver(dpm)
+    name = f"{'student' if 'method' in backbone.about else 'teacher'}@{steps}{' dpm++' if dpm else ''}"
 
     def sample(prompts: list[str], seed: int) -> Tensor:
-        return sampling.decoded(solved, sampling.pipeline_latents(solved, prompts, steps, guidance_scale, seed))
+        return sampling.decoded(solved, sampling.pipeline_latents(solved, prompts, steps, guidance_scale, seed, batch))
 
-    timed = Timed(sample)
-    with solved.counting() as calls:
-        metrics = suite.score(timed)
-    name = "student" if "method" in backbone.about else "teacher"
-    title = f"{name}@{steps} dpm++" if dpm else f"{name}@{steps}"
+    def about() -> dict[str, Any]:
+        scheduler = solved.pipe.scheduler
+        made = {"scheduler": type(scheduler).__name__, "config": settings(scheduler), "steps": steps, "guidance_scale": guidance_scale}
+        return {"name": name, "network": weights(solved.network()), "encoders": solved.encoders(), **made, "size": list(solved.size)}
+
+    return Source(name, sample, lambda: calls[0], about, sampling.batch(solved.latent_shape))
+
+
+def pipeline_row(
+    suite: Suite, backbone: Pipeline, steps: int, guidance_scale: float, dpm: bool = False, how: Generation = ALONE
+) -> dict[str, Any]:
+    """The row of a diffusers pipeline (`pipeline_source`)."""
+    with backbone.counting() as calls:
+        source = pipeline_source(backbone, steps, guidance_scale, dpm, how.batch, calls)
+        metrics, cost = how.measured(suite, source)
     g = backbone.guidance if backbone.baked else guidance_scale
-    return make_row(title, steps, g, round(calls[0] / timed.images), timed.seconds_per_image, metrics, suite.protocol)
+    said = how.said(suite, source, backbone.network())
+    return make_row(source.name, steps, g, cost.nfe, cost.seconds_per_image, metrics, suite.protocol, said)

@@ -10,9 +10,9 @@ alone. Images are scored as an 8-bit file would hold them, by every metric of th
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,41 +20,19 @@ import torch
 from torch import Tensor
 
 from ddil_lightning.evaluation.batches import Batch, as_saved
+from ddil_lightning.evaluation.drawing import Pass, Sampler
 from ddil_lightning.evaluation.given import SPACES, Given, Judge, Reference, View
 from ddil_lightning.evaluation.metrics.pairs import choose, image_batches, read_pairs
 from ddil_lightning.evaluation.networks import PAPER, MapDistance, Networks
 from ddil_lightning.evaluation.presence import present
 from ddil_lightning.evaluation.registry import PASSES, metrics, unmeasured
 from ddil_lightning.evaluation.views import Crops
+from ddil_lightning.processes import Processes
 from ddil_lightning.texts import by
 
 if TYPE_CHECKING:
     from ddil_lightning.backbones.interface import Backbone
     from ddil_lightning.evaluation.metrics.base import Metric
-
-Sampler = Callable[[list[str], int], Tensor]
-
-
-class Timed:
-    """A sampler that measures itself: `seconds_per_image` over all calls."""
-
-    def __init__(self, sample: Sampler) -> None:
-        self.sample, self.seconds, self.images = sample, 0.0, 0
-
-    def __call__(self, prompts: list[str], seed: int) -> Tensor:
-        """The sampler's images, whose number and time are added; a GPU is waited for."""
-        start = time.perf_counter()
-        images = self.sample(prompts, seed)
-        if images.is_cuda:
-            torch.cuda.synchronize(images.device)
-        self.seconds += time.perf_counter() - start
-        self.images += len(images)
-        return images
-
-    @property
-    def seconds_per_image(self) -> float | None:
-        """Seconds that an image took on average over all calls; None before the first call."""
-        return self.seconds / self.images if self.images else None
 
 
 class Probes(NamedTuple):
@@ -68,8 +46,9 @@ class Probes(NamedTuple):
 class Suite:
     """A data set's benchmark: its prompts, and what its images are measured with. What is None in `given` leaves its metrics None.
 
-    `prompts`: N held-out captions, one image each. `seed`: of the first batch's noise. `batch`: images asked of the sampler at a time.
-    `source`: where the prompts come from, for the protocol.
+    `prompts`: held-out captions, `samples` images each. `seed`: of the first image's noise. `batch`: images asked of the sampler at a time,
+    which are the same whatever it is, as long as the sampler draws the noise of image i from seed + i alone. `source`: where the prompts
+    come from, for the protocol.
     """
 
     name: str
@@ -79,6 +58,7 @@ class Suite:
     seed: int = 0
     batch: int = 128
     source: str = "given"
+    samples: int = 1
 
     @classmethod
     def builtin(cls, data: str = "shapes", n: int = 512, seed: int = 0, extra: int | None = None, batch: int = 128) -> Suite:
@@ -142,17 +122,17 @@ class Suite:
     def protocol(self) -> dict[str, Any]:
         """What a number must be quoted with; two numbers can be compared where theirs are equal."""
         given, probes = self.given, self.probes
+        several = {"per_prompt": self.samples} if self.samples > 1 else {}
         view, resizing = given.view, getattr(given.networks.features, "resizing", None)
         resized = None if view.size is None else f"centre crop, Lanczos {view.size}"
         return {
-            "n": len(self.prompts),
+            "n": len(self.prompts) * self.samples,
             "prompts": self.source,
             "reference": {"source": given.reference.about, "images": given.reference.images, "teacher": given.teacher.about},
             "resize": ", then ".join(filter(None, [resized, resizing])) or None,
             "crops": view.crops and view.crops.about,
             "networks": given.networks.about() | given.judge.about(),
-            "seeds": {"first": self.seed, "probes": len(probes.prompts), "per_probe": probes.seeds},
-            "batch": self.batch,
+            "seeds": {"first": self.seed, **several, "probes": len(probes.prompts), "per_probe": probes.seeds},
         }
 
     def for_pipeline(self, backbone: Backbone) -> Suite:
@@ -167,26 +147,27 @@ class Suite:
         return self
 
     @torch.no_grad()
-    def score(self, sample: Sampler) -> dict[str, Any]:
+    def score(self, sample: Sampler, processes: Processes | None = None) -> dict[str, Any]:
         """All metrics of a sampler: numbers under `registry.keys()` (None where undefined), and their details.
 
-        Two samplers get the same calls, so their noise is paired if it depends on the seed only. Raises ValueError where the
-        sampler returns another number of images or values that are not finite, and for a metric that reads what it has not declared or
-        gives what it has not.
+        Two samplers get the same calls, so their noise is paired if it depends on the seed only. Several `processes` each draw their share,
+        the first computes, and all answer what it has found. Raises ValueError where the sampler returns another number of images or
+        values that are not finite, and for a metric that reads what it has not declared or gives what it has not.
         """
-        met = self.given.has()
-        made = [metric() for metric in metrics() if met.issuperset(metric.needs)]
-        for over in PASSES:
-            readers = [metric for metric in made if metric.over == over]
-            if over == "prompts" or readers:  # the prompts are drawn in any case: a row has the time of its images
-                for batch in self._draw(sample, over):
+        together = processes or Processes()
+        made = self._metrics()
+
+        def draw() -> None:
+            for part in self.passes():
+                readers = [metric for metric in made if metric.over == part.name]
+                for batch in self.batches(sample, part, together):
                     for metric in readers:
                         metric.update(batch.read_by(type(metric).__name__, (*metric.needs, *metric.wants)))
-        out = unmeasured()
-        for metric in (m for m in made if m.update_called):
-            found = _declared(metric, metric.compute())
-            out |= found | {"intervals": out["intervals"] | found.get("intervals", {})}
-        return out
+
+        together.alike(draw)
+        for metric in made if together.world > 1 else ():
+            metric.collect(together)
+        return together.by_first(lambda: _computed(made))
 
     @torch.no_grad()
     def taught(self, sample: Sampler, about: str) -> Suite:
@@ -195,30 +176,50 @@ class Suite:
         `sample`: the teacher in its own best step count. It is asked once for every prompt, with noise that no sampler is scored on: images
         from the same noise would be near each other for that alone. Raises ValueError for a suite without a network for features.
         """
-        rows = self.given.rows_of((batch.images for batch in self._draw(sample, "teacher")), ("features", "patches"))
+        rows = self.given.rows_of((batch.images for batch in self.batches(sample, self._pass("teacher"))), ("features", "patches"))
         if not rows:
             raise ValueError(f"suite {self.name}: a distance to the teacher is one of features, and there is no network for them")
         return replace(self, given=replace(self.given, teacher=Reference(rows, about)))
 
-    def _draw(self, sample: Sampler, over: str) -> Iterator[Batch]:
-        """Batches of checked images; the seed of a batch is that of the pass plus the number of its first prompt.
+    def passes(self) -> list[Pass]:
+        """What `score` asks for: the prompts in any case, for a row has the time of its images, and probes if a metric reads any."""
+        read = {metric.over for metric in self._metrics()}
+        return [self._pass(over) for over in PASSES if over == "prompts" or over in read]
 
-        The probes follow the prompts: `seeds` images of each, whole prompts in a batch, so that pairs stay within it. After them comes the
-        teacher, as a reference, with the prompts once more.
-        """
-        asked, size, seed, seeds = list(self.prompts), self.batch, self.seed, 1
-        if over == "probes":
-            seeds = self.probes.seeds
-            asked = [p for p in self.probes.prompts for _ in range(seeds)]
-            size, seed = seeds * max(1, self.batch // seeds), self.seed + len(self.prompts)
-        elif over == "teacher":
-            seed += len(self.prompts) + len(self.probes.prompts) * self.probes.seeds
-        for i in range(0, len(asked), size):
-            part = asked[i : i + size]
-            images = sample(part, seed + i)
-            if len(images) != len(part):
-                raise ValueError(f"sampler: {len(images)} images for {len(part)} prompts")
-            yield Batch(as_saved(images), torch.arange(i, i + len(part)), asked, self.given, seeds)
+    def _metrics(self) -> list[Metric]:
+        met = self.given.has()
+        return [metric() for metric in metrics() if met.issuperset(metric.needs)]
+
+    def _pass(self, over: str) -> Pass:
+        """The probes follow the prompts. After them comes the teacher, as a reference, with the prompts once more, one image each."""
+        first, second = len(self.prompts) * self.samples, len(self.probes.prompts) * self.probes.seeds
+        asked, seeds, seed = {
+            "prompts": (self.prompts, self.samples, self.seed),
+            "probes": (self.probes.prompts, self.probes.seeds, self.seed + first),
+            "teacher": (self.prompts, 1, self.seed + first + second),
+        }[over]
+        return Pass(over, [prompt for prompt in asked for _ in range(seeds)], seeds, seed, self.batch)
+
+    def batches(self, sample: Sampler, part: Pass, processes: Processes | None = None) -> Iterator[Batch]:
+        """Batches of checked images, a process's share; the seed of a batch is that of the pass plus the number of its first image."""
+        together = processes or Processes()
+        for call in part.calls(together.rank, together.world):
+            prompts = list(part.asked[call.start : call.stop])
+            images = sample(prompts, part.seed + call.start)
+            if len(images) != len(prompts):
+                raise ValueError(f"sampler: {len(images)} images for {len(prompts)} prompts")
+            # In the memory layout of a decoder's images, wherever they come from: by it sums are rounded.
+            saved = as_saved(images, partial(part.named, call.start)).contiguous(memory_format=torch.channels_last)
+            yield Batch(saved, torch.tensor(call), part.asked, self.given, part.seeds)
+
+
+def _computed(made: Sequence[Metric]) -> dict[str, Any]:
+    """The numbers of all metrics that have measured anything, and those of the others."""
+    out = unmeasured()
+    for metric in (m for m in made if m.update_called):
+        found = _declared(metric, metric.compute())
+        out |= found | {"intervals": out["intervals"] | found.get("intervals", {})}
+    return out
 
 
 def _declared(metric: Metric, found: dict[str, Any]) -> dict[str, Any]:
@@ -257,8 +258,9 @@ def make_row(
     seconds_per_image: float | None,
     metrics: Mapping[str, Any],
     protocol: Mapping[str, Any],
+    generation: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """One line of a results table. `nfe`: network evaluations per image, two per guided step. `protocol`: `Suite.protocol`, or what
-    else its numbers were measured by; its `n` is the row's."""
+    else its numbers were measured by; its `n` is the row's. `generation`: how its images came about, where that is known."""
     row = {"name": name, "steps": steps, "guidance": guidance, "n": protocol["n"], "nfe": nfe, "seconds_per_image": seconds_per_image}
-    return row | {"metrics": dict(metrics), "protocol": dict(protocol)}
+    return row | {"metrics": dict(metrics), "protocol": dict(protocol), "generation": dict(generation or {})}

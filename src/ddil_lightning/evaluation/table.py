@@ -152,11 +152,15 @@ def gap_closed(student: float, teacher: float, reference: float) -> float | None
 
 
 def protocols(rows: Sequence[Row]) -> list[Mapping[str, Any]]:
-    """The different protocols that rows were measured by. Rows of older runs have none, and are passed over."""
+    """The different protocols that rows were measured by. Rows of older runs have none, and are passed over.
+
+    The batch size, which older rows name, is no difference: images do not depend on it.
+    """
     found: list[Mapping[str, Any]] = []
     for protocol in (row.get("protocol") for row in rows):
-        if isinstance(protocol, Mapping) and protocol not in found:
-            found.append(protocol)
+        kept = {key: value for key, value in protocol.items() if key != "batch"} if isinstance(protocol, Mapping) else None
+        if kept is not None and kept not in found:
+            found.append(kept)
     return found
 
 

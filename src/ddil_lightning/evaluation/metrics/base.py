@@ -12,6 +12,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 from ddil_lightning.evaluation.batches import Batch
 from ddil_lightning.evaluation.columns import Column
 from ddil_lightning.evaluation.intervals import means
+from ddil_lightning.processes import Processes
 
 
 class Metric(torchmetrics.Metric):
@@ -69,6 +70,16 @@ class Metric(torchmetrics.Metric):
 
         A number that is a mean over images or prompts has its 95 % interval under `intervals`, {key: [low, high]} (`evaluation.intervals`).
         """
+
+    def collect(self, processes: Processes) -> None:
+        """Put the states of all `processes` together, in their order, in the first of them, which then computes alone.
+
+        torchmetrics' own gathering gives them to every process, and fails where one has measured nothing.
+        """
+        for name in self.states:
+            rows = getattr(self, name)
+            every = processes.collected(dim_zero_cat(rows) if len(rows) else None)
+            setattr(self, name, [mine for mine in every if mine is not None])
 
     def all(self, state: str) -> Tensor:
         """A state's rows [N, ...], of all updates. Raises ValueError before the first."""

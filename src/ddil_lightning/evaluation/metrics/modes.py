@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ddil_lightning.backbones.sampling import to_uint8
 from ddil_lightning.evaluation.batches import Batch
 from ddil_lightning.evaluation.columns import Column
 from ddil_lightning.evaluation.metrics.base import Metric
 
 
 class ModeCoverage(Metric):
-    """The judge's own number, of all images of the probes together: they are kept, which is meant for the small ones of the miniature."""
+    """The judge's own number, of all images of the probes together: their bytes are kept, which is meant for the miniature's small ones."""
 
     columns = (
         Column(
@@ -25,11 +26,11 @@ class ModeCoverage(Metric):
 
     def update(self, batch: Batch) -> None:
         """Append the images themselves and the numbers of their prompts, for the judge reads all of a prompt's together."""
-        self.images.append(batch.images)
+        self.images.append(to_uint8(batch.images))
         self.index.append(batch.index)
         self.held |= {"modes": batch.modes, "asked": batch.asked}
 
     def compute(self) -> dict[str, float]:
         """The mode coverage of all images of the probes, in [0, 1]."""
         prompts = [self.held["asked"][i] for i in self.all("index").tolist()]
-        return {"mode_coverage": float(self.held["modes"](self.all("images"), prompts))}
+        return {"mode_coverage": float(self.held["modes"](self.all("images").float() / 127.5 - 1, prompts))}

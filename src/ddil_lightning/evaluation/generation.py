@@ -1,0 +1,100 @@
+"""How the images of a row come about: in what batches, by which processes, whether they are kept, and what is told meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ddil_lightning.errors import one_line
+from ddil_lightning.evaluation.drawing import Cost, Sampler, Timed
+from ddil_lightning.evaluation.kept import Keep, Kept
+from ddil_lightning.processes import Processes
+
+if TYPE_CHECKING:
+    from ddil_lightning.evaluation.suite import Suite
+
+
+class Source(NamedTuple):
+    """A row's sampler. `evaluations`: counts those of its network so far. `about`: all that decides on its images, for their folder.
+    `chunk`: as many at a time as a device can take."""
+
+    name: str
+    sample: Sampler
+    evaluations: Callable[[], int]
+    about: Callable[[], Mapping[str, Any]]
+    chunk: int
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a row's images do not depend on, up to rounding.
+
+    `batch`: images that the sampler makes at a time, by default as many as a device can take; the suite looks at its own number of them at
+    a time, unless that is less. `keep`: the folder of images. `processes`: which share the images. `told`: with a bar on a terminal and a
+    line a row elsewhere.
+    """
+
+    batch: int | None = None
+    keep: Keep | None = None
+    processes: Processes = field(default_factory=Processes)
+    told: bool = False
+
+    def measured(self, suite: Suite, source: Source) -> tuple[dict[str, Any], Cost]:
+        """All metrics of a sampler's images, in every process, and what the images took.
+
+        Raises ValueError that begins with the sampler's name.
+        """
+        suite = replace(suite, batch=max(suite.batch, self.batch or 0))
+        timed = Timed(source.sample, source.evaluations, self.batch or source.chunk)
+        try:
+            kept = Kept(self.keep, source.name, suite, source.about(), timed, self.processes) if self.keep else None
+            with self._telling(suite, source.name, kept or timed) as sample:
+                metrics = suite.score(sample, self.processes)
+        except ValueError as error:
+            raise ValueError(f"{source.name}: {one_line(error)}") from error
+        now = sum(self.processes.gathered(timed.cost), Cost())
+        cost = kept.close(now) if kept else now
+        if self.told and self.processes.first:
+            self._tell(suite, source.name, now)
+        return metrics, cost
+
+    def said(self, suite: Suite, source: Source, network: nn.Module) -> dict[str, Any]:
+        """For a row: the precision of its network, how many images at a time, and by how many processes."""
+        batch = self.batch or min(suite.batch, source.chunk)
+        dtype = next((str(p.dtype).removeprefix("torch.") for p in network.parameters()), None)
+        return {"dtype": dtype, "batch": batch, "processes": self.processes.world}
+
+    @contextmanager
+    def _telling(self, suite: Suite, name: str, sample: Sampler) -> Iterator[Sampler]:
+        """Yields the sampler with a bar of its images on a terminal, which goes away afterwards."""
+        from rich.console import Console
+        from rich.progress import Progress
+
+        rank, console = self.processes.rank, Console()
+        if not (self.told and self.processes.first and console.is_terminal):
+            yield sample
+            return
+        with Progress(*Progress.get_default_columns(), console=console, transient=True) as bar:
+            calls = [call for part in suite.passes() for call in part.calls(rank, self.processes.world)]
+            task = bar.add_task(name, total=sum(map(len, calls)))
+
+            def shown(prompts: list[str], seed: int) -> Tensor:
+                images = sample(prompts, seed)
+                bar.advance(task, len(images))
+                return images
+
+            yield shown
+
+    def _tell(self, suite: Suite, name: str, now: Cost) -> None:
+        """The line of a row, where there was no bar."""
+        from rich.console import Console
+
+        if Console().is_terminal:
+            return
+        images = sum(len(part.asked) for part in suite.passes())
+        drawn = "" if now.images == images else f", {now.images} of them drawn now"
+        print(f"{name}: {images} images{drawn}, {now.seconds:.0f} s", flush=True)
