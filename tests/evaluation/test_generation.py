@@ -54,7 +54,8 @@ class Drawer:
     def __call__(self, prompts: list[str], seed: int) -> Tensor:
         own = range(seed, seed + len(prompts))
         self.seeds += own
-        return torch.stack([torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(i)) / 2 for i in own])
+        made = torch.stack([torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(i)) / 2 for i in own])
+        return made.contiguous(memory_format=torch.channels_last)  # as a decoder's are
 
     def source(self, name: str = "student@4", **about: Any) -> Source:
         return Source(name, self, lambda: 8 * len(self.seeds), lambda: {"network": "abc"} | about, 128)

@@ -85,7 +85,9 @@ class Kept:
                 self._note(self.before + self.sample.cost)
         if len({images.shape for images in found if images is not None}) > 1:
             raise ValueError(f"{self.folder} holds pictures of different sizes: delete those of another size")
-        return torch.cat([images for images in found if images is not None]).float() / 127.5 - 1
+        every = torch.cat([images for images in found if images is not None])
+        # In the memory layout of a decoder's images: sums are rounded by it, and what was read must give the numbers of what was drawn.
+        return every.contiguous(memory_format=torch.channels_last).float() / 127.5 - 1
 
     def at_once(self, k: int) -> int:
         """How many files of `k` images are drawn before they are written: a kill costs no more than these."""

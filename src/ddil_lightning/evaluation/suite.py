@@ -208,8 +208,7 @@ class Suite:
             images = sample(prompts, part.seed + call.start)
             if len(images) != len(prompts):
                 raise ValueError(f"sampler: {len(images)} images for {len(prompts)} prompts")
-            # In the memory layout of a decoder's images, wherever they come from: by it sums are rounded.
-            saved = as_saved(images, partial(part.named, call.start)).contiguous(memory_format=torch.channels_last)
+            saved = as_saved(images, partial(part.named, call.start))
             yield Batch(saved, torch.tensor(call), part.asked, self.given, part.seeds)
 
 
