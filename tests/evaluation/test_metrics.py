@@ -248,7 +248,7 @@ def brightness(images: Tensor, captions) -> float:
 
 
 def test_mode_coverage_sees_all_images_and_their_prompts():
-    x, prompts = pictures(5, 3, 4, 4), ["a", "a red", "a large", "a large", "a red"]
+    x, prompts = as_saved(pictures(5, 3, 4, 4)), ["a", "a red", "a large", "a large", "a red"]
     m = measured(ModeCoverage(), x, Given(judge=Judge(modes=brightness)), prompts=prompts, size=2)
     assert m.compute() == {"mode_coverage": pytest.approx(brightness(x, prompts))}
 
