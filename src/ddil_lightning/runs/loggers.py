@@ -1,4 +1,4 @@
-"""Where a run's curves go: metrics.csv, and Weights & Biases for those who ask."""
+"""Where a run's curves go, metrics.csv, and what of a config may be told to others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import csv
 import os
 import re
-import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from ddil_lightning.evaluation.table import CLOCK
-from ddil_lightning.files import replacing, write_text
+from ddil_lightning.files import replacing
 
 
 class MetricsFile(Logger):
@@ -77,19 +76,6 @@ class MetricsFile(Logger):
             writer = csv.DictWriter(file, self._fields)
             writer.writeheader()
             writer.writerows(rows)
-
-
-def wandb_logger(folder: Path, name: str, mode: str, config: dict[str, Any]) -> Any:
-    """A W&B logger that writes below the run folder and never asks for a key. A run that goes on in its folder goes on in W&B as well."""
-    from lightning.pytorch.loggers import WandbLogger
-
-    known = folder / "wandb" / "id"
-    if not known.is_file():
-        write_text(known, secrets.token_hex(4))
-    title, own = f"{name}/{folder.name}", known.read_text(encoding="utf-8").strip()
-    return WandbLogger(
-        project="ddil-lightning", name=title, id=own, resume="allow", save_dir=str(folder), offline=mode == "offline", config=config
-    )
 
 
 MASK = "(masked)"
