@@ -21,6 +21,7 @@ UNITS = (
     (r"^prior/|fraction|share|saturated", "share"),
     (r"seconds|time", "s"),
     (r"memory|_mib$", "MiB"),
+    (r"ratio", "times"),
 )
 
 
