@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import Browser, needs_chromium
 from PIL import Image
 
+from browser import Browser, needs_chromium
 from ddil_lightning.runs.report import write_report
 from ddil_lightning.runs.sheets import labelled
 
@@ -28,7 +28,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = "loss loss/student prior/forward prior/student prior/teacher shift/teacher@749 shift/teacher@249".split()
     lines = [[u, 1 / u, 2 / u, 1 - u / 100, u / 100, 0, 0.1, 0.2] for u in range(10, 110, 10)]
     (run / "metrics.csv").write_text("\n".join(",".join(map(str, line)) for line in (["student_updates", *names], *lines)))
-    (run / "config.yaml").write_text("model: {init_args: {stages: [{steps: 4, updates: 60}, {steps: 2, updates: 40}]}}\ndata: {batch_size: 4}\n")
+    (run / "config.yaml").write_text(
+        "model: {init_args: {stages: [{steps: 4, updates: 60}, {steps: 2, updates: 40}]}}\ndata: {batch_size: 4}\n"
+    )
     rows = [
         {"name": f"{who}@{n}", "steps": n, "guidance": 3.0, "n": 16, "nfe": n, "seconds_per_image": 0.1,
          "metrics": {"frechet": 1.0 / n, "all_right": 0.5, "clip": 0.8, "density": 1.0, "coverage": 1.0},
@@ -38,7 +40,14 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (run / "pipeline").mkdir()
     (run / "pipeline" / "README.md").write_text(f'```python\npipe = X.from_pretrained(".")  # {EVIL}\n```\n\n{EVIL}\n')
     counts = {"student": 400, EVIL: 3}
-    facts = {"config": EVIL, "student_updates": 100, "seconds": 90, "seconds_training": 60, "peak_memory_gib": 1.0, "network_evaluations": counts}
+    facts = {
+        "config": EVIL,
+        "student_updates": 100,
+        "seconds": 90,
+        "seconds_training": 60,
+        "peak_memory_gib": 1.0,
+        "network_evaluations": counts,
+    }
     return write_report(run, facts | {"rows": rows, "machine": {"device": EVIL}})
 
 

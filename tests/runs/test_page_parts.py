@@ -62,7 +62,9 @@ def test_bands_are_those_of_the_config_and_the_curves() -> None:
     """Two parts make a stage; the run ends within the second stage; priors that do not change are one."""
     plan = [{"steps": 4, "parts": [{"updates": 20}, {"updates": 20}]}, {"steps": 2, "updates": 100}, {"steps": 1, "updates": 9}]
     x = list(range(10, 110, 10))
-    curves = {f"prior/{name}": Series(name, x, [0.5] * 4 + [share] * 6) for name, share in (("forward", 0.5), ("student", 0.3), ("teacher", 0.2))}
+    curves = {
+        f"prior/{name}": Series(name, x, [0.5] * 4 + [share] * 6) for name, share in (("forward", 0.5), ("student", 0.3), ("teacher", 0.2))
+    }
     found = bands({"model": {"init_args": {"stages": plan}}}, curves)
     assert found.stages == [Span("to 4 steps", 0, 40), Span("to 2 steps", 40, 100)]
     assert found.priors == [(40, (0.5, 0.5, 0.5)), (100, (0.5, 0.3, 0.2))]
@@ -97,7 +99,8 @@ def test_the_code_of_the_card_loads_the_runs_pipeline(place: str, tmp_path: Path
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "x" if place.startswith("/") else Path(place)
     (folder / "pipeline").mkdir(parents=True)
-    card = '# A\n\n```python\npipe = X.from_pretrained(".", torch_dtype=d)\nimage = pipe("<b>")\n```\n\nThe `scheduler` holds\nthem.\n\n## In ComfyUI\n'
+    code = 'pipe = X.from_pretrained(".", torch_dtype=d)\nimage = pipe("<b>")'
+    card = f"# A\n\n```python\n{code}\n```\n\nThe `scheduler` holds\nthem.\n\n## In ComfyUI\n"
     (folder / "pipeline" / "README.md").write_text(card)
     page = use(folder)
     where = "pipeline" if place.startswith("/") else "runs/x/pipeline"

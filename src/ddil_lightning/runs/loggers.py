@@ -128,23 +128,26 @@ def refuse_masked(value: Any, where: str = "") -> None:
         raise ValueError(f"{where} is masked, as in every config.yaml that a run writes: give it again, or by the environment")
 
 
-def check_wandb(limit: float = 10.0) -> None:
-    """Raises ValueError where W&B would have to ask for a key, or does not answer within `limit` seconds."""
+LATER = "--wandb offline and `wandb sync` later"
+
+
+def check_wandb(option: str = "--wandb online", otherwise: str = LATER, limit: float = 10.0) -> None:
+    """Raises ValueError where W&B, which `option` asks for, would ask for a key, or does not answer within `limit` seconds."""
     import urllib.error
     import urllib.request
 
     base = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    _check_key(base)
+    _check_key(base, option, otherwise)
     try:
         urllib.request.urlopen(base, timeout=limit).close()
     except urllib.error.HTTPError:
         pass  # an answer
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        raise ValueError(f"--wandb online: {base} does not answer ({reason}): use --wandb offline and `wandb sync` later") from error
+        raise ValueError(f"{option}: {base} does not answer ({reason}): use {otherwise}") from error
 
 
-def _check_key(base: str) -> None:
+def _check_key(base: str, option: str = "--wandb online", otherwise: str = LATER) -> None:
     import netrc
     from urllib.parse import urlparse
 
@@ -154,6 +157,4 @@ def _check_key(base: str) -> None:
     except (OSError, netrc.NetrcParseError):
         known = None
     if not known and not os.environ.get("WANDB_API_KEY"):
-        raise ValueError(
-            "--wandb online needs a key: run `wandb login` or set WANDB_API_KEY, or use --wandb offline and `wandb sync` later"
-        )
+        raise ValueError(f"{option} needs a key: run `wandb login` or set WANDB_API_KEY, or use {otherwise}")
