@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +24,8 @@ class Span(NamedTuple):
     end: float
 
 
-class Bands(NamedTuple):
+@dataclass(frozen=True)
+class Bands:
     """The stages, and the shares of the prior over student updates: (update, (forward, student, teacher)), in force up to that update."""
 
     stages: Sequence[Span] = ()

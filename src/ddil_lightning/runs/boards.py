@@ -101,7 +101,8 @@ def wandb_board(folder: Path, name: str, clock: Callable[[], int], config: Mappi
     known = folder / "wandb" / "id"
     if not known.is_file():
         write_text(known, secrets.token_hex(4))
-    own = {"name": f"{name}/{folder.name}", "id": known.read_text(encoding="utf-8").strip(), "save_dir": str(folder)}
+    # The whole path: W&B's service, which writes, may have been started in another directory.
+    own = {"name": f"{name}/{folder.name}", "id": known.read_text(encoding="utf-8").strip(), "save_dir": str(folder.resolve())}
     offline = {"offline": True, "mode": "offline"} if config["wandb"] == "offline" else {}
     return Wandb(clock, project=PROJECT, resume="allow", config=dict(config), **own, **offline)
 
@@ -139,9 +140,7 @@ def alert(loggers: Iterable[Any], title: str, text: str, clock: int) -> None:
     """A warning to those who follow a run elsewhere: W&B sends it by e-mail or chat, TensorBoard shows it as a text."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            from wandb import AlertLevel
-
-            logger.experiment.alert(title=title, text=text, level=AlertLevel.WARN, wait_duration=0)
+            logger.experiment.alert(title=title, text=text, level="WARN", wait_duration=0)
         elif isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text("alerts", f"**{title}**: {text}", clock)
 
