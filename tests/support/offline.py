@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,10 +42,21 @@ def records(path: Path) -> Iterator[Any]:
             yield record
 
 
+def complete(path: Path, patience: float = 20.0) -> list[Any]:
+    """The records of a run that has ended, once its end is among them: W&B's service may write on when `finish` is back."""
+    deadline = time.monotonic() + patience
+    while True:
+        found = list(records(path))
+        if "exit" in [record.WhichOneof("record_type") for record in found]:
+            return found
+        assert time.monotonic() < deadline, f"{path} has no end"
+        time.sleep(0.1)
+
+
 def read_back(path: Path) -> Written:
     """A `.wandb` file as a person would ask for it."""
     found = Written([], [], [], None)
-    for record in records(path):
+    for record in complete(path):
         kind = record.WhichOneof("record_type")
         if kind == "history":
             found.history.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
