@@ -38,14 +38,20 @@ def test_coverage_is_held_against_its_best(caplog: Any) -> None:
 
 @pytest.mark.parametrize("name", ["reflect/saturated", "shift/loss_ratio", "loss/student"])
 def test_a_mean_of_three_is_held_against_the_bound(name: str, caplog: Any) -> None:
-    """Alone a high value is noise; the mean over three intervals passes 1/2 at the fourth (0.1 + 0.9 + 0.6 = 1.6)."""
-    seen = [0.1, 0.1, 0.9, 0.6, 0.6, 0.1, 0.1]
+    """Alone a high value is noise; the mean over three intervals passes 1/2 at the fifth (0.1 + 0.9 + 0.6 = 1.6)."""
+    seen = [0.1, 0.1, 0.1, 0.9, 0.6, 0.6, 0.1, 0.1]
     scale = 1.0 if name == "reflect/saturated" else 4.0
     published = [{name: scale * v, "loss/forward": 1.0} if name == "loss/student" else {name: scale * v} for v in seen]
     (warning,) = heard(caplog, published, saturation=0.5, gap=2.0)
     where = "loss/student over loss/forward" if name == "loss/student" else name
-    assert warning[0] == 400 and warning[1].startswith(f"{where} is {scale * 1.6 / 3:.3g}, above {0.5 * scale:g}: ")
+    assert warning[0] == 500 and warning[1].startswith(f"{where} is {scale * 1.6 / 3:.3g}, above {0.5 * scale:g}: ")
     assert heard(caplog, published, saturation=None, gap=None) == []
+
+
+def test_a_saturation_that_was_there_from_the_start_is_no_alarm(caplog: Any) -> None:
+    assert heard(caplog, [{"reflect/saturated": v} for v in (0.3, 0.3, 0.3, 0.4, 0.5, 0.6)]) == []
+    rising = [{"reflect/saturated": v} for v in (0.3, 0.3, 0.3, 0.6, 0.7, 0.8)]
+    assert [clock for clock, _ in heard(caplog, rising)] == [600]  # 0.7 on average, more than twice 0.3
 
 
 def test_a_loss_gap_needs_a_loss_on_data(caplog: Any) -> None:
@@ -53,8 +59,8 @@ def test_a_loss_gap_needs_a_loss_on_data(caplog: Any) -> None:
 
 
 def test_what_is_not_finite_is_told_at_once(caplog: Any) -> None:
-    told = heard(caplog, [{"loss": 1.0, "lr": 1e-3}, {"loss": math.nan, "a": math.inf}, {"loss": math.nan}], after=10**6)
-    assert told == [(200, "loss, a are not finite")]
+    told = heard(caplog, [{"loss": 1.0, "lr": 1e-3}, {"loss": math.nan, "a": math.inf}, {"shift": 1.0}, {"loss": math.nan}], after=10**6)
+    assert told == [(200, "a, loss are not finite")]  # and not again
 
 
 def test_only_the_process_that_writes_listens(caplog: Any) -> None:
