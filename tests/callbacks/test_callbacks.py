@@ -324,10 +324,10 @@ def test_the_shift_probe_is_the_energy_distance_of_the_report(tiny: Path, monkey
         assert {f"@{t}": row["energy_distance"] for t, row in report.items()} == {
             key.removeprefix(f"shift/{name}") or "@mean": value for key, value in values.items() if key.startswith(f"shift/{name}")
         }
-    assert set(probe._references) == {"teacher", "forward"} and len(values) == 8
+    assert set(probe._references) == {"teacher", "forward"} and len(values) == 9 and values["shift/coverage"] > 0.5
     probe.losses = 6
     more = probe.measure(run.method, run.data)
-    assert {key: more[key] for key in values} == values and len(more) == 12
+    assert {key: more[key] for key in values} == values and len(more) == 13
     assert all(ratio > 0 for key, ratio in more.items() if "loss_ratio" in key)
 
 

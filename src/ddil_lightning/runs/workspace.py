@@ -36,6 +36,7 @@ CURVES = {
         Lines("Distance to the teacher's latents, by node", regex="^shift/teacher@.+"),
         Lines("Distance to noised data, by node", regex="^shift/forward@.+"),
         Lines("Distances, mean over nodes", ("shift/teacher", "shift/forward")),
+        Lines("Coverage of the teacher's latents at the last node", ("shift/coverage",)),
         Lines("Loss on own latents over loss on the teacher's", regex="^shift/loss_ratio.*"),
     ),
     "Prior and buffer": (
