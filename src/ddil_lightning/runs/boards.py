@@ -117,13 +117,15 @@ def check_tensorboard(option: str = "--tensorboard") -> None:
 
 
 def show(loggers: Iterable[Any], name: str, pictures: Sequence[Any], captions: Sequence[str], clock: int) -> None:
-    """Pictures (PIL), each with its caption, to every logger that takes any."""
+    """Pictures (PIL) to every logger that takes any, with their captions to those that are known to show them."""
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
             for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
                 _captioned(logger.experiment, name if len(pictures) == 1 else f"{name}/{i}", picture, caption, clock)
-        elif hasattr(logger, "log_image"):
+        elif isinstance(logger, WandbLogger):
             logger.log_image(name, list(pictures), step=clock, caption=list(captions))
+        elif hasattr(logger, "log_image"):
+            logger.log_image(name, list(pictures), step=clock)
 
 
 def _captioned(writer: Any, name: str, picture: Any, caption: str, clock: int) -> None:
