@@ -18,6 +18,7 @@ ORDER = "ground diffusion miniature backbones imitation data training methods ev
 NEVER = {"training": {"imitation", "data"}, "methods": {"imitation", "data"}, "data": {"training", "methods"}}
 MAY_BUILD_PIPELINES = {"backbones", "miniature", "runs/export.py"}
 HEAVY = {"diffusers", "transformers", "wandb", "datasets", "open_clip", "lpips", "peft", "sklearn", "scipy", "matplotlib", "pandas"}
+HEAVY |= {"tensorboard", "wandb_workspaces"}
 
 
 def package(dotted: str) -> str:

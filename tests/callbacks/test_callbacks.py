@@ -324,10 +324,10 @@ def test_the_shift_probe_is_the_energy_distance_of_the_report(tiny: Path, monkey
         assert {f"@{t}": row["energy_distance"] for t, row in report.items()} == {
             key.removeprefix(f"shift/{name}") or "@mean": value for key, value in values.items() if key.startswith(f"shift/{name}")
         }
-    assert set(probe._references) == {"teacher", "forward"} and len(values) == 8
+    assert set(probe._references) == {"teacher", "forward"} and len(values) == 9 and values["shift/coverage"] > 0.5
     probe.losses = 6
     more = probe.measure(run.method, run.data)
-    assert {key: more[key] for key in values} == values and len(more) == 12
+    assert {key: more[key] for key in values} == values and len(more) == 13
     assert all(ratio > 0 for key, ratio in more.items() if "loss_ratio" in key)
 
 
@@ -364,7 +364,7 @@ def test_previews_are_off_at_0_and_go_to_loggers_that_take_pictures(tiny: Path, 
     run = fit(build(LCM, tiny, updates=1), captions(tiny))
     trainer.precision_plugin, run.method.feed = run.trainer.precision_plugin, SimpleNamespace(examples=lambda n: ["a"] * n)
     Previews(count=1, teacher_steps=[1], student_steps=[1]).draw(trainer, run.method)
-    assert got == [("samples", (192, 228), 1)]
+    assert got == [("previews/sheet", (192, 228), 1), ("previews/student_1", (96, 96), 1)]
 
 
 def test_progress_without_a_terminal_is_a_few_lines(tiny: Path, capsys: Any) -> None:

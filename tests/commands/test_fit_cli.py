@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import signal
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -287,17 +286,3 @@ def test_weights_that_grow_without_bounds_stop_the_run_too(tiny_config: Path, ca
     code, _, err = fit(capsys, *words)
     assert code == 2 and err.count("\n") == 1
     assert "at student update 1" in err and "student" in err and "there is no checkpoint yet" in err
-
-
-# Weights & Biases --------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_wandb_offline_needs_no_key_and_no_network(tiny_config: Path, here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NETRC", str(here / "none"))
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(sys, "stdin", None)  # nobody is there to answer
-    code, _, err = fit(capsys, "--config", str(tiny_config), "--run_dir", "r", "--updates", "2", "--wandb", "offline")
-    assert code == 0, err
-    assert list(Path("r/wandb").glob("offline-run-*/run-*.wandb")) and Path("r/metrics.csv").is_file()

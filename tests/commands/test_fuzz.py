@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import pytest
 from PIL import Image
 
-from ddil_lightning.callbacks import Cadence, FlushBuffer, Previews, Progress, ShiftProbe
+from ddil_lightning.callbacks import Alerts, Cadence, FlushBuffer, Previews, Progress, ShiftProbe
 from ddil_lightning.callbacks.checkpoints import Checkpoints
 from ddil_lightning.commands import fit_cli, main
 from ddil_lightning.data.datamodule import DDILDataModule
@@ -72,6 +72,7 @@ def fit_options() -> Iterator[list[str]]:  # noqa: C901 (a list of cases)
             yield [f"model={cls.__name__}", *own, f"model.{name}"]
     for group, cls in (
         ("data", DDILDataModule),
+        ("alerts", Alerts),
         ("checkpoints", Checkpoints),
         ("previews", Previews),
         ("progress", Progress),

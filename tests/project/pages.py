@@ -117,7 +117,7 @@ def smaller(said: list[str]) -> list[str]:
     more = [word for name, small in SMALL.items() if name in said for word in small.split()]
     if said[0] != "ddil-fit" or "--print_config" in said:
         return said if said[0] == "ddil-fit" else said + more
-    if "--wandb" in said:
+    if "--wandb" in said or "--tensorboard" in said:
         return [*said, "--print_config"]  # W&B itself takes as long as all others together; tests/commands/ has it
     first = said[1:] == ["--config", "lcm_ddil.yaml"]
     return [*said, *more, "--updates", "5" if "--ckpt_path" in said else "3", f"test.n={16 if first else 0}"]

@@ -37,7 +37,8 @@ def test_wheel_holds_configs_weights_and_page_style(wheel: zipfile.ZipFile) -> N
 def test_commands_of_the_wheel_exist(wheel: zipfile.ZipFile) -> None:
     info = next(n for n in wheel.namelist() if n.endswith("entry_points.txt"))
     commands = dict(line.split(" = ") for line in wheel.read(info).decode().splitlines() if " = " in line)
-    assert set(commands) == {f"ddil-{name}" for name in ("fit", "test", "probe", "invert", "sample", "export", "pretrain", "cache")}
+    names = ("fit", "test", "probe", "invert", "sample", "export", "pretrain", "cache", "dashboard")
+    assert set(commands) == {f"ddil-{name}" for name in names}
     tree = ast.parse((ROOT / "src" / "ddil_lightning" / "commands" / "main.py").read_text())
     functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     for target in commands.values():

@@ -232,7 +232,8 @@ def test_the_snippet_and_the_notebook_have_the_settings_of_the_shipped_config() 
 def test_what_a_run_leaves_behind(first: Ran) -> None:
     rows = re.findall(r"^\| (`.*?) \|", GUIDES["runs.md"].text, re.M)
     names = {name for row in rows for name in re.findall(r"`(.+?)`", row)}
-    later = {"stages/", "metrics.json", "probe.json", "probe.html", "config.before-N.yaml"}  # of stages, of commands, of a run that went on
+    # Of stages, of commands, of a run that went on, of those that are asked for.
+    later = {"stages/", "metrics.json", "probe.json", "probe.html", "config.before-N.yaml", "wandb/", "tensorboard/"}
     assert {name.split("/")[0] for name in names - later} == first.left and later < names
     assert all(list(first.folder.glob(name)) for name in names - later)
 

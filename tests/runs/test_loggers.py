@@ -130,20 +130,11 @@ def test_wandb_online_is_asked_for_before_anything_is_loaded(answers: bool, know
             with pytest.raises(
                 ValueError, match=r"--wandb online: http://127\.0\.0\.1:\d+ does not answer \(timed out\): use --wandb offline"
             ):
-                loggers.check_wandb(0.5)
+                loggers.check_wandb(limit=0.5)
             assert time.monotonic() - begun < 5
     if not answers:
         with pytest.raises(ValueError, match="does not answer .*refused"):
             loggers.check_wandb()
-
-
-def test_a_run_that_goes_on_goes_on_in_wandb(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    monkeypatch.setattr("lightning.pytorch.loggers.WandbLogger", lambda **kwargs: made.append(kwargs))
-    for folder in ("a", "a", "b"):
-        loggers.wandb_logger(here / folder, "lcm", "offline", {"x": 1})
-    first, again, other = (kwargs["id"] for kwargs in made)
-    assert first == again != other and {kwargs["resume"] for kwargs in made} == {"allow"}
 
 
 def test_secrets_are_masked_and_must_be_given_again() -> None:

@@ -1,5 +1,6 @@
 """Lightning callbacks: DAgger scheduling, checkpoints, previews, progress, the shift probe, stages."""
 
+from ddil_lightning.callbacks.alerts import Alerts
 from ddil_lightning.callbacks.annealing import AnnealPrior, Cadence, FlushBuffer
 from ddil_lightning.callbacks.checkpoints import Checkpoints
 from ddil_lightning.callbacks.previews import Previews
@@ -7,4 +8,4 @@ from ddil_lightning.callbacks.progress import Progress
 from ddil_lightning.callbacks.shift_probe import ShiftProbe
 from ddil_lightning.callbacks.stages import Stages
 
-__all__ = ["AnnealPrior", "Cadence", "Checkpoints", "FlushBuffer", "Previews", "Progress", "ShiftProbe", "Stages"]
+__all__ = ["Alerts", "AnnealPrior", "Cadence", "Checkpoints", "FlushBuffer", "Previews", "Progress", "ShiftProbe", "Stages"]

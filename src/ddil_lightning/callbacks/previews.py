@@ -13,13 +13,16 @@ from ddil_lightning.backbones import sampling
 from ddil_lightning.bounds import at_least, lengths, seeds, within
 from ddil_lightning.feed import Feed
 from ddil_lightning.files import replacing
+from ddil_lightning.runs.boards import show
+from ddil_lightning.runs.sheets import labelled
 from ddil_lightning.training.deployment import Deployment
 
 
 class Previews(Callback):
     """Sheets of samples, `samples/NNNNNN.png`: a row for every step count of the teacher and of the student, a column for every prompt.
 
-    The teacher is sampled once. Loggers that take images get the sheet too.
+    The teacher is sampled once. A sheet says in its PNG what its rows and columns are. W&B and TensorBoard get it too, and the student's
+    pictures at its first step count one by one, each with its prompt.
 
     Args:
         every: student updates between two sheets, besides those at the start and at the end; 0 for none at all.
@@ -94,14 +97,15 @@ class Previews(Callback):
         if not trainer.is_global_zero or not keep:
             return
         labels = [f"teacher@{n}" for n in self.teacher_steps] + [f"student@{n}" for n in steps]
-        side = student[0].shape[-1]
-        picture = sampling.sheet([*self._teacher, *student], labels, prompts, scale=max(1, 96 // side))
+        scale = max(1, 96 // student[0].shape[-1])
+        picture = sampling.sheet([*self._teacher, *student], labels, prompts, scale=scale)
         path = Path(trainer.default_root_dir) / "samples" / f"{method.student_updates:06d}.png"
         with replacing(path) as temporary:
-            picture.save(temporary, format="PNG")
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                logger.log_image("samples", [picture], step=method.student_updates)
+            picture.save(temporary, format="PNG", pnginfo=labelled(labels, prompts))
+        clock, said = method.student_updates, f"rows: {', '.join(labels)}; columns: {'; '.join(prompts)}"
+        show(trainer.loggers, "previews/sheet", [picture], [said], clock)
+        single = [sampling.tiles(image[None], scale, 1) for image in student[0]]
+        show(trainer.loggers, f"previews/student_{steps[0]}", single, prompts, clock)
 
     def _row(self, backbone: Any, deployment: Deployment, steps: int, prompts: list[str]) -> Tensor:
         return sampling.images(backbone, *deployment.sampler(steps), prompts, deployment.guidance, self.seed)

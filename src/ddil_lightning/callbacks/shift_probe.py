@@ -14,6 +14,7 @@ from ddil_lightning.diffusion.denoiser import to_w
 from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import ddim
+from ddil_lightning.evaluation.metrics.prdc import density_coverage
 from ddil_lightning.imitation.gaps import loss, states
 from ddil_lightning.imitation.mixing import Actor, Actors
 from ddil_lightning.imitation.shift import energy_distance
@@ -28,8 +29,9 @@ class ShiftProbe(Callback):
 
     The teacher walks its DDIM steps under the same guidance and is recorded at the student's nodes, from independent noise. Forward latents
     alone are the wrong yard-stick under guidance: the guided teacher is shifted against them itself. Writes shift/teacher and shift/forward
-    (energy distance, mean over nodes), and the same with a node's time. Node 0 is pure noise for both and is left out. Of a student that is
-    finished, `ddil-probe` measures more.
+    (energy distance, mean over nodes), and the same with a node's time. Node 0 is pure noise for both and is left out. shift/coverage is
+    the share of the teacher's latents at the last node that have one of the student's within the distance of their fifth neighbour
+    (Naeem et al. 2020): it falls when the student leaves modes out. Of a student that is finished, `ddil-probe` measures more.
 
     Args:
         every: student updates between two probes.
@@ -84,6 +86,8 @@ class ShiftProbe(Callback):
         for name, reference in self._references.items():
             nodes = {f"shift/{name}@{t}": energy_distance(mine[t][:PAIRS], reference[t][:PAIRS]) for t in inner}
             values |= {**nodes, f"shift/{name}": sum(nodes.values()) / len(nodes)}
+        theirs, own = (x[inner[-1]][:PAIRS].flatten(1) for x in (self._references["teacher"], mine))
+        values["shift/coverage"] = density_coverage(theirs, own)[1]
         return values | (self._ratios(policy, walker, grid, method, batch, mine) if self.losses else {})
 
     def _ratios(self, policy: Policy, walker: Policy, grid: Grid, method: Any, batch: Any, mine: dict[int, Tensor]) -> dict[str, float]:

@@ -117,6 +117,7 @@ class Assembly(LightningCLI):
         parser.add_argument("--run_dir", type=str | None, default=None, help="the run folder (default: runs/<config>/<time>)")
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="go on from a checkpoint file, a run folder, or `last`")
         parser.add_argument("--wandb", type=Wandb, default="off", help="log to Weights & Biases too")
+        parser.add_argument("--tensorboard", type=bool, default=False, help="log to TensorBoard too, in the run folder")
         parser.add_argument("--export_steps", type=int | None, default=None, help="the step count that the exported pipeline recommends")
         for cls in OWN:
             parser.add_class_arguments(cls, cls.__name__.lower(), fail_untyped=False, sub_configs=True)

@@ -11,19 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
+from lightning.pytorch.loggers import TensorBoardLogger
 
-from ddil_lightning.callbacks import Checkpoints, Previews, Progress, ShiftProbe, Stages
+from ddil_lightning.callbacks import Alerts, Checkpoints, Previews, Progress, ShiftProbe, Stages
 from ddil_lightning.callbacks.annealing import AnnealPrior, OnClock
 from ddil_lightning.commands.configs import read_config
 from ddil_lightning.data.captions import Captions
 from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.errors import Refusal
 from ddil_lightning.imitation.prior import Schedule
+from ddil_lightning.runs.boards import check_tensorboard
 from ddil_lightning.runs.finish import Test
 from ddil_lightning.training.completeness import check_complete
 from ddil_lightning.training.method import Distillation
 
-OWN = (Checkpoints, Previews, Progress, Stages)
+OWN = (Alerts, Checkpoints, Previews, Progress, Stages)
 """The callbacks that every run has, each with a group of options of its name."""
 
 
@@ -134,6 +136,14 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
                 f"trainer.callbacks: {type(callback).__name__} watches {monitor!r}, and no metric is logged to Lightning by a name: "
                 "leave it out; --updates says how long a run is, and checkpoints.keep how many states stay"
             )
+
+
+def check_loggers(config: Any) -> None:
+    """Raises ValueError for TensorBoard, asked for by its option or as a logger of Lightning's, where it is not installed."""
+    asked = ["--tensorboard"] if config.tensorboard else []
+    asked += [where for cls, where in classes(config) if isinstance(cls, type) and issubclass(cls, TensorBoardLogger)]
+    for option in asked:
+        check_tensorboard(option)
 
 
 def check_trainer(config: Any) -> None:

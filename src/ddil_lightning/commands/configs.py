@@ -72,6 +72,8 @@ def expand(argv: Sequence[str], short: dict[str, str]) -> list[str]:
             configs += ["--config", value if _inline(value) else str(find_config(value))]
             continue
         key = short.get(key, key)
+        if key in SWITCHES and not equals and words[:1] not in (["true"], ["false"]):
+            equals, value = "=", "true"
         rest.append(key + equals + value)
         value_follows, asks = key.startswith("--") and not equals and key not in FLAGS, key.endswith(".help")
     check_yaml([*configs, *rest])
@@ -200,6 +202,7 @@ OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*\+?=.*", re.DOTALL)
 RECORD_FIELD = re.compile(r"(--model(?:\.init_args)?\.(?!init_args\.)\w+)\.(\w+)")
 
 FLAGS = ("--help", "--print_config", "--plan", "--verify")  # options without a value of their own
+SWITCHES = ("--tensorboard",)  # those that are true where nothing is said
 
 MOVED = {
     "model": {

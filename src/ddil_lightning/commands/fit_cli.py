@@ -14,13 +14,15 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 
 from ddil_lightning.commands.assembly import Assembly, of_the_trainer
+from ddil_lightning.commands.checks import check_loggers
 from ddil_lightning.commands.configs import configs_folder
 from ddil_lightning.errors import Refusal, one_line
 from ddil_lightning.files import unused, write_text
+from ddil_lightning.runs.boards import boards
 from ddil_lightning.runs.checkpoint import check_fits, check_newest, check_whole, find_checkpoint, folder_of, load_checkpoint
 from ddil_lightning.runs.finish import rehearse
 from ddil_lightning.runs.folder import Claim, check_free, check_latest, point_latest, reserve, take_up
-from ddil_lightning.runs.loggers import MetricsFile, check_wandb, masked, wandb_logger
+from ddil_lightning.runs.loggers import MetricsFile, check_wandb, masked
 from ddil_lightning.runs.memory import Meter
 
 RUN_DIR = "DDIL_RUN_DIR"  # tells the processes that Lightning launches where the run is
@@ -32,7 +34,7 @@ class FitCLI(Assembly):
     Nothing is written before training starts, so that no error of the config, the data or a checkpoint leaves half a run behind.
     """
 
-    acting = ("checkpoints", "previews", "progress", "stages")
+    acting = ("alerts", "checkpoints", "previews", "progress", "stages")
 
     def __init__(self, words: Sequence[str], meter: Meter | None = None) -> None:
         self.folder, self.started = Path(), False
@@ -81,6 +83,7 @@ class FitCLI(Assembly):
             check_free(Path(self.config.run_dir))
         if self.config.wandb == "online" and self._first():
             check_wandb()
+        check_loggers(self.config)
         # Lightning's own launcher sets WORLD_SIZE too, and tells its processes the folder; torchrun's know of none.
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not self.config.run_dir and inherited() is None:
             raise Refusal("launched on several processes: give --run_dir, so that all of them write to the same folder")
@@ -128,10 +131,10 @@ class FitCLI(Assembly):
     def _loggers(self) -> list[Any]:
         given = self.config_init.trainer.logger
         loggers = given if isinstance(given, list) else [given] if given not in (None, True, False) else []
-        metrics = MetricsFile(self.folder, self._source, self.clock, lambda: self.model.student_updates)
-        if self.config.wandb != "off" and self._first():
-            loggers.append(wandb_logger(self.folder, self.name, self.config.wandb, masked(self.config.as_dict())))
-        return [metrics, *loggers]
+        clock = lambda: self.model.student_updates  # noqa: E731
+        metrics = MetricsFile(self.folder, self._source, self.clock, clock)
+        own = boards(self.folder, self.name, clock, masked(self.config.as_dict()), self.clock) if self._first() else []
+        return [metrics, *loggers, *own]
 
     def forget_weights(self) -> None:
         """Training reads the checkpoint by itself; of the mapped one only the clocks are still asked for."""

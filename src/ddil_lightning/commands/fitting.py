@@ -171,6 +171,7 @@ def conclude(cli: FitCLI, checkpoints: Checkpoints, begun: float) -> None:
         with trying("summary.json", failed):
             write_rows(cli.folder / "summary.json", summary)  # type: ignore[arg-type]
         print(told_of_memory(summary), end="")
+        print(told_to_boards(cli, summary), end="")
         page = f"no report, {unmade['report']}" if unmade else f"report {cli.folder / 'report.html'}"
         print(f"{method.student_updates} updates, {summary['seconds']:.0f} s; {page}")
     except KeyboardInterrupt as stop:
@@ -194,6 +195,19 @@ def peak(cli: FitCLI, seconds: float) -> dict[str, float]:
         with trying("plan", {}):  # an estimate is no reason to call a run failed
             found["planned_memory_gib"] = round(gib(expected(cli.model, cli.datamodule, cli.trainer)), 3)
     return found
+
+
+def told_to_boards(cli: FitCLI, summary: dict[str, Any]) -> str:
+    """The results to W&B and TensorBoard -> a line that says how what was written offline is sent later, or what could not be told."""
+    from ddil_lightning.runs.boards import conclude, sync_line
+
+    untold: dict[str, str] = {}
+    with trying("boards", untold):  # the results lie in the run folder
+        conclude(cli.trainer.loggers, summary["rows"], cli.model.student_updates)
+    if untold:
+        return f"the results could not be logged: {untold['boards']}\n"
+    line = sync_line(cli.folder) if cli.config.wandb == "offline" else ""
+    return f"W&B has this run by: {line}\n" if line else ""
 
 
 def told_of_memory(summary: dict[str, Any]) -> str:

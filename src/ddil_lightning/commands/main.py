@@ -88,6 +88,11 @@ def cache() -> None:
     run(command("cache"), "ddil-cache")
 
 
+def dashboard() -> None:
+    """The entry point of ddil-dashboard; exits as `run` does."""
+    run(command("dashboard"), "ddil-dashboard")
+
+
 def command(name: str) -> Callable[..., int]:
     """The function `name` of commands/name.py, which is imported when it is called."""
 

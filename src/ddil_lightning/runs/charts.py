@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from itertools import pairwise
 from typing import NamedTuple
@@ -17,6 +17,8 @@ from ddil_lightning.evaluation.columns import number
 
 WIDTH, HEIGHT = 460, 236
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 40
+STRIP = 12
+"""The height of what is drawn between the horizontal axis and its numbers."""
 MAX_POINTS = 120
 """Points that can be hovered, per line; a longer series is drawn as the means of that many equal bins."""
 
@@ -108,10 +110,12 @@ def line_chart(
     x_ticks: Sequence[float] | None = None,
     y_range: tuple[float, float] | None = None,
     reference: tuple[str, float] | None = None,
+    ground: Callable[[Axis], tuple[str, str]] | None = None,
 ) -> str:
     """A `<figure>` with title, legend (from two lines on) and an inline SVG of the lines.
 
-    `unit` stands behind the title; `y_range` fixes the vertical axis; `reference` = (label, value) is a dashed horizontal line.
+    `unit` stands behind the title; `y_range` fixes the vertical axis; `reference` = (label, value) is a dashed horizontal line. `ground`
+    answers, for the horizontal axis, with what is drawn behind the lines and what in the strip of STRIP pixels below them.
     A log axis is used only if all its values are positive. Raises ValueError if no series has a finite point.
     """
     series = [Series(s.name, [_tame(x) for x in s.x], [_tame(y) for y in s.y]) for s in series]
@@ -121,7 +125,9 @@ def line_chart(
     values = [y for _, y in finite] + ([reference[1]] if reference else [])
     x_axis = _x_axis([x for x, _ in finite], log_x)
     y_axis = _y_axis(list(y_range or values), log_y, fixed=y_range is not None)
-    body = _grid(x_axis, y_axis, x_label, x_ticks)
+    behind, below = ground(x_axis) if ground else ("", "")
+    low = STRIP if below else 0
+    body = behind + _grid(x_axis, y_axis, x_label, x_ticks, low) + below
     if reference:
         body += _reference(*reference, y_axis)
     colours = _colours(series)
@@ -130,7 +136,7 @@ def line_chart(
     head = f"<b>{escape(title)}</b>" + (f" <span>{escape(unit)}</span>" if unit else "")
     return (
         f'<figure class="chart"><figcaption>{head}{_legend(series, colours)}</figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} over {escape(x_label)}">{body}</svg></figure>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT + low}" role="img" aria-label="{escape(title)} over {escape(x_label)}">{body}</svg></figure>'
     )
 
 
@@ -172,8 +178,8 @@ def _y_axis(values: list[float], log: bool, fixed: bool) -> Axis:
     return Axis(lo, hi, HEIGHT - BOTTOM, TOP)
 
 
-def _grid(x_axis: Axis, y_axis: Axis, x_label: str, x_ticks: Sequence[float] | None) -> str:
-    """Horizontal grid lines, both axes' numbers and the label of the horizontal axis."""
+def _grid(x_axis: Axis, y_axis: Axis, x_label: str, x_ticks: Sequence[float] | None, low: int = 0) -> str:
+    """Horizontal grid lines, both axes' numbers and the label of the horizontal axis, `low` pixels lower."""
     parts = []
     for v in log_ticks(y_axis.lo, y_axis.hi) if y_axis.log else ticks(y_axis.lo, y_axis.hi):
         y = y_axis(v)
@@ -183,9 +189,9 @@ def _grid(x_axis: Axis, y_axis: Axis, x_label: str, x_ticks: Sequence[float] | N
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
     counts = log_ticks(x_axis.lo, x_axis.hi) if x_axis.log else ticks(x_axis.lo, x_axis.hi, 6)
     for v in x_ticks or [v for v in counts if v == int(v)]:  # there is no half an update
-        parts.append(f'<text class="tick" x="{x_axis(v):.1f}" y="{base + 16}" text-anchor="middle">{number(v)}</text>')
+        parts.append(f'<text class="tick" x="{x_axis(v):.1f}" y="{base + 16 + low}" text-anchor="middle">{number(v)}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 6 + low}" text-anchor="middle">{escape(x_label)}</text>')
     return "".join(parts)
 
 

@@ -18,9 +18,10 @@ FAMILY_LINES = 5  # lines in one chart
 UNITS = (
     (r"^buffer/(size|ess|rejected)$", "states"),
     (r"age", "updates"),
-    (r"^prior/|fraction|share|saturated", "share"),
+    (r"^prior/|fraction|share|saturated|coverage", "share"),
     (r"seconds|time", "s"),
     (r"memory|_mib$", "MiB"),
+    (r"ratio", "times"),
 )
 
 

@@ -13,7 +13,7 @@ from ddil_lightning.files import read_table, sweep, switch, write_text
 
 WRITTEN = (
     "config.yaml", "checkpoints", "metrics.csv", "summary.json", "pipeline", "pipeline-unverified", "report.html", "samples", "stages",
-    "student.safetensors", "metrics.json", "wandb",
+    "student.safetensors", "metrics.json", "wandb", "tensorboard",
 )  # fmt: skip
 """What a run may write into its folder."""
 LOCK, PATIENCE = ".lock", 10.0

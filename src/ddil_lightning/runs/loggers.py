@@ -1,4 +1,4 @@
-"""Where a run's curves go: metrics.csv, and Weights & Biases for those who ask."""
+"""Where a run's curves go, metrics.csv, and what of a config may be told to others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import csv
 import os
 import re
-import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from ddil_lightning.evaluation.table import CLOCK
-from ddil_lightning.files import replacing, write_text
+from ddil_lightning.files import replacing
 
 
 class MetricsFile(Logger):
@@ -79,19 +78,6 @@ class MetricsFile(Logger):
             writer.writerows(rows)
 
 
-def wandb_logger(folder: Path, name: str, mode: str, config: dict[str, Any]) -> Any:
-    """A W&B logger that writes below the run folder and never asks for a key. A run that goes on in its folder goes on in W&B as well."""
-    from lightning.pytorch.loggers import WandbLogger
-
-    known = folder / "wandb" / "id"
-    if not known.is_file():
-        write_text(known, secrets.token_hex(4))
-    title, own = f"{name}/{folder.name}", known.read_text(encoding="utf-8").strip()
-    return WandbLogger(
-        project="ddil-lightning", name=title, id=own, resume="allow", save_dir=str(folder), offline=mode == "offline", config=config
-    )
-
-
 MASK = "(masked)"
 SECRET = re.compile(
     r"password|passwd|passphrase|apikey|(^|_)((api|access|secret|private|auth|account|signing|encryption)_?keys?"
@@ -142,23 +128,26 @@ def refuse_masked(value: Any, where: str = "") -> None:
         raise ValueError(f"{where} is masked, as in every config.yaml that a run writes: give it again, or by the environment")
 
 
-def check_wandb(limit: float = 10.0) -> None:
-    """Raises ValueError where W&B would have to ask for a key, or does not answer within `limit` seconds."""
+LATER = "--wandb offline and `wandb sync` later"
+
+
+def check_wandb(option: str = "--wandb online", otherwise: str = LATER, limit: float = 10.0) -> None:
+    """Raises ValueError where W&B, which `option` asks for, would ask for a key, or does not answer within `limit` seconds."""
     import urllib.error
     import urllib.request
 
     base = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    _check_key(base)
+    _check_key(base, option, otherwise)
     try:
         urllib.request.urlopen(base, timeout=limit).close()
     except urllib.error.HTTPError:
         pass  # an answer
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        raise ValueError(f"--wandb online: {base} does not answer ({reason}): use --wandb offline and `wandb sync` later") from error
+        raise ValueError(f"{option}: {base} does not answer ({reason}): use {otherwise}") from error
 
 
-def _check_key(base: str) -> None:
+def _check_key(base: str, option: str = "--wandb online", otherwise: str = LATER) -> None:
     import netrc
     from urllib.parse import urlparse
 
@@ -168,6 +157,4 @@ def _check_key(base: str) -> None:
     except (OSError, netrc.NetrcParseError):
         known = None
     if not known and not os.environ.get("WANDB_API_KEY"):
-        raise ValueError(
-            "--wandb online needs a key: run `wandb login` or set WANDB_API_KEY, or use --wandb offline and `wandb sync` later"
-        )
+        raise ValueError(f"{option} needs a key: run `wandb login` or set WANDB_API_KEY, or use {otherwise}")

@@ -1,20 +1,19 @@
 """The page of a run: one self-contained HTML file, made from the files of a run folder, to look at or to send to a colleague.
 
-It asks the network for nothing (images are embedded, and a content policy tells the browser so), runs no script, and follows
-the reader's light or dark theme. Whatever is missing in the folder is said on the page and skipped.
+It asks the network for nothing (images are embedded, and a content policy tells the browser so), runs no script but the slider's, and
+follows the reader's light or dark theme. Whatever is missing in the folder is said on the page and skipped.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import math
-import re
-import struct
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from ddil_lightning.evaluation.columns import number
 from ddil_lightning.evaluation.registry import columns
@@ -34,15 +33,20 @@ from ddil_lightning.evaluation.table import (
     values_of,
 )
 from ddil_lightning.files import write_text
+from ddil_lightning.runs.account import cost, duration, number_of, use
+from ddil_lightning.runs.bands import Bands, bands, read_config
 from ddil_lightning.runs.charts import ROLE_COLOURS, Series, line_chart
 from ddil_lightning.runs.curves import families, read_curves, read_summary, unit
+from ddil_lightning.runs.sheets import SCRIPT, gallery
 
 __all__ = ["results_table", "write_report"]
 
 COLUMNS = (("name", ""), ("steps", "Steps"), ("guidance", "Guidance"), ("nfe", "NFE"))
-STRIP = 10  # sheets between the first and the last one that are embedded
-SHOWN = {"config", "config_name", "name", "rows", CLOCK, "seconds", "network_evaluations"}
-PNG = b"\x89PNG\r\n\x1a\n"
+UPDATES = CLOCK.replace("_", " ")
+BRIEFLY = ("name", "n", "prompts", "reference/source", "resize", "seeds/first")
+"""What of a protocol stands right below the table."""
+APART = "config config_name name rows seconds seconds_training network_evaluations peak_memory_gib planned_memory_gib".split()
+"""What of a summary stands elsewhere on the page than among the facts at its top."""
 
 
 def write_report(run_dir: Path | str, summary: Mapping[str, Any] | None = None) -> Path:
@@ -58,17 +62,22 @@ def write_report(run_dir: Path | str, summary: Mapping[str, Any] | None = None) 
     found = summary.get("rows")
     rows = [row for row in found if isinstance(row, Mapping) and "name" in row] if isinstance(found, list) else []
     name = str(summary.get("config") or summary.get("config_name") or summary.get("name") or run_dir.resolve().name)
+    config, curves = read_config(run_dir / "config.yaml"), run_dir / "metrics.csv"
+    series = read_curves(curves) if curves.is_file() else {}
+    ground = bands(config, series)
     body = [
         _header(name, summary),
         _tiles(rows),
         _results(rows, problem),
-        _samples(run_dir / "samples"),
-        _curves(run_dir / "metrics.csv"),
-        _evaluations(summary.get("network_evaluations")),
+        gallery(run_dir / "samples"),
+        use(run_dir),
+        _curves(curves, series, ground),
+        _shift(series, ground),
+        cost(summary, config),
         _config(run_dir / "config.yaml"),
         f"<footer>ddil-lightning · {escape(run_dir.resolve().name)} · this page is one file and loads nothing</footer>",
     ]
-    return write_page(run_dir / "report.html", name, body)
+    return write_page(run_dir / "report.html", name, body, SCRIPT)
 
 
 def _header(name: str, summary: Mapping[str, Any]) -> str:
@@ -76,9 +85,9 @@ def _header(name: str, summary: Mapping[str, Any]) -> str:
     if summary.get(CLOCK) is not None:
         lead.append(f"{cell(summary[CLOCK])} student updates")
     if isinstance(summary.get("seconds"), (int, float)):
-        lead.append(_duration(summary["seconds"]))
+        lead.append(duration(summary["seconds"]))
     lead_line = f'<p class="lead">{escape(" in ".join(lead))}</p>' if lead else ""
-    return f"<h1>{escape(name)}</h1>{lead_line}{_facts({k: v for k, v in summary.items() if k not in SHOWN})}"
+    return f"<h1>{escape(name)}</h1>{lead_line}{_facts({k: v for k, v in summary.items() if k not in (CLOCK, *APART)})}"
 
 
 def _tiles(rows: Sequence[Row]) -> str:
@@ -88,12 +97,12 @@ def _tiles(rows: Sequence[Row]) -> str:
     teachers = [row for row in rows if role(row) == "teacher" and isinstance(row.get("steps"), int)]
     best = max(teachers, key=lambda row: row["steps"], default=None)
     tiles = []
-    for row in (r for r in rows if role(r) == "student" and _number(values_of(r).get(main.key))):
+    for row in (r for r in rows if role(r) == "student" and number_of(values_of(r).get(main.key))):
         same = by_name.get(f"teacher@{row.get('steps')}")
         text = [
             f"{escape(r['name'])} {shown(r, main.key)}"
             for r in (same, best)
-            if r and comparable(row, r) and _number(values_of(r).get(main.key))
+            if r and comparable(row, r) and number_of(values_of(r).get(main.key))
         ]
         closed = _closed(row, same, best)
         steps = "1 step" if row.get("steps") == 1 else f"{cell(row.get('steps'))} steps"
@@ -112,7 +121,7 @@ def _closed(row: Row, same: Row | None, best: Row | None) -> str:
         return ""
     parts = []
     for column in (c for c in columns() if c.headline):
-        values = [v for r in (row, same, best) if _number(v := values_of(r).get(column.key))]
+        values = [v for r in (row, same, best) if number_of(v := values_of(r).get(column.key))]
         share = gap_closed(*values) if len(values) == 3 else None
         if share is not None:
             parts.append(f"{min(share, 1):.0%} of the {column.short or column.label} gap" + (" and more" if share > 1 else ""))
@@ -130,15 +139,19 @@ def _results(rows: Sequence[Row], problem: str) -> str:
     meanings += "<dt>NFE</dt><dd>network evaluations for one image; a guided step counts twice</dd>"
     legend = f"<details><summary>What the columns mean</summary><dl>{meanings}</dl></details>"
     every = f"<details><summary>All measures, with 95 % intervals</summary>{measures(rows).html()}</details>"
-    return f"<h2>Results</h2>{page}{legend}{every}{_protocols(rows)}{_quality(rows)}"
+    brief, protocol = _protocols(rows)
+    return f"<h2>Results</h2>{page}{brief}{legend}{every}{protocol}{_quality(rows)}"
 
 
-def _protocols(rows: Sequence[Row]) -> str:
-    """What the numbers must be quoted with, and a note where the rows cannot be compared."""
+def _protocols(rows: Sequence[Row]) -> tuple[str, str]:
+    """What the numbers must be quoted with: in brief, or a warning where the rows cannot be compared, and in full."""
     found, said = protocols(rows), note(rows)
+    if len(found) == 1:
+        brief = ((key.replace("/", " "), value) for key, value in _flat(found[0]).items() if key in BRIEFLY and value is not None)
+        said = "; ".join(f"{key}: {cell(value)}" for key, value in brief)
     facts = "".join(_facts({k.replace("/", " "): v for k, v in _flat(p).items() if v is not None}) for p in found)
     text = f"<details><summary>How it was measured</summary>{facts}</details>" if found else ""
-    return (f'<p class="note">{escape(said)}</p>' if said else "") + text
+    return (f'<p class="note">{escape(said)}</p>' if said else ""), text
 
 
 def _quality(rows: Sequence[Row]) -> str:
@@ -148,7 +161,7 @@ def _quality(rows: Sequence[Row]) -> str:
         points: dict[str, list[tuple[float, float]]] = {}
         for row in rows:
             value = values_of(row).get(metric.key)
-            if _number(value) and isinstance(row.get("steps"), int) and row["steps"] > 0:
+            if number_of(value) and isinstance(row.get("steps"), int) and row["steps"] > 0:
                 name = f"{role(row)} {(row.get('protocol') or {}).get('stamp', '')}".strip() if mixed else role(row)
                 points.setdefault(name, []).append((row["steps"], value))
         series = [Series(name, *map(list, zip(*sorted(found), strict=True))) for name, found in points.items()]
@@ -159,68 +172,56 @@ def _quality(rows: Sequence[Row]) -> str:
     return f'<div class="charts" style="margin-top:18px">{"".join(charts)}</div>' if charts else ""
 
 
-def _samples(folder: Path) -> str:
-    sheets = sorted(folder.glob("*.png"), key=lambda p: (_update(p) is None, _update(p) or 0, p.name)) if folder.is_dir() else []
-    good = [(path, data) for path in sheets if (data := path.read_bytes()).startswith(PNG) and len(data) > 24]
-    notes = [f"{len(sheets) - len(good)} of {len(sheets)} files in samples/ are no readable PNG."] if len(good) < len(sheets) else []
-    if not good:
-        return f'<h2>Samples</h2><p class="note">{"".join(notes) or "There are no preview sheets in samples/."}</p>'
-    ends = [good[0], good[-1]] if len(good) > 1 else good
-    between = good[1:-1]
-    chosen = between if len(between) <= STRIP else [between[round((i + 0.5) * len(between) / STRIP - 0.5)] for i in range(STRIP)]
-    if len(chosen) < len(between):
-        notes.append(f"{len(chosen)} of the {len(between)} sheets between the first and the last one are shown; all are in samples/.")
-    large = "".join(_sheet(path, data) for path, data in reversed(ends))
-    strip = f'<div class="strip">{"".join(_sheet(path, data) for path, data in chosen)}</div>' if chosen else ""
-    return f'<h2>Samples</h2><div class="pair">{large}</div>{strip}' + "".join(f'<p class="note">{note}</p>' for note in notes)
-
-
-def _sheet(path: Path, data: bytes) -> str:
-    """A sheet as an embedded image under its update; small ones are enlarged with sharp pixels."""
-    width, height = struct.unpack(">II", data[16:24])
-    update = _update(path)
-    caption = path.stem if update is None else f"update {number(update)}"
-    style = ' class="pixels"' if width < 600 else ""
-    source = base64.b64encode(data).decode()
-    image = f'<img{style} width="{width}" height="{height}" alt="samples, {escape(caption)}" src="data:image/png;base64,{source}">'
-    return f"<figure><figcaption>{escape(caption)}</figcaption>{image}</figure>"
-
-
-def _update(path: Path) -> int | None:
-    """The student update that a sheet's name begins with, None for another name."""
-    found = re.match(r"\d+", path.stem)
-    return int(found[0]) if found else None
-
-
-def _curves(path: Path) -> str:
-    series = read_curves(path) if path.is_file() else {}
+def _curves(path: Path, series: Mapping[str, Series], ground: Bands) -> str:
     drawable = {k: s for k, s in series.items() if any(math.isfinite(v) for v in s.y)}
     charts = []
-    for group in families(drawable):
+    for group in families({k: s for k, s in drawable.items() if "@" not in k}):
         first, values = group[0].name, [v for s in group for v in s.y if math.isfinite(v)]
         prefix = first.split("/")[0]
         title = first if len(group) == 1 else f"{prefix}, by part" if prefix in drawable else prefix
         wide = "loss" in first and min(values) > 0 and max(values) > 30 * min(values)
         y_range = (0.0, 1.0) if unit(first) == "share" and min(values) >= 0 and 0.3 < max(values) <= 1 else None
-        charts.append(line_chart(group, title=title, unit=unit(first), x_label=CLOCK.replace("_", " "), log_y=wide, y_range=y_range))
+        charts.append(line_chart(group, title=title, unit=unit(first), x_label=UPDATES, log_y=wide, y_range=y_range, ground=ground))
     notes = [f"{k} has {n} values that are not finite." for k, s in series.items() if (n := sum(not math.isfinite(v) for v in s.y))]
     if not charts:
         notes.append(f"metrics.csv holds no curves over {CLOCK}." if path.is_file() else "metrics.csv is not there.")
     text = "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
     hint = '<p class="note">Thin: every logged value. Thick: running mean. Hover a line for its values.</p>' if charts else ""
-    return f'<h2>Training</h2>{text}<div class="charts">{"".join(charts)}</div>{hint}'
+    return f'<h2>Training</h2>{text}<div class="charts">{"".join(charts)}</div>{ground.legend() if charts else ""}{hint}'
 
 
-def _evaluations(counts: Any) -> str:
-    """The counts of network evaluations by role, as a table with bars; nothing where there are none."""
-    pairs = [(str(k), v) for k, v in counts.items() if _number(v)] if isinstance(counts, Mapping) else []
-    if not pairs:
-        return ""
-    top = max((v for _, v in pairs), default=0) or 1
-    bar = '<div style="width:{:.1%};background:var(--c{})"></div>'
-    lines = [[escape(k), cell(v), bar.format(v / top, ROLE_COLOURS.get(k, 8))] for k, v in pairs]
-    cells = "".join(f'<tr><td>{k}</td><td>{v}</td><td class="bar">{b}</td></tr>' for k, v, b in lines)
-    return f'<h2>Network evaluations</h2><div class="scroll"><table>{cells}</table></div>'
+SHIFTS = {
+    "shift/teacher": "Distance to the teacher's latents",
+    "shift/forward": "Distance to noised data",
+    "shift/loss_ratio": "Loss on own latents / on the teacher's",
+}
+"""What a ShiftProbe measures at every node, in words."""
+
+
+def _shift(series: Mapping[str, Series], ground: Bands) -> str:
+    """The covariate shift at every node of the student: over updates, and over the nodes at the first, middle and last probe."""
+    nodes: dict[str, dict[int, Series]] = {}
+    for key, s in series.items():
+        name, _, node = key.partition("@")
+        if node.isdigit() and any(math.isfinite(v) for v in s.y):
+            nodes.setdefault(name, {})[int(node)] = s
+    charts = []
+    for name, found in nodes.items():
+        title, times = SHIFTS.get(name, name), sorted(found)
+        lines = [Series(f"t = {t}", found[t].x, found[t].y) for t in reversed(times)]
+        charts.append(line_chart(lines, title=title, x_label=UPDATES, ground=ground))
+        clocks = sorted({x for s in found.values() for x in s.x})
+        at = {t: dict(zip(s.x, s.y, strict=True)) for t, s in found.items()}
+        chosen = list(dict.fromkeys([clocks[0], clocks[len(clocks) // 2], clocks[-1]]))
+        rows = [Series(f"update {number(c)}", times, [at[t].get(c, math.nan) for t in times]) for c in chosen]
+        rows = [row for row in rows if any(math.isfinite(v) for v in row.y)]
+        if len(times) > 1 and rows:
+            charts.append(line_chart(rows, title=f"{title}, by node", x_label="time t of the node", x_ticks=times))
+    note = (
+        "The student's own latents, node by node, by the energy distance (unbiased: also below 0 where there is none). Sampling goes from "
+        "the largest t to the smallest."
+    )
+    return f'<h2>Covariate shift</h2><p class="note">{note}</p><div class="charts">{"".join(charts)}</div>' if charts else ""
 
 
 def _config(path: Path) -> str:
@@ -246,24 +247,17 @@ def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def write_page(path: Path, title: str, body: Sequence[str]) -> Path:
-    """Write the page; a full disk leaves the older one whole."""
+def write_page(path: Path, title: str, body: Sequence[str], script: str = "") -> Path:
+    """Write the page; a full disk leaves the older one whole. No other script than this one can run in it, whatever the body holds."""
     style = resources.files(__package__).joinpath("report.css").read_text(encoding="utf-8")
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    tail = f"<script>{script}</script>" if script else ""
+    if script:
+        policy += f"; script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)} · ddil-lightning</title>'
-        f'<link rel="icon" href="data:,"><style>{style}</style></head><body><main>{"".join(body)}</main></body></html>'
+        f'<link rel="icon" href="data:,"><style>{style}</style></head><body><main>{"".join(body)}</main>{tail}</body></html>'
     )
     write_text(path, page)
     return path

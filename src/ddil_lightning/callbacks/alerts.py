@@ -1,0 +1,114 @@
+"""Alerts: a line, and a message of W&B, when what a run publishes says that its student collapses."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lightning.pytorch import Callback
+
+from ddil_lightning.bounds import at_least, within
+from ddil_lightning.runs.boards import alert
+
+WINDOW = 3
+"""Published values, of a logging interval each, whose mean is compared with a bound: one batch is noise."""
+SATURATED, GAP, RATIO = "reflect/saturated", "loss/student over loss/forward", "shift/loss_ratio"
+SAYS = {
+    SATURATED: "more and more of the teacher's estimates are held at the edge of the box",
+    GAP: "the student goes wrong on latents of its own making",
+    RATIO: "the student goes wrong on latents of its own making",
+}
+
+
+class Alerts(Callback):
+    """Warns once when a run begins to collapse, and again when it has recovered and does so anew. Nothing is stopped or changed.
+
+    Listens to what callbacks publish. Every warning is a line of the log; W&B, where it is on, sends it as an alert, and TensorBoard has it
+    as a text. A number that is not finite is always told, and so is the end of a run that a loss or weights which are not finite break off.
+
+    Args:
+        saturation: the share of the teacher's estimates on the edge of the box, `reflect/saturated`, above which there is a warning,
+            if it has also doubled since the run began. A healthy run on images is below 0.01. null for none.
+        gap: how many times as large the loss on the student's own latents may be as that on noised data (`loss/student` over
+            `loss/forward`), or on the teacher's latents (`shift/loss_ratio`, of a ShiftProbe with `losses`). A healthy run is below 2. null
+            for none.
+        coverage: how far a published coverage, every name that ends in `coverage`, may fall below its best value so far. null for none.
+        after: student updates at the beginning of a run that are not judged.
+    """
+
+    def __init__(self, saturation: float | None = 0.05, gap: float | None = 4.0, coverage: float | None = 0.2, after: int = 50) -> None:
+        within(0, 1, **{"alerts.saturation": saturation, "alerts.coverage": coverage})
+        within(1, 10**6, **{"alerts.gap": gap})
+        at_least(0, **{"alerts.after": after})
+        self.saturation, self.gap, self.coverage, self.after = saturation, gap, coverage, after
+        self._loggers: list[Any] = []
+        self._recent: dict[str, deque[float]] = {}
+        self._first: dict[str, float] = {}
+        self._best: dict[str, float] = {}
+        self._told: set[str] = set()
+        self._strange: set[str] = set()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Listen, on the one process that writes."""
+        self._recent, self._first, self._best, self._told, self._strange = {}, {}, {}, set(), set()
+        self._loggers = list(trainer.loggers)
+        if trainer.is_global_zero:
+            pl_module.measures.listen(self.hear)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Listen no more."""
+        pl_module.measures.forget(self.hear)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Listen no more, and say where numbers have ended the run."""
+        pl_module.measures.forget(self.hear)
+        if isinstance(exception, FloatingPointError) and trainer.is_global_zero:
+            alert(self._loggers, "the run has broken off", str(exception), pl_module.student_updates)  # the command says it itself
+
+    def hear(self, clock: int, values: Mapping[str, float]) -> None:
+        """Judge what is published at `clock`, and warn of what has newly gone wrong."""
+        wrong, well = {}, set()
+        for what, fault in self._judged(clock, values):
+            if fault:
+                wrong[what] = fault
+            else:
+                well.add(what)
+        for what, fault in wrong.items():
+            if what not in self._told:
+                logging.getLogger(__name__).warning(f"at student update {clock}: {fault}")
+                alert(self._loggers, what, f"at student update {clock}: {fault}", clock)
+        self._told = (self._told | set(wrong)) - well
+
+    def _judged(self, clock: int, values: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+        """(what, a sentence) of everything that is judged, the sentence empty where all is well."""
+        strange = {name for name, value in values.items() if not math.isfinite(value)}
+        fresh, self._strange = sorted(strange - self._strange), (self._strange - set(values)) | strange
+        if fresh:
+            said = f"{', '.join(fresh[:5])}{' and more' if len(fresh) > 5 else ''} {'is' if len(fresh) == 1 else 'are'} not finite"
+            yield f"not finite: {', '.join(fresh[:5])} at {clock}", said
+        fine = {name: float(value) for name, value in values.items() if math.isfinite(value)}
+        for name, value in fine.items():
+            if name.endswith("coverage") and self.coverage is not None:
+                best = self._best[name] = max(value, self._best.get(name, value))
+                fell = f"{name} has fallen from {best:.3f} to {value:.3f}: the student leaves modes out"
+                yield f"coverage falls ({name})", fell if best - value > self.coverage and clock >= self.after else ""
+        if fine.get("loss/forward", 0) > 0 and "loss/student" in fine:
+            fine[GAP] = fine["loss/student"] / fine["loss/forward"]
+        for name, bound in ((SATURATED, self.saturation), (GAP, self.gap), (RATIO, self.gap)):
+            if name in fine and bound is not None:
+                yield f"{'saturation rises' if name == SATURATED else 'loss gap'} ({name})", self._above(name, fine[name], bound, clock)
+
+    def _above(self, name: str, value: float, bound: float, clock: int) -> str:
+        """A sentence where the mean of the last values is above the bound, for a saturation also above twice its first mean."""
+        recent = self._recent.setdefault(name, deque(maxlen=WINDOW))
+        recent.append(value)
+        if len(recent) < WINDOW:
+            return ""
+        mean = sum(recent) / WINDOW
+        first = self._first.setdefault(name, mean)  # data that lie on the edge of their box are there from the first update on
+        if clock < self.after or mean <= bound or (name == SATURATED and mean <= 2 * first):
+            return ""
+        return f"{name} is {mean:.3g}, above {bound:g}: {SAYS[name]}"

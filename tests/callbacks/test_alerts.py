@@ -1,0 +1,76 @@
+"""Alerts: what is warned of, once, and what is not."""
+
+from __future__ import annotations
+
+import logging
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ddil_lightning.callbacks import Alerts
+from ddil_lightning.training.measures import Measures
+
+
+def heard(caplog: Any, published: list[dict[str, float]], **options: Any) -> list[tuple[int, str]]:
+    """The warnings of a run that publishes these, one every 100 updates: (update, what follows it)."""
+    caplog.clear()
+    measures, alerts = Measures(), Alerts(**options)
+    method: Any = SimpleNamespace(measures=measures, student_updates=0)
+    trainer: Any = SimpleNamespace(loggers=[object()], is_global_zero=True)
+    alerts.on_train_start(trainer, method)
+    with caplog.at_level(logging.WARNING):
+        for i, values in enumerate(published, 1):
+            measures.publish(100 * i, values)
+        alerts.on_train_end(trainer, method)
+        measures.publish(10**6, {"loss": math.nan})  # of another run
+    words = [record.getMessage().removeprefix("at student update ").partition(": ") for record in caplog.records]
+    return [(int(clock), said) for clock, _, said in words]
+
+
+def test_coverage_is_held_against_its_best(caplog: Any) -> None:
+    values = [{"eval/coverage": v} for v in (0.7, 0.9, 0.75, 0.6, 0.5, 0.8, 0.65)]
+    fell = "eval/coverage has fallen from 0.900 to {}: the student leaves modes out"
+    assert heard(caplog, values) == [(400, fell.format("0.600")), (700, fell.format("0.650"))]  # again after it had recovered
+    assert heard(caplog, values, coverage=None) == [] == heard(caplog, values, after=800)
+
+
+@pytest.mark.parametrize("name", ["reflect/saturated", "shift/loss_ratio", "loss/student"])
+def test_a_mean_of_three_is_held_against_the_bound(name: str, caplog: Any) -> None:
+    """Alone a high value is noise; the mean over three intervals passes 1/2 at the fifth (0.1 + 0.9 + 0.6 = 1.6)."""
+    seen = [0.1, 0.1, 0.1, 0.9, 0.6, 0.6, 0.1, 0.1]
+    scale = 1.0 if name == "reflect/saturated" else 4.0
+    published = [{name: scale * v, "loss/forward": 1.0} if name == "loss/student" else {name: scale * v} for v in seen]
+    (warning,) = heard(caplog, published, saturation=0.5, gap=2.0)
+    where = "loss/student over loss/forward" if name == "loss/student" else name
+    assert warning[0] == 500 and warning[1].startswith(f"{where} is {scale * 1.6 / 3:.3g}, above {0.5 * scale:g}: ")
+    assert heard(caplog, published, saturation=None, gap=None) == []
+
+
+def test_a_saturation_that_was_there_from_the_start_is_no_alarm(caplog: Any) -> None:
+    assert heard(caplog, [{"reflect/saturated": v} for v in (0.3, 0.3, 0.3, 0.4, 0.5, 0.6)]) == []
+    rising = [{"reflect/saturated": v} for v in (0.3, 0.3, 0.3, 0.6, 0.7, 0.8)]
+    assert [clock for clock, _ in heard(caplog, rising)] == [600]  # 0.7 on average, more than twice 0.3
+
+
+def test_a_loss_gap_needs_a_loss_on_data(caplog: Any) -> None:
+    assert heard(caplog, [{"loss/student": 9.0, "loss/forward": f} for f in (0.0, -1.0, 0.0, -1.0)]) == []
+
+
+def test_what_is_not_finite_is_told_at_once(caplog: Any) -> None:
+    told = heard(caplog, [{"loss": 1.0, "lr": 1e-3}, {"loss": math.nan, "a": math.inf}, {"shift": 1.0}, {"loss": math.nan}], after=10**6)
+    assert told == [(200, "a, loss are not finite")]  # and not again
+
+
+def test_only_the_process_that_writes_listens(caplog: Any) -> None:
+    method: Any = SimpleNamespace(measures=Measures())
+    Alerts().on_train_start(SimpleNamespace(loggers=[], is_global_zero=False), method)  # type: ignore[arg-type]
+    method.measures.publish(100, {"loss": math.nan})
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("bad", [{"saturation": 1.5}, {"gap": 0.5}, {"coverage": math.nan}, {"after": -1}])
+def test_bounds_that_cannot_be(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"^alerts\.{next(iter(bad))} is"):
+        Alerts(**bad)
