@@ -3,7 +3,8 @@
 All have reflection and the mean roll-out share of the shipped config, so that what is compared is when roll-outs come and not how many.
 `constant` is the shipped config. `linear`, `cosine` and `exponential` raise the share of roll-outs, `falling` lowers it, and so do `gated`
 (by the losses) and `gated_by` (by ShiftProbe's loss ratio) where the student allows it, whose mean is what the training makes of it.
-`piecewise` (the paper's two parts) and `dagger` (p^k) leave the share as it is and let the student act more and more, not the teacher.
+`piecewise` (the paper's two parts) and `dagger` (p^k) leave the share as it is and let the student act more and more, not the teacher;
+`mixed` is their control, whose student acts half of the time from the first update to the last.
 
     python benchmarks/schedules.py [--methods pd lcm dmd2] [--schedules linear ...] [--seed 1000] [--seeds 12] [--jobs 2] [--json FILE]
     python benchmarks/schedules.py --builtin linear dagger [--methods lcm] [--seed 100] [--seeds 3]
@@ -34,7 +35,7 @@ from toy2d_table import MEASURES, NAMES, join, row
 from ddil_lightning.commands.configs import find_config
 
 CONSTANT = "constant"
-SCHEDULES = (CONSTANT, "linear", "cosine", "exponential", "falling", "gated", "gated_by", "piecewise", "dagger")
+SCHEDULES = (CONSTANT, "linear", "cosine", "exponential", "falling", "gated", "gated_by", "piecewise", "dagger", "mixed")
 UNFIT = {("pd", "gated_by")}
 """ShiftProbe samples in one step count, and a student that is halved takes others before its last stage."""
 SWING = 0.8
@@ -77,6 +78,8 @@ def words(name: str, prior: Mapping[str, float], length: int) -> tuple[str, ...]
         return (callback("ShiftProbe", **probe), *gate)
     if name == "piecewise":
         return anneal("Piecewise", priors=[at(rolled, 0.3), at(rolled, 0.7)], starts=[0, length // 2])
+    if name == "mixed":
+        return anneal("Constant", prior=at(rolled, 0.5))
     return anneal("Exponential", first=at(rolled, 0.0), last=at(rolled, 1.0), rate=RATE, every=every)  # dagger
 
 

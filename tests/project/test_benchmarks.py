@@ -306,7 +306,7 @@ def test_schedules_have_the_mean_prior_of_the_config(script: Any, method: str, p
     for name in module.SCHEDULES[1:]:
         told = json.loads(module.of_config(name, config)[-1].removeprefix("trainer.callbacks+="))["init_args"]["schedule"]
         parts = {
-            k: [priors.SamplingPrior(**p) for p in v] if k == "priors" else priors.SamplingPrior(**v) if k in ("first", "last") else v
+            k: [priors.SamplingPrior(**p) for p in v] if k == "priors" else priors.SamplingPrior(**v) if isinstance(v, dict) else v
             for k, v in told["init_args"].items()
         }
         schedule = getattr(priors, told["class_path"])(**parts)
@@ -315,7 +315,9 @@ def test_schedules_have_the_mean_prior_of_the_config(script: Any, method: str, p
             assert way[0].rollouts < 1 - shipped["forward"] < schedule.last.rollouts
             continue
         assert sum(p.rollouts for p in way) / length == pytest.approx(1 - shipped["forward"], abs=0.005)
-        if name in ("piecewise", "dagger"):
+        if name == "mixed":
+            assert {(round(p.forward, 5), round(p.p_student, 5)) for p in way} == {(shipped["forward"], 0.5)}
+        elif name in ("piecewise", "dagger"):
             assert way[0].p_student < way[-1].p_student and len({round(p.forward, 5) for p in way}) == 1
         else:
             assert (way[0].rollouts < way[-1].rollouts) is (name != "falling")
