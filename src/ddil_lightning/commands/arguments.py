@@ -63,6 +63,13 @@ def advising(option: str) -> Iterator[None]:
         raise ValueError(str(error).replace("or allow truncation", f"or cut it by {option}")) from error
 
 
+def check_prompts(truncate: bool, suite: Any, backbone: Any) -> None:
+    """Raises ValueError for a prompt that would be cut, before an hour of sampling and not in it, unless that is allowed."""
+    if not truncate:
+        with advising("--truncate"):
+            backbone.check_length([*suite.prompts, *suite.probes.prompts])
+
+
 def guidance_scale(backbone: Any, given: float | None) -> float:
     """The guidance_scale to call a pipeline with: as given, or as its card says (1 where guidance is baked in)."""
     if given is not None and backbone.baked:

@@ -6,14 +6,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddil_lightning.commands import generating, protocols
+from ddil_lightning.commands import comparing, generating, protocols
 from ddil_lightning.commands.arguments import (
     SCALE,
     SEED,
     STEPS,
     Parser,
-    advising,
     baked,
+    check_prompts,
     check_steps,
     device,
     guidance_scale,
@@ -61,9 +61,15 @@ def test(argv: list[str]) -> int:
     parser.add_argument("--strict", action="store_true", help="refuse a network that cannot be had, instead of leaving its metrics out")
     parser.add_argument("--out", type=path, help="the JSON file (default: metrics.json in the run folder, else here)")
     generating.add_options(parser)
+    comparing.add_options(parser)
     args = parser.parse_args(argv)
     if args.save_reference:
         return protocols.save_reference(args, protocols.planned(args), device())
+    if args.compare:
+        generating.check_options(args)
+        return comparing.compare(args)
+    if args.fresh:
+        raise Refusal("--fresh is of --compare: leave it out")
     if sum(x is not None for x in (args.run, args.ckpt_path, args.pipeline)) != 1:
         raise Refusal("give one of: a run folder, --ckpt_path FILE, --pipeline DIR")
     if args.images and args.protocol is None and args.data in (None, "shapes", "digits"):
@@ -102,7 +108,7 @@ def _pipeline_rows(args: argparse.Namespace, how: Generation, where: Any) -> lis
     kind = generating.precision(args)
     backbone = Pipeline(str(Path(args.run) / "pipeline") if args.run else args.pipeline, **kind).to(where)
     suite = _suite(args, backbone, how)
-    _check_prompts(args, suite, backbone)
+    check_prompts(args.truncate, suite, backbone)
     stages = stage_pipelines(Path(args.run)) if args.run else {}
     own = backbone.about.get("made_for", [4, 2, 1] if "method" in backbone.about else [32])
     g = guidance_scale(backbone, args.guidance)
@@ -128,7 +134,7 @@ def _checkpoint_rows(args: argparse.Namespace, how: Generation, where: Any) -> l
 
     method = restore(args.ckpt_path).to(where)
     suite = _suite(args, method.backbone, how)
-    _check_prompts(args, suite, method.backbone)
+    check_prompts(args.truncate, suite, method.backbone)
     deployment = method.deployment
     if args.guidance is not None and not deployment.told:
         raise Refusal(baked(args.ckpt_path, deployment.quoted))
@@ -139,10 +145,3 @@ def _checkpoint_rows(args: argparse.Namespace, how: Generation, where: Any) -> l
 
 def _suite(args: argparse.Namespace, backbone: Any, how: Generation) -> Any:
     return generating.several(args, protocols.suite_of(args, args.plan, backbone, how.processes))
-
-
-def _check_prompts(args: argparse.Namespace, suite: Any, backbone: Any) -> None:
-    """Raises ValueError for a prompt that would be cut, before an hour of sampling and not in it."""
-    if not args.truncate:
-        with advising("--truncate"):
-            backbone.check_length([*suite.prompts, *suite.probes.prompts])

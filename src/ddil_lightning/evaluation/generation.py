@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +15,7 @@ from ddil_lightning.evaluation.kept import Keep, Kept
 from ddil_lightning.processes import Processes
 
 if TYPE_CHECKING:
+    from ddil_lightning.evaluation.metrics.base import Metric
     from ddil_lightning.evaluation.suite import Suite
 
 
@@ -35,13 +36,14 @@ class Generation:
 
     `batch`: images that the sampler makes at a time, by default as many as a device can take; the suite looks at its own number of them at
     a time, unless that is less. `keep`: the folder of images. `processes`: which share the images. `told`: with a bar on a terminal and a
-    line a row elsewhere.
+    line a row elsewhere. `look`: see `Suite.score`.
     """
 
     batch: int | None = None
     keep: Keep | None = None
     processes: Processes = field(default_factory=Processes)
     told: bool = False
+    look: Callable[[Sequence[Metric]], None] | None = None
 
     def measured(self, suite: Suite, source: Source) -> tuple[dict[str, Any], Cost]:
         """All metrics of a sampler's images, in every process, and what the images took.
@@ -53,7 +55,7 @@ class Generation:
         try:
             kept = Kept(self.keep, source.name, suite, source.about(), timed, self.processes) if self.keep else None
             with self._telling(suite, source.name, kept or timed) as sample:
-                metrics = suite.score(sample, self.processes)
+                metrics = suite.score(sample, self.processes, self.look)
         except ValueError as error:
             raise ValueError(f"{source.name}: {one_line(error)}") from error
         now = sum(self.processes.gathered(timed.cost), Cost())

@@ -112,11 +112,12 @@ def pipeline_source(
 
 
 def pipeline_row(
-    suite: Suite, backbone: Pipeline, steps: int, guidance_scale: float, dpm: bool = False, how: Generation = ALONE
+    suite: Suite, backbone: Pipeline, steps: int, guidance_scale: float, dpm: bool = False, how: Generation = ALONE, name: str = ""
 ) -> dict[str, Any]:
-    """The row of a diffusers pipeline (`pipeline_source`)."""
+    """The row of a diffusers pipeline (`pipeline_source`), by its own name or another one."""
     with backbone.counting() as calls:
         source = pipeline_source(backbone, steps, guidance_scale, dpm, how.batch, calls)
+        source = source._replace(name=name or source.name)
         metrics, cost = how.measured(suite, source)
     g = backbone.guidance if backbone.baked else guidance_scale
     said = how.said(suite, source, backbone.network())

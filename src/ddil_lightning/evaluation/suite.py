@@ -10,7 +10,7 @@ alone. Images are scored as an 8-bit file would hold them, by every metric of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -185,11 +185,13 @@ class Suite:
         return found
 
     @torch.no_grad()
-    def score(self, sample: Sampler, processes: Processes | None = None) -> dict[str, Any]:
+    def score(
+        self, sample: Sampler, processes: Processes | None = None, look: Callable[[Sequence[Metric]], None] | None = None
+    ) -> dict[str, Any]:
         """All metrics of a sampler that are asked for: numbers under `registry.keys()` (None where undefined), and their details.
 
         Two samplers get the same calls, so their noise is paired if it depends on the seed only. Several `processes` each draw their share,
-        the first computes, and all answer what it has found. Raises ValueError where the sampler returns another number of images or
+        the first computes, and all answer what it has found. `look`: is given the metrics that have measured anything, there. Raises ValueError where the sampler returns another number of images or
         values that are not finite, for a metric that reads what it has not declared or
         gives what it has not, and as `measured` does.
         """
@@ -206,6 +208,8 @@ class Suite:
         together.alike(draw)
         for metric in made if together.world > 1 else ():
             metric.collect(together)
+        if look is not None and together.first:
+            look([metric for metric in made if metric.update_called])
         return together.by_first(lambda: _computed(made))
 
     @torch.no_grad()

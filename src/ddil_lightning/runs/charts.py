@@ -30,11 +30,15 @@ ROLE_COLOURS = {"student": 1, "teacher": 2, "forward": 3, "mixed": 4}
 
 
 class Series(NamedTuple):
-    """One line: `x` and `y` of equal length, `x` ascending. Values that are not finite break the line."""
+    """One line: `x` and `y` of equal length, `x` ascending. Values that are not finite break the line.
+
+    `colour`: its number, by default that of an actor of its name, or one that is free.
+    """
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
+    colour: int | None = None
 
 
 class Axis(NamedTuple):
@@ -118,7 +122,7 @@ def line_chart(
     answers, for the horizontal axis, with what is drawn behind the lines and what in the strip of STRIP pixels below them.
     A log axis is used only if all its values are positive. Raises ValueError if no series has a finite point.
     """
-    series = [Series(s.name, [_tame(x) for x in s.x], [_tame(y) for y in s.y]) for s in series]
+    series = [s._replace(x=[_tame(x) for x in s.x], y=[_tame(y) for y in s.y]) for s in series]
     finite = [(x, y) for s in series for x, y in zip(s.x, s.y, strict=True) if math.isfinite(x) and math.isfinite(y)]
     if not finite:
         raise ValueError(f"the chart {title!r} has no finite value to draw")
@@ -235,8 +239,8 @@ def _path(s: Series, x_axis: Axis, y_axis: Axis) -> str:
 
 
 def _colours(series: Sequence[Series]) -> list[int]:
-    """Colour numbers 1..8: an actor's own colour if the name ends in its name, else the next one that no actor of this chart uses."""
-    roles = [ROLE_COLOURS.get(re.split("[/_]", s.name)[-1]) for s in series]
+    """Colour numbers 1..8: a line's own, an actor's if the name ends in its name, else the next one that no actor of this chart uses."""
+    roles = [s.colour or ROLE_COLOURS.get(re.split("[/_]", s.name)[-1]) for s in series]
     free = iter([c for c in range(1, 9) if c not in roles] * len(series))
     return [role or next(free, 8) for role in roles]
 

@@ -21,19 +21,27 @@ def attribute_accuracy(verdicts: Mapping[str, Tensor]) -> dict[str, Any]:
     is 1. Images of which nothing was asked do not count; a value is None where nothing was asked at all. Raises ValueError for a verdict
     outside [0, 1].
     """
-    table = torch.stack([v.double().cpu() for v in verdicts.values()], 1)
-    asked = ~table.isnan()
-    right = table.nan_to_num(0)
-    if not ((right >= 0) & (right <= 1)).all():
-        raise ValueError("attribute accuracy: a verdict is a share right in [0, 1], or NaN where nothing was asked")
+    asked, right, each = _by_image(verdicts)
     images = asked.any(1)
-    accuracy = (right.sum(1) / asked.sum(1).clamp(min=1))[images]
-    perfect = ((right == 1) | ~asked).all(1)[images].double()
+    accuracy, perfect = each["attribute_accuracy"][images], each["all_right"][images]
     shares = {n: _ratio(r, a) for n, r, a in zip(verdicts, right.sum(0).tolist(), asked.sum(0).tolist(), strict=True)}
     count = float(images.sum())
     found = {"attribute_accuracy": _ratio(float(accuracy.sum()), count), "all_right": _ratio(float(perfect.sum()), count)}
     spread = intervals(attribute_accuracy=accuracy, all_right=perfect)
     return {**found, "per_attribute": shares, "intervals": spread}
+
+
+def _by_image(verdicts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Which attributes [N, A] were asked and are right, and both numbers of each image, NaN where nothing was asked of it."""
+    table = torch.stack([v.double().cpu() for v in verdicts.values()], 1)
+    asked = ~table.isnan()
+    right = table.nan_to_num(0)
+    if not ((right >= 0) & (right <= 1)).all():
+        raise ValueError("attribute accuracy: a verdict is a share right in [0, 1], or NaN where nothing was asked")
+    unasked = ~asked.any(1)
+    accuracy = (right.sum(1) / asked.sum(1).clamp(min=1)).masked_fill(unasked, torch.nan)
+    perfect = ((right == 1) | ~asked).all(1).double().masked_fill(unasked, torch.nan)
+    return asked, right, {"attribute_accuracy": accuracy, "all_right": perfect}
 
 
 def _ratio(a: float, b: float) -> float | None:
@@ -73,6 +81,13 @@ class Alignment(Metric):
             raise ValueError(f"attribute accuracy: verdicts on {sorted(correct)}, expected {sorted(names)}")
         self.verdicts.append(torch.stack([correct[name].double().cpu() for name in names], 1))
 
+    def each(self) -> dict[str, Tensor]:
+        """The share that is right and whether all is, of each image."""
+        return _by_image(self._verdicts())[2]
+
     def compute(self) -> dict[str, Any]:
         """The shares that are right over all images, as `attribute_accuracy` answers them."""
-        return attribute_accuracy(dict(zip(self.held["names"], self.all("verdicts").unbind(1), strict=True)))
+        return attribute_accuracy(self._verdicts())
+
+    def _verdicts(self) -> dict[str, Tensor]:
+        return dict(zip(self.held["names"], self.all("verdicts").unbind(1), strict=True))

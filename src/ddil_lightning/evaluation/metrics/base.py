@@ -80,6 +80,13 @@ class Metric(torchmetrics.Metric):
         A number that is a mean over images or prompts has its 95 % interval under `intervals`, {key: [low, high]} (`evaluation.intervals`).
         """
 
+    def each(self) -> dict[str, Tensor]:
+        """{key: values [N]} of those numbers that are means over images, in the images' order; NaN for one that does not count.
+
+        By them two samplers of the same prompts and noise are compared image by image (`evaluation.paired`).
+        """
+        return {}
+
     def collect(self, processes: Processes) -> None:
         """Put the states of all `processes` together, in their order, in the first of them, which then computes alone.
 

@@ -24,6 +24,10 @@ class Blur(Metric):
         """Append the residual [B] of each image."""
         self.residuals.append(batch.verdict.residual.double().cpu())
 
+    def each(self) -> dict[str, Tensor]:
+        """The residuals [N] themselves."""
+        return {"blur": self.all("residuals")}
+
     def compute(self) -> dict[str, Any]:
         """The mean residual over all images."""
-        return means(blur=self.all("residuals"))
+        return means(**self.each())

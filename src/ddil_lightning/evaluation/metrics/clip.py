@@ -27,6 +27,10 @@ class ClipScore(Metric):
         """Append the cosine [B] of each image and its prompt."""
         self.cosines.append(batch.cosine)
 
+    def each(self) -> dict[str, Tensor]:
+        """The cosines [N] themselves."""
+        return {"clip": self.all("cosines")}
+
     def compute(self) -> dict[str, Any]:
         """The mean cosine over all images, in [-1, 1]."""
-        return means(clip=self.all("cosines"))
+        return means(**self.each())

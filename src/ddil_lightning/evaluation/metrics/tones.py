@@ -31,10 +31,14 @@ class Tones(Metric):
         self.tones.append(batch.tones)
         self.held["real"] = batch.real_tones if batch.has("real_tones") else None
 
+    def each(self) -> dict[str, Tensor]:
+        """Saturation and contrast [N] of each image."""
+        return dict(zip(("saturation", "contrast"), self.all("tones").unbind(1), strict=True))
+
     def compute(self) -> dict[str, Any]:
         """The four means. A drift's interval takes the real images as they are."""
         mine, real = self.all("tones"), self.held["real"]
-        values = dict(zip(("saturation", "contrast"), mine.unbind(1), strict=True))
+        values = self.each()
         if real is not None:
             values |= dict(zip(("saturation_drift", "contrast_drift"), (mine - real.mean(0)).unbind(1), strict=True))
         return dict.fromkeys(("saturation_drift", "contrast_drift")) | means(**values)

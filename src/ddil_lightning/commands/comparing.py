@@ -1,0 +1,293 @@
+"""ddil-test --compare: pipelines of any origin side by side, from the same prompts and noise, row by row, so that it can go on."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import json
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ddil_lightning.commands import generating, protocols
+from ddil_lightning.commands.arguments import check_prompts, guidance_scale
+from ddil_lightning.commands.entries import FORM, Entry, read_entries
+from ddil_lightning.commands.launched import together
+from ddil_lightning.errors import Refusal, one_line
+from ddil_lightning.files import check_writable
+from ddil_lightning.messages import quiet
+from ddil_lightning.signals import Stopped
+
+if TYPE_CHECKING:
+    from ddil_lightning.backbones.pipeline import Pipeline
+    from ddil_lightning.backbones.source import Source
+    from ddil_lightning.evaluation.generation import Generation
+    from ddil_lightning.evaluation.suite import Suite
+    from ddil_lightning.runs.comparison import Comparison
+
+PICTURES = 6
+"""Prompts whose images the page shows."""
+
+
+class Job(NamedTuple):
+    """A row that is to be measured: an entry in so many steps, called with a guidance_scale. `about`: what it is, for its row."""
+
+    entry: Entry
+    steps: int
+    scale: float
+    about: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """As its row is called."""
+        return f"{self.entry.name}@{self.steps}"
+
+
+class Rack:
+    """The one pipeline that is on the device; another one takes its place. `kind`: arguments of all."""
+
+    def __init__(self, where: Any, kind: dict[str, Any]) -> None:
+        self.where, self.kind = where, kind
+        self._source: Source | None = None
+        self._backbone: Pipeline | None = None
+        self._digest = ""
+
+    def take(self, source: Source) -> Pipeline:
+        """The pipeline of a source. Raises as `Pipeline` does."""
+        from ddil_lightning.backbones.pipeline import Pipeline
+
+        if self._backbone is None or source != self._source:
+            self._backbone, self._digest = None, ""
+            gc.collect()  # before the next one is loaded: what is left of the last one would stand beside it
+            if self.where.type == "cuda":
+                import torch
+
+                torch.cuda.empty_cache()
+            self._backbone, self._source = Pipeline(source, **self.kind).to(self.where), source
+        return self._backbone
+
+    def digest(self) -> str:
+        """A digest of the weights of what was taken last, by which its rows are known again."""
+        from ddil_lightning.backbones.digests import weights
+
+        if not self._digest and self._backbone is not None:
+            self._digest = f"{weights(self._backbone.network())} {self._backbone.encoders()}"
+        return self._digest
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of ddil-test that set pipelines side by side."""
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="PIPELINE",
+        help=f"several pipelines or runs side by side, each {FORM}, or a YAML file of a list of them",
+    )
+    parser.add_argument("--fresh", action="store_true", help="with --compare: measure rows anew that the file has already")
+
+
+def compare(args: argparse.Namespace) -> int:
+    """All rows of --compare, as tables, JSON, Markdown and a page."""
+    if args.run or args.ckpt_path or args.pipeline or args.dpm:
+        raise Refusal(f"--compare takes all pipelines itself, each {FORM}: leave a run, --ckpt_path, --pipeline and --dpm out")
+    entries = read_entries(args.compare)
+    out = args.out or Path("compare.json")
+    if out.suffix.lower() != ".json":
+        raise Refusal(f"--out {out}: give a file's name that ends in .json; beside it come .md, .html and the folder .rows")
+    for file in (out, out.with_suffix(".md"), out.with_suffix(".html"), out.with_suffix(".rows") / "x"):
+        check_writable(file)
+    args.data = _data(args, entries)
+    args.plan = protocols.planned(args)
+    quiet()
+    processes, where = together()
+    from ddil_lightning.runs.compared import text, write_compared
+    from ddil_lightning.runs.comparison import Comparison
+
+    comparison = Comparison(out, [entry.name for entry in entries], args.fresh)
+    rack, how = Rack(where, generating.precision(args)), generating.generation(args, processes)
+    suite, jobs = _checked(args, entries, rack, comparison, how)
+    _measured(args, rack, suite, jobs, comparison, how)
+    if not processes.first:
+        return 0
+    print(text(comparison), end="", flush=True)
+    pages = write_compared(comparison)
+    print(f"written to {out}, {' and '.join(map(str, pages))}")
+    return 0
+
+
+def _data(args: argparse.Namespace, entries: Sequence[Entry]) -> str | None:
+    """The data that all are measured by: as given, else those that the cards name. Raises Refusal where these differ or name none."""
+    from ddil_lightning.backbones.loading import recommended
+
+    if args.data is not None or args.protocol is not None:
+        given: str | None = args.data
+        return given
+    named = {entry.name: recommended(entry.at().path).get("dataset") for entry in entries}
+    found = {data for data in named.values() if data is not None}
+    if len(found) != 1:
+        said = ", ".join(f"{name}: {data}" for name, data in named.items() if data) or "none of them names a data set"
+        raise Refusal(f"--compare measures all by the same prompts ({said}): say --data shapes, --data CAPTIONS or --protocol NAME")
+    return str(found.pop())
+
+
+def _checked(
+    args: argparse.Namespace, entries: Sequence[Entry], rack: Rack, comparison: Comparison, how: Generation
+) -> tuple[Suite, list[Job]]:
+    """The suite and every row that is to be measured, after each pipeline was loaded and drew an image in each of its step counts.
+
+    They are loaded from the last to the first, which is then at hand. Raises Refusal, naming the entry, for one that cannot be measured.
+    """
+    suite, found = None, []
+    for entry in reversed(entries):
+        try:
+            about = rack.take(entry.at()).about
+            counts = entry.steps or args.steps or entry.own_steps(about)
+            mine = []
+            for n in sorted(set(counts)):
+                backbone = _ready(entry, rack.take(entry.at(n)))
+                if suite is None:
+                    suite = generating.several(args, protocols.suite_of(args, args.plan, backbone, how.processes))
+                    comparison.prompts = list(suite.passes()[0].asked[:PICTURES])
+                suite.for_pipeline(backbone)
+                check_prompts(args.truncate, suite, backbone)
+                mine += _tried(args, entry, n, backbone, rack, suite, comparison)
+        except (Refusal, ValueError, OSError) as error:
+            said = one_line(error)
+            raise Refusal(said if said.startswith(f"{entry.name}: ") else f"{entry.name}: {said}") from error
+        if not mine:
+            why = next(why for name, why in comparison.left_out.items() if name.rpartition("@")[0] == entry.name)
+            raise Refusal(f"{entry.name} cannot be sampled in {', '.join(map(str, counts))} steps: {why}")
+        found.append(mine)
+    if suite is None:
+        raise Refusal("--compare: there is nothing to compare")
+    jobs = [job for mine in reversed(found) for job in mine]
+    if how.processes.first:
+        for line in _notes(comparison, jobs):
+            print(line, flush=True)
+    return suite, jobs
+
+
+def _notes(comparison: Comparison, jobs: Sequence[Job]) -> Iterator[str]:
+    """What is left out, what stays of an older comparison, and where images are not of the same noise, a line each."""
+    for name, why in comparison.left_out.items():
+        yield f"left out: {name}, {why}"
+    others = comparison.others([*(job.name for job in jobs), *comparison.left_out])
+    if others:
+        yield f"{comparison.out} also has rows that are not asked for, which stay (--fresh leaves them out): {', '.join(others)}"
+    shapes = {job.entry.name: tuple(job.about["latents"]) for job in jobs}
+    other = [name for name, shape in shapes.items() if shape != shapes[jobs[0].entry.name]]
+    if other:
+        yield f"not from the same noise as {jobs[0].entry.name}, for their latents have another shape: {', '.join(other)}"
+
+
+def _ready(entry: Entry, backbone: Pipeline) -> Pipeline:
+    """The pipeline with the entry's sampler. Raises ValueError where its scheduler's settings do not make one."""
+    from ddil_lightning.backbones.samplers import named
+
+    if entry.sampler is None:
+        return backbone
+    try:
+        return backbone.with_solver(True) if entry.sampler == "dpm" else named(backbone, entry.sampler)
+    except Exception as error:  # whatever a scheduler of diffusers makes of another one's settings
+        kind = type(backbone.pipe.scheduler).__name__
+        raise ValueError(f"the sampler {entry.sampler} cannot be made of the {kind} of {backbone.path}: {one_line(error)}") from error
+
+
+def _tried(
+    args: argparse.Namespace, entry: Entry, n: int, backbone: Pipeline, rack: Rack, suite: Suite, comparison: Comparison
+) -> list[Job]:
+    """The row of an entry in `n` steps; nothing where it cannot be sampled so, which the comparison then says.
+
+    An image is drawn unless the row is there already: some schedulers fail in few steps only, and some samplers for what a network predicts.
+    """
+    from ddil_lightning.backbones import sampling
+
+    given = entry.guidance if entry.guidance is not None or backbone.baked else args.guidance
+    job = Job(entry, n, guidance_scale(backbone, given), _about(entry, backbone, rack))
+    job.about["digest"] = _digest(job, backbone)
+    try:
+        backbone.check_steps(n)
+        if not comparison.kept(job.name, suite.protocol["stamp"], job.about["digest"]):
+            sampling.check_finite(backbone, sampling.pipeline_latents(backbone, suite.prompts[:1], n, job.scale, suite.seed), n)
+    except ValueError as why:
+        comparison.left_out[job.name] = one_line(why)
+        return []
+    return [job]
+
+
+def _about(entry: Entry, backbone: Pipeline, rack: Rack) -> dict[str, Any]:
+    """What a row says of its entry."""
+    loras = [f"{lora.path} * {lora.scale:g}" for lora in entry.source.lora]
+    sampler = type(backbone.pipe.scheduler).__name__
+    return {"pipeline": entry.source.path, "lora": loras, "sampler": sampler, "latents": list(backbone.latent_shape), "digest": rack.digest()}
+
+
+def _digest(job: Job, backbone: Pipeline) -> str:
+    """A short digest of all that decides on a row's images besides the suite."""
+    from ddil_lightning.backbones.digests import settings
+
+    made = [job.about, settings(backbone.pipe.scheduler), job.steps, job.scale, list(backbone.size)]
+    told = {key: value for key, value in job.about.items() if key not in ("pipeline", "lora")}  # wherever the same weights lie
+    return hashlib.sha256(json.dumps([told, *made[1:]]).encode()).hexdigest()[:12]
+
+
+def _measured(args: argparse.Namespace, rack: Rack, suite: Suite, jobs: Sequence[Job], comparison: Comparison, how: Generation) -> None:
+    """Measure the rows that are not there yet, each written when it is done. One that fails is left out, and said to be."""
+    processes, stamp = how.processes, suite.protocol["stamp"]
+    missing = processes.by_first(lambda: [job.name for job in jobs if not comparison.kept(job.name, stamp, job.about["digest"])])
+    kept = [job.name for job in jobs if job.name not in missing]
+    if kept and processes.first:
+        print(f"{comparison.out} has {len(kept)} of {len(jobs)} rows already: {', '.join(kept)}", flush=True)
+    with _going_on(args, comparison):
+        for job in (job for job in jobs if job.name in missing):
+            try:
+                row, seen = _row(rack, suite, job, how)
+            except ValueError as error:
+                comparison.left_out[job.name] = one_line(error).removeprefix(f"{job.name}: ")
+                if processes.first:
+                    print(f"left out: {job.name}, {comparison.left_out[job.name]}", flush=True)
+                continue
+            processes.by_first(lambda row=row, seen=seen: comparison.add(row, seen))  # type: ignore[misc]
+    processes.by_first(lambda: _finish(comparison))
+
+
+def _finish(comparison: Comparison) -> None:
+    """Write what was left out, and the order of the entries, also where nothing was missing. Raises Refusal without a row."""
+    if not comparison.rows:
+        raise Refusal(f"no row could be measured: {next(iter(comparison.left_out.values()))}")
+    comparison.write()
+
+
+def _row(rack: Rack, suite: Suite, job: Job, how: Generation) -> tuple[dict[str, Any], Any]:
+    """A row, and what is seen of its images: those of the first prompts, and every image's values."""
+    from ddil_lightning.backbones import sampling
+    from ddil_lightning.evaluation.rows import pipeline_row
+    from ddil_lightning.runs.comparison import Seen, small
+
+    backbone = _ready(job.entry, rack.take(job.entry.at(job.steps)))
+    first = list(suite.passes()[0].asked[:PICTURES])
+    pictures = small(sampling.decoded(backbone, sampling.pipeline_latents(backbone, first, job.steps, job.scale, suite.seed, how.batch)))
+    values: dict[str, Any] = {}
+
+    def look(metrics: Sequence[Any]) -> None:
+        for metric in (m for m in metrics if m.over == "prompts"):
+            values.update(metric.each())
+
+    row = pipeline_row(suite, backbone, job.steps, job.scale, how=replace(how, look=look), name=job.name)
+    row["generation"] |= job.about
+    return row, Seen(pictures, values)
+
+
+@contextmanager
+def _going_on(args: argparse.Namespace, comparison: Comparison) -> Iterator[None]:
+    """Inside, a signal that stops the command also says that the same command goes on with the rows that are missing."""
+    try:
+        with generating.resumable(args):
+            yield
+    except KeyboardInterrupt as stop:
+        said = f"stopped; {comparison.out} has {len(comparison.rows)} rows, and the same command goes on"
+        raise Stopped(getattr(stop, "number", signal.SIGINT), said) from stop

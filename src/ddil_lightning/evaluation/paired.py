@@ -1,0 +1,54 @@
+"""Two samplers from the same prompts and noise: how much better one is, image by image, which tells more than two means do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ddil_lightning.evaluation.intervals import interval
+
+Row = Mapping[str, Any]
+Values = Mapping[str, Tensor]
+"""A row's values of each image by the key of the number that they are of, NaN for an image of which nothing was asked."""
+
+
+def difference(mine: Tensor, theirs: Tensor) -> dict[str, Any] | None:
+    """The mean of `mine` less `theirs`, [N] each of the same images, and its 95 % interval by resampling the pairs; None without a pair.
+
+    Raises ValueError for another number of images.
+    """
+    if mine.shape != theirs.shape:
+        raise ValueError(f"paired difference: {tuple(mine.shape)} and {tuple(theirs.shape)}; the images must be paired")
+    apart = mine.double() - theirs.double()
+    apart = apart[apart.isfinite()]
+    return {"mean": float(apart.mean()), "interval": interval(apart), "n": len(apart)} if len(apart) else None
+
+
+def partner(row: Row, firsts: Sequence[Row]) -> Row | None:
+    """The row of the first entry that another is set against: in as many steps, else in its most; None where no stamp is the same."""
+    alike = [first for first in firsts if first["protocol"].get("stamp") == row["protocol"].get("stamp")]
+    same = [first for first in alike if first["steps"] == row["steps"]]
+    return (same or sorted(alike, key=lambda first: -first["steps"]) or [None])[0]
+
+
+def against(rows: Sequence[Row], first: str, values: Mapping[str, Values]) -> list[dict[str, Any]]:
+    """The paired differences of every row from its `partner` among those of the entry `first`, by the rows' names.
+
+    `values`: of each row by its name. An entry's rows are those whose name begins with it and an @; those of the first are left out.
+    """
+    firsts = [row for row in rows if _entry(row) == first]
+    found = []
+    for row in rows:
+        other = None if _entry(row) == first else partner(row, firsts)
+        mine, theirs = values.get(row["name"], {}), values.get(other["name"], {}) if other else {}
+        paired = {key: difference(mine[key], theirs[key]) for key in mine if key in theirs}
+        paired = {key: value for key, value in paired.items() if value is not None}
+        if other is not None and paired:
+            found.append({"name": row["name"], "against": other["name"], "differences": paired})
+    return found
+
+
+def _entry(row: Row) -> str:
+    return str(row["name"]).rpartition("@")[0]

@@ -1,0 +1,115 @@
+"""A comparison on disk: its rows as JSON, written after each, and beside them a file a row of what the page and the pairs are made of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddil_lightning.backbones.sampling import to_uint8
+from ddil_lightning.evaluation.paired import against
+from ddil_lightning.evaluation.table import write_rows
+from ddil_lightning.files import read_table, replacing
+
+SIDE = 128
+"""The longest side in pixels of a picture that is kept for the page."""
+
+Row = dict[str, Any]
+
+
+class Seen(NamedTuple):
+    """Of a row: `pictures` [K, 3, h, w], uint8, of the first prompts, and `values` [N] of each image by the key of their number."""
+
+    pictures: Tensor
+    values: Mapping[str, Tensor]
+
+
+class Comparison:
+    """The rows of ddil-test --compare in `out`, and `seen` of each in the folder beside it.
+
+    `entries`: the names of the entries in their order. `fresh`: what is there is measured anew. Raises ValueError for a file that is there
+    and holds no comparison.
+    """
+
+    def __init__(self, out: Path, entries: Sequence[str], fresh: bool = False) -> None:
+        self.out, self.entries, self.folder = out, list(entries), out.with_suffix(".rows")
+        self.left_out: dict[str, str] = {}
+        found = read_table(out)
+        if out.is_file() and out.stat().st_size and not ("entries" in found and isinstance(found.get("rows"), list)):
+            raise ValueError(f"{out} is there and holds no comparison: give another --out, or remove it")
+        self.rows: list[Row] = [] if fresh else list(found.get("rows", []))
+        self.prompts: list[str] = list(found.get("prompts", []))
+
+    def kept(self, name: str, stamp: str, digest: str) -> bool:
+        """Whether the row `name` has been measured by a protocol with this stamp of what has this digest."""
+        row = next((row for row in self.rows if row["name"] == name), None)
+        if row is None or (row["protocol"].get("stamp"), row["generation"].get("digest")) != (stamp, digest):
+            return False
+        return self.seen(name) is not None
+
+    def others(self, names: Sequence[str]) -> list[str]:
+        """The rows of an older comparison in the same file that are none of `names`: they stay."""
+        return [row["name"] for row in self.rows if row["name"] not in names]
+
+    def add(self, row: Row, seen: Seen) -> None:
+        """Add a row, in the place of one of its name, and write everything."""
+        from safetensors.torch import save_file
+
+        tensors = {"pictures": seen.pictures} | {f"values.{key}": value for key, value in seen.values.items()}
+        with replacing(self._file(row["name"])) as temporary:
+            save_file({key: value.contiguous().clone() for key, value in tensors.items()}, temporary)
+        self.rows = [other for other in self.rows if other["name"] != row["name"]] + [row]
+        self.left_out.pop(row["name"], None)
+        self.write()
+
+    def seen(self, name: str) -> Seen | None:
+        """What was seen of a row; None where its file is missing or not whole."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            found = load_file(self._file(name))
+            return Seen(found.pop("pictures"), {key.removeprefix("values."): value for key, value in found.items()})
+        except (OSError, KeyError, SafetensorError):
+            return None
+
+    def write(self) -> None:
+        """Write the JSON: rows by entry, from few steps to many, what was left out and why, and the differences from the first entry."""
+        place = {name: i for i, name in enumerate(self.entries)}
+        self.rows.sort(key=lambda row: (place.get(entry_of(row), len(place)), entry_of(row), row["steps"]))
+        found = {"rows": self.rows, "entries": self.entries, "left_out": self.left_out, "against_first": self.against()}
+        found |= {"prompts": self.prompts}
+        if self.rows:
+            found |= {"n": self.rows[0]["n"], "seed": self.rows[0]["protocol"]["seeds"]["first"]}
+        write_rows(self.out, found)  # type: ignore[arg-type]
+
+    def against(self) -> list[dict[str, Any]]:
+        """The paired differences of every row from the first entry (`evaluation.paired.against`)."""
+        seen = {row["name"]: self.seen(row["name"]) for row in self.rows}
+        values = {name: found.values for name, found in seen.items() if found is not None}
+        return against(self.rows, self.entries[0], values)
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{re.sub(r'[^a-zA-Z0-9_@.-]+', '-', name)}.safetensors"
+
+
+def entry_of(row: Mapping[str, Any]) -> str:
+    """The name of the entry that a row is of: lcm for lcm@4."""
+    return str(row["name"]).rpartition("@")[0]
+
+
+def small(images: Tensor, side: int = SIDE) -> Tensor:
+    """Images [K, 3, H, W] in [-1, 1] as uint8 whose longer side has at most `side` pixels."""
+    from PIL import Image
+    from torchvision.transforms.functional import pil_to_tensor
+
+    made = []
+    for x in to_uint8(images):
+        picture = Image.fromarray(x.permute(1, 2, 0).contiguous().numpy())
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+        made.append(pil_to_tensor(picture))
+    return torch.stack(made)
