@@ -82,10 +82,10 @@ def title(found: Comparison) -> str:
     return ", ".join(names[:-1]) + (f" and {names[-1]}" if len(names) > 1 else names[-1])
 
 
-def paired_table(found: Comparison) -> Table | None:
-    """The differences from the first entry, a row each; None where no image has a value."""
+def paired_table(found: Comparison, every: bool = False) -> Table | None:
+    """The differences from the first entry, a row each, of the numbers that tables show, or of `every` one; None where there are none."""
     rows = found.against()
-    order = [c for c in columns() if any(c.key in row["differences"] for row in rows)]
+    order = [c for c in columns() if (c.shown or every) and any(c.key in row["differences"] for row in rows)]
     if not order:
         return None
     lines = [[row["name"], row["against"], *(_apart(row["differences"].get(c.key), c) for c in order)] for row in rows]
@@ -95,7 +95,7 @@ def paired_table(found: Comparison) -> Table | None:
 def _apart(value: Mapping[str, Any] | None, column: Column) -> str:
     if value is None:
         return "–"
-    ends, decimals = value["interval"], decimals_of(column.key) or 4
+    ends, decimals = value["interval"], decimals_of(column.key) or 3
     said = f"{value['mean']:+.{decimals}f}"
     if ends is None:
         return said
@@ -191,7 +191,7 @@ def _chart(found: Comparison, column: Column) -> str:
 
 
 def _paired(found: Comparison) -> str:
-    paired = paired_table(found)
+    paired = paired_table(found, every=True)
     if paired is None:
         return ""
     return f'<h2>Against the first, {escape(found.entries[0])}</h2>{paired.html()}<p class="note">{escape(PAIRED)}</p>'
