@@ -165,9 +165,8 @@ def _checked(
     if suite is None:
         raise Refusal("--compare: there is nothing to compare")
     jobs = [job for mine in reversed(found) for job in mine]
-    if how.processes.first:
-        for line in _notes(comparison, jobs):
-            print(line, flush=True)
+    for line in list(_notes(comparison, jobs)) if how.processes.first else ():
+        print(line, flush=True)
     return suite, jobs
 
 
@@ -181,7 +180,8 @@ def _notes(comparison: Comparison, jobs: Sequence[Job]) -> Iterator[str]:
     shapes = {job.entry.name: tuple(job.about["latents"]) for job in jobs}
     other = [name for name, shape in shapes.items() if shape != shapes[jobs[0].entry.name]]
     if other:
-        yield f"not from the same noise as {jobs[0].entry.name}, for their latents have another shape: {', '.join(other)}"
+        comparison.notes = [f"Not from the same noise as {jobs[0].entry.name}, for their latents have another shape: {', '.join(other)}."]
+    yield from comparison.notes
 
 
 def _ready(entry: Entry, backbone: Pipeline) -> Pipeline:
@@ -202,7 +202,7 @@ def _tried(
 ) -> list[Job]:
     """The row of an entry in `n` steps; nothing where it cannot be sampled so, which the comparison then says.
 
-    An image is drawn unless the row is there already: some schedulers fail in few steps only, and some samplers for what a network predicts.
+    An image is drawn unless the row is there already: some schedulers fail in few steps only, some for what a network predicts.
     """
     from ddil_lightning.backbones import sampling
 
@@ -223,7 +223,13 @@ def _about(entry: Entry, backbone: Pipeline, rack: Rack) -> dict[str, Any]:
     """What a row says of its entry."""
     loras = [f"{lora.path} * {lora.scale:g}" for lora in entry.source.lora]
     sampler = type(backbone.pipe.scheduler).__name__
-    return {"pipeline": entry.source.path, "lora": loras, "sampler": sampler, "latents": list(backbone.latent_shape), "digest": rack.digest()}
+    return {
+        "pipeline": entry.source.path,
+        "lora": loras,
+        "sampler": sampler,
+        "latents": list(backbone.latent_shape),
+        "digest": rack.digest(),
+    }
 
 
 def _digest(job: Job, backbone: Pipeline) -> str:

@@ -64,7 +64,9 @@ class Entry:
         if self.run and (self.run / "student.safetensors").is_file():
             raise Refusal(f"{self.name}: no pipeline can hold the student of {self.run}: its rows are in summary.json")
         if self.run and not (self.run / "pipeline").is_dir():
-            raise Refusal(f"{self.name}: {self.run} holds no exported pipeline (pipeline/): give a finished run, or ddil-export a checkpoint")
+            raise Refusal(
+                f"{self.name}: {self.run} holds no exported pipeline (pipeline/): give a finished run, or ddil-export a checkpoint"
+            )
         try:
             if single_file(self.at().path) is None:
                 pipeline_folder(self.at().path)
@@ -84,9 +86,8 @@ def read_entries(words: Sequence[str]) -> list[Entry]:
     for entry in entries:
         filed = re.sub(r"\W+", "-", entry.name)  # as their files are named
         if filed in seen:
-            raise Refusal(
-                f"--compare: {entry.source.path} and {seen[filed].source.path} are both called {entry.name}: name them, by NAME={entry.source.path}"
-            )
+            both = f"{entry.source.path} and {seen[filed].source.path} are both called {entry.name}"
+            raise Refusal(f"--compare: {both}: name them, by NAME={entry.source.path}")
         seen[filed] = entry
     for entry in entries:
         entry.check()

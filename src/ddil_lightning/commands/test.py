@@ -33,36 +33,7 @@ if TYPE_CHECKING:
 
 def test(argv: list[str]) -> int:
     """Metrics of a run, a checkpoint or a pipeline folder, as a table and in metrics.json."""
-    parser = Parser("ddil-test", description=test.__doc__)
-    parser.add_argument("run", nargs="?", type=place, help="a run folder (its exported pipelines are tested)")
-    parser.add_argument("--ckpt_path", type=place, help="a checkpoint file of a run, beside or below its config.yaml")
-    parser.add_argument("--pipeline", type=place, help="any pipeline folder, a hub id, builtin or builtin/digits")
-    parser.add_argument("--steps", type=STEPS, nargs="+", help="step counts (default: those a student is made for, 32 for a teacher)")
-    parser.add_argument("--guidance", type=SCALE, help="guidance g (default: what the pipeline recommends)")
-    parser.add_argument("--dpm", action="store_true", help="rows with DPM-Solver++ 2M too, for students that step by DDIM")
-    parser.add_argument("--n", type=number(16, 10**7), help="prompts (default: the protocol's; 1000, or all of a smaller set of your own)")
-    parser.add_argument("--seed", type=SEED, help="of prompts and noise (of a protocol: of its noise)")
-    parser.add_argument("--truncate", action="store_true", help="cut captions that are too long for the text encoder")
-    parser.add_argument(
-        "--data",
-        type=place,
-        help="shapes, digits (default: what the pipeline names), captions of your own (COCO json, jsonl, csv, txt, a folder, a data set of "
-        "Hugging Face), or the folder of the files that a protocol names",
-    )
-    parser.add_argument("--images", type=place, help="the folder of the images that a caption file names")
-    protocols.add_options(parser)
-    parser.add_argument(
-        "--network",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="[FOR=]NAME[:PATH], for captions of your own or a protocol: hps, features=inception:FILE, clip=none",
-    )
-    parser.add_argument("--strict", action="store_true", help="refuse a network that cannot be had, instead of leaving its metrics out")
-    parser.add_argument("--out", type=path, help="the JSON file (default: metrics.json in the run folder, else here)")
-    generating.add_options(parser)
-    comparing.add_options(parser)
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     if args.save_reference:
         return protocols.save_reference(args, protocols.planned(args), device())
     if args.compare:
@@ -93,6 +64,39 @@ def test(argv: list[str]) -> int:
     write_rows(out, {"rows": rows, "n": rows[0]["n"], "seed": rows[0]["protocol"]["seeds"]["first"]})  # type: ignore[arg-type]
     print(f"measured by {called(rows[0]['protocol'])}; written to {out}")
     return 0
+
+
+def _parser() -> Parser:
+    parser = Parser("ddil-test", description=test.__doc__)
+    parser.add_argument("run", nargs="?", type=place, help="a run folder (its exported pipelines are tested)")
+    parser.add_argument("--ckpt_path", type=place, help="a checkpoint file of a run, beside or below its config.yaml")
+    parser.add_argument("--pipeline", type=place, help="any pipeline folder, a hub id, builtin or builtin/digits")
+    parser.add_argument("--steps", type=STEPS, nargs="+", help="step counts (default: those a student is made for, 32 for a teacher)")
+    parser.add_argument("--guidance", type=SCALE, help="guidance g (default: what the pipeline recommends)")
+    parser.add_argument("--dpm", action="store_true", help="rows with DPM-Solver++ 2M too, for students that step by DDIM")
+    parser.add_argument("--n", type=number(16, 10**7), help="prompts (default: the protocol's; 1000, or all of a smaller set of your own)")
+    parser.add_argument("--seed", type=SEED, help="of prompts and noise (of a protocol: of its noise)")
+    parser.add_argument("--truncate", action="store_true", help="cut captions that are too long for the text encoder")
+    parser.add_argument(
+        "--data",
+        type=place,
+        help="shapes, digits (default: what the pipeline names), captions of your own (COCO json, jsonl, csv, txt, a folder, a data set of "
+        "Hugging Face), or the folder of the files that a protocol names",
+    )
+    parser.add_argument("--images", type=place, help="the folder of the images that a caption file names")
+    protocols.add_options(parser)
+    parser.add_argument(
+        "--network",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="[FOR=]NAME[:PATH], for captions of your own or a protocol: hps, features=inception:FILE, clip=none",
+    )
+    parser.add_argument("--strict", action="store_true", help="refuse a network that cannot be had, instead of leaving its metrics out")
+    parser.add_argument("--out", type=path, help="the JSON file (default: metrics.json in the run folder, else here)")
+    generating.add_options(parser)
+    comparing.add_options(parser)
+    return parser
 
 
 def _pipeline_rows(args: argparse.Namespace, how: Generation, where: Any) -> list[dict[str, Any]]:

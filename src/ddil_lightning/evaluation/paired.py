@@ -30,7 +30,7 @@ def partner(row: Row, firsts: Sequence[Row]) -> Row | None:
     """The row of the first entry that another is set against: in as many steps, else in its most; None where no stamp is the same."""
     alike = [first for first in firsts if first["protocol"].get("stamp") == row["protocol"].get("stamp")]
     same = [first for first in alike if first["steps"] == row["steps"]]
-    return (same or sorted(alike, key=lambda first: -first["steps"]) or [None])[0]
+    return same[0] if same else max(alike, key=lambda first: first["steps"], default=None)
 
 
 def against(rows: Sequence[Row], first: str, values: Mapping[str, Values]) -> list[dict[str, Any]]:

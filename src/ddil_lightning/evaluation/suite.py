@@ -191,7 +191,8 @@ class Suite:
         """All metrics of a sampler that are asked for: numbers under `registry.keys()` (None where undefined), and their details.
 
         Two samplers get the same calls, so their noise is paired if it depends on the seed only. Several `processes` each draw their share,
-        the first computes, and all answer what it has found. `look`: is given the metrics that have measured anything, there. Raises ValueError where the sampler returns another number of images or
+        the first computes, and all answer what it has found; `look`, there, is given the metrics that have measured anything.
+        Raises ValueError where the sampler returns another number of images or
         values that are not finite, for a metric that reads what it has not declared or
         gives what it has not, and as `measured` does.
         """

@@ -40,8 +40,8 @@ from ddil_lightning.runs.report import write_page
 
 COLUMNS = (NAME, ("steps", "Steps"), ("sampler", "Sampler"), ("guidance", "g"), ("nfe", "NFE"))
 PAIRED = (
-    "Differences image by image, from the same prompts and noise, with 95 % intervals of resampled pairs; * where the interval leaves out 0. "
-    "A distance of distributions has no value of an image, and so no pair."
+    "Differences image by image, from the same prompts and noise, with 95 % intervals of resampled pairs; * where the interval leaves "
+    "out 0. A distance of distributions has no value of an image, and so no pair."
 )
 NFE = "network evaluations for one image; a guided step counts twice"
 
@@ -52,7 +52,7 @@ def text(found: Comparison) -> str:
     paired = paired_table(found)
     if paired is not None:
         parts.append(f"Against the first, {found.entries[0]}\n{paired.text()}{PAIRED}\n")
-    return "\n".join(parts) + "".join(f"left out: {name}, {why}\n" for name, why in found.left_out.items())
+    return "\n".join(parts) + "".join(f"{line}\n" for line in _said_besides(found))
 
 
 def markdown(found: Comparison) -> str:
@@ -63,7 +63,7 @@ def markdown(found: Comparison) -> str:
         parts += [f"## Against the first, {found.entries[0]}", paired.markdown(), PAIRED]
     parts += ["## Compared", _compared(found).markdown()]
     parts.append("Measured by " + ", ".join(called(p) for p in protocols(found.rows)) + f". NFE: {NFE}.")
-    parts += [f"Left out: {name}, {why}." for name, why in found.left_out.items()]
+    parts += _said_besides(found)
     return "\n\n".join(parts) + "\n"
 
 
@@ -139,7 +139,7 @@ def _results(found: Comparison) -> str:
         return str(row["generation"].get(key, "–")).removesuffix("Scheduler") if key == "sampler" else shown(row, key)
 
     whole = tabulate(rows, [*COLUMNS, *headings(rows), (END[0], "s / image")], show).html(marks, [colours[name] for name in names])
-    said = "".join(f'<p class="note">{escape(line)}</p>' for line in [note(rows), *_left_out(found)] if line)
+    said = "".join(f'<p class="note">{escape(line)}</p>' for line in [note(rows), *_said_besides(found)] if line)
     meanings = "".join(f"<dt>{escape(c.heading)}</dt><dd>{escape(c.meaning)}</dd>" for c in present(rows, every=True))
     meanings += f"<dt>NFE</dt><dd>{NFE}</dd><dt>s / image</dt><dd>seconds for one image once the pipeline is warm</dd>"
     legend = f"<details><summary>What the columns mean</summary><dl>{meanings}</dl></details>"
@@ -147,8 +147,8 @@ def _results(found: Comparison) -> str:
     return f"<h2>Results</h2>{whole}{said}{legend}{every}"
 
 
-def _left_out(found: Comparison) -> list[str]:
-    return [f"Left out: {name}, {why}." for name, why in found.left_out.items()]
+def _said_besides(found: Comparison) -> list[str]:
+    return [*found.notes, *(f"Left out: {name}, {why}." for name, why in found.left_out.items())]
 
 
 def _quality(found: Comparison) -> str:
@@ -230,7 +230,9 @@ def _about(found: Comparison) -> str:
     parts = []
     for protocol in protocols(found.rows):
         lines = [[str(key).replace("_", " "), _said(value)] for key, value in protocol.items() if value is not None]
-        parts.append(f"<details><summary>How it was measured: {escape(called(protocol))}</summary>{Table(['', ''], lines).html()}</details>")
+        parts.append(
+            f"<details><summary>How it was measured: {escape(called(protocol))}</summary>{Table(['', ''], lines).html()}</details>"
+        )
     return f"<h2>Compared</h2>{_compared(found).html()}{''.join(parts)}"
 
 

@@ -31,13 +31,15 @@ class Seen(NamedTuple):
 class Comparison:
     """The rows of ddil-test --compare in `out`, and `seen` of each in the folder beside it.
 
-    `entries`: the names of the entries in their order. `fresh`: what is there is measured anew. Raises ValueError for a file that is there
-    and holds no comparison.
+    `entries`: the names of the entries in their order. `fresh`: what is there is measured anew. `left_out` are the rows that could not be
+    measured, with the reasons, `notes` what else a reader must know, and `prompts` those of the pictures. Raises ValueError for a file that
+    is there and holds no comparison.
     """
 
     def __init__(self, out: Path, entries: Sequence[str], fresh: bool = False) -> None:
         self.out, self.entries, self.folder = out, list(entries), out.with_suffix(".rows")
         self.left_out: dict[str, str] = {}
+        self.notes: list[str] = []
         found = read_table(out)
         if out.is_file() and out.stat().st_size and not ("entries" in found and isinstance(found.get("rows"), list)):
             raise ValueError(f"{out} is there and holds no comparison: give another --out, or remove it")
@@ -82,7 +84,7 @@ class Comparison:
         place = {name: i for i, name in enumerate(self.entries)}
         self.rows.sort(key=lambda row: (place.get(entry_of(row), len(place)), entry_of(row), row["steps"]))
         found = {"rows": self.rows, "entries": self.entries, "left_out": self.left_out, "against_first": self.against()}
-        found |= {"prompts": self.prompts}
+        found |= {"notes": self.notes, "prompts": self.prompts}
         if self.rows:
             found |= {"n": self.rows[0]["n"], "seed": self.rows[0]["protocol"]["seeds"]["first"]}
         write_rows(self.out, found)  # type: ignore[arg-type]

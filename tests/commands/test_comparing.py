@@ -1,0 +1,186 @@
+"""ddil-test --compare: pipelines of every origin from one noise, rows that are gone on with, what is left out, and bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ddil_lightning.backbones import lora
+from ddil_lightning.backbones.adapters import Adapter
+from ddil_lightning.backbones.pipeline import Pipeline
+from ddil_lightning.commands import main
+from ddil_lightning.commands.entries import parsed, read_entries
+from ddil_lightning.errors import Refusal
+from ddil_lightning.evaluation import rows as rows_module
+from ddil_lightning.evaluation.given import Given, Judge
+from ddil_lightning.evaluation.suite import Probes, Suite
+from ddil_lightning.miniature import digits
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, light: Path) -> Path:
+    """A small pipeline `base`, and a suite with the judge alone."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(light, "base")
+
+    def builtin(data: str, n: int, seed: int) -> Suite:
+        judge = Judge(digits.judge, digits.mode_coverage, side=32 if data == "shapes" else None)
+        return Suite(data, digits.prompts(n, seed), Given(judge=judge), Probes(), seed, batch=8)
+
+    monkeypatch.setattr(Suite, "builtin", staticmethod(builtin))
+    return tmp_path
+
+
+def call(capsys: Any, *words: Any, command: str = "--compare") -> tuple[dict[str, Any], str]:
+    """What the JSON file holds, and what was printed; the line of a refusal for what was refused."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main.run(main.command("test"), "ddil-test", [command, *map(str, words), "--n", "16"])
+    out, err = capsys.readouterr()
+    if stop.value.code:
+        assert stop.value.code == 2 and err.count("\n") == 1 and err.startswith("ddil-test: "), err
+        return {}, err
+    return json.loads(Path("compare.json" if command == "--compare" else "metrics.json").read_text()), out
+
+
+def changed(folder: str, by: float = 0.1) -> None:
+    """Other weights in the place of a pipeline's own."""
+    weights = load_file(Path(folder) / UNET)
+    weights["conv_out.bias"] += by
+    save_file(weights, Path(folder) / UNET, {"format": "pt"})
+
+
+def scheduler(folder: str, kind: str, **settings: Any) -> None:
+    """Another scheduler in the files of a pipeline."""
+    index = json.loads((Path(folder) / "model_index.json").read_text()) | {"scheduler": ["diffusers", kind]}
+    (Path(folder) / "model_index.json").write_text(json.dumps(index))
+    file = Path(folder) / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": kind, **settings}))
+
+
+def test_pipelines_of_every_origin_side_by_side(capsys: Any) -> None:
+    Path("<b>run&").mkdir()
+    shutil.copytree("base", "<b>run&/pipeline")
+    changed("<b>run&/pipeline")
+    Path("<b>run&/config.yaml").touch()
+    role = Pipeline("base").role("student", adapter=Adapter(2))
+    with torch.no_grad():
+        for p in role.weights():
+            p.add_(0.05)
+    lora.write(type(Pipeline("base").pipe), Path("style.safetensors"), role.network, torch.float32)
+    Path("more.yaml").write_text("- {name: tuned, path: base, lora: {path: style.safetensors, scale: 0.5}, sampler: tcd, steps: [2]}\n")
+    found, out = call(capsys, "base", "base:lcm@1", "<b>run&", "more.yaml", "--steps", 1, 2)
+    rows = {row["name"]: row for row in found["rows"]}
+    assert list(rows) == ["base@1", "base@2", "base:lcm g1@1", "base:lcm g1@2", "-b-run-@1", "-b-run-@2", "tuned@2"]
+    assert [row["nfe"] for row in rows.values()] == [2, 4, 1, 2, 2, 4, 4] and all(row["seconds_per_image"] > 0 for row in rows.values())
+    made = rows["tuned@2"]["generation"]
+    assert (made["sampler"], made["lora"], made["dtype"]) == ("TCDScheduler", ["style.safetensors * 0.5"], "float32")
+    assert len({json.dumps(row["metrics"]) for row in rows.values()}) == 7
+    alone = call(capsys, "base", "--steps", 2, command="--pipeline")[0]["rows"][0]
+    assert (alone["metrics"], alone["protocol"]) == (rows["base@2"]["metrics"], rows["base@2"]["protocol"])
+    pairs = {pair["name"]: pair for pair in found["against_first"]}
+    assert list(pairs) == list(rows)[2:] and pairs["tuned@2"]["against"] == "base@2"
+    for key in ("saturation", "attribute_accuracy", "all_right", "blur"):
+        told = rows["tuned@2"]["metrics"][key] - rows["base@2"]["metrics"][key]
+        assert pairs["tuned@2"]["differences"][key]["mean"] == pytest.approx(told, abs=1e-6)
+    page, text = Path("compare.html").read_text(), Path("compare.md").read_text()
+    assert page.count('src="data:image/png;base64,') == 7 * 6 and "<b>run" not in page and "&lt;b&gt;run&amp;" in page
+    assert page.count("<svg") >= 2 and "| tuned | base | style.safetensors * 0.5 | TCDScheduler |" in text and "base:lcm g1@2" in out
+
+
+def test_a_comparison_goes_on_with_the_rows_that_are_missing(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree("base", "other")
+    changed("other")
+    words, measured, asked = ("base", "other", "--steps", 1, 2), rows_module.pipeline_row, []
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs["name"])
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return measured(*args, **kwargs)
+
+    monkeypatch.setattr(rows_module, "pipeline_row", once)
+    with pytest.raises(SystemExit) as stop:
+        main.run(main.command("test"), "ddil-test", ["--compare", *map(str, words), "--n", "16"])
+    assert stop.value.code == 130 and "compare.json has 2 rows, and the same command goes on" in capsys.readouterr().err
+    first = json.loads(Path("compare.json").read_text())["rows"]
+    found, out = call(capsys, *words)
+    assert asked == ["base@1", "base@2", "other@1", "other@1", "other@2"] and found["rows"][:2] == first
+    assert "has 2 of 4 rows already: base@1, base@2" in out
+    changed("other")  # other weights at the same place
+    Path("compare.rows/base@1.safetensors").write_bytes(b"half")
+    again, _ = call(capsys, *words)
+    assert asked[5:] == ["base@1", "other@1", "other@2"] and again["rows"][0]["metrics"] == first[0]["metrics"]
+    assert again["rows"][3]["metrics"] != found["rows"][3]["metrics"]
+    call(capsys, *words, "--fresh")
+    assert len(asked) == 12
+
+
+def test_rows_of_another_protocol_stay_and_are_told(capsys: Any) -> None:
+    shutil.copytree("base", "other")
+    call(capsys, "base", "other", "--steps", 1)
+    found, out = call(capsys, "base", "new=base:euler", "--steps", 1, "--seed", 3)
+    assert "also has rows that are not asked for, which stay (--fresh leaves them out): other@1" in out
+    assert [row["name"] for row in found["rows"]] == ["base@1", "new@1", "other@1"]
+    assert "The rows were measured by 2 protocols" in out and "The rows were measured by 2 protocols" in Path("compare.html").read_text()
+    assert [pair["name"] for pair in found["against_first"]] == ["new@1"]  # other@1 has no partner by its protocol
+
+
+def test_what_cannot_be_sampled_is_left_out_and_said(capsys: Any) -> None:
+    shutil.copytree("base", "few")
+    scheduler("few", "LCMScheduler", original_inference_steps=2)
+    found, out = call(capsys, "base", "few", "--steps", 2, 4)
+    assert [row["name"] for row in found["rows"]] == ["base@2", "base@4", "few@2"] and list(found["left_out"]) == ["few@4"]
+    assert "left out: few@4, LCMScheduler: " in out and "Left out: few@4" in Path("compare.html").read_text()
+    assert "ddil-test: few cannot be sampled in 4 steps: LCMScheduler: " in call(capsys, "base", "few", "--steps", 4)[1]
+
+
+def test_bad_input_ends_in_a_line_before_anything_is_sampled(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("flow", "odd"):
+        shutil.copytree("base", name)
+    scheduler("flow", "FlowMatchEulerDiscreteScheduler")
+    index = json.loads(Path("odd/model_index.json").read_text())
+    Path("odd/model_index.json").write_text(json.dumps(index | {"_class_name": "NoSuchPipeline"}))
+    Path("list.yaml").write_text("- {path: base, sampler: lcm, colour: red}\n")
+    monkeypatch.setattr(rows_module, "pipeline_row", None)
+    for words, told in (
+        (["base"], "--compare needs at least two pipelines"),
+        (["base", "base"], "base and base are both called base: name them, by NAME=base"),
+        (["base", "gone/away/it"], "it: no pipeline at gone/away/it"),
+        (["base", "base+gone/away/it"], "base+it: no LoRA at gone/away/it"),
+        (["base", "base:ddpm"], "no sampler 'ddpm': known are lcm, tcd, ddim, euler, dpm"),
+        (["base", "base@much"], "the guidance after @ is 'much': give a number"),
+        (["base", "base#0"], "the steps after # are '0': give whole numbers from 1 to 1000"),
+        (["base", "list.yaml"], "list.yaml, entry 1: no key 'colour'"),
+        (["base", "flow:lcm"], "flow:lcm: the pipeline flow has a flow-matching scheduler"),
+        (["base", "odd"], "odd: the pipeline odd"),
+        (["base", "base:lcm#60"], "base:lcm cannot be sampled in 60 steps: LCMScheduler"),
+        (["base", "builtin"], "measures all by the same prompts (base: digits, builtin: shapes)"),
+        (["base", "builtin", "--data", "shapes"], "base: shapes are pictures of 32 pixels and the pipeline base makes 16 x 16"),
+        (["base", "base:lcm", "--out", "x.html"], "--out x.html: give a file's name that ends in .json"),
+        (["base", "base:lcm", "--dpm"], "leave a run, --ckpt_path, --pipeline and --dpm out"),
+    ):
+        found, err = call(capsys, *words)
+        assert not found and told in err, err
+    assert "--fresh is of --compare" in call(capsys, "base", "--fresh", command="--pipeline")[1]
+
+
+def test_an_entry_in_a_word(here: Path) -> None:
+    entry = parsed("mine=base+a/b*0.5+c/d:lcm@1.5#4,2")
+    assert (entry.name, entry.source.path, entry.sampler, entry.guidance, entry.steps) == ("mine", "base", "lcm", 1.5, (4, 2))
+    assert [(x.path, x.scale) for x in entry.source.lora] == [("a/b", 0.5), ("c/d", 1.0)]
+    assert parsed("runs/sd15/latest").name == parsed("runs/sd15/latest/pipeline").name == "sd15"
+    assert parsed("owner/model+owner/lcm-lora:lcm@1").name == "model+lcm-lora:lcm g1"
+    shutil.copytree("base", "a+b@2")  # taken as it stands
+    assert parsed("a+b@2").source.path == "a+b@2" and parsed("a+b@2@3").guidance == 3.0
+    (here / "none.yaml").write_text("{}")
+    with pytest.raises(Refusal, match="give a list of pipelines"):
+        read_entries(["none.yaml"])
