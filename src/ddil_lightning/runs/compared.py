@@ -173,7 +173,7 @@ def _chart(found: Comparison, column: Column) -> str:
     if not points:
         return ""
     series = [
-        Series(name if len(stamps) < 2 else f"{name} {stamp}", *map(list, zip(*sorted(some), strict=True)))
+        Series(name if len(stamps) < 2 else f"{name} {stamp}", *map(list, zip(*sorted(some), strict=True)), colours[name])
         for (name, stamp), some in points.items()
     ]
     values, marks = [y for s in series for y in s.y], sorted({x for s in series for x in s.x})
@@ -186,7 +186,6 @@ def _chart(found: Comparison, column: Column) -> str:
         log_y=wide,
         x_ticks=marks,
         y_range=column.span,
-        colours=[colours[name] for name, _ in points],
     )
 
 

@@ -115,9 +115,13 @@ class Scored(Metric):
         """Append the number [B] of each image and its prompt."""
         self.scores.append(getattr(batch, self.needs[0]))
 
+    def each(self) -> dict[str, Tensor]:
+        """The numbers [N] themselves."""
+        return {self.columns[0].key: self.all("scores")}
+
     def compute(self) -> dict[str, Any]:
         """The mean over all images, with its interval."""
-        return means(**{self.columns[0].key: self.all("scores")})
+        return means(**self.each())
 
 
 class Compared(Metric):
