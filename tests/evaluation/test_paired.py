@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 
+from ddil_lightning.evaluation.given import Given, Judge
 from ddil_lightning.evaluation.intervals import interval
+from ddil_lightning.evaluation.networks import Networks
 from ddil_lightning.evaluation.paired import against, difference
+from ddil_lightning.evaluation.suite import Suite
+
+
+class Verdict(NamedTuple):
+    correct: dict[str, torch.Tensor]
+    residual: torch.Tensor
 
 
 def test_a_difference_is_of_the_pairs_that_both_have() -> None:
@@ -34,3 +44,23 @@ def test_a_row_is_set_against_the_first_entry_in_its_steps_or_in_its_most() -> N
     values = {row["name"]: {"clip": torch.arange(3.0) + row["steps"]} for row in rows} | {"c@1": {"blur": torch.ones(3)}}
     found = against(rows, "a", values)
     assert [(x["name"], x["against"], x["differences"]["clip"]["mean"]) for x in found] == [("b@2", "a@2", 0.0), ("b@4", "a@8", -4.0)]
+
+
+def test_what_each_image_has_is_what_a_metric_is_the_mean_of() -> None:
+    def seen(images: torch.Tensor, prompts: list[str]) -> Verdict:
+        right = (images[:, 0, 0, 0] > 0).double()
+        right[::3] = torch.nan  # of which nothing was asked
+        return Verdict({"bright": right}, images.flatten(1).std(1))
+
+    def brightness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return images.mean((1, 2, 3))
+
+    def sample(prompts: list[str], seed: int) -> torch.Tensor:
+        return torch.rand(len(prompts), 3, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+    values: dict[str, torch.Tensor] = {}
+    suite = Suite("s", ["a"] * 30, Given(Networks(clip=brightness, hps=brightness), judge=Judge(seen)), batch=7)
+    found = suite.score(sample, look=lambda metrics: [values.update(metric.each()) for metric in metrics])  # type: ignore[func-returns-value]
+    assert set(values) == {"clip", "hps", "saturation", "contrast", "attribute_accuracy", "all_right", "blur"}
+    for key, each in values.items():
+        assert len(each) == 30 and float(each.nanmean()) == pytest.approx(found[key], abs=1e-12)

@@ -141,33 +141,37 @@ def _checked(
 
     They are loaded from the last to the first, which is then at hand. Raises Refusal, naming the entry, for one that cannot be measured.
     """
-    suite, found = None, []
+    with _named(entries[-1]):
+        backbone = rack.take(entries[-1].at())
+    suite = generating.several(args, protocols.suite_of(args, args.plan, backbone, how.processes))
+    comparison.prompts = list(suite.passes()[0].asked[:PICTURES])
+    found = []
     for entry in reversed(entries):
-        try:
-            about = rack.take(entry.at()).about
-            counts = entry.steps or args.steps or entry.own_steps(about)
+        with _named(entry):
+            counts = entry.steps or args.steps or entry.own_steps(rack.take(entry.at()).about)
             mine = []
             for n in sorted(set(counts)):
                 backbone = _ready(entry, rack.take(entry.at(n)))
-                if suite is None:
-                    suite = generating.several(args, protocols.suite_of(args, args.plan, backbone, how.processes))
-                    comparison.prompts = list(suite.passes()[0].asked[:PICTURES])
                 suite.for_pipeline(backbone)
                 check_prompts(args.truncate, suite, backbone)
                 mine += _tried(args, entry, n, backbone, rack, suite, comparison)
-        except (Refusal, ValueError, OSError) as error:
-            said = one_line(error)
-            raise Refusal(said if said.startswith(f"{entry.name}: ") else f"{entry.name}: {said}") from error
-        if not mine:
-            why = next(why for name, why in comparison.left_out.items() if name.rpartition("@")[0] == entry.name)
-            raise Refusal(f"{entry.name} cannot be sampled in {', '.join(map(str, counts))} steps: {why}")
+            if not mine:
+                why = next(why for name, why in comparison.left_out.items() if name.rpartition("@")[0] == entry.name)
+                raise Refusal(f"cannot be sampled in {', '.join(map(str, counts))} steps: {why}")
         found.append(mine)
-    if suite is None:
-        raise Refusal("--compare: there is nothing to compare")
     jobs = [job for mine in reversed(found) for job in mine]
     for line in list(_notes(comparison, jobs)) if how.processes.first else ():
         print(line, flush=True)
     return suite, jobs
+
+
+@contextmanager
+def _named(entry: Entry) -> Iterator[None]:
+    """Inside, what is refused is a Refusal that begins with the name of the entry."""
+    try:
+        yield
+    except (Refusal, ValueError, OSError) as error:
+        raise Refusal(f"{entry.name}: {one_line(error)}") from error
 
 
 def _notes(comparison: Comparison, jobs: Sequence[Job]) -> Iterator[str]:
