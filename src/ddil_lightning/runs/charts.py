@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from itertools import pairwise
 from typing import NamedTuple
@@ -39,6 +39,12 @@ class Series(NamedTuple):
     x: Sequence[float]
     y: Sequence[float]
     colour: int | None = None
+
+    @classmethod
+    def of(cls, name: str, points: Iterable[tuple[float, float]], colour: int | None = None) -> Series:
+        """The line of points (x, y) in any order."""
+        ordered = sorted(points)
+        return cls(name, [x for x, _ in ordered], [y for _, y in ordered], colour)
 
 
 class Axis(NamedTuple):

@@ -172,10 +172,7 @@ def _chart(found: Comparison, column: Column) -> str:
             points.setdefault((entry_of(row), row["protocol"].get("stamp")), []).append((row["nfe"], value))
     if not points:
         return ""
-    series = [
-        Series(name if len(stamps) < 2 else f"{name} {stamp}", *map(list, zip(*sorted(some), strict=True)), colours[name])
-        for (name, stamp), some in points.items()
-    ]
+    series = [Series.of(name if len(stamps) < 2 else f"{name} {stamp}", some, colours[name]) for (name, stamp), some in points.items()]
     values, marks = [y for s in series for y in s.y], sorted({x for s in series for x in s.x})
     wide = column.span is None and min(values) > 0 and max(values) > 20 * min(values)
     return line_chart(

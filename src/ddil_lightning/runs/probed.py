@@ -205,7 +205,7 @@ def _sweep_charts(found: Mapping[str, Any], key: str, title: str) -> list[str]:
     for who in ("teacher", "student"):
         mine = [(row["at"], values_of(row)[key]) for row in found["switch"] if row["first"] == who and values_of(row).get(key) is not None]
         if mine:
-            series.append(Series(f"first/{who}", *map(list, zip(*sorted(mine), strict=True))))
+            series.append(Series.of(f"first/{who}", mine))
     if series:
         made.append(line_chart(series, title=f"{title}, who acts first", x_label="time of the switch", x_ticks=sorted(series[0].x)))
     return made

@@ -164,7 +164,7 @@ def _quality(rows: Sequence[Row]) -> str:
             if number_of(value) and isinstance(row.get("steps"), int) and row["steps"] > 0:
                 name = f"{role(row)} {(row.get('protocol') or {}).get('stamp', '')}".strip() if mixed else role(row)
                 points.setdefault(name, []).append((row["steps"], value))
-        series = [Series(name, *map(list, zip(*sorted(found), strict=True))) for name, found in points.items()]
+        series = [Series.of(name, found) for name, found in points.items()]
         if not any(len(s.x) > 1 for s in series):
             continue
         steps = sorted({x for s in series for x in s.x})
