@@ -18,6 +18,7 @@ SAMPLERS = ("lcm", "tcd", "ddim", "euler", "dpm")
 OF_SOURCE = ("path", "variant", "config", "vae", "lora", "size")
 KEYS = ("name", *OF_SOURCE, "sampler", "guidance", "steps")
 """What an entry of a YAML file may say."""
+LONGEST = 100
 SHOWN = re.compile(r"[^\w.+ :=-]+")
 
 
@@ -179,8 +180,8 @@ def _entry(said: Mapping[str, Any], where: str) -> Entry:
         raise Refusal(f"{where}: {one_line(error)}") from error
     source = replace(source, path=str(place(source.path)), lora=tuple(replace(lora, path=str(place(lora.path))) for lora in source.lora))
     name = SHOWN.sub("-", str(said.get("name") or _called(source, sampler, guidance))).strip()
-    if not name:
-        raise Refusal(f"{where}: the name {said.get('name')!r} has no letters: give another one")
+    if not 1 <= len(name) <= LONGEST:
+        raise Refusal(f"{where}: a name has 1 to {LONGEST} letters, for files are named by it: say one, by NAME={source.path[:80]}")
     return Entry(name, source, sampler, guidance, steps)
 
 

@@ -1,0 +1,60 @@
+"""The page of a comparison: whatever names and prompts hold, in a browser too, on a phone and on a desk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from browser import Browser, needs_chromium
+from ddil_lightning.evaluation.suite import make_row
+from ddil_lightning.runs.compared import markdown, text, write_compared
+from ddil_lightning.runs.comparison import Comparison, Seen, small
+
+EVIL = "</title><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">" + "w" * 300
+NAME = "<img src=x onerror=\"document.title='taken'\">" + "w" * 55
+
+
+@pytest.fixture
+def found(tmp_path: Path) -> Comparison:
+    """Two pipelines in one and four steps, the last row by another protocol, with markup and words without an end wherever a text is."""
+    made = Comparison(tmp_path / "x.json", ["one", NAME])
+    made.prompts, made.notes = [EVIL, "a cross"], [EVIL]
+    for k, (name, n, stamp) in enumerate((("one", 1, "s"), ("one", 4, "s"), (NAME, 1, "s"), (NAME, 4, "other"))):
+        protocol = {"name": EVIL, "n": 12, "stamp": stamp, "seeds": {"first": 0}, "prompts": EVIL}
+        metrics = {"frechet": 9.0 / n, "all_right": 0.1 * n, "clip": 0.8, "saturation": 0.5}
+        generation = {"pipeline": EVIL, "lora": [EVIL], "sampler": EVIL, "digest": "d", "dtype": "float32"}
+        seen = Seen(small(torch.rand(2, 3, 200, 100) * 2 - 1), {"clip": torch.arange(12.0) * (k + 1), "blur": torch.ones(12)})
+        made.add(make_row(f"{name}@{n}", n, 3.0, 2 * n, 0.1, metrics, protocol, generation), seen)
+    made.left_out[f"{NAME}@8"] = EVIL
+    made.write()
+    return made
+
+
+def test_texts_are_escaped_and_rows_of_another_protocol_are_paired_with_none(found: Comparison) -> None:
+    names = write_compared(found)
+    page = names[1].read_text()
+    assert "<script" not in page and "<img src=x" not in page and page.count('<img width="64" height="128"') == 8
+    (pair,) = found.against()
+    assert (pair["name"], pair["against"]) == (f"{NAME}@1", "one@1")
+    assert pair["differences"]["clip"]["mean"] == 11.0 and pair["differences"]["blur"] == {"mean": 0.0, "interval": None, "n": 12}
+    for told in (page, markdown(found), text(found)):
+        assert "The rows were measured by 2 protocols" in " ".join(told.split())
+    again = Comparison(found.out, ["one", NAME])
+    assert again.kept(f"{NAME}@4", "other", "d") and not again.kept(f"{NAME}@4", "s", "d") and not again.kept("one@1", "s", "e")
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_the_page_fits_and_complains_of_nothing(found: Comparison, tmp_path: Path) -> None:
+    browser = Browser(tmp_path / "profile")
+    try:
+        for width, dark in ((390, False), (768, True), (1280, False)):
+            browser.open(write_compared(found)[1], width, dark)
+            browser.ask("document.querySelectorAll('details').forEach(d => d.open = true)")
+            assert browser.ask("document.documentElement.scrollWidth") == browser.ask("window.innerWidth") == width
+            assert browser.complaints == [] and "taken" not in browser.ask("document.title")[:5]
+            assert browser.ask("[...document.images].every(x => x.naturalWidth == 64)")
+    finally:
+        browser.close()
