@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def scheduler(folder: str, kind: str, **settings: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": kind, **settings}))
 
 
-def test_pipelines_of_every_origin_side_by_side(capsys: Any) -> None:
+def test_pipelines_of_every_origin_side_by_side(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("<b>run&").mkdir()
     shutil.copytree("base", "<b>run&/pipeline")
     changed("<b>run&/pipeline")
@@ -77,7 +78,20 @@ def test_pipelines_of_every_origin_side_by_side(capsys: Any) -> None:
             p.add_(0.05)
     lora.write(type(Pipeline("base").pipe), Path("style.safetensors"), role.network, torch.float32)
     Path("more.yaml").write_text("- {name: tuned, path: base, lora: {path: style.safetensors, scale: 0.5}, sampler: tcd, steps: [2]}\n")
+    load, loaded = Pipeline.load, []
+
+    def one(self: Pipeline, *args: Any) -> Any:
+        """Two large pipelines would not fit beside each other."""
+        assert not any(before() for before in loaded)
+        pipe = load(self, *args)
+        loaded.append(weakref.ref(pipe.unet))
+        return pipe
+
+    monkeypatch.setattr(Pipeline, "load", one)
     found, out = call(capsys, "base", "base:lcm@1", "<b>run&", "more.yaml", "--steps", 1, 2)
+    assert len(loaded) == 5  # tuned, run, base to be tried, which is then measured as well; run, tuned
+    monkeypatch.setattr(Pipeline, "load", load)
+    monkeypatch.undo()
     rows = {row["name"]: row for row in found["rows"]}
     assert list(rows) == ["base@1", "base@2", "base:lcm g1@1", "base:lcm g1@2", "-b-run-@1", "-b-run-@2", "tuned@2"]
     assert [row["nfe"] for row in rows.values()] == [2, 4, 1, 2, 2, 4, 4] and all(row["seconds_per_image"] > 0 for row in rows.values())

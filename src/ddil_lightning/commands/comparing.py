@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import hashlib
 import json
 import signal
@@ -17,6 +16,7 @@ from ddil_lightning.commands import generating, protocols
 from ddil_lightning.commands.arguments import check_prompts, guidance_scale
 from ddil_lightning.commands.entries import FORM, Entry, read_entries
 from ddil_lightning.commands.launched import together
+from ddil_lightning.commands.rack import Rack, about, ready
 from ddil_lightning.errors import Refusal, one_line
 from ddil_lightning.files import check_writable
 from ddil_lightning.messages import quiet
@@ -24,7 +24,6 @@ from ddil_lightning.signals import Stopped
 
 if TYPE_CHECKING:
     from ddil_lightning.backbones.pipeline import Pipeline
-    from ddil_lightning.backbones.source import Source
     from ddil_lightning.evaluation.generation import Generation
     from ddil_lightning.evaluation.suite import Suite
     from ddil_lightning.runs.comparison import Comparison
@@ -45,38 +44,6 @@ class Job(NamedTuple):
     def name(self) -> str:
         """As its row is called."""
         return f"{self.entry.name}@{self.steps}"
-
-
-class Rack:
-    """The one pipeline that is on the device; another one takes its place. `kind`: arguments of all."""
-
-    def __init__(self, where: Any, kind: dict[str, Any]) -> None:
-        self.where, self.kind = where, kind
-        self._source: Source | None = None
-        self._backbone: Pipeline | None = None
-        self._digest = ""
-
-    def take(self, source: Source) -> Pipeline:
-        """The pipeline of a source. Raises as `Pipeline` does."""
-        from ddil_lightning.backbones.pipeline import Pipeline
-
-        if self._backbone is None or source != self._source:
-            self._backbone, self._digest = None, ""
-            gc.collect()  # before the next one is loaded: what is left of the last one would stand beside it
-            if self.where.type == "cuda":
-                import torch
-
-                torch.cuda.empty_cache()
-            self._backbone, self._source = Pipeline(source, **self.kind).to(self.where), source
-        return self._backbone
-
-    def digest(self) -> str:
-        """A digest of the weights of what was taken last, by which its rows are known again."""
-        from ddil_lightning.backbones.digests import weights
-
-        if not self._digest and self._backbone is not None:
-            self._digest = f"{weights(self._backbone.network())} {self._backbone.encoders()}"
-        return self._digest
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -141,9 +108,7 @@ def _checked(
 
     They are loaded from the last to the first, which is then at hand. Raises Refusal, naming the entry, for one that cannot be measured.
     """
-    with _named(entries[-1]):
-        backbone = rack.take(entries[-1].at())
-    suite = generating.several(args, protocols.suite_of(args, args.plan, backbone, how.processes))
+    suite = _suite(args, entries[-1], rack, how)
     comparison.prompts = list(suite.passes()[0].asked[:PICTURES])
     found = []
     for entry in reversed(entries):
@@ -151,10 +116,7 @@ def _checked(
             counts = entry.steps or args.steps or entry.own_steps(rack.take(entry.at()).about)
             mine = []
             for n in sorted(set(counts)):
-                backbone = _ready(entry, rack.take(entry.at(n)))
-                suite.for_pipeline(backbone)
-                check_prompts(args.truncate, suite, backbone)
-                mine += _tried(args, entry, n, backbone, rack, suite, comparison)
+                mine += _tried(args, entry, n, rack, suite, comparison)
             if not mine:
                 why = next(why for name, why in comparison.left_out.items() if name.rpartition("@")[0] == entry.name)
                 raise Refusal(f"cannot be sampled in {', '.join(map(str, counts))} steps: {why}")
@@ -163,6 +125,13 @@ def _checked(
     for line in list(_notes(comparison, jobs)) if how.processes.first else ():
         print(line, flush=True)
     return suite, jobs
+
+
+def _suite(args: argparse.Namespace, entry: Entry, rack: Rack, how: Generation) -> Suite:
+    """What all are measured by. An entry's pipeline says on what device."""
+    with _named(entry):
+        backbone = rack.take(entry.at())
+    return generating.several(args, protocols.suite_of(args, args.plan, backbone, how.processes))
 
 
 @contextmanager
@@ -188,30 +157,19 @@ def _notes(comparison: Comparison, jobs: Sequence[Job]) -> Iterator[str]:
     yield from comparison.notes
 
 
-def _ready(entry: Entry, backbone: Pipeline) -> Pipeline:
-    """The pipeline with the entry's sampler. Raises ValueError where its scheduler's settings do not make one."""
-    from ddil_lightning.backbones.samplers import named
-
-    if entry.sampler is None:
-        return backbone
-    try:
-        return backbone.with_solver(True) if entry.sampler == "dpm" else named(backbone, entry.sampler)
-    except Exception as error:  # whatever a scheduler of diffusers makes of another one's settings
-        kind = type(backbone.pipe.scheduler).__name__
-        raise ValueError(f"the sampler {entry.sampler} cannot be made of the {kind} of {backbone.path}: {one_line(error)}") from error
-
-
-def _tried(
-    args: argparse.Namespace, entry: Entry, n: int, backbone: Pipeline, rack: Rack, suite: Suite, comparison: Comparison
-) -> list[Job]:
+def _tried(args: argparse.Namespace, entry: Entry, n: int, rack: Rack, suite: Suite, comparison: Comparison) -> list[Job]:
     """The row of an entry in `n` steps; nothing where it cannot be sampled so, which the comparison then says.
 
-    An image is drawn unless the row is there already: some schedulers fail in few steps only, some for what a network predicts.
+    An image is drawn unless the row is there already: some schedulers fail in few steps only, some for what a network predicts. Raises
+    ValueError for pictures that the suite cannot read, and for prompts that are too long.
     """
     from ddil_lightning.backbones import sampling
 
+    backbone = ready(entry, rack.take(entry.at(n)))
+    suite.for_pipeline(backbone)
+    check_prompts(args.truncate, suite, backbone)
     given = entry.guidance if entry.guidance is not None or backbone.baked else args.guidance
-    job = Job(entry, n, guidance_scale(backbone, given), _about(entry, backbone, rack))
+    job = Job(entry, n, guidance_scale(backbone, given), about(entry, backbone, rack))
     job.about["digest"] = _digest(job, backbone)
     try:
         backbone.check_steps(n)
@@ -221,19 +179,6 @@ def _tried(
         comparison.left_out[job.name] = one_line(why)
         return []
     return [job]
-
-
-def _about(entry: Entry, backbone: Pipeline, rack: Rack) -> dict[str, Any]:
-    """What a row says of its entry."""
-    loras = [f"{lora.path} * {lora.scale:g}" for lora in entry.source.lora]
-    sampler = type(backbone.pipe.scheduler).__name__
-    return {
-        "pipeline": entry.source.path,
-        "lora": loras,
-        "sampler": sampler,
-        "latents": list(backbone.latent_shape),
-        "digest": rack.digest(),
-    }
 
 
 def _digest(job: Job, backbone: Pipeline) -> str:
@@ -278,7 +223,7 @@ def _row(rack: Rack, suite: Suite, job: Job, how: Generation) -> tuple[dict[str,
     from ddil_lightning.evaluation.rows import pipeline_row
     from ddil_lightning.runs.comparison import Seen, small
 
-    backbone = _ready(job.entry, rack.take(job.entry.at(job.steps)))
+    backbone = ready(job.entry, rack.take(job.entry.at(job.steps)))
     first = list(suite.passes()[0].asked[:PICTURES])
     pictures = small(sampling.decoded(backbone, sampling.pipeline_latents(backbone, first, job.steps, job.scale, suite.seed, how.batch)))
     values: dict[str, Any] = {}
