@@ -91,7 +91,6 @@ def test_pipelines_of_every_origin_side_by_side(capsys: Any, monkeypatch: pytest
     found, out = call(capsys, "base", "base:lcm@1", "<b>run&", "more.yaml", "--steps", 1, 2)
     assert len(loaded) == 5  # tuned, run, base to be tried, which is then measured as well; run, tuned
     monkeypatch.setattr(Pipeline, "load", load)
-    monkeypatch.undo()
     rows = {row["name"]: row for row in found["rows"]}
     assert list(rows) == ["base@1", "base@2", "base:lcm g1@1", "base:lcm g1@2", "-b-run-@1", "-b-run-@2", "tuned@2"]
     assert [row["nfe"] for row in rows.values()] == [2, 4, 1, 2, 2, 4, 4] and all(row["seconds_per_image"] > 0 for row in rows.values())
