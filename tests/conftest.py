@@ -30,7 +30,7 @@ PAIRED = ("test_sharding", "test_processes", "test_lockstep", "test_metrics", "t
 LONG = (
     *PAIRED, "test_resume", "test_fuzz", "test_methods", "test_tail", "test_benchmarks", "test_configs", "test_bad_data",
     "test_callbacks", "test_fit_cli", "test_stages", "test_dmd2_turns", "test_readme", "test_schedulers", "test_bad_input", "test_commands",
-    "test_pretrain", "test_notebooks", "test_contributing",
+    "test_pretrain", "test_notebooks", "test_contributing", "test_comparing",
 )  # fmt: skip
 """Files of ten seconds and more, the longest first."""
 
