@@ -1,9 +1,10 @@
-"""Runs that go well, and runs with one fault each: the figures and the picture of docs/healthy.md.
+"""Runs that go well, and runs with one fault each: the figures of docs/healthy.md.
 
-The first six train the built-in pipeline with the configs as they are, but for `--share` of their updates, with the average's memory shortened
-alike. The faults are set on the analytic toy, whose runs are whole and take seconds, and beside each stands the same config without it.
+The first six train the built-in pipeline with the configs as they are, but for `--share` of their updates, with the average's memory
+shortened alike. The faults are set on the analytic toy, whose runs are whole and take seconds, and beside each stands the same config
+without it.
 
-    python benchmarks/healthy.py [--cases lcm_ddil no_data ...] [--share 0.25] [--cache FOLDER] [--json FILE] [--plot FILE]
+    python benchmarks/healthy.py [--cases lcm_ddil no_data ...] [--share 0.25] [--cache FOLDER] [--student FOLDER] [--json FILE]
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ from typing import Any
 import common
 import torch
 import yaml
-from healthy_table import Record, plot, report
+from healthy_table import Record, report
 from tables import Report
 
-from ddil_lightning import ShiftProbe, assemble
+from ddil_lightning import Pipeline, ShiftProbe, assemble
+from ddil_lightning.backbones import samplers
 from ddil_lightning.commands.configs import find_config
-from ddil_lightning.evaluation.rows import method_rows
+from ddil_lightning.evaluation.rows import method_rows, pipeline_row
 from ddil_lightning.evaluation.suite import Suite
 from ddil_lightning.evaluation.table import write_rows
 from ddil_lightning.runs.finish import Test
@@ -46,13 +48,14 @@ class Case:
 
 
 METHODS = ("lcm", "pd", "dmd2")
+STALE = "data.rollouts.every=800", "data.buffer.max_age=100000"
 CASES = {
     **{f"{name}{prior}": Case(f"{name}{prior}.yaml") for name in METHODS for prior in ("", "_ddil")},
     **{f"toy {name}{prior}": Case(f"toy2d/{name}{prior}.yaml") for name in METHODS for prior in ("", "_ddil")},
     "average too long": Case("toy2d/lcm_ddil.yaml", ("model.ema=0.9995",)),
     "rate too high": Case("toy2d/lcm_ddil.yaml", ("model.optimizer.lr=0.3",)),
     "no data": Case("toy2d/lcm_ddil.yaml", ("data.prior.forward=0.0", "data.prior.student=1.0")),
-    "stale buffer": Case("toy2d/lcm_ddil.yaml", ("data.rollouts.every=800", "data.buffer.max_age=100000", "data.prior.student=1.0", "data.prior.forward=0.0")),
+    "stale buffer": Case("toy2d/lcm_ddil.yaml", ("data.prior.forward=0.0", "data.prior.student=1.0", *STALE)),
     "guidance 25": Case("toy2d/lcm_ddil.yaml", ("model.guidance=25.0", "model.reflect=off")),
     "slow critic": Case("toy2d/dmd2_ddil.yaml", ("model.critic.lr=1e-5",)),
     "strong GAN": Case("toy2d/dmd2_ddil.yaml", ("model.gan.weight=10", "model.gan.critic_weight=10")),
@@ -112,18 +115,28 @@ def scored(method: Distillation, args: argparse.Namespace) -> list[dict[str, Any
     """The student's rows."""
     test = Test(n=args.n, teacher_steps=[], student_steps=None)
     if method.backbone.samples == "points":
-        return method.backbone.measured(method, test, lambda name: None)
+        return method.backbone.measured(method, test, lambda name: None) or []
     return method_rows(Suite.builtin(method.backbone.about.get("dataset", "shapes"), n=args.n), method, teacher_steps=())
 
 
-def kept(name: str, args: argparse.Namespace, make: Callable[[str, argparse.Namespace], Record] = trained) -> Record:
+def called_otherwise(args: argparse.Namespace) -> Record:
+    """The rows of an exported LCM student in 4 steps: as it should be called, by another sampler, and under guidance it has not seen."""
+    student = Pipeline(str(args.student))
+    suite = Suite.builtin(student.about.get("dataset", "shapes"), n=args.n)
+    calls = {"its own": (student, 3.0), "ddim": (samplers.named(student, "ddim"), 3.0), "guidance 9": (student, 9.0)}
+    rows = {name: pipeline_row(suite, pipeline, 4, g)["metrics"] for name, (pipeline, g) in calls.items()}
+    told = {"case": " / ".join(calls), "command": f"ddil-test --pipeline {args.student}", "updates": None, "seconds": 0.0, "failed": ""}
+    return {**told, "curves": {}, "rows": rows}
+
+
+def kept(name: str, args: argparse.Namespace) -> Record:
     """A case's record, from the cache if it is there."""
     if args.cache is None:
-        return make(name, args)
+        return trained(name, args)
     depends = [name, find_config(CASES[name].config).read_text(encoding="utf-8"), words_of(CASES[name], args), args.n, args.count]
     file = args.cache / f"{name.replace(' ', '-')}-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12]}.json"
     if not file.is_file():
-        write_rows(file, make(name, args))  # type: ignore[arg-type]
+        write_rows(file, trained(name, args))  # type: ignore[arg-type]
     found: Record = json.loads(file.read_text(encoding="utf-8"))
     return found
 
@@ -138,21 +151,21 @@ def measure(args: argparse.Namespace) -> Report:
     for name in args.cases:
         records.append(kept(name, args))
         print(f"{name}: {records[-1]['updates']} updates, {records[-1]['seconds']:.0f} s {records[-1]['failed']}", flush=True)
-    if args.plot:
-        plot(records, args.plot)
+    if args.student:
+        records.append(called_otherwise(args))
     return report(records)
 
 
 def main(argv: list[str] | None = None) -> Report:
     """The command line of this benchmark."""
     parser = common.parser(__doc__)
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
     parser.add_argument("--share", type=float, default=0.25, help="of the updates of the configs of the built-in pipeline")
     parser.add_argument("--n", type=int, default=256, help="prompts of the test")
     parser.add_argument("--count", type=int, default=64, help="captions of the shift probe")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--cache", type=Path, help="a folder that keeps finished cases, so that a stopped call can go on (same code)")
-    parser.add_argument("--plot", type=Path, help="draw the curves as a PNG")
+    parser.add_argument("--student", type=Path, help="an exported LCM student: its rows by its own sampler and called otherwise, too")
     return common.main(measure, parser.parse_args(argv))
 
 
