@@ -54,6 +54,7 @@ CASES = {
     **{f"toy {name}{prior}": Case(f"toy2d/{name}{prior}.yaml") for name in METHODS for prior in ("", "_ddil")},
     "average too long": Case("toy2d/lcm_ddil.yaml", ("model.ema=0.9995",)),
     "rate too high": Case("toy2d/lcm_ddil.yaml", ("model.optimizer.lr=0.3",)),
+    "rate beyond all": Case("toy2d/lcm_ddil.yaml", ("model.optimizer.lr=10",)),
     "no data": Case("toy2d/lcm_ddil.yaml", ("data.prior.forward=0.0", "data.prior.student=1.0")),
     "stale buffer": Case("toy2d/lcm_ddil.yaml", ("data.prior.forward=0.0", "data.prior.student=1.0", *STALE)),
     "guidance 25": Case("toy2d/lcm_ddil.yaml", ("model.guidance=25.0", "model.reflect=off")),
