@@ -38,7 +38,10 @@ def course(record: Record, key: str) -> str | None:
 def worth(record: Record, keys: Sequence[str]) -> dict[str, str | None]:
     """A measure in all step counts, "4 / 2 / 1 steps"."""
     rows = record["rows"].values()
-    return {key: " / ".join(f"{row[key]:.3g}" for row in rows) if rows and all(row.get(key) is not None for row in rows) else None for key in keys}
+    return {
+        key: " / ".join(f"{row[key]:.3g}" for row in rows) if rows and all(row.get(key) is not None for row in rows) else None
+        for key in keys
+    }
 
 
 def part(title: str, records: Sequence[Record], metrics: Mapping[str, str]) -> Part:
