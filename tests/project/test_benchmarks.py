@@ -502,3 +502,23 @@ def test_the_plan_of_a_real_network_is_the_peak_of_its_training(tmp_path: Path, 
     (row,) = json.loads(file.read_text())["rows"]
     assert 0.85 < row["ratio"] < 1.15 and row["measured"] < 5
     assert not list(tmp_path.glob("*/sd15"))
+
+
+@pytest.mark.slow
+def test_healthy(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--cache", str(tmp_path / "cache"), "--set", "data.batch_size=8", "--cases", "dmd2_ddil"]
+    report = run(script("healthy"), tiny, tmp_path, capsys, *options)
+    (line,) = report["rows"]
+    assert line["updates"] == 4 and f"model.pipeline={tiny}" in line["command"] and "model.updates=4" in line["command"]
+    (drawn,) = [row for part in report["parts"] for row in part["rows"]]
+    (kept,) = [json.loads(p.read_text()) for p in (tmp_path / "cache").glob("*.json")]
+    clocks, values = kept["curves"]["denoising"]
+    assert clocks == sorted(clocks) and drawn["denoising"] == f"{values[0]:.3g} → {values[-1]:.3g}"
+    assert drawn["frechet"].split(" / ")[0] == f"{kept['rows']['student@4']['frechet']:.3g}"
+
+
+def test_healthy_shortens_a_run_and_its_average_alike(script: Any) -> None:
+    scaled = script("healthy").scaled
+    assert scaled({"updates": 800, "ema": 0.99}, 0.25) == ["model.updates=200", "model.ema=0.96"]
+    plan = {"stages": [{"steps": 4, "updates": 500}, {"steps": 2, "updates": 1650}], "ema": 0.993}
+    assert scaled(plan, 0.1) == ["model.stages=[{steps: 4, updates: 50}, {steps: 2, updates: 165}]", "model.ema=0.93"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,11 @@ import pytest
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+SLOW = ("covariate_shift", "your_own_method")
+"""Each trains twice; the others are in the ordinary tests."""
+
+
+@pytest.mark.parametrize("path", [pytest.param(p, marks=pytest.mark.slow if p.stem in SLOW else (), id=p.stem) for p in NOTEBOOKS])
 def test_notebook(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # not the reader's own profile
@@ -19,6 +24,13 @@ def test_notebook(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     shown = [out.get("data", {}) for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs]
     assert any("image/png" in data for data in shown), "a notebook shows a picture"
     assert not any("Traceback" in str(data) for data in shown)
+
+
+def test_the_method_of_the_notebook_is_the_one_of_contributing() -> None:
+    cells = json.loads((NOTEBOOKS[0].parent / "your_own_method.ipynb").read_text(encoding="utf-8"))["cells"]
+    (cell,) = ["".join(c["source"]) for c in cells if "".join(c["source"]).startswith("%%writefile direct.py\n")]
+    text = (NOTEBOOKS[0].parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert cell.partition("\n")[2].strip() in text
 
 
 def test_notebooks_are_stored_without_outputs_of_a_machine() -> None:
