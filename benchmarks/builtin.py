@@ -18,6 +18,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,10 +33,12 @@ from ddil_lightning import Pipeline, Shapes, assemble
 from ddil_lightning.data.captions import builtin
 from ddil_lightning.data.encoded import Encoded, encode
 from ddil_lightning.evaluation.batches import as_saved
+from ddil_lightning.evaluation.drawing import Sampler
 from ddil_lightning.evaluation.rows import method_rows, policy_row
 from ddil_lightning.evaluation.suite import Suite, paired_distance
 from ddil_lightning.evaluation.table import write_rows
 from ddil_lightning.files import replacing
+from ddil_lightning.processes import Processes
 from ddil_lightning.runs.checkpoint import load_checkpoint, reinstate
 from ddil_lightning.runs.folder import stage_pipelines
 from ddil_lightning.training.method import Distillation
@@ -45,24 +48,33 @@ CHECKPOINT = "student.ckpt"
 DEFAULT = ["base", "reflected", "ddil", "both", "same_times_reflected"]
 
 
-class Paired:
+@dataclass(frozen=True, eq=False)
+class Paired(Suite):
     """A suite that also compares a sampler's images with `reference` [N, 3, H, W], images of the same prompts from the same noise."""
 
-    def __init__(self, suite: Suite, reference: Tensor | None = None) -> None:
-        self.suite, self.prompts, self.reference, self.protocol = suite, suite.prompts, reference, suite.protocol
+    reference: Tensor | None = None
+    drawn: list[Tensor] = field(default_factory=list)
 
-    def score(self, sample: Callable[[list[str], int], Tensor]) -> dict[str, Any]:
+    @classmethod
+    def beside(cls, suite: Suite, reference: Tensor | None = None) -> Paired:
+        """A suite's own, with a reference."""
+        return cls(**{f.name: getattr(suite, f.name) for f in fields(Suite)}, reference=reference)
+
+    @property
+    def images(self) -> Tensor:
+        """The images of the prompts that were scored last, as files hold them."""
+        return as_saved(torch.cat(self.drawn)[: len(self.prompts)])
+
+    def score(self, sample: Sampler, processes: Processes | None = None, look: Any = None) -> dict[str, Any]:
         """The suite's metrics and `paired`, the mean squared difference of 8-bit images in [-1, 1]."""
-        kept: list[Tensor] = []
+        self.drawn.clear()
 
         def keep(prompts: list[str], seed: int) -> Tensor:
-            kept.append(sample(prompts, seed))
-            return kept[-1]
+            self.drawn.append(sample(prompts, seed))
+            return self.drawn[-1]
 
-        metrics = self.suite.score(keep)
-        self.images = as_saved(torch.cat(kept)[: len(self.prompts)])
-        metrics["paired"] = None if self.reference is None else paired_distance(self.images, self.reference)
-        return metrics
+        metrics = super().score(keep, processes, look)
+        return metrics | {"paired": None if self.reference is None else paired_distance(self.images, self.reference)}
 
 
 # Workers -------------------------------------------------------------------------------------------------------------------------------
@@ -88,8 +100,8 @@ def baseline(teacher: Teacher) -> Baseline:
     method = method.to(trainer.strategy.root_device).eval()
     held_out, rows, reference = suite(method.backbone.about["dataset"], teacher.n), [], None
     for steps in TEACHER_STEPS:
-        paired = Paired(held_out, reference)
-        rows.append(policy_row(paired, method.backbone, f"teacher@{steps}", *method.baseline.sampler(steps), method.eval_guidance))  # type: ignore[arg-type]
+        paired = Paired.beside(held_out, reference)
+        rows.append(policy_row(paired, method.backbone, f"teacher@{steps}", *method.baseline.sampler(steps), method.eval_guidance))
         reference = paired.images if reference is None else reference
     torch.save(reference, teacher.reference)
     return {"rows": rows}
@@ -99,7 +111,7 @@ def student(run: Run) -> Record:
     """One run, scored. Its networks are kept, so that other prompts, or more of them, need no second training."""
     method, seconds = trained(run)
     counts = method.evaluations
-    paired = Paired(suite(method.backbone.about["dataset"], run.teacher.n), torch.load(run.teacher.reference, weights_only=True))
+    paired = Paired.beside(suite(method.backbone.about["dataset"], run.teacher.n), torch.load(run.teacher.reference, weights_only=True))
     return {
         "variant": run.variant,
         "seed": run.seed,

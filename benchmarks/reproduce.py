@@ -17,7 +17,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,8 @@ from ddil_lightning.training.method import Distillation
 
 HERE = Path(__file__).parent
 CELLS = HERE / "reproduced"
+LESSON = (1000, 300)
+"""Images that a classifier is taught by, and its updates."""
 VARIANTS = ("base", "reflected", "ddil", "both")
 AGAIN = 1
 """The suite's seed for the second time."""
@@ -53,16 +54,28 @@ def file_of(run: Run, cells: Path) -> Path:
     return cells / f"{run.method}-{run.variant}-{run.seed}.json"
 
 
-def depends(run: Run) -> str:
+def depends(run: Run, lesson: Sequence[int]) -> str:
     """A digest of all that a cell depends on but for the code and the machine, both of which it names."""
-    return digest(*run.depends, run.teacher.n)
+    return digest(*run.depends, run.teacher.n, *lesson)
 
 
-def known(run: Run, cells: Path) -> dict[str, Any] | None:
+def known(run: Run, cells: Path, lesson: Sequence[int]) -> dict[str, Any] | None:
     """A finished cell, None where there is none or it was made with other settings."""
     file = file_of(run, cells)
     found = json.loads(file.read_text()) if file.is_file() else None
-    return found if found is not None and found["depends"] == depends(run) else None
+    return found if found is not None and found["depends"] == depends(run, lesson) else None
+
+
+def check_place(todo: Sequence[Run], cells: Path, lesson: Sequence[int]) -> None:
+    """Raises ValueError where a committed cell, hours of work, would be replaced by one of fewer prompts or updates."""
+    shipped = (1000, None, LESSON)
+    other = next(
+        (run for run in todo if (run.teacher.n, run.captions, tuple(lesson)) != shipped or "updates=" in " ".join(run.words)), None
+    )
+    if other is not None and cells.resolve() in (CELLS, HERE / "scheduled"):
+        raise ValueError(
+            f"{cells} holds the cells of the repository, of 1000 prompts and whole runs: give this one another place, by --cells"
+        )
 
 
 def cell(run: Run, cells: Path, threads: int, lesson: tuple[int, int]) -> dict[str, Any]:
@@ -74,13 +87,13 @@ def cell(run: Run, cells: Path, threads: int, lesson: tuple[int, int]) -> dict[s
     spent = method.evaluations
     reference = torch.load(run.teacher.reference, weights_only=True)
     dataset, n, steps = method.backbone.about["dataset"], run.teacher.n, REPORTED[run.method]
-    rows = builtin.rows(run, method, builtin.Paired(builtin.suite(dataset, n), reference), steps)
+    rows = builtin.rows(run, method, builtin.Paired.beside(builtin.suite(dataset, n), reference), steps)
     again = builtin.rows(run, method, again_suite(dataset, n), steps)
     made = {
         "method": run.method,
         "variant": run.variant,
         "seed": run.seed,
-        "depends": depends(run),
+        "depends": depends(run, lesson),
         "config": run.config,
         "told": list(run.words),
         "captions": run.captions,
@@ -126,14 +139,14 @@ def teacher(found: Teacher, cells: Path, lesson: tuple[int, int], threads: int) 
     file = cells / "teacher.json"
     rows = builtin.kept(found.file, lambda: builtin.baseline(found), threads)["rows"]
     told = json.loads(file.read_text()) if file.is_file() else {}
-    if told.get("depends") == digest(found.weights, found.n):
+    if told.get("depends") == digest(found.weights, found.n, *lesson):
         return told
     trainer, method, _ = builtin.assemble("lcm.yaml", f"model.init_args.pipeline={found.pipeline}", "--seed", "0")
     method = method.to(trainer.strategy.root_device).eval()
     best = builtin.TEACHER_STEPS[0]
     sample = drawing(method, *method.baseline.sampler(best), method.eval_guidance)
     told = {
-        "depends": digest(found.weights, found.n),
+        "depends": digest(found.weights, found.n, *lesson),
         "machine": machine(),
         "protocol": rows[0]["protocol"],
         "rows": [slim(row) for row in rows],
@@ -157,6 +170,7 @@ def measure(args: argparse.Namespace) -> Report:
     """Make the cells that are missing, and the report and the page of all that are there."""
     if args.quick:
         args.updates, args.n, args.seeds, args.captions, args.lesson = args.updates or 2, min(args.n, 16), 1, 64, (64, 5)
+        args.cells = args.cache / "cells" if args.cells == CELLS else args.cells
     args.cells.mkdir(parents=True, exist_ok=True)
     args.cache.mkdir(parents=True, exist_ok=True)
     pipeline = common.pipeline_at(args.pipeline)
@@ -164,7 +178,7 @@ def measure(args: argparse.Namespace) -> Report:
     if not args.only_page:
         make(args, found)
     cells = [json.loads(file.read_text()) for file in sorted(args.cells.glob("*-*.json"))]
-    fresh = [c for c in cells if depends(run_of(c, found)) == c["depends"]]
+    fresh = [c for c in cells if of_today(c, found, args)]
     told = report(fresh, json.loads((args.cells / "teacher.json").read_text()))
     told["notes"] += [f"left out, because it was made with other settings than today's: {name(c)}" for c in cells if c not in fresh]
     if args.page:
@@ -172,10 +186,10 @@ def measure(args: argparse.Namespace) -> Report:
     return told
 
 
-def run_of(cell: dict[str, Any], found: Teacher) -> Run:
-    """What a finished cell is of, if its config and its teacher are still those of today."""
-    told = replace(found, n=cell["protocol"]["n"])
-    return Run(told, cell["method"], cell["variant"], cell["seed"], cell["config"], tuple(cell["told"]), cell["captions"])
+def of_today(cell: dict[str, Any], found: Teacher, args: argparse.Namespace) -> bool:
+    """Whether a finished cell is what these options ask for: only such cells are comparable."""
+    one = argparse.Namespace(**{**vars(args), "method": cell["method"], "variants": [cell["variant"]], "seed": cell["seed"], "seeds": 1})
+    return cell["variant"] in VARIANTS and cell["depends"] == depends(builtin.runs(one, found)[0], args.lesson)
 
 
 def name(cell: dict[str, Any]) -> str:
@@ -188,7 +202,8 @@ def make(args: argparse.Namespace, found: Teacher) -> None:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # read by the workers when they import torch
     if not found.reference.is_file():
         found.file.unlink(missing_ok=True)
-    todo = [run for run in wanted(args, found) if known(run, args.cells) is None]
+    todo = [run for run in wanted(args, found) if known(run, args.cells, args.lesson) is None]
+    check_place(todo, args.cells, args.lesson)
     if todo or not (args.cells / "teacher.json").is_file():
         teacher(found, args.cells, args.lesson, args.threads * args.jobs)
     start, work = time.time(), functools.partial(cell, cells=args.cells, threads=args.threads, lesson=args.lesson)
@@ -207,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
     parser.add_argument("--updates", type=int, help="student updates (default: the config's)")
     parser.add_argument("--n", type=int, default=1000, help="held-out prompts")
     sizes = ("IMAGES", "UPDATES")
-    parser.add_argument("--lesson", nargs=2, type=int, default=(1000, 300), metavar=sizes, help="what a classifier is taught by")
+    parser.add_argument("--lesson", nargs=2, type=int, default=LESSON, metavar=sizes, help="what a classifier is taught by")
     parser.add_argument("--jobs", type=int, default=2, help="processes; each takes one cell at a time")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of each")
     parser.add_argument("--captions", type=int, help="train on so many captions only (default: the whole built-in set)")

@@ -16,8 +16,9 @@ import argparse
 import functools
 import hashlib
 import json
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,30 +52,31 @@ def shares(forward: float, student: float, teacher: float) -> dict[str, float]:
     return {"forward": round(forward, 6), "student": round(student, 6), "teacher": round(1 - round(forward, 6) - round(student, 6), 6)}
 
 
-def words(name: str, prior: Mapping[str, float], length: int) -> tuple[str, ...]:
-    """The callbacks of a schedule as words of a command line. `prior`: the config's, `length`: student updates of a stage."""
+def words(name: str, prior: Mapping[str, float], lengths: Sequence[int]) -> tuple[str, ...]:
+    """The callbacks of a schedule as words of a command line. `prior`: the config's, `lengths`: student updates of each stage."""
     if name == CONSTANT:
         return ()
-    rolled = 1 - prior["forward"]
-    part = prior["student"] / rolled  # the student's share of the roll-outs
+    rolled, length = 1 - prior["forward"], min(lengths)
+    part, every = prior["student"] / rolled, max(1, round(length / PERIODS))  # the student's share of the roll-outs
 
     def at(share: float, student: float = part) -> dict[str, float]:
         return shares(1 - share, share * student, share * (1 - student))
 
-    low, high = ramp(rolled)
-    first, last = at(low), at(high)
-    if name in ("linear", "cosine", "falling"):
-        ends = {"first": first, "last": last} if name != "falling" else {"first": last, "last": first}
-        return anneal("Cosine" if name == "cosine" else "Linear", **ends, end=length)
-    every = max(1, round(length / PERIODS))
+    def ends(shape: Callable[[int], float], rising: bool = True) -> dict[str, dict[str, float]]:
+        low, high = ramp(rolled, gone(shape, lengths), rising)
+        return {"first": at(low), "last": at(high)}
+
+    if name in ("linear", "falling"):
+        return anneal("Linear", **ends(lambda c: min(c / length, 1), name == "linear"), end=length)
+    if name == "cosine":
+        return anneal("Cosine", **ends(lambda c: (1 - math.cos(math.pi * min(c / length, 1))) / 2), end=length)
     if name == "exponential":
-        low, high = ramp(rolled, exponential_mean())
-        return anneal("Exponential", first=at(low), last=at(high), rate=RATE, every=every)
+        return anneal("Exponential", **ends(lambda c: 1 - RATE ** (c / every)), rate=RATE, every=every)
     if name == "gated":
-        return anneal("Gated", first=first, last=last, steps=10, patience=max(1, length // 40))
+        return anneal("Gated", **ends(lambda c: min(c / length, 1)), steps=10, patience=max(1, length // 40))
     if name == "gated_by":
         probe = {"every": max(1, length // 12), "count": 64, "losses": 32}
-        gate = anneal("GatedBy", first=first, last=last, measure="shift/loss_ratio", below=1.25, steps=6)
+        gate = anneal("GatedBy", **ends(lambda c: min(c / length, 1)), measure="shift/loss_ratio", below=1.25, steps=6)
         return (callback("ShiftProbe", **probe), *gate)
     if name == "piecewise":
         return anneal("Piecewise", priors=[at(rolled, 0.3), at(rolled, 0.7)], starts=[0, length // 2])
@@ -83,17 +85,18 @@ def words(name: str, prior: Mapping[str, float], length: int) -> tuple[str, ...]
     return anneal("Exponential", first=at(rolled, 0.0), last=at(rolled, 1.0), rate=RATE, every=every)  # dagger
 
 
-def ramp(mean: float, gone: float = 0.5) -> tuple[float, float]:
-    """Where a rising share begins and ends if the mean of the way, `gone` of it, is to be `mean`."""
+def gone(shape: Callable[[int], float], lengths: Sequence[int]) -> float:
+    """The mean over all updates of the share of the way that a schedule has gone, which begins anew in every stage."""
+    return sum(shape(clock) for length in lengths for clock in range(length)) / sum(lengths)
+
+
+def ramp(mean: float, gone: float, rising: bool = True) -> tuple[float, float]:
+    """Where a share begins and ends if its mean over the way, of which `gone` is gone on average, is to be `mean`."""
+    if not rising:
+        way = SWING * min((1 - mean) / gone, mean / (1 - gone))
+        return mean + gone * way, mean - (1 - gone) * way
     way = SWING * min(mean / gone, (1 - mean) / (1 - gone))
     return mean - gone * way, mean + (1 - gone) * way
-
-
-def exponential_mean() -> float:
-    """The mean over a stage of 1 - RATE^(PERIODS u), u from 0 to 1."""
-    from math import log
-
-    return 1 - (1 - RATE**PERIODS) / (-PERIODS * log(RATE))
 
 
 def anneal(kind: str, **told: Any) -> tuple[str, ...]:
@@ -107,11 +110,10 @@ def callback(kind: str, **told: Any) -> str:
 
 
 def of_config(name: str, config: str) -> tuple[str, ...]:
-    """The words of a schedule for a config: its own prior, and the length of its (shortest) stage."""
+    """The words of a schedule for a config: its own prior, and the lengths of its stages, in each of which a schedule begins anew."""
     found = yaml.safe_load(find_config(config).read_text())
     told = found["model"]["init_args"]
-    length = min((stage["updates"] for stage in told.get("stages", [])), default=told.get("updates"))
-    return words(name, found["data"]["prior"], length)
+    return words(name, found["data"]["prior"], [stage["updates"] for stage in told.get("stages", [{"updates": told.get("updates")}])])
 
 
 # On the toy ----------------------------------------------------------------------------------------------------------------------------
@@ -187,20 +189,21 @@ def built_in(args: argparse.Namespace) -> Report:
         for s in args.builtin
         if (m, s) not in UNFIT
     ]
-    missing = [run for run in todo if reproduce.known(run, args.cells) is None]
+    missing = [run for run in todo if reproduce.known(run, args.cells, lesson) is None]
+    reproduce.check_place(missing, args.cells, lesson)
     if missing:
         reproduce.teacher(found, args.cells, lesson, args.jobs)
     for made in common.parallel(functools.partial(reproduce.cell, cells=args.cells, threads=1, lesson=lesson), missing, args.jobs):
         print(f"{reproduce.name(made)}: {made['seconds']:.0f} s", flush=True)
-    return told_of(args, [run.variant for run in todo])
+    cells = [cell for run in todo if (cell := reproduce.known(run, args.cells, lesson))]
+    shipped = [json.loads(file.read_text()) for file in sorted(reproduce.CELLS.glob("*-both-*.json"))]
+    return told_of(args, cells, [cell for cell in shipped if cells and cell["protocol"] == cells[0]["protocol"]])
 
 
-def told_of(args: argparse.Namespace, names: Sequence[str]) -> Report:
-    """The tables of the cells that there are, paired against the shipped config's."""
-    files = [*args.cells.glob("*-*.json"), *reproduce.CELLS.glob("*-both-*.json")]
-    numbers = {
-        (m, k, "base" if v == "both" else v, s): found for (m, k, v, s), found in values([json.loads(f.read_text()) for f in files]).items()
-    }
+def told_of(args: argparse.Namespace, cells: Sequence[dict[str, Any]], shipped: Sequence[dict[str, Any]]) -> Report:
+    """The tables of these cells, paired against those of the shipped config."""
+    names = [cell["variant"] for cell in cells]
+    numbers = {(m, k, "base" if v == "both" else v, s): found for (m, k, v, s), found in values([*cells, *shipped]).items()}
     parts: list[Part] = []
     for method in args.methods:
         for steps in REPORTED[method]:
