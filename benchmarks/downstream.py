@@ -53,14 +53,14 @@ def labels(scenes: shapes.Scenes) -> dict[str, Tensor]:
 
 
 class Classifier(nn.Module):
-    """Three convolutions and a layer for each of HEADS, for pictures of 32 pixels."""
+    """Three convolutions and a layer for each of HEADS, for pictures of 32 pixels; those of other sizes are pooled to fit."""
 
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for a, b in ((3, 32), (32, 64), (64, 64)):
             layers += [nn.Conv2d(a, b, 3, padding=1), nn.GroupNorm(8, b), nn.SiLU(), nn.MaxPool2d(2)]
-        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 16, 128), nn.SiLU())
+        self.trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64 * 16, 128), nn.SiLU())
         self.heads = nn.ModuleDict({name: nn.Linear(128, n) for name, n in HEADS.items()})
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:

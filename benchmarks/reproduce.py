@@ -73,9 +73,7 @@ def check_place(todo: Sequence[Run], cells: Path, lesson: Sequence[int]) -> None
         (run for run in todo if (run.teacher.n, run.captions, tuple(lesson)) != shipped or "updates=" in " ".join(run.words)), None
     )
     if other is not None and cells.resolve() in (CELLS, HERE / "scheduled"):
-        raise ValueError(
-            f"{cells} holds the cells of the repository, of 1000 prompts and whole runs: give this one another place, by --cells"
-        )
+        raise ValueError(f"{cells} holds cells of the repository, of 1000 prompts and whole runs: give these another place, by --cells")
 
 
 def cell(run: Run, cells: Path, threads: int, lesson: tuple[int, int]) -> dict[str, Any]:
