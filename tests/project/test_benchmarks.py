@@ -242,7 +242,7 @@ def test_reproduce(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.Captu
         difference = both["frechet"]["paired"]["mean"]
         assert difference == pytest.approx(both["frechet"]["mean"] - base["frechet"]["mean"])
     assert "## LCM, 4 steps" in page.read_text() and "| 24.39 |" in page.read_text()
-    monkeypatch.setattr(module, "cell", None)  # every cell is there, and none is made again
+    monkeypatch.setattr(module, "cell", pytest.fail)  # every cell is there, and none is made again
     assert run(module, tiny, tmp_path, capsys, *options)["parts"] == report["parts"]
     file = tmp_path / "cells" / "lcm-both-100.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"depends": "on other settings"}))

@@ -101,7 +101,7 @@ def test_files_and_configs_in_the_text_exist() -> None:
     configs = set(re.findall(r"(?<![\w/.-])(?:configs/)?([\w/]+\.yaml)", text)) - {"config.yaml", *FILES}
     assert len(configs) >= 10 and configs <= set(config_names())
     paths = {p for code in INLINE for p in re.findall(r"^(?:python )?((?:benchmarks|configs|docs|notebooks|src|tests)/[\w./]*)", code)}
-    assert "benchmarks/builtin.py" in paths and all((ROOT / path).exists() for path in paths)
+    assert "benchmarks/memory.py" in paths and all((ROOT / path).exists() for path in paths)
     classes = {code for code in INLINE if re.fullmatch(r"[A-Z]\w+[a-z]", code)}
     assert "AnnealPrior" in classes and classes <= set(ddil_lightning.__all__)
 
@@ -189,27 +189,38 @@ def test_every_measured_table_has_its_command_and_its_day() -> None:
     measured = [part for part in sections(GUIDES["results.md"]) if re.search(r"^\|", part, re.M)]
     assert len(measured) >= 4
     for part in measured:
-        assert re.search(r"^```bash\n(make fit|python benchmarks/)", part, re.M) and re.search(r"20\d\d-\d\d-\d\d", part), part[:60]
-        assert "seed" in part.lower() and re.search(r"CPU\s+core", part)
+        assert re.search(r"^```bash\n(make (fit|reproduce)|python benchmarks/)", part, re.M) and re.search(r"20\d\d-\d\d-\d\d", part), part[
+            :60
+        ]
+        assert "seed" in part.lower() and re.search(r"CPU\s+core|H100", part)
 
 
-def row(page: str, begins: str) -> list[str]:
-    """The cells of the one row of a page that begins so, without emphasis."""
-    (found,) = re.findall(rf"^\| {re.escape(begins)} \|(.*)\|$", GUIDES[page].text, re.M)
-    return [cell.strip(" *") for cell in found.split("|")]
+def reproduced(title: str) -> dict[str, dict[str, str]]:
+    """The cells of a table of the reproduction's page by row and heading, means alone."""
+    (part,) = [part for part in sections(GUIDES["reproduction.md"]) if part.startswith(f"## {title}")]
+    head, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines() if line.startswith("|"))
+    return {line[0]: {name: cell.split(" ")[0] for name, cell in zip(head, line, strict=True)} for line in lines}
 
 
-def test_the_numbers_of_the_readme_are_those_of_the_results() -> None:
-    """Its table has a row for a measure and a subject, that of the results a column for a measure and steps within a cell."""
-    subjects = {"teacher": "teacher, 32 / 4 / 2 / 1 steps", "plain": "LCM", "shipped": "**LCM + both** (shipped)"}
-    measures = {"Fréchet distance ↓": 1, "everything in the prompt right ↑": 3, "modes that a prompt leaves open ↑": 5}
+def test_the_numbers_of_the_readme_are_those_of_fresh_seeds() -> None:
+    """Its table has a row for a measure and a subject, the page of the reproduction a table for a method and step count."""
+    headings = {
+        "Fréchet distance ↓": "Fréchet distance ↓",
+        "everything in the prompt right ↑": "All right ↑",
+        "modes that a prompt leaves open ↑": "Mode coverage ↑",
+    }
     lines = re.findall(r"^\| (.+?) \|(.*)\|$", GUIDES["README.md"].text, re.M)
     begins = [i for i, (label, _) in enumerate(lines) if label.endswith(": teacher")]
-    assert [lines[i][0].partition(":")[0] for i in begins] == list(measures) and len(lines) == 1 + 9
-    for at, column in zip(begins, measures.values(), strict=True):
-        for (label, cells), subject in zip(lines[at : at + 3], subjects, strict=True):
-            shown = [cell.strip(" *") for cell in cells.split("|") if cell.strip()]
-            assert shown == row("results.md", subjects[subject])[column].split(" / "), label
+    assert [lines[i][0].partition(":")[0] for i in begins] == list(headings) and len(lines) == 1 + 9
+    teacher, students = reproduced("The teacher"), [reproduced(f"LCM, {k}") for k in ("4 steps", "2 steps", "1 step")]
+    for at, heading in zip(begins, headings.values(), strict=True):
+        rows = [[cell.strip(" *") for cell in cells.split("|") if cell.strip()] for _, cells in lines[at : at + 3]]
+        wanted = [[teacher[f"teacher@{k}"][heading] for k in (32, 4, 2, 1)]]
+        wanted += [[table[variant][heading] for table in students] for variant in ("base", "+ both")]
+        for shown, full in zip(rows, wanted, strict=True):
+            assert len(shown) == len(full)
+            for a, b in zip(shown, full, strict=True):  # the README rounds
+                assert abs(float(a) - float(b)) <= 0.5001 * 10 ** -len(a.partition(".")[2]), heading
 
 
 def test_numbers_that_configs_and_packages_say() -> None:
