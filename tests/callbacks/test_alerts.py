@@ -63,6 +63,31 @@ def test_what_is_not_finite_is_told_at_once(caplog: Any) -> None:
     assert told == [(200, "a, loss are not finite")]  # and not again
 
 
+def test_a_resumed_run_warns_as_the_whole_one(caplog: Any) -> None:
+    """Of a slow fall, of a saturation that rose before the stop, and not a second time of what was told."""
+
+    def run(clocks: range, state: dict[str, Any] | None) -> dict[str, Any]:
+        measures, alerts = Measures(), Alerts()
+        method, trainer = SimpleNamespace(measures=measures), SimpleNamespace(loggers=[], is_global_zero=True)
+        alerts.setup(trainer, method, "fit")
+        if state is not None:
+            alerts.load_state_dict(state)
+        alerts.on_train_start(trainer, method)
+        for i in clocks:
+            values = {"shift/coverage": 0.95 - 0.05 * i, "reflect/saturated": 0.001 * 2**i, "loss/forward": 1.0, "loss/student": 5.0}
+            measures.publish(100 * i, values | ({"a": math.nan} if i in (4, 5) else {}))
+        alerts.on_train_end(trainer, method)
+        return alerts.state_dict()
+
+    with caplog.at_level(logging.WARNING):
+        whole, said = run(range(1, 9), None), [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        for stop in (2, 4, 5, 6):
+            assert run(range(stop + 1, 9), run(range(1, stop + 1), None)) == whole
+            assert [record.getMessage() for record in caplog.records] == said and len(said) == 4
+            caplog.clear()
+
+
 def test_only_the_process_that_writes_listens(caplog: Any) -> None:
     method: Any = SimpleNamespace(measures=Measures())
     Alerts().on_train_start(SimpleNamespace(loggers=[], is_global_zero=False), method)  # type: ignore[arg-type]

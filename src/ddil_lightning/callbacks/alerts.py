@@ -51,9 +51,24 @@ class Alerts(Callback):
         self._told: set[str] = set()
         self._strange: set[str] = set()
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Know nothing of an earlier run; what a checkpoint remembers of this one is loaded after this."""
+        self._recent, self._first, self._best, self._told, self._strange = {}, {}, {}, set(), set()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the values of the run so far are held against, and what has been told: a resumed run warns of what it would have warned of."""
+        recent = {name: list(values) for name, values in self._recent.items()}
+        told, strange = sorted(self._told), sorted(self._strange)
+        return {"recent": recent, "first": dict(self._first), "best": dict(self._best), "told": told, "strange": strange}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember what was remembered when the checkpoint was written; one from before alerts remembered anything has nothing."""
+        self._recent = {name: deque(values, maxlen=WINDOW) for name, values in state_dict.get("recent", {}).items()}
+        self._first, self._best = dict(state_dict.get("first", {})), dict(state_dict.get("best", {}))
+        self._told, self._strange = set(state_dict.get("told", ())), set(state_dict.get("strange", ()))
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Listen, on the one process that writes."""
-        self._recent, self._first, self._best, self._told, self._strange = {}, {}, {}, set(), set()
         self._loggers = list(trainer.loggers)
         if trainer.is_global_zero:
             pl_module.measures.listen(self.hear)
