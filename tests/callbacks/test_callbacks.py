@@ -331,6 +331,20 @@ def test_the_shift_probe_is_the_energy_distance_of_the_report(tiny: Path, monkey
     assert all(ratio > 0 for key, ratio in more.items() if "loss_ratio" in key)
 
 
+def test_a_resumed_run_does_not_measure_the_same_probe_again(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The critic's batches leave the clock where the last probe was."""
+    seen: list[int] = []
+    monkeypatch.setattr(ShiftProbe, "measure", lambda self, method, data: seen.append(method.student_updates) or {})
+
+    def run(*more: Callback, **kwargs: Any) -> None:
+        fit(build(BY_NAME["dmd2"], tiny, updates=4), captions(tiny), ShiftProbe(every=2, count=8), *more, **kwargs)
+
+    run(StopAt(2, tmp_path / "2.ckpt"))
+    assert seen == [2]
+    run(ckpt=tmp_path / "2.ckpt")
+    assert seen == [2, 4]
+
+
 # Previews and progress ---------------------------------------------------------------------------------------------------------------
 
 

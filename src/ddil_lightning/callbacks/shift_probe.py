@@ -56,8 +56,12 @@ class ShiftProbe(Callback):
         self._probed: int | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Raises ValueError on all processes, now, for a step count that the student cannot take."""
+        """Raises ValueError on all processes, now, for a step count that the student cannot take.
+
+        What is due at the clock that a run goes on from was measured before the stop: a batch that leaves the clock measures it no second time.
+        """
         pl_module.deployment.sampler(self.steps)
+        self._probed = pl_module.student_updates
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure after every `every` student updates and publish. All processes sample: a sharded student answers only then."""
