@@ -143,19 +143,23 @@ def test_the_level_of_a_gate_travels_with_the_checkpoint(tiny: Path, tmp_path: P
     assert second.schedule.level == 6 and sources.seen[0] == (4, {FORWARD, STUDENT})
 
 
-def test_a_schedule_follows_a_measure_that_another_callback_publishes(tiny: Path) -> None:
-    """After every other update the probe publishes; 0.5 passes and 2.0 does not, and the next probe must pass anew."""
+@pytest.mark.parametrize("first", ["probe", "gate"])
+def test_a_schedule_follows_a_measure_that_another_callback_publishes(first: str, tiny: Path) -> None:
+    """After every other update the probe publishes; 0.5 passes and 2.0 does not. The next batch follows, whichever callback comes first."""
     given, heard = iter([0.5, 2.0, 0.5]), []
 
     class Probe(Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
             if pl_module.student_updates % 2 == 0:
                 pl_module.measures.publish(pl_module.student_updates, {"shift/loss_ratio": next(given), "other": 0.0})
+
+    class Drawn(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
             heard.append(pl_module.feed.prior.student)
 
-    annealed = AnnealPrior(GatedBy(PLAIN, SamplingPrior(0.2, 0.8), measure="shift/loss_ratio", below=1.0, steps=4))
-    method = build(LCM, tiny, updates=6)
-    fit(method, captions(tiny, PLAIN, buffer={"capacity": 0}), Probe(), annealed)
+    annealed, probe = AnnealPrior(GatedBy(PLAIN, SamplingPrior(0.2, 0.8), measure="shift/loss_ratio", below=1.0, steps=4)), Probe()
+    method, callbacks = build(LCM, tiny, updates=6), [probe, annealed] if first == "probe" else [annealed, probe]
+    fit(method, captions(tiny, PLAIN, buffer={"capacity": 0}), *callbacks, Drawn())
     assert heard == pytest.approx([0.0, 0.0, 0.2, 0.2, 0.2, 0.2]) and annealed.state_dict() == {"level": 2, "passed": 0}
     method.measures.publish(7, {"shift/loss_ratio": 0.0})
     assert annealed.state_dict()["level"] == 2  # the run is over

@@ -7,6 +7,7 @@ be one batch late.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -61,7 +62,7 @@ class AnnealPrior(OnClock):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Let a schedule that follows the training hear what is published of it, and apply the first clock."""
-        self._broadcast = trainer.strategy.broadcast
+        self._broadcast, self._anew = trainer.strategy.broadcast, partial(super().on_train_start, trainer, pl_module)
         if self.schedule.hears != "nothing":
             pl_module.measures.listen(self._hear, every_update=self.schedule.hears == "updates")
         super().on_train_start(trainer, pl_module)
@@ -78,6 +79,7 @@ class AnnealPrior(OnClock):
         self.schedule.hear(clock, values)
         if self.schedule.hears == "measures":  # which every process computes, to other last digits: one prior for all of them
             self.schedule.state = self._broadcast(self.schedule.state)
+            self._anew()  # who publishes may come after this callback, and the next batch is drawn before it is called again
 
     def apply(self, trainer: Any, method: Any, clock: int) -> None:
         """Check the schedule's prior of this clock and give it to the data."""
