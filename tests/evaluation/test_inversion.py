@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,10 @@ from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.vocabulary import Vocabulary
 from ddil_lightning.evaluation.inversion import Denoising, Noise, Search, held_noise, invert
 from ddil_lightning.evaluation.likeness import judged, likeness, worded
+from ddil_lightning.evaluation.table import cell
 from ddil_lightning.miniature import judge, shapes
 from ddil_lightning.miniature.wording import words_right
+from ddil_lightning.runs import inverted
 
 
 class Distance:
@@ -43,6 +47,30 @@ def test_the_known_answer_is_found(vocabulary: Vocabulary, search: Search) -> No
     found = invert(Distance(vocabulary.table[goal]), vocabulary, search, seed=3)
     assert (found.prompt, found.loss) == ("small red circle left", 0.0)
     assert torch.equal(found.rows, goal) and found.trace[0] > 0 and found.trace == sorted(found.trace, reverse=True)
+
+
+@pytest.mark.parametrize(("updates", "periods"), [(0, []), (9, [9]), (20, [10, 10]), (25, [10, 10, 5])])
+def test_no_update_is_left_out(vocabulary: Vocabulary, updates: int, periods: list[int]) -> None:
+    """What the period leaves of them is projected, too; a draw of noise an update, and one that prompts are compared on."""
+    drawn = []
+
+    class Counted(Distance):
+        def draw(self, search: Search, generator: torch.Generator) -> Noise:
+            drawn.append(1)
+            return super().draw(search, generator)
+
+    search = Search(2, updates=updates, passes=1, candidates=2)
+    found = invert(Counted(vocabulary.table[vocabulary.rows("red circle")]), vocabulary, search)
+    assert (search.periods, len(drawn), len(found.trace)) == (periods, updates + 1, 2 + len(periods))
+    said = inverted._losses([{"trace": found.trace, "loss": found.loss, "caption_loss": None}], asdict(search))
+    assert ("after our PH2P" in said) == (updates > 0) and (f"after our PH2P {cell(found.trace[-2])}" in said) == (updates > 0)
+
+
+@pytest.mark.parametrize("passes", [0, 2])
+def test_a_latent_of_nan_is_refused(vocabulary: Vocabulary, passes: int) -> None:
+    z = torch.full(vocabulary.backbone.latent_shape, math.nan)
+    with pytest.raises(ValueError, match="^no prompt has a finite denoising loss"):
+        invert(Denoising(vocabulary, z), vocabulary, Search(2, updates=1, samples=1, passes=passes))
 
 
 def test_an_exchange_takes_the_candidate_that_is_best(vocabulary: Vocabulary) -> None:

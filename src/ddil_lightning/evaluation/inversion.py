@@ -1,8 +1,8 @@
 """Prompt inversion: the words under which a teacher denoises a given image best, by PH2P (Mahajan et al., CVPR 2024; METHODS 7.1).
 
     E <- embeddings of K random words
-    U / period times:
-        `period` times:                                                          projection is delayed
+    until U updates are done:
+        `period` times, or as often as is left of U:                             projection is delayed
             t ~ late timesteps, eps ~ N(0, I)
             E <- Adam on | net(alpha_t z + sigma_t eps, t, text encoder(E)) - its target |^2
         E <- embeddings of the words nearest to E, by cosine                     projection
@@ -40,11 +40,11 @@ class Search:
     Args:
         tokens: words of a prompt, K; at most what the text encoder reads.
         updates: steps of Adam, U.
-        period: steps between two projections.
+        period: steps between two projections; the last one comes after the rest of `updates`.
         lr: step size of Adam, in the units of the embeddings.
         timesteps: the first and the last training timestep that the loss is taken at.
         samples: pairs of timestep and noise in a loss, timesteps evenly spread.
-        passes: rounds over the places of the prompt in which words are exchanged; 0 leaves it at PH2P.
+        passes: rounds over the places of the prompt in which words are exchanged; 0 leaves it at PH2P as it is done here.
         candidates: words that are tried at a place.
     """
 
@@ -56,6 +56,12 @@ class Search:
     samples: int = 8
     passes: int = 2
     candidates: int = 12
+
+    @property
+    def periods(self) -> list[int]:
+        """The steps before each projection: `period`, and what is left of `updates`."""
+        whole, rest = divmod(self.updates, self.period)
+        return [self.period] * whole + [rest] * (rest > 0)
 
     def __post_init__(self) -> None:
         at_least(1, tokens=self.tokens, period=self.period, samples=self.samples, candidates=self.candidates)
@@ -153,11 +159,11 @@ def invert(objective: Objective, vocabulary: Vocabulary, search: Search = Search
     best = Found("", torch.empty(0), math.inf, [])
     for rows in _delayed_projection(objective, vocabulary, search, streams):
         best = _better(best, rows, objective, vocabulary, held)
+    if not math.isfinite(best.loss):
+        raise ValueError("no prompt has a finite denoising loss: the latent or the teacher holds NaN or infinity")
     generator = streams.local("places")
     for _ in range(search.passes):
         best = _exchange(best, objective, vocabulary, search, held, generator)
-    if not math.isfinite(best.loss):
-        raise ValueError("no prompt has a finite denoising loss: the latent or the teacher holds NaN or infinity")
     return best
 
 
@@ -171,10 +177,10 @@ def _delayed_projection(objective: Objective, vocabulary: Vocabulary, search: Se
     generator = streams.local("updates")
     rows = torch.randint(len(vocabulary), (search.tokens,), generator=generator).to(vocabulary.table.device)
     yield rows
-    for _ in range(search.updates // search.period):
+    for steps in search.periods:
         embeddings = vocabulary.table[rows]
         adam = torch.optim.Adam([embeddings], lr=search.lr)  # anew: moments from before a projection belong to other embeddings
-        for _ in range(search.period):
+        for _ in range(steps):
             embeddings.grad = _slope(objective, embeddings, objective.draw(search, generator))
             adam.step()
         rows = vocabulary.nearest(embeddings)

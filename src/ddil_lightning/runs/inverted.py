@@ -44,8 +44,9 @@ def _prompts(prompts: Sequence[Row]) -> str:
 
 def _losses(prompts: Sequence[Row], search: Row) -> str:
     """How well prompts denoise their images on average: those that the search began with, found, and had to find."""
-    projected = search["updates"] // search["period"]
-    means = {"random words": mean(p["trace"][0] for p in prompts), "after PH2P": mean(p["trace"][projected] for p in prompts)}
+    means = {"random words": mean(p["trace"][0] for p in prompts)}
+    if search["updates"]:  # the trace goes on with the passes
+        means["after our PH2P"] = mean(p["trace"][-1 - search["passes"]] for p in prompts)
     if search["passes"]:
         means["after exchanges"] = mean(p["loss"] for p in prompts)
     if all(p["caption_loss"] is not None for p in prompts):
