@@ -20,7 +20,7 @@ from ddil_lightning.data.encoded import Encoded
 from ddil_lightning.feed import Feed
 from ddil_lightning.imitation.prior import Constant, Gated, GatedBy, Linear, Piecewise, SamplingPrior
 from ddil_lightning.imitation.shift import shift_report
-from ddil_lightning.records import FORWARD, STUDENT
+from ddil_lightning.records import FORWARD, STUDENT, take
 from ddil_lightning.runs.checkpoint import clock_of, sorted_checkpoints
 from ddil_lightning.training.method import Distillation
 from suite import BY_NAME, EPOCH, METHODS, StopAt, build, captions, fit, pictures
@@ -347,6 +347,23 @@ def test_a_resumed_run_does_not_measure_the_same_probe_again(tiny: Path, tmp_pat
     assert seen == [2]
     run(ckpt=tmp_path / "2.ckpt")
     assert seen == [2, 4]
+
+
+@pytest.mark.parametrize("n", [3, 5, 6])
+def test_the_shift_probe_on_a_few_captions(n: int, tiny: Path) -> None:
+    """Fewer than 4 are refused before the run; a coverage by the fifth neighbour needs 6."""
+    data, sources = captions(tiny), Sources()
+    some = pictures(tiny)
+    data.captions = Encoded(some.latents[:n], take(some.c, slice(n)))
+    data.batch_size = 2
+    method, probe = build(LCM, tiny, updates=1), ShiftProbe(every=1, count=8, steps=2, teacher_steps=4)
+    if n < 4:
+        with pytest.raises(ValueError, match=r"^ShiftProbe compares sets of at least 4 latents, and the data have 3 captions: leave"):
+            fit(method, data, probe, sources)
+        assert sources.seen == []
+    else:
+        (row,) = [row for row in fit(method, data, probe).rows if "shift/teacher" in row]
+        assert ("shift/coverage" in row) == (n == 6)
 
 
 # Previews and progress ---------------------------------------------------------------------------------------------------------------

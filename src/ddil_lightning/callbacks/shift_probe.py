@@ -14,7 +14,7 @@ from ddil_lightning.diffusion.denoiser import to_w
 from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import ddim
-from ddil_lightning.evaluation.metrics.prdc import density_coverage
+from ddil_lightning.evaluation.metrics.prdc import DensityCoverage, density_coverage
 from ddil_lightning.imitation.gaps import loss, states
 from ddil_lightning.imitation.mixing import Actor, Actors
 from ddil_lightning.imitation.shift import energy_distance
@@ -22,6 +22,8 @@ from ddil_lightning.records import take
 
 PAIRS = 2000
 """Samples per set in a distance, whose memory is quadratic."""
+LEAST = 4
+"""Samples per set without which `imitation.shift` measures nothing."""
 
 
 class ShiftProbe(Callback):
@@ -31,7 +33,8 @@ class ShiftProbe(Callback):
     alone are the wrong yard-stick under guidance: the guided teacher is shifted against them itself. Writes shift/teacher and shift/forward
     (energy distance, mean over nodes), and the same with a node's time. Node 0 is pure noise for both and is left out. shift/coverage is
     the share of the teacher's latents at the last node that have one of the student's within the distance of their fifth neighbour
-    (Naeem et al. 2020): it falls when the student leaves modes out. Of a student that is finished, `ddil-probe` measures more.
+    (Naeem et al. 2020): it falls when the student leaves modes out, and is left out with fewer than six captions; four are the least that
+    are measured. Of a student that is finished, `ddil-probe` measures more.
 
     Args:
         every: student updates between two probes.
@@ -56,11 +59,14 @@ class ShiftProbe(Callback):
         self._probed: int | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Raises ValueError on all processes, now, for a step count that the student cannot take.
+        """Raises ValueError on all processes, now, for a step count that the student cannot take, and for data with too few captions.
 
         What is due at the clock that a run goes on from was measured before the stop: a batch that leaves the clock measures it no second time.
         """
         pl_module.deployment.sampler(self.steps)
+        there = len(pl_module.feed.reference(LEAST).rows)
+        if there < LEAST:
+            raise ValueError(f"ShiftProbe compares sets of at least {LEAST} latents, and the data have {there} captions: leave the probe out")
         self._probed = pl_module.student_updates
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -91,7 +97,8 @@ class ShiftProbe(Callback):
             nodes = {f"shift/{name}@{t}": energy_distance(mine[t][:PAIRS], reference[t][:PAIRS]) for t in inner}
             values |= {**nodes, f"shift/{name}": sum(nodes.values()) / len(nodes)}
         theirs, own = (x[inner[-1]][:PAIRS].flatten(1) for x in (self._references["teacher"], mine))
-        values["shift/coverage"] = density_coverage(theirs, own)[1]
+        if len(theirs) >= DensityCoverage.least_real:
+            values["shift/coverage"] = density_coverage(theirs, own)[1]
         return values | (self._ratios(policy, walker, grid, method, batch, mine) if self.losses else {})
 
     def _ratios(self, policy: Policy, walker: Policy, grid: Grid, method: Any, batch: Any, mine: dict[int, Tensor]) -> dict[str, float]:
