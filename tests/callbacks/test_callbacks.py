@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Callback
 from PIL import Image
 
-from ddil_lightning.callbacks import AnnealPrior, Cadence, Checkpoints, FlushBuffer, Previews, Progress, ShiftProbe
+from ddil_lightning.callbacks import AnnealPrior, Cadence, Checkpoints, FlushBuffer, Previews, Progress, ShiftProbe, annealing
 from ddil_lightning.callbacks.checkpoints import AGREE, finite
 from ddil_lightning.data.encoded import Encoded
 from ddil_lightning.feed import Feed
@@ -22,6 +22,7 @@ from ddil_lightning.imitation.prior import Constant, Gated, GatedBy, Linear, Pie
 from ddil_lightning.imitation.shift import shift_report
 from ddil_lightning.records import FORWARD, STUDENT, take
 from ddil_lightning.runs.checkpoint import clock_of, sorted_checkpoints
+from ddil_lightning.training.measures import Measures
 from ddil_lightning.training.method import Distillation
 from suite import BY_NAME, EPOCH, METHODS, StopAt, build, captions, fit, pictures
 
@@ -160,9 +161,38 @@ def test_a_schedule_follows_a_measure_that_another_callback_publishes(first: str
     annealed, probe = AnnealPrior(GatedBy(PLAIN, SamplingPrior(0.2, 0.8), measure="shift/loss_ratio", below=1.0, steps=4)), Probe()
     method, callbacks = build(LCM, tiny, updates=6), [probe, annealed] if first == "probe" else [annealed, probe]
     fit(method, captions(tiny, PLAIN, buffer={"capacity": 0}), *callbacks, Drawn())
-    assert heard == pytest.approx([0.0, 0.0, 0.2, 0.2, 0.2, 0.2]) and annealed.state_dict() == {"level": 2, "passed": 0}
+    assert heard == pytest.approx([0.0, 0.0, 0.2, 0.2, 0.2, 0.2]) and annealed.state_dict() == {"level": 2, "passed": 0, "heard": 1}
     method.measures.publish(7, {"shift/loss_ratio": 0.0})
     assert annealed.state_dict()["level"] == 2  # the run is over
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_measure_that_nobody_publishes_is_told_once(early: bool, tiny: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the run, and of a long one before it ends; not of a run that hears it, nor of one that heard it before it was resumed."""
+    monkeypatch.setattr(annealing, "PATIENCE", 1 if early else 99)
+    gate = AnnealPrior(GatedBy(PLAIN, ROLLED, measure="shift/los_ratio", below=1.0))
+    trainer, measures = SimpleNamespace(is_global_zero=True, strategy=SimpleNamespace(broadcast=lambda value: value)), Measures()
+    method = SimpleNamespace(student_updates=0, stage_updates=0, feed=Feed(), check_prior=lambda prior: None, measures=measures)
+
+    def run(*heard: str) -> list[str]:
+        caplog.clear()
+        gate.on_train_start(trainer, method)  # type: ignore[arg-type]
+        for _ in range(3):
+            method.student_updates += 1
+            for name in heard:
+                measures.publish(method.student_updates, {name: 2.0})
+            gate.on_train_batch_end(trainer, method, None, None, 0)  # type: ignore[arg-type]
+        gate.on_train_end(trainer, method)  # type: ignore[arg-type]
+        return [record.getMessage() for record in caplog.records]
+
+    (said,) = run("shift/loss_ratio")
+    assert said.startswith("shift/los_ratio, which the schedule of AnnealPrior waits for, was not published up to student update")
+    assert f"update {1 if early else 3}, so that the prior has stayed where it began: add" in said
+    assert run("shift/los_ratio") == []
+    state = gate.state_dict()
+    gate = AnnealPrior(GatedBy(PLAIN, ROLLED, measure="shift/los_ratio", below=1.0))
+    gate.load_state_dict(state)
+    assert run() == []
 
 
 def test_the_cadence_changes_with_the_clock() -> None:
@@ -358,7 +388,7 @@ def test_the_shift_probe_on_a_few_captions(n: int, tiny: Path) -> None:
     data.batch_size = 2
     method, probe = build(LCM, tiny, updates=1), ShiftProbe(every=1, count=8, steps=2, teacher_steps=4)
     if n < 4:
-        with pytest.raises(ValueError, match=r"^ShiftProbe compares sets of at least 4 latents, and the data have 3 captions: leave"):
+        with pytest.raises(ValueError, match=r"^ShiftProbe compares at least 4 latents, and the data have 3 captions: leave"):
             fit(method, data, probe, sources)
         assert sources.seen == []
     else:

@@ -18,7 +18,7 @@ from ddil_lightning.data.captions import Prompts
 from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.evaluation.rows import folder_sampler
-from ddil_lightning.imitation.prior import Constant, Linear, SamplingPrior
+from ddil_lightning.imitation.prior import Constant, GatedBy, Linear, SamplingPrior
 from ddil_lightning.methods import PD
 from ddil_lightning.runs.folder import stage_pipelines
 from ddil_lightning.training.plan import Part, Stage
@@ -135,6 +135,32 @@ def test_parts_and_stages_have_their_priors_and_grids(tiny: Path) -> None:
     stages = [stage for stage, *_ in watch.seen]
     assert all(times <= grids[stage] for times, stage in zip(watch.stored, stages, strict=True))  # nothing of an older stage is left
     assert watch.stored[0] == set() and watch.stored[2] and watch.stored[5]
+
+
+def test_the_level_of_a_gate_begins_anew_at_a_stage(tiny: Path, tmp_path: Path) -> None:
+    """As the clock of a schedule does, also where a run goes on from a stage's end; every published number passes here."""
+    seen: list[tuple[int, float]] = []
+
+    class Publish(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            seen.append((pl_module.stage, pl_module.feed.prior.student))
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            pl_module.measures.publish(pl_module.student_updates, {"passes": 0.0})
+
+    def run(*more: Callback, **kwargs: Any) -> None:
+        gate = AnnealPrior(GatedBy(SamplingPrior(), SamplingPrior(0.0, 1.0), "passes", below=1.0, steps=4))
+        stages = [Stage(steps=8, updates=2), Stage(steps=4, updates=3)]
+        method = build(PD_2, tiny, stages=stages, teacher_steps=16, updates=None)
+        fit(method, captions(tiny, SamplingPrior()), gate, Publish(), *more, **kwargs)
+
+    run(StopAt(2, tmp_path / "2.ckpt"))
+    run(ckpt=tmp_path / "2.ckpt")
+    expected = [(0, 0.0), (0, 0.25), (1, 0.0), (1, 0.25), (1, 0.5)]
+    assert seen == expected
+    seen.clear()
+    run()
+    assert seen == expected
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])

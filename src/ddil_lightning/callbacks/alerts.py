@@ -56,7 +56,7 @@ class Alerts(Callback):
         self._recent, self._first, self._best, self._told, self._strange = {}, {}, {}, set(), set()
 
     def state_dict(self) -> dict[str, Any]:
-        """What the values of the run so far are held against, and what has been told: a resumed run warns of what it would have warned of."""
+        """What values are held against and what has been told, so that a resumed run warns of what the whole one does."""
         recent = {name: list(values) for name, values in self._recent.items()}
         told, strange = sorted(self._told), sorted(self._strange)
         return {"recent": recent, "first": dict(self._first), "best": dict(self._best), "told": told, "strange": strange}

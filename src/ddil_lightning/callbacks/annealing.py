@@ -6,6 +6,7 @@ be one batch late.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,6 +15,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ddil_lightning.bounds import at_least
 from ddil_lightning.imitation.prior import SamplingPrior, Schedule
+
+PATIENCE = 1000
+"""Student updates after which a run is told that its schedule has heard nothing of what it waits for."""
 
 
 class OnClock(Callback):
@@ -29,6 +33,10 @@ class OnClock(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Apply the clock that the step has left."""
         self.apply(trainer, pl_module, int(pl_module.stage_updates))  # type: ignore[arg-type]
+
+    def begin_stage(self, trainer: Any, method: Any) -> None:
+        """A stage begins: apply its clock, which is 0."""
+        self.apply(trainer, method, 0)
 
     def apply(self, trainer: Any, method: Any, clock: int) -> None:
         """Do what is due at `clock`; called again for a clock that has not moved."""
@@ -49,6 +57,7 @@ class AnnealPrior(OnClock):
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
+        self._since, self._warned = 0, False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Check the whole schedule now: a prior that comes after days of training must not be the one that stops it."""
@@ -62,6 +71,7 @@ class AnnealPrior(OnClock):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Let a schedule that follows the training hear what is published of it, and apply the first clock."""
+        self._since, self._warned = pl_module.student_updates, False
         self._broadcast, self._anew = trainer.strategy.broadcast, partial(super().on_train_start, trainer, pl_module)
         if self.schedule.hears != "nothing":
             pl_module.measures.listen(self._hear, every_update=self.schedule.hears == "updates")
@@ -70,6 +80,13 @@ class AnnealPrior(OnClock):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """End the schedule's hearing, so that it follows no later run of the same method."""
         pl_module.measures.forget(self._hear)
+        self._warn(trainer, pl_module.student_updates)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Apply the clock that the step has left; a run of days is told early that its schedule waits in vain."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if pl_module.student_updates - self._since >= PATIENCE:
+            self._warn(trainer, pl_module.student_updates)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """End the schedule's hearing after a run that was broken off, too."""
@@ -80,6 +97,21 @@ class AnnealPrior(OnClock):
         if self.schedule.hears == "measures":  # which every process computes, to other last digits: one prior for all of them
             self.schedule.state = self._broadcast(self.schedule.state)
             self._anew()  # who publishes may come after this callback, and the next batch is drawn before it is called again
+
+    def _warn(self, trainer: Any, clock: int) -> None:
+        """Say once that nobody has published what the schedule waits for."""
+        missing = self.schedule.unheard
+        if missing and not self._warned and clock > self._since and trainer.is_global_zero:
+            logging.getLogger(__name__).warning(
+                f"{missing}, which the schedule of AnnealPrior waits for, was not published up to student update {clock}, so that the "
+                f"prior has stayed where it began: add a callback that publishes it (ShiftProbe) or look at the name"
+            )
+        self._warned = True
+
+    def begin_stage(self, trainer: Any, method: Any) -> None:
+        """A stage begins: the schedule starts anew."""
+        self.schedule.begin()
+        super().begin_stage(trainer, method)
 
     def apply(self, trainer: Any, method: Any, clock: int) -> None:
         """Check the schedule's prior of this clock and give it to the data."""

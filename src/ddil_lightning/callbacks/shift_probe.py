@@ -61,12 +61,14 @@ class ShiftProbe(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Raises ValueError on all processes, now, for a step count that the student cannot take, and for data with too few captions.
 
-        What is due at the clock that a run goes on from was measured before the stop: a batch that leaves the clock measures it no second time.
+        What is due at the clock that a run goes on from was measured before the stop: a batch that leaves the clock does not repeat it.
         """
         pl_module.deployment.sampler(self.steps)
         there = len(pl_module.feed.reference(LEAST).rows)
         if there < LEAST:
-            raise ValueError(f"ShiftProbe compares sets of at least {LEAST} latents, and the data have {there} captions: leave the probe out")
+            raise ValueError(
+                f"ShiftProbe compares at least {LEAST} latents, and the data have {there} captions: leave the probe out"
+            )
         self._probed = pl_module.student_updates
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

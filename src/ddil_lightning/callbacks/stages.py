@@ -90,7 +90,7 @@ class Stages(Callback):
         method.feed.flush()
         for callback in trainer.callbacks:
             if isinstance(callback, OnClock):
-                callback.apply(trainer, method, 0)
+                callback.begin_stage(trainer, method)
 
     def prior(self, method: Any) -> SamplingPrior | None:
         """The prior of the present stage and part; None where the plan has none, and the schedule's or the DataModule's own holds."""

@@ -65,6 +65,8 @@ class Schedule:
 
     hears: Literal["nothing", "updates", "measures"] = "nothing"
     """What it is told: the losses of every update, which costs a wait for the device, or the measures that callbacks publish."""
+    unheard: str = ""
+    """The name of what it waits for, until it has heard it; empty where there is no such thing."""
 
     def __call__(self, clock: int) -> SamplingPrior:
         """The prior at `clock` student updates."""
@@ -72,6 +74,9 @@ class Schedule:
 
     def hear(self, clock: int, values: Mapping[str, float]) -> None:
         """Mean losses by source (forward, student, teacher, mixed) of update number `clock`, over all processes; or the measures."""
+
+    def begin(self) -> None:
+        """A stage begins, whose clock is 0: forget what was heard in the one before."""
 
     def ahead(self, updates: int) -> list[SamplingPrior]:
         """Priors that it may give in a run of so many updates, its extremes among them, to be checked before it begins."""
@@ -181,7 +186,7 @@ class Exponential(Schedule):
 
 
 class _Moves(Schedule):
-    """Equal moves from `first` to `last`, each after `patience` numbers in a row that have passed; `level` counts them."""
+    """Equal moves from `first` to `last`, each after `patience` numbers in a row that pass; `level` counts them in a stage."""
 
     def __init__(self, first: SamplingPrior, last: SamplingPrior, steps: int, patience: int) -> None:
         at_least(1, steps=steps, patience=patience)
@@ -191,6 +196,10 @@ class _Moves(Schedule):
     def __call__(self, clock: int) -> SamplingPrior:
         """The prior at the present level."""
         return self.first.towards(self.last, self.level / self.steps)
+
+    def begin(self) -> None:
+        """The level is 0 again."""
+        self.level, self.passed = 0, 0
 
     def ahead(self, updates: int) -> list[SamplingPrior]:
         """Its ends: where it comes to between them depends on the training."""
@@ -251,7 +260,7 @@ class GatedBy(_Moves):
     """Gated by a measure: one move from `first` to `last` whenever a number that a callback publishes is small enough.
 
     ShiftProbe's `shift/loss_ratio` is the loss on the student's own latents over that on the teacher's; `shift/teacher` says how far
-    apart these are. A measure that nobody publishes leaves the prior at `first`.
+    apart these are. A measure that nobody publishes leaves the prior at `first`, which is told.
 
     Args:
         first: the prior at the start.
@@ -266,9 +275,20 @@ class GatedBy(_Moves):
 
     def __init__(self, first: SamplingPrior, last: SamplingPrior, measure: str, below: float, steps: int = 4, patience: int = 1) -> None:
         super().__init__(first, last, steps, patience)
-        self.measure, self.below = measure, below
+        self.measure, self.below, self.unheard = measure, below, measure
+
+    @property
+    def state(self) -> dict[str, int]:
+        """The level, how many numbers in a row have passed, and whether there was any."""
+        return {"level": self.level, "passed": self.passed, "heard": int(not self.unheard)}
+
+    @state.setter
+    def state(self, state: Mapping[str, int]) -> None:
+        self.level, self.passed = state["level"], state["passed"]
+        self.unheard = "" if state.get("heard", self.level or self.passed) else self.measure
 
     def hear(self, clock: int, values: Mapping[str, float]) -> None:
         """Look for the measure among what was published."""
         if self.measure in values:
+            self.unheard = ""
             self.tell(values[self.measure] < self.below)
