@@ -33,12 +33,25 @@ def test_what_is_missing_is_said_in_one_line(tmp_path: Path, capsys: Any, monkey
     assert code == 2 and err.count("\n") == 1 and f"--run {tmp_path}: no run that was logged by --wandb offline lies there" in err
 
 
+def offline(folder: Path) -> Path:
+    run = folder / "wandb" / "offline-run-20260101_000000-abc"
+    run.mkdir(parents=True)
+    return run
+
+
+def test_how_to_send_a_run_is_said_without_the_package_of_workspaces(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = offline(tmp_path)
+    monkeypatch.setattr(workspace, "find_spec", lambda name: None)
+    code, out, err = call(capsys, "--print", "--run", str(tmp_path))
+    assert (code, out) == (0, "") and f"{tmp_path} was logged offline, and is sent by: wandb sync {run}\n" in err
+    assert "no workspace is printed: a workspace needs wandb-workspaces, which is not installed" in err
+
+
 def test_it_writes_the_workspace_and_how_to_send_a_run(tmp_path: Path, capsys: Any) -> None:
     pytest.importorskip("wandb_workspaces", reason="no wandb-workspaces: pip install it")
-    run = tmp_path / "r" / "wandb" / "offline-run-20260101_000000-abc"
-    run.mkdir(parents=True)
+    run = offline(tmp_path / "r")
     code, out, _ = call(capsys, "--entity", "me", "--out", str(tmp_path / "w.json"), "--run", str(tmp_path / "r"))
-    assert code == 0 and out.splitlines()[1].endswith(f"is sent by: wandb sync {run}")
+    assert code == 0 and out.splitlines()[0].endswith(f"is sent by: wandb sync {run}")
     assert json.loads((tmp_path / "w.json").read_text())["entity"] == "me"
-    code, out, _ = call(capsys, "--print", "--name", "mine")
-    assert code == 0 and json.loads(out)["displayName"] == "mine"
+    code, out, err = call(capsys, "--print", "--name", "mine", "--run", str(tmp_path / "r"))
+    assert code == 0 and json.loads(out)["displayName"] == "mine" and f"is sent by: wandb sync {run}\n" in err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 from ddil_lightning.commands.arguments import Parser, path
@@ -19,15 +20,23 @@ def dashboard(argv: list[str]) -> int:
     parser.add_argument("--name", default="DDIL", help="of the workspace (default: DDIL)")
     parser.add_argument("--print", action="store_true", help="print the workspace as JSON and send nothing")
     parser.add_argument("--out", type=path, metavar="FILE.json", help="write it to a file and send nothing")
-    parser.add_argument("--run", type=path, help="a run folder, for the command that sends what it has written offline")
+    parser.add_argument("--run", type=path, help="a run folder: say the command that sends what it has written offline")
     args = parser.parse_args(argv)
     sync = _sync(args.run) if args.run else ""
     if args.out:
         check_writable(args.out)
+    if sync:  # first, for it needs no package; what --print writes to stdout is JSON alone
+        print(f"{args.run} was logged offline, and is sent by: {sync}", file=sys.stderr if args.print else sys.stdout, flush=True)
     quiet()
     from ddil_lightning.runs.workspace import check_workspaces, spec, workspace
 
-    check_workspaces()
+    try:
+        check_workspaces()
+    except ValueError as error:
+        if not (sync and args.print) or args.out:
+            raise
+        print(f"no workspace is printed: {error}", file=sys.stderr)
+        return 0
     if args.print or args.out:
         text = json.dumps(spec(workspace(args.entity or "ENTITY", args.project, args.name)), indent=2)
         if args.print:
@@ -37,8 +46,6 @@ def dashboard(argv: list[str]) -> int:
             print(f"written to {args.out}")
     else:
         print(f"workspace {_saved(args.entity, args.project, args.name)}")
-    if sync:
-        print(f"{args.run} was logged offline, and is sent by: {sync}")
     return 0
 
 
