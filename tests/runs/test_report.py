@@ -120,6 +120,15 @@ def test_broken_files_are_said_and_the_rest_is_shown(run: Path) -> None:
     assert "metrics.csv holds no curves over student_updates." in Page(write_report(run).read_text()).text
 
 
+def test_what_cannot_be_read_as_a_file_or_as_a_time(run: Path) -> None:
+    (run / "samples" / "000700.png").symlink_to("nowhere")
+    (run / "samples" / "000800.png").mkdir()
+    assert "2 of 5 files in samples/ are no readable PNG" in Page(write_report(run).read_text()).text
+    for seconds in (math.nan, math.inf, True, "1"):
+        (run / "summary.json").write_text(json.dumps({"student_updates": 600, "seconds": seconds, "rows": ROWS}))
+        assert "\n600 student updates\n" in Page(write_report(run).read_text()).text
+
+
 def test_rows_without_metrics_or_with_unknown_shape(run: Path) -> None:
     rows = ["x", {"steps": 4}, {"name": "student@4"}, {"name": "<i>", "steps": "4", "metrics": {"frechet": float("nan")}}]
     (run / "summary.json").write_text(json.dumps({"rows": rows}))

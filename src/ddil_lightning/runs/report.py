@@ -84,7 +84,7 @@ def _header(name: str, summary: Mapping[str, Any]) -> str:
     lead = []
     if summary.get(CLOCK) is not None:
         lead.append(f"{cell(summary[CLOCK])} student updates")
-    if isinstance(summary.get("seconds"), (int, float)):
+    if number_of(summary.get("seconds")):
         lead.append(duration(summary["seconds"]))
     lead_line = f'<p class="lead">{escape(" in ".join(lead))}</p>' if lead else ""
     return f"<h1>{escape(name)}</h1>{lead_line}{_facts({k: v for k, v in summary.items() if k not in (CLOCK, *APART)})}"

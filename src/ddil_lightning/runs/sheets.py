@@ -96,7 +96,10 @@ def gallery(folder: Path) -> str:
 
 
 def _read(path: Path) -> Sheet | None:
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError:  # a folder of that name, or a link to nowhere
+        return None
     if not data.startswith(PNG) or len(data) <= 24:
         return None
     with suppress(ValueError, LookupError, TypeError, AttributeError):  # one that says nothing, or not in our words, is shown without
