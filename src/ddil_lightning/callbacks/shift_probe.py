@@ -66,9 +66,7 @@ class ShiftProbe(Callback):
         pl_module.deployment.sampler(self.steps)
         there = len(pl_module.feed.reference(LEAST).rows)
         if there < LEAST:
-            raise ValueError(
-                f"ShiftProbe compares at least {LEAST} latents, and the data have {there} captions: leave the probe out"
-            )
+            raise ValueError(f"ShiftProbe compares at least {LEAST} latents, and the data have {there} captions: leave the probe out")
         self._probed = pl_module.student_updates
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

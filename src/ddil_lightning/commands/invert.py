@@ -26,12 +26,8 @@ def invert(argv: list[str]) -> int:
     )
     parser.add_argument("--n", type=number(1, 10**6), help="images (default: 16, or all of a smaller folder)")
     parser.add_argument("--tokens", type=number(1, 10**4), help="words of a prompt (default: 10, or as many as the text encoder reads)")
-    parser.add_argument(
-        "--updates", type=number(0, 10**6), default=40, help="of the embeddings, projected after every tenth and the last"
-    )
-    parser.add_argument(
-        "--passes", type=number(0, 1000), default=2, help="rounds in which words are exchanged (our PH2P, by Adam: 0)"
-    )
+    parser.add_argument("--updates", type=number(0, 10**6), default=40, help="of the embeddings, projected after every tenth and the last")
+    parser.add_argument("--passes", type=number(0, 1000), default=2, help="rounds in which words are exchanged (our PH2P, by Adam: 0)")
     parser.add_argument(
         "--timesteps", type=number(0, 10**6), nargs=2, metavar=("LOW", "HIGH"), help="of the loss (default: those of high noise, 700 999)"
     )
