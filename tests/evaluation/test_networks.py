@@ -350,6 +350,27 @@ def test_dino_is_the_class_token_from_a_folder_and_from_the_hub_s_cache(name: st
     assert "\n" not in str(error.value)
 
 
+def test_what_a_network_sees_is_in_its_name(rewards: Path, tmp_path: Path) -> None:
+    """Weights alone do not say what numbers they give: under another mean of the pixels, or other words, it is another network."""
+    folder = tmp_path / "dino"
+    dino(folder, "dinov2")
+
+    def named() -> str | None:
+        return Networks(embed=f"dinov2:{folder}").load().about()["embed"]
+
+    before, file = named(), folder / "preprocessor_config.json"
+    text = file.read_text()
+    file.write_text(json.dumps(json.loads(text) | {"image_mean": [0, 0, 0]}))
+    after = named()
+    assert before and after and before != after and before.partition(", its settings")[0] == after.partition(", its settings")[0]
+    file.write_text(text)
+    assert named() == before
+    first, words = Networks(image_reward=f"image_reward:{rewards}"), rewards / "vocab.txt"
+    told = first.load().about()["image_reward"]
+    words.write_text(words.read_text() + "dog\n")
+    assert first.load().about()["image_reward"] != told
+
+
 def test_a_suite_measures_through_them(clip: tuple[Path, Any], tmp_path: Path) -> None:
     dino(tmp_path, "dinov2")
     nets = Networks(hps={"name": "hps", "path": str(clip[0]), "model": "ddil-tiny-clip"}, embed=f"dinov2:{tmp_path}").load()

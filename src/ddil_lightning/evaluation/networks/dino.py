@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ddil_lightning.evaluation.networks.kinds import Features, Named
-from ddil_lightning.evaluation.networks.transformer import folder_model, pictures
-from ddil_lightning.evaluation.networks.weights import given_file, hub_folder, told
+from ddil_lightning.evaluation.networks.transformer import SETTINGS, folder_model, pictures
+from ddil_lightning.evaluation.networks.weights import beside, given_file, hub_folder, told
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 DINO, DINOV2 = "facebook/dino-vits16", "facebook/dinov2-large"
@@ -40,4 +40,5 @@ def _class_token(path: str | None, device: str | torch.device, name: str, reposi
     def features(images: Tensor) -> Tensor:
         return model(pixel_values=see(images).to(device)).last_hidden_state[:, 0].float()
 
-    return Named(told(name if given else f"{name} {repository}", given), features)
+    about = told(name, given, beside(folder, *SETTINGS)) if given else f"{name} {repository}"
+    return Named(about, features)

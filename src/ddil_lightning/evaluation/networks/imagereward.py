@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ddil_lightning.backbones.sampling import to_uint8
 from ddil_lightning.evaluation.networks.kinds import Named, Scorer, paired
-from ddil_lightning.evaluation.networks.weights import fit, given_file, hub_file, hub_folder, read, told
+from ddil_lightning.evaluation.networks.weights import beside, fit, given_file, hub_file, hub_folder, read, told
 
 REPOSITORY, WORDS = "THUDM/ImageReward", "google-bert/bert-base-uncased"
 FILES = ("ImageReward.pt", "ImageReward.safetensors")
@@ -124,7 +124,9 @@ def image_reward(path: str | None, device: str | torch.device, words: str | None
             out.append(model(pixels.to(device), text["input_ids"].to(device), text["attention_mask"].to(device)).cpu())
         return torch.cat(out)
 
-    return Named(told("ImageReward 1.0", given), scores)
+    settings = [*([med] if given else []), *([vocabulary / "vocab.txt"] if given or words else [])]
+    settings += beside(vocabulary, "tokenizer_config.json") if settings else []
+    return Named(told("ImageReward 1.0", given, settings), scores)
 
 
 def preprocessed(images: Tensor, side: int) -> Tensor:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ddil_lightning.evaluation.networks.clip import open_clip_net
 from ddil_lightning.evaluation.networks.kinds import Absent, Named, Scorer, paired
-from ddil_lightning.evaluation.networks.transformer import folder_model, pictures
-from ddil_lightning.evaluation.networks.weights import given_file, hub_file, hub_folder, told
+from ddil_lightning.evaluation.networks.transformer import SETTINGS, WORDS, folder_model, pictures
+from ddil_lightning.evaluation.networks.weights import beside, given_file, hub_file, hub_folder, told
 
 HPS = {"2.1": "HPS_v2.1_compressed.pt", "2.0": "HPS_v2_compressed.pt"}
 """The authors' files of either version, in xswu/HPSv2 on the hub."""
@@ -73,4 +73,6 @@ def pick_scores(path: str | None, device: str | torch.device, processor: str | N
             out.append((net.logit_scale.double().exp() * cosines).cpu())
         return torch.cat(out)
 
-    return Named(told("PickScore" if given else f"PickScore {PICKSCORE}", given), scores)
+    own = beside(folder, SETTINGS[0]) if given else []
+    own += beside(reads, *SETTINGS[1:], *WORDS) if given or processor else []
+    return Named(told("PickScore" if given else f"PickScore {PICKSCORE}", given, own), scores)

@@ -12,6 +12,12 @@ from torch import Tensor
 from ddil_lightning.backbones.sampling import to_uint8
 
 
+SETTINGS = ("config.json", "preprocessor_config.json", "processor_config.json")
+"""Files of a folder on which the numbers of its weights depend: what the model is, and what it sees of an image."""
+WORDS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+"""Files of a folder on which it depends what a model reads of a text."""
+
+
 def folder_model(cls: Any, folder: Path, what: str, **options: Any) -> Any:
     """A model of class `cls` with the weights of a folder, all of them, in float32, ready to be asked.
 

@@ -161,12 +161,27 @@ def fit(net: nn.Module, weights: Mapping[str, Tensor], path: Path, what: str) ->
     return net.eval().requires_grad_(False)
 
 
-def told(about: str, path: Path | None) -> str:
-    """A network in words with the file that was given for it, by name and content, so that it is the same wherever the file lies."""
-    if path is None:
-        return about
+def told(about: str, path: Path | None, settings: Sequence[Path] = ()) -> str:
+    """A network in words with the file that was given for it, by name and content, so that it is the same wherever the file lies.
+
+    `settings`: small files beside it on which its numbers depend as well (architecture, preprocessing, tokenizer), in one digest of their
+    names and contents.
+    """
+    if path is not None:
+        about = f"{about}, {path.name} sha256 {_sha256([path])}"
+    return f"{about}, its settings sha256 {_sha256(settings, named=True)}" if settings else about
+
+
+def beside(folder: Path, *names: str) -> list[Path]:
+    """Those of `names` that a folder has, for the settings of `told`."""
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def _sha256(files: Sequence[Path], named: bool = False) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 24):
-            digest.update(part)
-    return f"{about}, {path.name} sha256 {digest.hexdigest()[:12]}"
+    for path in files:
+        digest.update(f"{path.name}:{path.stat().st_size}:".encode() if named else b"")
+        with path.open("rb") as file:
+            while part := file.read(1 << 24):
+                digest.update(part)
+    return digest.hexdigest()[:12]
