@@ -81,12 +81,25 @@ def test_a_pipeline_in_half_precision(word: str, name: str, tiny: Path, capsys: 
     assert row["generation"]["dtype"] == name and row["metrics"]["contrast"] > 0
 
 
-def test_several_samples_of_a_prompt_as_geneval_has_them(tiny: Path, capsys: Any) -> None:
-    (row,), _ = call(capsys, "--pipeline", tiny, "--samples", 2, "--keep_images", "kept", "--layout", "geneval")
+def test_several_samples_of_a_prompt_as_benchmarks_have_them(tiny: Path, here: Path, capsys: Any) -> None:
+    (here / "texts").mkdir()
+    for i in range(16):
+        (here / "texts" / f"whoops-{i:02d}.txt").write_text(f"{digits.prompts(16, 0)[i]}\n")
+    lines = [{"tag": "counting", "include": [i], "prompt": prompt} for i, prompt in enumerate(digits.prompts(16, 0))]
+    (here / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (here / "p.yaml").write_text("{prompts: {source: lines.jsonl}, references: {source: null}, probes: {prompts: 0, seeds: 0}}")
+    none = ["--pipeline", tiny, "--samples", 2, "--network", "clip=none", "distance=none"]
+    (row,), _ = call(capsys, *none, "--data", "texts", "--keep_images", "d", "--layout", "dpg")
     assert row["n"] == row["protocol"]["n"] == 32 and row["protocol"]["seeds"]["per_prompt"] == 2
-    folders = sorted(Path("kept/teacher@2/prompts").iterdir())
+    assert sorted(p.stem for p in Path("d/teacher@2/prompts").iterdir()) == [f"whoops-{i:02d}" for i in range(16)]
+    call(capsys, *none[:4], "--protocol", "p.yaml", "--keep_images", "g", "--layout", "geneval")
+    folders = sorted(Path("g/teacher@2/prompts").iterdir())
     assert [f.name for f in folders] == [f"{i:05d}" for i in range(16)]
-    assert [json.loads((f / "metadata.jsonl").read_text())["prompt"] for f in folders] == digits.prompts(16, 0)
+    assert [json.loads((f / "metadata.jsonl").read_text()) for f in folders] == lines
+    assert (
+        "has no tag: give its evaluation_metadata" in call(capsys, *none, "--data", "texts", "--keep_images", "e", "--layout", "geneval")[1]
+    )
+    assert not list(Path("e").rglob("*.png"))
 
 
 def test_images_that_are_not_finite_name_the_sampler_and_the_prompt(tiny: Path, here: Path, capsys: Any) -> None:

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddil_lightning.commands import main
+from ddil_lightning.commands import main, protocols
+from ddil_lightning.commands.test import _parser as parser
 from ddil_lightning.evaluation import networks
 from ddil_lightning.evaluation.networks import Named
 
@@ -98,6 +99,18 @@ def test_prompts_alone(tiny: Path, here: Path, capsys: Any) -> None:
     assert "--images set: few.txt names no images" in refused(capsys, *networks, "--images", "set")
     (here / "few.txt").write_text("a handwritten one\n" * 3)
     assert "few.txt holds 3 captions: at least 16 prompts" in refused(capsys, *networks)
+
+
+def test_a_benchmark_is_of_all_its_prompts(here: Path) -> None:
+    (here / "many.jsonl").write_text("".join(json.dumps({"item_id": f"x{i}", "prompt": "a cat"}) + "\n" for i in range(1065)))
+    words = ["--pipeline", "x", "--data", "many.jsonl"]
+    for more, n in (
+        ([], 1000),
+        (["--layout", "dpg", "--keep_images", "d"], 1065),
+        (["--layout", "dpg", "--keep_images", "d", "--n", "20"], 20),
+    ):
+        plan = protocols.planned(parser().parse_args([*words, *more]))
+        assert plan is not None and plan.protocol.prompts.n == n
 
 
 def test_data_that_are_not_there(tiny: Path, here: Path, capsys: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,14 @@ from PIL import Image
 from torch import Tensor
 
 from ddil_lightning.commands.launched import together
+from ddil_lightning.evaluation.captioned import choice, read_set
 from ddil_lightning.evaluation.drawing import Cost, Pass, Timed, runs
 from ddil_lightning.evaluation.generation import Generation, Source
 from ddil_lightning.evaluation.given import Given, Judge
 from ddil_lightning.evaluation.kept import Keep
-from ddil_lightning.evaluation.layouts import DPGBench, grid, read_notes, ungrid
+from ddil_lightning.evaluation.layouts import DPGBench, GenEval, grid, ungrid
 from ddil_lightning.evaluation.networks import Networks
+from ddil_lightning.evaluation.protocols import PromptSource
 from ddil_lightning.evaluation.registry import keys
 from ddil_lightning.evaluation.suite import Probes, Suite
 
@@ -111,7 +114,8 @@ def test_images_depend_on_no_batch_and_several_of_a_prompt_have_seeds_in_a_row()
 
 @pytest.mark.parametrize("layout", ["folder", "geneval", "dpg"])
 def test_a_row_goes_on_with_what_is_there(layout: str, tmp_path: Path) -> None:
-    over = suite(samples=4, batch=8)
+    notes = [{"prompt": prompt, "tag": "", "include": [], "item_id": f"{k:05d}"} for k, prompt in enumerate(PROMPTS)]
+    over = suite(samples=4, batch=8, notes=notes)
     whole, cost, every = measured(Generation(), over)
     how = Generation(keep=Keep(tmp_path, layout))
     first, own, seeds = measured(how, over)
@@ -162,20 +166,27 @@ def test_datasets_reads_the_plain_folder(tmp_path: Path) -> None:
 
 def test_geneval_reads_its_own_line_and_dpg_its_samples(tmp_path: Path) -> None:
     """As their scripts do: folders whose names are digits, json.load of metadata.jsonl; parts of a picture, whose name is the key."""
-    lines = [{"tag": "counting", "include": [{"class": "cat", "count": k}], "prompt": "two cats"} for k in (2, 3)]
+    lines = [{"tag": "counting", "include": [{"class": "cat", "count": k}], "prompt": f"{k % 2} cats"} for k in range(9)]
     (tmp_path / "evaluation_metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    over = suite(prompts=["two cats", "two cats", "one dog"], samples=2, probes=Probes())
-    notes = read_notes(tmp_path / "evaluation_metadata.jsonl")
-    measured(Generation(keep=Keep(tmp_path / "g", "geneval", notes)), over)
+    source = PromptSource(str(tmp_path / "evaluation_metadata.jsonl"), n=3, choice=2)
+    chosen = choice(read_set(source), source)
+    lines = [lines[k] for k in sorted(random.Random(2).sample(range(9), 3))]  # of prompts that come again the chosen row, not the first
+    measured(
+        Generation(keep=Keep(tmp_path / "g", "geneval")), suite(prompts=chosen.prompts, samples=2, probes=Probes(), notes=chosen.notes)
+    )
     folders = sorted(f for f in (tmp_path / "g" / "student@4" / "prompts").iterdir() if f.is_dir() and f.name.isdigit())
-    assert [json.loads((f / "metadata.jsonl").read_text()) for f in folders] == [*lines, {"prompt": "one dog"}]
+    assert [json.loads((f / "metadata.jsonl").read_text()) for f in folders] == lines
     assert [sorted(p.name for p in (f / "samples").iterdir()) for f in folders] == [["0000.png", "0001.png"]] * 3
 
     (tmp_path / "texts").mkdir()
     for name, text in (("COCOval5", "two cats"), ("whoops-1", "one dog")):
         (tmp_path / "texts" / f"{name}.txt").write_text(f"{text}\n")
-    over = suite(prompts=["two cats", "one dog"], samples=4, probes=Probes())
-    measured(Generation(keep=Keep(tmp_path / "d", "dpg", read_notes(tmp_path / "texts"))), over)
+    chosen = choice(read_set(PromptSource(str(tmp_path / "texts"))), PromptSource(str(tmp_path / "texts")))
+    (tmp_path / "texts.json").write_text(json.dumps({"COCOval5": "two cats", "whoops-1": "one dog"}))
+    by_id = PromptSource(str(tmp_path / "texts.json"))
+    assert choice(read_set(by_id), by_id)[:1] + choice(read_set(by_id), by_id)[4:] == (chosen.prompts, chosen.notes)
+    over = suite(prompts=chosen.prompts, samples=4, probes=Probes(), notes=chosen.notes)
+    measured(Generation(keep=Keep(tmp_path / "d", "dpg")), over)
     folder = tmp_path / "d" / "student@4" / "prompts"
     assert sorted(p.name for p in folder.iterdir()) == ["COCOval5.png", "whoops-1.png"]
     picture = Image.open(folder / "whoops-1.png")
@@ -207,7 +218,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"another sampler network \(abc, not other\)"):
         measured(how, network="other")
     with pytest.raises(ValueError, match="another layout"):
-        measured(Generation(keep=Keep(tmp_path, "geneval")))
+        measured(Generation(keep=Keep(tmp_path, "dpg")), suite(notes=[{"id": i} for i in range(23)]))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(ValueError, match="mine is not empty and holds no generation.json: give another folder"):
@@ -220,11 +231,15 @@ def test_what_no_picture_of_dpg_bench_can_be(tmp_path: Path) -> None:
         return Pass("prompts", [p for p in asked for _ in range(seeds)], seeds, 0, 8)
 
     with pytest.raises(ValueError, match="5 images of a prompt: a picture of DPG-Bench holds at most 4"):
-        DPGBench(part(["a"], 5), {})
+        DPGBench(part(["a"], 5), ())
     with pytest.raises(ValueError, match="the id '../x' is no name of a file"):
-        DPGBench(part(["a"]), {"a": [{"item_id": "../x"}]})
+        DPGBench(part(["a"]), [{"item_id": "../x"}])
     with pytest.raises(ValueError, match="two prompts have the same id"):
-        DPGBench(part(["a", "b"]), {"a": [{"id": 7}], "b": [{"id": "7"}]})
+        DPGBench(part(["a", "b"]), [{"id": 7}, {"id": "7"}])
+    with pytest.raises(ValueError, match=r"the id of its prompt, and prompt 1 \(from 0\), 'b', has none: give its folder of ID.txt"):
+        DPGBench(part(["a", "b"]), [{"id": 7, "prompt": "a"}, {"prompt": "b"}])
+    with pytest.raises(ValueError, match=r"that of prompt 0 \(from 0\), 'a', has no tag: give its evaluation_metadata.jsonl"):
+        GenEval(part(["a"]), [])
 
 
 def test_a_sampler_that_diverges_is_named_with_the_prompt(tmp_path: Path) -> None:

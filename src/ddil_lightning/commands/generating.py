@@ -7,7 +7,6 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddil_lightning.commands.arguments import number, path
@@ -81,15 +80,11 @@ def several(args: argparse.Namespace, suite: Suite) -> Suite:
 
 
 def generation(args: argparse.Namespace, processes: Processes) -> Generation:
-    """How the images of all rows come about. Raises ValueError for a file of prompts that cannot be read."""
+    """How the images of all rows come about."""
     from ddil_lightning.evaluation.generation import Generation
     from ddil_lightning.evaluation.kept import Keep
-    from ddil_lightning.evaluation.layouts import read_notes
 
-    keep = None
-    if args.keep_images:
-        of_prompts = args.layout != "folder" and args.data and Path(args.data).exists()
-        keep = Keep(args.keep_images, args.layout, read_notes(args.data) if of_prompts else {})
+    keep = Keep(args.keep_images, args.layout) if args.keep_images else None
     return Generation(args.batch, keep, processes, told=True)
 
 

@@ -226,7 +226,8 @@ def _own(args: argparse.Namespace) -> Protocol:
     prompts = _columns(args, PromptSource(args.data, args.images, choice=args.seed or 0))
     found = read_set(prompts, there=args.reference is None)
     total, alone = len(found.captions), found.pictures is None
-    n = min(1000, total) if args.n is None else args.n
+    benchmark = args.layout != "folder"  # which is of all its prompts
+    n = (total if benchmark else min(1000, total)) if args.n is None else args.n
     if n < 16:
         raise Refusal(f"{args.data} holds {total} {'captions' if alone else 'images with captions'}: {LEAST}")
     if alone and args.images:

@@ -110,11 +110,19 @@ def load(path: str, image: str, caption: str, split: str, limit: int | None, str
     return rows
 
 
-def load_captions(path: str, caption: str, split: str) -> list[Any]:
-    """The cells of the column of captions of a data set that has no pictures, or whose pictures are not asked for.
+def load_prompts(path: str, caption: str, split: str) -> tuple[list[Any], list[dict[str, Any]]]:
+    """The cells of the column of captions of a data set that has no pictures, or whose pictures are not asked for, and of every row all
+    cells but pictures and other bytes.
 
     Raises ValueError for what cannot be read, is no data set or has no such column.
     """
+    rows = _prompted(path, caption, split)
+    bulky = [name for name, kind in rows.features.items() if hasattr(kind, "decode_example") or "binary" in str(getattr(kind, "dtype", ""))]
+    return list(rows[caption]), rows.remove_columns(bulky).to_list()
+
+
+def _prompted(path: str, caption: str, split: str) -> Rows:
+    """A data set of Hugging Face with a column of captions."""
     file = place(path)
     try:
         kind, files = kind_of(file, path)
@@ -127,7 +135,7 @@ def load_captions(path: str, caption: str, split: str) -> list[Any]:
         raise ValueError(f"the data set {path} could not be read: {reason(error)}") from error
     if caption not in rows.column_names:
         raise ValueError(f"the data set {path} has no column {caption}: it has {', '.join(rows.column_names)}{HINT}")
-    return list(rows[caption])
+    return rows
 
 
 def kind_of(file: Path, path: str) -> tuple[str, list[Path]]:

@@ -3,38 +3,42 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ddil_lightning.data.folders import Row, columns_of, list_folder, read_column, read_rows
-from ddil_lightning.data.tables import kind_of, load_captions
+from ddil_lightning.data.folders import IMAGES, METADATA, Row, columns_of, list_folder, read_column, read_rows, table_rows, walk
+from ddil_lightning.data.tables import kind_of, load_prompts
 from ddil_lightning.evaluation.galleries import Gallery
 from ddil_lightning.evaluation.metrics.pairs import COLUMNS, check_there, choose, coco
 from ddil_lightning.evaluation.protocols import PromptSource
 from ddil_lightning.texts import caption_texts, file_text, parse_json, place, read_lines, read_text, shown
 
 LISTS = (".jsonl", ".csv", ".json", ".txt")
+Notes = Sequence[Mapping[str, Any]]
+"""What a file says of prompts besides, the row of each: GenEval's classes and counts, the ids of DPG-Bench."""
 
 
 class Captioned(NamedTuple):
     """Captions by picture; of prompts alone one each, and no pictures.
 
-    `names`: what a list may call each picture.
+    `names`: what a list may call each picture. `notes`: the row of each caption, of those sets that have rows.
     """
 
     captions: list[list[str]]
     pictures: Gallery | None = None
     names: Sequence[tuple[str, ...]] = ()
+    notes: Sequence[Notes] = ()
 
 
 class Chosen(NamedTuple):
-    """Prompts, and the pictures that they are of, each once; `every`: all pictures of the set."""
+    """Prompts, and the pictures that they are of, each once; `every`: all pictures of the set; `notes`: of each prompt, or none."""
 
     prompts: list[str]
     pictures: Gallery | None
     every: Gallery | None
     about: str
+    notes: Notes = ()
 
 
 def read_set(source: PromptSource, there: bool = True) -> Captioned:
@@ -48,10 +52,13 @@ def read_set(source: PromptSource, there: bool = True) -> Captioned:
             raise ValueError(
                 f"prompts: {', '.join(source.source) or 'no file'}: several files are for prompts alone; name one set of images"
             )
-        return Captioned([texts for part in parts for texts in part.captions])
+        notes = [own for part in parts for own in part.notes] if all(part.notes for part in parts) else []
+        return Captioned([texts for part in parts for texts in part.captions], notes=notes)
     file = place(source.source)
     if file.suffix.lower() in LISTS and not file.is_dir():
         return _listed(file, source, there)
+    if file.is_dir() and (texts := _texts_of(file)):
+        return _by_id({text.stem: read_text(text) for text in texts}, file)
     if file.is_dir() and kind_of(file, str(file))[0] == "list":
         pictures = None if source.images is None else place(source.images)
         return _grouped(file, list_folder(file, *_columns(source), pictures), source, there)
@@ -67,11 +74,14 @@ def choice(found: Captioned, source: PromptSource) -> Chosen:
         places = choose(list(range(total)), source.n, source.choice)
         how = "all" if len(places) == total else f"{len(places)} of {total} chosen by seed {source.choice}"
     several = any(len(found.captions[i]) > 1 for i in places)
-    prompts = [text for i in places for text in found.captions[i][: None if source.captions == "all" else 1]]
+    taken = slice(None if source.captions == "all" else 1)
+    prompts = [text for i in places for text in found.captions[i][taken]]
+    rows = [row for i in places for row in found.notes[i][taken]] if found.notes else []
+    notes = [{**row, "prompt": text} for row, text in zip(rows, prompts, strict=bool(rows))]
     if several:
         how += {"all": ", every caption", "first": ", the first caption of each"}.get(source.captions, "")
     pictures = found.pictures
-    return Chosen(prompts, None if pictures is None else pictures.take(places), pictures, how)
+    return Chosen(prompts, None if pictures is None else pictures.take(places), pictures, how, notes)
 
 
 def _named(found: Captioned, file: str) -> list[int]:
@@ -107,14 +117,17 @@ def _listed(file: Path, source: PromptSource, there: bool) -> Captioned:
         data = parse_json(read_text(file), str(file))
         if isinstance(data, list) and data and all(isinstance(text, str) for text in data):
             return _texts(data, file)
+        if isinstance(data, dict) and data and all(isinstance(text, str) for text in data.values()):
+            return _by_id(data, file)
         if not isinstance(data, list) or not data:
             return _coco(file, data, source, there)
     images, captions = _columns(source)
     columns = columns_of(file)
     if source.image is None or not set(images) & set(columns):
-        return _texts(list(read_column(file, next((name for name in captions if name in columns), captions[0]))), file)
+        cells = list(read_column(file, next((name for name in captions if name in columns), captions[0])))
+        return _texts(cells, file, table_rows(file))
     base = file.parent if source.images is None else place(source.images)
-    return _grouped(file, read_rows(file, images, captions, base), source, there)
+    return _grouped(file, read_rows(file, images, captions, base), source, there, table_rows(file))
 
 
 def _columns(source: PromptSource) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -123,8 +136,21 @@ def _columns(source: PromptSource) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(filter(None, images)), COLUMNS[1] if source.caption is None else (source.caption,)
 
 
-def _texts(cells: Sequence[Any], file: Path) -> Captioned:
-    """Prompts alone."""
+def _texts_of(folder: Path) -> list[Path]:
+    """The texts of a folder that holds prompts by id, one in each `ID.txt`, as DPG-Bench has them; none of one with pictures."""
+    names = [name for _, inside in walk(folder) for name in inside]
+    pictured = any(name in METADATA or Path(name).suffix.lower() in IMAGES for name in names)
+    return [] if pictured else sorted(folder.glob("[!.]*.txt"))
+
+
+def _by_id(table: Mapping[str, str], file: Path) -> Captioned:
+    """Prompts alone, by id."""
+    found = _texts(list(table.values()), file, [{"item_id": name} for name in table])
+    return found._replace(names=[(name,) for name in table])
+
+
+def _texts(cells: Sequence[Any], file: Path, rows: Notes = ()) -> Captioned:
+    """Prompts alone, of `rows`."""
     captions = []
     for i, cell in enumerate(cells):
         try:
@@ -133,7 +159,12 @@ def _texts(cells: Sequence[Any], file: Path) -> Captioned:
             raise ValueError(f"{file}, row {i} (from 0): the caption is {error}; correct or remove the row") from error
     if not captions:
         raise ValueError(f"{file}: no caption was found")
-    return Captioned(captions)
+    return Captioned(captions, notes=_each(captions, rows))
+
+
+def _each(captions: Sequence[Sequence[str]], rows: Notes) -> list[Notes]:
+    """For every caption the row that it is of."""
+    return [[row] * len(texts) for texts, row in zip(captions, rows, strict=True)] if rows else []
 
 
 def _coco(file: Path, data: Any, source: PromptSource, there: bool) -> Captioned:
@@ -146,15 +177,18 @@ def _coco(file: Path, data: Any, source: PromptSource, there: bool) -> Captioned
     return Captioned(captions, Gallery.of_files([image.file for image in images]), names)
 
 
-def _grouped(place_: Path, rows: Sequence[Row], source: PromptSource, there: bool) -> Captioned:
-    """Rows by their picture: several rows of one file are several captions of one image."""
+def _grouped(place_: Path, rows: Sequence[Row], source: PromptSource, there: bool, cells: Notes = ()) -> Captioned:
+    """Rows by their picture, `cells` being all of each: several rows of one file are several captions of one image."""
     of: dict[str, list[str]] = {}
-    for row in rows:
+    notes: dict[str, list[Mapping[str, Any]]] = {}
+    for i, row in enumerate(rows):
         try:
             name = file_text(row.file)
         except ValueError as error:
             raise ValueError(f"{row.where}: the image is {error}; correct or remove the row") from error
-        of.setdefault(name, []).extend(_captions(row))
+        texts = _captions(row)
+        of.setdefault(name, []).extend(texts)
+        notes.setdefault(name, []).extend([cells[i]] * len(texts) if cells else [])
     if not of:
         raise ValueError(f"{place_}: no image with a caption was found")
     files = [Path(name) for name in of]
@@ -163,7 +197,8 @@ def _grouped(place_: Path, rows: Sequence[Row], source: PromptSource, there: boo
     if len(of) < len(rows):
         said = f"{place_}: {len(rows) - len(of)} rows name an image again and are further captions of it"
         logging.getLogger(__name__).warning(said)
-    return Captioned(list(of.values()), Gallery.of_files(files), [(file.name, file.stem) for file in files])
+    names = [(file.name, file.stem) for file in files]
+    return Captioned(list(of.values()), Gallery.of_files(files), names, list(notes.values()) if cells else ())
 
 
 def _captions(row: Row) -> list[str]:
@@ -181,7 +216,8 @@ def _data_set(path: str, source: PromptSource) -> Captioned:
     if file.is_file() and file.suffix.lower() not in (".parquet", ".arrow", ".tar"):
         raise ValueError(f"{shown(file)}: cannot read {file.suffix or 'this'} files; give a folder, a .jsonl, or COCO's captions_*.json")
     if source.image is None:
-        return _texts(load_captions(path, column, source.split), file)
+        cells, rows = load_prompts(path, column, source.split)
+        return _texts(cells, file, rows)
     rows = Images(path, image=source.image, caption=column, split=source.split)
     numbers = range(len(rows))
     return Captioned(rows.texts(numbers), Gallery(rows.sources, numbers), [(str(i),) for i in numbers])

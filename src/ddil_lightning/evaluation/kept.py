@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from ddil_lightning.backbones.sampling import to_uint8
 from ddil_lightning.data.pictures import read_picture
 from ddil_lightning.evaluation.batches import as_saved
 from ddil_lightning.evaluation.drawing import Cost, Pass, Timed, runs
-from ddil_lightning.evaluation.layouts import Notes, grid, laid_out, ungrid
+from ddil_lightning.evaluation.layouts import grid, laid_out, ungrid
 from ddil_lightning.files import PART, read_table, replacing, sweep, write_text
 from ddil_lightning.processes import Processes
 
@@ -40,14 +40,10 @@ COMPRESSION = 1
 
 @dataclass(frozen=True)
 class Keep:
-    """Where images are kept: in `folder`, a folder of its own for every row, laid out by one of `layouts.LAYOUTS`.
-
-    `notes`: what the file of the prompts says of each (`layouts.read_notes`), for the layouts that hold it.
-    """
+    """Where images are kept: in `folder`, a folder of its own for every row, laid out by one of `layouts.LAYOUTS`."""
 
     folder: Path
     layout: str = "folder"
-    notes: Notes = field(default_factory=dict)
 
     def of(self, name: str) -> Path:
         """The folder of the row `name`."""
@@ -62,7 +58,7 @@ class Kept:
 
     def __init__(self, keep: Keep, name: str, suite: Suite, about: Mapping[str, Any], sample: Timed, processes: Processes) -> None:
         self.folder, self.sample, self.processes = keep.of(name), sample, processes
-        self.passes = {part.name: (part, laid_out(keep.layout, part, keep.notes)) for part in suite.passes()}
+        self.passes = {part.name: (part, laid_out(keep.layout, part, suite.notes)) for part in suite.passes()}
         probes = suite.probes
         asked = hashlib.sha256(json.dumps([list(suite.prompts), list(probes.prompts)]).encode()).hexdigest()
         counts = {"prompts": [len(suite.prompts), suite.samples], "probes": [len(probes.prompts), probes.seeds]}

@@ -5,24 +5,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ddil_lightning.data.folders import table_rows
 from ddil_lightning.evaluation.drawing import Pass
-from ddil_lightning.texts import caption_text, parse_json, place, read_text, shown
 
-COLUMNS = ("prompt", "text", "caption")
 IDS = ("item_id", "id")
+JUDGED = ("tag", "include")
+"""What GenEval's script reads of a prompt's line in any case."""
 ACROSS = 2
 """Samples beside each other in a picture of DPG-Bench, whose script cuts it at `--resolution` from the left and from the top."""
 
-Notes = Mapping[str, Sequence[Mapping[str, Any]]]
-"""What the file of the prompts says of them besides: by prompt, in the order of the file."""
+Notes = Sequence[Mapping[str, Any]]
+"""What the file of the prompts says of them besides: the row of each prompt, in their order; nothing where it has no rows."""
 
 
 class Folder:
@@ -30,12 +28,7 @@ class Folder:
 
     def __init__(self, part: Pass, notes: Notes) -> None:
         self.part, self.per_file = part, 1
-        seen: dict[str, int] = {}
-        self.notes: list[Mapping[str, Any]] = []
-        for prompt in part.asked[:: part.seeds]:
-            known = notes.get(prompt, [{"prompt": prompt}])
-            self.notes.append(known[min(seen.get(prompt, 0), len(known) - 1)])
-            seen[prompt] = seen.get(prompt, 0) + 1
+        self.notes = notes or [{"prompt": prompt} for prompt in part.asked[:: part.seeds]]
 
     def file(self, number: int) -> str:
         """The picture `number` below the folder of the pass."""
@@ -51,6 +44,15 @@ class Folder:
 
 class GenEval(Folder):
     """A folder a prompt, `00000/samples/0000.png` and its `metadata.jsonl`, the line of GenEval's `evaluation_metadata.jsonl`."""
+
+    def __init__(self, part: Pass, notes: Notes) -> None:
+        super().__init__(part, notes)
+        k, key = next(((k, key) for k, note in enumerate(self.notes) for key in JUDGED if key not in note), (0, None))
+        if key is not None:
+            raise ValueError(
+                f"GenEval judges an image by the line of its prompt, and that of prompt {k} (from 0), {self.notes[k]['prompt']!r}, has no "
+                f"{key}: give its evaluation_metadata.jsonl as the captions, or another --layout"
+            )
 
     def file(self, number: int) -> str:
         """The picture `number` below the folder of the pass."""
@@ -70,7 +72,13 @@ class DPGBench(Folder):
         self.per_file = part.seeds
         if part.seeds > ACROSS**2:
             raise ValueError(f"{part.seeds} images of a prompt: a picture of DPG-Bench holds at most {ACROSS**2}, give fewer by --samples")
-        self.ids = [str(next((note[key] for key in IDS if key in note), f"{k:05d}")) for k, note in enumerate(self.notes)]
+        self.ids = [str(next((note[key] for key in IDS if key in note), "")) for note in self.notes]
+        lacking = next((k for k, name in enumerate(self.ids) if not name), None)
+        if lacking is not None:
+            raise ValueError(
+                f"DPG-Bench knows a picture by the id of its prompt, and prompt {lacking} (from 0), {self.notes[lacking]['prompt']!r}, has "
+                f"none: give its folder of ID.txt as the captions, or a file with {IDS[0]}; or another --layout"
+            )
         wrong = next((name for name in self.ids if not re.fullmatch(r"\w[\w-]*", name)), None)  # its script cuts names at their first dot
         twice = len(set(self.ids)) < len(self.ids)
         if wrong is not None or twice:
@@ -97,7 +105,7 @@ LAYOUTS: dict[str, type[Folder]] = {"folder": Folder, "geneval": GenEval, "dpg":
 
 def laid_out(name: str, part: Pass, notes: Notes) -> Folder:
     """The layout `name` of the images of a pass. The foreign ones are of prompts: probes lie in a plain folder beside them."""
-    return LAYOUTS[name if part.name == "prompts" else "folder"](part, notes)
+    return LAYOUTS[name](part, notes) if part.name == "prompts" else Folder(part, ())
 
 
 def grid(images: Tensor) -> Tensor:
@@ -116,27 +124,6 @@ def ungrid(picture: np.ndarray, k: int) -> Tensor:
     height, width = picture.shape[0] // down, picture.shape[1] // across
     tiles = torch.from_numpy(picture).reshape(down, height, across, width, 3).permute(0, 2, 4, 1, 3)
     return tiles.reshape(down * across, 3, height, width)[:k]
-
-
-def read_notes(source: str | Path) -> Notes:
-    """What a file of prompts says of each: the lines of a .jsonl, .csv or .parquet (column prompt, text or caption), the names of the .txt
-    files in a folder, as DPG-Bench has them, or a JSON object of prompts by id. {} for anything else."""
-    path, found = place(source), []
-    if path.is_dir():
-        found = [{"item_id": file.stem, "prompt": read_text(file)} for file in sorted(path.glob("*.txt"))]
-    elif path.suffix in (".jsonl", ".csv", ".parquet"):
-        found = table_rows(path)
-    elif path.suffix == ".json":
-        table = parse_json(read_text(path), shown(path))
-        if isinstance(table, dict) and all(isinstance(text, str) for text in table.values()):
-            found = [{"item_id": key, "prompt": text} for key, text in table.items()]
-    notes: dict[str, list[Mapping[str, Any]]] = {}
-    for row in found:
-        text = next((row[key] for key in COLUMNS if isinstance(row.get(key), str)), None)
-        if text is not None:
-            prompt = caption_text(text)
-            notes.setdefault(prompt, []).append({**row, "prompt": prompt})
-    return notes
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddil_lightning.evaluation import references
 from ddil_lightning.evaluation.batches import as_saved
-from ddil_lightning.evaluation.captioned import Chosen, choice, read_set
+from ddil_lightning.evaluation.captioned import Chosen, Notes, choice, read_set
 from ddil_lightning.evaluation.galleries import Gallery
 from ddil_lightning.evaluation.given import Given, Judge, Reference, View
 from ddil_lightning.evaluation.metrics.pairs import choose
@@ -27,12 +27,16 @@ ABOUT = {OWN: "the images of these prompts", ALL: "all images of the prompts' se
 
 
 class Material(NamedTuple):
-    """The prompts and those of them that are probed, what their images are measured with, and where they come from, in words."""
+    """The prompts and those of them that are probed, what their images are measured with, and where they come from, in words.
+
+    `notes`: the row of each prompt, of those whose file has rows.
+    """
 
     prompts: list[str]
     probes: list[str]
     given: Given
     source: str
+    notes: Notes = ()
 
 
 def material(protocol: Protocol, networks: Networks | None = None, device: str | torch.device = "cpu") -> Material:
@@ -58,7 +62,7 @@ def material(protocol: Protocol, networks: Networks | None = None, device: str |
     probes = choose(chosen.prompts, count, source.choice) if count else []
     where = source.source if isinstance(source.source, str) else ", ".join(source.source)
     given = Given(given.networks, reference, view=given.view)
-    return Material(chosen.prompts, probes, given, f"{where}, {chosen.about}")
+    return Material(chosen.prompts, probes, given, f"{where}, {chosen.about}", chosen.notes)
 
 
 def named(protocol: Protocol, words: Sequence[str] = ()) -> Networks:

@@ -109,6 +109,24 @@ def unmeasured() -> dict[str, Any]:
     return dict.fromkeys(keys()) | {name: type(value)(value) for name, value in details} | {"intervals": {}}
 
 
+def computed(made: Sequence[Metric]) -> dict[str, Any]:
+    """The numbers of all metrics that have measured anything, and those of the others."""
+    out = unmeasured()
+    for metric in (m for m in made if m.update_called):
+        found = _declared(metric, metric.compute())
+        out |= found | {"intervals": out["intervals"] | found.get("intervals", {})}
+    return out
+
+
+def _declared(metric: Metric, found: dict[str, Any]) -> dict[str, Any]:
+    """What a metric computed. Raises ValueError where that is not what it has declared."""
+    declared = {c.key for c in metric.columns} | set(metric.details)
+    given = {*found, *found.get("intervals", {})} - {"intervals"}
+    if given != declared:
+        raise ValueError(f"metric {type(metric).__name__}: it computes {sorted(given)} and declares {sorted(declared)}")
+    return found
+
+
 @cache
 def _own() -> tuple[type[Metric], ...]:
     found = []

@@ -25,7 +25,7 @@ from ddil_lightning.evaluation.given import Given, Reference
 from ddil_lightning.evaluation.material import held_out, material
 from ddil_lightning.evaluation.networks import PAPER, Networks
 from ddil_lightning.evaluation.protocols import BUILTIN, ProbePlan, PromptSource, Protocol
-from ddil_lightning.evaluation.registry import PASSES, unmeasured, wanted
+from ddil_lightning.evaluation.registry import PASSES, computed, wanted
 from ddil_lightning.evaluation.stamps import short, stamped
 from ddil_lightning.evaluation.views import Crops
 from ddil_lightning.processes import Processes
@@ -50,7 +50,7 @@ class Suite:
     `prompts`: held-out captions, `samples` images each. `seed`: of the first image's noise. `batch`: images asked of the sampler at a time,
     which are the same whatever it is, as long as the sampler draws the noise of image i from seed + i alone. `source`: where the prompts
     come from, for the protocol. `asked`: the keys of the metrics that are asked for, None for all. `changed`: what of the named protocol is
-    not its own.
+    not its own. `notes`: what the file of the prompts says of each besides, for layouts of kept images.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Suite:
     samples: int = 1
     asked: Sequence[str] | None = None
     changed: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[Mapping[str, Any]] = ()
 
     @classmethod
     def builtin(cls, data: str = "shapes", n: int = 512, seed: int = 0, extra: int | None = None, batch: int = 128) -> Suite:
@@ -122,6 +123,7 @@ class Suite:
             suite = cls.builtin(str(source), n, protocol.seed)
             return replace(suite, name=protocol.name or suite.name, batch=protocol.batch or suite.batch, **kept)
         made = material(protocol, networks, device)
+        kept["notes"] = made.notes
         probes = Probes(made.probes, protocol.probes.seeds)
         name = protocol.name or Path(str(source)).stem
         return cls(name, made.prompts, made.given, probes, protocol.seed, protocol.batch or 16, made.source, **kept)
@@ -211,7 +213,7 @@ class Suite:
             metric.collect(together)
         if look is not None and together.first:
             look([metric for metric in made if metric.update_called])
-        return together.by_first(lambda: _computed(made))
+        return together.by_first(lambda: computed(made))
 
     @torch.no_grad()
     def taught(self, sample: Sampler, about: str) -> Suite:
@@ -253,24 +255,6 @@ class Suite:
                 raise ValueError(f"sampler: {len(images)} images for {len(prompts)} prompts")
             saved = as_saved(images, partial(part.named, call.start))
             yield Batch(saved, torch.tensor(call), part.asked, self.given, part.seeds)
-
-
-def _computed(made: Sequence[Metric]) -> dict[str, Any]:
-    """The numbers of all metrics that have measured anything, and those of the others."""
-    out = unmeasured()
-    for metric in (m for m in made if m.update_called):
-        found = _declared(metric, metric.compute())
-        out |= found | {"intervals": out["intervals"] | found.get("intervals", {})}
-    return out
-
-
-def _declared(metric: Metric, found: dict[str, Any]) -> dict[str, Any]:
-    """What a metric computed. Raises ValueError where that is not what it has declared."""
-    declared = {c.key for c in metric.columns} | set(metric.details)
-    given = {*found, *found.get("intervals", {})} - {"intervals"}
-    if given != declared:
-        raise ValueError(f"metric {type(metric).__name__}: it computes {sorted(given)} and declares {sorted(declared)}")
-    return found
 
 
 def paired_distance(a: Tensor, b: Tensor) -> float:

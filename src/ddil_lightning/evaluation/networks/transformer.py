@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ddil_lightning.backbones.sampling import to_uint8
 
-
 SETTINGS = ("config.json", "preprocessor_config.json", "processor_config.json")
 """Files of a folder on which the numbers of its weights depend: what the model is, and what it sees of an image."""
 WORDS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
