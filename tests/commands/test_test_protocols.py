@@ -101,6 +101,21 @@ def test_prompts_alone(tiny: Path, here: Path, capsys: Any) -> None:
     assert "few.txt holds 3 captions: at least 16 prompts" in refused(capsys, *networks)
 
 
+def test_what_is_asked_for_and_cannot_be_measured(tiny: Path, here: Path, capsys: Any) -> None:
+    """Each is named with what it lacks; under --strict, and where nothing is left, nothing is drawn."""
+    (here / "few.txt").write_text("a handwritten one\n" * 16)
+    text = "{prompts: {source: few.txt}, references: {source: null}, probes: {prompts: 0, seeds: 0}, networks: {clip: open_clip}, "
+    (here / "some.yaml").write_text(text + "metrics: [clip, frechet, hps, all_right]}")
+    words = ["--pipeline", tiny, "--steps", 1, "--protocol"]
+    row, out = scored(capsys, *words, "some.yaml")
+    assert row["metrics"]["clip"] is not None and "left out: hps, for there is no network for hps\n" in out
+    assert "left out: frechet, for there is no network for features\n" in out and ", all_right, for there is no judge\n" in out
+    said = refused(capsys, *words, "some.yaml", "--strict")
+    assert "some asks for what cannot be measured: frechet, for there is no network for features; " in said
+    (here / "none.yaml").write_text(text + "metrics: [hps]}")
+    assert "none asks for what cannot be measured: hps, for there is no network for hps: give" in refused(capsys, *words, "none.yaml")
+
+
 def test_a_benchmark_is_of_all_its_prompts(here: Path) -> None:
     (here / "many.jsonl").write_text("".join(json.dumps({"item_id": f"x{i}", "prompt": "a cat"}) + "\n" for i in range(1065)))
     words = ["--pipeline", "x", "--data", "many.jsonl"]

@@ -117,17 +117,15 @@ def save_reference(args: argparse.Namespace, plan: Plan | None, device: Any) -> 
 
 
 def notes(suite: Any) -> Iterator[str]:
-    """What a suite leaves out for want of real images, a line, and where few images make a number incomparable."""
-    from ddil_lightning.evaluation.given import MOMENTS, REFERRED
-    from ddil_lightning.evaluation.registry import wanted
+    """What a suite leaves out of what is asked for, or of all for want of real images, a line a reason; and where few images make a number
+    incomparable."""
+    from ddil_lightning.evaluation.presence import unmet
 
     given, reference = suite.given, suite.given.reference
-    met, real = given.has(), {need for need, (whose, _) in (REFERRED | MOMENTS).items() if whose == "reference"}
-    lost = [metric for metric in wanted(suite.asked) if (gone := set(metric.needs) - met) and gone <= real]
-    if lost:
-        why = f"{reference.about} hold mean and covariance alone" if reference.gaussians else "there are no real images"
-        yield f"left out: {', '.join(metric.named() for metric in lost)}, for {why}"
-    if {"features", "real_moments"} <= met and (suite.asked is None or "frechet" in suite.asked):
+    for why, lost in unmet(suite.asked, given).items():
+        if suite.asked is not None or "real images" in why or "alone" in why:
+            yield f"left out: {', '.join(metric.named() for metric in lost)}, for {why}"
+    if {"features", "real_moments"} <= given.has() and (suite.asked is None or "frechet" in suite.asked):
         few, width = min(len(suite.prompts), reference.images or len(suite.prompts)), len(reference.moments("features")[0])
         if few <= width:
             yield (

@@ -1,18 +1,24 @@
-"""Which networks a suite can have here: of one that cannot be had a line says what is left out, and what to give; or it is refused."""
+"""What a suite can have here: of a network that cannot be had a line says what is left out, and what to give; or it is refused."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 
-from ddil_lightning.evaluation.given import REFERRED
+from ddil_lightning.evaluation.given import MOMENTS, REFERRED, Given
 from ddil_lightning.evaluation.networks import NETWORKS, Absent, Networks, Spec, Unpackaged
-from ddil_lightning.evaluation.registry import metrics
+from ddil_lightning.evaluation.registry import metrics, wanted
+
+if TYPE_CHECKING:
+    from ddil_lightning.evaluation.metrics.base import Metric
 
 MAKES = {"features": ("features", "patches"), "embed": ("embeddings",), "clip": ("cosine",)}
 """The needs of metrics that a member of `Networks` meets, where they are not called as it is."""
+MEMBER = {need: member for member, needs in MAKES.items() for need in needs}
 
 
 def needing(member: str) -> list[str]:
@@ -36,6 +42,30 @@ def present(networks: Networks, device: str | torch.device = "cpu") -> Networks:
         _tell(f"without the network {spec.name} there is no {lost}: {why}{give}")
 
     return networks.load(device, lacking)
+
+
+def unmet(asked: Sequence[str] | None, given: Given) -> dict[str, list[type[Metric]]]:
+    """The metrics that are asked for, all for None, and cannot be measured by what a suite has, by the reason in words."""
+    found: dict[str, list[type[Metric]]] = {}
+    met = given.has()
+    for metric in wanted(asked):
+        gone = [need for need in metric.needs if need not in met]
+        if gone:
+            found.setdefault(_reason(gone, given), []).append(metric)
+    return found
+
+
+def _reason(gone: Sequence[str], given: Given) -> str:
+    """Why these needs are not met: for want of a network or a judge, which the others may follow from, else of images."""
+    whose = {need: (REFERRED | MOMENTS).get(need, ("", ""))[0] for need in gone}
+    own = [need for need in gone if not whose[need]]
+    if own:
+        judged = own[0] in ("verdict", "modes")
+        crops = own[0] == "patches" and given.networks.features is not None
+        return "there is no judge" if judged else "there are no crops" if crops else f"there is no network for {MEMBER.get(own[0], own[0])}"
+    if "reference" not in whose.values():
+        return "there are no images of a teacher"
+    return f"{given.reference.about} hold mean and covariance alone" if given.reference.gaussians else "there are no real images"
 
 
 @cache

@@ -24,6 +24,7 @@ from ddil_lightning.evaluation.drawing import Pass, Sampler
 from ddil_lightning.evaluation.given import Given, Reference
 from ddil_lightning.evaluation.material import held_out, material
 from ddil_lightning.evaluation.networks import PAPER, Networks
+from ddil_lightning.evaluation.presence import unmet
 from ddil_lightning.evaluation.protocols import BUILTIN, ProbePlan, PromptSource, Protocol
 from ddil_lightning.evaluation.registry import PASSES, computed, wanted
 from ddil_lightning.evaluation.stamps import short, stamped
@@ -172,11 +173,14 @@ class Suite:
     def measured(self) -> list[type[Metric]]:
         """The metrics that are asked for and that this suite can meet.
 
-        Raises ValueError for one that it has too few images for, and for the key of none.
+        Raises ValueError for one that it has too few images for, for the key of none, and where none of the keys that are asked for can be
+        met, or with strict networks not all.
         """
-        asked = wanted(self.asked)
-        met, real = self.given.has(), self.given.reference.images
-        found = [metric for metric in asked if met.issuperset(metric.needs)]
+        lost, real = unmet(self.asked, self.given), self.given.reference.images
+        found = [metric for metric in wanted(self.asked) if not any(metric in metrics for metrics in lost.values())]
+        if self.asked is not None and lost and (self.given.networks.strict or not found):
+            said = "; ".join(f"{', '.join(metric.named() for metric in metrics)}, for {why}" for why, metrics in lost.items())
+            raise ValueError(f"{self.name} asks for what cannot be measured: {said}: give what is missing, or name fewer `metrics`")
         for metric in found:
             have = self.probes.seeds if metric.over == "probes" and self.probes.prompts else len(self.prompts) * self.samples
             of = "images of a prompt" if metric.over == "probes" else "images"
