@@ -5,8 +5,10 @@ from __future__ import annotations
 import colorsys
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from torchvision.transforms.functional import center_crop
 from ddil_lightning.diffusion.gaussians import frechet_distance
 from ddil_lightning.evaluation.batches import Batch, as_saved
 from ddil_lightning.evaluation.given import Given, Reference, View
-from ddil_lightning.evaluation.intervals import interval, means
+from ddil_lightning.evaluation.intervals import group_means, interval, means
 from ddil_lightning.evaluation.kernels import Gaussian, cubic, squared_mmd
 from ddil_lightning.evaluation.metrics.base import Metric
 from ddil_lightning.evaluation.metrics.cmmd import Cmmd, cmmd
@@ -284,6 +286,32 @@ def test_an_interval_is_scipy_s_and_knows_no_order() -> None:
         "c": 1.0,
         "intervals": {"a": interval(x)},  # nine are too few, and equal ones say nothing of others
     }
+
+
+def test_images_of_one_prompt_are_resampled_together() -> None:
+    """Four alike images of a prompt tell no more than one: the interval is that of the prompts, and a suite's metrics have it."""
+    x, g = torch.randn(50, generator=torch.Generator().manual_seed(2)), torch.arange(50).repeat_interleave(4)
+    assert interval(x.repeat_interleave(4), g) == pytest.approx(interval(x), abs=1e-12)
+    uneven, groups = torch.cat([x, x[:25]]), torch.cat([torch.arange(50), torch.arange(25)])
+    twice = torch.where(torch.arange(50) < 25, 2.0, 1.0).double()
+    rows = torch.randint(50, (4000, 50), generator=torch.Generator().manual_seed(3))
+    ends = ((x * twice)[rows].sum(1) / twice[rows].sum(1)).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    assert interval(uneven, groups) == pytest.approx(ends, abs=0.03)
+    with pytest.raises(ValueError, match="75 values and the groups of 50"):
+        interval(uneven, g[:50])
+    assert group_means(torch.tensor([3, 3, 5]), a=torch.tensor([1.0, torch.nan, torch.nan]))["a"].tolist()[:1] == [1.0]
+
+    def alike(prompts: list[str], seed: int) -> Tensor:
+        return torch.stack([torch.full((3, 4, 4), float(p) / 20 - 1) for p in prompts])
+
+    def shade(images: Tensor, prompts: Any) -> Tensor:
+        return images.mean((1, 2, 3))
+
+    few = Suite("s", [str(i) for i in range(20)], Given(Networks(clip=shade)))
+    ends = few.score(alike)["intervals"]["clip"]
+    assert replace(few, samples=4).score(alike)["intervals"]["clip"] == pytest.approx(ends, abs=1e-6)
+    captions = replace(few, prompts=[str(i // 2) for i in range(40)], groups=[i // 2 for i in range(40)])
+    assert captions.score(alike)["intervals"]["clip"] == pytest.approx(ends, abs=1e-6)
 
 
 def test_a_suite_has_the_intervals_of_all_its_metrics() -> None:

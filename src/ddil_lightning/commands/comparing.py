@@ -220,6 +220,7 @@ def _finish(comparison: Comparison) -> None:
 def _row(rack: Rack, suite: Suite, job: Job, how: Generation) -> tuple[dict[str, Any], Any]:
     """A row, and what is seen of its images: those of the first prompts, and every image's values."""
     from ddil_lightning.backbones import sampling
+    from ddil_lightning.evaluation.intervals import group_means
     from ddil_lightning.evaluation.rows import pipeline_row
     from ddil_lightning.runs.comparison import Seen, small
 
@@ -230,7 +231,7 @@ def _row(rack: Rack, suite: Suite, job: Job, how: Generation) -> tuple[dict[str,
 
     def look(metrics: Sequence[Any]) -> None:
         for metric in (m for m in metrics if m.over == "prompts"):
-            values.update(metric.each())
+            values.update(group_means(metric.groups, **metric.each()))  # images of one prompt are no pairs that are independent
 
     row = pipeline_row(suite, backbone, job.steps, job.scale, how=replace(how, look=look), name=job.name)
     row["generation"] |= job.about

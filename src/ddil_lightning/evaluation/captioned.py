@@ -32,13 +32,17 @@ class Captioned(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """Prompts, and the pictures that they are of, each once; `every`: all pictures of the set; `notes`: of each prompt, or none."""
+    """Prompts, and the pictures that they are of, each once; `every`: all pictures of the set; `notes`: of each prompt, or none.
+
+    `groups`: where a picture has several of the prompts, the number of its picture for each.
+    """
 
     prompts: list[str]
     pictures: Gallery | None
     every: Gallery | None
     about: str
     notes: Notes = ()
+    groups: Sequence[int] = ()
 
 
 def read_set(source: PromptSource, there: bool = True) -> Captioned:
@@ -80,8 +84,9 @@ def choice(found: Captioned, source: PromptSource) -> Chosen:
     notes = [{**row, "prompt": text} for row, text in zip(rows, prompts, strict=bool(rows))]
     if several:
         how += {"all": ", every caption", "first": ", the first caption of each"}.get(source.captions, "")
+    groups = [i for i in places for _ in found.captions[i][taken]] if len(prompts) > len(places) else []
     pictures = found.pictures
-    return Chosen(prompts, None if pictures is None else pictures.take(places), pictures, how, notes)
+    return Chosen(prompts, None if pictures is None else pictures.take(places), pictures, how, notes, groups)
 
 
 def _named(found: Captioned, file: str) -> list[int]:
@@ -216,8 +221,8 @@ def _data_set(path: str, source: PromptSource) -> Captioned:
     if file.is_file() and file.suffix.lower() not in (".parquet", ".arrow", ".tar"):
         raise ValueError(f"{shown(file)}: cannot read {file.suffix or 'this'} files; give a folder, a .jsonl, or COCO's captions_*.json")
     if source.image is None:
-        cells, rows = load_prompts(path, column, source.split)
-        return _texts(cells, file, rows)
+        cells, cards = load_prompts(path, column, source.split)
+        return _texts(cells, file, cards)
     rows = Images(path, image=source.image, caption=column, split=source.split)
     numbers = range(len(rows))
     return Captioned(rows.texts(numbers), Gallery(rows.sources, numbers), [(str(i),) for i in numbers])

@@ -9,35 +9,67 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Generator, Tensor, cat, randint
+from torch import Generator, Tensor, cat, ones_like, randint, zeros
 
 LEAST = 10
 """Fewer values give no interval: their own spread says too little of that of others."""
 DRAWS, BLOCK = 1000, 1 << 22
 
 
-def interval(values: Tensor, draws: int = DRAWS, seed: int = 0) -> list[float] | None:
+def interval(values: Tensor, groups: Tensor | None = None, draws: int = DRAWS, seed: int = 0) -> list[float] | None:
     """The ends of the central 95 % of the means of resamples of `values` [N], each an image's or a prompt's.
 
-    None for fewer than LEAST, and where all are equal: resamples of 0 of 100 say 0, and 100 more images need not. The values are sorted
-    first, so that processes that hold them in another order find the same.
+    `groups` [N]: the number of the prompt, or of the picture whose captions the prompts are, of each value; None where each has its own.
+    Groups are drawn whole, for what one prompt gives is more alike than what several do: as independent values they would seem to tell
+    more than they do. None for fewer than LEAST groups, and where all are equal: resamples of 0 of 100 say 0, and 100 more images need not.
+    The groups are sorted by their means first, so that processes that hold them in another order find the same. Raises ValueError for
+    another number of groups than of values.
     """
-    x = values.double().flatten().sort().values
+    sums, sizes = _summed(values.double().flatten(), groups)
+    x, order = (sums / sizes).sort(stable=True)
     if len(x) < LEAST or x[0] == x[-1]:
         return None
     rng, rows = Generator().manual_seed(seed), max(1, BLOCK // len(x))
-    parts = [min(rows, draws - i) for i in range(0, draws, rows)]
-    found = cat([x[randint(len(x), (part, len(x)), generator=rng)].mean(1) for part in parts])
+    parts = (randint(len(x), (min(rows, draws - i), len(x)), generator=rng) for i in range(0, draws, rows))
+    sums, sizes = sums[order], sizes[order]
+    even = bool((sizes == sizes[0]).all())
+    found = cat([x[part].mean(1) if even else sums[part].sum(1) / sizes[part].sum(1) for part in parts])
     ends: list[float] = found.quantile(found.new_tensor([0.025, 0.975])).tolist()
     return ends
 
 
-def intervals(**values: Tensor) -> dict[str, list[float]]:
-    """{key: [low, high]} of values [N] by key, for the `intervals` of what a metric computes; without those that have none."""
-    found = {key: interval(x) for key, x in values.items()}
+def _summed(x: Tensor, groups: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The sum and the number of the values of each group."""
+    if groups is None:
+        return x, ones_like(x)
+    if len(groups) != len(x):
+        raise ValueError(f"interval: {len(x)} values and the groups of {len(groups)}; give the group of each")
+    numbers = groups.unique(return_inverse=True)[1]
+    none = zeros(int(numbers.max()) + 1 if len(numbers) else 0, dtype=x.dtype)
+    return none.index_add(0, numbers, x), none.index_add(0, numbers, ones_like(x))
+
+
+def group_means(groups: Tensor | None = None, /, **values: Tensor) -> dict[str, Tensor]:
+    """The means [G] by key of the values of each group that are numbers; NaN where none is."""
+    if groups is None:
+        return values
+    found = {}
+    for key, x in values.items():
+        asked = ~x.double().isnan()
+        sums, _ = _summed(x.double().nan_to_num(0), groups)
+        found[key] = sums / _summed(asked.double(), groups)[0]
+    return found
+
+
+def intervals(groups: Tensor | None = None, /, **values: Tensor) -> dict[str, list[float]]:
+    """{key: [low, high]} of values [N] by key, for the `intervals` of what a metric computes; without those that have none.
+
+    `groups`: as for `interval`; a metric has them as `self.groups`.
+    """
+    found = {key: interval(x, groups) for key, x in values.items()}
     return {key: ends for key, ends in found.items() if ends is not None}
 
 
-def means(**values: Tensor) -> dict[str, Any]:
+def means(groups: Tensor | None = None, /, **values: Tensor) -> dict[str, Any]:
     """What a metric of plain means computes: {key: mean} of values [N] by key, and their `intervals`."""
-    return {key: float(x.mean()) for key, x in values.items()} | {"intervals": intervals(**values)}
+    return {key: float(x.mean()) for key, x in values.items()} | {"intervals": intervals(groups, **values)}

@@ -29,7 +29,7 @@ ABOUT = {OWN: "the images of these prompts", ALL: "all images of the prompts' se
 class Material(NamedTuple):
     """The prompts and those of them that are probed, what their images are measured with, and where they come from, in words.
 
-    `notes`: the row of each prompt, of those whose file has rows.
+    `notes`: the row of each prompt, of those whose file has rows. `groups`: the picture of each, of which several have one.
     """
 
     prompts: list[str]
@@ -37,6 +37,7 @@ class Material(NamedTuple):
     given: Given
     source: str
     notes: Notes = ()
+    groups: Sequence[int] = ()
 
 
 def material(protocol: Protocol, networks: Networks | None = None, device: str | torch.device = "cpu") -> Material:
@@ -62,7 +63,7 @@ def material(protocol: Protocol, networks: Networks | None = None, device: str |
     probes = choose(chosen.prompts, count, source.choice) if count else []
     where = source.source if isinstance(source.source, str) else ", ".join(source.source)
     given = Given(given.networks, reference, view=given.view)
-    return Material(chosen.prompts, probes, given, f"{where}, {chosen.about}", chosen.notes)
+    return Material(chosen.prompts, probes, given, f"{where}, {chosen.about}", chosen.notes, chosen.groups)
 
 
 def named(protocol: Protocol, words: Sequence[str] = ()) -> Networks:

@@ -51,7 +51,8 @@ class Suite:
     `prompts`: held-out captions, `samples` images each. `seed`: of the first image's noise. `batch`: images asked of the sampler at a time,
     which are the same whatever it is, as long as the sampler draws the noise of image i from seed + i alone. `source`: where the prompts
     come from, for the protocol. `asked`: the keys of the metrics that are asked for, None for all. `changed`: what of the named protocol is
-    not its own. `notes`: what the file of the prompts says of each besides, for layouts of kept images.
+    not its own. `notes`: what the file of the prompts says of each besides, for layouts of kept images. `groups`: the number of
+    the picture of which each prompt is a caption, where several have one.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Suite:
     asked: Sequence[str] | None = None
     changed: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[Mapping[str, Any]] = ()
+    groups: Sequence[int] = ()
 
     @classmethod
     def builtin(cls, data: str = "shapes", n: int = 512, seed: int = 0, extra: int | None = None, batch: int = 128) -> Suite:
@@ -124,7 +126,7 @@ class Suite:
             suite = cls.builtin(str(source), n, protocol.seed)
             return replace(suite, name=protocol.name or suite.name, batch=protocol.batch or suite.batch, **kept)
         made = material(protocol, networks, device)
-        kept["notes"] = made.notes
+        kept |= {"notes": made.notes, "groups": made.groups}
         probes = Probes(made.probes, protocol.probes.seeds)
         name = protocol.name or Path(str(source)).stem
         return cls(name, made.prompts, made.given, probes, protocol.seed, protocol.batch or 16, made.source, **kept)
@@ -237,7 +239,12 @@ class Suite:
         return [self._pass(over) for over in PASSES if over == "prompts" or over in read]
 
     def _metrics(self) -> list[Metric]:
-        return [metric() for metric in self.measured()]
+        made = [metric() for metric in self.measured()]
+        if self.samples > 1 or self.groups:
+            groups = torch.tensor(self.groups or range(len(self.prompts))).repeat_interleave(self.samples)
+            for metric in (m for m in made if m.over == "prompts"):
+                metric.held["groups"] = groups
+        return made
 
     def _pass(self, over: str) -> Pass:
         """The probes follow the prompts. After them comes the teacher, as a reference, with the prompts once more, one image each."""

@@ -14,12 +14,12 @@ from ddil_lightning.evaluation.intervals import intervals
 from ddil_lightning.evaluation.metrics.base import Metric
 
 
-def attribute_accuracy(verdicts: Mapping[str, Tensor]) -> dict[str, Any]:
+def attribute_accuracy(verdicts: Mapping[str, Tensor], groups: Tensor | None = None) -> dict[str, Any]:
     """{"attribute_accuracy", "all_right", "per_attribute", "intervals"} of verdicts [N] by attribute: the share right, NaN if not asked.
 
     The accuracy is the mean over images of the mean over what was asked of the image; an image is all right if everything asked
     is 1. Images of which nothing was asked do not count; a value is None where nothing was asked at all. Raises ValueError for a verdict
-    outside [0, 1].
+    outside [0, 1]. `groups` [N]: as for `intervals.interval`.
     """
     asked, right, each = _by_image(verdicts)
     images = asked.any(1)
@@ -27,7 +27,7 @@ def attribute_accuracy(verdicts: Mapping[str, Tensor]) -> dict[str, Any]:
     shares = {n: _ratio(r, a) for n, r, a in zip(verdicts, right.sum(0).tolist(), asked.sum(0).tolist(), strict=True)}
     count = float(images.sum())
     found = {"attribute_accuracy": _ratio(float(accuracy.sum()), count), "all_right": _ratio(float(perfect.sum()), count)}
-    spread = intervals(attribute_accuracy=accuracy, all_right=perfect)
+    spread = intervals(None if groups is None else groups[images], attribute_accuracy=accuracy, all_right=perfect)
     return {**found, "per_attribute": shares, "intervals": spread}
 
 
@@ -87,7 +87,7 @@ class Alignment(Metric):
 
     def compute(self) -> dict[str, Any]:
         """The shares that are right over all images, as `attribute_accuracy` answers them."""
-        return attribute_accuracy(self._verdicts())
+        return attribute_accuracy(self._verdicts(), self.groups)
 
     def _verdicts(self) -> dict[str, Tensor]:
         return dict(zip(self.held["names"], self.all("verdicts").unbind(1), strict=True))

@@ -29,7 +29,7 @@ class Metric(torchmetrics.Metric):
                 self.values.append((batch.images - batch.images.mean(1, keepdim=True)).abs().mean((1, 2, 3)))
 
             def compute(self):
-                return means(vividness=self.all("values"))     # evaluation.intervals
+                return means(self.groups, vividness=self.all("values"))     # evaluation.intervals
 
     `columns` are the numbers that it gives; a table shows them in this order. `needs` are the members of the batch that not every suite has
     (`given.NEEDS`): where one is missing, the metric's numbers are None. `wants` are those that it can do without, and asks
@@ -80,6 +80,14 @@ class Metric(torchmetrics.Metric):
         A number that is a mean over images or prompts has its 95 % interval under `intervals`, {key: [low, high]} (`evaluation.intervals`).
         """
 
+    @property
+    def groups(self) -> Tensor | None:
+        """Which of the N images of all prompts are of one prompt, or of captions of one picture, by numbers [N]; None where none are.
+
+        For the intervals of means over images. A suite says it; a metric over probes has a value a prompt, and no groups.
+        """
+        return self.held.get("groups")
+
     def each(self) -> dict[str, Tensor]:
         """{key: values [N]} of those numbers that are means over images, in the images' order; NaN for one that does not count.
 
@@ -121,7 +129,7 @@ class Scored(Metric):
 
     def compute(self) -> dict[str, Any]:
         """The mean over all images, with its interval."""
-        return means(**self.each())
+        return means(self.groups, **self.each())
 
 
 class Compared(Metric):

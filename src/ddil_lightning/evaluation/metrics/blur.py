@@ -30,4 +30,4 @@ class Blur(Metric):
 
     def compute(self) -> dict[str, Any]:
         """The mean residual over all images."""
-        return means(**self.each())
+        return means(self.groups, **self.each())

@@ -33,4 +33,4 @@ class ClipScore(Metric):
 
     def compute(self) -> dict[str, Any]:
         """The mean cosine over all images, in [-1, 1]."""
-        return means(**self.each())
+        return means(self.groups, **self.each())

@@ -116,5 +116,5 @@ class DensityCoverage(Compared):
             "coverage": _share(hit),
             "precision": _share(inside > 0),
             "recall": None if reached is None else _share(reached),
-            "intervals": intervals(density=inside / self.k, precision=inside > 0),
+            "intervals": intervals(self.groups, density=inside / self.k, precision=inside > 0),
         }

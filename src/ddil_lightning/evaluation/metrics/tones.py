@@ -41,4 +41,4 @@ class Tones(Metric):
         values = self.each()
         if real is not None:
             values |= dict(zip(("saturation_drift", "contrast_drift"), (mine - real.mean(0)).unbind(1), strict=True))
-        return dict.fromkeys(("saturation_drift", "contrast_drift")) | means(**values)
+        return dict.fromkeys(("saturation_drift", "contrast_drift")) | means(self.groups, **values)
