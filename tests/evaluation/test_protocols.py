@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,8 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from ddil_lightning.commands.configs import config_names, find_config
+from ddil_lightning.data.pictures import read_picture
 from ddil_lightning.evaluation.captioned import choice, read_set
 from ddil_lightning.evaluation.galleries import Gallery
+from ddil_lightning.evaluation.given import Given, View
 from ddil_lightning.evaluation.material import material, named
 from ddil_lightning.evaluation.networks import Networks
 from ddil_lightning.evaluation.protocols import BUILTIN, PromptSource, Protocol, ReferenceSource, protocol
@@ -277,3 +280,16 @@ def test_too_few_images_are_refused_before_anything_is_drawn(coco: Path) -> None
     one = replace(suite_of(coco), prompts=["alone"], asked=["frechet"])
     with pytest.raises(ValueError, match="frechet: needs at least 2 images, and mine asks for 1: ask for more"):
         one.score(never)
+
+
+def test_generated_images_are_cut_and_enlarged_as_real_ones_are(tmp_path: Path) -> None:
+    """What is no square is cut to the one at its centre, and what is smaller than a crop is enlarged to it."""
+    for crops in (Crops(14, 18), Crops(14, None), Crops(22, None)):
+        given = Given(Networks(features=lambda images: images.flatten(1)), view=View(16, crops))
+        for seed, size in enumerate([(20, 24), (26, 18), (24, 24)]):
+            file = picture(tmp_path / "a.png", seed, size)
+            gallery, drawn = Gallery.of_files([file]), read_picture(file)
+            images = torch.from_numpy(np.array(drawn)).permute(2, 0, 1)[None].float() / 127.5 - 1
+            assert torch.equal(given.rows("features", images), torch.cat(list(gallery.squares(16))).flatten(1))
+            real = given.rows_of(gallery.crops(crops), ["patches"])["patches"]
+            assert torch.equal(given.rows("patches", images), real) and real.shape == (1, 3 * crops.side**2)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ddil_lightning.diffusion.gaussians import moments
-from ddil_lightning.evaluation.metrics.pairs import resize
+from ddil_lightning.evaluation.metrics.pairs import middle, resize
 from ddil_lightning.evaluation.networks import Features, Networks, said
 from ddil_lightning.evaluation.views import Crops, tones
 
@@ -174,7 +174,7 @@ class Given:
         nets: Any = self.networks
         if space == "patches":
             crops: Any = self.view.crops
-            return chunked(nets.features, crops(resize(images, crops.at)))
+            return chunked(nets.features, crops(middle(images, crops.side) if crops.at is None else resize(images, crops.at)))
         if space == "embeddings" and self.shares and features is not None:
             return normalize(features, dim=1)
         seen = resize(images, self.view.size)

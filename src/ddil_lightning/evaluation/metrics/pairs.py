@@ -13,7 +13,7 @@ from torch import Tensor
 from ddil_lightning.backbones.sampling import to_uint8
 from ddil_lightning.data.folders import Row, list_folder, read_rows
 from ddil_lightning.data.pictures import square
-from ddil_lightning.evaluation.galleries import Gallery
+from ddil_lightning.evaluation.galleries import Gallery, centre
 from ddil_lightning.texts import caption_text, file_text, parse_json, place, read_text, shown
 
 T = TypeVar("T")
@@ -84,14 +84,22 @@ def load_images(paths: Sequence[Path], size: int) -> Tensor:
 
 
 def resize(images: Tensor, size: int | None) -> Tensor:
-    """Square images [N, 3, H, H] in [-1, 1] resized as `load_images` does, through 8 bits. Raises ValueError if not square."""
+    """Images [N, 3, H, W] in [-1, 1] cut to their central square and resized as `load_images` does, through 8 bits."""
     if size is None or images.shape[-2:] == (size, size):
         return images
-    if images.shape[-1] != images.shape[-2]:
-        raise ValueError(f"resize: {images.shape[-2]}x{images.shape[-1]} images; the reference is square")
     from PIL import Image
 
     return torch.stack([square(Image.fromarray(x.permute(1, 2, 0).numpy()), size) for x in to_uint8(images)])
+
+
+def middle(images: Tensor, side: int) -> Tensor:
+    """The squares of `side` pixels at the centre of images [N, 3, H, W] in [-1, 1], as `galleries.centre` takes them, through 8 bits."""
+    if min(images.shape[-2:]) >= side:
+        top, left = ((edge - side) // 2 for edge in images.shape[-2:])
+        return images[..., top : top + side, left : left + side]
+    from PIL import Image
+
+    return torch.stack([centre(Image.fromarray(x.permute(1, 2, 0).numpy()), side) for x in to_uint8(images)])
 
 
 def _pair(row: Row) -> Pair:
