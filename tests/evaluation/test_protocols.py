@@ -21,7 +21,7 @@ from ddil_lightning.evaluation.galleries import Gallery
 from ddil_lightning.evaluation.given import Given, View
 from ddil_lightning.evaluation.material import material, named
 from ddil_lightning.evaluation.networks import Networks
-from ddil_lightning.evaluation.protocols import BUILTIN, PromptSource, Protocol, ReferenceSource, protocol
+from ddil_lightning.evaluation.protocols import BUILTIN, ProbePlan, PromptSource, Protocol, ReferenceSource, protocol
 from ddil_lightning.evaluation.registry import wanted
 from ddil_lightning.evaluation.stamps import comparable, note, stamp
 from ddil_lightning.evaluation.suite import Suite
@@ -84,6 +84,8 @@ def test_the_conventions_that_numbers_are_published_by() -> None:
         ("seed: 1", "it needs prompts.source"),
         ("prompts: {source: a, n: x}", "prompts.n takes int or null, not x"),
         ("prompts: {source: a, captions: any}", "prompts.captions takes lowest_id or first or all, not any"),
+        ("{prompts: {source: shapes}, size: 256, references: {source: null}}", "probes of its own: leave size, references out, of a"),
+        ("{prompts: {source: digits, choice: 3}}", "leave prompts.choice out, of a protocol of it are prompts.source, prompts.n, seed"),
         ("{prompts: {source: a}, seed: -1}", "seed is -1: give a whole number"),
         ("{prompts: {source: a}, resize: bicubic}", "resize takes clean-fid or torch-fidelity or null, not bicubic"),
         ("{prompts: {source: a}, resize: clean-fid}", "resize clean-fid is a convention of inception, and features are None"),
@@ -95,6 +97,12 @@ def test_what_a_file_cannot_hold_is_refused_in_a_line(text: str, said: str) -> N
     with pytest.raises(ValueError) as error:
         protocol(yaml.safe_load(text), "mine.yaml")
     assert str(error.value).startswith("mine.yaml: ") and said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_built_in_data_heed_nothing_else() -> None:
+    for changes in ({"size": 64}, {"probes": ProbePlan(3, 3)}, {"networks": {"clip": "open_clip"}}, {"crops": Crops(9, 9)}):
+        with pytest.raises(ValueError, match=f"shapes brings real images, .*: leave {next(iter(changes))} out"):
+            Protocol(PromptSource("shapes"), **changes)  # type: ignore[arg-type]
 
 
 def test_a_metric_and_a_network_that_nobody_knows() -> None:

@@ -6,8 +6,8 @@ What a protocol leaves open, where the data lie, is said where it is used.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,8 @@ from ddil_lightning.messages import explain, plain
 
 BUILTIN = ("shapes", "digits")
 """Prompts that need no files: the built-in data, whose references, networks and judge are their own."""
+CHOSEN = ("prompts", "seed", "batch", "metrics", "obtain", "name", "prompts.source", "prompts.n")
+"""What a protocol of the built-in data can say; everything else is theirs."""
 OWN, ALL = "prompts", "all"
 """References that are no place: the images of the chosen prompts, and all images of the set that they are chosen from."""
 STATISTICS = (".safetensors", ".npz")
@@ -126,6 +128,8 @@ class Protocol:
     def __post_init__(self) -> None:
         seeds(seed=self.seed)
         at_least(1, batch=self.batch, size=self.size)
+        if self.prompts.source in BUILTIN:
+            _check_builtin(str(self.prompts.source), _said(self) + [f"prompts.{key}" for key in _said(self.prompts)])
         features = self.networks.get("features")
         if self.resize is not None and self.features_name not in {network for network, _ in RESIZED}:
             raise ValueError(f"resize {self.resize} is a convention of inception, and features are {features}: leave resize out")
@@ -155,12 +159,37 @@ def protocol(table: Mapping[str, Any], where: str) -> Protocol:
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Protocol, "protocol")
+    prompts = table.get("prompts")
+    if isinstance(prompts, Mapping) and prompts.get("source") in BUILTIN:
+        known = [key for key in _keys() if key.count(".") == 1 or key.startswith("protocol.prompts.")]
+        said_of = [*table, *(f"prompts.{key}" for key in prompts)]
+        _check_builtin(prompts["source"], [key for key in said_of if f"protocol.{key}" in known], f"{where}: ")
     try:
         made = parser.instantiate_classes(parser.parse_object({"protocol": dict(table)})).protocol
     except (argparse.ArgumentError, ValueError) as error:
         said = explain(plain(str(error)), _keys()).replace("protocol.", "").replace("the command needs", "it needs")
         raise ValueError(f"{where}: {said}") from error
     return replace(made, name=made.name or Path(where).stem)
+
+
+def _check_builtin(source: str, said: Sequence[str], where: str = "") -> None:
+    """Raises ValueError for keys that a protocol of the built-in data does not heed."""
+    other = [key for key in said if key not in CHOSEN]
+    if other:
+        raise ValueError(
+            f"{where}{source} brings real images, networks, size, crops and probes of its own: leave {', '.join(other)} out, of a protocol "
+            f"of it are {', '.join(CHOSEN[-2:] + CHOSEN[1:-2])}"
+        )
+
+
+def _said(part: Protocol | PromptSource) -> list[str]:
+    """The names of the options that are not as by default."""
+    found = []
+    for option in fields(part):
+        default = option.default_factory() if option.default_factory is not MISSING else option.default
+        if getattr(part, option.name) != default:
+            found.append(option.name)
+    return found
 
 
 def _keys() -> list[str]:
