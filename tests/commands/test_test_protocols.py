@@ -15,6 +15,7 @@ from ddil_lightning.commands import main, protocols
 from ddil_lightning.commands.test import _parser as parser
 from ddil_lightning.evaluation import networks
 from ddil_lightning.evaluation.networks import Named
+from ddil_lightning.evaluation.suite import Suite
 
 MINE = """
 prompts: {source: captions.jsonl, images: pictures}
@@ -86,6 +87,9 @@ def test_a_protocol_of_one_s_own(tiny: Path, here: Path, capsys: Any) -> None:
     call(capsys, "--protocol", "mine.yaml", "--data", "set", "--save_reference", "real.npz")
     less, out = scored(capsys, *words, "--reference", "real.npz")
     assert out.count("left out: kid, for the images of these prompts hold mean and covariance alone") == 1
+    (here / "more.yaml").write_text(MINE.replace("clip: open_clip", "embed: inception").replace("clip]", "cmmd]"))
+    _, out = scored(capsys, *words[:5], "more.yaml", *words[6:], "--reference", "real.safetensors")
+    assert "left out: cmmd, for the statistics of the images of these prompts hold no embeddings\n" in out
     assert less["metrics"]["frechet"] == pytest.approx(row["metrics"]["frechet"], rel=1e-9) and less["metrics"]["kid"] is None
 
 
@@ -114,6 +118,20 @@ def test_what_is_asked_for_and_cannot_be_measured(tiny: Path, here: Path, capsys
     assert "some asks for what cannot be measured: frechet, for there is no network for features; " in said
     (here / "none.yaml").write_text(text + "metrics: [hps]}")
     assert "none asks for what cannot be measured: hps, for there is no network for hps: give" in refused(capsys, *words, "none.yaml")
+
+
+def test_what_the_command_line_changes_is_told(tiny: Path, here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--pipeline", tiny, "--steps", 1, "--protocol", "mine.yaml", "--data", "set"]
+    row, out = scored(capsys, *words, "--network", "clip=none", "--samples", 2, "--n", 16)
+    assert row["protocol"]["changed"] == {"n": 16, "network": "clip=none", "samples": 2} and row["n"] == 32
+    assert "measured by mine (n = 16, network = clip=none, samples = 2) " in out
+    said = refused(capsys, *words, "--network", "hps")
+    assert "--network hps=hps: protocol mine asks for none of its numbers (hps): leave it out" in said
+    assert "--out set is a folder: give the name of a file, such as set/metrics.json" in refused(capsys, *words, "--out", "set")
+    monkeypatch.setattr(Suite, "of", lambda *_: pytest.fail("real images were read first"))
+    rows = [json.dumps({"file_name": f"{i}.png", "text": "a handwritten one " * 40}) for i in range(20)]
+    (here / "set" / "captions.jsonl").write_text("\n".join(rows))
+    assert "cut it by --truncate" in refused(capsys, *words)
 
 
 def test_a_benchmark_is_of_all_its_prompts(here: Path) -> None:

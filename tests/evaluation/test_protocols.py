@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,6 @@ def test_the_conventions_that_numbers_are_published_by() -> None:
         ("{prompts: {source: a}, resize: bicubic}", "resize takes clean-fid or torch-fidelity or null, not bicubic"),
         ("{prompts: {source: a}, resize: clean-fid}", "resize clean-fid is a convention of inception, and features are None"),
         ("{prompts: {source: a}, crops: {side: 9, at: 8}}", "Crops(side=9, at=8, grid=1): give 1 <= side <= at"),
-        ("prompts: {source: a, n: 4, only: list.txt}", "only list.txt says which images are taken, and n = 4 how many"),
     ],
 )
 def test_what_a_file_cannot_hold_is_refused_in_a_line(text: str, said: str) -> None:
@@ -135,6 +135,12 @@ def test_a_list_says_which_images_and_in_which_order(coco: Path, tmp_path: Path)
     only = tmp_path / "only.txt"
     only.write_text("40\n002.png\n")
     assert taken(coco, only=str(only)) == ["image 4, early", "image 2, early"]
+    only.write_text("40\n002.png\n60\n")
+    listed = Protocol(PromptSource(str(coco), only=str(only)))
+    few, changed = listed.differing(n=2)
+    assert changed == {"n": 2} and few.prompts.only == str(only)
+    found = choice(read_set(few.prompts), few.prompts)
+    assert found.about == f"2 chosen by seed 0 of those that {only} names" and set(found.prompts) < {f"image {i}, early" for i in (4, 2, 6)}
     for text, said in (
         ("40\n004.png", "line 2: '004.png' is the image of line 1 again"),
         ("7", "line 1: no images of the set are called '7'"),
@@ -181,6 +187,24 @@ def test_prompts_alone(tmp_path: Path) -> None:
     assert suite.given.reference.images is None and suite.protocol["prompts"] == f"{tmp_path / 'a.txt'}, all"
 
 
+def test_a_column_or_a_split_that_is_not_there_is_refused(coco: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a cat\n")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"file_name": "coco/val2017/001.png", "text": "a cat"}))
+    for file, options, said in (
+        (coco, {"caption": "b"}, "captions_val2017.json has no columns and no splits: leave caption b out"),
+        (coco, {"split": "test", "image": "i"}, "no columns and no splits: leave split test, image i out"),
+        (tmp_path / "a.txt", {"caption": "text"}, "a.txt has no columns and no splits: leave caption text out"),
+        (tmp_path / "a.jsonl", {"split": "test"}, "a.jsonl has no splits: leave split test out"),
+        (tmp_path / "a.jsonl", {"image": "i"}, "a.jsonl has no column i: it has file_name, text"),
+        (tmp_path / "a.jsonl", {"caption": "t"}, "a.jsonl has no column t: it has file_name, text"),
+        (tmp_path / "a.jsonl", {"image": None, "caption": "t"}, "it has file_name, text; name another by --caption_column"),
+        (coco.parent.parent / "val2017", {"split": "test"}, "val2017 has no columns and no splits: leave split test out"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            read_set(PromptSource(str(file), **options))  # type: ignore[arg-type]
+    assert read_set(PromptSource(str(coco), image=None)).pictures is None
+
+
 def test_data_sets_of_hugging_face(tmp_path: Path) -> None:
     """Parquet and save_to_disk, columns by name, several captions in a cell; the pictures are those of the files that they were made of."""
     from datasets import Dataset, Features, List, Value
@@ -198,7 +222,9 @@ def test_data_sets_of_hugging_face(tmp_path: Path) -> None:
         assert chosen.prompts == ["0 a", "1 a", "2 a"] and chosen.pictures is not None
         assert torch.equal(torch.cat(list(chosen.pictures.squares(16))), expected)
         assert chosen.pictures.digest() == Gallery.of_files([Path(f) for f in files]).digest()
-    with pytest.raises(ValueError, match="has no column image or text: it has img, captions; name them with image= and caption="):
+    with pytest.raises(
+        ValueError, match="has no column image or text: it has img, captions; name them by --image_column and --caption_column"
+    ):
         read_set(PromptSource(str(tmp_path / "set.parquet")))
 
 

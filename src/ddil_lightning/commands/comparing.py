@@ -131,7 +131,7 @@ def _suite(args: argparse.Namespace, entry: Entry, rack: Rack, how: Generation) 
     """What all are measured by. An entry's pipeline says on what device."""
     with _named(entry):
         backbone = rack.take(entry.at())
-    return generating.several(args, protocols.suite_of(args, args.plan, backbone, how.processes))
+    return protocols.suite_of(args, args.plan, backbone, how.processes)
 
 
 @contextmanager

@@ -75,8 +75,10 @@ def precision(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def several(args: argparse.Namespace, suite: Suite) -> Suite:
-    """The suite with as many images a prompt as --samples asks for."""
-    return replace(suite, samples=args.samples) if args.samples > 1 else suite
+    """The suite with as many images a prompt as --samples asks for, which its name tells."""
+    if args.samples == 1:
+        return suite
+    return replace(suite, samples=args.samples, changed={**suite.changed, "samples": args.samples})
 
 
 def generation(args: argparse.Namespace, processes: Processes) -> Generation:

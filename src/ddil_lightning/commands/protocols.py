@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ddil_lightning.commands.arguments import path, place
+from ddil_lightning.commands.arguments import advising, path, place
 from ddil_lightning.commands.configs import config_names, find_config, read_config
+from ddil_lightning.commands.generating import several
 from ddil_lightning.errors import Refusal
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def planned(args: argparse.Namespace) -> Plan | None:
     if plan.protocol.prompts.source in BUILTIN and (args.reference or args.images or args.skip_unreadable):
         raise Refusal(f"{plan.protocol.prompts.source} has its own real images: leave --images, --reference and --skip_unreadable out")
     made, changed, _ = plan
+    if args.protocol is not None and made.prompts.source not in BUILTIN:
+        changed.update(_other_networks(args, made))
     if args.reference is not None:
         made = replace(made, references=replace(made.references, source=args.reference))
     if args.skip_unreadable:
@@ -73,15 +76,19 @@ def suite_of(args: argparse.Namespace, plan: Plan | None, backbone: Any, process
             raise Refusal(f"the pipeline {backbone.path} names no data set: {said}")
         made_of = _builtin(argparse.Namespace(**vars(args) | {"data": data}))
         plan = Plan(made_of, {}, _networks(args, made_of))
-    return _shared(plan, backbone, processes)
+    return _shared(args, plan, backbone, processes)
 
 
-def _shared(plan: Plan, backbone: Any, processes: Processes) -> Any:
+def _shared(args: argparse.Namespace, plan: Plan, backbone: Any, processes: Processes) -> Any:
     """The suite of a plan in every process: the first looks at the real images, and the others find its statistics in the cache."""
+    from ddil_lightning.evaluation.captioned import choice, read_set
     from ddil_lightning.evaluation.suite import Suite
 
     def made() -> Any:
-        suite = Suite.of(plan.protocol, plan.networks, backbone.device, plan.changed).for_pipeline(backbone)
+        if not args.truncate and plan.protocol.prompts.source not in BUILTIN:  # before an hour of real images is read
+            with advising("--truncate"):
+                backbone.check_length(choice(read_set(plan.protocol.prompts, there=False), plan.protocol.prompts).prompts)
+        suite = several(args, Suite.of(plan.protocol, plan.networks, backbone.device, plan.changed).for_pipeline(backbone))
         if len(suite.prompts) < 16:
             raise Refusal(f"{suite.name} asks for {len(suite.prompts)} prompts: {LEAST}")
         suite.measured()  # before anything is drawn
@@ -123,14 +130,15 @@ def notes(suite: Any) -> Iterator[str]:
 
     given, reference = suite.given, suite.given.reference
     for why, lost in unmet(suite.asked, given).items():
-        if suite.asked is not None or "real images" in why or "alone" in why:
+        if suite.asked is not None or not why.startswith(("there is no ", "there are no crops", "there are no images")):
             yield f"left out: {', '.join(metric.named() for metric in lost)}, for {why}"
     if {"features", "real_moments"} <= given.has() and (suite.asked is None or "frechet" in suite.asked):
-        few, width = min(len(suite.prompts), reference.images or len(suite.prompts)), len(reference.moments("features")[0])
+        drawn = len(suite.prompts) * suite.samples
+        few, width = min(drawn, reference.images or drawn), len(reference.moments("features")[0])
         if few <= width:
             yield (
                 f"{few} images for {width} features: the covariance of a Fréchet distance has not full rank, and the distance is biased "
-                f"upwards; compare it at n = {len(suite.prompts)} alone"
+                f"upwards; compare it at n = {drawn} alone"
             )
 
 
@@ -144,6 +152,24 @@ def _networks(args: argparse.Namespace, made: Protocol) -> Networks | None:
         said = f"{made.prompts.source} has networks of its own, others are for --data CAPTIONS or a protocol of files"
         raise Refusal(f"--network {' '.join(args.network)}: {said}")
     return None
+
+
+def _other_networks(args: argparse.Namespace, made: Protocol) -> dict[str, Any]:
+    """What --network changes of a protocol, for its name. Raises Refusal for a network of whose numbers it asks for none."""
+    from ddil_lightning.evaluation.material import named
+    from ddil_lightning.evaluation.presence import needing
+
+    own, other = named(made).named, named(made, args.network).named
+    differing = [member for member in {**own, **other} if own.get(member) != other.get(member)]
+    for member in (m for m in differing if m in other and made.metrics is not None):
+        numbers = needing(member)
+        if not set(numbers) & set(made.metrics or ()):
+            raise Refusal(
+                f"--network {member}={other[member].name}: protocol {made.name} asks for none of its numbers ({', '.join(numbers)}): "
+                "leave it out, or name them under metrics in a file of your own"
+            )
+    said = [f"{member}={other[member].name if member in other else 'none'}" for member in differing]
+    return {"network": " ".join(said)} if said else {}
 
 
 def _named(args: argparse.Namespace) -> Plan:

@@ -48,6 +48,8 @@ def test(argv: list[str]) -> int:
     generating.check_options(args)
     home = Path(args.run) if args.run else config_of(args.ckpt_path).parent if args.ckpt_path else Path.cwd()
     out = args.out or home / "metrics.json"
+    if out.is_dir():
+        raise Refusal(f"--out {out} is a folder: give the name of a file, such as {out / 'metrics.json'}")
     check_writable(out)
     args.plan = protocols.planned(args)
     from ddil_lightning.evaluation.stamps import called
@@ -148,4 +150,4 @@ def _checkpoint_rows(args: argparse.Namespace, how: Generation, where: Any) -> l
 
 
 def _suite(args: argparse.Namespace, backbone: Any, how: Generation) -> Any:
-    return generating.several(args, protocols.suite_of(args, args.plan, backbone, how.processes))
+    return protocols.suite_of(args, args.plan, backbone, how.processes)

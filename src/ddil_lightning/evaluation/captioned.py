@@ -15,6 +15,11 @@ from ddil_lightning.evaluation.protocols import PromptSource
 from ddil_lightning.texts import caption_texts, file_text, parse_json, place, read_lines, read_text, shown
 
 LISTS = (".jsonl", ".csv", ".json", ".txt")
+ADVICE = {
+    "name them with image= and caption=": "name them by --image_column and --caption_column (in a protocol prompts.image, prompts.caption)",
+    "name another with caption=": "name another by --caption_column (in a protocol prompts.caption)",
+}
+"""What is said of data where options are called otherwise."""
 Notes = Sequence[Mapping[str, Any]]
 """What a file says of prompts besides, the row of each: GenEval's classes and counts, the ids of DPG-Bench."""
 
@@ -48,8 +53,20 @@ class Chosen(NamedTuple):
 def read_set(source: PromptSource, there: bool = True) -> Captioned:
     """The captioned set that a protocol names. `there`: whether its pictures will be read, and so must be there.
 
-    Raises FileNotFoundError for what is missing and ValueError for what cannot be understood.
+    Raises FileNotFoundError for what is missing and ValueError for what cannot be understood, for a column that is named and not there and
+    for a split of what has none.
     """
+    try:
+        found = _read(source, there and source.image is not None)
+    except ValueError as error:
+        for theirs, ours in ADVICE.items():
+            if theirs in str(error):
+                raise ValueError(str(error).replace(theirs, ours)) from error
+        raise
+    return found if source.image is not None else found._replace(pictures=None)
+
+
+def _read(source: PromptSource, there: bool) -> Captioned:
     if isinstance(source.source, list):
         parts = [_listed(place(path), source, there) for path in source.source]
         if not parts or any(part.pictures is not None for part in parts):
@@ -62,9 +79,11 @@ def read_set(source: PromptSource, there: bool = True) -> Captioned:
     if file.suffix.lower() in LISTS and not file.is_dir():
         return _listed(file, source, there)
     if file.is_dir() and (texts := _texts_of(file)):
+        _check_named(source, file, columns=False)
         return _by_id({text.stem: read_text(text) for text in texts}, file)
     if file.is_dir() and kind_of(file, str(file))[0] == "list":
         pictures = None if source.images is None else place(source.images)
+        _check_named(source, file, any(name in METADATA for _, names in walk(file) for name in names))
         return _grouped(file, list_folder(file, *_columns(source), pictures), source, there)
     return _data_set(source.source, source)
 
@@ -73,7 +92,10 @@ def choice(found: Captioned, source: PromptSource) -> Chosen:
     """The prompts that a protocol takes of a set. Raises ValueError for more than there are, and as `_named` does."""
     total = len(found.captions)
     if source.only is not None:
-        places, how = _named(found, source.only), f"those that {source.only} names"
+        listed = _named(found, source.only)
+        places = choose(listed, source.n, source.choice)
+        how = f"those that {source.only} names"
+        how = how if len(places) == len(listed) else f"{len(places)} chosen by seed {source.choice} of {how}"
     else:
         places = choose(list(range(total)), source.n, source.choice)
         how = "all" if len(places) == total else f"{len(places)} of {total} chosen by seed {source.choice}"
@@ -116,10 +138,13 @@ def _listed(file: Path, source: PromptSource, there: bool) -> Captioned:
         raise FileNotFoundError(
             f"{file}: no such folder or file; give a folder of images, a .jsonl, .csv or .txt, or COCO's captions_*.json"
         )
+    if suffix != ".json":
+        _check_named(source, file, columns=suffix != ".txt")
     if suffix == ".txt":
         return _texts([line for line in read_lines(file) if line], file)
     if suffix == ".json":
         data = parse_json(read_text(file), str(file))
+        _check_named(source, file, columns=isinstance(data, list) and any(isinstance(row, dict) for row in data))
         if isinstance(data, list) and data and all(isinstance(text, str) for text in data):
             return _texts(data, file)
         if isinstance(data, dict) and data and all(isinstance(text, str) for text in data.values()):
@@ -128,7 +153,7 @@ def _listed(file: Path, source: PromptSource, there: bool) -> Captioned:
             return _coco(file, data, source, there)
     images, captions = _columns(source)
     columns = columns_of(file)
-    if source.image is None or not set(images) & set(columns):
+    if source.image is None or (source.image == "image" and not set(images) & set(columns)):
         cells = list(read_column(file, next((name for name in captions if name in columns), captions[0])))
         return _texts(cells, file, table_rows(file))
     base = file.parent if source.images is None else place(source.images)
@@ -136,9 +161,20 @@ def _listed(file: Path, source: PromptSource, there: bool) -> Captioned:
 
 
 def _columns(source: PromptSource) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names that the columns of pictures and of captions may have, the protocol's own first."""
-    images = COLUMNS[0] if source.image in (None, "image") else (source.image, *COLUMNS[0])
-    return tuple(filter(None, images)), COLUMNS[1] if source.caption is None else (source.caption,)
+    """The names that the columns of pictures and of captions may have: the protocol's own, else the usual ones."""
+    images = COLUMNS[0] if source.image in (None, "image") else (source.image,)
+    return images, COLUMNS[1] if source.caption is None else (source.caption,)
+
+
+def _check_named(source: PromptSource, file: Path, columns: bool) -> None:
+    """Raises ValueError for a split of a file or a folder that has none, and for a column of one without `columns`."""
+    named = {"split": source.split} if source.split != "train" else {}
+    if not columns:
+        named |= {"image": source.image} if source.image not in (None, "image") else {}
+        named |= {"caption": source.caption} if source.caption is not None else {}
+    if named:
+        said = ", ".join(f"{key} {value}" for key, value in named.items())
+        raise ValueError(f"{file} has no {'splits' if columns else 'columns and no splits'}: leave {said} out")
 
 
 def _texts_of(folder: Path) -> list[Path]:

@@ -65,6 +65,9 @@ def _reason(gone: Sequence[str], given: Given) -> str:
         return "there is no judge" if judged else "there are no crops" if crops else f"there is no network for {MEMBER.get(own[0], own[0])}"
     if "reference" not in whose.values():
         return "there are no images of a teacher"
+    reference, space = given.reference, (REFERRED | MOMENTS)[gone[0]][1]
+    if reference.rows:
+        return f"the statistics of {reference.about} hold no {space}"
     return f"{given.reference.about} hold mean and covariance alone" if given.reference.gaussians else "there are no real images"
 
 

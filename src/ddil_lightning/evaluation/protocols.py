@@ -39,7 +39,7 @@ class PromptSource:
             all, a prompt each.
         n: so many images with their captions; null for all.
         choice: seed of the choice of n among more, which keeps their order.
-        only: a file with the names or ids of the images that are taken, one a line, in the place of a choice.
+        only: a file with the names or ids of the images that are taken, one a line; with n so many of these are chosen.
         image: the column of images; null where a data set has captions alone.
         caption: the column of captions; null for text, caption or prompt.
         split: of a data set of Hugging Face.
@@ -58,8 +58,6 @@ class PromptSource:
     def __post_init__(self) -> None:
         at_least(2, n=self.n)
         seeds(choice=self.choice)
-        if self.only is not None and self.n is not None:
-            raise ValueError(f"prompts: only {self.only} says which images are taken, and n = {self.n} how many: leave one out")
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,7 @@ class Protocol:
         """
         other, changed = self, {}
         if n is not None and n != self.prompts.n:
-            other, changed["n"] = replace(other, prompts=replace(self.prompts, n=n, only=None)), n
+            other, changed["n"] = replace(other, prompts=replace(self.prompts, n=n)), n
         if seed is not None and seed != self.seed:
             other, changed["seed"] = replace(other, seed=seed), seed
         return other, changed
