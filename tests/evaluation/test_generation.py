@@ -184,7 +184,7 @@ def test_geneval_reads_its_own_line_and_dpg_its_samples(tmp_path: Path) -> None:
     chosen = choice(read_set(PromptSource(str(tmp_path / "texts"))), PromptSource(str(tmp_path / "texts")))
     (tmp_path / "texts.json").write_text(json.dumps({"COCOval5": "two cats", "whoops-1": "one dog"}))
     by_id = PromptSource(str(tmp_path / "texts.json"))
-    assert choice(read_set(by_id), by_id)[:1] + choice(read_set(by_id), by_id)[4:] == (chosen.prompts, chosen.notes)
+    assert choice(read_set(by_id), by_id)[:1] + choice(read_set(by_id), by_id)[4:5] == (chosen.prompts, chosen.notes)
     over = suite(prompts=chosen.prompts, samples=4, probes=Probes(), notes=chosen.notes)
     measured(Generation(keep=Keep(tmp_path / "d", "dpg")), over)
     folder = tmp_path / "d" / "student@4" / "prompts"
