@@ -310,6 +310,7 @@ def test_images_of_one_prompt_are_resampled_together() -> None:
     few = Suite("s", [str(i) for i in range(20)], Given(Networks(clip=shade)))
     ends = few.score(alike)["intervals"]["clip"]
     assert replace(few, samples=4).score(alike)["intervals"]["clip"] == pytest.approx(ends, abs=1e-6)
+    assert all(metric.groups is not None and metric.held == {} for metric in replace(few, samples=4)._metrics())  # which is its own
     captions = replace(few, prompts=[str(i // 2) for i in range(40)], groups=[i // 2 for i in range(40)])
     assert captions.score(alike)["intervals"]["clip"] == pytest.approx(ends, abs=1e-6)
 

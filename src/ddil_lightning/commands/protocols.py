@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ddil_lightning.processes import Processes
 
 BUILTIN = ("shapes", "digits")
+OF_FILES = ("images", "reference", "skip_unreadable", "image_column", "caption_column", "split")
 LEAST = "at least 16 prompts, and some hundreds for numbers that mean something"
 
 
@@ -55,8 +56,9 @@ def planned(args: argparse.Namespace) -> Plan | None:
             )
         return None
     plan = _named(args) if args.protocol is not None else Plan(_builtin(args) if args.data in BUILTIN else _own(args), {})
-    if plan.protocol.prompts.source in BUILTIN and (args.reference or args.images or args.skip_unreadable):
-        raise Refusal(f"{plan.protocol.prompts.source} has its own real images: leave --images, --reference and --skip_unreadable out")
+    given = [name for name in OF_FILES if getattr(args, name)] if plan.protocol.prompts.source in BUILTIN else []
+    if given:
+        raise Refusal(f"{plan.protocol.prompts.source} has its own real images: leave --{', --'.join(given)} out")
     made, changed, _ = plan
     if args.protocol is not None and made.prompts.source not in BUILTIN:
         changed.update(_other_networks(args, made))

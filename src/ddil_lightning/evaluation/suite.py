@@ -243,7 +243,7 @@ class Suite:
         if self.samples > 1 or self.groups:
             groups = torch.tensor(self.groups or range(len(self.prompts))).repeat_interleave(self.samples)
             for metric in (m for m in made if m.over == "prompts"):
-                metric.held["groups"] = groups
+                metric.groups = groups
         return made
 
     def _pass(self, over: str) -> Pass:

@@ -42,6 +42,9 @@ class Metric(torchmetrics.Metric):
     The networks are in the batch, so no metric owns one. What `compute` needs of a batch beside the states is put into `held`, a dict: a
     network in it is in no state_dict, no optimiser and no checkpoint of what holds the metric.
 
+    `groups` [N] numbers which of the images of all prompts are of one prompt, or of captions of one picture, for the intervals of means over
+    images; None where none are. A suite says it; a metric over probes has a value a prompt, and no groups.
+
     It is a `torchmetrics.Metric`: it can be reset, moved and, with `sync_on_compute=True`, computed over processes. That is off by default:
     a suite is scored by one process, and the others would be waited for in vain.
     """
@@ -61,6 +64,7 @@ class Metric(torchmetrics.Metric):
     def __init__(self, sync_on_compute: bool = False, **kwargs: Any) -> None:
         super().__init__(sync_on_compute=sync_on_compute, **kwargs)
         self.held: dict[str, Any] = {}
+        self.groups: Tensor | None = None
         for name in self.states:
             self.add_state(name, [], dist_reduce_fx="cat")
 
@@ -79,14 +83,6 @@ class Metric(torchmetrics.Metric):
 
         A number that is a mean over images or prompts has its 95 % interval under `intervals`, {key: [low, high]} (`evaluation.intervals`).
         """
-
-    @property
-    def groups(self) -> Tensor | None:
-        """Which of the N images of all prompts are of one prompt, or of captions of one picture, by numbers [N]; None where none are.
-
-        For the intervals of means over images. A suite says it; a metric over probes has a value a prompt, and no groups.
-        """
-        return self.held.get("groups")
 
     def each(self) -> dict[str, Tensor]:
         """{key: values [N]} of those numbers that are means over images, in the images' order; NaN for one that does not count.
