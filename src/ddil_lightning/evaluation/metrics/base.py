@@ -42,8 +42,8 @@ class Metric(torchmetrics.Metric):
     The networks are in the batch, so no metric owns one. What `compute` needs of a batch beside the states is put into `held`, a dict: a
     network in it is in no state_dict, no optimiser and no checkpoint of what holds the metric.
 
-    `groups` [N] numbers which of the images of all prompts are of one prompt, or of captions of one picture, for the intervals of means over
-    images; None where none are. A suite says it; a metric over probes has a value a prompt, and no groups.
+    `groups` [N] numbers which of the images of all prompts are of one prompt, or of captions of one picture, for the intervals of means
+    over images; None where none are. A suite says it; a metric over probes has a value a prompt, and no groups.
 
     It is a `torchmetrics.Metric`: it can be reset, moved and, with `sync_on_compute=True`, computed over processes. That is off by default:
     a suite is scored by one process, and the others would be waited for in vain.
