@@ -58,7 +58,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Statistics of real images are kept for this session alone, and not in the cache of whoever runs it."""
+    """Statistics of real images are kept for one run of the tests, and not in the cache of whoever runs it."""
     os.environ["DDIL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
