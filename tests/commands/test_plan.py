@@ -111,7 +111,7 @@ def test_what_the_host_holds(bones: Path) -> None:
 def test_a_run_tells_its_peak(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
     assert 0 <= summary["peak_memory_gib"] < 64 and "planned_memory_gib" not in summary  # too short for a plan
-    assert "peak memory gib" in (finished / "report.html").read_text()
+    assert "Peak memory" in (finished / "report.html").read_text()
 
 
 def test_a_longer_run_tells_its_plan_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
