@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from backbones import LatentsAlone
-from ddil_lightning.backbones.roles import Role
+from affine import Exact, noise
 from ddil_lightning.backbones.unet import UNet
 from ddil_lightning.diffusion.analytic import Gaussian
 from ddil_lightning.diffusion.schedule import NoiseSchedule
@@ -26,50 +25,11 @@ SD = NoiseSchedule.scaled_linear()
 ENTRY = Entry("dmd2", DMD2, {"guidance": 2.0})
 
 
-class Affine(nn.Module):
-    """A generator in one dimension, x0 = a + b z of pure noise z."""
-
-    def __init__(self, a: float, b: float) -> None:
-        super().__init__()
-        self.a, self.b = (nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in (a, b))
-
-    def forward(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
-        return self.a + self.b * x_t
-
-
-class Exact(LatentsAlone):
-    """A teacher N(mu, S^2), a generator a + b z, and the critic that knows the law of the latter."""
-
-    def __init__(self, mu: float, s: float, a: float, b: float, schedule: NoiseSchedule = SD, critic: nn.Module | None = None) -> None:
-        super().__init__("gaussian", schedule, "x0", (1,), {"guidance": 1.0})
-        self.real, self.net = Gaussian(mu, s, schedule), Affine(a, b)
-        self.fake = critic or Gaussian(a, b, schedule)
-
-    def network(self) -> Any:
-        return self.real
-
-    def role(self, name: str, **kwargs: Any) -> Role:
-        kwargs.pop("recompute", None)
-        if name == "teacher":
-            return super().role(name, **kwargs)
-        return Role(name, self.fake if name == "critic" else self.net, self.schedule, self.predicts)
-
-    def null(self) -> Context:
-        return Context(torch.zeros(1, 1, 1))
-
-
 def gaussian(mu: float, s: float, a: float, b: float, **kwargs: Any) -> DMD2:
     torch.manual_seed(0)
     made: dict[str, Any] = {"gan": {"weight": 0.0, "critic_weight": 0.0}, "guidance": 1.0}
     parts = {name: kwargs.pop(name) for name in ("schedule", "critic") if name in kwargs}
     return DMD2(pipeline=Exact(mu, s, a, b, **parts), **options(DMD2, made, kwargs))
-
-
-def noise(n: int, seed: int = 3) -> LatentBatch:
-    """Pure noise [n, 1] at the noisiest time."""
-    z = torch.randn(n, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    t, c = torch.full((n,), 999), Context(torch.zeros(n, 1, 1)).guided(0.0)
-    return LatentBatch(z, t, t - 250, torch.zeros_like(t), c, None, t * 0 + 1, torch.ones(n), t * 0 - 1)
 
 
 # The distribution-matching gradient ---------------------------------------------------------------------------------------------------

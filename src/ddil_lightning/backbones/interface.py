@@ -253,7 +253,9 @@ class Backbone(ABC):
         """A student's network with its adapters merged, in float32: as `save` writes it, and as everybody else calls it."""
         raise ValueError(f"networks of {self.path} have no adapters to be merged")
 
-    def scheduler(self, transition: Transition, predicts: Predicts, rule: str, steps: int, scaling: float | None = None) -> Any:
+    def scheduler(
+        self, transition: Transition, predicts: Predicts, rule: str, steps: int, scaling: float | None = None, times: int | None = None
+    ) -> Any:
         """The scheduler that steps as a student does: see `backbones.schedulers`. Raises ValueError where there is none."""
         raise ValueError(f"no pipeline can hold a student of {self.path}, so it has no scheduler")
 

@@ -221,10 +221,12 @@ class Pipeline(Sized):
 
     # Students ------------------------------------------------------------------------------------------------------------------------
 
-    def scheduler(self, transition: Transition, predicts: Predicts, rule: str, steps: int, scaling: float | None = None) -> Any:
+    def scheduler(
+        self, transition: Transition, predicts: Predicts, rule: str, steps: int, scaling: float | None = None, times: int | None = None
+    ) -> Any:
         """The scheduler of diffusers that steps as a student does (`backbones.schedulers`)."""
         kind = next(name for name, space in schedulers.PREDICTS.items() if space == predicts)
-        return schedulers.student(self.pipe.scheduler, transition, kind, rule, steps, scaling)
+        return schedulers.student(self.pipe.scheduler, transition, kind, rule, steps, scaling, times)
 
     def save(self, folder: Path, network: nn.Module, scheduler: Callable[[], Any] | None, dtype: torch.dtype, safety_checker: bool) -> Path:
         """A pipeline folder: the teacher's encoders, the student's network, its scheduler, all of it in `dtype`.

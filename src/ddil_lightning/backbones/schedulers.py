@@ -32,14 +32,27 @@ def process(scheduler: Any, path: str) -> tuple[NoiseSchedule, Predicts]:
     return schedule, PREDICTS[kind]
 
 
-def student(teacher: Any, transition: Transition, prediction: str, rule: str, steps: int, scaling: float | None = None) -> Any:
+def student(
+    teacher: Any,
+    transition: Transition,
+    prediction: str,
+    rule: str,
+    steps: int,
+    scaling: float | None = None,
+    times: int | None = None,
+) -> Any:
     """The scheduler that steps as a student does which was trained at given nodes, on the forward process of its `teacher`'s scheduler.
 
     `Renoise` on `steps` nodes of LCM's training grid: LCMScheduler, whose boundary conditions have the time scaling `scaling` (None: they
     vanish). `DDIM` on `steps` nodes of the `rule` (trailing, linspace): DDIMScheduler; where it would leave them, DPM-Solver++ of first
-    order, which is DDIM between any nodes. `prediction`: the network's, by diffusers' name. Raises ValueError for another transition.
+    order, which is DDIM between any nodes. `prediction`: the network's, by diffusers' name. `times`: of the forward process, the first so
+    many, for a student that starts below the last. Raises ValueError for another transition.
     """
     own: dict[str, Any] = {"prediction_type": prediction}
+    total = teacher.config.num_train_timesteps
+    if times is not None and times < total:
+        own |= {"num_train_timesteps": times, "trained_betas": teacher.betas[:times].tolist()}
+        total = times
     if transition == renoise:
         own |= {"original_inference_steps": steps, "timestep_scaling": 1e10 if scaling is None else scaling}
         return _made("LCMScheduler", teacher, set_alpha_to_one=True, clip_sample=False, **own)
@@ -47,7 +60,7 @@ def student(teacher: Any, transition: Transition, prediction: str, rule: str, st
         raise ValueError(f"no scheduler of diffusers is known to step by {transition}: known are {ddim} and {renoise}")
     own["timestep_spacing"] = rule
     # DDIMScheduler steps down by T // N, whatever the next node is.
-    if rule == "trailing" and teacher.config.num_train_timesteps % steps == 0:
+    if rule == "trailing" and total % steps == 0:
         return _made("DDIMScheduler", teacher, set_alpha_to_one=True, clip_sample=False, **own)
     rest = {"algorithm_type": "dpmsolver++", "solver_order": 1, "final_sigmas_type": "zero"}
     return _made("DPMSolverMultistepScheduler", teacher, **rest, **own)

@@ -3,72 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ddil_lightning.backbones.roles import Role
-from ddil_lightning.bounds import lengths, within
-from ddil_lightning.diffusion.denoiser import Denoiser, to_w
 from ddil_lightning.diffusion.losses import mse
-from ddil_lightning.diffusion.policy import Policies, Policy
-from ddil_lightning.diffusion.schedule import Grid
-from ddil_lightning.diffusion.transitions import ddim, renoise
-from ddil_lightning.feed import Wants
 from ddil_lightning.records import LatentBatch
-from ddil_lightning.training.adversary import Adversary, Critic, Gan
-from ddil_lightning.training.deployment import Deployment
-from ddil_lightning.training.method import Distillation
+from ddil_lightning.training.adversarial import Adversarial
+from ddil_lightning.training.adversary import Critic, Gan
+from ddil_lightning.training.scores import Scores
 
 Normaliser = Literal["sample", "batch"]
 
 
 @dataclass(frozen=True)
-class Scores:
-    """The real score, the guided teacher's, and the fake one, the critic's, as the student is moved by their difference.
+class Matching(Scores):
+    """The two scores as DMD compares them.
 
     Args:
-        guidance: g of the real score, by default the method's own; 1 takes one evaluation of the teacher instead of two.
         normaliser: of the gradient, per `sample` or over the `batch`, for data of so few dimensions that a sample's own mean is noise.
-        tau: range of the times at which the scores are compared, as shares of the schedule's T.
     """
 
-    guidance: float | None = None
     normaliser: Normaliser = "sample"
-    tau: tuple[float, float] = (0.02, 0.98)
-
-    def __post_init__(self) -> None:
-        within(0, 1000, **{"scores.guidance": self.guidance})
-        lengths(2, **{"scores.tau": self.tau})
-        within(0, 1, **{"scores.tau": self.tau})
-        if self.tau[0] >= self.tau[1]:
-            raise ValueError(f"scores.tau is {list(self.tau)!r}: give shares of T with 0 <= tau[0] < tau[1] <= 1")
-
-    def times(self, total: int) -> tuple[int, int]:
-        """The first and the last of the schedule's `total` times at which they are compared."""
-        low, high = (min(round(share * total), total - 1) for share in self.tau)
-        return low, high
 
 
-@dataclass(frozen=True)
-class Reflects:
-    """Which estimates of x0 are held in the box.
-
-    Args:
-        real: the teacher's.
-        critic: the critic's; not by default, because with both scores in one box nothing pulls an output back that has left it.
-        student: the student's, straight-through and in training alone: no diffusers scheduler holds a box per channel, and roll-outs are as
-            the student is deployed.
-    """
-
-    real: bool = True
-    critic: bool = False
-    student: bool = True
-
-
-class DMD2(Distillation):
+class DMD2(Adversarial):
     """The student's outputs should have the teacher's law: the KL divergence's gradient is the difference of two scores, and a GAN helps.
 
     The real score is the guided teacher's, the fake score that of a critic that follows the student's outputs on a faster time scale:
@@ -77,61 +37,28 @@ class DMD2(Distillation):
     The guidance is baked into the student: it is not told w, and its pipeline is called with guidance_scale 1.
 
     Args:
-        steps: nodes of the grid (4: 999, 749, 499, 249), a divisor of the schedule's times.
-        rollouts: the step counts that backward simulation walks.
-        teacher_steps: of the teacher's DDIM roll-outs, on the whole grid; a multiple of `steps`.
         critic: the critic's time scale.
         gan: the discriminator on the critic's features; 0 and 0 for no GAN.
         scores: the two scores whose difference moves the student.
-        reflects: which estimates are thresholded where `reflect` is not off.
     """
-
-    wants = Wants(pure_noise=True)
-    takes_turns = True
-    critic: Role
-    head: nn.Module | None
 
     def __init__(
         self,
         *,
-        steps: int = 4,
-        rollouts: tuple[int, ...] = (4,),
-        teacher_steps: int = 32,
         critic: Critic = Critic(),
         gan: Gan = Gan(5e-3, 1e-2),
-        scores: Scores = Scores(),
-        reflects: Reflects = Reflects(),
+        scores: Matching = Matching(),
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        backbone, total = self.backbone, self.backbone.schedule.steps
-        self.check_guidance(told=False)
-        lengths(rollouts=rollouts)
-        within(1, total, rollouts=rollouts, steps=steps, teacher_steps=teacher_steps)
-        self._check(steps, teacher_steps)
-        self.critic_lr = self.lr if critic.lr is None else critic.lr
-        self.scores, self.reflects, self.tau = scores, reflects, scores.times(total)
-        nodes = Grid.named("lcm", steps, total, solver_steps=steps)
-        walks = [Grid.named("lcm", n, total, solver_steps=steps) for n in rollouts]
-        self.grid = Grid(nodes.times.tolist(), walks, rule=f"trailing-{steps}")
-        self.head = None
-        self.cast(
-            student=self.role("student"),
-            critic=self.role("critic"),
-            **({"head": backbone.head(gan.layers, gan.features)} if gan.is_on else {}),
-            teacher=self.role("teacher", reflection=self.reflection if reflects.real else None),
-        )
-        self.adversary = Adversary(self, self.critic, self.head, critic.steps, gan)
-        fine = Grid.named("trailing", teacher_steps, total)
-        self.policies = Policies(Policy(self.student, renoise), Policy(self.teacher, ddim, fine=fine))
+        super().__init__(scores=scores, **kwargs)
+        self.normaliser = scores.normaliser
+        self.oppose(critic, gan)
 
     def training_step(self, b: LatentBatch, i: int) -> None:
         """One update of critic and head; every `critic.steps`-th time one of the student before it, on the same outputs."""
-        optimizers: Any = self.optimizers()
-        student, critic = optimizers
+        student, critic = self.optimizers()  # type: ignore[misc,attr-defined]
         with torch.set_grad_enabled(self.adversary.student_turn):
-            x = self.student(b.x_t, b.t, b.c).x0
-            x = self.reflection.through(x) if self.reflects.student else x
+            x = self.samples(b.x_t, b.t, b.c)
 
         if self.adversary.student_turn:
             with self.adversary.still():
@@ -145,55 +72,8 @@ class DMD2(Distillation):
         """[B] pseudo-loss whose gradient in x is `direction` / numel."""
         y, t, _ = self.adversary.diffuse(x.detach(), "matching", *self.tau)
         with torch.no_grad():
-            g = self.scores.guidance
-            c = b.c if g is None else b.c.guided(None if g == 1 else to_w(g))
-            real, fake = self.teacher(y, t, c).x0, self.critic(y, t, b.c).x0
-            if self.reflects.critic:
-                fake = self.reflection(fake)
-            d = direction(x, real, fake, self.scores.normaliser)
+            d = direction(x, *self.both(y, t, b), self.normaliser)
         return 0.5 * mse(x, (x - d).detach())
-
-    # What the rest of the library asks -----------------------------------------------------------------------------------------------
-
-    def configure_optimizers(self) -> Any:
-        """One for the student; one for critic and head."""
-        return [self.optimizer_of(self.student.weights(), self.lr), self.optimizer_of(self.adversary.weights(), self.critic_lr)]
-
-    def on_student_turn(self) -> None:
-        """The last batch of the critic's cycle."""
-        self.adversary.updates += (-self.adversary.updates - 1) % self.adversary.every
-
-    def setup(self, stage: str) -> None:
-        """Raises ValueError for a GAN without data."""
-        super().setup(stage)
-        self.adversary.check_data(self.feed.has_images())
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Also where the run stands between two student updates."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["ddil"] |= self.adversary.state()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore where the run stood between two student updates."""
-        super().on_load_checkpoint(checkpoint)
-        self.adversary.restore(checkpoint["ddil"])
-
-    def deploy(self, student: Denoiser) -> Deployment:
-        """Re-noising on trained nodes alone, in the trained step count or fewer; its samples stand for the real score's guidance."""
-        n, total = len(self.grid), self.student.schedule.steps
-        steps = tuple(sorted({n, *(k for k in (4, 2, 1) if k < n)}, reverse=True))
-        scheduler = partial(self.backbone.scheduler, renoise, student.predicts, "lcm", n)
-        grid = partial(Grid.named, "lcm", total=total, solver_steps=n)
-        return Deployment(Policy(student, renoise), grid, steps, self.eval_guidance, scheduler, self.scores.guidance)
-
-    def _check(self, steps: int, teacher_steps: int) -> None:
-        total = self.backbone.schedule.steps
-        if total % steps:
-            raise ValueError(f"steps = {steps} does not divide the schedule's {total} times")
-        if teacher_steps % steps:
-            raise ValueError(
-                f"teacher_steps = {teacher_steps} is no multiple of steps = {steps}: the teacher must stop at the student's nodes"
-            )
 
 
 def direction(x: Tensor, real: Tensor, fake: Tensor, normaliser: Normaliser = "sample") -> Tensor:

@@ -130,12 +130,16 @@ class Adversary:
 
     def diffuse(self, x: Tensor, purpose: str, low: int = 0, high: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(alpha x + sigma eps, t, eps) with t [B] ~ U{low..high} (all times), each rank and purpose with numbers of its own."""
-        step = self.updates * self.method.descent.accumulate + self.method.descent.micro.get("critic_loss", 0)
-        generator = Streams(self.method.feed.seed, step, self.method.stage, self.method.global_rank).local(purpose, x.device)
+        generator = self.numbers(purpose, x.device)
         schedule: NoiseSchedule = self.critic.schedule
         t = torch.randint(low, (schedule.steps - 1 if high is None else high) + 1, (len(x),), generator=generator, device=x.device)
         eps = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         return schedule.add_noise(x, eps, t), t, eps
+
+    def numbers(self, purpose: str, device: torch.device) -> torch.Generator:
+        """The present batch's random numbers for a purpose, other ones on every rank."""
+        step = self.updates * self.method.descent.accumulate + self.method.descent.micro.get("critic_loss", 0)
+        return Streams(self.method.feed.seed, step, self.method.stage, self.method.global_rank).local(purpose, device)
 
     def _features(self, x: Tensor, t: Tensor, c: Context) -> tuple[Tensor, ...]:
         """The features [B, F, ...] that the head reads, a layer each."""

@@ -1,0 +1,144 @@
+"""EM distillation, EMD (Xie et al. 2024, arXiv 2405.16852; METHODS 5.1), as a feedback loss of DDIL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddil_lightning.bounds import above, within
+from ddil_lightning.diffusion.losses import mse, per_sample
+from ddil_lightning.records import LatentBatch
+from ddil_lightning.streams import normal
+from ddil_lightning.training.adversarial import Adversarial
+from ddil_lightning.training.adversary import Critic
+
+Cancel = Literal["linear", "stein", "sum", "raw"]
+ENERGY = 1e3  # mean squares of e and z along a chain, which lie about 1; one beyond this goes on to infinity
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The E-step: Langevin steps towards the teacher's law, on the noise e and on the student's input z.
+
+    Args:
+        steps: K; each is an evaluation of student, teacher and critic. 1 is Diff-Instruct's gradient.
+        gamma_e: step size of e.
+        gamma_z: step size of z, at the first node alone, where its law is known; 0 keeps z, and the student is asked once. How far z moves
+            decides how far from the mode-seeking reverse KL divergence one is.
+        cancel: how the noise of the chain is taken out of e_K: `linear` subtracts what is left of it, as the paper does; `stein` puts
+            sigma (s_q - s_p) of the last state in its place, which long chains need; `sum` subtracts it as it was injected; `raw` keeps it.
+    """
+
+    steps: int = 8
+    gamma_e: float = 0.4**2
+    gamma_z: float = 0.004**2
+    cancel: Cancel = "linear"
+
+    def __post_init__(self) -> None:
+        within(1, 10_000, **{"chain.steps": self.steps})
+        above(0, **{"chain.gamma_e": self.gamma_e})
+        within(0, 1, **{"chain.gamma_e": self.gamma_e, "chain.gamma_z": self.gamma_z})
+        if self.cancel not in ("linear", "stein", "sum", "raw"):
+            raise ValueError(f"chain.cancel is {self.cancel!r}: give linear, stein, sum or raw")
+
+
+class Posterior(NamedTuple):
+    """The end of a chain."""
+
+    z: Tensor  # [B, ...] the student's input z_K
+    e: Tensor  # [B, ...] the noise e_K
+    e_hat: Tensor  # [B, ...] e_K without the chain's own noise
+    x: Tensor  # [B, ...] the student's sample at z_0, which no step has moved
+    ratio: Tensor  # [B, 1, ...] sigma_t / alpha_t at the chain's time
+
+
+class EMD(Adversarial):
+    """The student's samples should have the teacher's law, by maximum likelihood of the latter's samples: expectation-maximisation.
+
+    E-step: with a time t per sample, x_t = alpha g(z) + sigma e, Langevin steps take (e, z) to where the teacher would have x_t. M-step:
+    g(z_K) follows g(z_K) + (sigma / alpha) e_hat. The critic learns the score of the student's law from samples that no chain has moved.
+    EMD is one step from pure noise (`steps: 1`, with `start` its t*); at the later nodes of a grid z is the latent there, and keeps still,
+    for the law of what is rolled out is not known. No latent needs an x0, so all sources are legal.
+
+    Args:
+        critic: the critic's time scale.
+        chain: the E-step.
+    """
+
+    def __init__(self, *, critic: Critic = Critic(1), chain: Chain = Chain(), **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.chain = chain
+        self.oppose(critic)
+
+    def training_step(self, b: LatentBatch, i: int) -> None:
+        """A chain and the student's update, every `critic.steps`-th time; and one update of the critic, on samples at z_0."""
+        student, critic = self.optimizers()  # type: ignore[misc,attr-defined]
+        if self.adversary.student_turn:
+            with self.adversary.still():
+                end = self.posterior(b)
+                self.check(end, b)
+                if self.descend(student, self.feedback(b, self.maximisation(end, b))):
+                    self.advance()
+            x = end.x
+        else:
+            with torch.no_grad():
+                x = self.samples(b.x_t, b.t, b.c)
+        self.adversary.descend(critic, x.detach(), b)
+
+    def posterior(self, b: LatentBatch) -> Posterior:
+        """The E-step: one chain for every latent, from z = x_t and e ~ N(0, I), at a time t of its own."""
+        k, numbers = self.chain, self.adversary.numbers("chain", b.x_t.device)
+        t, e = self.start(b)
+        z, (alpha, sigma) = b.x_t.detach(), self.critic.schedule.at(t, e)
+        gamma_z = k.gamma_z * (b.node == 0).to(z.dtype).view(-1, *(1,) * (z.ndim - 1))
+        own = e if k.cancel in ("linear", "sum") else torch.zeros_like(e)             # the chain's own noise in e
+        x = fresh = self.samples(z.requires_grad_(k.gamma_z > 0), b.t, b.c)
+        for step in range(k.steps):
+            if step and k.gamma_z:
+                x = self.samples(z.requires_grad_(), b.t, b.c)
+            drift = self.drift(alpha * x.detach() + sigma * e, t, b)                  # sigma (s_q - s_p)
+            noise = (2 * k.gamma_e) ** 0.5 * normal(e, numbers)
+            e = (1 - k.gamma_e) * e + k.gamma_e * drift + noise
+            own = (1 - k.gamma_e) * own + noise if k.cancel == "linear" else own + noise
+            if k.gamma_z:
+                (pull,) = torch.autograd.grad(x, z, alpha / sigma * drift)            # alpha J^T (s_q - s_p)
+                z = (z + gamma_z * (pull - z) + (2 * gamma_z).sqrt() * normal(z, numbers)).detach()
+        e_hat = e - own if k.cancel in ("linear", "sum") else e
+        if k.cancel == "stein":
+            with torch.no_grad():
+                e_hat = self.drift(alpha * (self.samples(z, b.t, b.c) if k.gamma_z else x) + sigma * e, t, b)
+        return Posterior(z.detach(), e, e_hat, fresh, sigma / alpha)
+
+    def maximisation(self, end: Posterior, b: LatentBatch) -> Tensor:
+        """[B] of the M-step: half the squared distance of g(z_K) from g(z_K) + (sigma / alpha) e_hat (METHODS 5.1 with w' = 1)."""
+        x = self.samples(end.z, b.t, b.c) if self.chain.gamma_z else end.x
+        return 0.5 * mse(x, (x + end.ratio * end.e_hat).detach())
+
+    def start(self, b: LatentBatch) -> tuple[Tensor, Tensor]:
+        """The time t [B] of every chain and its first noise e [B, ...]."""
+        _, t, e = self.adversary.diffuse(b.x_t.detach(), "matching", *self.tau)
+        return t, e
+
+    @torch.no_grad()
+    def drift(self, x_t: Tensor, t: Tensor, b: LatentBatch) -> Tensor:
+        """sigma (s_q - s_p) = (alpha / sigma) (x0_q - x0_p) at x_t [B, ...], the scores as `scores` and `reflects` say."""
+        real, fake = self.both(x_t, t, b)
+        alpha, sigma = self.critic.schedule.at(t, x_t)
+        return alpha / sigma * (real - fake)
+
+    def check(self, end: Posterior, b: LatentBatch) -> None:
+        """Record how far z has moved. Raises FloatingPointError, on every process, when the chain of one of them has diverged."""
+        first = (b.node == 0).to(end.z.dtype)
+        self.measures.add("chain/moved", (per_sample((end.z - b.x_t).square()) * first).sum(), first.sum())
+        energy = torch.stack([per_sample(x.square()).max() for x in (end.e, end.z)])
+        fine = bool((energy < ENERGY).all()) or not bool(end.x.isfinite().all())  # a network's fault is the loss's to name
+        if not self.trainer.strategy.reduce_boolean_decision(fine):
+            e, z = energy.tolist()
+            found = " on another process" if fine else f": the mean square of e is {e:.3g} and that of z {z:.3g}, which are about 1"
+            raise FloatingPointError(
+                f"the Langevin chain of {self.chain.steps} steps diverged at student update {self.student_updates}{found}; lower "
+                f"model.chain.gamma_e, which is {self.chain.gamma_e:g}, or model.chain.gamma_z, which is {self.chain.gamma_z:g}"
+            )
