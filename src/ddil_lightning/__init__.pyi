@@ -14,7 +14,7 @@ from ddil_lightning.imitation.buffer import ReplayBuffer as ReplayBuffer
 from ddil_lightning.imitation.options import Buffer as Buffer, Rollouts as Rollouts
 from ddil_lightning.imitation.prior import Cosine as Cosine, Exponential as Exponential, Gated as Gated, GatedBy as GatedBy, Linear as Linear, Piecewise as Piecewise, SamplingPrior as SamplingPrior, Schedule as Schedule
 from ddil_lightning.imitation.rollout import draw as draw, roll as roll
-from ddil_lightning.methods import DMD2 as DMD2, EMD as EMD, LCM as LCM, PD as PD
+from ddil_lightning.methods import DMD2 as DMD2, EMD as EMD, LCM as LCM, PD as PD, SiD as SiD
 from ddil_lightning.methods.dmd2 import Matching as Matching
 from ddil_lightning.methods.emd import Chain as Chain
 from ddil_lightning.training.adversary import Critic as Critic, Gan as Gan

@@ -15,7 +15,7 @@ from ddil_lightning.backbones.unet import UNet
 from ddil_lightning.diffusion.analytic import Gaussian
 from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.methods import DMD2
-from ddil_lightning.methods.dmd2 import direction
+from ddil_lightning.methods.dmd2 import direction, emphasis
 from ddil_lightning.records import Context, LatentBatch
 from ddil_lightning.training.adversary import Gan, untouched
 from options import options
@@ -147,6 +147,65 @@ def test_the_normaliser_has_a_floor_and_nan_is_no_gradient() -> None:
     both = direction(x, real, fake, "batch")
     torch.testing.assert_close(both, (fake - real) * 3)  # one mean for all: |x - real| is 0, 1 and 0
     assert direction(x.half(), real.half(), fake.half()).dtype == torch.float32
+    assert torch.equal(direction(x, real, fake, "none"), fake - real)  # Diff-Instruct's
+
+
+# f-distill and Diff-Instruct ----------------------------------------------------------------------------------------------------------
+
+
+R = (torch.linspace(-2, 2, 9, dtype=torch.float64)).exp().requires_grad_()
+DIVERGENCES: dict[str, Any] = {
+    "reverse_kl": lambda r: -r.log(),
+    "kl": lambda r: r * r.log(),
+    "js": lambda r: r * r.log() - (r + 1) * ((r + 1) / 2).log(),
+    "hellinger": lambda r: (1 - r.sqrt()).square(),
+    "jeffreys": lambda r: (r - 1) * r.log(),
+    "softened_reverse_kl": lambda r: (r + 1) * ((r + 1) / r).log(),
+}
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_the_emphasis_is_the_divergences_curvature(name: str) -> None:
+    """h(r) = r^2 f''(r) of f written out, up to a factor, which the mean over the batch takes away; averaged logits count once."""
+    (slope,) = torch.autograd.grad(DIVERGENCES[name](R).sum(), R, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), R)
+    h = (R.square() * curvature).detach()
+    logits = R.detach().log().view(-1, 1).repeat(1, 3)
+    found = emphasis(logits, name, 4)  # type: ignore[arg-type]
+    assert found.shape == (9, 1, 1, 1)
+    torch.testing.assert_close(found.flatten().double(), h / h.mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_members_of_a_run_have_ratios_of_their_own() -> None:
+    logits = torch.tensor([[[0.0, 9.0]], [[0.0, -9.0]]])  # [B, 1, S], and beyond the largest that counts
+    found = emphasis(logits, "kl", 3)
+    torch.testing.assert_close(found[:, 0, 0], torch.ones(2))
+    torch.testing.assert_close(found[0, 0, 1] / found[1, 0, 1], torch.tensor(10.0).exp())
+
+
+def test_the_density_ratio_weighs_the_direction(tiny: Path) -> None:
+    """Against the plain method on the same numbers; and a discriminator is needed."""
+    c, t = backbone(tiny).encode_text(["a red circle", "a", "a small zero"]).guided(2.0), torch.tensor([999, 749, 249])
+    x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    b = LatentBatch(x, t, t, t, c, None, t, torch.ones(3), t)
+    found = {}
+    for name in ("reverse_kl", "kl"):
+        method = build(ENTRY, tiny, scores={"divergence": name})
+        with torch.no_grad():
+            for p in [*method.critic.weights(), *method.head.parameters()]:
+                p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(7)))
+        moved = x.clone().requires_grad_()
+        method.matching(moved, b).mean().backward()
+        found[name] = moved.grad
+    y, tau, _ = method.adversary.diffuse(x, "matching", *method.tau)
+    with torch.no_grad():
+        r = method.head(*method.critic.features(y, tau, c)).flatten().exp()
+    torch.testing.assert_close(found["kl"], found["reverse_kl"] * (r / r.mean()).view(-1, 1, 1, 1))
+    assert float((r / r.mean() - 1).abs().max()) > 1e-3
+    with pytest.raises(ValueError, match="divergence = kl weighs samples by what a discriminator says of them"):
+        build(ENTRY, tiny, scores={"divergence": "kl"}, gan={"weight": 0.0, "critic_weight": 0.0})
+    with pytest.raises(ValueError, match="scores.divergence is 'tv': give reverse_kl"):
+        build(ENTRY, tiny, scores={"divergence": "tv"})
 
 
 # The critic ---------------------------------------------------------------------------------------------------------------------------

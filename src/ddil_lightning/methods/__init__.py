@@ -4,7 +4,8 @@ from ddil_lightning.methods.dmd2 import DMD2
 from ddil_lightning.methods.emd import EMD
 from ddil_lightning.methods.lcm import LCM
 from ddil_lightning.methods.pd import PD
+from ddil_lightning.methods.sid import SiD
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.plan import Part, Stage
 
-__all__ = ["DMD2", "EMD", "LCM", "PD", "Distillation", "Part", "Stage"]
+__all__ = ["DMD2", "EMD", "LCM", "PD", "Distillation", "Part", "SiD", "Stage"]

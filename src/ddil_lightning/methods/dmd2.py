@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from ddil_lightning.training.adversarial import Adversarial
 from ddil_lightning.training.adversary import Critic, Gan
 from ddil_lightning.training.scores import Scores
 
-Normaliser = Literal["sample", "batch"]
+Normaliser = Literal["sample", "batch", "none"]
+Divergence = Literal["reverse_kl", "kl", "js", "hellinger", "jeffreys", "softened_reverse_kl"]
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,20 @@ class Matching(Scores):
     """The two scores as DMD compares them.
 
     Args:
-        normaliser: of the gradient, per `sample` or over the `batch`, for data of so few dimensions that a sample's own mean is noise.
+        normaliser: of the gradient, per `sample` or over the `batch`, for data of so few dimensions that a mean of one is noise; `none`
+            for Diff-Instruct (Luo et al. 2023, arXiv 2305.18455), which has no GAN either.
+        divergence: of the two laws. Any but the reverse KL divergence weighs samples by the density ratio that the discriminator sees
+            (f-distill, Xu et al. 2025, arXiv 2502.15681): `kl` and `jeffreys` look for modes that are missing.
     """
 
     normaliser: Normaliser = "sample"
+    divergence: Divergence = "reverse_kl"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value, known in (("normaliser", self.normaliser, Normaliser), ("divergence", self.divergence, Divergence)):
+            if value not in get_args(known):
+                raise ValueError(f"scores.{name} is {value!r}: give {', '.join(get_args(known))}")
 
 
 class DMD2(Adversarial):
@@ -51,7 +63,11 @@ class DMD2(Adversarial):
         **kwargs: Any,
     ) -> None:
         super().__init__(scores=scores, **kwargs)
-        self.normaliser = scores.normaliser
+        self.normaliser, self.divergence = scores.normaliser, scores.divergence
+        if self.divergence != "reverse_kl" and not gan.is_on:
+            raise ValueError(
+                f"scores.divergence = {self.divergence} weighs samples by what a discriminator says of them: set model.gan.critic_weight"
+            )
         self.oppose(critic, gan)
 
     def training_step(self, b: LatentBatch, i: int) -> None:
@@ -73,6 +89,8 @@ class DMD2(Adversarial):
         y, t, _ = self.adversary.diffuse(x.detach(), "matching", *self.tau)
         with torch.no_grad():
             d = direction(x, *self.both(y, t, b), self.normaliser)
+            if self.divergence != "reverse_kl":
+                d = d * emphasis(self.adversary.verdict(y, t, b.c), self.divergence, d.ndim)
         return 0.5 * mse(x, (x - d).detach())
 
 
@@ -80,9 +98,33 @@ def direction(x: Tensor, real: Tensor, fake: Tensor, normaliser: Normaliser = "s
     """g [B, ...] = (fake - real) / mean |x - real| in float32 or wider, 0 where that is not a number (DMD, Eq. 7 and 8; METHODS 4.2).
 
     `sample`: a mean per sample. `batch`: over batch and channels, a position for itself: for data of so few dimensions that a sample's own
-    mean is noise. The mean is at least 1e-3 rms(x), because reflection can make it tiny.
+    mean is noise. The mean is at least 1e-3 rms(x), because reflection can make it tiny. `none`: fake - real.
     """
     x, real, fake = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (x, real, fake))
+    if normaliser == "none":
+        return fake - real
     dims = tuple(range(1, x.ndim)) if normaliser == "sample" else (0, 1)
     floor = 1e-3 * x.square().mean(dims, keepdim=True).sqrt()
     return ((fake - real) / torch.maximum((x - real).abs().mean(dims, keepdim=True), floor)).nan_to_num(0.0, 0.0, 0.0)
+
+
+LOGIT = 5.0  # of the density ratio: a discriminator that is sure of one sample must not make it the only one
+EMPHASIS: dict[str, Callable[[Tensor], Tensor]] = {
+    "reverse_kl": torch.ones_like,
+    "kl": lambda r: r,
+    "js": lambda r: r / (1 + r),
+    "hellinger": torch.sqrt,
+    "jeffreys": lambda r: 1 + r,
+    "softened_reverse_kl": lambda r: 1 / (1 + r),
+}
+"""h(r) = r^2 f''(r) of the f-divergence, up to a factor, with r = p_real / p_fake (f-distill, Table 1; METHODS 5.7)."""
+
+
+def emphasis(logits: Tensor, divergence: Divergence, ndim: int) -> Tensor:
+    """h(r) over its mean in the batch, [B, 1, ...] of `ndim` dimensions, from a discriminator's logits [B, ...] of samples.
+
+    Logits with as many dimensions as the samples keep theirs beyond the channels; others are averaged.
+    """
+    logits = logits if logits.ndim == ndim else logits.flatten(1).mean(1).view(-1, *(1,) * (ndim - 1))
+    h = EMPHASIS[divergence](logits.float().clamp(-LOGIT, LOGIT).exp())
+    return h / h.mean(0, keepdim=True)

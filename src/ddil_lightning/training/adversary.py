@@ -146,6 +146,11 @@ class Adversary:
         role: Role = self.critic if self.gan.features == "critic" else self.method.teacher
         return role.features(x, t, c, self.gan.layers)
 
+    def verdict(self, x: Tensor, t: Tensor, c: Context) -> Tensor:
+        """The head's logits [B, ...] of noised samples, as it gives them: of a discriminator at its best log p_real / p_fake."""
+        assert self.head is not None
+        return self.head(*(z.float() for z in self._features(x, t, c)))
+
     def _logits(self, features: Sequence[Tensor]) -> Tensor:
         """[B, ...] of the head in float32; a batch's features may come from a network in half precision."""
         assert self.head is not None
