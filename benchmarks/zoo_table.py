@@ -1,0 +1,86 @@
+"""The tables and the page of benchmarks/zoo.py: a method a row, its variants as paired differences to the published loss."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tables import Part, Report, mean_se
+from toy2d_table import paired
+
+from ddil_lightning.evaluation.registry import column
+
+VARIANTS = {"base": "as published", "reflected": "+ Reflected", "ddil": "+ DDIL", "both": "+ both"}
+MEASURES = ("energy_distance", "coverage", "mode_kl", "high_quality")
+BUDGETS = {"updates": "at equal student updates", "evaluations": "at equal network evaluations"}
+
+
+def report(cells: Sequence[dict[str, Any]], evaluations: int) -> Report:
+    """One table per budget and measure; a method counts with the seeds that all its variants have."""
+    parts: list[Part] = []
+    rows: list[dict[str, Any]] = []
+    for budget in BUDGETS:
+        found = joined([cell for cell in cells if cell["budget"] == budget])
+        these = [row(method, variants) for method, variants in found.items() if set(variants) == set(VARIANTS)]
+        rows += [{**r, "budget": budget} for r in these]
+        for key in MEASURES:
+            columns = [("method", "method"), ("seeds", "seeds"), ("counted", "updates" if budget == "evaluations" else "evaluations")]
+            columns += [(f"{key}/{variant}", label) for variant, label in VARIANTS.items()]
+            parts.append({"title": f"{column(key).heading}, {BUDGETS[budget]}", "columns": columns, "rows": counted(these, budget)})
+    return {
+        "benchmark": "zoo",
+        "columns": [("method", "method"), ("budget", ""), *((f"energy_distance/{v}", label) for v, label in VARIANTS.items())],
+        "rows": rows,
+        "parts": [part for part in parts if part["rows"]],
+        "notes": [
+            "as published: mean and its standard error over seeds; the others: mean of the paired difference to it and [Student's t], "
+            "not corrected for the number of comparisons",
+            f"equal evaluations: {evaluations:,} of all networks together, a sample each; at equal updates each method has its config's",
+        ],
+    }
+
+
+def counted(rows: Sequence[Mapping[str, Any]], budget: str) -> list[dict[str, Any]]:
+    """Rows with what the other budget counts, of the published loss and of both."""
+    other = "updates" if budget == "evaluations" else "evaluations"
+    return [{**r, "counted": f"{r[f'{other}/base']:,} to {r[f'{other}/both']:,}"} for r in rows]
+
+
+def joined(cells: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
+    """Cells by method, variant and first seed."""
+    found: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+    for cell in sorted(cells, key=lambda cell: (cell["method"], cell["seeds"][0])):
+        found.setdefault(cell["method"], {}).setdefault(cell["variant"], {})[cell["seeds"][0]] = cell
+    return found
+
+
+def row(method: str, variants: Mapping[str, Mapping[int, dict[str, Any]]]) -> dict[str, Any]:
+    """Every measure of every variant, on the seeds that all of them have."""
+    groups = sorted(set.intersection(*(set(found) for found in variants.values())))
+    out: dict[str, Any] = {"method": method, "seeds": sum(len(variants["base"][g]["seeds"]) for g in groups)}
+    for variant in VARIANTS:
+        for count in ("updates", "evaluations"):
+            out[f"{count}/{variant}"] = round(statistics.fmean(variants[variant][g][count] for g in groups)) if groups else 0
+    for key in MEASURES:
+        values = {v: [x for g in groups for x in variants[v][g]["scores"][key]] for v in VARIANTS}
+        mean, se = mean_se(values["base"])
+        out[f"{key}/base"] = {"mean": mean, "se": se}
+        for variant in list(VARIANTS)[1:]:
+            out[f"{key}/{variant}"] = paired(values[variant], values["base"]) if values["base"] else {"mean": None, "t": None, "p": None}
+    return out
+
+
+def page(told: Report, markdown: Callable[[Report], str]) -> str:
+    """docs/zoo.md: all tables but the summary."""
+    machines = "2 CPU cores" if "machine" not in told else told["machine"].get("device", "")
+    head = (
+        "# Every method, with and without DDIL\n\n"
+        "Each loss of the library on the analytic toy, trained on the latents that its paper trains on, with thresholded estimates "
+        "(+ Reflected), on DDIL's mixture (+ DDIL), and with both. What follows from it stands in [results](results.md#every-method).\n\n"
+        "```bash\npython benchmarks/zoo.py --page docs/zoo.md\n```\n\n"
+        f"Seeds from 2000 on, which no setting was chosen on, in groups of three; {machines}; a cell's date and versions stand in its "
+        "file, `benchmarks/zoo/`.\n\n"
+    )
+    _, *rest = markdown({**told, "columns": [("method", "method")], "rows": []}).split("\n\n")
+    return head + "\n\n".join(rest) + "\n"
