@@ -6,7 +6,7 @@ The built-in miniatures, a local folder and a hub id all come through `Pipeline`
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -67,6 +67,7 @@ class Pipeline(Sized):
         self._network.check(path, self.pipe.vae.config.latent_channels)
         super().__init__(path, schedule, predicts, self._network.latent_shape, about, dtype)
         self.bare = bare
+        self._asked: Mapping[str, float] = {"eta": about["eta"]} if "eta" in about else {}
         self.sample_at(next((said for said in (source.size, about.get("size")) if said is not None), None))
 
     def load(self, source: Source, dtype: torch.dtype, vae_dtype: torch.dtype, bare: bool) -> Any:
@@ -178,17 +179,22 @@ class Pipeline(Sized):
 
     # Called as its users call it -----------------------------------------------------------------------------------------------------
 
-    def holding(self, pipe: Any) -> Pipeline:
-        """The same backbone around another pipeline of its kind, such as a student's that was read again, on the same device."""
+    @property
+    def called_with(self) -> Mapping[str, Any]:
+        """What its call is given besides prompts, steps, guidance and latents: by its family, and what its scheduler is told so alone."""
+        return {**self._network.called_with, **self._asked}
+
+    def holding(self, pipe: Any, asked: Mapping[str, float] | None = None) -> Pipeline:
+        """The same backbone around another pipeline, such as a student's that was read again, on the same device; `asked`: see stepping."""
         other = copy.copy(self)
-        other.pipe = pipe.to(self.device)
+        other.pipe, other._asked = pipe.to(self.device), asked or {}
         other._network = family_of(pipe, self.path)
         return other
 
-    def stepping(self, scheduler: Any) -> Pipeline:
-        """The same pipeline with another scheduler."""
+    def stepping(self, scheduler: Any, asked: Mapping[str, float] | None = None) -> Pipeline:
+        """The same pipeline with another scheduler, and with what that is told by the call (`Transition.called_with`)."""
         other = copy.copy(self)
-        other.pipe = copy.copy(self.pipe)
+        other.pipe, other._asked = copy.copy(self.pipe), asked or {}
         other.pipe.scheduler = scheduler
         return other
 

@@ -7,6 +7,7 @@ variance-preserving ones) and first-order DPM-Solver++ are DDIM's (METHODS 0.2).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,6 +25,11 @@ class Transition(ABC):
 
     noisy: ClassVar[bool] = True
     """Whether it draws noise. To END, where x_s is x0 whatever is drawn, a policy asks for none."""
+
+    @property
+    def called_with(self) -> Mapping[str, float]:
+        """What a call of a diffusers pipeline is given so that its scheduler steps so, where the scheduler itself cannot hold it."""
+        return {}
 
     @abstractmethod
     def __call__(
@@ -93,6 +99,11 @@ class TCD(Transition):
 
     def __post_init__(self) -> None:
         within(0, 1, gamma=self.gamma)
+
+    @property
+    def called_with(self) -> Mapping[str, float]:
+        """gamma by diffusers' name; pipelines hand their scheduler an eta of 0 where their call says none."""
+        return {"eta": self.gamma}
 
     def __call__(
         self, schedule: NoiseSchedule, x_t: Tensor, p: Prediction, t: Tensor, s: Tensor, generator: Generators | None = None

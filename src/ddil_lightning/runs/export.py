@@ -67,6 +67,7 @@ def about_student(method: Distillation, steps: int) -> dict[str, Any]:
         "made_for": list(deployment.steps),
         "guidance": g,
         "guidance_scale": deployment.guidance_scale,
+        **deployment.called_with,
         "guidance_range": list(method.guidance) if deployment.told else [g, g],
         "timesteps": deployment.grid(steps).nodes.tolist(),
         "dataset": method.backbone.about.get("dataset"),
@@ -103,7 +104,7 @@ def verify(method: Distillation, folder: Path, prompts: Sequence[str], steps: in
 
 def reloaded(method: Distillation, folder: Path) -> Pipeline:
     """A student's pipeline from its folder, in the place of the method's own."""
-    return cast("Pipeline", method.backbone).holding(load_pipeline(folder, loads(method)))
+    return cast("Pipeline", method.backbone).holding(load_pipeline(folder, loads(method)), method.deployment.called_with)
 
 
 def is_lean(method: Distillation) -> bool:
@@ -258,7 +259,7 @@ def rehearse(method: Distillation, folder: Path, prompts: Sequence[str], export_
                 assert deployment.scheduler is not None  # the first one could be exported
                 scheduler = deployment.scheduler()
                 scheduler.save_pretrained(folder / "scheduler")
-                made = made.stepping(type(scheduler).from_pretrained(folder / "scheduler"))
+                made = made.stepping(type(scheduler).from_pretrained(folder / "scheduler"), deployment.called_with)
             if is_lean(method):
                 with standing_in(method, made.network()):
                     compare_samplers(method.deployments()[k], made, prompts, steps)

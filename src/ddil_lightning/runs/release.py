@@ -120,7 +120,7 @@ def _adapters(method: Distillation, given: Release, kind: str) -> float:
             raise NotAsTrained(str(error)) from error
         # Of a lean student the adapters have just been compared, and no merged network is asked.
         with rounded(lora.parameters(network), given.dtype), nullcontext() if is_lean(method) else merged(method):
-            return confirm(method, backbone.holding(pipe), given.prompts, given.steps, trained)
+            return confirm(method, backbone.holding(pipe, method.deployment.called_with), given.prompts, given.steps, trained)
 
 
 def _single_file(method: Distillation, given: Release, kind: str) -> float:
@@ -143,7 +143,7 @@ def _single_file(method: Distillation, given: Release, kind: str) -> float:
                 check_weights(getattr(pipe, part), getattr(source, part), given.dtype, f"the {part} in {file.name}")
         if is_lean(method):
             check_weights(pipe.unet, cast("Family", method.deployment.network).model, given.dtype, f"the unet in {file.name}")
-        return confirm(method, backbone.holding(pipe), given.prompts, given.steps, trained)
+        return confirm(method, backbone.holding(pipe, method.deployment.called_with), given.prompts, given.steps, trained)
 
 
 @contextmanager
