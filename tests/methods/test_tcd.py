@@ -60,8 +60,9 @@ class TrajectoryByHand(ByHand):
             eps = (x - a * x0) / sd
         return a_s * x0 + sd_s * eps
 
-    def ends(self, b: LatentBatch, s: Tensor) -> tuple[Tensor, Tensor]:
-        x, t, u = b.x_t.double(), b.t, (b.t - 20).clamp(min=0)
+    def ends(self, b: LatentBatch, s: Tensor, step: int = 20) -> tuple[Tensor, Tensor]:
+        x, t = b.x_t.double(), b.t
+        u = (t - step).clamp(min=min(int(s.min()), 0))
         y = self.jump(self.method.student.network, x, t, s, b.c, False)
         with torch.no_grad():
             unet, w, none = self.method.backbone.network(), b.c.w.double().view(-1, 1, 1, 1), b.c.guided(None)

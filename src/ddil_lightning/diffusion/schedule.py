@@ -130,10 +130,17 @@ class NoiseSchedule:
         """lambda_t = log(alpha_t / sigma_t) in float64, the shape of `t`."""
         return (self.alphas[t] / self.sigmas[t]).log()
 
-    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor | int) -> Tensor:
-        """q(x_t | x0): alpha_t x0 + sigma_t eps."""
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor | int, since: Tensor | int = END) -> Tensor:
+        """q(x_t | x0): alpha_t x0 + sigma_t eps. Of an `x0` that is a state x_s of the time `since` <= t, q(x_t | x_s).
+
+        That is r x_s + sqrt(sigma_t^2 - r^2 sigma_s^2) eps with r = alpha_t / alpha_s.
+        """
         alpha, sigma = self.at(t, x0)
-        return alpha * x0 + sigma * eps
+        if isinstance(since, int) and since == END:
+            return alpha * x0 + sigma * eps
+        alpha_s, sigma_s = self.at(since, x0)
+        ratio = alpha / alpha_s
+        return ratio * x0 + (sigma.square() - (ratio * sigma_s).square()).clamp(min=0).sqrt() * eps
 
     def prediction(self, kind: Predicts, x_t: Tensor, t: Tensor | int, out: Tensor) -> Prediction:
         """A network's output of `kind` at (x_t, t) in all three spaces (METHODS 0.1; valid for VP and linear paths alike).

@@ -111,10 +111,8 @@ class TCD(Transition):
         """The deterministic step to below s, and the forward process up from there."""
         # In float32, as TCDScheduler does it: in float64 0.7 * 90 falls to 62.
         below = torch.floor((1 - self.gamma) * s.float()).long().where(s >= 0, s)
-        (alpha_b, sigma_b), (alpha, sigma) = schedule.at(below, x_t), schedule.at(s, x_t)
         y = ddim(schedule, x_t, p, t, below)
-        added = (sigma.square() - (alpha / alpha_b * sigma_b).square()).clamp(min=0).sqrt()
-        return alpha / alpha_b * y + added * normal(p.x0, generator)
+        return schedule.add_noise(y, normal(p.x0, generator), s, since=below)
 
 
 ddim, renoise = DDIM(), Renoise()

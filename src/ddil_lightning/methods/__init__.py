@@ -2,9 +2,10 @@
 
 from ddil_lightning.methods.dmd2 import DMD2
 from ddil_lightning.methods.lcm import LCM
+from ddil_lightning.methods.pcm import PCM
 from ddil_lightning.methods.pd import PD
 from ddil_lightning.methods.tcd import TCD
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.plan import Part, Stage
 
-__all__ = ["DMD2", "LCM", "PD", "TCD", "Distillation", "Part", "Stage"]
+__all__ = ["DMD2", "LCM", "PCM", "PD", "TCD", "Distillation", "Part", "Stage"]
