@@ -22,7 +22,7 @@ from ddil_lightning.data.captions import Captions
 from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.data.encoded import Encoded, encode
 from ddil_lightning.imitation.prior import SamplingPrior
-from ddil_lightning.methods import DMD2, LCM, PCM, PD, TCD
+from ddil_lightning.methods import CTM, DMD2, LCM, PCM, PD, TCD
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.plan import Stage
 from options import options
@@ -52,6 +52,7 @@ METHODS = [
     Entry("dmd2-lora", DMD2, {"guidance": 2.0, "critic": {"steps": 2}, "adapter": LORA}, falls="critic_loss", unused=True, slow=True),
     Entry("tcd", TCD),
     Entry("pcm", PCM),
+    Entry("ctm", CTM),
     Entry("pcm-gan", PCM, {"gan": {"weight": 0.1, "critic_weight": 1.0, "features": "teacher"}}, unused=True),
 ]
 BY_NAME = {entry.name: entry for entry in METHODS}

@@ -108,13 +108,13 @@ class Pipeline(Sized):
         self._network = cast(Family, network)
         setattr(self.pipe, self._network.component, self._network.model)
 
-    def trainable(self, w_conditioned: bool = False, name: str = "student") -> Family:
+    def trainable(self, w_conditioned: bool = False, name: str = "student", s_conditioned: bool = False) -> Family:
         """A trainable float32 network for the role `name`: a copy, or one of the architecture that the source says.
 
-        With `w_conditioned` it has an embedding of w whose layer starts at zero, so that the copy equals its source at every w.
+        With `w_conditioned` (`s_conditioned`) it has an embedding of w (s) whose layer starts at zero: at every w it equals its source.
         """
         source = self._like(name)
-        extra = source.told() if w_conditioned and not source.w_conditioned else {}
+        extra = source.telling(w_conditioned, s_conditioned)
         architecture, kind = self._architecture(name), type(source.model)
         if self.bare:
             model = architectures.bare(kind, {**architecture.config, **extra})
@@ -122,19 +122,19 @@ class Pipeline(Sized):
             model = architectures.made(kind, architecture, extra, name if architecture.partial else self.path)
         return type(source)(model.to(memory_format=torch.channels_last).requires_grad_(True).train())
 
-    def adapted(self, adapter: Adapter, w_conditioned: bool = False, name: str = "student") -> Family:
-        """The frozen network below trainable adapters. With `w_conditioned` it has an embedding of w besides, trained whole, zero first."""
+    def adapted(self, adapter: Adapter, w_conditioned: bool = False, name: str = "student", s_conditioned: bool = False) -> Family:
+        """The frozen network below trainable adapters. An embedding of w or s it has besides, trained whole, zero first."""
         if name in self.source.networks:
             raise ValueError(f"model.pipeline.networks.{name} has another base than the adapters: add {name} to model.adapter.whole")
         source = self._network
         quantising.check_exact(source.model.config, self.path, self.quantize)  # now, and not when they are merged
         model: Any = sharing(source.model, source.model.parameters())
         new: list[str] = []
-        if w_conditioned and not source.w_conditioned:
+        if extra := source.telling(w_conditioned, s_conditioned):
             with loading.without_weights():
-                told = type(model).from_config({**architectures.own_config(model), **source.told()})
+                told = type(model).from_config({**architectures.own_config(model), **extra})
             new = graft(model, told)
-            model.register_to_config(**source.told())
+            model.register_to_config(**extra)
         whole = adapt(model, adapter, source.adapts, new)
         if whole and self.dtype != torch.float32:  # they begin as they are stored, not as half precision has rounded them
             fill(model, whole, self._weights())

@@ -1,5 +1,6 @@
 """Feedback losses: one file per method. A method never knows where its latents come from."""
 
+from ddil_lightning.methods.ctm import CTM
 from ddil_lightning.methods.dmd2 import DMD2
 from ddil_lightning.methods.lcm import LCM
 from ddil_lightning.methods.pcm import PCM
@@ -8,4 +9,4 @@ from ddil_lightning.methods.tcd import TCD
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.plan import Part, Stage
 
-__all__ = ["DMD2", "LCM", "PCM", "PD", "TCD", "Distillation", "Part", "Stage"]
+__all__ = ["CTM", "DMD2", "LCM", "PCM", "PD", "TCD", "Distillation", "Part", "Stage"]

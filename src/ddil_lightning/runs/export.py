@@ -34,6 +34,13 @@ def exported(folder: Path) -> bool:
     return "method" in read_table(folder / "ddil.json")
 
 
+def unheld(method: Distillation) -> str | None:
+    """Why no pipeline can hold the student of a method, in a few words; None where one can."""
+    if method.outgoing.s_conditioned:
+        return "no pipeline of diffusers tells a network the time that it jumps to, as this student is told it"
+    return None if method.backbone.holds_students else f"no pipeline can hold the student of {method.backbone.path}"
+
+
 def check_prompts(method: Distillation, examples: Sequence[str]) -> list[str]:
     """At most four prompts by which an exported pipeline is compared: the card's previews, else `examples` of the data, else empty ones."""
     return (list(method.backbone.about.get("previews") or examples) or ["", ""])[:4]
@@ -46,8 +53,8 @@ def export(method: Distillation, folder: Path, steps: int = 4, dtype: torch.dtyp
     one is complete. Raises ValueError where the backbone's students are no pipelines.
     """
     backbone, deployment = method.backbone, method.deployment
-    if not backbone.holds_students:
-        raise ValueError(f"no pipeline can hold the student of {backbone.path}: its weights are in checkpoints")
+    if why := unheld(method):
+        raise ValueError(f"{why}: its weights are in checkpoints")
     about = about_student(method, steps)
     with replacing_folder(folder) as temporary, merged(method):
         backbone.save(temporary, method.deployment.network, deployment.scheduler, dtype, safety_checker)

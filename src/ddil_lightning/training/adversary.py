@@ -140,7 +140,8 @@ class Adversary:
         `real`: what the GAN compares x with, sample by sample, for a method whose "real" is another network's answer; by default the data.
         """
         y, t, eps = self.diffuse(x, "critic", span.low, span.high, span.since)
-        gan, features = self.gan, ()
+        gan = self.gan
+        features: tuple[Tensor, ...] = ()
         loss = torch.zeros(len(x), device=x.device)
         if self.critic is not None:
             together = gan.critic_weight and gan.features == "critic"
