@@ -1,9 +1,9 @@
 """Every feedback loss x {as published, + Reflected, + DDIL, + both} on the toy: does DDIL help a loss that its paper never tried?
 
 Every method with a pair of shipped configs toy2d/NAME.yaml and toy2d/NAME_ddil.yaml takes part, on seeds that no setting was chosen on,
-with two budgets: its config's student updates, the same for all variants of a method, and --evaluations of all networks together, the same for
-everybody. A finished cell (method, variant, budget, three seeds) is a JSON file in --cells, which belongs to the repository: hours of work
-are interrupted at will and go on elsewhere, and a cell is made anew where its config has changed. docs/zoo.md is made of them.
+with two budgets: its config's student updates, the same for all variants of a method, and --evaluations of all networks together, the same
+for everybody. A finished cell (method, variant, budget, three seeds) is a JSON file in --cells, which belongs to the repository: hours of
+work are interrupted at will and go on elsewhere, and a cell is made anew where its config has changed. docs/zoo.md is made of them.
 
     python benchmarks/zoo.py [--methods emd dmd2 ...] [--seeds 12] [--seed 2000] [--jobs 2] [--page docs/zoo.md]
     python benchmarks/zoo.py --only_page --page docs/zoo.md

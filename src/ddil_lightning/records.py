@@ -30,6 +30,7 @@ class Context(NamedTuple):
     pooled: Tensor | None = None  # [B, P] pooled text (SDXL)
     ids: Tensor | None = None  # [B, 6] original size, top and left of the crop, target size, in pixels (SDXL)
     w: Tensor | None = None  # [B] guidance in the convention out = out_c + w (out_c - out_u), so g = 1 + w
+    s: Tensor | None = None  # [B] the time that a network which is told it jumps to (CTM); policies say it, no data do
 
     def guided(self, w: Tensor | float | None) -> Context:
         """The same context at guidance `w` ([B], a number for all, or None for unguided)."""

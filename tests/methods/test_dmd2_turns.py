@@ -68,7 +68,7 @@ def test_every_third_batch_updates_the_student_and_every_batch_the_critic(tiny: 
     assert len({row["lr"] for row in run.rows}) == 3 and run.rows[0]["critic_loss"] > 0
 
 
-def nothing(self: Adversary, x: Tensor, b: LatentBatch) -> Tensor:
+def nothing(self: Adversary, x: Tensor, b: LatentBatch, *judged: Any) -> Tensor:
     """A loss of the critic with a gradient of zero, so that its optimiser moves nothing that has no other gradient."""
     assert not x.requires_grad
     return sum((0 * p.sum() for m in (self.critic, self.head) for p in m.parameters()), torch.zeros(()))  # type: ignore[union-attr]
@@ -95,7 +95,7 @@ def test_both_turns_draw_from_the_same_mixture(tiny: Path, monkeypatch: pytest.M
     outputs: dict[str, list[Tensor]] = {"matching": [], "following": []}
 
     def keep(name: str) -> Any:
-        def loss(self: Any, x: Tensor, b: LatentBatch) -> Tensor:
+        def loss(self: Any, x: Tensor, b: LatentBatch, *judged: Any) -> Tensor:
             outputs[name].append(x.detach())
             return 0 * x.flatten(1).mean(1) if name == "matching" else nothing(self, x, b)
 

@@ -71,7 +71,7 @@ def test_the_gradient_passes_through_both_networks_and_stays_out_of_them(tiny: P
     x.grad = None
     with torch.no_grad():
         y, tau, _ = method.adversary.diffuse(x, "matching", *method.tau)
-        real, fake = method.both(y, tau, b)
+        real, fake = method.estimates(y, tau, b)
         scale = (x - real).abs().mean((1, 2, 3), keepdim=True)
         held = -(real - fake) / scale / x[0].numel()
     assert float((without - held).abs().max()) > 1e-2 * float(held.abs().max())

@@ -22,7 +22,7 @@ from ddil_lightning.data.captions import Captions
 from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.data.encoded import Encoded, encode
 from ddil_lightning.imitation.prior import SamplingPrior
-from ddil_lightning.methods import DMD2, EMD, LCM, PD, SiD
+from ddil_lightning.methods import CTM, DMD2, EMD, LCM, PCM, PD, TCD, SiD
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.plan import Stage
 from options import options
@@ -54,6 +54,10 @@ METHODS = [
     Entry("lcm-lora", LCM, {"adapter": LORA}),
     Entry("pd-lora", PD, {"stages": PLAN, "teacher_steps": 16, "adapter": LORA}, slow=True),
     Entry("dmd2-lora", DMD2, {"guidance": 2.0, "critic": {"steps": 2}, "adapter": LORA}, falls="critic_loss", unused=True, slow=True),
+    Entry("tcd", TCD),
+    Entry("pcm", PCM),
+    Entry("ctm", CTM),
+    Entry("pcm-gan", PCM, {"gan": {"weight": 0.1, "critic_weight": 1.0, "features": "teacher"}}, unused=True),
 ]
 BY_NAME = {entry.name: entry for entry in METHODS}
 ALL = {

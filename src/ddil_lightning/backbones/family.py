@@ -83,6 +83,23 @@ class Family(Network):
         """
         raise ValueError(f"{type(self).__name__} cannot be told the guidance: set model.w_conditioned to false")
 
+    def aimed(self, w_conditioned: bool) -> Mapping[str, Any]:
+        """Likewise of a network that is told s, the time that is jumped to, and with `w_conditioned` w besides.
+
+        Raises ValueError in a family that has no place for it.
+        """
+        raise ValueError(f"{type(self).__name__} cannot be told the time that it jumps to: take another method")
+
+    def telling(self, w_conditioned: bool, s_conditioned: bool) -> Mapping[str, Any]:
+        """The changes that tell a copy what it is not told yet. Raises ValueError where there is no place for s, w being told already."""
+        if not s_conditioned or self.s_conditioned:
+            return self.told() if w_conditioned and not self.w_conditioned else {}
+        if self.w_conditioned:
+            raise ValueError(
+                "the teacher's network is told the guidance already, and has no place for the time of a jump: take another one"
+            )
+        return self.aimed(w_conditioned)
+
     def recompute(self, on: bool = True) -> None:
         """Switch diffusers' own gradient checkpointing on or off, in place."""
         self.model.enable_gradient_checkpointing() if on else self.model.disable_gradient_checkpointing()

@@ -34,6 +34,9 @@ class Network(nn.Module, ABC):
     w_conditioned: bool = False
     """Whether it is told the guidance: it then reads `c.w`, and refuses a context without it by ValueError."""
 
+    s_conditioned: bool = False
+    """Whether it is told the time that is jumped to, `c.s`, without which it refuses a context as well."""
+
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
         """[B, C, H, W] in the space that the backbone `predicts`, of latents x_t [B, C, H, W] at integer times t [B]."""
@@ -63,6 +66,10 @@ class Network(nn.Module, ABC):
     def blocks(self) -> Sequence[nn.Module]:
         """Parts that are gathered one at a time where weights are sharded: memory then holds one of them, not the whole network."""
         return ()
+
+    def last_layer(self) -> nn.Parameter:
+        """The trained weights of its last layer, by whose gradients losses are weighed; by default the last ones of two sides and more."""
+        return [p for p in self.parameters() if p.requires_grad and p.ndim > 1][-1]
 
     def recompute(self, on: bool = True) -> None:
         """Compute activations again in the backward pass instead of keeping them, where that saves memory (gradient checkpointing)."""
@@ -121,10 +128,11 @@ class Backbone(ABC):
         """The frozen teacher's network itself, shared, not copied."""
 
     @abstractmethod
-    def trainable(self, w_conditioned: bool = False, name: str = "student") -> Network:
-        """A trainable float32 copy for the role `name`. With `w_conditioned` it is told w, and equals its source at every w at first."""
+    def trainable(self, w_conditioned: bool = False, name: str = "student", s_conditioned: bool = False) -> Network:
+        """A trainable float32 copy for the role `name`. With `w_conditioned` it is told w, and equals its source at every w at first;
+        with `s_conditioned` likewise s. Nobody asks for the latter but methods whose networks are told it."""
 
-    def adapted(self, adapter: Adapter, w_conditioned: bool = False, name: str = "student") -> Network:
+    def adapted(self, adapter: Adapter, w_conditioned: bool = False, name: str = "student", s_conditioned: bool = False) -> Network:
         """The frozen network itself below trainable adapters, instead of a copy. Raises ValueError for layers that are not there."""
         raise ValueError(f"{self.path} has no network that adapters could be put on: leave model.adapter out")
 
@@ -146,6 +154,7 @@ class Backbone(ABC):
         name: str,
         *,
         w_conditioned: bool = False,
+        s_conditioned: bool = False,
         recompute: bool = False,
         predicts: Predicts | None = None,
         reflection: Reflection | None = None,
@@ -161,7 +170,8 @@ class Backbone(ABC):
         if name == "teacher":
             return Role(name, self.network(), self.schedule, space, null=self.null(), reflection=reflection, own=False)
         shares = adapter.is_for(name)
-        network = self.adapted(adapter, w_conditioned, name) if shares else self.trainable(w_conditioned, name)
+        more = {"s_conditioned": True} if s_conditioned else {}
+        network = self.adapted(adapter, w_conditioned, name, **more) if shares else self.trainable(w_conditioned, name, **more)
         if recompute:
             network.recompute()
         shared = list(self.network().parameters()) if shares else []
@@ -260,7 +270,12 @@ class Backbone(ABC):
         raise ValueError(f"no pipeline can hold a student of {self.path}, so it has no scheduler")
 
     def save(self, folder: Path, network: nn.Module, scheduler: Callable[[], Any] | None, dtype: torch.dtype, safety_checker: bool) -> Path:
-        """Write a student below `folder` and answer what was written; here its weights alone, student.safetensors."""
+        """Write a student below `folder` and answer what was written; here `save_weights`."""
+        return self.save_weights(folder, network, dtype)
+
+    @staticmethod
+    def save_weights(folder: Path, network: nn.Module, dtype: torch.dtype) -> Path:
+        """Write a student's weights alone, student.safetensors, and answer where."""
         from safetensors.torch import save_file
 
         path = folder / "student.safetensors"

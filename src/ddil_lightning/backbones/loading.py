@@ -223,6 +223,7 @@ def _counts(value: Any) -> bool:
 CARD: dict[str, tuple[Any, str]] = {
     "guidance": (_guides, "a number from 0 to 1000"),
     "guidance_scale": (_guides, "a number from 0 to 1000"),
+    "eta": (lambda x: is_number(x) and 0 <= x <= 1, "a number from 0 to 1"),
     "dataset": (lambda x: isinstance(x, str), "a name"),
     "method": (lambda x: isinstance(x, str), "a name"),
     "steps": (lambda x: _counts([x]) and x > 0, "a step count from 1 to 1000"),

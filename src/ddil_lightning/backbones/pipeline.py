@@ -6,7 +6,7 @@ The built-in miniatures, a local folder and a hub id all come through `Pipeline`
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -67,6 +67,7 @@ class Pipeline(Sized):
         self._network.check(path, self.pipe.vae.config.latent_channels)
         super().__init__(path, schedule, predicts, self._network.latent_shape, about, dtype)
         self.bare = bare
+        self._asked: Mapping[str, float] = {"eta": about["eta"]} if "eta" in about else {}
         self.sample_at(next((said for said in (source.size, about.get("size")) if said is not None), None))
 
     def load(self, source: Source, dtype: torch.dtype, vae_dtype: torch.dtype, bare: bool) -> Any:
@@ -107,13 +108,13 @@ class Pipeline(Sized):
         self._network = cast(Family, network)
         setattr(self.pipe, self._network.component, self._network.model)
 
-    def trainable(self, w_conditioned: bool = False, name: str = "student") -> Family:
+    def trainable(self, w_conditioned: bool = False, name: str = "student", s_conditioned: bool = False) -> Family:
         """A trainable float32 network for the role `name`: a copy, or one of the architecture that the source says.
 
-        With `w_conditioned` it has an embedding of w whose layer starts at zero, so that the copy equals its source at every w.
+        With `w_conditioned` (`s_conditioned`) it has an embedding of w (s) whose layer starts at zero: at every w it equals its source.
         """
         source = self._like(name)
-        extra = source.told() if w_conditioned and not source.w_conditioned else {}
+        extra = source.telling(w_conditioned, s_conditioned)
         architecture, kind = self._architecture(name), type(source.model)
         if self.bare:
             model = architectures.bare(kind, {**architecture.config, **extra})
@@ -121,19 +122,19 @@ class Pipeline(Sized):
             model = architectures.made(kind, architecture, extra, name if architecture.partial else self.path)
         return type(source)(model.to(memory_format=torch.channels_last).requires_grad_(True).train())
 
-    def adapted(self, adapter: Adapter, w_conditioned: bool = False, name: str = "student") -> Family:
-        """The frozen network below trainable adapters. With `w_conditioned` it has an embedding of w besides, trained whole, zero first."""
+    def adapted(self, adapter: Adapter, w_conditioned: bool = False, name: str = "student", s_conditioned: bool = False) -> Family:
+        """The frozen network below trainable adapters. An embedding of w or s it has besides, trained whole, zero first."""
         if name in self.source.networks:
             raise ValueError(f"model.pipeline.networks.{name} has another base than the adapters: add {name} to model.adapter.whole")
         source = self._network
         quantising.check_exact(source.model.config, self.path, self.quantize)  # now, and not when they are merged
         model: Any = sharing(source.model, source.model.parameters())
         new: list[str] = []
-        if w_conditioned and not source.w_conditioned:
+        if extra := source.telling(w_conditioned, s_conditioned):
             with loading.without_weights():
-                told = type(model).from_config({**architectures.own_config(model), **source.told()})
+                told = type(model).from_config({**architectures.own_config(model), **extra})
             new = graft(model, told)
-            model.register_to_config(**source.told())
+            model.register_to_config(**extra)
         whole = adapt(model, adapter, source.adapts, new)
         if whole and self.dtype != torch.float32:  # they begin as they are stored, not as half precision has rounded them
             fill(model, whole, self._weights())
@@ -178,17 +179,22 @@ class Pipeline(Sized):
 
     # Called as its users call it -----------------------------------------------------------------------------------------------------
 
-    def holding(self, pipe: Any) -> Pipeline:
-        """The same backbone around another pipeline of its kind, such as a student's that was read again, on the same device."""
+    @property
+    def called_with(self) -> Mapping[str, Any]:
+        """What its call is given besides prompts, steps, guidance and latents: by its family, and what its scheduler is told so alone."""
+        return {**self._network.called_with, **self._asked}
+
+    def holding(self, pipe: Any, asked: Mapping[str, float] | None = None) -> Pipeline:
+        """The same backbone around another pipeline, such as a student's that was read again, on the same device; `asked`: see stepping."""
         other = copy.copy(self)
-        other.pipe = pipe.to(self.device)
+        other.pipe, other._asked = pipe.to(self.device), asked or {}
         other._network = family_of(pipe, self.path)
         return other
 
-    def stepping(self, scheduler: Any) -> Pipeline:
-        """The same pipeline with another scheduler."""
+    def stepping(self, scheduler: Any, asked: Mapping[str, float] | None = None) -> Pipeline:
+        """The same pipeline with another scheduler, and with what that is told by the call (`Transition.called_with`)."""
         other = copy.copy(self)
-        other.pipe = copy.copy(self.pipe)
+        other.pipe, other._asked = copy.copy(self.pipe), asked or {}
         other.pipe.scheduler = scheduler
         return other
 

@@ -67,10 +67,11 @@ def _check_strides(where: str, times: Sequence[int], stride: int) -> None:
 def transition_of(backbone: Pipeline) -> Transition:
     """How a pipeline's own scheduler steps between nodes; DPM-Solver++ in its first order, which is DDIM's step, as is Euler's.
 
-    TCD's with its authors' strength of noise, which their users give to the call as `eta`; a pipeline's own is 0.
+    TCD's with the strength of noise that the pipeline's card says, else with its authors', which users give to the call as `eta`; a call
+    without it takes 0.
     """
     kind = type(backbone.pipe.scheduler).__name__
-    return {NAMES["lcm"]: renoise, NAMES["tcd"]: TCD()}.get(kind, ddim)
+    return {NAMES["lcm"]: renoise, NAMES["tcd"]: TCD(backbone.called_with.get("eta", TCD.gamma))}.get(kind, ddim)
 
 
 def policy_of(backbone: Pipeline, g: float, transition: Transition | None = None, substeps: int = 1) -> Policy:

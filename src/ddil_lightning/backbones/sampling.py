@@ -103,7 +103,7 @@ def pipeline_latents(
                 latents=x_T[part].to(backbone.device, dtype or backbone.network().model.dtype),
                 generator=generators[part],
                 output_type="latent",
-                **backbone.network().called_with,
+                **backbone.called_with,
             )
         out.append(made.images.float())
     return torch.cat(out)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ddil_lightning.backbones.family import Family
 from ddil_lightning.backbones.interface import Heads
-from ddil_lightning.diffusion.denoiser import W_EMBEDDING, w_embedding
+from ddil_lightning.diffusion.denoiser import S_EMBEDDING, W_EMBEDDING, s_embedding, w_embedding
 from ddil_lightning.records import Context
 
 
@@ -46,8 +46,13 @@ class UNet(Family):
 
     @property
     def w_conditioned(self) -> bool:  # type: ignore[override]
-        """Whether it is told the guidance, through an embedding that its configuration provides for."""
-        return self.model.config.time_cond_proj_dim is not None
+        """Whether it is told the guidance, through an embedding that its configuration provides for; one of s alone is narrower."""
+        return self.model.config.time_cond_proj_dim not in (None, S_EMBEDDING)
+
+    @property
+    def s_conditioned(self) -> bool:  # type: ignore[override]
+        """Whether it is told s, through the same embedding: its width says which of the two, or both one after the other."""
+        return self.model.config.time_cond_proj_dim in (S_EMBEDDING, W_EMBEDDING + S_EMBEDDING)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -86,6 +91,10 @@ class UNet(Family):
     def told(self) -> dict[str, Any]:
         """An embedding of w behind a bias-free linear layer, added to that of the time (Meng et al. 2023, as LCM does it)."""
         return {"time_cond_proj_dim": W_EMBEDDING}
+
+    def aimed(self, w_conditioned: bool) -> dict[str, Any]:
+        """The same layer, which reads the embedding of s, or those of w and s."""
+        return {"time_cond_proj_dim": S_EMBEDDING + W_EMBEDDING * w_conditioned}
 
     @property
     def layers(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -179,10 +188,17 @@ class UNet(Family):
         """[B, C, H, W] in the unet's prediction space. Raises ValueError when a w-conditioned U-Net is not told w."""
         kwargs: dict[str, Any] = {}
         dtype = self.dtype
+        told = []
         if self.w_conditioned:
             if c.w is None:
                 raise ValueError("this U-Net is conditioned on guidance, but the context carries no w: give it guidance g (w = g - 1)")
-            kwargs["timestep_cond"] = w_embedding(c.w, self.model.config.time_cond_proj_dim).to(dtype)
+            told.append(w_embedding(c.w, self.model.config.time_cond_proj_dim - S_EMBEDDING * self.s_conditioned))
+        if self.s_conditioned:
+            if c.s is None:
+                raise ValueError("this U-Net is told the time that is jumped to, but the context carries no s: ask it by a policy")
+            told.append(s_embedding(c.s))
+        if told:
+            kwargs["timestep_cond"] = torch.cat(told, 1).to(dtype)
         if c.pooled is not None:
             kwargs["added_cond_kwargs"] = {"text_embeds": c.pooled.to(dtype), "time_ids": c.ids}
         text = c.text.to(dtype)

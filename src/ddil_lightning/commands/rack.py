@@ -68,4 +68,5 @@ def about(entry: Entry, backbone: Pipeline, rack: Rack) -> dict[str, Any]:
         "sampler": sampler,
         "latents": list(backbone.latent_shape),
         "digest": rack.digest(),
+        **backbone.called_with,
     }

@@ -26,6 +26,8 @@ def to_w(g: float) -> float:
 
 W_EMBEDDING = 256
 """The width of the embedding of w that a student is told by."""
+S_EMBEDDING = 128
+"""That of the embedding of s, the time that a jump ends at. It is another one, so that a width says what a network is told."""
 
 
 def w_embedding(w: Tensor, dim: int = W_EMBEDDING) -> Tensor:
@@ -36,6 +38,11 @@ def w_embedding(w: Tensor, dim: int = W_EMBEDDING) -> Tensor:
     )
     angle = 1000.0 * w.float()[:, None] * rate
     return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def s_embedding(s: Tensor) -> Tensor:
+    """[B, S_EMBEDDING] sinusoids of times s [B], whole and END among them, as networks are told the time: sin then cos of s rate_j."""
+    return w_embedding(s / 1000, S_EMBEDDING)
 
 
 class Denoiser(nn.Module):
@@ -65,6 +72,11 @@ class Denoiser(nn.Module):
         out = self._guided(x_t, t, c)
         p = self.schedule.prediction(self.predicts, x_t, t, out)
         return p if self.reflection is None else self.reflected(x_t, t, p, self.reflection)
+
+    @property
+    def s_conditioned(self) -> bool:
+        """Whether the network is told, besides the time of x_t, the one that is jumped to: its answer then is a jump, `c.s` its end."""
+        return bool(getattr(self.network, "s_conditioned", False))
 
     def features(self, x_t: Tensor, t: Tensor, c: Context, layers: Sequence[str] = ()) -> tuple[Tensor, ...]:
         """The network's features [B, ...] at `layers` (its bottleneck), unguided, without its output; counted as an evaluation."""

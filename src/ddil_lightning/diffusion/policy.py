@@ -70,6 +70,8 @@ class Policy(nn.Module):
     def step(self, x_t: Tensor, t: int, s: int, c: Context, generator: Generators | None = None) -> Tensor:
         """One network call and its transition."""
         now, then = (torch.full((len(x_t),), time, device=x_t.device) for time in (t, s))
+        if getattr(self.denoiser, "s_conditioned", False):
+            c = c._replace(s=then)
         p: Prediction = self.denoiser(x_t, now, c)
         if s == END and self.transition.noisy:
             return p.x0

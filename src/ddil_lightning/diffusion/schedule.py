@@ -130,10 +130,17 @@ class NoiseSchedule:
         """lambda_t = log(alpha_t / sigma_t) in float64, the shape of `t`."""
         return (self.alphas[t] / self.sigmas[t]).log()
 
-    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor | int) -> Tensor:
-        """q(x_t | x0): alpha_t x0 + sigma_t eps."""
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor | int, since: Tensor | int = END) -> Tensor:
+        """q(x_t | x0): alpha_t x0 + sigma_t eps. Of an `x0` that is a state x_s of the time `since` <= t, q(x_t | x_s).
+
+        That is r x_s + sqrt(sigma_t^2 - r^2 sigma_s^2) eps with r = alpha_t / alpha_s.
+        """
         alpha, sigma = self.at(t, x0)
-        return alpha * x0 + sigma * eps
+        if isinstance(since, int) and since == END:
+            return alpha * x0 + sigma * eps
+        alpha_s, sigma_s = self.at(since, x0)
+        ratio = alpha / alpha_s
+        return ratio * x0 + (sigma.square() - (ratio * sigma_s).square()).clamp(min=0).sqrt() * eps
 
     def prediction(self, kind: Predicts, x_t: Tensor, t: Tensor | int, out: Tensor) -> Prediction:
         """A network's output of `kind` at (x_t, t) in all three spaces (METHODS 0.1; valid for VP and linear paths alike).
@@ -240,7 +247,8 @@ class Grid:
         """The grid of a rule (METHODS 0.3), as diffusers' schedulers compute it.
 
         `linspace`: DPM-Solver++'s default, nodes nested under halving (4 steps: 999, 749, 500, 250); `trailing`: 999, 749, 499, 249 (DMD2);
-        `leading`: 751, 501, 251, 1 (never starts at the noisiest step); `lcm`: nodes of LCMScheduler, all on the grid of `solver_steps`.
+        `leading`: 751, 501, 251, 1 (never starts at the noisiest step); `lcm`: nodes of LCMScheduler, all on the grid of `solver_steps`;
+        `tcd`: the same nodes, but as TCDScheduler does it the last interval ends at time 0 and not at END.
         """
         if not 1 <= steps <= total:
             raise ValueError(f"a grid has between 1 and {total} steps, got {steps}")
@@ -251,23 +259,25 @@ class Grid:
             times = [round(total + k * ((total - total / steps) - total)) - 1 for k in range(steps)]
         elif rule == "leading":
             times = [k * (total // steps) + 1 for k in reversed(range(steps))]
-        elif rule == "lcm":
+        elif rule in ("lcm", "tcd"):
             if steps > solver_steps:
-                raise ValueError(f"an LCM grid of {steps} steps does not fit on the {solver_steps} nodes of its solver")
+                raise ValueError(
+                    f"{'an LCM' if rule == 'lcm' else 'a TCD'} grid of {steps} steps does not fit on the {solver_steps} nodes of its solver"
+                )
             skip = total // solver_steps
             fine = [k * skip - 1 for k in range(solver_steps, 0, -1)]
             times = [fine[int(k * solver_steps / steps)] for k in range(steps)]
         else:
-            raise ValueError(f"no grid rule is called {rule!r}: known are linspace, trailing, leading, lcm")
+            raise ValueError(f"no grid rule is called {rule!r}: known are linspace, trailing, leading, lcm, tcd")
         if times[0] >= total or len(set(times)) < steps:
             raise ValueError(f"the grid rule {rule!r} has no {steps} different times below {total}: take fewer steps")
-        return cls([*times, END], rule=rule)
+        return cls([*times, 0 if rule == "tcd" else END], rule=rule)
 
     @classmethod
-    def consistency(cls, solver_steps: int = 50, total: int = 1000, rollouts: Sequence[int] = (3, 4, 5)) -> Grid:
+    def consistency(cls, solver_steps: int = 50, total: int = 1000, rollouts: Sequence[int] = (3, 4, 5), rule: str = "lcm") -> Grid:
         """LCM's training grid 999, 979, ..., 19 whose last interval ends at t = 0, where the solver's table stops, not at END.
 
-        Raises ValueError when `solver_steps` does not divide `total`.
+        `rule`: of its `rollouts`. Raises ValueError when `solver_steps` does not divide `total`.
         """
         if solver_steps < 1 or total % solver_steps:
             near = min((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - solver_steps))
@@ -275,5 +285,5 @@ class Grid:
             raise ValueError(f"solver_steps = {solver_steps} does not divide the schedule's {total} times: take {near}")
         skip = total // solver_steps
         times = [k * skip - 1 for k in range(solver_steps, 0, -1)]
-        walks = [cls.named("lcm", n, total, solver_steps=solver_steps) for n in rollouts]
+        walks = [cls.named(rule, n, total, solver_steps=solver_steps) for n in rollouts]
         return cls([*times, 0], rollouts=walks, rule=f"lcm-{solver_steps}")

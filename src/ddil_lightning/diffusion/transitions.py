@@ -7,6 +7,7 @@ variance-preserving ones) and first-order DPM-Solver++ are DDIM's (METHODS 0.2).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,6 +25,11 @@ class Transition(ABC):
 
     noisy: ClassVar[bool] = True
     """Whether it draws noise. To END, where x_s is x0 whatever is drawn, a policy asks for none."""
+
+    @property
+    def called_with(self) -> Mapping[str, float]:
+        """What a call of a diffusers pipeline is given so that its scheduler steps so, where the scheduler itself cannot hold it."""
+        return {}
 
     @abstractmethod
     def __call__(
@@ -94,16 +100,19 @@ class TCD(Transition):
     def __post_init__(self) -> None:
         within(0, 1, gamma=self.gamma)
 
+    @property
+    def called_with(self) -> Mapping[str, float]:
+        """gamma by diffusers' name; pipelines hand their scheduler an eta of 0 where their call says none."""
+        return {"eta": self.gamma}
+
     def __call__(
         self, schedule: NoiseSchedule, x_t: Tensor, p: Prediction, t: Tensor, s: Tensor, generator: Generators | None = None
     ) -> Tensor:
         """The deterministic step to below s, and the forward process up from there."""
         # In float32, as TCDScheduler does it: in float64 0.7 * 90 falls to 62.
         below = torch.floor((1 - self.gamma) * s.float()).long().where(s >= 0, s)
-        (alpha_b, sigma_b), (alpha, sigma) = schedule.at(below, x_t), schedule.at(s, x_t)
         y = ddim(schedule, x_t, p, t, below)
-        added = (sigma.square() - (alpha / alpha_b * sigma_b).square()).clamp(min=0).sqrt()
-        return alpha / alpha_b * y + added * normal(p.x0, generator)
+        return schedule.add_noise(y, normal(p.x0, generator), s, since=below)
 
 
 ddim, renoise = DDIM(), Renoise()

@@ -72,7 +72,7 @@ class DMD2(Adversarial):
 
     def training_step(self, b: LatentBatch, i: int) -> None:
         """One update of critic and head; every `critic.steps`-th time one of the student before it, on the same outputs."""
-        student, critic = self.optimizers()  # type: ignore[misc,attr-defined]
+        student, critic = self.both()
         with torch.set_grad_enabled(self.adversary.student_turn):
             x = self.samples(b.x_t, b.t, b.c)
 
@@ -88,7 +88,7 @@ class DMD2(Adversarial):
         """[B] pseudo-loss whose gradient in x is `direction` / numel."""
         y, t, _ = self.adversary.diffuse(x.detach(), "matching", *self.tau)
         with torch.no_grad():
-            d = direction(x, *self.both(y, t, b), self.normaliser)
+            d = direction(x, *self.estimates(y, t, b), self.normaliser)
             if self.divergence != "reverse_kl":
                 d = d * emphasis(self.adversary.verdict(y, t, b.c), self.divergence, d.ndim)
         return 0.5 * mse(x, (x - d).detach())

@@ -75,7 +75,7 @@ class EMD(Adversarial):
 
     def training_step(self, b: LatentBatch, i: int) -> None:
         """A chain and the student's update, every `critic.steps`-th time; and one update of the critic, on samples at z_0."""
-        student, critic = self.optimizers()  # type: ignore[misc,attr-defined]
+        student, critic = self.both()
         if self.adversary.student_turn:
             with self.adversary.still():
                 end = self.posterior(b)
@@ -125,7 +125,7 @@ class EMD(Adversarial):
     @torch.no_grad()
     def drift(self, x_t: Tensor, t: Tensor, b: LatentBatch) -> Tensor:
         """sigma (s_q - s_p) = (alpha / sigma) (x0_q - x0_p) at x_t [B, ...], the scores as `scores` and `reflects` say."""
-        real, fake = self.both(x_t, t, b)
+        real, fake = self.estimates(x_t, t, b)
         alpha, sigma = self.critic.schedule.at(t, x_t)
         return alpha / sigma * (real - fake)
 

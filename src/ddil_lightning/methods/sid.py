@@ -33,7 +33,7 @@ class SiD(Adversarial):
 
     def training_step(self, b: LatentBatch, i: int) -> None:
         """One update of the critic; every `critic.steps`-th time one of the student before it, on the same samples."""
-        student, critic = self.optimizers()  # type: ignore[misc,attr-defined]
+        student, critic = self.both()
         with torch.set_grad_enabled(self.adversary.student_turn):
             x = self.samples(b.x_t, b.t, b.c)
 
@@ -47,7 +47,7 @@ class SiD(Adversarial):
     def identity(self, x: Tensor, b: LatentBatch) -> Tensor:
         """[B] the loss on samples x [B, ...] over mean |x - f_T|, DMD's normaliser, which the authors took over."""
         y, t, _ = self.adversary.diffuse(x, "matching", *self.tau)
-        real, fake = self.both(y, t, b)
+        real, fake = self.estimates(y, t, b)
         gap = real - fake
         with torch.no_grad():
             scale = per_sample((x - real).abs())

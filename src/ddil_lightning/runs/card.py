@@ -130,7 +130,8 @@ class Card:
         steps, g = self.about["steps"], self.about["guidance_scale"]
         # A pipeline's own call makes what its network was first made for.
         size = f", height={self.size[0]}, width={self.size[1]}" if "size" in self.about else ""
-        call = f'image = pipe("a prompt", num_inference_steps={steps}, guidance_scale={g:g}{size}).images[0]'
+        noise = f", eta={self.about['eta']:g}" if "eta" in self.about else ""  # of a scheduler that cannot keep it
+        call = f'image = pipe("a prompt", num_inference_steps={steps}, guidance_scale={g:g}{noise}{size}).images[0]'
         yield "## In diffusers"
         if "diffusers" in self.files:
             where = self.hub or self.files["diffusers"]

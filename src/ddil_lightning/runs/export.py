@@ -34,6 +34,13 @@ def exported(folder: Path) -> bool:
     return "method" in read_table(folder / "ddil.json")
 
 
+def unheld(method: Distillation) -> str | None:
+    """Why no pipeline can hold the student of a method, in a few words; None where one can."""
+    if method.outgoing.s_conditioned:
+        return "no pipeline of diffusers tells a network the time that it jumps to, as this student is told it"
+    return None if method.backbone.holds_students else f"no pipeline can hold the student of {method.backbone.path}"
+
+
 def check_prompts(method: Distillation, examples: Sequence[str]) -> list[str]:
     """At most four prompts by which an exported pipeline is compared: the card's previews, else `examples` of the data, else empty ones."""
     return (list(method.backbone.about.get("previews") or examples) or ["", ""])[:4]
@@ -46,8 +53,8 @@ def export(method: Distillation, folder: Path, steps: int = 4, dtype: torch.dtyp
     one is complete. Raises ValueError where the backbone's students are no pipelines.
     """
     backbone, deployment = method.backbone, method.deployment
-    if not backbone.holds_students:
-        raise ValueError(f"no pipeline can hold the student of {backbone.path}: its weights are in checkpoints")
+    if why := unheld(method):
+        raise ValueError(f"{why}: its weights are in checkpoints")
     about = about_student(method, steps)
     with replacing_folder(folder) as temporary, merged(method):
         backbone.save(temporary, method.deployment.network, deployment.scheduler, dtype, safety_checker)
@@ -67,6 +74,7 @@ def about_student(method: Distillation, steps: int) -> dict[str, Any]:
         "made_for": list(deployment.steps),
         "guidance": g,
         "guidance_scale": deployment.guidance_scale,
+        **deployment.called_with,
         "guidance_range": list(method.guidance) if deployment.told else [g, g],
         "timesteps": deployment.grid(steps).nodes.tolist(),
         "dataset": method.backbone.about.get("dataset"),
@@ -103,7 +111,7 @@ def verify(method: Distillation, folder: Path, prompts: Sequence[str], steps: in
 
 def reloaded(method: Distillation, folder: Path) -> Pipeline:
     """A student's pipeline from its folder, in the place of the method's own."""
-    return cast("Pipeline", method.backbone).holding(load_pipeline(folder, loads(method)))
+    return cast("Pipeline", method.backbone).holding(load_pipeline(folder, loads(method)), method.deployment.called_with)
 
 
 def is_lean(method: Distillation) -> bool:
@@ -258,7 +266,7 @@ def rehearse(method: Distillation, folder: Path, prompts: Sequence[str], export_
                 assert deployment.scheduler is not None  # the first one could be exported
                 scheduler = deployment.scheduler()
                 scheduler.save_pretrained(folder / "scheduler")
-                made = made.stepping(type(scheduler).from_pretrained(folder / "scheduler"))
+                made = made.stepping(type(scheduler).from_pretrained(folder / "scheduler"), deployment.called_with)
             if is_lean(method):
                 with standing_in(method, made.network()):
                     compare_samplers(method.deployments()[k], made, prompts, steps)

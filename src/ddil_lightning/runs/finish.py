@@ -18,6 +18,7 @@ from ddil_lightning.diffusion.denoiser import evaluating
 from ddil_lightning.errors import one_line
 from ddil_lightning.files import replacing_folder
 from ddil_lightning.training.method import Distillation
+from ddil_lightning.training.sharing import merged
 
 
 @dataclass
@@ -73,13 +74,14 @@ def finish(
         "failed": {},
     }
     with trying("pipeline", summary["failed"]):
-        if method.backbone.holds_students:
+        if export.unheld(method) is None:
             steps = method.deployment.steps[0] if export_steps is None else export_steps
             prompts = export.check_prompts(method, examples)
             summary["export_difference"] = difference = export.deliver(method, folder / "pipeline", prompts, steps)
             print(f"pipeline written and checked: {folder / 'pipeline'} (latents differ by {difference:.1e})", flush=True)
         else:
-            print(f"no pipeline can hold this student; its weights: {_save_weights(method, folder)}", flush=True)
+            why = export.unheld(method) if method.backbone.holds_students else "no pipeline can hold this student"
+            print(f"{why}; its weights: {_save_weights(method, folder)}", flush=True)
     with trying("test", summary["failed"]):
         summary["rows"] = _rows(method, folder, test) if test.n else []
         print(table(summary["rows"]) if summary["rows"] else "", end="")
@@ -109,7 +111,7 @@ def rehearse(method: Distillation, folder: Path, test: Test, export_steps: int |
 
     counts = method.evaluations
     with torch.random.fork_rng(), evaluating(method.deployment.network), replacing_folder(folder / "rehearsal", keep=False) as place:
-        if method.backbone.holds_students:
+        if export.unheld(method) is None:
             export.rehearse(method, place / "pipeline", export.check_prompts(method, examples), export_steps)
         else:
             _save_weights(method, place)
@@ -122,6 +124,9 @@ def rehearse(method: Distillation, folder: Path, test: Test, export_steps: int |
 
 def _save_weights(method: Distillation, folder: Path) -> Path:
     deployment = method.deployment
+    if method.backbone.holds_students:  # whose `save` writes pipelines
+        with merged(method):
+            return method.backbone.save_weights(folder, method.deployment.network, torch.float32)
     return method.backbone.save(folder, deployment.network, deployment.scheduler, torch.float32, False)
 
 

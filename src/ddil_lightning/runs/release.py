@@ -18,7 +18,7 @@ from ddil_lightning.backbones.loading import load_pipeline
 from ddil_lightning.backbones.repositories import BUILTIN, called
 from ddil_lightning.errors import one_line
 from ddil_lightning.files import replacing_folder, write_text
-from ddil_lightning.runs.export import NotAsTrained, card, check_weights, confirm, deliver, export, is_lean, loads, rounded
+from ddil_lightning.runs.export import NotAsTrained, card, check_weights, confirm, deliver, export, is_lean, loads, rounded, unheld
 from ddil_lightning.training.sharing import merged
 
 if TYPE_CHECKING:
@@ -70,8 +70,8 @@ def default_name(config: str | None, teacher: str) -> str:
 
 def check_formats(method: Distillation, formats: Sequence[str]) -> None:
     """Raises ValueError, naming formats that do, for one that cannot hold the student of `method`."""
-    if not method.backbone.holds_students:
-        raise ValueError(f"no pipeline can hold the student of {method.backbone.path}: its weights are in the checkpoint")
+    if why := unheld(method):
+        raise ValueError(f"{why}: its weights are in the checkpoint")
     network = cast("Family", method.outgoing.network)
     for kind in formats:
         if kind in U_NETS and network.component != "unet":
@@ -120,7 +120,7 @@ def _adapters(method: Distillation, given: Release, kind: str) -> float:
             raise NotAsTrained(str(error)) from error
         # Of a lean student the adapters have just been compared, and no merged network is asked.
         with rounded(lora.parameters(network), given.dtype), nullcontext() if is_lean(method) else merged(method):
-            return confirm(method, backbone.holding(pipe), given.prompts, given.steps, trained)
+            return confirm(method, backbone.holding(pipe, method.deployment.called_with), given.prompts, given.steps, trained)
 
 
 def _single_file(method: Distillation, given: Release, kind: str) -> float:
@@ -143,7 +143,7 @@ def _single_file(method: Distillation, given: Release, kind: str) -> float:
                 check_weights(getattr(pipe, part), getattr(source, part), given.dtype, f"the {part} in {file.name}")
         if is_lean(method):
             check_weights(pipe.unet, cast("Family", method.deployment.network).model, given.dtype, f"the unet in {file.name}")
-        return confirm(method, backbone.holding(pipe), given.prompts, given.steps, trained)
+        return confirm(method, backbone.holding(pipe, method.deployment.called_with), given.prompts, given.steps, trained)
 
 
 @contextmanager

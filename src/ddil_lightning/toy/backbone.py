@@ -91,9 +91,9 @@ class Toy(Backbone):
         """The network of the exact teacher: the posterior mean of the mixture, as v."""
         return self.exact
 
-    def trainable(self, w_conditioned: bool = False, name: str = "student") -> Network:
+    def trainable(self, w_conditioned: bool = False, name: str = "student", s_conditioned: bool = False) -> Network:
         """A trainable ensemble whose members start as MLPs that have learned the exact unguided teacher."""
-        made = self.ensemble(w_conditioned)
+        made = self.ensemble(w_conditioned, s_conditioned)
         made.load_state_dict(_pretrained(self.seeds, *self._shape), strict=False)
         return made.requires_grad_(True).train()
 
@@ -101,10 +101,11 @@ class Toy(Backbone):
         """A discriminator's head on the critic's hidden layers, by default the last."""
         return self.ensemble().head(layers)
 
-    def ensemble(self, w_conditioned: bool = False) -> Ensemble:
+    def ensemble(self, w_conditioned: bool = False, s_conditioned: bool = False) -> Ensemble:
         """MLPs of the students' shape with random weights."""
         _, _, width, depth = self._shape
-        return Ensemble(self.seeds, self.mixture.num_classes, self.problem.second_moment, self.schedule, width, depth, w_conditioned)
+        law = (self.mixture.num_classes, self.problem.second_moment, self.schedule)
+        return Ensemble(self.seeds, *law, width, depth, w_conditioned, s_conditioned)
 
     def encode_text(self, prompts: Sequence[str], truncate: bool = False, sizes: Tensor | None = None) -> Context:
         """One-hot classes of the prompts "class 0" ..., and zeros for the empty prompt. Raises ValueError for another prompt."""

@@ -37,7 +37,8 @@ class Ensemble(Network):
     """S MLPs in one call: member s reads and answers column s of [B, 2, S] with weights of its own; the output is v.
 
     Input and output are scaled by the standard deviations of x_t and v (`moment` = E|x0|^2 / 2). Every member is told the time (Fourier
-    features, t, log-SNR), the class and, with `w_conditioned`, the guidance by a layer that starts at zero. `seeds` [S]: of the weights.
+    features, t, log-SNR), the class and, with `w_conditioned`, the guidance by a layer that starts at zero; with `s_conditioned` so the
+    time that is jumped to, by the features of the time. `seeds` [S]: of the weights.
     """
 
     scales: Tensor
@@ -52,9 +53,10 @@ class Ensemble(Network):
         width: int,
         depth: int,
         w_conditioned: bool = False,
+        s_conditioned: bool = False,
     ) -> None:
         super().__init__()
-        self.w_conditioned, self.width, self.seeds = w_conditioned, width, tuple(seeds)
+        self.w_conditioned, self.s_conditioned, self.width, self.seeds = w_conditioned, s_conditioned, width, tuple(seeds)
         a2, s2 = schedule.alphas.square(), schedule.sigmas.square()
         scales, times = torch.stack([(a2 * moment + s2).sqrt(), (a2 + s2 * moment).sqrt()], 1), time_features(schedule)
         self.register_buffer("scales", scales.float(), persistent=False)
@@ -65,6 +67,7 @@ class Ensemble(Network):
         self.weights = nn.ParameterList([w for w, _ in pairs])
         self.biases = nn.ParameterList([b for _, b in pairs])
         self.guidance = nn.Parameter(torch.zeros(len(seeds), W_EMBEDDING, width)) if w_conditioned else None
+        self.jump = nn.Parameter(torch.zeros(len(seeds), times.shape[1], width)) if s_conditioned else None
 
     def forward(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
         """v [B, 2, S]. Raises ValueError when a w-conditioned ensemble is not told w."""
@@ -86,7 +89,7 @@ class Ensemble(Network):
         *hidden, last = zip(self.weights, self.biases, strict=True)
         for i, (w, b) in enumerate(hidden):
             z = torch.baddbmm(b, h, w)
-            h = F.silu(z if i or self.guidance is None else z + self._told_guidance(c))
+            h = F.silu(z if i else self._told(z, c))
             kept[f"hidden{i}"] = h
         w, b = last
         features = tuple(kept[name].permute(1, 2, 0) for name in asked)
@@ -97,10 +100,21 @@ class Ensemble(Network):
         made = [Head(self.seeds, self.width) for _ in self.named(layers, self.layers[-1])]
         return made[0] if len(made) == 1 else Heads(made)
 
-    def _told_guidance(self, c: Context) -> Tensor:
-        if c.w is None or self.guidance is None:
-            raise ValueError("this student is conditioned on guidance, but the context carries no w: give it guidance g (w = g - 1)")
-        return w_embedding(c.w) @ self.guidance
+    def _told(self, z: Tensor, c: Context) -> Tensor:
+        """z [S, B, width] with what comes of guidance and of the end of the jump."""
+        if self.guidance is not None:
+            if c.w is None:
+                raise ValueError("this student is conditioned on guidance, but the context carries no w: give it guidance g (w = g - 1)")
+            z = z + w_embedding(c.w) @ self.guidance
+        if self.jump is not None:
+            if c.s is None:
+                raise ValueError("this student is told the time that is jumped to, but the context carries no s: ask it by a policy")
+            z = z + self.times[c.s] @ self.jump
+        return z
+
+    def last_layer(self) -> nn.Parameter:
+        """The weights of the last linear layer of all members."""
+        return self.weights[-1]
 
 
 class Head(nn.Module):

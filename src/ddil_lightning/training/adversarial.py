@@ -17,12 +17,13 @@ from ddil_lightning.diffusion.transitions import ddim, renoise
 from ddil_lightning.feed import Wants
 from ddil_lightning.records import Context, LatentBatch
 from ddil_lightning.training.adversary import Adversary, Critic, Gan
+from ddil_lightning.training.contest import Contest
 from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.scores import Reflects, Scores
 
 
-class Adversarial(Distillation):
+class Adversarial(Contest, Distillation):
     """Base of the methods that move a generator by the difference of two scores: DMD2, EM distillation, SiD, ...
 
     The student answers at each of a few nodes with a sample, which the deployment re-noises to the next; the guidance is baked into it. A
@@ -43,7 +44,6 @@ class Adversarial(Distillation):
     takes_turns = True
     critic: Role
     head: nn.Module | None
-    adversary: Adversary
 
     def __init__(
         self,
@@ -86,20 +86,12 @@ class Adversarial(Distillation):
         x = self.student(x_t, t, c).x0
         return self.reflection.through(x) if self.reflects.student else x
 
-    def both(self, y: Tensor, t: Tensor, b: LatentBatch) -> tuple[Tensor, Tensor]:
+    def estimates(self, y: Tensor, t: Tensor, b: LatentBatch) -> tuple[Tensor, Tensor]:
         """x0 [B, ...] at y by the real score and by the fake one, reflected as `reflects` says."""
         real, fake = self.teacher(y, t, self.scores.asked(b.c)).x0, self.critic(y, t, b.c).x0
         return real, self.reflection(fake) if self.reflects.critic else fake
 
     # What the rest of the library asks -----------------------------------------------------------------------------------------------
-
-    def configure_optimizers(self) -> Any:
-        """One for the student; one for critic and head."""
-        return [self.optimizer_of(self.student.weights(), self.lr), self.optimizer_of(self.adversary.weights(), self.critic_lr)]
-
-    def on_student_turn(self) -> None:
-        """The last batch of the critic's cycle."""
-        self.adversary.updates += (-self.adversary.updates - 1) % self.adversary.every
 
     def setup(self, stage: str) -> None:
         """Raises ValueError for a GAN without data."""
@@ -114,16 +106,6 @@ class Adversarial(Distillation):
                 f"the prior gives {prior.teacher:g} to the teacher, which does not start from pure noise at t = {self.times - 1}: "
                 "leave model.start out, or give that share to forward or student"
             )
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Also where the run stands between two student updates."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["ddil"] |= self.adversary.state()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore where the run stood between two student updates."""
-        super().on_load_checkpoint(checkpoint)
-        self.adversary.restore(checkpoint["ddil"])
 
     def deploy(self, student: Denoiser) -> Deployment:
         """Re-noising on trained nodes alone, in the trained step count or fewer; its samples stand for the real score's guidance."""

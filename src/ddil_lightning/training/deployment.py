@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,11 @@ class Deployment:
     def guidance_scale(self) -> float:
         """The `guidance_scale` to call the exported pipeline with: g for a student that is told it, 1 for one with g baked in."""
         return self.guidance if self.told else 1.0
+
+    @property
+    def called_with(self) -> Mapping[str, float]:
+        """What the exported pipeline's call is given besides (`Transition.called_with`)."""
+        return self.policy.transition.called_with
 
     @property
     def quoted(self) -> float:

@@ -158,7 +158,8 @@ class Descent:
         b = self.batch
         if b is None:
             return ""
-        bad = [name for name, role in roles.items() if not bool(role(b.x_t, b.t, b.c).x0.isfinite().all())]
+        told = {True: b.c._replace(s=b.s), False: b.c}
+        bad = [name for name, role in roles.items() if not bool(role(b.x_t, b.t, told[role.s_conditioned]).x0.isfinite().all())]
         if not bool(b.x_t.isfinite().all()):
             return ": the latents themselves are not finite"
         return f": not finite is the output of the {' and the '.join(bad)} network" if bad else ": the outputs of all networks are finite"

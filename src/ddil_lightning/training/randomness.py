@@ -1,9 +1,19 @@
-"""Torch's own random numbers, which dropout takes and nobody can hand it: borrowed for a step, and given back as they were."""
+"""The random numbers of a step: those of a loss, and torch's own, which dropout takes and nobody can hand it: borrowed and given back."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from ddil_lightning.streams import Streams
+
+
+def numbers_of(method: Any) -> Streams:
+    """What is random in the loss of a method's present micro-batch: it follows from seed and clocks, so that a resumed run repeats it."""
+    step = method.student_updates * method.descent.accumulate + method.descent.micro.get("loss", 0)
+    return Streams(method.feed.seed, step, method.stage, method.global_rank)
 
 
 class Borrowed:

@@ -1,0 +1,48 @@
+"""What methods with an adversary share besides it: its optimiser, its turns in a memory plan, and its place in checkpoints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ddil_lightning.training.adversary import Adversary
+
+if TYPE_CHECKING:
+    from ddil_lightning.training.method import Distillation as Base
+else:
+    Base = object  # configs name the classes below Distillation, and this is no method
+
+
+class Contest(Base):
+    """Beside Distillation: holds an `adversary`, which may be one without critic and head, and which learns at the rate `critic_lr`."""
+
+    adversary: Adversary
+    critic_lr: float
+
+    @property
+    def opposed(self) -> bool:
+        """Whether there is somebody to descend beside the student."""
+        return self.adversary.critic is not None or self.adversary.head is not None
+
+    def both(self) -> tuple[Any, Any]:
+        """The optimisers of student and adversary; None for one that is not there."""
+        optimizers: Any = self.optimizers()
+        return tuple(optimizers) if self.opposed else (optimizers, None)
+
+    def configure_optimizers(self) -> Any:
+        """One for the student, and one for critic and head."""
+        student = self.optimizer_of(self.student.weights(), self.lr)
+        return [student, self.optimizer_of(self.adversary.weights(), self.critic_lr)] if self.opposed else student
+
+    def on_student_turn(self) -> None:
+        """The last batch of the critic's cycle."""
+        self.adversary.updates += (-self.adversary.updates - 1) % self.adversary.every
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also where the run stands between two student updates."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["ddil"] |= self.adversary.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore where the run stood between two student updates."""
+        super().on_load_checkpoint(checkpoint)
+        self.adversary.restore(checkpoint["ddil"])
