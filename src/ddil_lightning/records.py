@@ -50,12 +50,21 @@ class Prediction(NamedTuple):
     v: Tensor  # [B, C, H, W]
 
 
+class Pair(NamedTuple):
+    """Stored trajectories of the teacher by their two ends: its deterministic sampler takes `noise` to `end` at guidance w."""
+
+    noise: Tensor  # [B, C, H, W] standard normal
+    end: Tensor  # [B, C, H, W] clean latents
+    w: Tensor  # [B] as in `Context`
+
+
 class CaptionBatch(NamedTuple):
     """What a data set hands over: the data side of a step, encoded."""
 
     latent: Tensor | None  # [B, C, H, W] scaled latents of the images, None without data
     c: Context  # unguided (w is None)
     rows: Tensor  # [B] row of the data set
+    pair: Pair | None = None  # of the captions, for a method that wants it
 
 
 class LatentBatch(NamedTuple):
@@ -72,7 +81,7 @@ class LatentBatch(NamedTuple):
     slot: Tensor  # [B] where the buffer keeps the state (for priorities), -1 if it does not
     real_c: Context | None = None  # the captions of `real`, unguided; those of a rolled-out x_t are others
     # The two ends of the trajectory of x_t, for a method that wants them: pairs (x_T, x_0) coupled by the policies' flow or, of forward
-    # latents, the independent pair of noise and data.
+    # latents, the pair that x_t was mixed from: independent noise and data, or a stored pair of the teacher's.
     noise: Tensor | None = None  # [B, C, H, W]
     end: Tensor | None = None  # [B, C, H, W]
 

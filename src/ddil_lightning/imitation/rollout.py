@@ -118,24 +118,27 @@ def forward(
     """The forward source: data noised to uniform nodes, x_t = alpha x0 + sigma eps.
 
     `wants` (default: the learner's): with its `pure_noise` node 0 is noise without signal, as in DMD2. Where it is the only node, no images
-    are needed, and captions alone give noise of the latents' `shape`.
+    are needed, and captions alone give noise of the latents' `shape`. With its `pairs` x0, eps and w are those of the batch's pairs.
     """
     grid, schedule = learner.grid, learner.policies.student.schedule
     wants = learner.wants if wants is None else wants
-    x0, device = batch.latent, batch.c.text.device
+    pair = batch.pair if wants.pairs else None
+    if wants.pairs and pair is None:
+        raise ValueError("forward latents need pairs of the teacher's and the data bring none: set model.pairs.each to 1 or more")
+    x0, device = batch.latent if pair is None else pair.end, batch.c.text.device
     if x0 is None and (shape is None or wants.images(len(grid))):
         raise ValueError("the prior has a forward share but the data set has no images: give that share to the teacher, or give images")
     size, dtype = ((len(batch.rows), *(shape or ())), torch.float32) if x0 is None else (x0.shape, x0.dtype)
     node = grid.draw(size[0], streams.local("node")).to(device)
     t, s = grid.times.to(device)[node], grid.times.to(device)[node + 1]
-    eps = torch.randn(size, generator=streams.local("noise", device), device=device, dtype=dtype)
+    eps = torch.randn(size, generator=streams.local("noise", device), device=device, dtype=dtype) if pair is None else pair.noise
     x_t = eps if x0 is None else schedule.add_noise(x0, eps, t)
     if wants.pure_noise:
         x_t = torch.where((node == 0).view(-1, *(1,) * (eps.ndim - 1)), eps, x_t)
-    c = guided(batch.c, learner.guidance, streams.local("guidance"))
+    c = guided(batch.c, learner.guidance, streams.local("guidance")) if pair is None else batch.c.guided(pair.w)
     tag, weight = torch.full_like(t, FORWARD), torch.ones(len(t), device=device)
-    pair = (eps, x0) if wants.ends else (None, None)
-    return LatentBatch(x_t, t, s, node, c, x0, tag, weight, torch.full_like(t, -1), batch.c, *pair)
+    ends = (eps, x0) if wants.ends or wants.pairs else (None, None)
+    return LatentBatch(x_t, t, s, node, c, batch.latent, tag, weight, torch.full_like(t, -1), batch.c, *ends)
 
 
 def collect(
