@@ -45,17 +45,20 @@ class Wants:
             node then needs no images.
         ends: every latent comes with the two ends of its trajectory, `LatentBatch.noise` and `end` (reflow, DMD's regression): roll-outs go
             on to their end, which costs the transitions that are left.
+        noise: every latent comes with the noise that its trajectory began in, `LatentBatch.noise`, and forward latents are that noise at
+            every node: for a method without data (BOOT).
         pairs: forward latents are mixed from the two ends of a stored pair made as these say, noise and what the teacher's deterministic
             sampler makes of it, in the place of data and independent noise; `LatentBatch.noise` and `end` are these ends.
     """
 
     pure_noise: bool = False
     ends: bool = False
+    noise: bool = False
     pairs: Pairs | None = None
 
     def images(self, nodes: int) -> bool:
         """Whether forward latents on a grid of so many nodes need images."""
-        return not self.pairs and (not self.pure_noise or nodes > 1 or self.ends)
+        return not self.pairs and not self.noise and (not self.pure_noise or nodes > 1 or self.ends)
 
 
 class Feed:

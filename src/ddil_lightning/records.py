@@ -84,6 +84,7 @@ class LatentBatch(NamedTuple):
     # latents, the pair that x_t was mixed from: independent noise and data, or a stored pair of the teacher's.
     noise: Tensor | None = None  # [B, C, H, W]
     end: Tensor | None = None  # [B, C, H, W]
+    whole: Tensor | None = None  # [B] who made the end of the noise, a tag of SOURCES; FORWARD of forward latents
 
 
 class Rollout(NamedTuple):
@@ -97,6 +98,7 @@ class Rollout(NamedTuple):
     c: Context  # [R]
     noise: Tensor | None = None  # [R, C, H, W] x_T of every trajectory, for a method that wants its ends
     end: Tensor | None = None  # [R, C, H, W] what those who acted made of it: x0 on a grid to END, else the state at its last time
+    whole: Tensor | None = None  # [R] the tag of all who acted until then
 
 
 def _map(f: Callable[..., Tensor], *records: T) -> T:

@@ -62,8 +62,8 @@ class Stored:
         where = self._where[number, rows]
         if bool((where < 0).any()):
             raise ValueError(f"row {int(rows[(where < 0).any(1)][0])} (from 0) of the data has no pair")
-        found = [{name: self._parts[i][name][place] for name in Pair._fields} for i, place in where.tolist()]
-        return Pair(**{name: torch.stack([one[name] for one in found]).float() for name in Pair._fields})
+        found = [{name: self._parts[i][name][place].float() for name in Pair._fields} for i, place in where.tolist()]
+        return Pair(**{name: torch.stack([one[name] for one in found]) for name in Pair._fields})
 
     def joined(self, batch: CaptionBatch, streams: Streams | None = None) -> CaptionBatch:
         """The batch with a pair of each of its rows: one by chance of several, the first without `streams`."""
@@ -86,7 +86,8 @@ class Part(NamedTuple):
 class Maker:
     """Makes the pairs of a data set by DDIM of the backbone's guided teacher, without reflection, as many parts as are not there yet.
 
-    `guidance` (g_min, g_max); `taken`: rows -> their encoded batch; `batch`: rows at a time. Every process makes a share of the parts.
+    `guidance` (g_min, g_max); `taken`: rows -> their encoded batch; `batch`: rows at a time in training: without gradients there is room
+    for four times as many. Every process makes a share of the parts.
     """
 
     def __init__(
@@ -133,21 +134,22 @@ class Maker:
         """The columns of a part. Raises ValueError for an answer that is not finite in half precision."""
         low, high = self.guidance
         made: list[dict[str, Tensor]] = []
-        for rows in part.rows.split(self.batch):
+        for rows in part.rows.split(4 * self.batch):
             batch = self.taken(rows)
             shape = self.backbone.latent_shape if batch.latent is None else batch.latent.shape[1:]
             found = batch.rows.tolist()  # others, where rows cannot be read and are skipped
             streams = [Streams(self.pairs.seed, part.number, rank=row) for row in found]
             # Rounded first, so that what is stored is the very noise that the end belongs to.
-            noise = torch.stack([torch.randn(tuple(shape), generator=s.local("pair-noise")) for s in streams]).half()
+            noise = torch.stack([torch.randn(tuple(shape), generator=s.local("pair-noise")) for s in streams]).half().float()
             u = torch.cat([torch.rand(1, generator=s.local("pair-guidance")) for s in streams])
             w = to_w(low) + (high - low) * u
             device = batch.c.text.device
-            end = self.policy.sample(noise.float().to(device), self.grid, batch.c.guided(w.to(device))).half().cpu()
-            if not bool(end.isfinite().all()):
+            end = self.policy.sample(noise.to(device), self.grid, batch.c.guided(w.to(device))).float().cpu()
+            if not bool(end.half().isfinite().all()):
                 raise ValueError(f"the teacher's answer to one of the rows {found[0]} to {found[-1]} is not finite in half precision")
             made.append({"rows": torch.tensor(found), "number": torch.full((len(found),), part.number), "noise": noise, "end": end, "w": w})
-        return {name: torch.cat([one[name] for one in made]) for name in made[0]}
+        columns = {name: torch.cat([one[name] for one in made]) for name in made[0]}
+        return {**columns, "noise": columns["noise"].half(), "end": columns["end"].half()}
 
     def _open(self, folder: Path, parts: Sequence[Part], captions: Captions, rows: int) -> list[int]:
         """Which of the parts lie in the folder already, which is begun where it is new. Raises ValueError for one of other pairs."""
