@@ -4,7 +4,8 @@ from ddil_lightning.methods.dmd import DMD
 from ddil_lightning.methods.dmd2 import DMD2
 from ddil_lightning.methods.lcm import LCM
 from ddil_lightning.methods.pd import PD
+from ddil_lightning.methods.reflow import Reflow
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.plan import Part, Stage
 
-__all__ = ["DMD", "DMD2", "LCM", "PD", "Distillation", "Part", "Stage"]
+__all__ = ["DMD", "DMD2", "LCM", "PD", "Distillation", "Part", "Reflow", "Stage"]
