@@ -1,5 +1,6 @@
 """Feedback losses: one file per method. A method never knows where its latents come from."""
 
+from ddil_lightning.methods.boot import BOOT
 from ddil_lightning.methods.dmd import DMD
 from ddil_lightning.methods.dmd2 import DMD2
 from ddil_lightning.methods.lcm import LCM
@@ -8,4 +9,4 @@ from ddil_lightning.methods.reflow import Reflow
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.plan import Part, Stage
 
-__all__ = ["DMD", "DMD2", "LCM", "PD", "Distillation", "Part", "Reflow", "Stage"]
+__all__ = ["BOOT", "DMD", "DMD2", "LCM", "PD", "Distillation", "Part", "Reflow", "Stage"]
