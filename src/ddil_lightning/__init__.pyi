@@ -14,7 +14,8 @@ from ddil_lightning.imitation.buffer import ReplayBuffer as ReplayBuffer
 from ddil_lightning.imitation.options import Buffer as Buffer, Rollouts as Rollouts
 from ddil_lightning.imitation.prior import Cosine as Cosine, Exponential as Exponential, Gated as Gated, GatedBy as GatedBy, Linear as Linear, Piecewise as Piecewise, SamplingPrior as SamplingPrior, Schedule as Schedule
 from ddil_lightning.imitation.rollout import draw as draw, roll as roll
-from ddil_lightning.methods import DMD2 as DMD2, EMD as EMD, LCM as LCM, PD as PD, SiD as SiD
+from ddil_lightning.feed import Pairs as Pairs
+from ddil_lightning.methods import BOOT as BOOT, CTM as CTM, DMD as DMD, DMD2 as DMD2, EMD as EMD, LCM as LCM, PCM as PCM, PD as PD, Reflow as Reflow, SiD as SiD, TCD as TCD
 from ddil_lightning.methods.dmd2 import Matching as Matching
 from ddil_lightning.methods.emd import Chain as Chain
 from ddil_lightning.training.adversary import Critic as Critic, Gan as Gan
@@ -22,4 +23,5 @@ from ddil_lightning.training.scores import Reflects as Reflects, Scores as Score
 from ddil_lightning.training.options import Memory as Memory
 from ddil_lightning.training.method import Distillation as Distillation
 from ddil_lightning.training.optimisation import Optimizer as Optimizer
+from ddil_lightning.training.regression import Regression as Regression
 from ddil_lightning.training.plan import Part as Part, Stage as Stage

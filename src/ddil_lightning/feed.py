@@ -8,7 +8,32 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from ddil_lightning.bounds import seeds, within
 from ddil_lightning.records import CaptionBatch, LatentBatch
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """How pairs of noise and the teacher's answer to it are made, for a method that trains on them: each belongs to a caption of the data.
+
+    Args:
+        path: a folder that keeps them for later runs, and for the same one if it is killed; by default each run makes them in memory.
+        steps: of the teacher's DDIM, on trailing nodes.
+        each: how many every caption has; 0 makes none, for a prior without a forward share.
+        seed: of their noise, and of their guidance where the method has a range of it.
+    """
+
+    path: str | None = None
+    steps: int = 32
+    each: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        within(1, 10**4, **{"pairs.steps": self.steps})
+        within(0, 1000, **{"pairs.each": self.each})
+        seeds(**{"pairs.seed": self.seed})
+        if self.path == "":
+            raise ValueError("pairs.path is empty: give a folder's name, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -20,14 +45,20 @@ class Wants:
             node then needs no images.
         ends: every latent comes with the two ends of its trajectory, `LatentBatch.noise` and `end` (reflow, DMD's regression): roll-outs go
             on to their end, which costs the transitions that are left.
+        noise: every latent comes with the noise that its trajectory began in, `LatentBatch.noise`, and forward latents are that noise at
+            every node: for a method without data (BOOT).
+        pairs: forward latents are mixed from the two ends of a stored pair made as these say, noise and what the teacher's deterministic
+            sampler makes of it, in the place of data and independent noise; `LatentBatch.noise` and `end` are these ends.
     """
 
     pure_noise: bool = False
     ends: bool = False
+    noise: bool = False
+    pairs: Pairs | None = None
 
     def images(self, nodes: int) -> bool:
         """Whether forward latents on a grid of so many nodes need images."""
-        return not self.pure_noise or nodes > 1 or self.ends
+        return not self.pairs and not self.noise and (not self.pure_noise or nodes > 1 or self.ends)
 
 
 class Feed:

@@ -51,12 +51,21 @@ class Prediction(NamedTuple):
     v: Tensor  # [B, C, H, W]
 
 
+class Pair(NamedTuple):
+    """Stored trajectories of the teacher by their two ends: its deterministic sampler takes `noise` to `end` at guidance w."""
+
+    noise: Tensor  # [B, C, H, W] standard normal
+    end: Tensor  # [B, C, H, W] clean latents
+    w: Tensor  # [B] as in `Context`
+
+
 class CaptionBatch(NamedTuple):
     """What a data set hands over: the data side of a step, encoded."""
 
     latent: Tensor | None  # [B, C, H, W] scaled latents of the images, None without data
     c: Context  # unguided (w is None)
     rows: Tensor  # [B] row of the data set
+    pair: Pair | None = None  # of the captions, for a method that wants it
 
 
 class LatentBatch(NamedTuple):
@@ -73,9 +82,10 @@ class LatentBatch(NamedTuple):
     slot: Tensor  # [B] where the buffer keeps the state (for priorities), -1 if it does not
     real_c: Context | None = None  # the captions of `real`, unguided; those of a rolled-out x_t are others
     # The two ends of the trajectory of x_t, for a method that wants them: pairs (x_T, x_0) coupled by the policies' flow or, of forward
-    # latents, the independent pair of noise and data.
+    # latents, the pair that x_t was mixed from: independent noise and data, or a stored pair of the teacher's.
     noise: Tensor | None = None  # [B, C, H, W]
     end: Tensor | None = None  # [B, C, H, W]
+    whole: Tensor | None = None  # [B] who made the end of the noise, a tag of SOURCES; FORWARD of forward latents
 
 
 class Rollout(NamedTuple):
@@ -89,6 +99,7 @@ class Rollout(NamedTuple):
     c: Context  # [R]
     noise: Tensor | None = None  # [R, C, H, W] x_T of every trajectory, for a method that wants its ends
     end: Tensor | None = None  # [R, C, H, W] what those who acted made of it: x0 on a grid to END, else the state at its last time
+    whole: Tensor | None = None  # [R] the tag of all who acted until then
 
 
 def _map(f: Callable[..., Tensor], *records: T) -> T:

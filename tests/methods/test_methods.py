@@ -10,12 +10,14 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule
 from torch.utils.data import DataLoader
 
+from ddil_lightning.data.pairs import stored
 from ddil_lightning.data.sampler import CounterSampler
 from ddil_lightning.feed import Feed
 from ddil_lightning.imitation.rollout import forward
 from ddil_lightning.streams import Streams
 from suite import (
     ALL,
+    BATCH,
     EPOCH,
     FORWARD,
     MIXED,
@@ -122,13 +124,16 @@ class Plain(LightningDataModule, Feed):
         self.rows, self.done = pictures(folder), 0
 
     def setup(self, stage: str) -> None:
-        self.trainer.lightning_module.feed = self  # type: ignore[union-attr,assignment]
+        method: Any = self.trainer.lightning_module  # type: ignore[union-attr]
+        method.feed = self
+        self.pairs = stored(method, self.rows, self.rows.groups(), lambda rows: self.rows[rows.tolist()], BATCH, self.trainer)
 
     def train_dataloader(self) -> DataLoader:
         sampler = CounterSampler(len(self.rows), 4, 0, 1, 0, lambda: self.done)
         return DataLoader(self.rows, batch_size=None, sampler=sampler)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        batch = batch if self.pairs is None else self.pairs.joined(batch)
         return forward(batch, self.trainer.lightning_module, Streams(0, self.done))  # type: ignore[arg-type,union-attr]
 
     def commit(self) -> None:

@@ -40,8 +40,10 @@ def test_fit(name: str, tiny: Path, here: Path) -> None:
     small = "{data: {captions: {class_path: Digits}, batch_size: 4, rollouts: {trajectories: 4}, cache: true, workers: 0}}"
     words = ["--config", str(find_config(name)), "--config", small, f"--model.pipeline={tiny}", "--trainer.fast_dev_run=2", "--test.n=0"]
     words += ["--previews.every=0", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--run_dir=r"]
-    if name.startswith("dmd2"):  # every batch is the student's, and takes two steps of Lightning's
+    if name.startswith("dmd"):  # every batch is the student's, and takes two steps of Lightning's
         words += ["--model.critic.steps=1", "--trainer.fast_dev_run=4"]
+    if name.startswith(("dmd.", "dmd_ddil.", "reflow")):
+        words += ["--model.pairs.steps=1"]
     assert ddil_fit(words) == 0
     assert json.loads((here / "r" / "summary.json").read_text())["student_updates"] == 2
     told_s = name.startswith("ctm")  # which no pipeline of diffusers can be
@@ -104,9 +106,7 @@ def test_large_configs_run_to_their_end_on_a_small_pipeline_of_their_layout(
 def test_toy(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--config", str(find_config(name)), "--model.pipeline.init_args.width=8", "--model.pipeline.init_args.members=1"]
     assert (
-        ddil_fit(
-            [*words, f"--trainer.fast_dev_run={12 if 'dmd2' in name else 2}", "--test.n=64", "--test.teacher_steps=[4]", "--run_dir=r"]
-        )
+        ddil_fit([*words, f"--trainer.fast_dev_run={12 if 'dmd' in name else 2}", "--test.n=64", "--test.teacher_steps=[4]", "--run_dir=r"])
         == 0
     )
     assert "no pipeline can hold this student" in capsys.readouterr().out
@@ -142,7 +142,10 @@ def test_pretrain(name: str, here: Path) -> None:
     assert about["dataset"] == yaml.safe_load(find_config(name).read_text())["dataset"] and about["images"] == 32
 
 
-@pytest.mark.parametrize("name", ["ctm", "dmd2", "lcm", "lcm_lora", "pcm", "pd", "tcd"])
+PAIRED = [name for file in config_names() if (name := file.removesuffix(".yaml")) + "_ddil.yaml" in config_names()]
+
+
+@pytest.mark.parametrize("name", PAIRED)
 def test_a_method_with_and_without_ddil_differs_in_one_line(name: str) -> None:
     plain, ddil = ((configs_folder() / file).read_text().splitlines() for file in (f"{name}.yaml", f"{name}_ddil.yaml"))
     different = [(a, b) for a, b in zip(plain, ddil, strict=True) if a != b]

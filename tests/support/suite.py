@@ -22,7 +22,7 @@ from ddil_lightning.data.captions import Captions
 from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.data.encoded import Encoded, encode
 from ddil_lightning.imitation.prior import SamplingPrior
-from ddil_lightning.methods import CTM, DMD2, EMD, LCM, PCM, PD, TCD, SiD
+from ddil_lightning.methods import BOOT, CTM, DMD, DMD2, EMD, LCM, PCM, PD, TCD, Reflow, SiD
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.plan import Stage
 from options import options
@@ -51,6 +51,9 @@ METHODS = [
     Entry("emd-one-step", EMD, {"guidance": 2.0, "steps": 1, "start": 499, "rollouts": (1,)}, falls="critic_loss", unused=True, slow=True),
     Entry("sid", SiD, {"guidance": 2.0, "critic": {"steps": 2}}, falls="critic_loss", unused=True),
     Entry("f-distill", DMD2, {"guidance": 2.0, "scores": {"divergence": "js"}}, falls="critic_loss", unused=True, slow=True),
+    Entry("dmd", DMD, {"guidance": 2.0, "steps": 4, "pairs": {"steps": 2}}, falls="critic_loss", unused=True),
+    Entry("reflow", Reflow, {"guidance": 2.0, "nodes": 8, "relabel": 2, "teacher_steps": 4, "pairs": {"steps": 2}}),
+    Entry("boot", BOOT, {"guidance": 2.0, "steps": 4}),
     Entry("lcm-lora", LCM, {"adapter": LORA}),
     Entry("pd-lora", PD, {"stages": PLAN, "teacher_steps": 16, "adapter": LORA}, slow=True),
     Entry("dmd2-lora", DMD2, {"guidance": 2.0, "critic": {"steps": 2}, "adapter": LORA}, falls="critic_loss", unused=True, slow=True),

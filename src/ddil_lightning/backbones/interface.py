@@ -6,6 +6,7 @@ that is no diffusers pipeline by a subclass of `Backbone` (as toy/ does), which 
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddil_lightning.backbones import digests
 from ddil_lightning.backbones.adapters import Adapter
 from ddil_lightning.backbones.roles import Role
 from ddil_lightning.diffusion.reflection import Reflection
@@ -206,6 +208,12 @@ class Backbone(ABC):
     def fingerprints(self) -> dict[str, str]:
         """`encoders` by part, so that who has used some of them alone depends on no other: `vae` makes the latents, all others the text."""
         return {"encoders": self.encoders()}
+
+    def fingerprint(self) -> str:
+        """A digest of the teacher: of its network's weights, in the precision that they have, of what it predicts and of its schedule."""
+        tables = torch.stack([self.schedule.alphas, self.schedule.sigmas]).numpy().tobytes()
+        said = f"{digests.weights(self.network())} {self.predicts}".encode()
+        return hashlib.sha256(said + tables).hexdigest()
 
     @abstractmethod
     def encode_images(self, pixels: Tensor) -> Tensor:

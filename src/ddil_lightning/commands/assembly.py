@@ -18,6 +18,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+import ddil_lightning.methods  # noqa: F401
 from ddil_lightning import plugins
 from ddil_lightning.backbones.interface import Backbone
 from ddil_lightning.bounds import seeds
@@ -41,7 +42,6 @@ from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.errors import Refusal
 from ddil_lightning.imitation.prior import Constant, Cosine, Exponential, Gated, GatedBy, Linear, Piecewise, Schedule  # noqa: F401
 from ddil_lightning.messages import each_text, explain, parameters, plain, subclasses
-from ddil_lightning.methods import CTM, DMD2, EMD, LCM, PCM, PD, TCD, SiD  # noqa: F401
 from ddil_lightning.runs.finish import Test
 from ddil_lightning.runs.loggers import refuse_masked
 from ddil_lightning.toy import Toy  # noqa: F401

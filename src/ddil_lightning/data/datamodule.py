@@ -15,7 +15,8 @@ from ddil_lightning.bounds import at_least, seeds, within
 from ddil_lightning.data.cachefolder import CacheFolder
 from ddil_lightning.data.captions import Captions, Prompts, RawBatch
 from ddil_lightning.data.encoded import Encoded, Notices, encode_batch
-from ddil_lightning.data.preparation import check_latents, latent_box, prepared
+from ddil_lightning.data.pairs import Stored, stored
+from ddil_lightning.data.preparation import check_latents, latent_box, prepared, second_moment
 from ddil_lightning.data.sampler import CounterSampler
 from ddil_lightning.diffusion.denoiser import evaluating
 from ddil_lightning.feed import Feed
@@ -76,6 +77,7 @@ class DDILDataModule(LightningDataModule, Feed):
         self.buffer = ReplayBuffer(buffer.capacity, buffer.max_age, buffer.priority) if buffer.capacity else None
         self.done = 0
         self._examples: list[str] = []
+        self._stored: Stored | None = None
         self._moment: float | None = None
         self._collected_at: int | None = None
         self._collected: set[tuple[int, ...]] = set()
@@ -132,7 +134,9 @@ class DDILDataModule(LightningDataModule, Feed):
             raise ValueError("the prior has a forward share but the data set has no images: give that share to the teacher, or give images")
         self._names = {int(rows[0]): name for rows, name in given.groups()}
         self.captions.sizes = given.sizes  # a second fit finds them as they were
+        self._stored = None  # of another method, before a second fit
         self._first = check_latents(self.captions, backbone, given.sizes is None, lambda rows: self._taken(rows).latent)
+        self._stored = stored(self.learner, given, self.captions.groups(), self._taken, self.batch_size, self.trainer)
 
     def teardown(self, stage: str) -> None:
         """Say what of the data was not as it should be."""
@@ -161,7 +165,8 @@ class DDILDataModule(LightningDataModule, Feed):
     def _taken(self, rows: Tensor) -> CaptionBatch:
         batch: Any = self.captions[rows.tolist()]  # type: ignore[index]
         backbone = self.learner.backbone
-        return encode_batch(batch, backbone, self.truncate) if isinstance(batch, RawBatch) else to(batch, backbone.device)
+        made = encode_batch(batch, backbone, self.truncate) if isinstance(batch, RawBatch) else to(batch, backbone.device)
+        return made if self._stored is None else self._stored.joined(made)
 
     def box(self) -> tuple[list[float], list[float]] | None:
         """The latent box of the data (preparation.latent_box); None without images."""
@@ -169,15 +174,12 @@ class DDILDataModule(LightningDataModule, Feed):
 
     def train_dataloader(self) -> DataLoader:
         """Batches of rows from where the counter stands."""
-        trainer = self.trainer
-        world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
         assert self.captions is not None  # setup ran
-        groups = self.captions.groups()
-        rows = [group.rows for group in groups]
-        sampler = CounterSampler(len(self.captions), self.batch_size, self.seed, world, rank, lambda: self.done, rows)
-        if sampler.left_out and rank == 0:
-            few = ", ".join(f"{len(rows[i])} of {self._names.get(int(rows[i][0]), groups[i].name)}" for i in sampler.left_out)
-            logging.getLogger(__name__).warning(f"pictures are left out, too few of a size for a batch of {self.batch_size * world}: {few}")
+        us, groups = Processes(self.trainer), self.captions.groups()
+        rows, alone = [group.rows for group in groups], self._stored is None  # a pair is that of one caption
+        sampler = CounterSampler(len(self.captions), self.batch_size, self.seed, us.world, us.rank, lambda: self.done, rows, alone)
+        if us.first:
+            sampler.say_left_out([self._names.get(int(group.rows[0]), group.name) for group in groups])
         return DataLoader(self.captions, batch_size=None, sampler=sampler, num_workers=self.workers)
 
     # Algorithm 1 -----------------------------------------------------------------------------------------------------------------
@@ -203,10 +205,10 @@ class DDILDataModule(LightningDataModule, Feed):
 
     def _encoded(self, batch: Any) -> CaptionBatch:
         """A batch of a loader after the frozen encoders."""
-        if not isinstance(batch, RawBatch):
-            return batch
-        self.notices.hear(batch, len(self.captions or ()))
-        return encode_batch(batch, self.learner.backbone, self.truncate)
+        if isinstance(batch, RawBatch):
+            self.notices.hear(batch, len(self.captions or ()))
+            batch = encode_batch(batch, self.learner.backbone, self.truncate)
+        return batch if self._stored is None else self._stored.joined(batch, self.streams)
 
     def _rolls(self, shape: tuple[int, ...]) -> bool:
         """Whether the next batch needs a roll-out: at the buffer's cadence and for a shape that it lacks, or always without one."""
@@ -238,11 +240,10 @@ class DDILDataModule(LightningDataModule, Feed):
 
     def _expected(self, t: Tensor) -> Tensor | None:
         """[M] mean square of forward latents at `t`: the buffer refuses states far from it. None without data in memory."""
-        if not isinstance(self.captions, Encoded) or self.captions.latents is None:
-            return None
         if self._moment is None:
-            some = self.captions.some_latents(2048)
-            self._moment = float(some[0].square().mean() if len(some) == 1 else torch.cat([x.flatten() for x in some]).square().mean())
+            self._moment = second_moment(self.captions)
+        if self._moment is None:
+            return None
         schedule = self.learner.policies.student.schedule
         return (schedule.alphas[t.cpu()].square() * self._moment + schedule.sigmas[t.cpu()].square()).float()
 

@@ -94,6 +94,14 @@ def latent_box(captions: Any, backbone: Any, processes: Processes) -> tuple[list
     return processes.by_first(estimated)
 
 
+def second_moment(captions: Any) -> float | None:
+    """The mean square of some 2048 latents of `captions`; None where they are not encoded, or without images."""
+    if not isinstance(captions, Encoded) or captions.latents is None:
+        return None
+    some = captions.some_latents(2048)
+    return float(some[0].square().mean() if len(some) == 1 else torch.cat([x.flatten() for x in some]).square().mean())
+
+
 def _positions(latents: Sequence[Tensor]) -> Tensor:
     """Latents as one tensor: those of several shapes by channel, [1, C, positions, 1]."""
     if len({x.shape[1:] for x in latents}) == 1:

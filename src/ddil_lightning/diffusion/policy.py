@@ -60,6 +60,9 @@ class Policy(nn.Module):
         """The noise schedule of its denoiser."""
         return self.denoiser.schedule  # type: ignore[return-value]
 
+    def begin(self, x_T: Tensor) -> None:
+        """A trajectory begins in x_T [B, ...]: for a policy whose steps depend on it (BOOT's). All other steps are Markov."""
+
     def forward(self, x_t: Tensor, t: int, s: int, c: Context, generator: Generators | None = None) -> Tensor:
         """One interval of the student's grid, all samples at the same times. `generator` draws its noise (streams.normal)."""
         stops = self._stops(t, s)
@@ -79,6 +82,7 @@ class Policy(nn.Module):
 
     def walk(self, x_t: Tensor, grid: Grid, c: Context, generator: Generators | None = None) -> Iterator[Tensor]:
         """The states after every interval of `grid`, the last at its end: the inference sampler, one state at a time."""
+        self.begin(x_t)
         times = grid.times.tolist()
         for t, s in zip(times, times[1:], strict=False):
             x_t = self(x_t, t, s, c, generator)
@@ -89,6 +93,16 @@ class Policy(nn.Module):
         """x0 [B, ...] from x_T [B, ...] down `grid`."""
         for state in self.walk(x_t, grid, c, generator):
             x_t = state
+        return x_t
+
+    @torch.no_grad()
+    def solve(self, x_t: Tensor, t: Tensor, c: Context, steps: int) -> Tensor:
+        """Where the flow ends from x_t [B, ...] at times t [B], each sample its own, in `steps` deterministic steps even in t."""
+        for left in range(steps, 0, -1):
+            on, now = t >= 0, t.clamp(min=0)  # a time below `steps` is at its end before the others
+            s = torch.full_like(t, END) if left == 1 else now - torch.div(now, left, rounding_mode="floor").clamp(min=1)
+            moved = self.transition(self.schedule, x_t, self.denoiser(x_t, now, c), now, s)
+            x_t, t = torch.where(on.view(-1, *(1,) * (x_t.ndim - 1)), moved, x_t), torch.where(on, s, t)
         return x_t
 
     def _stops(self, t: int, s: int) -> list[int]:

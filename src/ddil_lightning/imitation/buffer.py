@@ -22,7 +22,7 @@ FINE = 50
 """Below this time (and at END) sigma is so small that half precision would show: such states are kept in float32."""
 
 U_MIN, U_MAX = 0.1, 10.0
-ENDS = ("noise", "end")
+ENDS = ("noise", "end", "whole")
 WINDOW = 100
 """Losses per node after which their running mean forgets exponentially."""
 
@@ -95,7 +95,8 @@ class ReplayBuffer:
         states = take(States(stored, t, row, source, actors, torch.zeros(len(t), dtype=torch.float64)), keep)
         own = {name: x.to("cpu", copy=True) for name, x in made.c._asdict().items() if x is not None}
         noise, end = (None if x is None else x.to("cpu", torch.float32, copy=True) for x in (made.noise, made.end))
-        self._chunks.append(Chunk(states, Context(**own), int(clock), int(stage), self._next, noise, end))
+        whole = None if made.whole is None else made.whole.to("cpu", torch.long, copy=True)
+        self._chunks.append(Chunk(states, Context(**own), int(clock), int(stage), self._next, noise, end, whole))
         slots[keep] = self._next + torch.arange(len(states.t))
         self._next += len(states.t)
         self._evict()

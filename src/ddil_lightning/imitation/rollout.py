@@ -55,6 +55,9 @@ def roll(
     x = torch.randn((count, *shape), generator=generator, device=device)
     times = walk.times.tolist()
     states, bits = [x], [0]
+    for policy in policies:
+        if policy is not None:
+            policy.begin(x)
     for i in range(len(walk) if ends else last):
         actor = policies.student if actors[i] else policies.teacher
         if actor is None:
@@ -71,7 +74,8 @@ def roll(
 
     rows = torch.arange(count, device=device).repeat(last + 1)
     made = Rollout(torch.cat(states[: last + 1]), column(times[: last + 1]), rows, column(tags), column(bits[: last + 1]), c)
-    return made._replace(noise=states[0], end=x) if ends else made
+    whole = torch.full((count,), _tag(actors), device=device)
+    return made._replace(noise=states[0], end=x, whole=whole) if ends else made
 
 
 @torch.no_grad()
@@ -118,24 +122,28 @@ def forward(
     """The forward source: data noised to uniform nodes, x_t = alpha x0 + sigma eps.
 
     `wants` (default: the learner's): with its `pure_noise` node 0 is noise without signal, as in DMD2. Where it is the only node, no images
-    are needed, and captions alone give noise of the latents' `shape`.
+    are needed, and captions alone give noise of the latents' `shape`. With its `pairs` x0, eps and w are those of the batch's pairs, and
+    with its `noise` every latent is its eps.
     """
     grid, schedule = learner.grid, learner.policies.student.schedule
     wants = learner.wants if wants is None else wants
-    x0, device = batch.latent, batch.c.text.device
+    pair = batch.pair if wants.pairs else None
+    if wants.pairs and pair is None:
+        raise ValueError("forward latents need pairs of the teacher's and the data bring none: set model.pairs.each to 1 or more")
+    x0, device = batch.latent if pair is None else pair.end, batch.c.text.device
     if x0 is None and (shape is None or wants.images(len(grid))):
         raise ValueError("the prior has a forward share but the data set has no images: give that share to the teacher, or give images")
     size, dtype = ((len(batch.rows), *(shape or ())), torch.float32) if x0 is None else (x0.shape, x0.dtype)
     node = grid.draw(size[0], streams.local("node")).to(device)
     t, s = grid.times.to(device)[node], grid.times.to(device)[node + 1]
-    eps = torch.randn(size, generator=streams.local("noise", device), device=device, dtype=dtype)
+    eps = torch.randn(size, generator=streams.local("noise", device), device=device, dtype=dtype) if pair is None else pair.noise
     x_t = eps if x0 is None else schedule.add_noise(x0, eps, t)
-    if wants.pure_noise:
-        x_t = torch.where((node == 0).view(-1, *(1,) * (eps.ndim - 1)), eps, x_t)
-    c = guided(batch.c, learner.guidance, streams.local("guidance"))
+    if wants.pure_noise or wants.noise:
+        x_t = torch.where(((node == 0) | wants.noise).view(-1, *(1,) * (eps.ndim - 1)), eps, x_t)
+    c = guided(batch.c, learner.guidance, streams.local("guidance")) if pair is None else batch.c.guided(pair.w)
     tag, weight = torch.full_like(t, FORWARD), torch.ones(len(t), device=device)
-    pair = (eps, x0) if wants.ends else (None, None)
-    return LatentBatch(x_t, t, s, node, c, x0, tag, weight, torch.full_like(t, -1), batch.c, *pair)
+    ends = (eps, x0, tag) if wants.ends or wants.pairs else (eps if wants.noise else None, None, None)
+    return LatentBatch(x_t, t, s, node, c, batch.latent, tag, weight, torch.full_like(t, -1), batch.c, *ends)
 
 
 def collect(
@@ -158,7 +166,8 @@ def fresh(
     t, slot = made.t[final], torch.full_like(made.t[final], -1)
     weight = torch.ones_like(slot, dtype=torch.float32)
     return _rolled(
-        learner, Sample(made.x_t[final], t, made.c, made.source[final], made.actors[final], weight, slot, slot, made.noise, made.end)
+        learner,
+        Sample(made.x_t[final], t, made.c, made.source[final], made.actors[final], weight, slot, slot, made.noise, made.end, made.whole),
     )
 
 
@@ -175,10 +184,11 @@ def _made(
     c = guided(batch.c, learner.guidance, streams.local("rollout-guidance"))
     generator = streams.local("rollout-noise", c.text.device)
     if not control:
-        return roll(learner.policies, walk, actors, c, shape, generator, upto, learner.wants.ends)
+        made = roll(learner.policies, walk, actors, c, shape, generator, upto, learner.wants.ends)
+        return made._replace(noise=made.x_t[: len(c.text)]) if learner.wants.noise else made  # node 0
     if batch.latent is None:
         raise ValueError("the same-timestep control noises data, but the data set has no images: set data.rollouts.control to false")
-    if learner.wants.ends:
+    if learner.wants.ends or learner.wants.noise:
         raise ValueError("the same-timestep control has no trajectories, whose ends this method needs: set data.rollouts.control to false")
     return stand_in(batch.latent, learner.policies.student.schedule, walk, c, generator, upto)
 
@@ -204,7 +214,7 @@ def _rolled(learner: Learner, got: Sample) -> LatentBatch:
     """States of roll-outs as a batch."""
     node = learner.grid.rows(got.t)
     s = learner.grid.times.to(got.t.device)[node + 1]
-    return LatentBatch(got.x_t, got.t, s, node, got.c, None, got.source, got.weight, got.slot, None, got.noise, got.end)
+    return LatentBatch(got.x_t, got.t, s, node, got.c, None, got.source, got.weight, got.slot, None, got.noise, got.end, got.whole)
 
 
 def draw(

@@ -30,6 +30,7 @@ class Sample(NamedTuple):
     age: Tensor  # [n] clock now - clock when collected
     noise: Tensor | None = None  # [n, ...] float32, the two ends of a state's trajectory
     end: Tensor | None = None  # [n, ...] float32
+    whole: Tensor | None = None  # [n] who made it of the noise
 
 
 class States(NamedTuple):
@@ -53,6 +54,7 @@ class Chunk(NamedTuple):
     start: int  # slot of the first state
     noise: Tensor | None = None  # [R, ...] float32, by trajectory
     end: Tensor | None = None
+    whole: Tensor | None = None  # [R]
 
 
 def sizes(chunks: Collection[Chunk]) -> Tensor:
@@ -77,7 +79,7 @@ def gather(chunks: Sequence[Chunk], index: Tensor, weight: Tensor, clock: int) -
         s = take(part.states, local)
         age = torch.full_like(s.t, clock - part.clock)
         c = take(part.c, s.row)
-        pair = (None if x is None else x[s.row] for x in (part.noise, part.end))
+        pair = (None if x is None else x[s.row] for x in (part.noise, part.end, part.whole))
         parts.append(Sample(s.x_t.float(), s.t, c, s.source, s.actors, weight[place], part.start + local, age, *pair))
         places.append(place)
     return take(cat(parts), torch.cat(places).argsort())

@@ -1,14 +1,17 @@
 """Feedback losses: one file per method. A method never knows where its latents come from."""
 
+from ddil_lightning.methods.boot import BOOT
 from ddil_lightning.methods.ctm import CTM
+from ddil_lightning.methods.dmd import DMD
 from ddil_lightning.methods.dmd2 import DMD2
 from ddil_lightning.methods.emd import EMD
 from ddil_lightning.methods.lcm import LCM
 from ddil_lightning.methods.pcm import PCM
 from ddil_lightning.methods.pd import PD
+from ddil_lightning.methods.reflow import Reflow
 from ddil_lightning.methods.sid import SiD
 from ddil_lightning.methods.tcd import TCD
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.plan import Part, Stage
 
-__all__ = ["CTM", "DMD2", "EMD", "LCM", "PCM", "PD", "TCD", "Distillation", "Part", "SiD", "Stage"]
+__all__ = ["BOOT", "CTM", "DMD", "DMD2", "EMD", "LCM", "PCM", "PD", "TCD", "Distillation", "Part", "Reflow", "SiD", "Stage"]

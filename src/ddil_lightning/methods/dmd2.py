@@ -78,11 +78,14 @@ class DMD2(Adversarial):
 
         if self.adversary.student_turn:
             with self.adversary.still():
-                loss = self.matching(x, b) + self.adversary.gan.weight * self.adversary.realism(x, b)
-                if self.descend(student, self.feedback(b, loss)):
+                if self.descend(student, self.feedback(b, self.loss(x, b))):
                     self.advance()
 
         self.adversary.descend(critic, x.detach(), b)
+
+    def loss(self, x: Tensor, b: LatentBatch) -> Tensor:
+        """[B] what moves the student: the two scores, and the discriminator."""
+        return self.matching(x, b) + self.adversary.gan.weight * self.adversary.realism(x, b)
 
     def matching(self, x: Tensor, b: LatentBatch) -> Tensor:
         """[B] pseudo-loss whose gradient in x is `direction` / numel."""

@@ -128,7 +128,5 @@ def generator_grid(steps: int, rollouts: Sequence[int], total: int) -> Grid:
 def teacher_grid(teacher_steps: int, steps: int, total: int) -> Grid:
     """The teacher's grid, on which all the student's nodes lie. Raises ValueError where they do not."""
     if teacher_steps % steps:
-        raise ValueError(
-            f"teacher_steps = {teacher_steps} is no multiple of steps = {steps}: the teacher must stop at the student's nodes"
-        )
+        raise ValueError(f"teacher_steps = {teacher_steps} is no multiple of steps = {steps}: the teacher must stop at the student's nodes")
     return Grid.named("trailing", teacher_steps, total)

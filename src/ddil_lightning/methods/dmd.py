@@ -1,0 +1,56 @@
+"""Distribution matching distillation, DMD (Yin et al. 2023; METHODS 4, end of 4.6), as a feedback loss of DDIL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ddil_lightning.feed import Pairs, Wants
+from ddil_lightning.methods.dmd2 import DMD2
+from ddil_lightning.records import FORWARD, TEACHER, LatentBatch
+from ddil_lightning.training.adversary import Critic, Gan
+from ddil_lightning.training.regression import Regression
+
+
+class DMD(DMD2):
+    """Matching by two scores, as DMD2 does it, and regression on the teacher's own answers to noise in the place of a GAN (Eq. 7 to 9).
+
+    L = L_matching(x) + lambda d(x, y) with x the student's x0 at x_t and y where the teacher's flow takes x_t. There is a y for the noise
+    of a stored pair, which is a forward latent at the first node, and for any state of a trajectory that is the teacher's as a whole;
+    other latents are matched alone. The student source at the first node is fresh noise, as the paper adds to its pairs (Alg. 1). Critic
+    and student are updated by turns, one to one. With several nodes forward latents at the later ones are mixed from a pair.
+
+    Args:
+        steps: nodes of the grid; the paper's generator has one. A divisor of the schedule's times.
+        critic: the critic's time scale.
+        regression: on the teacher's answers.
+        pairs: noise and the teacher's answer to it, for forward latents at the first node.
+    """
+
+    def __init__(
+        self,
+        *,
+        steps: int = 1,
+        rollouts: tuple[int, ...] | None = None,
+        critic: Critic = Critic(1),
+        regression: Regression = Regression(),
+        pairs: Pairs = Pairs(),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(steps=steps, rollouts=(steps,) if rollouts is None else rollouts, critic=critic, gan=Gan(), **kwargs)
+        self.regression, self._distance = regression, regression.between(self.backbone)
+        if regression.weight:
+            self.wants = Wants(pure_noise=True, ends=True, pairs=pairs)
+
+    def loss(self, x: Tensor, b: LatentBatch) -> Tensor:
+        """[B] matching, and the regression where there is an answer of the teacher's."""
+        loss = self.matching(x, b)
+        if not self.regression.weight or b.end is None or b.whole is None:
+            return loss
+        has = (b.whole == TEACHER) | ((b.source == FORWARD) & (b.node == 0))
+        if bool(has.any()):
+            distance = self._distance(x[has], b.end[has])
+            self.measures.record(regression=distance)
+            loss = loss.index_add(0, has.nonzero()[:, 0], self.regression.weight * distance)
+        return loss
