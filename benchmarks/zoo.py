@@ -1,9 +1,10 @@
 """Every feedback loss x {as published, + Reflected, + DDIL, + both} on the toy: does DDIL help a loss that its paper never tried?
 
-Every method with a pair of shipped configs toy2d/NAME.yaml and toy2d/NAME_ddil.yaml takes part, on seeds that no setting was chosen on,
-with two budgets: its config's student updates, the same for all variants of a method, and --evaluations of all networks together, the same
-for everybody. A finished cell (method, variant, budget, three seeds) is a JSON file in --cells, which belongs to the repository: hours of
-work are interrupted at will and go on elsewhere, and a cell is made anew where its config has changed. docs/zoo.md is made of them.
+Every method with a pair of shipped configs toy2d/NAME.yaml and toy2d/NAME_ddil.yaml takes part, on one problem, on seeds that no setting
+was chosen on, with two budgets: its config's student updates, the same for all variants of a method, and --evaluations of all networks
+together, the same for everybody. A finished cell (method, variant, budget, three seeds) is a JSON file in --cells, which belongs to the
+repository: hours of work are interrupted at will and go on elsewhere, and a cell is made anew where its config has changed. docs/zoo.md is
+made of them.
 
     python benchmarks/zoo.py [--methods emd dmd2 ...] [--seeds 12] [--seed 2000] [--jobs 2] [--page docs/zoo.md]
     python benchmarks/zoo.py --only_page --page docs/zoo.md
@@ -34,6 +35,8 @@ from ddil_lightning.runs.finish import machine
 
 CELLS = Path(__file__).parent / "zoo"
 Budget = Literal["updates", "evaluations"]
+PROBLEM = {"scale": 2.0, "guidance": 2.0, "width": 48}
+"""One problem and one size of network for all methods, whatever their configs have; everything else is their config's."""
 EVALUATIONS = 200_000
 """Of all networks, a sample each: what LCM's config spends."""
 
@@ -106,7 +109,8 @@ def wanted(args: argparse.Namespace, spent: int | None) -> list[Cell]:
     every = []
     for group in groups:
         for method in args.methods:
-            words = (*(toy2d.quick(method) if args.quick else ()), *args.set)
+            problem = [f"model.init_args.pipeline.init_args.{key}={value}" for key, value in PROBLEM.items()]
+            words = (*problem, *(toy2d.quick(method) if args.quick else ()), *args.set)
             every += [Cell(method, variant, group, words, args.n, spent) for variant in VARIANTS]
     return every
 
