@@ -99,3 +99,18 @@ def test_only_the_process_that_writes_listens(caplog: Any) -> None:
 def test_bounds_that_cannot_be(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"^alerts\.{next(iter(bad))} is"):
         Alerts(**bad)
+
+
+def test_a_service_that_is_away_ends_no_run(caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ddil_lightning.runs import boards
+
+    class Away:
+        """A board whose service cannot be reached."""
+
+        def alert(self, **kwargs: Any) -> None:
+            raise ConnectionError("no route to host\nmore of it")
+
+    monkeypatch.setattr(boards, "WandbLogger", SimpleNamespace)
+    with caplog.at_level(logging.WARNING):
+        boards.alert([SimpleNamespace(experiment=Away())], "coverage", "has fallen", 100)
+    assert caplog.messages == ["W&B could not send the alert 'coverage': no route to host more of it"]

@@ -15,12 +15,12 @@ from torch import Tensor
 from ddil_lightning.backbones import sampling
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.vocabulary import Vocabulary
+from ddil_lightning.counting import counted
 from ddil_lightning.data.folders import IMAGES, walk
 from ddil_lightning.evaluation.inversion import Denoising, Search, held_noise, invert
 from ddil_lightning.evaluation.likeness import Judge, judged, likeness, worded
 from ddil_lightning.evaluation.metrics.pairs import load_images
 from ddil_lightning.evaluation.networks import MapDistance, Networks, read_networks
-from ddil_lightning.messages import counted
 
 BUILTIN = ("shapes", "digits")
 LOOKS = Networks("clip_l14_336", distance="lpips")

@@ -13,6 +13,7 @@ from torch import Tensor
 from ddil_lightning.backbones import sampling
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.samplers import context_of
+from ddil_lightning.counting import counted
 from ddil_lightning.data.captions import Prompts
 from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.policy import Policies, Policy
@@ -21,7 +22,6 @@ from ddil_lightning.evaluation.metrics.pairs import choose, load_images, read_pa
 from ddil_lightning.evaluation.suite import Probes, Suite
 from ddil_lightning.imitation.gaps import Seen, see
 from ddil_lightning.imitation.mixing import Actor, Actors, Bernoulli, Mixing, Switch, mix_all
-from ddil_lightning.messages import counted
 
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 """The teacher's probabilities in the sweep."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ddil_lightning.bounds import at_least, lengths, within
+from ddil_lightning.counting import counted
 from ddil_lightning.data.pictures import MAX_SIZE, check_size
-from ddil_lightning.messages import counted
 from ddil_lightning.texts import by
 
 Size = tuple[int, int]

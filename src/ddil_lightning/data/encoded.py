@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 
 from ddil_lightning.backbones.interface import Backbone
 from ddil_lightning.backbones.sizes import whole
+from ddil_lightning.counting import counted
 from ddil_lightning.data.buckets import Group
 from ddil_lightning.data.captions import Captions, RawBatch
 from ddil_lightning.data.visits import Visit, Wording
-from ddil_lightning.messages import counted
 from ddil_lightning.records import CaptionBatch, Context, cat, take, to
 from ddil_lightning.texts import by
 

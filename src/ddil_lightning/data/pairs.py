@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ddil_lightning.counting import counted
 from ddil_lightning.data.buckets import Group
 from ddil_lightning.data.captions import Captions
 from ddil_lightning.data.encoded import Encoded
@@ -26,7 +27,6 @@ from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.feed import Pairs
 from ddil_lightning.files import read_table, sweep, write_text
 from ddil_lightning.imitation.learner import Learner
-from ddil_lightning.messages import counted
 from ddil_lightning.processes import Processes
 from ddil_lightning.records import CaptionBatch, Pair
 from ddil_lightning.streams import Streams

@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ddil_lightning.counting import counted
 from ddil_lightning.data.cachefile import cached
 from ddil_lightning.data.cachefolder import CacheFolder, open_folder
 from ddil_lightning.data.captions import Captions, builtin
 from ddil_lightning.data.encoded import Encoded, Notices, encode
 from ddil_lightning.diffusion.reflection import estimate_box
-from ddil_lightning.messages import counted
 from ddil_lightning.processes import Processes
 from ddil_lightning.texts import by
 

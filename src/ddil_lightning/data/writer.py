@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from ddil_lightning.backbones.interface import Backbone
 from ddil_lightning.backbones.sizes import whole
 from ddil_lightning.bounds import within
+from ddil_lightning.counting import counted
 from ddil_lightning.data import manifest
 from ddil_lightning.data.base import Captions
 from ddil_lightning.data.encoded import CHUNK, Notices, check_lengths, chunk_rows
@@ -28,7 +29,6 @@ from ddil_lightning.data.raw import RawBatch
 from ddil_lightning.data.shards import about_shard, checksum, packed, read_shard, unpacked, write_shard
 from ddil_lightning.data.visits import Visit
 from ddil_lightning.files import sweep
-from ddil_lightning.messages import counted
 from ddil_lightning.processes import Processes
 
 NAMED = 100  # skipped rows that a manifest names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 import shlex
@@ -14,9 +15,11 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
+from ddil_lightning.errors import one_line
 from ddil_lightning.evaluation.table import CLOCK, Row, results_table, values_of
 from ddil_lightning.files import write_text
 
+log = logging.getLogger(__name__)
 PROJECT = "ddil-lightning"
 """The W&B project of all runs."""
 
@@ -142,7 +145,10 @@ def alert(loggers: Iterable[Any], title: str, text: str, clock: int) -> None:
     """A warning to those who follow a run elsewhere: W&B sends it by e-mail or chat, TensorBoard shows it as a text."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            logger.experiment.alert(title=title, text=text, level="WARN", wait_duration=0)
+            try:
+                logger.experiment.alert(title=title, text=text, level="WARN", wait_duration=0)
+            except Exception as error:  # whatever a service that is away raises: no reason to end the run
+                log.warning("W&B could not send the alert %r: %s", title, one_line(error))
         elif isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text("alerts", f"**{title}**: {text}", clock)
 

@@ -1,0 +1,34 @@
+"""How far a long piece of work is, said while it goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+PATIENCE = 15.0  # seconds without a word
+
+
+def counted(items: Iterable[T], total: int, what: str, show: bool = True, rows: Callable[[T], int] | None = None) -> Iterator[T]:
+    """The items, with a bar on a terminal, and elsewhere a line for every tenth of what takes longer than some seconds.
+
+    `rows`: how many rows an item has, for who wants to see rows a second.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console()
+    bar = Progress(*Progress.get_default_columns(), console=console, transient=True, disable=not (show and console.is_terminal))
+    task = bar.add_task(what, total=total)
+    begun, told, done = time.monotonic(), 0, 0
+    with bar:
+        for i, item in enumerate(items, 1):
+            yield item
+            seconds, tenth = time.monotonic() - begun, 10 * i // total
+            done += rows(item) if rows else 0
+            rate = f"{done / seconds:.3g} rows/s, " if rows and seconds else ""
+            bar.update(task, advance=1, description=f"{what}, {rate}"[:-2] if rate else what)
+            if show and bar.disable and tenth > told and seconds > PATIENCE:
+                print(f"{what}: {i} of {total}, {rate}about {seconds / i * (total - i):.0f} s left", flush=True)
+                told = tenth
