@@ -26,6 +26,7 @@ from ddil_lightning.backbones.repositories import DENOISERS
 from ddil_lightning.backbones.sizes import Sized, whole
 from ddil_lightning.backbones.source import Source
 from ddil_lightning.backbones.weights import Weights
+from ddil_lightning.diffusion.remedies import Remedy
 from ddil_lightning.diffusion.schedule import Predicts
 from ddil_lightning.diffusion.transitions import Transition
 from ddil_lightning.records import Context
@@ -44,6 +45,9 @@ class Pipeline(Sized):
     """
 
     holds_students = True
+
+    remedy: Remedy | None = None
+    """What its sampler does against exposure bias (`samplers.named`); with one it is not diffusers that samples."""
 
     def __init__(
         self,

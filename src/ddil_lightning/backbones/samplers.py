@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddil_lightning.diffusion.denoiser import Boundary, Consistency, Denoiser, to_w
 from ddil_lightning.diffusion.policy import Policy
+from ddil_lightning.diffusion.remedies import Remedy
 from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import TCD, Transition, ddim, renoise
 from ddil_lightning.records import END, Context
@@ -23,13 +24,21 @@ OFF = 2
 
 
 def named(backbone: Pipeline, name: str) -> Pipeline:
-    """The pipeline with the sampler of NAMES in the place of its own, on trailing nodes where it has a choice."""
+    """The pipeline with the sampler of NAMES in the place of its own, on trailing nodes where it has a choice.
+
+    `ddim-ts20`, `ddim-es1.01`, `ddim-ts20-es1.01`: with shifted times in a window of 20, with eps divided by 1.01 (`diffusion.remedies`).
+    """
     import diffusers
 
+    name, *remedies = name.split("-")
+    said = {word[:2]: word[2:] for word in remedies}
+    remedy = Remedy(int(said.get("ts", 0)), scale=float(said.get("es", 1))) if remedies else None
     kind, config = getattr(diffusers, NAMES[name]), backbone.pipe.scheduler.config
     own = {} if name in ("lcm", "tcd") else {"timestep_spacing": "trailing"}
     clips = {} if name == "euler" else {"clip_sample": False}
-    return backbone.stepping(kind.from_config(config, **own, **clips))
+    made = backbone.stepping(kind.from_config(config, **own, **clips))
+    made.remedy = remedy
+    return made
 
 
 def grid_of(backbone: Pipeline, steps: int) -> Grid:
@@ -78,10 +87,13 @@ def policy_of(backbone: Pipeline, g: float, transition: Transition | None = None
     """The policy that samples as the pipeline does at guidance_scale `g`; with another `transition` its network's, which steps so."""
     told = backbone.network().w_conditioned
     denoiser = Denoiser(backbone.network(), backbone.schedule, backbone.predicts, None if told or g <= 1 else backbone.null())
-    own = transition_of(backbone) if transition is None else transition
-    if transition is None and own == renoise:
-        return Policy(Consistency(denoiser, Boundary(float(backbone.pipe.scheduler.config.get("timestep_scaling", 10.0)))), own)
-    return Policy(denoiser, own, substeps)
+    if transition is not None:
+        return Policy(denoiser, transition, substeps)
+    own: Any = denoiser
+    if transition_of(backbone) == renoise:
+        own = Consistency(denoiser, Boundary(float(backbone.pipe.scheduler.config.get("timestep_scaling", 10.0))))
+    policy = Policy(own, transition_of(backbone), substeps)
+    return policy if backbone.remedy is None else backbone.remedy.on(policy)
 
 
 def context_of(backbone: Pipeline, prompts: Sequence[str], g: float) -> Context:

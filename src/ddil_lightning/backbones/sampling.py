@@ -85,9 +85,15 @@ def pipeline_latents(
 ) -> Tensor:
     """Final latents [N, C, h, w] of a diffusers pipeline called as its users call it, from the same noise as `latents`.
 
-    `g` is the guidance_scale of the call; `dtype` that of the latents it begins with, by default its network's. Raises ValueError where
-    the pipeline's scheduler fails for so many `steps`.
+    `g` is the guidance_scale of the call; `dtype` that of the latents it begins with, by default its network's. With a `remedy`, which no
+    scheduler of diffusers has, the policy that steps as its scheduler does is sampled. Raises ValueError where the scheduler fails for so
+    many `steps`.
     """
+    if backbone.remedy is not None:
+        from ddil_lightning.backbones.samplers import grid_of, policy_of
+
+        guided = backbone.network().w_conditioned or g > 1
+        return latents(backbone, policy_of(backbone, g), grid_of(backbone, steps), prompts, g if guided else None, seed, chunk)
     out, shape, pipe, (height, width) = [], backbone.latent_shape, backbone.pipe, backbone.size
     chunk = chunk or batch(shape)
     x_T, generators = noise(len(prompts), shape, seed), renoising(len(prompts), seed)

@@ -7,12 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from ddil_lightning.commands.arguments import SCALE, SEED, STEPS, Parser, advising, device, is_run, number, path, pipeline_of, place
+from ddil_lightning.commands.entries import is_sampler
 from ddil_lightning.errors import Refusal
 from ddil_lightning.files import check_writable
 from ddil_lightning.messages import quiet
 
 PARTS = ("nodes", "mixing", "switch")
 SAMPLERS = ("lcm", "tcd", "ddim", "euler")
+
+
+def _sampler(name: str) -> str:
+    """A sampler's name. Raises argparse's ArgumentTypeError for none."""
+    if not is_sampler(name) or name.partition("-")[0] not in SAMPLERS:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(SAMPLERS)}, with -ts20 or -es1.01 behind it or without")
+    return name
 
 
 def probe(argv: list[str]) -> int:
@@ -29,7 +37,9 @@ def probe(argv: list[str]) -> int:
     parser.add_argument("--images", type=place, help="the folder of the images that a caption file names")
     parser.add_argument("--steps", type=STEPS, help="of the student (default: what its card recommends, else 4)")
     parser.add_argument("--teacher_steps", type=STEPS, default=32, help="of the teacher alone: one student step is its share of them")
-    parser.add_argument("--sampler", choices=SAMPLERS, help="the student's sampler by name (default: its own scheduler)")
+    parser.add_argument(
+        "--sampler", type=_sampler, help=f"the student's by name, {', '.join(SAMPLERS)}, also as ddim-ts20-es1.01 (default: its own)"
+    )
     parser.add_argument("--guidance", type=SCALE, help="guidance g of the teacher, and of a student that is told it (default: by its card)")
     parser.add_argument("--student_guidance", type=SCALE, help="guidance_scale of the student (default: by its card, else none)")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="these parts alone (default: all)")
@@ -111,5 +121,5 @@ def _contest(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     scales = scale_of(student, told, g), g
     policies = Policies(policy_of(student, scales[0]), policy_of(teacher, g, ddim, k))
     said = {"student": student.path, "teacher": teacher.path, "times": grid.times.tolist(), "substeps": k, "guidance": g}
-    said |= {"student_guidance_scale": scales[0], "sampler": type(student.pipe.scheduler).__name__}
+    said |= {"student_guidance_scale": scales[0], "sampler": f"{type(student.pipe.scheduler).__name__} {student.remedy or ''}".strip()}
     return Contest(student, teacher, policies, grid, scales), said

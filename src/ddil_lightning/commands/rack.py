@@ -61,7 +61,7 @@ def ready(entry: Entry, backbone: Pipeline) -> Pipeline:
 def about(entry: Entry, backbone: Pipeline, rack: Rack) -> dict[str, Any]:
     """What a row says of its entry."""
     loras = [f"{lora.path} * {lora.scale:g}" for lora in entry.source.lora]
-    sampler = type(backbone.pipe.scheduler).__name__
+    sampler = f"{type(backbone.pipe.scheduler).__name__} {backbone.remedy or ''}".strip()
     return {
         "pipeline": entry.source.path,
         "lora": loras,

@@ -72,13 +72,17 @@ class Policy(nn.Module):
 
     def step(self, x_t: Tensor, t: int, s: int, c: Context, generator: Generators | None = None) -> Tensor:
         """One network call and its transition."""
-        now, then = (torch.full((len(x_t),), time, device=x_t.device) for time in (t, s))
+        now, then = self.asked(x_t, t, s), torch.full((len(x_t),), s, device=x_t.device)
         if getattr(self.denoiser, "s_conditioned", False):
             c = c._replace(s=then)
         p: Prediction = self.denoiser(x_t, now, c)
         if s == END and self.transition.noisy:
             return p.x0
         return self.transition(self.schedule, x_t, p, now, then, generator)
+
+    def asked(self, x_t: Tensor, t: int, s: int) -> Tensor:
+        """[B] the times that the network is told of x_t, and that it steps from: t."""
+        return torch.full((len(x_t),), t, device=x_t.device)
 
     def walk(self, x_t: Tensor, grid: Grid, c: Context, generator: Generators | None = None) -> Iterator[Tensor]:
         """The states after every interval of `grid`, the last at its end: the inference sampler, one state at a time."""
