@@ -88,14 +88,14 @@ class Reflow(Distillation):
         """(x, y) [B, C, H, W]: the point at b.t between the ends z and y, or a student's own latent and the teacher's answer to it."""
         assert b.noise is not None and b.end is not None and b.whole is not None  # `wants` asks for them
         ours = (b.source == FORWARD) | (b.whole == TEACHER)
+        wide = (-1, *(1,) * (b.end.ndim - 1))
         on = ours & (b.node > 0)                                                # at the first node every latent is its z
-        mixed = self.student.schedule.add_noise(b.end, b.noise, b.t)
-        x = torch.where(on.view(-1, *(1,) * (mixed.ndim - 1)), mixed, b.x_t)
-        if bool(ours.all()):
+        x = torch.where(on.view(wide), self.student.schedule.add_noise(b.end, b.noise, b.t), b.x_t)
+        rolled = (b.source != FORWARD).nonzero()[:, 0]                          # so many in every process, whoever made them
+        if not self.relabel or not len(rolled):
             return x, b.end
-        own = (~ours).nonzero()[:, 0]
-        answers = self.policies.teacher.solve(x[own], b.t[own], take(b.c, own), self.relabel)  # type: ignore[union-attr]
-        return x, b.end.index_copy(0, own, answers)
+        answers = self.policies.teacher.solve(x[rolled], b.t[rolled], take(b.c, rolled), self.relabel)  # type: ignore[union-attr]
+        return x, torch.where(ours.view(wide), b.end, b.end.index_copy(0, rolled, answers.to(b.end.dtype)))
 
     def slope(self, b: LatentBatch, like: Tensor) -> Tensor:
         """[B, 1, ...] |dv| / |dx0| = (alpha + sigma) / sigma on the line; 1 at the first node, where r is 0."""
