@@ -19,6 +19,7 @@ from suite import (
     ALL,
     BATCH,
     EPOCH,
+    EVERY,
     FORWARD,
     MIXED,
     Entry,
@@ -56,7 +57,7 @@ class Watch(Gradients):
         assert sum(float(p.grad.abs().sum()) for p in mine) > 0
 
 
-@pytest.fixture(scope="module", **{"params": ALL["argvalues"], "ids": ALL["ids"]})
+@pytest.fixture(scope="module", **{"params": EVERY["argvalues"], "ids": EVERY["ids"]})
 def long(request: pytest.FixtureRequest, tiny: Path) -> tuple[Entry, Run, str]:
     """A run on roll-outs and forward latents, and the hash of the frozen networks before it."""
     before = digest(*frozen(build(request.param, tiny)))

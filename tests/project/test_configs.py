@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +29,14 @@ LARGE = [
 ]
 PROTOCOLS = [name for name in config_names() if name.startswith("protocols/")]  # of ddil-test, in tests/evaluation/test_protocols.py
 FIT = [name for name in config_names() if name not in (*PRETRAIN, *TOY, *LARGE, *PROTOCOLS)]
+PAIRED = [name for file in config_names() if (name := file.removesuffix(".yaml")) + "_ddil.yaml" in config_names()]
+MAIN = ("lcm", "pd", "dmd2", "emd")
+
+
+def thinned(names: Sequence[str]) -> list[Any]:
+    """Configs to run; the plain ones are left to the slow tests where the one with DDIL, which differs in the prior alone, is run anyway."""
+    spared = [f"{name}.yaml" for name in PAIRED if name.removeprefix("toy2d/") not in MAIN]
+    return [pytest.param(name, marks=pytest.mark.slow if name in spared else ()) for name in names]
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +45,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", FIT)
+@pytest.mark.parametrize("name", thinned(FIT))
 def test_fit(name: str, tiny: Path, here: Path) -> None:
     small = "{data: {captions: {class_path: Digits}, batch_size: 4, rollouts: {trajectories: 4}, cache: true, workers: 0}}"
     words = ["--config", str(find_config(name)), "--config", small, f"--model.pipeline={tiny}", "--trainer.fast_dev_run=2", "--test.n=0"]
@@ -102,7 +112,7 @@ def test_large_configs_run_to_their_end_on_a_small_pipeline_of_their_layout(
     assert {x.dtype for x in pipe.vae.parameters()} == {x.dtype for x in pipe.unet.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("name", TOY)
+@pytest.mark.parametrize("name", thinned(TOY))
 def test_toy(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--config", str(find_config(name)), "--model.pipeline.init_args.width=8", "--model.pipeline.init_args.members=1"]
     assert (
@@ -142,11 +152,7 @@ def test_pretrain(name: str, here: Path) -> None:
     assert about["dataset"] == yaml.safe_load(find_config(name).read_text())["dataset"] and about["images"] == 32
 
 
-PAIRED = [name for file in config_names() if (name := file.removesuffix(".yaml")) + "_ddil.yaml" in config_names()]
-
-
 @pytest.mark.parametrize("name", PAIRED)
-@pytest.mark.parametrize("name", [name.removesuffix("_ddil.yaml") for name in config_names() if name.endswith("_ddil.yaml")])
 def test_a_method_with_and_without_ddil_differs_in_one_line(name: str) -> None:
     plain, ddil = ((configs_folder() / file).read_text().splitlines() for file in (f"{name}.yaml", f"{name}_ddil.yaml"))
     different = [(a, b) for a, b in zip(plain, ddil, strict=True) if a != b]

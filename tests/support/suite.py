@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ class Entry(NamedTuple):
     falls: str = "loss"  # the logged loss that falls within 30 updates
     unused: bool = False  # some step leaves parameters of the method without a gradient (two optimisers): DDP must be told
     slow: bool = False  # one setting more, which the slow tests alone are put through
+    brief: bool = False  # shares its parts with others: the ordinary tests train and resume it, the slow ones do the rest
 
 
 PLAN = [Stage(steps=8, updates=3), Stage(steps=4, updates=4, warmup=2)]  # the last stage lasts to the end of a run
@@ -49,33 +51,34 @@ METHODS = [
     Entry("dmd2", DMD2, {"guidance": 2.0, "critic": {"steps": 2}}, falls="critic_loss", unused=True),
     Entry("emd", EMD, {"guidance": 2.0, "chain": {"steps": 2}}, falls="critic_loss", unused=True),
     Entry("emd-one-step", EMD, {"guidance": 2.0, "steps": 1, "start": 499, "rollouts": (1,)}, falls="critic_loss", unused=True, slow=True),
-    Entry("sid", SiD, {"guidance": 2.0, "critic": {"steps": 2}}, falls="critic_loss", unused=True),
+    Entry("sid", SiD, {"guidance": 2.0, "critic": {"steps": 2}}, falls="critic_loss", unused=True, brief=True),
     Entry("f-distill", DMD2, {"guidance": 2.0, "scores": {"divergence": "js"}}, falls="critic_loss", unused=True, slow=True),
-    Entry("dmd", DMD, {"guidance": 2.0, "steps": 4, "pairs": {"steps": 2}}, falls="critic_loss", unused=True),
-    Entry("reflow", Reflow, {"guidance": 2.0, "nodes": 8, "relabel": 2, "teacher_steps": 4, "pairs": {"steps": 2}}),
-    Entry("boot", BOOT, {"guidance": 2.0, "steps": 4}),
+    Entry("dmd", DMD, {"guidance": 2.0, "steps": 4, "pairs": {"steps": 2}}, falls="critic_loss", unused=True, brief=True),
+    Entry("reflow", Reflow, {"guidance": 2.0, "nodes": 8, "relabel": 2, "teacher_steps": 4, "pairs": {"steps": 2}}, brief=True),
+    Entry("boot", BOOT, {"guidance": 2.0, "steps": 4}, brief=True),
     Entry("lcm-lora", LCM, {"adapter": LORA}),
     Entry("pd-lora", PD, {"stages": PLAN, "teacher_steps": 16, "adapter": LORA}, slow=True),
     Entry("dmd2-lora", DMD2, {"guidance": 2.0, "critic": {"steps": 2}, "adapter": LORA}, falls="critic_loss", unused=True, slow=True),
-    Entry("tcd", TCD),
-    Entry("pcm", PCM),
-    Entry("ctm", CTM),
-    Entry("pcm-gan", PCM, {"gan": {"weight": 0.1, "critic_weight": 1.0, "features": "teacher"}}, unused=True),
+    Entry("tcd", TCD, brief=True),
+    Entry("pcm", PCM, brief=True),
+    Entry("ctm", CTM, brief=True),
+    Entry("pcm-gan", PCM, {"gan": {"weight": 0.1, "critic_weight": 1.0, "features": "teacher"}}, unused=True, slow=True),
 ]
 BY_NAME = {entry.name: entry for entry in METHODS}
-ALL = {
-    "argvalues": [pytest.param(entry, marks=pytest.mark.slow if entry.slow else ()) for entry in METHODS],
-    "ids": [entry.name for entry in METHODS],
-}
-"""pytest.mark.parametrize("entry", **ALL)."""
-PER_METHOD = {
-    "argvalues": [
-        pytest.param(entry, marks=() if entry.method not in [other.method for other in METHODS[:i]] else pytest.mark.slow)
-        for i, entry in enumerate(METHODS)
-    ],
-    "ids": ALL["ids"],
-}
-"""As ALL, for tests of seconds: a method's further settings are left to the slow tests."""
+
+
+def _params(slow: Callable[[int, Entry], bool]) -> dict[str, Any]:
+    """The arguments of pytest.mark.parametrize for all entries, some of them `slow`."""
+    values = [pytest.param(entry, marks=pytest.mark.slow if slow(i, entry) else ()) for i, entry in enumerate(METHODS)]
+    return {"argvalues": values, "ids": [entry.name for entry in METHODS]}
+
+
+EVERY = _params(lambda i, entry: entry.slow)
+"""pytest.mark.parametrize("entry", **EVERY): what every method is put through in the ordinary run."""
+ALL = _params(lambda i, entry: entry.slow or entry.brief)
+"""As EVERY, but the brief ones are left to the slow tests."""
+PER_METHOD = _params(lambda i, entry: entry.slow or entry.brief or entry.method in [other.method for other in METHODS[:i]])
+"""As ALL, for tests of seconds: a method's further settings are left to the slow tests, too."""
 
 FORWARD, MIXED = SamplingPrior(), SamplingPrior(0.5, 0.25, 0.25)
 BATCH, EPOCH = 4, 7  # samples per batch, batches per epoch
