@@ -31,10 +31,11 @@ PROTOCOLS = [name for name in config_names() if name.startswith("protocols/")]  
 FIT = [name for name in config_names() if name not in (*PRETRAIN, *TOY, *LARGE, *PROTOCOLS)]
 PAIRED = [name for file in config_names() if (name := file.removesuffix(".yaml")) + "_ddil.yaml" in config_names()]
 MAIN = ("lcm", "pd", "dmd2", "emd")
+TURNS = ("dmd", "emd", "sid", "diff_instruct")  # of a critic, five to one of the student's
 
 
 def thinned(names: Sequence[str]) -> list[Any]:
-    """Configs to run; the plain ones are left to the slow tests where the one with DDIL, which differs in the prior alone, is run anyway."""
+    """Configs to run; plain ones are left to the slow tests where the one with DDIL, which differs in the prior alone, is run."""
     spared = [f"{name}.yaml" for name in PAIRED if name.removeprefix("toy2d/") not in MAIN]
     return [pytest.param(name, marks=pytest.mark.slow if name in spared else ()) for name in names]
 
@@ -50,7 +51,7 @@ def test_fit(name: str, tiny: Path, here: Path) -> None:
     small = "{data: {captions: {class_path: Digits}, batch_size: 4, rollouts: {trajectories: 4}, cache: true, workers: 0}}"
     words = ["--config", str(find_config(name)), "--config", small, f"--model.pipeline={tiny}", "--trainer.fast_dev_run=2", "--test.n=0"]
     words += ["--previews.every=0", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--run_dir=r"]
-    if name.startswith("dmd"):  # every batch is the student's, and takes two steps of Lightning's
+    if name.startswith(TURNS):  # every batch is the student's, and takes two steps of Lightning's
         words += ["--model.critic.steps=1", "--trainer.fast_dev_run=4"]
     if name.startswith(("dmd.", "dmd_ddil.", "reflow")):
         words += ["--model.pairs.steps=1"]
@@ -116,7 +117,15 @@ def test_large_configs_run_to_their_end_on_a_small_pipeline_of_their_layout(
 def test_toy(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--config", str(find_config(name)), "--model.pipeline.init_args.width=8", "--model.pipeline.init_args.members=1"]
     assert (
-        ddil_fit([*words, f"--trainer.fast_dev_run={12 if 'dmd' in name else 2}", "--test.n=64", "--test.teacher_steps=[4]", "--run_dir=r"])
+        ddil_fit(
+            [
+                *words,
+                f"--trainer.fast_dev_run={12 if name.removeprefix('toy2d/').startswith(TURNS) else 2}",
+                "--test.n=64",
+                "--test.teacher_steps=[4]",
+                "--run_dir=r",
+            ]
+        )
         == 0
     )
     assert "no pipeline can hold this student" in capsys.readouterr().out
