@@ -91,6 +91,8 @@ class Card:
             yield "latents trained on", ", ".join(f"{share:g} {name}" for name, share in shares if share is not None)
         yield "steps", f"{about['steps']}; made for {', '.join(map(str, about['made_for']))}"
         yield "nodes", f"{self._nodes} at {about['steps']} steps"
+        if about.get("sampler"):
+            yield "sampler", str(about["sampler"])
         yield "guidance", self._guidance
         if self.adapter:
             rank, alpha = self.adapter
