@@ -26,6 +26,7 @@ LARGE = [
     "pd_ddil_sd15.yaml",
 ]
 PROTOCOLS = [name for name in config_names() if name.startswith("protocols/")]  # of ddil-test, in tests/evaluation/test_protocols.py
+TURNS = ("dmd2", "ladd")  # methods in which student and critic take turns
 FIT = [name for name in config_names() if name not in (*PRETRAIN, *TOY, *LARGE, *PROTOCOLS)]
 
 
@@ -40,7 +41,7 @@ def test_fit(name: str, tiny: Path, here: Path) -> None:
     small = "{data: {captions: {class_path: Digits}, batch_size: 4, rollouts: {trajectories: 4}, cache: true, workers: 0}}"
     words = ["--config", str(find_config(name)), "--config", small, f"--model.pipeline={tiny}", "--trainer.fast_dev_run=2", "--test.n=0"]
     words += ["--previews.every=0", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--run_dir=r"]
-    if name.startswith("dmd2"):  # every batch is the student's, and takes two steps of Lightning's
+    if name.startswith(TURNS):  # every batch is the student's, and takes two steps of Lightning's
         words += ["--model.critic.steps=1", "--trainer.fast_dev_run=4"]
     assert ddil_fit(words) == 0
     assert json.loads((here / "r" / "summary.json").read_text())["student_updates"] == 2
@@ -104,7 +105,13 @@ def test_toy(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--config", str(find_config(name)), "--model.pipeline.init_args.width=8", "--model.pipeline.init_args.members=1"]
     assert (
         ddil_fit(
-            [*words, f"--trainer.fast_dev_run={12 if 'dmd2' in name else 2}", "--test.n=64", "--test.teacher_steps=[4]", "--run_dir=r"]
+            [
+                *words,
+                f"--trainer.fast_dev_run={12 if name.removeprefix('toy2d/').startswith(TURNS) else 2}",
+                "--test.n=64",
+                "--test.teacher_steps=[4]",
+                "--run_dir=r",
+            ]
         )
         == 0
     )
@@ -141,7 +148,7 @@ def test_pretrain(name: str, here: Path) -> None:
     assert about["dataset"] == yaml.safe_load(find_config(name).read_text())["dataset"] and about["images"] == 32
 
 
-@pytest.mark.parametrize("name", ["dmd2", "imagine_flash", "lcm", "lcm_lora", "pd"])
+@pytest.mark.parametrize("name", ["dmd2", "imagine_flash", "ladd", "lcm", "lcm_lora", "pd"])
 def test_a_method_with_and_without_ddil_differs_in_one_line(name: str) -> None:
     plain, ddil = ((configs_folder() / file).read_text().splitlines() for file in (f"{name}.yaml", f"{name}_ddil.yaml"))
     different = [(a, b) for a, b in zip(plain, ddil, strict=True) if a != b]

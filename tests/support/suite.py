@@ -22,7 +22,7 @@ from ddil_lightning.data.captions import Captions
 from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.data.encoded import Encoded, encode
 from ddil_lightning.imitation.prior import SamplingPrior
-from ddil_lightning.methods import DMD2, LCM, PD, ImagineFlash
+from ddil_lightning.methods import DMD2, LADD, LCM, PD, ImagineFlash
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.plan import Stage
 from options import options
@@ -50,6 +50,13 @@ METHODS = [
     Entry("lcm-lora", LCM, {"adapter": LORA}),
     Entry("pd-lora", PD, {"stages": PLAN, "teacher_steps": 16, "adapter": LORA}, slow=True),
     Entry("imagine-flash", ImagineFlash, {"w_conditioned": True}),
+    Entry(
+        "ladd",
+        LADD,
+        {"guidance": 2.0, "gan": {"kind": "softplus"}, "times": {"mean": -6.0}, "critic": {"steps": 2}},
+        falls="critic_loss",
+        unused=True,
+    ),
     Entry("dmd2-lora", DMD2, {"guidance": 2.0, "critic": {"steps": 2}, "adapter": LORA}, falls="critic_loss", unused=True, slow=True),
 ]
 BY_NAME = {entry.name: entry for entry in METHODS}

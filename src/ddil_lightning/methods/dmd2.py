@@ -18,8 +18,9 @@ from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import ddim, renoise
 from ddil_lightning.feed import Wants
 from ddil_lightning.records import LatentBatch
-from ddil_lightning.training.adversary import Adversary, Critic, Gan
+from ddil_lightning.training.adversary import Adversary, Critic
 from ddil_lightning.training.deployment import Deployment
+from ddil_lightning.training.gan import Gan
 from ddil_lightning.training.method import Distillation
 
 Normaliser = Literal["sample", "batch"]

@@ -6,50 +6,21 @@ turn it is, and hands it its samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 
 from ddil_lightning.backbones.roles import Role
 from ddil_lightning.bounds import within
-from ddil_lightning.diffusion.losses import mse, per_sample
+from ddil_lightning.diffusion.losses import mse
 from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.records import Context, LatentBatch
 from ddil_lightning.streams import Streams
-
-
-@dataclass(frozen=True)
-class Gan:
-    """A discriminator's part; 0 and 0 for none.
-
-    Args:
-        weight: lambda_g, of the discriminator's verdict in the student's loss.
-        critic_weight: lambda_d, of telling real from fake in the critic's loss.
-        features: whose features the head reads: the critic's, which learns to tell them apart, or the frozen teacher's.
-        layers: at which layers of that network (down0, mid, up1, ... of a U-Net); by default at its bottleneck.
-    """
-
-    weight: float = 0.0
-    critic_weight: float = 0.0
-    features: Literal["critic", "teacher"] = "critic"
-    layers: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        within(0, 1000, **{"gan.weight": self.weight, "gan.critic_weight": self.critic_weight})
-        if self.weight and not self.critic_weight:
-            raise ValueError(f"gan.weight = {self.weight} needs a discriminator that learns: set gan.critic_weight")
-        if self.layers and not self.is_on:
-            raise ValueError(f"gan.layers = {list(self.layers)} without a discriminator: set gan.weight and gan.critic_weight")
-
-    @property
-    def is_on(self) -> bool:
-        """Whether there is a discriminator at all."""
-        return bool(self.weight or self.critic_weight)
+from ddil_lightning.training.gan import Gan, slope
 
 
 @dataclass(frozen=True)
@@ -69,16 +40,27 @@ class Critic:
         within(0, 10, **{"critic.lr": self.lr})
 
 
+Times = Callable[[int, int, torch.Generator], Tensor]
+"""[n] times below `total`, by a generator on the device: the law under which a discriminator is asked (`gan.LogitNormal`)."""
+Real = tuple[Tensor, Context, Tensor]
+"""Real samples [B, C, H, W], their captions, unguided, and the weight [B] of each."""
+
+
 class Adversary:
     """Critic and head of a `method` (a Distillation), which casts them: their turns, their losses, their noise and their state.
 
-    `every`: the critic's updates to one of the student's. The student's turn is the last batch of its cycle, so that the critic has caught
-    up. The noise of all losses follows from the feed's seed and from the clocks, so that a resumed run repeats it.
+    `critic`: None for a discriminator alone, which reads frozen features. `every`: the critic's updates to one of the student's. The
+    student's turn is the last batch of its cycle, so that the critic has caught up. `times`: of the noise that the discriminator's samples
+    are given, by default uniform. The noise of all losses follows from the feed's seed and from the clocks, so that a resumed run repeats
+    it.
     """
 
-    def __init__(self, method: Any, critic: Role, head: nn.Module | None, every: int, gan: Gan) -> None:
+    conditions: int = 0
+    """How many of the tensors of a view, the last ones, are no features but what the head is told of them."""
+
+    def __init__(self, method: Any, critic: Role | None, head: nn.Module | None, every: int, gan: Gan, times: Times | None = None) -> None:
         self.method, self.critic, self.head = method, critic, head
-        self.every, self.gan = every, gan
+        self.every, self.gan, self.times = every, gan, times
         self.updates = 0
 
     @property
@@ -94,17 +76,16 @@ class Adversary:
 
     def weights(self) -> list[nn.Parameter]:
         """What the critic's optimiser moves: the critic and, with a GAN, the head."""
-        parts = [self.critic] if self.head is None else [self.critic, self.head]
+        parts = [part for part in (self.critic, self.head) if part is not None]
         return [p for part in parts for p in part.parameters() if p.requires_grad]
 
     # Losses --------------------------------------------------------------------------------------------------------------------------
 
     def realism(self, x: Tensor, b: LatentBatch) -> Tensor | float:
-        """[B] the student's side of the GAN on its samples x [B, C, H, W]: softplus(-D)."""
+        """[B] the student's side of the GAN on its samples x [B, C, H, W]: softplus(-D) or, of the hinge loss, -D."""
         if not self.gan.weight:
             return 0.0
-        y, t, _ = self.diffuse(x, "realism")
-        return per_sample(softplus(-self._logits(self._features(y, t, b.c))))
+        return self.gan.fooling(self._logits(self.view(x, b.c, "realism")))
 
     def descend(self, optimizer: Any, x: Tensor, b: LatentBatch) -> None:
         """Follow the student: one micro-batch of `following` on its samples x, detached."""
@@ -113,33 +94,78 @@ class Adversary:
 
     def following(self, x: Tensor, b: LatentBatch) -> Tensor:
         """The critic's denoising loss on samples x in the network's own space, and the other side of the GAN, from one forward of both."""
+        if self.critic is None:
+            told = self.telling(x, b)
+            # Heads that have nothing to compare with still get a gradient, of zero: all processes make the same step.
+            return sum((0 * p.sum() for p in self.weights()), x.new_zeros(())) if told is None else self.gan.critic_weight * told.mean()
         y, t, eps = self.diffuse(x, "critic")
         together = self.gan.critic_weight and self.gan.features == "critic"
-        p, features = self.critic.with_features(y, t, b.c, self.gan.layers) if together else (self.critic(y, t, b.c), ())
+        p, features = self.critic.with_features(y, t, b.c, self.gan.layers) if together else (self.critic(y, t, b.c), None)
         loss = mse(self.critic.output(p), self.critic.schedule.target(self.critic.predicts, x, eps, t))
         self.method.measures.record(denoising=loss)
-        if not self.gan.critic_weight or b.real is None or b.real_c is None:
-            return (b.weight * loss).mean()
-        if self.gan.features == "teacher":
-            features = self._features(y, t, b.c)
-        z, t, _ = self.diffuse(b.real, "real")
-        fake, real = self._logits(features), self._logits(self._features(z, t, b.real_c))
-        gan = b.weight * per_sample(softplus(fake)) + per_sample(softplus(-real))
-        self.method.measures.record(gan=gan)
-        return (b.weight * loss + self.gan.critic_weight * gan).mean()
+        told = self.telling(x, b, features) if self.gan.critic_weight else None
+        return (b.weight * loss).mean() if told is None else (b.weight * loss + self.gan.critic_weight * told).mean()
 
-    def diffuse(self, x: Tensor, purpose: str, low: int = 0, high: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(alpha x + sigma eps, t, eps) with t [B] ~ U{low..high} (all times), each rank and purpose with numbers of its own."""
-        step = self.updates * self.method.descent.accumulate + self.method.descent.micro.get("critic_loss", 0)
-        generator = Streams(self.method.feed.seed, step, self.method.stage, self.method.global_rank).local(purpose, x.device)
-        schedule: NoiseSchedule = self.critic.schedule
-        t = torch.randint(low, (schedule.steps - 1 if high is None else high) + 1, (len(x),), generator=generator, device=x.device)
+    def telling(self, x: Tensor, b: LatentBatch, features: Sequence[Tensor] | None = None) -> Tensor | None:
+        """[B] the discriminator's loss on samples x (or the `features` of their view) and on real ones, with its slope's penalty.
+
+        None where there is nothing real to compare with.
+        """
+        found = self.real(b)
+        if found is None:
+            return None
+        real, c, weight = found
+        fakes, reals = self.view(x, b.c, "critic") if features is None else features, self.view(real, c, "real")
+        fake, true = self._logits(fakes), self._logits(reals)
+        gan = b.weight * self.gan.fake(fake) + weight * self.gan.real(true)
+        self.method.measures.record(gan=gan)
+        if not self.gan.r1:
+            return gan
+        r1 = self.slope(real, c, reals, true)
+        self.method.measures.record(r1=r1)
+        return gan + self.gan.r1 * weight * r1
+
+    def slope(self, real: Tensor, c: Context, features: Sequence[Tensor], logits: Tensor) -> Tensor:
+        """[B] how steep the discriminator is at real samples: R1 at the head's inputs or, by noise, the squared change of its logits."""
+        assert self.head is not None
+        if not self.gan.r1_noise:
+            return slope(self.head, features, self.conditions)
+        return mse(self._logits(self.view(real, c, "real", self.gan.r1_noise)), logits)
+
+    # What the discriminator sees, which a method may have otherwise ------------------------------------------------------------------
+
+    def real(self, b: LatentBatch) -> Real | None:
+        """What counts as real: the data, if the batch has some."""
+        return None if b.real is None or b.real_c is None else (b.real, b.real_c, torch.ones_like(b.weight))
+
+    def view(self, x: Tensor, c: Context, purpose: str, jitter: float = 0.0) -> tuple[Tensor, ...]:
+        """The features [B, F, ...] of samples x, noised to random times, a layer each; with noise of size `jitter` on what is seen."""
+        y, t, _ = self.diffuse(x, purpose, times=self.times)
+        if jitter:
+            y = y + jitter * torch.randn(y.shape, generator=self.generator("jitter", y.device), device=y.device, dtype=y.dtype)
+        return self._features(y, t, c)
+
+    def diffuse(
+        self, x: Tensor, purpose: str, low: int = 0, high: int | None = None, times: Times | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(alpha x + sigma eps, t, eps) with t [B] ~ U{low..high} (all times) or by `times`, each rank and purpose with its own numbers."""
+        generator = self.generator(purpose, x.device)
+        schedule: NoiseSchedule = self.method.student.schedule
+        if times is None:
+            t = torch.randint(low, (schedule.steps - 1 if high is None else high) + 1, (len(x),), generator=generator, device=x.device)
+        else:
+            t = times(len(x), schedule.steps, generator)
         eps = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         return schedule.add_noise(x, eps, t), t, eps
 
+    def generator(self, purpose: str, device: torch.device) -> torch.Generator:
+        """Random numbers of this rank for a `purpose` in the present micro-batch."""
+        step = self.updates * self.method.descent.accumulate + self.method.descent.micro.get("critic_loss", 0)
+        return Streams(self.method.feed.seed, step, self.method.stage, self.method.global_rank).local(purpose, device)
+
     def _features(self, x: Tensor, t: Tensor, c: Context) -> tuple[Tensor, ...]:
         """The features [B, F, ...] that the head reads, a layer each."""
-        role: Role = self.critic if self.gan.features == "critic" else self.method.teacher
+        role: Role = self.method.roles[self.gan.features]
         return role.features(x, t, c, self.gan.layers)
 
     def _logits(self, features: Sequence[Tensor]) -> Tensor:
@@ -149,12 +175,11 @@ class Adversary:
 
     # State ---------------------------------------------------------------------------------------------------------------------------
 
-    def check_data(self, has_images: bool) -> None:
-        """Raises ValueError for a GAN without data."""
+    def check_data(self, has_images: bool, instead: str = "set model.gan.weight and model.gan.critic_weight to 0") -> None:
+        """Raises ValueError for a GAN without data; `instead`: what else could be done about it."""
         if self.head is not None and not has_images:
             raise ValueError(
-                f"{type(self.method).__name__}'s GAN compares with data, but the data set has no images: give images, or set "
-                "model.gan.weight and model.gan.critic_weight to 0"
+                f"{type(self.method).__name__}'s GAN compares with data, but the data set has no images: give images, or {instead}"
             )
 
     def state(self) -> dict[str, int]:

@@ -1,0 +1,90 @@
+"""What adversarial methods share: turns of a discriminator, the nodes of a re-noising student, and its deployment on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from ddil_lightning.backbones.roles import Role
+from ddil_lightning.bounds import lengths, within
+from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.policy import Policies, Policy
+from ddil_lightning.diffusion.schedule import Grid
+from ddil_lightning.diffusion.transitions import ddim, renoise
+from ddil_lightning.feed import Wants
+from ddil_lightning.training.adversary import Adversary, Critic
+from ddil_lightning.training.deployment import Deployment
+from ddil_lightning.training.method import Distillation
+
+
+class Adversarial(Distillation):
+    """A student of a few nodes, whose samples are re-noised from one to the next, against a discriminator with an optimiser of its own.
+
+    A method calls `nodes` and `against` in its constructor, in this order, and writes `training_step`. The first node is noise without
+    signal. The guidance is baked into the student.
+    """
+
+    wants = Wants(pure_noise=True)
+    takes_turns = True
+    adversary: Adversary
+    head: nn.Module | None
+
+    def nodes(self, steps: int, rollouts: Sequence[int], teacher_steps: int, shares: Sequence[float] = ()) -> Grid:
+        """The teacher's grid; sets the student's: `steps` trailing nodes, of which roll-outs walk so many, visited by data in `shares`.
+
+        Raises ValueError for step counts that do not fit in each other.
+        """
+        total = self.backbone.schedule.steps
+        self.check_guidance(told=False)
+        lengths(rollouts=rollouts)
+        within(1, total, rollouts=rollouts, steps=steps, teacher_steps=teacher_steps)
+        if total % steps:
+            raise ValueError(f"steps = {steps} does not divide the schedule's {total} times")
+        if teacher_steps % steps:
+            raise ValueError(
+                f"teacher_steps = {teacher_steps} is no multiple of steps = {steps}: the teacher must stop at the student's nodes"
+            )
+        walks = [Grid.named("lcm", n, total, solver_steps=steps) for n in rollouts]
+        times = Grid.named("lcm", steps, total, solver_steps=steps).times.tolist()
+        self.grid = Grid(times, walks, rule=f"trailing-{steps}", shares=shares)
+        return Grid.named("trailing", teacher_steps, total)
+
+    def against(self, adversary: Adversary, critic: Critic, fine: Grid) -> None:
+        """Take the discriminator, its learning rate, and who acts in roll-outs: the student by re-noising, the teacher by DDIM."""
+        self.adversary, self.critic_lr = adversary, self.lr if critic.lr is None else critic.lr
+        self.policies = Policies(Policy(self.student, renoise), Policy(self.teacher, ddim, fine=fine))
+
+    def reader(self, features: str) -> dict[str, Role]:
+        """The role whose features a frozen discriminator reads, where it is none that the method has already: `initial`."""
+        return {"initial": self.role("student").copied("initial")} if features == "initial" else {}
+
+    # What the rest of the library asks -----------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """One for the student; one for the discriminator and what else follows the student."""
+        return [self.optimizer_of(self.student.weights(), self.lr), self.optimizer_of(self.adversary.weights(), self.critic_lr)]
+
+    def on_student_turn(self) -> None:
+        """The last batch of the discriminator's cycle."""
+        self.adversary.updates += (-self.adversary.updates - 1) % self.adversary.every
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also where the run stands between two student updates."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["ddil"] |= self.adversary.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore where the run stood between two student updates."""
+        super().on_load_checkpoint(checkpoint)
+        self.adversary.restore(checkpoint["ddil"])
+
+    def deploy(self, student: Denoiser) -> Deployment:
+        """Re-noising on trained nodes alone, in the trained step count or fewer."""
+        n, total = len(self.grid), self.student.schedule.steps
+        steps = tuple(sorted({n, *(k for k in (4, 2, 1) if k < n)}, reverse=True))
+        scheduler = partial(self.backbone.scheduler, renoise, student.predicts, "lcm", n)
+        grid = partial(Grid.named, "lcm", total=total, solver_steps=n)
+        return Deployment(Policy(student, renoise), grid, steps, self.eval_guidance, scheduler)
