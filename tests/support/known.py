@@ -54,8 +54,17 @@ def latents(x_t: Tensor, t: Tensor | int, real: Tensor | None = None, source: in
     n = len(x_t)
     t = torch.full((n,), t) if isinstance(t, int) else t
     c, zero = Context(torch.zeros(n, 1, 1)), torch.zeros_like(t)
-    own = {"real": real, "source": zero + source, "weight": torch.ones(n), "slot": zero - 1, "real_c": None if real is None else c}
-    return LatentBatch(x_t, t, zero + END, zero, c.guided(0.0), **{**own, **kwargs})
+    own = {
+        "s": zero + END,
+        "node": zero,
+        "c": c.guided(0.0),
+        "real": real,
+        "source": zero + source,
+        "weight": torch.ones(n),
+        "slot": zero - 1,
+        "real_c": None if real is None else c,
+    }
+    return LatentBatch(x_t, t, **{**own, **kwargs})
 
 
 def noise(n: int, dims: int = 1, seed: int = 3) -> Tensor:

@@ -22,10 +22,11 @@ from ddil_lightning.data.captions import Captions
 from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.data.encoded import Encoded, encode
 from ddil_lightning.imitation.prior import SamplingPrior
-from ddil_lightning.methods import DMD2, LADD, LCM, PD, ImagineFlash
+from ddil_lightning.methods import ADD, DMD2, LADD, LCM, PD, ImagineFlash
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.plan import Stage
 from options import options
+from visions import Patches
 
 
 class Entry(NamedTuple):
@@ -57,6 +58,7 @@ METHODS = [
         falls="critic_loss",
         unused=True,
     ),
+    Entry("add", ADD, {"guidance": 2.0, "vision": Patches(), "reflect": "off"}, falls="critic_loss", unused=True),
     Entry("dmd2-lora", DMD2, {"guidance": 2.0, "critic": {"steps": 2}, "adapter": LORA}, falls="critic_loss", unused=True, slow=True),
 ]
 BY_NAME = {entry.name: entry for entry in METHODS}

@@ -41,16 +41,17 @@ from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.errors import Refusal
 from ddil_lightning.imitation.prior import Constant, Cosine, Exponential, Gated, GatedBy, Linear, Piecewise, Schedule  # noqa: F401
 from ddil_lightning.messages import each_text, explain, parameters, plain, subclasses
-from ddil_lightning.methods import DMD2, LADD, LCM, PD, ImagineFlash  # noqa: F401
+from ddil_lightning.methods import ADD, DMD2, LADD, LCM, PD, ImagineFlash  # noqa: F401
 from ddil_lightning.runs.finish import Test
 from ddil_lightning.runs.loggers import refuse_masked
 from ddil_lightning.toy import Toy  # noqa: F401
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.options import check_precision
 from ddil_lightning.training.plan import Part, Stage
+from ddil_lightning.training.vision import BuiltinVision, Dino, Vision  # noqa: F401
 
 Wandb = Literal["off", "offline", "online"]
-BASES = (Distillation, Backbone, Stage, Part, Captions, Schedule, Callback, Logger)
+BASES = (Distillation, Backbone, Stage, Part, Captions, Schedule, Callback, Logger, Vision)
 
 
 class Assembled(NamedTuple):

@@ -1,5 +1,6 @@
 """Feedback losses: one file per method. A method never knows where its latents come from."""
 
+from ddil_lightning.methods.add import ADD
 from ddil_lightning.methods.dmd2 import DMD2
 from ddil_lightning.methods.imagine_flash import ImagineFlash
 from ddil_lightning.methods.ladd import LADD
@@ -8,4 +9,4 @@ from ddil_lightning.methods.pd import PD
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.plan import Part, Stage
 
-__all__ = ["DMD2", "LADD", "LCM", "PD", "Distillation", "ImagineFlash", "Part", "Stage"]
+__all__ = ["ADD", "DMD2", "LADD", "LCM", "PD", "Distillation", "ImagineFlash", "Part", "Stage"]

@@ -85,7 +85,7 @@ class Adversary:
         """[B] the student's side of the GAN on its samples x [B, C, H, W]: softplus(-D) or, of the hinge loss, -D."""
         if not self.gan.weight:
             return 0.0
-        return self.gan.fooling(self._logits(self.view(x, b.c, "realism")))
+        return self.gan.fooling(self._logits(self.view(x, b, b.c, "realism")))
 
     def descend(self, optimizer: Any, x: Tensor, b: LatentBatch) -> None:
         """Follow the student: one micro-batch of `following` on its samples x, detached."""
@@ -115,22 +115,22 @@ class Adversary:
         if found is None:
             return None
         real, c, weight = found
-        fakes, reals = self.view(x, b.c, "critic") if features is None else features, self.view(real, c, "real")
+        fakes, reals = self.view(x, b, b.c, "critic") if features is None else features, self.view(real, b, c, "real")
         fake, true = self._logits(fakes), self._logits(reals)
         gan = b.weight * self.gan.fake(fake) + weight * self.gan.real(true)
         self.method.measures.record(gan=gan)
         if not self.gan.r1:
             return gan
-        r1 = self.slope(real, c, reals, true)
+        r1 = self.slope(real, b, c, reals, true)
         self.method.measures.record(r1=r1)
         return gan + self.gan.r1 * weight * r1
 
-    def slope(self, real: Tensor, c: Context, features: Sequence[Tensor], logits: Tensor) -> Tensor:
+    def slope(self, real: Tensor, b: LatentBatch, c: Context, features: Sequence[Tensor], logits: Tensor) -> Tensor:
         """[B] how steep the discriminator is at real samples: R1 at the head's inputs or, by noise, the squared change of its logits."""
         assert self.head is not None
         if not self.gan.r1_noise:
             return slope(self.head, features, self.conditions)
-        return mse(self._logits(self.view(real, c, "real", self.gan.r1_noise)), logits)
+        return mse(self._logits(self.view(real, b, c, "real", self.gan.r1_noise)), logits)
 
     # What the discriminator sees, which a method may have otherwise ------------------------------------------------------------------
 
@@ -138,12 +138,19 @@ class Adversary:
         """What counts as real: the data, if the batch has some."""
         return None if b.real is None or b.real_c is None else (b.real, b.real_c, torch.ones_like(b.weight))
 
-    def view(self, x: Tensor, c: Context, purpose: str, jitter: float = 0.0) -> tuple[Tensor, ...]:
-        """The features [B, F, ...] of samples x, noised to random times, a layer each; with noise of size `jitter` on what is seen."""
+    def view(self, x: Tensor, b: LatentBatch, c: Context, purpose: str, jitter: float = 0.0) -> tuple[Tensor, ...]:
+        """The features [B, F, ...] of samples x of captions c, noised to random times, a layer each.
+
+        `b`: the batch that they belong to. `jitter`: the size of noise on what is seen, for the slope.
+        """
         y, t, _ = self.diffuse(x, purpose, times=self.times)
-        if jitter:
-            y = y + jitter * torch.randn(y.shape, generator=self.generator("jitter", y.device), device=y.device, dtype=y.dtype)
-        return self._features(y, t, c)
+        return self._features(self.jittered(y, jitter), t, c)
+
+    def jittered(self, y: Tensor, size: float) -> Tensor:
+        """y [B, ...] with noise of this `size`."""
+        if not size:
+            return y
+        return y + size * torch.randn(y.shape, generator=self.generator("jitter", y.device), device=y.device, dtype=y.dtype)
 
     def diffuse(
         self, x: Tensor, purpose: str, low: int = 0, high: int | None = None, times: Times | None = None
