@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from ddil_lightning.diffusion.denoiser import Boundary, Consistency, Denoiser, to_w
 from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.schedule import Grid
-from ddil_lightning.diffusion.transitions import TCD, Transition, ddim, renoise
+from ddil_lightning.diffusion.transitions import TCD, Posterior, Transition, ddim, renoise
 from ddil_lightning.records import END, Context
 
 if TYPE_CHECKING:
     from ddil_lightning.backbones.pipeline import Pipeline
 
-NAMES = {"lcm": "LCMScheduler", "tcd": "TCDScheduler", "ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler"}
+NAMES = {"lcm": "LCMScheduler", "tcd": "TCDScheduler", "ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "ddpm": "DDPMScheduler"}
 """Samplers by name, and the class of diffusers that each is."""
 
 SOLVER = "DPMSolverMultistepScheduler"
@@ -28,7 +28,8 @@ def named(backbone: Pipeline, name: str) -> Pipeline:
 
     kind, config = getattr(diffusers, NAMES[name]), backbone.pipe.scheduler.config
     own = {} if name in ("lcm", "tcd") else {"timestep_spacing": "trailing"}
-    clips = {} if name == "euler" else {"clip_sample": False}
+    clips: dict[str, Any] = {} if name == "euler" else {"clip_sample": False}
+    clips |= {"variance_type": "fixed_small"} if name == "ddpm" else {}
     return backbone.stepping(kind.from_config(config, **own, **clips))
 
 
@@ -51,7 +52,7 @@ def grid_of(backbone: Pipeline, steps: int) -> Grid:
         times = [round(float(t)) for t in scheduler.timesteps]
     except ValueError as error:
         raise ValueError(f"{where} cannot take {steps} steps ({error}): give another number") from error
-    if kind == NAMES["ddim"]:
+    if kind in (NAMES["ddim"], NAMES["ddpm"]):
         _check_strides(where, times, config["num_train_timesteps"] // steps)
     clean = {NAMES["tcd"]: False, NAMES["ddim"]: bool(config.get("set_alpha_to_one", True))}
     end = END if clean.get(kind, config.get("final_sigmas_type", "zero") == "zero") else 0
@@ -70,7 +71,7 @@ def transition_of(backbone: Pipeline) -> Transition:
     TCD's with its authors' strength of noise, which their users give to the call as `eta`; a pipeline's own is 0.
     """
     kind = type(backbone.pipe.scheduler).__name__
-    return {NAMES["lcm"]: renoise, NAMES["tcd"]: TCD()}.get(kind, ddim)
+    return {NAMES["lcm"]: renoise, NAMES["tcd"]: TCD(), NAMES["ddpm"]: Posterior()}.get(kind, ddim)
 
 
 def policy_of(backbone: Pipeline, g: float, transition: Transition | None = None, substeps: int = 1) -> Policy:

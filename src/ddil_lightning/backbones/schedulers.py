@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ddil_lightning.diffusion.schedule import NoiseSchedule, Predicts
-from ddil_lightning.diffusion.transitions import Transition, ddim, renoise
+from ddil_lightning.diffusion.transitions import Posterior, Transition, ddim, renoise
 from ddil_lightning.errors import one_line
 
 PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
@@ -37,14 +37,21 @@ def student(teacher: Any, transition: Transition, prediction: str, rule: str, st
 
     `Renoise` on `steps` nodes of LCM's training grid: LCMScheduler, whose boundary conditions have the time scaling `scaling` (None: they
     vanish). `DDIM` on `steps` nodes of the `rule` (trailing, linspace): DDIMScheduler; where it would leave them, DPM-Solver++ of first
-    order, which is DDIM between any nodes. `prediction`: the network's, by diffusers' name. Raises ValueError for another transition.
+    order, which is DDIM between any nodes. `Posterior` on `steps` trailing nodes: DDPMScheduler. `prediction`: the network's, by diffusers'
+    name. Raises ValueError for another transition, or where there is none.
     """
     own: dict[str, Any] = {"prediction_type": prediction}
     if transition == renoise:
         own |= {"original_inference_steps": steps, "timestep_scaling": 1e10 if scaling is None else scaling}
         return _made("LCMScheduler", teacher, set_alpha_to_one=True, clip_sample=False, **own)
+    if transition == Posterior():
+        total = teacher.config.num_train_timesteps
+        if rule != "trailing" or total % steps:
+            raise ValueError(f"DDPMScheduler steps down by T // N: {steps} steps do not divide the {total} times of trailing nodes")
+        return _made("DDPMScheduler", teacher, variance_type="fixed_small", clip_sample=False, timestep_spacing=rule, **own)
     if transition != ddim:
-        raise ValueError(f"no scheduler of diffusers is known to step by {transition}: known are {ddim} and {renoise}")
+        known = f"{ddim}, {renoise} and {Posterior()}"
+        raise ValueError(f"no scheduler of diffusers is known to step by {transition}: known are {known}")
     own["timestep_spacing"] = rule
     # DDIMScheduler steps down by T // N, whatever the next node is.
     if rule == "trailing" and teacher.config.num_train_timesteps % steps == 0:

@@ -213,7 +213,7 @@ class Card:
         if not loadable:
             return
         about, n = self.about, self.about["steps"]
-        sampler = "lcm" if type(self.scheduler).__name__ == "LCMScheduler" else "ddim"
+        sampler = {"LCMScheduler": "lcm", "DDPMScheduler": "ddpm"}.get(type(self.scheduler).__name__, "ddim")
         last = self.scheduler.config.num_train_timesteps - 1
         apart = max(abs(t - last * (1 - i / n)) for i, t in enumerate(about["timesteps"]))
         loader = "*Load Checkpoint*" if "single-file" in loadable else "*Load LoRA* on the teacher, strength 1"
