@@ -19,7 +19,8 @@ from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.imitation.options import Buffer, Rollouts
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.methods import DMD2, LCM
-from ddil_lightning.training.adversary import Critic, Gan
+from ddil_lightning.training.adversary import Critic
+from ddil_lightning.training.gan import Gan
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.optimisation import Optimizer
 from ddil_lightning.training.options import Memory

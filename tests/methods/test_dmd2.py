@@ -17,7 +17,8 @@ from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.methods import DMD2
 from ddil_lightning.methods.dmd2 import direction, emphasis
 from ddil_lightning.records import Context, LatentBatch
-from ddil_lightning.training.adversary import Gan, untouched
+from ddil_lightning.training.adversary import untouched
+from ddil_lightning.training.gan import Gan
 from options import options
 from suite import Entry, backbone, build, captions, fit
 

@@ -23,7 +23,7 @@ from suite import FORWARD, MIXED, Entry, Gradients, build, train
 
 SD = NoiseSchedule.scaled_linear()
 PCM_W = Entry("pcm", PCM)
-GAN = {"gan": {"weight": 0.1, "critic_weight": 1.0, "features": "teacher", "loss": "hinge"}}
+GAN = {"gan": {"weight": 0.1, "critic_weight": 1.0, "features": "teacher", "kind": "hinge"}}
 
 
 def exact(network: nn.Module, student: nn.Module | None = None, **kwargs: Any) -> PCM:

@@ -31,7 +31,7 @@ PROTOCOLS = [name for name in config_names() if name.startswith("protocols/")]  
 FIT = [name for name in config_names() if name not in (*PRETRAIN, *TOY, *LARGE, *PROTOCOLS)]
 PAIRED = [name for file in config_names() if (name := file.removesuffix(".yaml")) + "_ddil.yaml" in config_names()]
 MAIN = ("lcm", "pd", "dmd2", "emd")
-TURNS = ("dmd", "emd", "sid", "diff_instruct")  # of a critic, five to one of the student's
+TURNS = ("add", "dmd", "diff_instruct", "emd", "ladd", "moments", "sid", "ufogen")  # of a critic, five to one of the student's
 
 
 def thinned(names: Sequence[str]) -> list[Any]:
@@ -162,6 +162,7 @@ def test_pretrain(name: str, here: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PAIRED)
+@pytest.mark.parametrize("name", [name.removesuffix("_ddil.yaml") for name in config_names() if name.endswith("_ddil.yaml")])
 def test_a_method_with_and_without_ddil_differs_in_one_line(name: str) -> None:
     plain, ddil = ((configs_folder() / file).read_text().splitlines() for file in (f"{name}.yaml", f"{name}_ddil.yaml"))
     different = [(a, b) for a, b in zip(plain, ddil, strict=True) if a != b]

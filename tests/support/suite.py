@@ -23,10 +23,11 @@ from ddil_lightning.data.captions import Captions
 from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.data.encoded import Encoded, encode
 from ddil_lightning.imitation.prior import SamplingPrior
-from ddil_lightning.methods import BOOT, CTM, DMD, DMD2, EMD, LCM, PCM, PD, TCD, Reflow, SiD
+from ddil_lightning.methods import ADD, BOOT, CTM, DMD, DMD2, EMD, LADD, LCM, PCM, PD, TCD, ImagineFlash, MomentMatching, Reflow, SiD
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.plan import Stage
 from options import options
+from visions import Patches
 
 
 class Entry(NamedTuple):
@@ -58,6 +59,16 @@ METHODS = [
     Entry("boot", BOOT, {"guidance": 2.0, "steps": 4}, brief=True),
     Entry("lcm-lora", LCM, {"adapter": LORA}),
     Entry("pd-lora", PD, {"stages": PLAN, "teacher_steps": 16, "adapter": LORA}, slow=True),
+    Entry("imagine-flash", ImagineFlash, {"w_conditioned": True}),
+    Entry(
+        "ladd",
+        LADD,
+        {"guidance": 2.0, "gan": {"kind": "softplus"}, "times": {"mean": -6.0}, "critic": {"steps": 2}},
+        falls="critic_loss",
+        unused=True,
+    ),
+    Entry("add", ADD, {"guidance": 2.0, "vision": Patches(), "reflect": "off"}, falls="critic_loss", unused=True),
+    Entry("moments", MomentMatching, {"guidance": 2.0}, falls="critic_loss", unused=True),
     Entry("dmd2-lora", DMD2, {"guidance": 2.0, "critic": {"steps": 2}, "adapter": LORA}, falls="critic_loss", unused=True, slow=True),
     Entry("tcd", TCD, brief=True),
     Entry("pcm", PCM, brief=True),

@@ -9,13 +9,13 @@ from ddil_lightning.diffusion.denoiser import Boundary, Consistency, Denoiser, t
 from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.remedies import Remedy
 from ddil_lightning.diffusion.schedule import Grid
-from ddil_lightning.diffusion.transitions import TCD, Transition, ddim, renoise
+from ddil_lightning.diffusion.transitions import TCD, Posterior, Transition, ddim, renoise
 from ddil_lightning.records import END, Context
 
 if TYPE_CHECKING:
     from ddil_lightning.backbones.pipeline import Pipeline
 
-NAMES = {"lcm": "LCMScheduler", "tcd": "TCDScheduler", "ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler"}
+NAMES = {"lcm": "LCMScheduler", "tcd": "TCDScheduler", "ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "ddpm": "DDPMScheduler"}
 """Samplers by name, and the class of diffusers that each is."""
 
 SOLVER = "DPMSolverMultistepScheduler"
@@ -35,7 +35,8 @@ def named(backbone: Pipeline, name: str) -> Pipeline:
     remedy = Remedy(int(said.get("ts", 0)), scale=float(said.get("es", 1))) if remedies else None
     kind, config = getattr(diffusers, NAMES[name]), backbone.pipe.scheduler.config
     own = {} if name in ("lcm", "tcd") else {"timestep_spacing": "trailing"}
-    clips = {} if name == "euler" else {"clip_sample": False}
+    clips: dict[str, Any] = {} if name == "euler" else {"clip_sample": False}
+    clips |= {"variance_type": "fixed_small"} if name == "ddpm" else {}
     made = backbone.stepping(kind.from_config(config, **own, **clips))
     made.remedy = remedy
     return made
@@ -60,7 +61,7 @@ def grid_of(backbone: Pipeline, steps: int) -> Grid:
         times = [round(float(t)) for t in scheduler.timesteps]
     except ValueError as error:
         raise ValueError(f"{where} cannot take {steps} steps ({error}): give another number") from error
-    if kind == NAMES["ddim"]:
+    if kind in (NAMES["ddim"], NAMES["ddpm"]):
         _check_strides(where, times, config["num_train_timesteps"] // steps)
     clean = {NAMES["tcd"]: False, NAMES["ddim"]: bool(config.get("set_alpha_to_one", True))}
     end = END if clean.get(kind, config.get("final_sigmas_type", "zero") == "zero") else 0
@@ -80,7 +81,8 @@ def transition_of(backbone: Pipeline) -> Transition:
     without it takes 0.
     """
     kind = type(backbone.pipe.scheduler).__name__
-    return {NAMES["lcm"]: renoise, NAMES["tcd"]: TCD(backbone.called_with.get("eta", TCD.gamma))}.get(kind, ddim)
+    gamma = backbone.called_with.get("eta", TCD.gamma)
+    return {NAMES["lcm"]: renoise, NAMES["tcd"]: TCD(gamma), NAMES["ddpm"]: Posterior()}.get(kind, ddim)
 
 
 def policy_of(backbone: Pipeline, g: float, transition: Transition | None = None, substeps: int = 1) -> Policy:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ddil_lightning.diffusion.schedule import NoiseSchedule, Predicts
-from ddil_lightning.diffusion.transitions import TCD, Transition, ddim, renoise
+from ddil_lightning.diffusion.transitions import TCD, Posterior, Transition, ddim, renoise
 from ddil_lightning.errors import one_line
 
 PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
@@ -44,10 +44,10 @@ def student(
     """The scheduler that steps as a student does which was trained at given nodes, on the forward process of its `teacher`'s scheduler.
 
     `Renoise` on `steps` nodes of LCM's training grid: LCMScheduler, whose boundary conditions have the time scaling `scaling` (None: they
-    vanish). `TCD` on the same nodes: TCDScheduler, whose gamma its pipeline's call says. `DDIM` on `steps` nodes of the `rule` (trailing,
-    linspace): DDIMScheduler; where it would leave them, DPM-Solver++ of first order, which is DDIM between any nodes. `prediction`: the
-    network's, by diffusers' name. `times`: of the forward process, the first so many, for a student that starts below the last. Raises
-    ValueError for another transition.
+    vanish). `TCD` on the same nodes: TCDScheduler, whose gamma its pipeline's call says. `Posterior` on trailing nodes: DDPMScheduler.
+    `DDIM` on `steps` nodes of the `rule` (trailing, linspace): DDIMScheduler; where it would leave them, DPM-Solver++ of first order, which
+    is DDIM between any nodes. `prediction`: the network's, by diffusers' name. `times`: of the forward process, the first so many, for a
+    student that starts below the last. Raises ValueError for another transition, or where there is none.
     """
     own: dict[str, Any] = {"prediction_type": prediction}
     total = teacher.config.num_train_timesteps
@@ -59,8 +59,13 @@ def student(
         return _made("LCMScheduler", teacher, set_alpha_to_one=True, clip_sample=False, **own)
     if isinstance(transition, TCD):
         return _made("TCDScheduler", teacher, clip_sample=False, original_inference_steps=steps, **own)
+    if transition == Posterior():
+        if rule != "trailing" or total % steps:
+            raise ValueError(f"DDPMScheduler steps down by T // N: {steps} steps do not divide the {total} times of trailing nodes")
+        return _made("DDPMScheduler", teacher, variance_type="fixed_small", clip_sample=False, timestep_spacing=rule, **own)
     if transition != ddim:
-        raise ValueError(f"no scheduler of diffusers is known to step by {transition}: known are {ddim}, {renoise} and {TCD()}")
+        known = f"{ddim}, {renoise}, {TCD()} and {Posterior()}"
+        raise ValueError(f"no scheduler of diffusers is known to step by {transition}: known are {known}")
     own["timestep_spacing"] = rule
     # DDIMScheduler steps down by T // N, whatever the next node is.
     if rule == "trailing" and total % steps == 0:

@@ -48,9 +48,10 @@ from ddil_lightning.toy import Toy  # noqa: F401
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.options import check_precision
 from ddil_lightning.training.plan import Part, Stage
+from ddil_lightning.training.vision import BuiltinVision, Dino, Vision  # noqa: F401
 
 Wandb = Literal["off", "offline", "online"]
-BASES = (Distillation, Backbone, Stage, Part, Captions, Schedule, Callback, Logger)
+BASES = (Distillation, Backbone, Stage, Part, Captions, Schedule, Callback, Logger, Vision)
 
 
 class Assembled(NamedTuple):

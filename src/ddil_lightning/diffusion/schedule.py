@@ -197,10 +197,11 @@ class Grid:
 
     `times`: all N+1 of them. `rollouts`: the grids that inference walks, if they are coarser than the training grid (LCM trains on
     50 nodes and samples on 3, 4 or 5 of them); every node of theirs must be one of this grid's. Values come from a named rule
-    (`Grid.named`), never from `t - T // N`: 499 against 500 fails in silence.
+    (`Grid.named`), never from `t - T // N`: 499 against 500 fails in silence. `shares`: how often each node is drawn, relative to the
+    others, by default equally often.
     """
 
-    def __init__(self, times: Sequence[int], rollouts: Sequence[Grid] = (), rule: str = "") -> None:
+    def __init__(self, times: Sequence[int], rollouts: Sequence[Grid] = (), rule: str = "", shares: Sequence[float] = ()) -> None:
         times = [int(t) for t in times]
         # END = -1 is below every time, so one comparison covers it.
         if len(times) < 2 or any(a <= b for a, b in zip(times, times[1:], strict=False)) or times[-1] < END:
@@ -208,6 +209,9 @@ class Grid:
         self.times = torch.tensor(times)
         self.rollouts = tuple(rollouts) or (self,)
         self.rule = rule
+        self.shares = tuple(shares)
+        if self.shares and (len(self.shares) != len(times) - 1 or min(self.shares) < 0 or not 0 < sum(self.shares) < float("inf")):
+            raise ValueError(f"shares of {len(times) - 1} nodes are as many numbers >= 0 that are not all 0, not {list(self.shares)}")
         self._row = {t: i for i, t in enumerate(times[:-1])}
         for grid in rollouts:
             self.rows(grid.nodes)  # raises if a roll-out would leave the grid
@@ -235,7 +239,10 @@ class Grid:
         return self.times.to(t.device)[self.rows(t) + 1]
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        """[n] node indices, uniform, independent: the times of the forward source."""
+        """[n] node indices, independent, uniform or by `shares`: the times of the forward source."""
+        if self.shares:
+            weights = torch.tensor(self.shares, device=generator.device)
+            return torch.multinomial(weights, n, replacement=True, generator=generator)
         return torch.randint(len(self), (n,), generator=generator, device=generator.device)
 
     def rollout(self, rng: random.Random) -> Grid:

@@ -56,6 +56,26 @@ class DDIM(Transition):
 
 
 @dataclass(frozen=True)
+class NoiseCorrected(Transition):
+    """DDIM whose step from the time `first`, where x_t is noise alone, takes that noise for eps: x_s = alpha_s x0 + sigma_s x_t.
+
+    A network asked for eps where there is nothing but eps has no reason to answer with x_t itself, and what it misses shifts colour and
+    layout (Kohler et al. 2024, noise correction; METHODS 5.2). x0 is still the network's.
+    """
+
+    first: int
+    noisy = False
+
+    def __call__(
+        self, schedule: NoiseSchedule, x_t: Tensor, p: Prediction, t: Tensor, s: Tensor, generator: Generators | None = None
+    ) -> Tensor:
+        """DDIM's step, and the corrected one where t is `first`."""
+        corrected = schedule.add_noise(p.x0, x_t, s)
+        top = (t == self.first).view(-1, *(1,) * (x_t.ndim - 1))
+        return torch.where(top, corrected, ddim(schedule, x_t, p, t, s))
+
+
+@dataclass(frozen=True)
 class Renoise(Transition):
     """x_s = alpha_s x0 + sigma_s noise: fresh, independent noise, as LCM and DMD2 step."""
 

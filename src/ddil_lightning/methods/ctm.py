@@ -16,9 +16,10 @@ from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.records import END, FORWARD, Context, LatentBatch, Prediction, take
-from ddil_lightning.training.adversary import Adversary, Critic, Gan
+from ddil_lightning.training.adversary import Adversary, Critic
 from ddil_lightning.training.contest import Contest
 from ddil_lightning.training.deployment import Deployment
+from ddil_lightning.training.gan import Gan
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.randomness import numbers_of
 
@@ -59,7 +60,7 @@ class CTM(Contest, Distillation):
         target_decay: float = 0.95,
         distance: Distance = Distance(),
         denoising: float = 1.0,
-        gan: Gan = Gan(features="teacher", loss="hinge"),
+        gan: Gan = Gan(features="teacher", kind="hinge"),
         critic: Critic = Critic(1),
         **kwargs: Any,
     ) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor
 from ddil_lightning.feed import Pairs, Wants
 from ddil_lightning.methods.dmd2 import DMD2
 from ddil_lightning.records import FORWARD, TEACHER, LatentBatch
-from ddil_lightning.training.adversary import Critic, Gan
+from ddil_lightning.training.adversary import Critic
+from ddil_lightning.training.gan import Gan
 from ddil_lightning.training.regression import Regression
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ddil_lightning.diffusion.losses import mse
 from ddil_lightning.records import LatentBatch
-from ddil_lightning.training.adversarial import Adversarial
-from ddil_lightning.training.adversary import Critic, Gan
-from ddil_lightning.training.scores import Scores
+from ddil_lightning.training.adversary import Critic
+from ddil_lightning.training.gan import Gan
+from ddil_lightning.training.scores import Scores, TwoScores
 
 Normaliser = Literal["sample", "batch", "none"]
 Divergence = Literal["reverse_kl", "kl", "js", "hellinger", "jeffreys", "softened_reverse_kl"]
@@ -40,7 +40,7 @@ class Matching(Scores):
                 raise ValueError(f"scores.{name} is {value!r}: give {', '.join(get_args(known))}")
 
 
-class DMD2(Adversarial):
+class DMD2(TwoScores):
     """The student's outputs should have the teacher's law: the KL divergence's gradient is the difference of two scores, and a GAN helps.
 
     The real score is the guided teacher's, the fake score that of a critic that follows the student's outputs on a faster time scale:

@@ -12,8 +12,8 @@ from ddil_lightning.bounds import above, within
 from ddil_lightning.diffusion.losses import mse, per_sample
 from ddil_lightning.records import LatentBatch
 from ddil_lightning.streams import normal
-from ddil_lightning.training.adversarial import Adversarial
 from ddil_lightning.training.adversary import Critic
+from ddil_lightning.training.scores import TwoScores
 
 Cancel = Literal["linear", "stein", "sum", "raw"]
 ENERGY = 1e3  # mean squares of e and z along a chain, which lie about 1; one beyond this goes on to infinity
@@ -55,7 +55,7 @@ class Posterior(NamedTuple):
     ratio: Tensor  # [B, 1, ...] sigma_t / alpha_t at the chain's time
 
 
-class EMD(Adversarial):
+class EMD(TwoScores):
     """The student's samples should have the teacher's law, by maximum likelihood of the latter's samples: expectation-maximisation.
 
     E-step: with a time t per sample, x_t = alpha g(z) + sigma e, Langevin steps take (e, z) to where the teacher would have x_t. M-step:
@@ -90,7 +90,7 @@ class EMD(Adversarial):
 
     def posterior(self, b: LatentBatch) -> Posterior:
         """The E-step: one chain for every latent, from z = x_t and e ~ N(0, I), at a time t of its own."""
-        k, numbers = self.chain, self.adversary.numbers("chain", b.x_t.device)
+        k, numbers = self.chain, self.adversary.generator("chain", b.x_t.device)
         t, e = self.start(b)
         z, (alpha, sigma) = b.x_t.detach(), self.critic.schedule.at(t, e)
         gamma_z = k.gamma_z * (b.node == 0).to(z.dtype).view(-1, *(1,) * (z.ndim - 1))

@@ -16,9 +16,10 @@ from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.records import LatentBatch
-from ddil_lightning.training.adversary import Adversary, Critic, Gan, Span
+from ddil_lightning.training.adversary import Adversary, Critic, Span
 from ddil_lightning.training.contest import Contest
 from ddil_lightning.training.deployment import Deployment
+from ddil_lightning.training.gan import Gan
 from ddil_lightning.training.method import Distillation
 
 
@@ -53,7 +54,7 @@ class PCM(Contest, Distillation):
         solver_steps: int = 40,
         target_decay: float = 0.95,
         distance: Distance = Distance(),
-        gan: Gan = Gan(features="teacher", loss="hinge"),
+        gan: Gan = Gan(features="teacher", kind="hinge"),
         critic: Critic = Critic(1),
         **kwargs: Any,
     ) -> None:

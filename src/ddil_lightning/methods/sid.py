@@ -10,11 +10,11 @@ from torch import Tensor
 from ddil_lightning.bounds import within
 from ddil_lightning.diffusion.losses import per_sample
 from ddil_lightning.records import LatentBatch
-from ddil_lightning.training.adversarial import Adversarial
 from ddil_lightning.training.adversary import Critic
+from ddil_lightning.training.scores import TwoScores
 
 
-class SiD(Adversarial):
+class SiD(TwoScores):
     """The student's samples should have the teacher's law: the Fisher divergence of the two, without the gradient of the critic's own law.
 
     With f_T and f_p the x0 of teacher and critic at y, x noised, the loss is <f_T - f_p, (f_T - x) - alpha (f_T - f_p)>, whose gradient

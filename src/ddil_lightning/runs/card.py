@@ -91,6 +91,8 @@ class Card:
             yield "latents trained on", ", ".join(f"{share:g} {name}" for name, share in shares if share is not None)
         yield "steps", f"{about['steps']}; made for {', '.join(map(str, about['made_for']))}"
         yield "nodes", f"{self._nodes} at {about['steps']} steps"
+        if about.get("sampler"):
+            yield "sampler", str(about["sampler"])
         yield "guidance", self._guidance
         if self.adapter:
             rank, alpha = self.adapter
@@ -212,7 +214,7 @@ class Card:
         if not loadable:
             return
         about, n = self.about, self.about["steps"]
-        sampler = "lcm" if type(self.scheduler).__name__ == "LCMScheduler" else "ddim"
+        sampler = {"LCMScheduler": "lcm", "DDPMScheduler": "ddpm"}.get(type(self.scheduler).__name__, "ddim")
         last = self.scheduler.config.num_train_timesteps - 1
         apart = max(abs(t - last * (1 - i / n)) for i, t in enumerate(about["timesteps"]))
         loader = "*Load Checkpoint*" if "single-file" in loadable else "*Load LoRA* on the teacher, strength 1"

@@ -80,6 +80,7 @@ def about_student(method: Distillation, steps: int) -> dict[str, Any]:
         "dataset": method.backbone.about.get("dataset"),
         "teacher": method.backbone.path,
         **({"size": list(method.backbone.size or ())} if method.backbone.resized else {}),
+        **({"sampler": deployment.remark} if deployment.remark else {}),
     }
 
 
@@ -169,7 +170,7 @@ def compare(
     (`sensitivity`). Raises NotAsTrained above MARGIN times that: then scheduler, timesteps, guidance or weights are not the trained ones.
     `halved`: the encoders were exported in half precision, so both sides read the pipeline's text states.
     """
-    (policy, grid), g, backbone = deployment.sampler(steps), deployment.guidance, method.backbone
+    (policy, grid), g, backbone = deployment.exported.sampler(steps), deployment.guidance, method.backbone
     with full_precision(backbone.device):
         made = made.laid_out_as(deployment.network)
         if halved or backbone.dtype != torch.float32:

@@ -29,7 +29,7 @@ def replayed(deployment: Deployment, made: Pipeline, prompts: Sequence[str], ste
 
     In words where the two do not ask the same of the network: another time, text, guidance or number of evaluations.
     """
-    (policy, grid), model = deployment.sampler(steps), made.network().model
+    (policy, grid), model = deployment.exported.sampler(steps), made.network().model
     calls: list[tuple[dict[str, Any], Tensor]] = []
     with _recording(model, calls):
         mine = sampling.latents(made, policy, grid, prompts, deployment.guidance, seed).cpu()

@@ -1,63 +1,26 @@
 """The adversary: a critic that follows the student's distribution, and a discriminator on its features, on a time scale of their own.
 
-DMD and DMD2, EM distillation, adversarial distillation in latents or pixels and moment matching share it, and methods whose GAN has no
-critic but a head on the frozen teacher's features: a method holds one, asks it whose turn it is, and hands it its samples.
+DMD and DMD2, EM distillation, adversarial distillation in latents or pixels and moment matching share it: a method holds one, asks it whose
+turn it is, and hands it its samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import relu, softplus
 
 from ddil_lightning.backbones.roles import Role
 from ddil_lightning.bounds import within
-from ddil_lightning.diffusion.losses import mse, per_sample
+from ddil_lightning.diffusion.losses import mse
 from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.records import END, Context, LatentBatch
 from ddil_lightning.streams import Streams
-
-
-@dataclass(frozen=True)
-class Gan:
-    """A discriminator's part; 0 and 0 for none.
-
-    Args:
-        weight: lambda_g, of the discriminator's verdict in the student's loss.
-        critic_weight: lambda_d, of telling real from fake in the critic's loss.
-        features: whose features the head reads: the critic's, which learns to tell them apart, or the frozen teacher's.
-        layers: at which layers of that network (down0, mid, up1, ... of a U-Net); by default at its bottleneck.
-        loss: of the logits: `softplus`, the logistic one, or `hinge`, which asks for logits beyond -1 and 1 and no further.
-    """
-
-    weight: float = 0.0
-    critic_weight: float = 0.0
-    features: Literal["critic", "teacher"] = "critic"
-    layers: tuple[str, ...] = ()
-    loss: Literal["softplus", "hinge"] = "softplus"
-
-    def __post_init__(self) -> None:
-        if self.loss not in ("softplus", "hinge"):
-            raise ValueError(f"gan.loss is 'softplus' or 'hinge', not {self.loss!r}")
-        within(0, 1000, **{"gan.weight": self.weight, "gan.critic_weight": self.critic_weight})
-        if self.weight and not self.critic_weight:
-            raise ValueError(f"gan.weight = {self.weight} needs a discriminator that learns: set gan.critic_weight")
-        if self.layers and not self.is_on:
-            raise ValueError(f"gan.layers = {list(self.layers)} without a discriminator: set gan.weight and gan.critic_weight")
-
-    @property
-    def is_on(self) -> bool:
-        """Whether there is a discriminator at all."""
-        return bool(self.weight or self.critic_weight)
-
-    def real(self, logits: Tensor) -> Tensor:
-        """[B] how far logits [B, ...] are from the verdict `real`; with the other sign, from `fake`."""
-        return per_sample(softplus(-logits) if self.loss == "softplus" else relu(1 - logits))
+from ddil_lightning.training.gan import Gan, slope
 
 
 @dataclass(frozen=True)
@@ -87,20 +50,29 @@ class Span(NamedTuple):
 
 CLEAN = Span()
 
+Times = Callable[[int, int, torch.Generator], Tensor]
+"""[n] times below `total`, by a generator on the device: the law under which a discriminator is asked (`gan.LogitNormal`)."""
+Real = tuple[Tensor, Context, Tensor]
+"""Real samples [B, C, H, W], their captions, unguided, and the weight [B] of each."""
+
 
 class Adversary:
     """Critic and head of a `method` (a Distillation), which casts them: their turns, their losses, their noise and their state.
 
-    Without a critic (None) the head reads the teacher's features; without a head either there is nothing to descend. `every`: the critic's
-    updates to one of the student's. The student's turn is the last batch of its cycle, so that the critic has caught up. The noise of all
-    losses follows from the feed's seed and from the clocks, so that a resumed run repeats it.
+    `critic`: None for a discriminator alone, which reads frozen features; without a head either there is nothing to descend. `every`: the
+    critic's updates to one of the student's. The student's turn is the last batch of its cycle, so that the critic has caught up. `times`:
+    of the noise that the discriminator's samples are given, by default uniform. The noise of all losses follows from the feed's seed and
+    from the clocks, so that a resumed run repeats it.
     """
 
-    def __init__(self, method: Any, critic: Role | None, head: nn.Module | None, every: int, gan: Gan) -> None:
+    conditions: int = 0
+    """How many of the tensors of a view, the last ones, are no features but what the head is told of them."""
+
+    def __init__(self, method: Any, critic: Role | None, head: nn.Module | None, every: int, gan: Gan, times: Times | None = None) -> None:
         if critic is None and gan.is_on and gan.features == "critic":
             raise ValueError(f"gan.features is 'critic', and {type(method).__name__} has none: set it to teacher")
         self.method, self.critic, self.head = method, critic, head
-        self.every, self.gan = every, gan
+        self.every, self.gan, self.times = every, gan, times
         self.updates = 0
 
     @property
@@ -116,16 +88,16 @@ class Adversary:
 
     def weights(self) -> list[nn.Parameter]:
         """What the critic's optimiser moves: the critic and, with a GAN, the head."""
-        return [p for part in (self.critic, self.head) if part is not None for p in part.parameters() if p.requires_grad]
+        parts = [part for part in (self.critic, self.head) if part is not None]
+        return [p for part in parts for p in part.parameters() if p.requires_grad]
 
     # Losses --------------------------------------------------------------------------------------------------------------------------
 
     def realism(self, x: Tensor, b: LatentBatch, span: Span = CLEAN) -> Tensor | float:
-        """[B] the student's side of the GAN on its samples x [B, C, H, W]: softplus(-D), or what `gan.loss` says."""
+        """[B] the student's side of the GAN on its samples x [B, C, H, W]: softplus(-D) or, of the hinge loss, -D."""
         if not self.gan.weight:
             return 0.0
-        y, t, _ = self.diffuse(x, "realism", span.low, span.high, span.since)
-        return self.gan.real(self._logits(self._features(y, t, b.c)))
+        return self.gan.fooling(self._logits(self.view(x, b, b.c, "realism", span=span)))
 
     def descend(self, optimizer: Any, x: Tensor, b: LatentBatch, real: Tensor | None = None, span: Span = CLEAN) -> None:
         """Follow the student: one micro-batch of `following` on its samples x, detached."""
@@ -137,38 +109,88 @@ class Adversary:
     def following(self, x: Tensor, b: LatentBatch, real: Tensor | None = None, span: Span = CLEAN) -> Tensor:
         """The critic's denoising loss on samples x in the network's own space, and the other side of the GAN, from one forward of both.
 
-        `real`: what the GAN compares x with, sample by sample, for a method whose "real" is another network's answer; by default the data.
+        `real`: what the GAN compares x with, sample by sample, for a method whose "real" is another network's answer; by default `real()`.
         """
-        y, t, eps = self.diffuse(x, "critic", span.low, span.high, span.since)
-        gan = self.gan
-        features: tuple[Tensor, ...] = ()
-        loss = torch.zeros(len(x), device=x.device)
-        if self.critic is not None:
-            together = gan.critic_weight and gan.features == "critic"
-            p, features = self.critic.with_features(y, t, b.c, gan.layers) if together else (self.critic(y, t, b.c), ())
-            loss = mse(self.critic.output(p), self.critic.schedule.target(self.critic.predicts, x, eps, t))
-            self.method.measures.record(denoising=loss)
-        given, c, weight = (b.real, b.real_c, 1.0) if real is None else (real, b.c, b.weight)
-        if not gan.critic_weight or given is None or c is None:
-            return (b.weight * loss).mean()
-        if gan.features == "teacher":
-            features = self._features(y, t, b.c)
-        z, t, _ = self.diffuse(given, "real", span.low, span.high, span.since)
-        verdicts = b.weight * gan.real(-self._logits(features)) + weight * gan.real(self._logits(self._features(z, t, c)))
-        self.method.measures.record(gan=verdicts)
-        return (b.weight * loss + gan.critic_weight * verdicts).mean()
+        if self.critic is None:
+            told = self.telling(x, b, None, real, span)
+            # Heads that have nothing to compare with still get a gradient, of zero: all processes make the same step.
+            return sum((0 * p.sum() for p in self.weights()), x.new_zeros(())) if told is None else self.gan.critic_weight * told.mean()
+        y, t, eps = self.diffuse(x, "critic")
+        together = self.gan.critic_weight and self.gan.features == "critic"
+        p, features = self.critic.with_features(y, t, b.c, self.gan.layers) if together else (self.critic(y, t, b.c), None)
+        loss = mse(self.critic.output(p), self.critic.schedule.target(self.critic.predicts, x, eps, t))
+        self.method.measures.record(denoising=loss)
+        told = self.telling(x, b, features, real, span) if self.gan.critic_weight else None
+        return (b.weight * loss).mean() if told is None else (b.weight * loss + self.gan.critic_weight * told).mean()
+
+    def telling(
+        self, x: Tensor, b: LatentBatch, features: Sequence[Tensor] | None = None, given: Tensor | None = None, span: Span = CLEAN
+    ) -> Tensor | None:
+        """[B] the discriminator's loss on samples x (or the `features` of their view) and on real ones, with its slope's penalty.
+
+        None where there is nothing real to compare with.
+        """
+        found = self.real(b) if given is None else (given, b.c, b.weight)
+        if found is None:
+            return None
+        real, c, weight = found
+        fakes = self.view(x, b, b.c, "critic", span=span) if features is None else features
+        reals = self.view(real, b, c, "real", span=span)
+        fake, true = self._logits(fakes), self._logits(reals)
+        gan = b.weight * self.gan.fake(fake) + weight * self.gan.real(true)
+        self.method.measures.record(gan=gan)
+        if not self.gan.r1:
+            return gan
+        r1 = self.slope(real, b, c, reals, true)
+        self.method.measures.record(r1=r1)
+        return gan + self.gan.r1 * weight * r1
+
+    def slope(self, real: Tensor, b: LatentBatch, c: Context, features: Sequence[Tensor], logits: Tensor) -> Tensor:
+        """[B] how steep the discriminator is at real samples: R1 at the head's inputs or, by noise, the squared change of its logits."""
+        assert self.head is not None
+        if not self.gan.r1_noise:
+            return slope(self.head, features, self.conditions)
+        return mse(self._logits(self.view(real, b, c, "real", self.gan.r1_noise)), logits)
+
+    # What the discriminator sees, which a method may have otherwise ------------------------------------------------------------------
+
+    def real(self, b: LatentBatch) -> Real | None:
+        """What counts as real: the data, if the batch has some."""
+        return None if b.real is None or b.real_c is None else (b.real, b.real_c, torch.ones_like(b.weight))
+
+    def view(self, x: Tensor, b: LatentBatch, c: Context, purpose: str, jitter: float = 0.0, span: Span = CLEAN) -> tuple[Tensor, ...]:
+        """The features [B, F, ...] of samples x of captions c, noised to random times of a span, a layer each.
+
+        `b`: the batch that they belong to. `jitter`: the size of noise on what is seen, for the slope.
+        """
+        y, t, _ = self.diffuse(x, purpose, span.low, span.high, span.since, self.times)
+        return self._features(self.jittered(y, jitter), t, c)
+
+    def jittered(self, y: Tensor, size: float) -> Tensor:
+        """y [B, ...] with noise of this `size`."""
+        if not size:
+            return y
+        return y + size * torch.randn(y.shape, generator=self.generator("jitter", y.device), device=y.device, dtype=y.dtype)
 
     def diffuse(
-        self, x: Tensor, purpose: str, low: Tensor | int = 0, high: Tensor | int | None = None, since: Tensor | int = END
+        self,
+        x: Tensor,
+        purpose: str,
+        low: Tensor | int = 0,
+        high: Tensor | int | None = None,
+        since: Tensor | int = END,
+        times: Times | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(alpha x + sigma eps, t, eps) with t [B] ~ U{low..high} (all times), each rank and purpose with numbers of its own.
+        """(alpha x + sigma eps, t, eps) with t [B] ~ U{low..high} (all times) or by `times`, each rank and purpose with its own numbers.
 
         `since`: of which time x is, the clean end by default; bounds and that may be [B].
         """
-        generator = self.numbers(purpose, x.device)
+        generator = self.generator(purpose, x.device)
         schedule: NoiseSchedule = self.method.student.schedule
         high = schedule.steps - 1 if high is None else high
-        if isinstance(low, int) and isinstance(high, int):
+        if times is not None:
+            t = times(len(x), schedule.steps, generator)
+        elif isinstance(low, int) and isinstance(high, int):
             t = torch.randint(low, high + 1, (len(x),), generator=generator, device=x.device)
         else:
             share = torch.rand(len(x), generator=generator, device=x.device, dtype=torch.float64)
@@ -176,14 +198,14 @@ class Adversary:
         eps = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         return schedule.add_noise(x, eps, t, since), t, eps
 
-    def numbers(self, purpose: str, device: torch.device) -> torch.Generator:
-        """The present batch's random numbers for a purpose, other ones on every rank."""
+    def generator(self, purpose: str, device: torch.device) -> torch.Generator:
+        """Random numbers of this rank for a `purpose` in the present micro-batch."""
         step = self.updates * self.method.descent.accumulate + self.method.descent.micro.get("critic_loss", 0)
         return Streams(self.method.feed.seed, step, self.method.stage, self.method.global_rank).local(purpose, device)
 
     def _features(self, x: Tensor, t: Tensor, c: Context) -> tuple[Tensor, ...]:
         """The features [B, F, ...] that the head reads, a layer each."""
-        role: Role = self.critic if self.critic is not None and self.gan.features == "critic" else self.method.teacher
+        role: Role = self.method.roles[self.gan.features]
         return role.features(x, t, c, self.gan.layers)
 
     def verdict(self, x: Tensor, t: Tensor, c: Context) -> Tensor:
@@ -198,12 +220,11 @@ class Adversary:
 
     # State ---------------------------------------------------------------------------------------------------------------------------
 
-    def check_data(self, has_images: bool) -> None:
-        """Raises ValueError for a GAN without data."""
+    def check_data(self, has_images: bool, instead: str = "set model.gan.weight and model.gan.critic_weight to 0") -> None:
+        """Raises ValueError for a GAN without data; `instead`: what else could be done about it."""
         if self.head is not None and not has_images:
             raise ValueError(
-                f"{type(self.method).__name__}'s GAN compares with data, but the data set has no images: give images, or set "
-                "model.gan.weight and model.gan.critic_weight to 0"
+                f"{type(self.method).__name__}'s GAN compares with data, but the data set has no images: give images, or {instead}"
             )
 
     def state(self) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -19,7 +19,8 @@ class Deployment:
 
     A method makes one in `deploy`. `steps`: the step counts that the student is made for, the one that its pipeline recommends first.
     `scheduler`: makes the scheduler of the exported pipeline; None for a teacher, which has its own. `guidance`: the g that samples are
-    asked for; `stands_for`: the g that they stand for, where another was baked in.
+    asked for; `stands_for`: the g that they stand for, where another was baked in. `scheduled`: the policy that the scheduler steps by,
+    where diffusers has none that steps as `policy` does, and `remark` what the card says of that (`without`).
     """
 
     policy: Policy
@@ -28,6 +29,17 @@ class Deployment:
     guidance: float
     scheduler: Callable[[], Any] | None = None
     stands_for: float | None = None
+    scheduled: Policy | None = None
+    remark: str = ""
+
+    def without(self, scheduled: Policy, remark: str) -> Deployment:
+        """The same, whose exported pipeline samples by another policy, `scheduled`; its card says so in the words of `remark`."""
+        return replace(self, scheduled=scheduled, remark=remark)
+
+    @property
+    def exported(self) -> Deployment:
+        """As the exported pipeline samples: this one, unless no scheduler steps as its policy does."""
+        return self if self.scheduled is None else replace(self, policy=self.scheduled, scheduled=None)
 
     def sampler(self, steps: int) -> tuple[Policy, Grid]:
         """The policy and its grid in `steps` steps. Raises ValueError for a count that the grid cannot take."""

@@ -1,12 +1,20 @@
-"""What methods say of the two scores whose difference moves a student, the teacher's and a critic's."""
+"""The methods that move a student by the difference of two scores, the teacher's and a critic's: what they say of them, and share."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+from torch import Tensor
+
+from ddil_lightning.backbones.roles import Role
 from ddil_lightning.bounds import lengths, within
-from ddil_lightning.diffusion.denoiser import to_w
-from ddil_lightning.records import Context
+from ddil_lightning.diffusion.denoiser import Denoiser, to_w
+from ddil_lightning.records import Context, LatentBatch
+from ddil_lightning.training.adversarial import Adversarial
+from ddil_lightning.training.adversary import Adversary, Critic
+from ddil_lightning.training.deployment import Deployment
+from ddil_lightning.training.gan import Gan
 
 
 @dataclass(frozen=True)
@@ -54,3 +62,77 @@ class Reflects:
     real: bool = True
     critic: bool = False
     student: bool = True
+
+
+class TwoScores(Adversarial):
+    """Base of DMD2, EM distillation, SiD, ...: a generator of samples whose law is to be the teacher's, with a critic that follows it.
+
+    A method calls `oppose` in its constructor, and writes `training_step` with `both` optimisers. The critic, or a network of the method's
+    own, knows the student's law by denoising its samples.
+
+    Args:
+        steps: nodes of the grid (4: 999, 749, 499, 249), a divisor of the schedule's times.
+        start: the time t* that the student is told at its first node, where it is given pure noise, by default the last; the others lie
+            below it (500 in EMD, 399 in DMD2's one step of SDXL; indices from 0, so 499: `start` + 1 is a multiple of `steps`).
+        rollouts: the step counts that backward simulation walks.
+        teacher_steps: of the teacher's DDIM roll-outs, on the whole grid; a multiple of `steps`.
+        scores: the two scores whose difference moves the student.
+        reflects: which estimates are thresholded where `reflect` is not off.
+    """
+
+    critic: Role
+
+    def __init__(
+        self,
+        *,
+        steps: int = 4,
+        start: int | None = None,
+        rollouts: tuple[int, ...] = (4,),
+        teacher_steps: int = 32,
+        scores: Scores = Scores(),
+        reflects: Reflects = Reflects(),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self._fine = self.nodes(steps, rollouts, teacher_steps, start=start)
+        self.scores, self.reflects, self.tau = scores, reflects, scores.times(self.backbone.schedule.steps)
+
+    def oppose(self, critic: Critic, gan: Gan = Gan()) -> None:
+        """Cast the roles and set the adversary and the policies."""
+        self.head = None
+        self.cast(
+            student=self.role("student"),
+            critic=self.role("critic"),
+            **self.reader(gan.features),
+            **({"head": self.backbone.head(gan.layers, gan.features)} if gan.is_on else {}),
+            teacher=self.role("teacher", reflection=self.reflection if self.reflects.real else None),
+        )
+        self.against(Adversary(self, self.critic, self.head, critic.steps, gan), critic, self._fine)
+
+    def samples(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
+        """The student's x0 [B, ...] at x_t, straight-through the box where `reflects.student` says so."""
+        x = self.student(x_t, t, c).x0
+        return self.reflection.through(x) if self.reflects.student else x
+
+    def estimates(self, y: Tensor, t: Tensor, b: LatentBatch) -> tuple[Tensor, Tensor]:
+        """x0 [B, ...] at y by the real score and by the fake one, reflected as `reflects` says."""
+        real, fake = self.teacher(y, t, self.scores.asked(b.c)).x0, self.critic(y, t, b.c).x0
+        return real, self.reflection(fake) if self.reflects.critic else fake
+
+    def setup(self, stage: str) -> None:
+        """Raises ValueError for a GAN without data."""
+        super().setup(stage)
+        self.adversary.check_data(self.feed.has_images())
+
+    def check_prior(self, prior: Any) -> None:
+        """Raises ValueError also for teacher roll-outs where the student's first node, given pure noise, is below the teacher's."""
+        super().check_prior(prior)
+        if prior.teacher > 0 and self.times < self.backbone.schedule.steps:
+            raise ValueError(
+                f"the prior gives {prior.teacher:g} to the teacher, which does not start from pure noise at t = {self.times - 1}: "
+                "leave model.start out, or give that share to forward or student"
+            )
+
+    def deploy(self, student: Denoiser) -> Deployment:
+        """Re-noising on trained nodes alone; its samples stand for the real score's guidance."""
+        return replace(super().deploy(student), stands_for=self.scores.guidance)
