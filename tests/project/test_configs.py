@@ -26,7 +26,7 @@ LARGE = [
     "pd_ddil_sd15.yaml",
 ]
 PROTOCOLS = [name for name in config_names() if name.startswith("protocols/")]  # of ddil-test, in tests/evaluation/test_protocols.py
-TURNS = ("add", "dmd2", "ladd", "moments")  # methods in which student and critic take turns
+TURNS = ("add", "dmd2", "ladd", "moments", "ufogen")  # methods in which student and critic take turns
 FIT = [name for name in config_names() if name not in (*PRETRAIN, *TOY, *LARGE, *PROTOCOLS)]
 
 
@@ -148,7 +148,7 @@ def test_pretrain(name: str, here: Path) -> None:
     assert about["dataset"] == yaml.safe_load(find_config(name).read_text())["dataset"] and about["images"] == 32
 
 
-@pytest.mark.parametrize("name", ["add", "dmd2", "imagine_flash", "ladd", "lcm", "lcm_lora", "moments", "pd"])
+@pytest.mark.parametrize("name", ["add", "dmd2", "imagine_flash", "ladd", "lcm", "lcm_lora", "moments", "pd", "ufogen"])
 def test_a_method_with_and_without_ddil_differs_in_one_line(name: str) -> None:
     plain, ddil = ((configs_folder() / file).read_text().splitlines() for file in (f"{name}.yaml", f"{name}_ddil.yaml"))
     different = [(a, b) for a, b in zip(plain, ddil, strict=True) if a != b]
