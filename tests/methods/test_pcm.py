@@ -168,7 +168,7 @@ def test_its_real_is_the_targets_jump_noised_inside_the_phase(tiny: Path) -> Non
     loss = adversary.following(y.detach(), b, target, span)
     want = (b.weight * ((1 + logits("critic")).relu() + (1 - logits("real")).relu()).mean(1)).mean()
     torch.testing.assert_close(loss, want)
-    torch.testing.assert_close(adversary.realism(y, b, span), (1 - logits("realism")).relu().mean(1))
+    torch.testing.assert_close(adversary.realism(y, b, span), -logits("realism").mean(1))
 
 
 def test_latents_noised_since_their_edge_have_the_forward_law() -> None:

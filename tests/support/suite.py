@@ -23,7 +23,24 @@ from ddil_lightning.data.captions import Captions
 from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.data.encoded import Encoded, encode
 from ddil_lightning.imitation.prior import SamplingPrior
-from ddil_lightning.methods import ADD, BOOT, CTM, DMD, DMD2, EMD, LADD, LCM, PCM, PD, TCD, ImagineFlash, MomentMatching, Reflow, SiD
+from ddil_lightning.methods import (
+    ADD,
+    BOOT,
+    CTM,
+    DMD,
+    DMD2,
+    EMD,
+    LADD,
+    LCM,
+    PCM,
+    PD,
+    TCD,
+    ImagineFlash,
+    MomentMatching,
+    Reflow,
+    SiD,
+    UFOGen,
+)
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.plan import Stage
 from options import options
@@ -69,6 +86,7 @@ METHODS = [
     ),
     Entry("add", ADD, {"guidance": 2.0, "vision": Patches(), "reflect": "off"}, falls="critic_loss", unused=True),
     Entry("moments", MomentMatching, {"guidance": 2.0}, falls="critic_loss", unused=True),
+    Entry("ufogen", UFOGen, {"guidance": 2.0, "label_steps": 1, "gan": {"weight": 0.02}}, unused=True),
     Entry("dmd2-lora", DMD2, {"guidance": 2.0, "critic": {"steps": 2}, "adapter": LORA}, falls="critic_loss", unused=True, slow=True),
     Entry("tcd", TCD, brief=True),
     Entry("pcm", PCM, brief=True),

@@ -117,6 +117,15 @@ class Policy(nn.Module):
         return sorted({t, s, *(round(t + (s - t) * k / self.substeps) for k in range(1, self.substeps))}, reverse=True)
 
 
+def solve(denoiser: nn.Module, x_t: Tensor, t: Tensor, c: Context, steps: int) -> Tensor:
+    """x0 [B, ...] at the end of the flow from x_t [B, ...], each sample at a time t [B] of its own, by DDIM in so many even `steps`."""
+    first = now = t
+    for left in range(steps - 1, 0, -1):
+        then = torch.div(first * left, steps, rounding_mode="floor")
+        x_t, now = ddim(denoiser.schedule, x_t, denoiser(x_t, now, c), now, then), then  # type: ignore[arg-type]
+    return denoiser(x_t, now, c).x0
+
+
 class Multistep(Policy):
     """A DDIM policy evaluated with DPM-Solver++ 2M: a walk remembers x0; one interval by itself is first order, which is DDIM."""
 

@@ -15,6 +15,7 @@ from ddil_lightning.methods.pd import PD
 from ddil_lightning.methods.reflow import Reflow
 from ddil_lightning.methods.sid import SiD
 from ddil_lightning.methods.tcd import TCD
+from ddil_lightning.methods.ufogen import UFOGen
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.plan import Part, Stage
 
@@ -37,4 +38,5 @@ __all__ = [
     "Reflow",
     "SiD",
     "Stage",
+    "UFOGen",
 ]

@@ -12,11 +12,11 @@ from torch import Tensor
 from ddil_lightning.bounds import lengths, within
 from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.losses import mse
-from ddil_lightning.diffusion.policy import Policies, Policy
+from ddil_lightning.diffusion.policy import Policies, Policy, solve
 from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import NoiseCorrected, Transition, ddim
 from ddil_lightning.feed import Wants
-from ddil_lightning.records import END, LatentBatch
+from ddil_lightning.records import LatentBatch
 from ddil_lightning.streams import Streams
 from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.method import Distillation
@@ -109,15 +109,11 @@ class ImagineFlash(Distillation):
 
     def reconstruction(self, x: Tensor, b: LatentBatch, eps: Tensor) -> Tensor:
         """xT [B, C, H, W]: what the guided teacher makes of the student's x, noised by `eps` to the shifted time t'."""
-        schedule, k = self.teacher.schedule, self.solver_steps
-        first = now = self.shift(b.t, schedule.steps)
-        y = schedule.add_noise(x, eps, now)
-        for left in range(k - 1, 0, -1):                                        # down to the last step, which ends in x0
-            then = torch.div(first * left, k, rounding_mode="floor")
-            y, now = ddim(schedule, y, self.teacher(y, now, b.c), now, then), then
-        p = self.teacher(y, now, b.c)
-        self.measures.record(**{"reflect/saturated": self.reflection.saturation(p.x0)})
-        return ddim(schedule, y, p, now, torch.full_like(now, END))
+        schedule = self.teacher.schedule
+        t = self.shift(b.t, schedule.steps)
+        made = solve(self.teacher, schedule.add_noise(x, eps, t), t, b.c, self.solver_steps)
+        self.measures.record(**{"reflect/saturated": self.reflection.saturation(made)})
+        return made
 
     def _noise(self, like: Tensor) -> Tensor:
         """eps, a function of the feed's seed and of the clocks, so that a resumed run repeats it."""
