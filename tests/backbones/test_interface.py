@@ -157,7 +157,7 @@ def test_what_a_backbone_does_not_do_is_refused_by_name() -> None:
 
 def test_a_scheduler_for_a_transition_that_nobody_knows_is_refused_by_name(backbone: Pipeline) -> None:
     with pytest.raises(
-        ValueError, match=r"no scheduler of diffusers is known to step by Posterior\(eta=1.0\): known are DDIM\(\) and Renoise\(\)"
+        ValueError, match=r"no scheduler of diffusers is known to step by Posterior\(eta=1.0\): known are DDIM\(\), Renoise\(\) and TCD"
     ):
         backbone.scheduler(Posterior(), "v", "trailing", 4)
     made = backbone.scheduler(ddim, "x0", "trailing", 4)

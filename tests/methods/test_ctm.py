@@ -271,6 +271,11 @@ def test_terms_are_made_as_large_as_soft_consistency_in_the_last_layer(tiny: Pat
     assert method.as_large(soft, torch.zeros(len(b.t)), b).tolist() == [0.0] * len(b.t)  # all of it masked
 
 
+def test_shards_of_the_last_layer_are_refused_before_anything_is_trained(tiny: Path) -> None:
+    with pytest.raises(ValueError, match="fsdp2 shards: set model.denoising to 0"):
+        fit(build(CTM_W, tiny, updates=1), captions(tiny), strategy="fsdp2", devices=1)
+
+
 # What it leaves -------------------------------------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.gan import Gan
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.randomness import numbers_of
+from ddil_lightning.training.sharding import Sharded
 
 
 class CTM(Contest, Distillation):
@@ -165,8 +166,13 @@ class CTM(Contest, Distillation):
         return ratio * term
 
     def setup(self, stage: str) -> None:
-        """Raises ValueError for a GAN without data."""
+        """Raises ValueError for a GAN without data, and for adaptive weights where no process has the whole last layer."""
         super().setup(stage)
+        if isinstance(self.trainer.strategy, Sharded) and (self.denoising or self.adversary.gan.weight):
+            raise ValueError(
+                "CTM weighs its other terms by gradients of the student's last layer, which fsdp2 shards: set model.denoising to 0 and "
+                "leave model.gan out, or train with ddp"
+            )
         self.adversary.check_data(self.feed.has_images())
 
     def deploy(self, student: Denoiser) -> Deployment:
