@@ -14,7 +14,7 @@ from ddil_lightning.imitation.buffer import ReplayBuffer as ReplayBuffer
 from ddil_lightning.imitation.options import Buffer as Buffer, Rollouts as Rollouts
 from ddil_lightning.imitation.prior import Cosine as Cosine, Exponential as Exponential, Gated as Gated, GatedBy as GatedBy, Linear as Linear, Piecewise as Piecewise, SamplingPrior as SamplingPrior, Schedule as Schedule
 from ddil_lightning.imitation.rollout import draw as draw, roll as roll
-from ddil_lightning.methods import BOOT as BOOT, DMD as DMD, DMD2 as DMD2, LCM as LCM, PD as PD, Reflow as Reflow
+from ddil_lightning.methods import BOOT as BOOT, DMD as DMD, DMD2 as DMD2, LCM as LCM, PD as PD, Reflow as Reflow, SnapFusion as SnapFusion
 from ddil_lightning.methods.dmd2 import Reflects as Reflects, Scores as Scores
 from ddil_lightning.feed import Pairs as Pairs
 from ddil_lightning.training.adversary import Critic as Critic, Gan as Gan

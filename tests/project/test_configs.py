@@ -141,7 +141,7 @@ def test_pretrain(name: str, here: Path) -> None:
     assert about["dataset"] == yaml.safe_load(find_config(name).read_text())["dataset"] and about["images"] == 32
 
 
-@pytest.mark.parametrize("name", ["boot", "dmd", "dmd2", "lcm", "lcm_lora", "pd", "reflow"])
+@pytest.mark.parametrize("name", ["boot", "dmd", "dmd2", "lcm", "lcm_lora", "pd", "reflow", "snapfusion"])
 def test_a_method_with_and_without_ddil_differs_in_one_line(name: str) -> None:
     plain, ddil = ((configs_folder() / file).read_text().splitlines() for file in (f"{name}.yaml", f"{name}_ddil.yaml"))
     different = [(a, b) for a, b in zip(plain, ddil, strict=True) if a != b]

@@ -22,7 +22,7 @@ from ddil_lightning.data.captions import Captions
 from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.data.encoded import Encoded, encode
 from ddil_lightning.imitation.prior import SamplingPrior
-from ddil_lightning.methods import BOOT, DMD, DMD2, LCM, PD, Reflow
+from ddil_lightning.methods import BOOT, DMD, DMD2, LCM, PD, Reflow, SnapFusion
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.plan import Stage
 from options import options
@@ -50,6 +50,7 @@ METHODS = [
     Entry("dmd", DMD, {"guidance": 2.0, "steps": 4, "pairs": {"steps": 2}}, falls="critic_loss", unused=True),
     Entry("reflow", Reflow, {"guidance": 2.0, "nodes": 8, "relabel": 2, "teacher_steps": 4, "pairs": {"steps": 2}}),
     Entry("boot", BOOT, {"guidance": 2.0, "steps": 4}),
+    Entry("snapfusion", SnapFusion, {"steps": 4, "guided": 0.5}),
     Entry("lcm-lora", LCM, {"adapter": LORA}),
     Entry("pd-lora", PD, {"stages": PLAN, "teacher_steps": 16, "adapter": LORA}, slow=True),
     Entry("dmd2-lora", DMD2, {"guidance": 2.0, "critic": {"steps": 2}, "adapter": LORA}, falls="critic_loss", unused=True, slow=True),

@@ -41,7 +41,7 @@ from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.errors import Refusal
 from ddil_lightning.imitation.prior import Constant, Cosine, Exponential, Gated, GatedBy, Linear, Piecewise, Schedule  # noqa: F401
 from ddil_lightning.messages import each_text, explain, parameters, plain, subclasses
-from ddil_lightning.methods import BOOT, DMD, DMD2, LCM, PD, Reflow  # noqa: F401
+from ddil_lightning.methods import BOOT, DMD, DMD2, LCM, PD, Reflow, SnapFusion  # noqa: F401
 from ddil_lightning.runs.finish import Test
 from ddil_lightning.runs.loggers import refuse_masked
 from ddil_lightning.toy import Toy  # noqa: F401

@@ -6,7 +6,8 @@ from ddil_lightning.methods.dmd2 import DMD2
 from ddil_lightning.methods.lcm import LCM
 from ddil_lightning.methods.pd import PD
 from ddil_lightning.methods.reflow import Reflow
+from ddil_lightning.methods.snapfusion import SnapFusion
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.plan import Part, Stage
 
-__all__ = ["BOOT", "DMD", "DMD2", "LCM", "PD", "Distillation", "Part", "Reflow", "Stage"]
+__all__ = ["BOOT", "DMD", "DMD2", "LCM", "PD", "Distillation", "Part", "Reflow", "SnapFusion", "Stage"]
