@@ -76,8 +76,9 @@ def public() -> dict[str, str]:
 
 
 def about(package: str) -> str:
-    """What a package says of itself."""
-    source = (ROOT / "src" / PACKAGE / package / "__init__.py").read_text(encoding="utf-8")
+    """What a package, or a module beside the packages, says of itself."""
+    folder = ROOT / "src" / PACKAGE / package
+    source = (folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")).read_text(encoding="utf-8")
     return ast.get_docstring(ast.parse(source)) or ""
 
 

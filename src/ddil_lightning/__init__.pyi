@@ -15,7 +15,7 @@ from ddil_lightning.imitation.options import Buffer as Buffer, Rollouts as Rollo
 from ddil_lightning.imitation.prior import Cosine as Cosine, Exponential as Exponential, Gated as Gated, GatedBy as GatedBy, Linear as Linear, Piecewise as Piecewise, SamplingPrior as SamplingPrior, Schedule as Schedule
 from ddil_lightning.imitation.rollout import draw as draw, roll as roll
 from ddil_lightning.feed import Pairs as Pairs
-from ddil_lightning.methods import ADD as ADD, BOOT as BOOT, CTM as CTM, DMD as DMD, DMD2 as DMD2, EMD as EMD, ImagineFlash as ImagineFlash, LADD as LADD, LCM as LCM, MomentMatching as MomentMatching, PCM as PCM, PD as PD, Reflow as Reflow, SiD as SiD, TCD as TCD, UFOGen as UFOGen
+from ddil_lightning.methods import ADD as ADD, BOOT as BOOT, CTM as CTM, DMD as DMD, DMD2 as DMD2, EMD as EMD, ImagineFlash as ImagineFlash, LADD as LADD, LCM as LCM, MomentMatching as MomentMatching, PCM as PCM, PD as PD, Reflow as Reflow, SiD as SiD, SnapFusion as SnapFusion, TCD as TCD, UFOGen as UFOGen
 from ddil_lightning.methods.dmd2 import Matching as Matching
 from ddil_lightning.methods.emd import Chain as Chain
 from ddil_lightning.training.adversary import Critic as Critic

@@ -39,6 +39,7 @@ from ddil_lightning.methods import (
     MomentMatching,
     Reflow,
     SiD,
+    SnapFusion,
     UFOGen,
 )
 from ddil_lightning.training.method import Distillation
@@ -74,6 +75,7 @@ METHODS = [
     Entry("dmd", DMD, {"guidance": 2.0, "steps": 4, "pairs": {"steps": 2}}, falls="critic_loss", unused=True, brief=True),
     Entry("reflow", Reflow, {"guidance": 2.0, "nodes": 8, "relabel": 2, "teacher_steps": 4, "pairs": {"steps": 2}}, brief=True),
     Entry("boot", BOOT, {"guidance": 2.0, "steps": 4}, brief=True),
+    Entry("snapfusion", SnapFusion, {"steps": 4, "guided": 0.5}, brief=True),
     Entry("lcm-lora", LCM, {"adapter": LORA}),
     Entry("pd-lora", PD, {"stages": PLAN, "teacher_steps": 16, "adapter": LORA}, slow=True),
     Entry("imagine-flash", ImagineFlash, {"w_conditioned": True}, brief=True),

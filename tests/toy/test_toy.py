@@ -21,7 +21,7 @@ from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.imitation.options import Buffer, Rollouts
 from ddil_lightning.imitation.shift import energy_distance
-from ddil_lightning.methods import BOOT, DMD, DMD2, LCM, PD, Reflow
+from ddil_lightning.methods import BOOT, DMD, DMD2, LCM, PD, Reflow, SnapFusion
 from ddil_lightning.toy import Toy
 from ddil_lightning.toy.networks import Ensemble, Exact, Head
 from ddil_lightning.toy.problems import PROBLEMS, Problem
@@ -38,6 +38,7 @@ ENTRIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "dmd2": (DMD2, {"scores": {"normaliser": "batch"}, "critic": {"steps": 2}}),
     "dmd": (DMD, {"scores": {"normaliser": "batch"}, "steps": 2, "pairs": {"steps": 4}}),
     "boot": (BOOT, {"steps": 4}),
+    "snapfusion": (SnapFusion, {"steps": 4, "guided": 0.5, "guidance": [1.0, 4.0]}),
     "reflow": (Reflow, {"nodes": 8, "relabel": 2, "teacher_steps": 4, "pairs": {"steps": 4}}),
 }
 

@@ -59,7 +59,8 @@ def described(said: str | Mapping[str, Any], teacher: Family, copied: Callable[[
     config = _checked(config, teacher, option, strict=folder is None)
     names = [] if folder is None else [file.name for file in folder.iterdir()]
     if folder is None or not (variants(names) or variants(names, "bin")):
-        return Architecture(config, copied, partial=True)
+        own = set(bare(type(teacher.model), config).state_dict())
+        return Architecture(config, lambda: teacher.handed(copied(), own), partial=True)
     files = weight_files(folder, chosen_variant(f"{option}: {said}", {role: names}))
     return Architecture(config, lambda: stored_weights(files))
 

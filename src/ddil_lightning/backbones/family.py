@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ddil_lightning.backbones.interface import Network
+from ddil_lightning.backbones.weights import Weights
 from ddil_lightning.records import Context
 
 WIDTHS = ("cross_attention_dim", "caption_channels", "joint_attention_dim")
@@ -75,6 +76,10 @@ class Family(Network):
     def spaces(self) -> Mapping[str, Any]:
         """What a network of another architecture must have in common with it to take its place, by what it is called: latents, texts."""
         return {"number of latent channels": self.latent_shape[0]}
+
+    def handed(self, weights: Weights, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """The `weights` of this network by the `names` that a smaller one has for them; what it has no place for may be left out."""
+        return iter(weights)
 
     def told(self) -> Mapping[str, Any]:
         """The changes of its configuration that give it an embedding of w, whose new weights are zero: a copy then equals its source.

@@ -157,6 +157,7 @@ class Backbone(ABC):
         *,
         w_conditioned: bool = False,
         s_conditioned: bool = False,
+        guided: bool = False,
         recompute: bool = False,
         predicts: Predicts | None = None,
         reflection: Reflection | None = None,
@@ -164,6 +165,7 @@ class Backbone(ABC):
     ) -> Role:
         """The network in its part: `teacher`, frozen, guided by the empty prompt; any other name (`student`, `critic`) a trainable one.
 
+        `guided`: the trainable one is guided by the empty prompt too, and called twice, as its users will call it.
         That is a copy or, where `adapter` has a rank, adapters on the frozen network itself. `recompute`: with gradient checkpointing.
         `predicts`: of its outputs, where that is not the teacher's. `reflection` of its x0.
         A target, an average or a former student is made from a role: `student.copied("target")`.
@@ -177,7 +179,7 @@ class Backbone(ABC):
         if recompute:
             network.recompute()
         shared = list(self.network().parameters()) if shares else []
-        return Role(name, network, self.schedule, space, reflection=reflection, shared=shared)
+        return Role(name, network, self.schedule, space, null=self.null() if guided else None, reflection=reflection, shared=shared)
 
     def head(self, layers: Sequence[str] = (), name: str = "teacher") -> nn.Module:
         """A new discriminator's head on the features of the networks of a role. Raises NotImplementedError where they give none."""
@@ -237,7 +239,7 @@ class Backbone(ABC):
     @property
     def baked(self) -> bool:
         """Whether it is a student with its guidance in the weights, to be called with guidance_scale 1."""
-        return "method" in self.about and not self.network().w_conditioned
+        return "method" in self.about and not self.network().w_conditioned and self.about.get("guidance_scale", 1) == 1
 
     @property
     def size(self) -> tuple[int, int] | None:

@@ -41,9 +41,9 @@ class Role(Denoiser):
         return [p for p in self.parameters() if p.requires_grad]
 
     def copied(self, name: str, reflection: Reflection | None = None) -> Role:
-        """A frozen copy with weights of its own, in eval mode: a target, an average, a former student. Its guidance is baked or told."""
+        """A frozen copy with weights of its own, in eval mode: a target, an average, a former student. It is guided as this one is."""
         network = sharing(self.network, self.shared).requires_grad_(False).eval()
-        return Role(name, network, self.schedule, self.predicts, reflection=reflection, shared=self.shared).eval()
+        return Role(name, network, self.schedule, self.predicts, null=self.null, reflection=reflection, shared=self.shared).eval()
 
     def follow(self, other: Denoiser, decay: float = 0.0) -> None:
         """self <- decay self + (1 - decay) other, in place: weights alone, whatever the reflection and the null context of either."""

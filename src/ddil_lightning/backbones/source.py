@@ -42,7 +42,8 @@ class Source:
         lora: LoRAs that are fused into the network and the text encoders after loading.
         networks: the architecture of a role that is not the teacher's, by the role's name (`student`, `critic`): a pipeline or the folder
             of a network, whose weights it starts from, or a configuration as a table. A table without `_class_name` changes the teacher's.
-            Where there are no weights, those of the teacher that fit by name and shape are copied.
+            Where there are no weights, those of the teacher that fit by name and shape are copied; of a block on the way up with fewer
+            layers, the last one too.
         size: height and width in pixels of the images that are sampled, or one number for both; by default as its card says, else its own.
     """
 

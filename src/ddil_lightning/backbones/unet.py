@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ddil_lightning.backbones.family import Family
 from ddil_lightning.backbones.interface import Heads
+from ddil_lightning.backbones.weights import Weights
 from ddil_lightning.diffusion.denoiser import S_EMBEDDING, W_EMBEDDING, s_embedding, w_embedding
 from ddil_lightning.records import Context
 
@@ -32,6 +34,18 @@ class _Head(nn.Sequential):
         if down or right:
             x = F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2), mode="replicate")
         return super().forward(x).mean((2, 3), keepdim=True)
+
+
+UP = re.compile(r"(up_blocks\.\d+\.(?:resnets|attentions)\.)(\d+)(\..*)")
+"""A weight of a layer on the way up: its block, its number, the rest of its name."""
+
+
+def _last_layers(names: Iterable[str]) -> dict[str, int]:
+    """The number of the last layer of each block on the way up."""
+    last: dict[str, int] = {}
+    for found in filter(None, map(UP.match, names)):
+        last[found[1]] = max(last.get(found[1], 0), int(found[2]))
+    return last
 
 
 class UNet(Family):
@@ -87,6 +101,21 @@ class UNet(Family):
             "projection of the text (encoder_hid_dim_type)": config.encoder_hid_dim_type,
             "class embedding (class_embed_type)": config.class_embed_type,
         }
+
+    def handed(self, weights: Weights, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """Blocks of fewer layers keep the first ones, and on the way up the last one, which alone reads the skip of the level before: those
+        between them go (BK-SDM, Kim et al. 2023)."""
+        mine, theirs = _last_layers(self.model.state_dict()), _last_layers(names)
+        for key, value in weights:
+            found = UP.match(key)
+            last = theirs.get(found[1]) if found else None
+            if found and last is not None and last < mine[found[1]]:
+                layer = int(found[2])
+                if layer == mine[found[1]]:
+                    key = f"{found[1]}{last}{found[3]}"
+                elif layer >= last:
+                    continue
+            yield key, value
 
     def told(self) -> dict[str, Any]:
         """An embedding of w behind a bias-free linear layer, added to that of the time (Meng et al. 2023, as LCM does it)."""

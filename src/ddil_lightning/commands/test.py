@@ -142,7 +142,7 @@ def _checkpoint_rows(args: argparse.Namespace, how: Generation, where: Any) -> l
     suite = _suite(args, method.backbone, how)
     check_prompts(args.truncate, suite, method.backbone)
     deployment = method.deployment
-    if args.guidance is not None and not deployment.told:
+    if args.guidance is not None and not (deployment.told or deployment.guided):
         raise Refusal(baked(args.ckpt_path, deployment.quoted))
     g = deployment.quoted if args.guidance is None else args.guidance
     samplers = {n: deployment.sampler(n) for n in args.steps or deployment.steps}

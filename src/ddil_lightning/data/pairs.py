@@ -112,7 +112,8 @@ class Maker:
         if folder is not None:
             here = self.processes.by_first(lambda: self._open(folder, parts, captions, count))
         missing = [i for i in range(len(parts)) if i not in here]
-        mine = missing[self.processes.rank :: self.processes.world]
+        shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+        mine = missing[self.processes.rank :: self.processes.world] if shared else missing
 
         def share() -> dict[int, dict[str, Tensor]]:
             found = {}
@@ -126,7 +127,8 @@ class Maker:
         if folder is not None:
             self.processes.wait()
             return Stored([read_shard(folder / part.file) for part in parts], count, self.pairs.each)
-        every = {i: columns for one in self.processes.gathered(solved) for i, columns in one.items()}
+        gathered = self.processes.gathered(solved) if shared else [solved]
+        every = {i: columns for one in gathered for i, columns in one.items()}
         return Stored([every[i] for i in range(len(parts))], count, self.pairs.each)
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ from ddil_lightning.methods.pcm import PCM
 from ddil_lightning.methods.pd import PD
 from ddil_lightning.methods.reflow import Reflow
 from ddil_lightning.methods.sid import SiD
+from ddil_lightning.methods.snapfusion import SnapFusion
 from ddil_lightning.methods.tcd import TCD
 from ddil_lightning.methods.ufogen import UFOGen
 from ddil_lightning.training.method import Distillation
@@ -37,6 +38,7 @@ __all__ = [
     "Part",
     "Reflow",
     "SiD",
+    "SnapFusion",
     "Stage",
     "UFOGen",
 ]

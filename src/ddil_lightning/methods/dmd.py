@@ -50,7 +50,11 @@ class DMD(DMD2):
         if not self.regression.weight or b.end is None or b.whole is None:
             return loss
         has = (b.whole == TEACHER) | ((b.source == FORWARD) & (b.node == 0))
-        if bool(has.any()):
+        if bool(has.all()):
+            distance = self._distance(x, b.end)
+            self.measures.record(regression=distance)
+            loss = loss + self.regression.weight * distance
+        elif bool(has.any()):                                                   # an image is decoded only where it is compared
             distance = self._distance(x[has], b.end[has])
             self.measures.record(regression=distance)
             loss = loss.index_add(0, has.nonzero()[:, 0], self.regression.weight * distance)

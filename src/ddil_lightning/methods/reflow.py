@@ -91,9 +91,10 @@ class Reflow(Distillation):
         wide = (-1, *(1,) * (b.end.ndim - 1))
         on = ours & (b.node > 0)                                                # at the first node every latent is its z
         x = torch.where(on.view(wide), self.student.schedule.add_noise(b.end, b.noise, b.t), b.x_t)
-        rolled = (b.source != FORWARD).nonzero()[:, 0]                          # so many in every process, whoever made them
-        if not self.relabel or not len(rolled):
+        forward = b.source == FORWARD
+        if not self.relabel or bool(forward.all()):
             return x, b.end
+        rolled = (~forward).nonzero()[:, 0]                                     # so many in every process, whoever made them
         answers = self.policies.teacher.solve(x[rolled], b.t[rolled], take(b.c, rolled), self.relabel)  # type: ignore[union-attr]
         return x, torch.where(ours.view(wide), b.end, b.end.index_copy(0, rolled, answers.to(b.end.dtype)))
 

@@ -21,7 +21,9 @@ from ddil_lightning.training.gan import Gan
 class Pairs(Adversary):
     """A discriminator of x_s at the next node: the student's x0 and the data, noised to the same time, with independent noise."""
 
-    def view(self, x: Tensor, b: LatentBatch, c: Context, purpose: str, jitter: float = 0.0) -> tuple[Tensor, ...]:
+    def view(
+        self, x: Tensor, b: LatentBatch, c: Context, purpose: str, jitter: float = 0.0, span: Span = CLEAN
+    ) -> tuple[Tensor, ...]:
         """The features of samples x at the next node; after the last one at time 0, the least noise that a denoiser was made for."""
         generator, s = self.generator(purpose, x.device), b.s.clamp(min=0)
         eps = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)

@@ -121,6 +121,8 @@ class Card:
                 f"`guidance_scale` {g:g} is within the trained range ({span}). The network is told it, in one evaluation a step; 1 tells "
                 "it that there is none, and 0 something that it was never trained on"
             )
+        if g > 1:
+            return f"`guidance_scale` {g:g} guides it as it guides its teacher, in two evaluations a step, and negative prompts work"
         return (
             f"`guidance_scale` {g:g} is right because guidance {low:g} is part of the weights; 0 means the same to diffusers, and anything "
             "above 1 guides once more"

@@ -75,7 +75,7 @@ def about_student(method: Distillation, steps: int) -> dict[str, Any]:
         "guidance": g,
         "guidance_scale": deployment.guidance_scale,
         **deployment.called_with,
-        "guidance_range": list(method.guidance) if deployment.told else [g, g],
+        "guidance_range": list(method.guidance) if deployment.told or deployment.guided else [g, g],
         "timesteps": deployment.grid(steps).nodes.tolist(),
         "dataset": method.backbone.about.get("dataset"),
         "teacher": method.backbone.path,

@@ -61,9 +61,14 @@ class Deployment:
         return bool(getattr(self.network, "w_conditioned", False))
 
     @property
+    def guided(self) -> bool:
+        """Whether the network is guided from outside, in two evaluations, by its user's guidance and negative prompt."""
+        return self.denoiser.null is not None and not self.told
+
+    @property
     def guidance_scale(self) -> float:
-        """The `guidance_scale` to call the exported pipeline with: g for a student that is told it, 1 for one with g baked in."""
-        return self.guidance if self.told else 1.0
+        """The `guidance_scale` to call the exported pipeline with: g, if its student is told it or guided by it, 1 if it is baked in."""
+        return self.guidance if self.told or self.guided else 1.0
 
     @property
     def called_with(self) -> Mapping[str, float]:

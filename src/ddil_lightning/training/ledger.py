@@ -207,7 +207,7 @@ def latents(method: Any, n: int, null: Context) -> LatentBatch:
     t, s, node = (torch.full((n,), value) for value in (times[0], times[1], 0))
     c = c.guided(torch.zeros(n))
     tag, slot = torch.full((n,), FORWARD), torch.full((n,), -1)
-    return LatentBatch(x, t, s, node, c, x.clone(), tag, torch.ones(n), slot, c.guided(None), x.clone(), x.clone())
+    return LatentBatch(x, t, s, node, c, x.clone(), tag, torch.ones(n), slot, c.guided(None), x.clone(), x.clone(), tag.clone())
 
 
 @contextmanager
