@@ -162,7 +162,6 @@ def test_pretrain(name: str, here: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PAIRED)
-@pytest.mark.parametrize("name", [name.removesuffix("_ddil.yaml") for name in config_names() if name.endswith("_ddil.yaml")])
 def test_a_method_with_and_without_ddil_differs_in_one_line(name: str) -> None:
     plain, ddil = ((configs_folder() / file).read_text().splitlines() for file in (f"{name}.yaml", f"{name}_ddil.yaml"))
     different = [(a, b) for a, b in zip(plain, ddil, strict=True) if a != b]
