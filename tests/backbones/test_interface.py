@@ -157,9 +157,10 @@ def test_what_a_backbone_does_not_do_is_refused_by_name() -> None:
 
 def test_a_scheduler_for_a_transition_that_nobody_knows_is_refused_by_name(backbone: Pipeline) -> None:
     with pytest.raises(
-        ValueError, match=r"no scheduler of diffusers is known to step by Posterior\(eta=1.0\): known are DDIM\(\), Renoise\(\) and TCD"
+        ValueError,
+        match=r"step by Posterior\(eta=0.5\): known are DDIM\(\), Renoise\(\), TCD\(gamma=0.3\) and Posterior\(eta=1.0\)",
     ):
-        backbone.scheduler(Posterior(), "v", "trailing", 4)
+        backbone.scheduler(Posterior(0.5), "v", "trailing", 4)
     made = backbone.scheduler(ddim, "x0", "trailing", 4)
     assert type(made).__name__ == "DDIMScheduler" and made.config.prediction_type == "sample"
 

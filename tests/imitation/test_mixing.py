@@ -30,10 +30,10 @@ class Noted(Policy):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.asked: list[tuple[int, int]] = []
+        self.noted: list[tuple[int, int]] = []
 
     def forward(self, x_t: Tensor, t: int, s: int, *args: Any, **kwargs: Any) -> Tensor:
-        self.asked += [(t, s)] * len(x_t)
+        self.noted += [(t, s)] * len(x_t)
         return super().forward(x_t, t, s, *args, **kwargs)
 
 
@@ -64,9 +64,9 @@ def test_every_pattern_visits_every_node_once() -> None:
     for bits in range(16):
         actors = pair(n=1)
         mix_eval(actors, Pattern(bits), GRID, SHAPE)
-        asked = actors.student.policy.asked + actors.teacher.policy.asked  # type: ignore[attr-defined]
+        asked = actors.student.policy.noted + actors.teacher.policy.noted  # type: ignore[attr-defined]
         assert sorted(asked, reverse=True) == list(pairwise(TIMES))
-        assert [bits >> j & 1 for j, interval in enumerate(pairwise(TIMES)) if interval in actors.student.policy.asked] == [  # type: ignore[operator]
+        assert [bits >> j & 1 for j, interval in enumerate(pairwise(TIMES)) if interval in actors.student.policy.noted] == [  # type: ignore[operator]
             1
         ] * bits.bit_count()
 
@@ -75,13 +75,13 @@ def test_a_sweep_is_its_mixtures_one_by_one_and_shares_what_begins_alike() -> No
     mixings: list[Mixing] = [*map(Bernoulli, (0.0, 0.3, 0.8, 1.0)), *(Switch(who, t) for who in ("teacher", "student") for t in TIMES[1:4])]
     actors = pair(transition=renoise)
     alone = torch.stack([mix_eval(actors, mixing, GRID, SHAPE, 5) for mixing in mixings])
-    asked = len(actors.teacher.policy.asked)  # type: ignore[attr-defined,arg-type]
+    asked = len(actors.teacher.policy.noted)  # type: ignore[attr-defined,arg-type]
     torch.testing.assert_close(mix_all(actors, mixings, GRID, SHAPE, 5), alone, rtol=1e-5, atol=1e-6)
-    shared = len(actors.teacher.policy.asked) - asked  # type: ignore[attr-defined,arg-type]
+    shared = len(actors.teacher.policy.noted) - asked  # type: ignore[attr-defined,arg-type]
     walk = states(actors.teacher.policy, GRID, noise(6, SHAPE, 5), actors.teacher.c)
-    before = len(actors.teacher.policy.asked)  # type: ignore[attr-defined,arg-type]
+    before = len(actors.teacher.policy.noted)  # type: ignore[attr-defined,arg-type]
     torch.testing.assert_close(mix_all(actors, mixings, GRID, SHAPE, 5, walk), alone, rtol=1e-5, atol=1e-6)
-    assert len(actors.teacher.policy.asked) - before == shared - 4 * 6 < 0.7 * asked - 4 * 6  # type: ignore[attr-defined,arg-type]
+    assert len(actors.teacher.policy.noted) - before == shared - 4 * 6 < 0.7 * asked - 4 * 6  # type: ignore[attr-defined,arg-type]
 
 
 def means(actor_has_bias: list[float], substeps: list[int]) -> float:

@@ -203,7 +203,7 @@ def test_a_student_of_phases_is_exported_with_ddim_at_its_edges(tiny: Path, tmp_
             {"gan": {"weight": 0.1, "critic_weight": 1.0, "features": "critic"}},
             "gan.features is 'critic', and PCM has none: set it to teacher",
         ),
-        ({"gan": {"loss": "wgan"}}, "not 'wgan'"),
+        ({"gan": {"kind": "wgan"}}, "gan.kind is 'wgan'"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(kwargs: dict[str, Any], words: str, tiny: Path) -> None:

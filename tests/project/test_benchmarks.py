@@ -365,6 +365,29 @@ def test_schedules(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.slow
+def test_the_zoo_is_made_cell_by_cell(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module, threads = script("zoo"), torch.get_num_threads()
+    options = ["--quick", "--methods", "sid", "pd", "--jobs", "1", "--cells", str(tmp_path / "cells"), "--page", str(tmp_path / "zoo.md")]
+    report = module.main(options)
+    torch.set_num_threads(threads)
+    assert {(r["method"], r["budget"], r["seeds"]) for r in report["rows"]} == {
+        (m, b, 2) for m in ("sid", "pd") for b in ("updates", "evaluations")
+    }
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "cells").iterdir()}
+    assert len(files) == 2 * 2 * 4
+    for file in files:  # of the equal budget nobody is given more than a step beyond it, and PD's stages are as long as that allows
+        cell = json.loads(file.read_text())
+        assert cell["budget"] == "updates" or 0.5 * 1000 < cell["evaluations"] < 2 * 1000
+    next(iter(files)).unlink()
+    capsys.readouterr()
+    module.main(options)  # what is there is not made again
+    torch.set_num_threads(threads)
+    assert sum(file.stat().st_mtime_ns != before for file, before in files.items()) == 1
+    page = (tmp_path / "zoo.md").read_text()
+    assert page.startswith("# Every method") and "| sid | 2 |" in page and "Coverage ↑, at equal network evaluations" in page
+
+
+@pytest.mark.slow
 def test_toy2d(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module, file, picture = script("toy2d"), tmp_path / "out.json", tmp_path / "toy.png"
     options = ["--methods", "pd", "lcm", "--variants", "both", "ddil", "longer_base", "same_times", "--jobs", "1", "--seed", "7"]

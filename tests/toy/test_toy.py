@@ -205,7 +205,8 @@ def test_members_of_a_run_do_not_talk(toy: Toy, name: str) -> None:
     a, b = (train(toy, name, p).method.student.network.state_dict() for p in (points, other))
     for key in a:
         assert torch.equal(a[key][1], b[key][1]), key
-    assert any(not torch.equal(a[key][0], b[key][0]) for key in a)
+    # What trains on noise and the teacher's answers to it alone has not noticed in member 0 either.
+    assert any(not torch.equal(a[key][0], b[key][0]) for key in a) is (name not in ("dmd", "reflow", "boot"))
 
 
 @pytest.mark.parametrize("name", ["lcm", "pd"])
