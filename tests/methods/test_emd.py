@@ -248,3 +248,21 @@ def test_a_student_that_starts_below_the_teacher(tiny: Path) -> None:
     torch.testing.assert_close(scheduler.alphas_cumprod, backbone(tiny).pipe.scheduler.alphas_cumprod[:500])
     with pytest.raises(ValueError, match="steps = 3 does not divide the schedule's 500 times"):
         build(ENTRY, tiny, steps=3, start=499, rollouts=(1,))
+
+
+def test_the_papers_single_step_trains_and_samples_as_its_scheduler_does(tiny: Path) -> None:
+    """From noise and captions alone; a sample is x0 at t*, and diffusers' scheduler makes the same of the network's output."""
+    method = build(ENTRY, tiny, steps=1, start=499, rollouts=(1,), updates=2, chain={"steps": 2}, ema=0.0)
+    run = fit(method, captions(tiny, SamplingPrior(0, 1, 0)))
+    assert run.method.student_updates == 2
+    z, c = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), backbone(tiny).encode_text(["a red circle", "a small zero"])
+    policy, grid = method.eval().deployment.sampler(1)
+    x = policy.sample(z, grid, c)
+    p = method.student(z, torch.full((2,), 499), c)
+    torch.testing.assert_close(x, p.x0)
+    assert method.deployment.scheduler is not None
+    scheduler = method.deployment.scheduler()
+    scheduler.set_timesteps(1)
+    with torch.no_grad():
+        made = scheduler.step(method.student.output(p), scheduler.timesteps[0], z).prev_sample
+    torch.testing.assert_close(x, made, rtol=1e-4, atol=1e-5)

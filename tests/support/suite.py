@@ -69,7 +69,6 @@ METHODS = [
     Entry("pd", PD, {"stages": PLAN, "teacher_steps": 16}),
     Entry("dmd2", DMD2, {"guidance": 2.0, "critic": {"steps": 2}}, falls="critic_loss", unused=True),
     Entry("emd", EMD, {"guidance": 2.0, "chain": {"steps": 2}}, falls="critic_loss", unused=True),
-    Entry("emd-one-step", EMD, {"guidance": 2.0, "steps": 1, "start": 499, "rollouts": (1,)}, falls="critic_loss", unused=True, slow=True),
     Entry("sid", SiD, {"guidance": 2.0, "critic": {"steps": 2}}, falls="critic_loss", unused=True, brief=True),
     Entry("f-distill", DMD2, {"guidance": 2.0, "scores": {"divergence": "js"}}, falls="critic_loss", unused=True, slow=True),
     Entry("dmd", DMD, {"guidance": 2.0, "steps": 4, "pairs": {"steps": 2}}, falls="critic_loss", unused=True, brief=True),
