@@ -16,6 +16,7 @@ from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.methods import EMD, emd
 from ddil_lightning.methods.emd import Chain
 from ddil_lightning.records import Context, LatentBatch
+from known import whitened
 from options import options
 from suite import Entry, backbone, build, captions, fit
 
@@ -47,12 +48,6 @@ def forward(a: float, b: float, t: int) -> tuple[float, float]:
     return alpha2 * (MU - a) / v, alpha2 * b * ((vq + alpha2 * (MU - a) ** 2) / v**2 - 1 / v)
 
 
-def whitened(n: int, columns: int) -> tuple[Tensor, ...]:
-    """`columns` of [n, 1] with mean 0, variance 1 and no covariance, exactly: means of what is quadratic in them are integrals."""
-    raw = torch.randn(n, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return (torch.linalg.qr(raw - raw.mean(0))[0] * n**0.5).split(1, 1)
-
-
 def descent(method: EMD, t: int, z: Tensor, e: Tensor) -> tuple[float, float]:
     """-dL / d(a, b) in units of the KL divergence, weight alpha^2 / sigma^2, from latents z and first noises e."""
     b = noise(len(z))._replace(x_t=z)
@@ -72,7 +67,7 @@ def test_one_step_is_diff_instructs_gradient(
     t: int, a: float, b: float, cancel: str, factor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """gamma_e times the gradient of KL(p || q); of `stein`, which reads the score after the step, the gradient itself for small steps."""
-    z, e, n = whitened(4096, 3)
+    z, e, n = whitened(4096, 3).split(1, 1)
     monkeypatch.setattr(emd, "normal", lambda like, generator: n)
     gamma = 1e-9 if cancel == "stein" else 0.16
     found = descent(exact(a, b, steps=1, gamma_e=gamma, gamma_z=0.0, cancel=cancel), t, z, e)
@@ -95,7 +90,7 @@ def test_cancelling_takes_the_noise_out() -> None:
 @pytest.fixture(scope="module")
 def long() -> Callable[[str], tuple[float, float]]:
     """-dL / d(a, b) of 120 steps in which z mixes, from 30,000 chains, by what cancels their noise."""
-    z, e = whitened(30_000, 2)
+    z, e = whitened(30_000, 2).split(1, 1)
 
     def found(cancel: str) -> tuple[float, float]:
         return descent(exact(*FAR, steps=120, gamma_e=0.05, gamma_z=0.05, cancel=cancel), 400, z, e)
@@ -121,7 +116,7 @@ def test_linear_cancelling_is_biased_once_z_mixes(long: Callable[[str], tuple[fl
 def test_a_frozen_z_ends_between_the_two(cancel: str) -> None:
     """(alpha^2 / Lambda) ((mu - a) / Vq, b (1 / V - 1 / Vq)) with Lambda = 1 + sigma^2 / Vq - sigma^2 / V, however long the chain is."""
     a, b, t = 0.2, 0.8, 400
-    z, e = whitened(20_000, 2)
+    z, e = whitened(20_000, 2).split(1, 1)
     _, sigma2, v, vq = variances(b, t)
     lam = 1 + sigma2 / vq - sigma2 / v
     found = descent(exact(a, b, steps=120, gamma_e=0.05, gamma_z=0.0, cancel=cancel), t, z, e)
