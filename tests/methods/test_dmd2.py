@@ -19,6 +19,7 @@ from ddil_lightning.methods.dmd2 import direction, emphasis
 from ddil_lightning.records import Context, LatentBatch
 from ddil_lightning.training.adversary import untouched
 from ddil_lightning.training.gan import Gan
+from ddil_lightning.training.scores import Scores
 from options import options
 from suite import Entry, backbone, build, captions, fit
 
@@ -67,6 +68,11 @@ def test_the_pseudo_losss_gradient_is_g_over_numel(normaliser: str, reflect: str
         scale = (x - real).abs().mean((1, 2, 3) if normaliser == "sample" else (0, 1), keepdim=True)
         expected = (fake - real) / scale / x.numel()
     assert x.grad is not None and float((x.grad - expected).abs().max()) < 1e-7
+
+
+def test_scores_without_a_normaliser_have_the_usual_one(tiny: Path) -> None:
+    method = build(ENTRY, tiny, scores=Scores(1.5, (0.1, 0.9)))
+    assert (method.scores.guidance, method.normaliser, method.divergence, method.tau) == (1.5, "sample", "reverse_kl", (100, 900))
 
 
 def test_a_real_score_without_guidance_is_the_teacher_alone_in_one_evaluation(tiny: Path) -> None:

@@ -241,6 +241,8 @@ def test_a_student_that_starts_below_the_teacher(tiny: Path) -> None:
     scheduler.set_timesteps(1)
     assert scheduler.timesteps.tolist() == [499]
     torch.testing.assert_close(scheduler.alphas_cumprod, backbone(tiny).pipe.scheduler.alphas_cumprod[:500])
+    plain = build(ENTRY, tiny).deployment.scheduler  # a backbone of somebody else's may have a scheduler() that knows no `times`
+    assert plain is not None and "times" not in plain.keywords  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="steps = 3 does not divide the schedule's 500 times"):
         build(ENTRY, tiny, steps=3, start=499, rollouts=(1,))
 

@@ -63,6 +63,8 @@ class DMD2(TwoScores):
         **kwargs: Any,
     ) -> None:
         super().__init__(scores=scores, **kwargs)
+        if not isinstance(scores, Matching):  # the other methods' own, which is a way to say the same
+            scores = Matching(scores.guidance, scores.tau)
         self.normaliser, self.divergence = scores.normaliser, scores.divergence
         if self.divergence != "reverse_kl" and not gan.is_on:
             raise ValueError(

@@ -74,6 +74,8 @@ class Adversarial(Contest, Distillation):
         """Re-noising on trained nodes alone, in the trained step count or fewer."""
         n = len(self.grid)
         steps = tuple(sorted({n, *(k for k in (4, 2, 1) if k < n)}, reverse=True))
-        scheduler = partial(self.backbone.scheduler, renoise, student.predicts, "lcm", n, times=self.times)
+        # Backbones of others need not know what no student of theirs asks for.
+        fewer = {"times": self.times} if self.times < student.schedule.steps else {}
+        scheduler = partial(self.backbone.scheduler, renoise, student.predicts, "lcm", n, **fewer)
         grid = partial(Grid.named, "lcm", total=self.times, solver_steps=n)
         return Deployment(Policy(student, renoise), grid, steps, self.eval_guidance, scheduler)
