@@ -84,7 +84,7 @@ def cell(value: Any, se: float | None = None) -> str:
 
 def markdown(report: Report) -> str:
     """The report as text: its tables, whether the targets are met, the notes. It shows nothing that the JSON does not hold."""
-    tables = [grid(report["columns"], report["rows"])]
+    tables = [grid(report["columns"], report["rows"])] if report["rows"] else []
     tables += [f"{part['title']}\n\n{grid(part['columns'], part['rows'])}" for part in report.get("parts", [])]
     lines = []
     for t in report.get("targets", []):

@@ -128,8 +128,8 @@ def prior_words(config: str, actor: Actor | None, prior: Sequence[float] | None)
 def longer(method: Distillation, ratio: float) -> str:
     """The override that makes a run `ratio` times as long, every stage of it."""
     if not staged(method):
-        return f"model.init_args.updates={round(ratio * method.updates)}"
-    plan = ", ".join(f"{{steps: {s.steps}, updates: {round(ratio * s.length)}}}" for s in method.stages)  # type: ignore[union-attr]
+        return f"model.init_args.updates={max(1, round(ratio * method.updates))}"
+    plan = ", ".join(f"{{steps: {s.steps}, updates: {max(1, round(ratio * s.length))}}}" for s in method.stages)  # type: ignore[union-attr]
     return f"model.init_args.stages=[{plan}]"
 
 

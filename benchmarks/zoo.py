@@ -4,7 +4,7 @@ Every method with a pair of shipped configs toy2d/NAME.yaml and toy2d/NAME_ddil.
 was chosen on, with two budgets: its config's student updates, the same for all variants of a method, and --evaluations of all networks
 together, the same for everybody. A finished cell (method, variant, budget, three seeds) is a JSON file in --cells, which belongs to the
 repository: hours of work are interrupted at will and go on elsewhere, and a cell is made anew where its config has changed. docs/zoo.md is
-made of them.
+made of them and of zoo_builtin.py's, some methods on the built-in pipeline.
 
     python benchmarks/zoo.py [--methods emd dmd2 ...] [--seeds 12] [--seed 2000] [--jobs 2] [--page docs/zoo.md]
     python benchmarks/zoo.py --only_page --page docs/zoo.md
@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import common
 import toy2d
+import zoo_builtin
 from builtin_runs import digest
 from tables import Report, markdown
 from zoo_table import VARIANTS, page, report
@@ -128,6 +129,7 @@ def measure(args: argparse.Namespace) -> Report:
     found = [known for cell in asked if (known := cell.known(args.cells)) is not None]
     told = report(found, args.evaluations)
     if args.page:
+        told["parts"] += [] if args.quick else zoo_builtin.finished()
         write_text(args.page, page(told, markdown))
     return told
 

@@ -13,6 +13,8 @@ from ddil_lightning.evaluation.registry import column
 
 VARIANTS = {"base": "as published", "reflected": "+ Reflected", "ddil": "+ DDIL", "both": "+ both"}
 MEASURES = ("energy_distance", "coverage", "mode_kl", "high_quality")
+PICTURES = ("frechet", "patch_frechet", "coverage", "mode_coverage", "all_right", "attribute_accuracy", "lpips_diversity")
+"""The measures of the built-in pipeline's tables."""
 BUDGETS = {"updates": "at equal student updates", "evaluations": "at equal network evaluations"}
 
 
@@ -39,6 +41,43 @@ def report(cells: Sequence[dict[str, Any]], evaluations: int) -> Report:
             f"equal evaluations: {evaluations:,} of all networks together, a sample each; at equal updates each method has its config's",
         ],
     }
+
+
+def built_in(cells: Sequence[dict[str, Any]], evaluations: int) -> list[Part]:
+    """One table per budget: a row for a method as published, and one for the paired difference that DDIL makes."""
+    parts: list[Part] = []
+    for budget, said in BUDGETS.items():
+        found: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+        for cell in (c for c in cells if c["budget"] == budget):
+            found.setdefault(cell["method"], {}).setdefault(cell["variant"], {})[cell["seed"]] = cell
+        rows = [r for method, variants in sorted(found.items()) if set(variants) >= {"base", "ddil"} for r in pictured(method, variants)]
+        shown = [("name", "method"), ("seeds", "seeds"), ("updates", "updates"), ("evaluations", "evaluations")]
+        of = f"{evaluations:,} of all networks together" if budget == "evaluations" else "of each config"
+        title = f"On the built-in pipeline, 4 steps, {said} ({of})"
+        parts += [{"title": title, "columns": [*shown, *((k, column(k).heading) for k in PICTURES)], "rows": rows}] if rows else []
+    return parts
+
+
+def pictured(method: str, variants: Mapping[str, Mapping[int, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The two rows of a method, on the seeds that both variants have."""
+    seeds = sorted(set(variants["base"]) & set(variants["ddil"]))
+    rows = []
+    for variant, label in (("base", method), ("ddil", "+ DDIL")):
+        its = [variants[variant][seed] for seed in seeds]
+        row: dict[str, Any] = {"name": label, "seeds": len(seeds)}
+        row["updates"] = round(statistics.fmean(cell["updates"] for cell in its))
+        row["evaluations"] = round(statistics.fmean(sum(cell["network_evaluations"].values()) for cell in its))
+        for key in PICTURES:
+            scores = {v: [score(variants[v][seed], key) for seed in seeds] for v in ("base", "ddil")}
+            mean, se = mean_se(scores[variant])
+            row[key] = {"mean": mean, "se": se, "paired": paired(scores["ddil"], scores["base"]) if variant == "ddil" else None}
+        rows.append(row)
+    return rows if seeds else []
+
+
+def score(cell: Mapping[str, Any], key: str) -> float:
+    """A measure of a student in four steps."""
+    return next(float(row["metrics"][key]) for row in cell["rows"] if row["steps"] == 4)
 
 
 def counted(rows: Sequence[Mapping[str, Any]], budget: str) -> list[dict[str, Any]]:
@@ -82,5 +121,4 @@ def page(told: Report, markdown: Callable[[Report], str]) -> str:
         f"Seeds from 2000 on, which no setting was chosen on, in groups of three; {machines}; a cell's date and versions stand in its "
         "file, `benchmarks/zoo/`.\n\n"
     )
-    _, *rest = markdown({**told, "columns": [("method", "method")], "rows": []}).split("\n\n")
-    return head + "\n\n".join(rest) + "\n"
+    return head + markdown({**told, "rows": []}) + "\n"

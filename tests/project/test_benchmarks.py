@@ -388,6 +388,27 @@ def test_the_zoo_is_made_cell_by_cell(script: Any, tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.slow
+def test_the_zoo_of_the_built_in_pipeline(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both budgets, whole stages or updates; what is there is not made again; and a budget that everybody keeps to."""
+    module = script("zoo_builtin")
+    options = ["--jobs", "1", "--cache", str(tmp_path), "--evaluations", "4000"]
+    short = ["--methods", "tcd", "--set", "model.init_args.updates=40"]
+    by_updates, equal = run(module, tiny, tmp_path, capsys, *options, *short)["parts"]
+    assert "at equal student updates" in by_updates["title"] and "at equal network evaluations" in equal["title"]
+    assert [(row["name"], row["seeds"], row["updates"]) for row in by_updates["rows"]] == [("tcd", 1, 40), ("+ DDIL", 1, 40)]
+    assert by_updates["rows"][1]["evaluations"] > by_updates["rows"][0]["evaluations"] == 40 * 2 * 4
+    plain, ddil = equal["rows"]
+    assert plain["evaluations"] == 4000 and ddil["evaluations"] == pytest.approx(4000, rel=0.1) and ddil["updates"] < plain["updates"]
+    assert ddil["coverage"]["mean"] - plain["coverage"]["mean"] == pytest.approx(ddil["coverage"]["paired"]["mean"])
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "cells").iterdir()}
+    next(iter(files)).unlink()
+    run(module, tiny, tmp_path, capsys, *options, *short)  # what is there is not made again
+    assert len(files) == 4 and sum(file.stat().st_mtime_ns != before for file, before in files.items()) == 1
+    (staged,) = run(module, tiny, tmp_path, capsys, *options, "--methods", "pd", "--budgets", "evaluations")["parts"]
+    assert all(row["evaluations"] == pytest.approx(4000, rel=0.1) for row in staged["rows"])
+
+
+@pytest.mark.slow
 def test_toy2d(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module, file, picture = script("toy2d"), tmp_path / "out.json", tmp_path / "toy.png"
     options = ["--methods", "pd", "lcm", "--variants", "both", "ddil", "longer_base", "same_times", "--jobs", "1", "--seed", "7"]
