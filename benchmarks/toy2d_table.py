@@ -72,6 +72,7 @@ def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, float | None]:
 
     d = [x - y for x, y in zip(a, b, strict=True)]
     mean = statistics.fmean(d)
+    mean = 0.0 if abs(mean) < 1e-12 else mean  # what is left of differences that cancel is rounding
     se = statistics.stdev(d) / len(d) ** 0.5 if len(d) > 1 else 0.0
     if se == 0:
         return {"mean": mean, "t": None, "p": None}
