@@ -71,9 +71,9 @@ class Call:
         given = [x for x in tree_leaves((args, kwargs)) if wants(x)]
         for left in reversed(range(self.back)):
             loss: Any = sum(x.float().square().mean() for x in tree_leaves(out) if wants(x))
-            if left < self.weights or not given:
+            if left < self.weights:
                 loss.backward(retain_graph=left > 0)
-            else:
+            elif given:  # else they went to a last layer alone, which is next to nothing
                 torch.autograd.grad(loss, given, retain_graph=left > 0)
         for p, was in zip(parameters, asked, strict=True):
             p.requires_grad_(was)

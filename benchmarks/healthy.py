@@ -1,7 +1,7 @@
 """Runs that go well, and runs with one fault each: the figures of docs/healthy.md.
 
-The first six train the built-in pipeline with the configs as they are, but for `--share` of their updates, with the average's memory
-shortened alike. The faults are set on the analytic toy, whose runs are whole and take seconds, and beside each stands the same config
+Those of the built-in pipeline have the configs as they are, but for `--share` of their updates, with the average's memory shortened
+alike. The faults are set on the analytic toy, whose runs are whole and take seconds, and beside each stands the same config
 without it.
 
     python benchmarks/healthy.py [--cases lcm_ddil no_data ...] [--share 0.25] [--cache FOLDER] [--student FOLDER] [--json FILE]
@@ -48,10 +48,30 @@ class Case:
 
 
 METHODS = ("lcm", "pd", "dmd2")
+OTHERS = (
+    "tcd",
+    "pcm",
+    "ctm",
+    "snapfusion",
+    "dmd",
+    "diff_instruct",
+    "emd",
+    "sid",
+    "moments",
+    "add",
+    "ladd",
+    "ufogen",
+    "imagine_flash",
+    "reflow",
+    "boot",
+)
+STEPS = {"pd": 2, "reflow": 2, "boot": 1}
+"""Of the shift's probe, where a student is not made for four."""
 STALE = "data.rollouts.every=800", "data.buffer.max_age=100000"
 CASES = {
     **{f"{name}{prior}": Case(f"{name}{prior}.yaml") for name in METHODS for prior in ("", "_ddil")},
     **{f"toy {name}{prior}": Case(f"toy2d/{name}{prior}.yaml") for name in METHODS for prior in ("", "_ddil")},
+    **{f"{name}_ddil": Case(f"{name}_ddil.yaml") for name in OTHERS},
     "average too long": Case("toy2d/lcm_ddil.yaml", ("model.ema=0.9995",)),
     "rate too high": Case("toy2d/lcm_ddil.yaml", ("model.optimizer.lr=0.3",)),
     "rate beyond all": Case("toy2d/lcm_ddil.yaml", ("model.optimizer.lr=10",)),
@@ -61,7 +81,7 @@ CASES = {
     "slow critic": Case("toy2d/dmd2_ddil.yaml", ("model.critic.lr=1e-5",)),
     "strong GAN": Case("toy2d/dmd2_ddil.yaml", ("model.gan.weight=10", "model.gan.critic_weight=10")),
 }
-"""Six of the built-in pipeline, six of the toy, and the faults."""
+"""Three methods on the built-in pipeline and the toy, with DDIL and without, the others with it on the former, and the faults."""
 
 
 def scaled(settings: Mapping[str, Any], share: float) -> list[str]:
@@ -92,7 +112,7 @@ def trained(name: str, args: argparse.Namespace) -> Record:
             points.setdefault(key, []).append((clock, float(value)))
 
     start, failed, rows = time.perf_counter(), "", []
-    probe = ShiftProbe(steps=2 if name.startswith("pd") else 4, count=args.count, losses=args.count // 4)
+    probe = ShiftProbe(steps=STEPS.get(name.removesuffix("_ddil"), 4), count=args.count, losses=args.count // 4)
     trainer, method, data = assemble(case.config, *words, callbacks=[probe] if case.short else [])  # the toy's exam has the shift itself
     probe.every = max(1, method.updates // 8)
     method.measures.listen(hear)
