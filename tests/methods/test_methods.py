@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule
 from torch.utils.data import DataLoader
 
+from ddil_lightning import assemble
 from ddil_lightning.data.pairs import stored
 from ddil_lightning.data.sampler import CounterSampler
 from ddil_lightning.feed import Feed
@@ -205,3 +206,18 @@ def test_gradient_checkpointing_changes_memory_only(entry: Entry, tiny: Path) ->
     assert runs[0].rows[0][entry.falls] == runs[1].rows[0][entry.falls]
     for name, grad in seen[0].steps[-1].items():
         torch.testing.assert_close(seen[1].steps[-1][name], grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["pcm", "ctm", "dmd2", "ufogen", "ladd"])
+def test_a_discriminator_reads_the_student_as_it_starts_where_the_teacher_has_no_features(name: str, tmp_path: Path) -> None:
+    """The toy's teacher is exact and gives none; `initial` is an answer for every method that can have a discriminator."""
+    small = [f"model.init_args.pipeline.init_args.{x}" for x in ("size=64", "width=8")]
+    words = [*small, "model.updates=2", "model.gan.weight=0.5", "model.gan.critic_weight=1", f"trainer.default_root_dir={tmp_path}"]
+    trainer, method, data = assemble(f"toy2d/{name}.yaml", *words, "model.gan.features=initial")
+    before = [p.clone() for p in method.roles["initial"].parameters()]
+    trainer.fit(method, datamodule=data)
+    assert method.student_updates == 2 and len(list(method.head.parameters())) > 0
+    assert all(torch.equal(a, b) for a, b in zip(before, method.roles["initial"].parameters(), strict=True))
+    trainer, method, data = assemble(f"toy2d/{name}.yaml", *words, "model.gan.features=teacher")
+    with pytest.raises(NotImplementedError, match="Exact gives no features, .*: set gan.features to initial, or its weights to 0"):
+        trainer.fit(method, datamodule=data)

@@ -83,13 +83,8 @@ class ADD(Adversarial):
         within(0, 1000, distillation=distillation)
         self._check(vision, gan)
         self.distillation = distillation
-        parts: dict[str, Any] = self.reader("initial") if vision is None else {}
-        self.cast(
-            student=self.role("student"),
-            head=self.backbone.head(gan.layers, "student") if vision is None else self._heads(vision),
-            **parts,
-            teacher=self.role("teacher", reflection=self.reflection),
-        )
+        parts = self.discriminator(gan) if vision is None else {"head": self._heads(vision)}
+        self.cast(student=self.role("student"), **parts, teacher=self.role("teacher", reflection=self.reflection))
         made = Clean(self, None, self.head, critic.steps, gan) if vision is None else Looking(self, critic.steps, gan, vision)
         self.against(made, critic, fine)
 

@@ -83,8 +83,8 @@ class CTM(Contest, Distillation):
         student = self.role("student", w_conditioned=w_conditioned, s_conditioned=True)
         self.head, self.takes_turns = None, gan.is_on
         self.critic_lr = self.lr if critic.lr is None else critic.lr
-        head = {"head": self.backbone.head(gan.layers, gan.features)} if gan.is_on else {}
-        self.cast(student=student, target=student.copied("target"), **head, teacher=self.role("teacher", reflection=self.reflection))
+        more = self.discriminator(gan)
+        self.cast(student=student, target=student.copied("target"), **more, teacher=self.role("teacher", reflection=self.reflection))
         self.adversary = Adversary(self, None, self.head, critic.steps if gan.is_on else 1, gan)
         self.policies = Policies(Policy(self.student, ddim), Policy(self.teacher, ddim, fine=self.grid))
 

@@ -67,10 +67,9 @@ class LADD(Adversarial):
         self.real = real
         self.wants = Wants(pure_noise=True, ends=real == "teacher")
         student, teacher = self.role("student"), self.role("teacher", reflection=self.reflection)
-        name = "teacher" if gan.features == "teacher" else "student"
-        read: Any = teacher.network if name == "teacher" else student.network
+        read: Any = teacher.network if gan.features == "teacher" else student.network
         gan = replace(gan, layers=gan.layers or tuple(read.layers))
-        self.cast(student=student, head=self.backbone.head(gan.layers, name), **self.reader(gan.features), teacher=teacher)
+        self.cast(student=student, **self.discriminator(gan), teacher=teacher)
         kind = Adversary if real == "data" else Ends
         self.against(kind(self, None, self.head, critic.steps, gan, times), critic, fine)
 

@@ -75,9 +75,9 @@ class UFOGen(Adversarial):
         if not gan.weight:
             raise ValueError("UFOGen is a diffusion GAN, and gan.weight is 0: give a number above 0")
         self.reconstruction, self.label_steps = reconstruction, label_steps
-        whole: dict[str, Role] = {"critic": self.role("critic")} if gan.features == "critic" else self.reader(gan.features)
-        head = self.backbone.head(gan.layers, "student" if gan.features == "initial" else gan.features)
-        self.cast(student=self.role("student"), head=head, **whole, teacher=self.role("teacher", reflection=self.reflection))
+        whole: dict[str, Role] = {"critic": self.role("critic")} if gan.features == "critic" else {}
+        teacher = self.role("teacher", reflection=self.reflection)
+        self.cast(student=self.role("student"), **whole, **self.discriminator(gan), teacher=teacher)
         self.against(Pairs(self, whole.get("critic"), self.head, critic.steps, gan), critic, fine)
 
     def training_step(self, b: LatentBatch, i: int) -> None:

@@ -7,7 +7,6 @@ from functools import partial
 
 from torch import nn
 
-from ddil_lightning.backbones.roles import Role
 from ddil_lightning.bounds import lengths, within
 from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.policy import Policies, Policy
@@ -63,10 +62,6 @@ class Adversarial(Contest, Distillation):
         """Take the discriminator, its learning rate, and who acts in roll-outs: the student by re-noising, the teacher by DDIM."""
         self.adversary, self.critic_lr = adversary, self.lr if critic.lr is None else critic.lr
         self.policies = Policies(Policy(self.student, renoise), Policy(self.teacher, ddim, fine=fine))
-
-    def reader(self, features: str) -> dict[str, Role]:
-        """The role whose features a frozen discriminator reads, where it is none that the method has already: `initial`."""
-        return {"initial": self.role("student").copied("initial")} if features == "initial" else {}
 
     # What the rest of the library asks -----------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ddil_lightning.training.adversary import Adversary
+from ddil_lightning.training.gan import Gan
 
 if TYPE_CHECKING:
     from ddil_lightning.training.method import Distillation as Base
@@ -22,6 +23,15 @@ class Contest(Base):
     def opposed(self) -> bool:
         """Whether there is somebody to descend beside the student."""
         return self.adversary.critic is not None or self.adversary.head is not None
+
+    def discriminator(self, gan: Gan) -> dict[str, Any]:
+        """What is cast for a discriminator, if there is one: its head, and a frozen network whose features it reads where the method has
+        none that does (`initial`)."""
+        if not gan.is_on:
+            return {}
+        initial = gan.features == "initial"
+        read = {"initial": self.role("student").copied("initial")} if initial else {}
+        return {**read, "head": self.backbone.head(gan.layers, "student" if initial else gan.features)}
 
     def both(self) -> tuple[Any, Any]:
         """The optimisers of student and adversary; None for one that is not there."""

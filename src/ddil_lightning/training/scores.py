@@ -103,8 +103,7 @@ class TwoScores(Adversarial):
         self.cast(
             student=self.role("student"),
             critic=self.role("critic"),
-            **self.reader(gan.features),
-            **({"head": self.backbone.head(gan.layers, gan.features)} if gan.is_on else {}),
+            **self.discriminator(gan),
             teacher=self.role("teacher", reflection=self.reflection if self.reflects.real else None),
         )
         self.against(Adversary(self, self.critic, self.head, critic.steps, gan), critic, self._fine)
