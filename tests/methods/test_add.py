@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ddil_lightning.diffusion.analytic import Gaussian, PointMass
 from ddil_lightning.methods import ADD
 from ddil_lightning.records import Context, LatentBatch
-from ddil_lightning.training.gan import slope
+from ddil_lightning.training.gan import leaves, slope
 from ddil_lightning.training.vision import BuiltinVision, Dino, ToldHead, ToldHeads, embedding
 from known import SD, Affine, Known, latents, noise, whitened
 from options import options
@@ -108,7 +108,8 @@ def test_the_losses_by_hand_from_decoded_images(tiny: Path) -> None:
     fake, real = (see(decode(z, gradients=True))[0] for z in (x, b.real))
     logits = [head(f, told) for f in (fake, real)]
     found = method.adversary.following(x, b)
-    penalty = slope(head, [real, told], 1)
+    (at,) = leaves([real])
+    penalty = slope(head(at, told), [at])
     expected = (1 + logits[0]).relu().mean() + (1 - logits[1]).relu().mean() + 0.5 * penalty.mean()
     torch.testing.assert_close(found, expected)
     assert float(penalty.min()) > 0
@@ -127,7 +128,7 @@ def test_gradients_pass_decoder_and_vision_to_the_sample_and_stay_out_of_them(ti
     assert not any("vision" in name for name in method.state_dict()) and all(p.requires_grad for p in method.head.parameters())
 
 
-def test_what_is_told_changes_the_verdict_and_the_slope_leaves_it_out() -> None:
+def test_what_is_told_changes_the_verdict_and_a_head_without_weights_is_flat() -> None:
     torch.manual_seed(0)
     heads, c = ToldHeads([8, 16], 5), Context(torch.randn(3, 4, 5))
     maps = [torch.randn(3, 8, 4, 4), torch.randn(3, 16, 2, 2)]
@@ -135,7 +136,8 @@ def test_what_is_told_changes_the_verdict_and_the_slope_leaves_it_out() -> None:
     assert not torch.allclose(heads(*maps, embedding(c)), heads(*maps, embedding(c) + 1))
     head = ToldHead(8, 5)
     nn.init.zeros_(head.psi.weight), nn.init.zeros_(head.v.weight), nn.init.zeros_(head.v.bias)
-    assert float(slope(head, [maps[0], embedding(c)], 1).abs().max()) == 0
+    (at,) = leaves(maps[:1])
+    assert float(slope(head(at, embedding(c)), [at]).abs().max()) == 0
 
 
 def test_the_embedding_is_the_pooled_text_or_the_mean_of_what_the_mask_leaves() -> None:

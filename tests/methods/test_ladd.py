@@ -14,7 +14,7 @@ from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.methods import LADD
 from ddil_lightning.records import STUDENT, TEACHER, LatentBatch
-from ddil_lightning.training.gan import Gan, LogitNormal, slope
+from ddil_lightning.training.gan import Gan, LogitNormal, leaves, slope
 from known import SD, Affine, Known, latents, noise
 from options import options
 from suite import Entry, build, train
@@ -99,16 +99,16 @@ def test_the_students_gradient_goes_through_the_teachers_features_and_not_into_t
 
 
 def test_r1_is_the_squared_slope_and_nothing_for_a_constant() -> None:
-    f = torch.randn(5, 2)
-    torch.testing.assert_close(slope(Linear(0.3, -0.4), [f]), torch.full((5,), 0.25))
-    torch.testing.assert_close(slope(Linear(0.0, 0.0), [f]), torch.zeros(5))
+    (f,) = leaves([torch.randn(5, 2)])
+    torch.testing.assert_close(slope(Linear(0.3, -0.4)(f), [f]), torch.full((5,), 0.25))
+    torch.testing.assert_close(slope(Linear(0.0, 0.0)(f), [f]), torch.zeros(5))
 
     class Square(nn.Module):
         def forward(self, a: Tensor, told: Tensor) -> Tensor:
             return a.square().sum(1) / 2 + (told * a).sum(1)
 
     told = torch.randn(5, 2)
-    torch.testing.assert_close(slope(Square(), [f, told], conditions=1), (f + told).square().sum(1))
+    torch.testing.assert_close(slope(Square()(f, told), [f]), (f + told).square().sum(1))
 
 
 def test_the_weight_of_r1_and_its_approximation_by_noise() -> None:
@@ -221,3 +221,31 @@ def test_bad_options_are_refused_in_a_line(kwargs: dict[str, Any], says: str) ->
 def test_an_unknown_loss_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^gan\.kind is 'wgan': give softplus or hinge"):
         Gan(1, 1, kind="wgan")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("critic", [False, True], ids=["frozen features", "a critic's"])
+def test_a_slope_is_the_same_whether_the_head_answers_once_or_twice(critic: bool) -> None:
+    """Of a frozen network's features one answer serves loss and slope; a critic learns by the loss alone, and the head answers anew."""
+    b, x = batch(16), noise(16, seed=9)
+    adversary = exact(0.5, gan={"r1": 2.0}).adversary
+    read = adversary.view
+    k = torch.ones((), requires_grad=True)
+    asked: list[Any] = []
+    assert adversary.head is not None
+    adversary.head.register_forward_hook(lambda *_: asked.append(1))
+    if critic:
+        adversary.view = lambda *args, **kwargs: tuple(k * f for f in read(*args, **kwargs))  # type: ignore[method-assign]
+    told = adversary.telling(x, b)
+    assert told is not None and len(asked) == (3 if critic else 2)
+    told.mean().backward()
+    gradients = [p.grad.clone() for p in adversary.head.parameters() if p.grad is not None]
+    by_loss = exact(0.5, gan={}).adversary
+    plain = by_loss.telling(x, b)
+    assert plain is not None
+    torch.testing.assert_close(told - plain, torch.full_like(plain, 2 * 0.25))
+    plain.mean().backward()
+    by_slope = [2 * 2 * p.detach() for p in adversary.head.parameters()]
+    for mine, loss, slope_ in zip(gradients, [p.grad for p in by_loss.head.parameters()], by_slope, strict=True):  # type: ignore[union-attr]
+        torch.testing.assert_close(mine, loss + slope_)
+    if critic:
+        assert k.grad is not None and float(k.grad.abs()) > 0

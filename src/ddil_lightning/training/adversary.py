@@ -20,7 +20,7 @@ from ddil_lightning.diffusion.losses import mse
 from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.records import END, Context, LatentBatch
 from ddil_lightning.streams import Streams
-from ddil_lightning.training.gan import Gan, slope
+from ddil_lightning.training.gan import Gan, leaves, slope
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,8 @@ class Adversary:
         real, c, weight = found
         fakes = self.view(x, b, b.c, "critic", span=span) if features is None else features
         reals = self.view(real, b, c, "real", span=span)
+        if self.gan.r1 and not self.gan.r1_noise and not any(x.requires_grad for x in reals):
+            reals = leaves(reals)  # of a frozen network: the head answers once, for its loss and its slope
         fake, true = self._logits(fakes), self._logits(reals)
         gan = b.weight * self.gan.fake(fake) + weight * self.gan.real(true)
         self.method.measures.record(gan=gan)
@@ -147,10 +149,12 @@ class Adversary:
 
     def slope(self, real: Tensor, b: LatentBatch, c: Context, features: Sequence[Tensor], logits: Tensor) -> Tensor:
         """[B] how steep the discriminator is at real samples: R1 at the head's inputs or, by noise, the squared change of its logits."""
-        assert self.head is not None
-        if not self.gan.r1_noise:
-            return slope(self.head, features, self.conditions)
-        return mse(self._logits(self.view(real, b, c, "real", self.gan.r1_noise)), logits)
+        if self.gan.r1_noise:
+            return mse(self._logits(self.view(real, b, c, "real", self.gan.r1_noise)), logits)
+        if not all(x.is_leaf for x in features):  # a critic's, which learns by its loss and not by its slope
+            features = leaves(features)
+            logits = self._logits(features)
+        return slope(logits, features[: len(features) - self.conditions])
 
     # What the discriminator sees, which a method may have otherwise ------------------------------------------------------------------
 

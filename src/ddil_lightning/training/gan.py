@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import relu, softplus
 
 from ddil_lightning.bounds import at_least, within
@@ -66,14 +66,14 @@ class Gan:
         return per_sample(softplus(-logits) if self.kind == "softplus" else relu(1 - logits))
 
 
-def slope(head: nn.Module, features: Sequence[Tensor], conditions: int = 0) -> Tensor:
-    """[B] R1: the squared gradient of the summed logits at the head's own inputs [B, ...], which differentiates no network below it.
+def leaves(features: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Features [B, ...] in float32 without their history, at which a `slope` can be taken."""
+    return tuple(x.detach().float().requires_grad_() for x in features)
 
-    The last `conditions` of them are no features and have no part in it.
-    """
-    inputs = [x.detach().float().requires_grad_() for x in features]
-    seen = inputs[: len(inputs) - conditions]
-    gradients = torch.autograd.grad(head(*inputs).float().sum(), seen, create_graph=True)
+
+def slope(logits: Tensor, features: Sequence[Tensor]) -> Tensor:
+    """[B] R1: the squared gradient of the summed logits at `features` [B, ...], the head's own inputs: no network below it has a part."""
+    gradients = torch.autograd.grad(logits.float().sum(), features, create_graph=True)
     return torch.stack([g.square().flatten(1).sum(1) for g in gradients]).sum(0)
 
 
