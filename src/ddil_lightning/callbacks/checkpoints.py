@@ -16,6 +16,7 @@ from ddil_lightning.bounds import at_least
 from ddil_lightning.files import replacing
 from ddil_lightning.runs.checkpoint import clock_of, sorted_checkpoints
 from ddil_lightning.signals import Stopped, listen, unlisten
+from ddil_lightning.training.sharding import share
 
 AGREE = 10  # batches between two looks at whether any of several processes was interrupted
 
@@ -182,5 +183,5 @@ class Mapped(TorchCheckpointIO):
 def finite(method: Any) -> bool:
     """Whether all that a method trains and averages is finite (of a sharded one, that of this process): what roles share never changes."""
     shared = {id(p) for role in method.roles.values() for p in role.shared}
-    local = (p.to_local() if hasattr(p, "to_local") else p for p in method.parameters() if id(p) not in shared)
+    local = (share(p) for p in method.parameters() if id(p) not in shared)
     return all(bool(p.isfinite().all()) for p in local)

@@ -21,6 +21,7 @@ from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.records import END, Context, LatentBatch
 from ddil_lightning.streams import Streams
 from ddil_lightning.training.gan import Gan, leaves, slope
+from ddil_lightning.training.sharding import kept, share
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Adversary:
         if self.critic is None:
             told = self.telling(x, b, None, real, span)
             # Heads that have nothing to compare with still get a gradient, of zero: all processes make the same step.
-            return sum((0 * p.sum() for p in self.weights()), x.new_zeros(())) if told is None else self.gan.critic_weight * told.mean()
+            return self.nothing(x) if told is None else self.gan.critic_weight * told.mean()
         y, t, eps = self.diffuse(x, "critic")
         together = self.gan.critic_weight and self.gan.features == "critic"
         p, features = self.critic.with_features(y, t, b.c, self.gan.layers) if together else (self.critic(y, t, b.c), None)
@@ -122,6 +123,10 @@ class Adversary:
         self.method.measures.record(denoising=loss)
         told = self.telling(x, b, features, real, span) if self.gan.critic_weight else None
         return (b.weight * loss).mean() if told is None else (b.weight * loss + self.gan.critic_weight * told).mean()
+
+    def nothing(self, like: Tensor) -> Tensor:
+        """0, in which every weight has a part: each gets a gradient."""
+        return sum((0 * share(p).sum() for p in self.weights()), like.new_zeros(()))
 
     def telling(
         self, x: Tensor, b: LatentBatch, features: Sequence[Tensor] | None = None, given: Tensor | None = None, span: Span = CLEAN
@@ -154,7 +159,9 @@ class Adversary:
         if not all(x.is_leaf for x in features):  # a critic's, which learns by its loss and not by its slope
             features = leaves(features)
             logits = self._logits(features)
-        return slope(logits, features[: len(features) - self.conditions])
+        assert self.head is not None
+        with kept(self.head):
+            return slope(logits, features[: len(features) - self.conditions])
 
     # What the discriminator sees, which a method may have otherwise ------------------------------------------------------------------
 

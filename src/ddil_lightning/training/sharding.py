@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
-from torch import nn
+from torch import Tensor, nn
 
 from ddil_lightning.backbones.interface import Network
 from ddil_lightning.diffusion.denoiser import Denoiser
@@ -77,6 +78,24 @@ def shard(networks: Iterable[nn.Module], mesh: Any) -> None:
         if isinstance(network, Network):
             for name in ("features", "with_features"):  # other ways in than forward
                 register_fsdp_forward_method(network, name)
+
+
+def share(p: Tensor) -> Tensor:
+    """What this process holds of a parameter, differentiably: all of it where nothing is sharded."""
+    return p.to_local() if hasattr(p, "to_local") else p
+
+
+@contextmanager
+def kept(network: nn.Module) -> Iterator[None]:
+    """Inside, a backward pass leaves the weights of a sharded network gathered: another one goes through the same graph."""
+    parts: list[Any] = [part for part in network.modules() if hasattr(part, "set_reshard_after_backward")]
+    for part in parts:
+        part.set_reshard_after_backward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_backward(True, recurse=False)
 
 
 def networks(method: nn.Module) -> Iterator[nn.Module]:
