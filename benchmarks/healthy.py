@@ -65,8 +65,6 @@ OTHERS = (
     "reflow",
     "boot",
 )
-STEPS = {"pd": 2, "reflow": 2, "boot": 1}
-"""Of the shift's probe, where a student is not made for four."""
 STALE = "data.rollouts.every=800", "data.buffer.max_age=100000"
 CASES = {
     **{f"{name}{prior}": Case(f"{name}{prior}.yaml") for name in METHODS for prior in ("", "_ddil")},
@@ -112,9 +110,11 @@ def trained(name: str, args: argparse.Namespace) -> Record:
             points.setdefault(key, []).append((clock, float(value)))
 
     start, failed, rows = time.perf_counter(), "", []
-    probe = ShiftProbe(steps=STEPS.get(name.removesuffix("_ddil"), 4), count=args.count, losses=args.count // 4)
+    probe = ShiftProbe(count=args.count, losses=args.count // 4)
     trainer, method, data = assemble(case.config, *words, callbacks=[probe] if case.short else [])  # the toy's exam has the shift itself
     probe.every = max(1, method.updates // 8)
+    # In the steps that its student is made for in the end, four where there is a choice.
+    probe.steps = max(k for k in method.deployments()[-1].steps if k <= 4)
     method.measures.listen(hear)
     try:
         trainer.fit(method, datamodule=data)

@@ -35,8 +35,8 @@ from ddil_lightning.runs.finish import machine
 from ddil_lightning.training.method import Distillation
 
 CELLS = Path(__file__).parent / "zoo_builtin"
-METHODS = ("lcm", "tcd", "pd", "dmd2", "emd", "moments", "ufogen")
-"""Those that the comparison is about, and the two others that the toy promised most of."""
+METHODS = ("lcm", "tcd", "pd", "dmd2", "emd", "imagine_flash", "ufogen")
+"""Those that the comparison is about, and the two others of which short runs (healthy.py) and the toy promised most."""
 COMPARED = ("base", "ddil")
 STEPS = 4
 EVALUATIONS = 92_160
