@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ddil_lightning.diffusion.betas import is_flow
 from ddil_lightning.diffusion.denoiser import to_w
 from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.schedule import Grid
@@ -99,7 +102,7 @@ def pipeline_latents(
     x_T, generators = noise(len(prompts), shape, seed), renoising(len(prompts), seed)
     for start in range(0, len(prompts), chunk):
         part = slice(start, start + chunk)
-        with _refusing(backbone, steps):
+        with _refusing(backbone, steps), _drawing(pipe.scheduler, generators[part]):
             made = pipe(
                 prompt=list(prompts[part]),
                 num_inference_steps=steps,
@@ -120,6 +123,26 @@ def check_finite(backbone: Pipeline, made: Tensor, steps: int) -> Tensor:
     if not bool(made.isfinite().all()):
         raise ValueError(_cannot(backbone, steps, "its latents are not finite"))
     return made
+
+
+@contextmanager
+def _drawing(scheduler: Any, generators: list[torch.Generator]) -> Iterator[None]:
+    """Inside, a scheduler that re-noises draws by `generators`, where its pipeline hands it none, as Stable Diffusion 3's: from torch's
+    global numbers an image would depend on the batch that it is drawn in."""
+    step = scheduler.step
+    if "generator" not in inspect.signature(step).parameters or not is_flow(scheduler):
+        yield
+        return
+
+    @wraps(step)
+    def drawn(*args: Any, **kwargs: Any) -> Any:
+        return step(*args, **{"generator": generators, **kwargs})
+
+    scheduler.step = drawn
+    try:
+        yield
+    finally:
+        del scheduler.step
 
 
 @contextmanager

@@ -110,6 +110,8 @@ class Card:
 
     @property
     def _nodes(self) -> str:
+        if "sigmas" in self.about:
+            return "sigma " + ", ".join(f"{sigma:g}" for sigma in self.about["sigmas"])
         return ", ".join(map(str, self.about["timesteps"]))
 
     @property

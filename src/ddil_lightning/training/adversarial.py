@@ -30,6 +30,9 @@ class Adversarial(Contest, Distillation):
     takes_turns = True
     head: nn.Module | None
 
+    pull: float = 0.0
+    """How far the critic is pulled to the student after each of the student's updates."""
+
     times: int
     """Of the schedule, those that the student knows: the first so many."""
 
@@ -60,8 +63,16 @@ class Adversarial(Contest, Distillation):
 
     def against(self, adversary: Adversary, critic: Critic, fine: Grid) -> None:
         """Take the discriminator, its learning rate, and who acts in roll-outs: the student by re-noising, the teacher by DDIM."""
-        self.adversary, self.critic_lr = adversary, self.lr if critic.lr is None else critic.lr
+        self.adversary, self.critic_lr, self.pull = adversary, self.lr if critic.lr is None else critic.lr, critic.pull
+        if self.pull:
+            _check_pull(self, adversary.critic)
         self.policies = Policies(Policy(self.student, renoise), Policy(self.teacher, ddim, fine=fine))
+
+    def advance(self) -> None:
+        """The student was updated: the critic is pulled to it, where it should be."""
+        super().advance()
+        if self.pull and self.adversary.critic is not None:
+            self.adversary.critic.follow(self.student, 1 - self.pull)
 
     # What the rest of the library asks -----------------------------------------------------------------------------------------------
 
@@ -74,3 +85,12 @@ class Adversarial(Contest, Distillation):
         scheduler = partial(self.backbone.scheduler, renoise, student.predicts, "lcm", n, **fewer)
         grid = partial(Grid.named, "lcm", total=self.times, solver_steps=n)
         return Deployment(Policy(student, renoise), grid, steps, self.eval_guidance, scheduler)
+
+
+def _check_pull(method: Distillation, critic: Role | None) -> None:
+    """Raises ValueError where critic.pull has nothing to pull, or nothing to pull it to: networks of one kind, trained in one way."""
+    if critic is None:
+        raise ValueError(f"critic.pull is for a critic that is a denoiser, and {type(method).__name__} has none here: set it to 0")
+    shapes = ({name: p.shape for name, p in role.network.named_parameters()} for role in (method.student, critic))
+    if method.student.predicts != critic.predicts or len({str(shape) for shape in shapes}) > 1:
+        raise ValueError("critic.pull needs a critic of the student's own kind: give both the same architecture and adapters, or set it to 0")

@@ -31,13 +31,17 @@ class Critic:
     Args:
         steps: updates of the critic to one of the student's.
         lr: its learning rate, by default the student's.
+        pull: how far it is pulled to the student after each of the student's updates, critic <- (1 - pull) critic + pull student: without
+            it the critic falls behind on large flow models (SenseFlow's implicit distribution alignment, Ge et al. 2025, arXiv 2506.00523).
     """
 
     steps: int = 5
     lr: float | None = None
+    pull: float = 0.0
 
     def __post_init__(self) -> None:
         within(1, 10**6, **{"critic.steps": self.steps})
+        within(0, 1, **{"critic.pull": self.pull})
         within(0, 10, **{"critic.lr": self.lr})
 
 
