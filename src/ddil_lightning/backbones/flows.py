@@ -1,8 +1,8 @@
 """Schedulers of flow matching: how their times are shifted, which nodes their plain call walks, and the one that steps as a student does.
 
 `FlowMatchEulerDiscreteScheduler.set_timesteps(n)` takes u_k even from sigma_max to sigma_min, unless its pipeline hands it others, shifts
-them, f_s(u) = s u / (1 + (s - 1) u), and, with `shift_terminal`, stretches 1 - sigma linearly so that the last node is that. Its sigma_min is
-stored after the shift, so that a shift which does not depend on the size of the image is applied to it twice (diffusers issue 13243).
+them, f_s(u) = s u / (1 + (s - 1) u), and, with `shift_terminal`, stretches 1 - sigma linearly so that the last node is that. sigma_min is
+stored after the shift: one that does not depend on the size of the image is applied to it twice (diffusers issue 13243).
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def shift(scheduler: Any, family: Family, shape: Sequence[int], path: str) -> fl
     positions = family.positions(shape)
     if positions is None:
         raise ValueError(
-            f"the {type(scheduler).__name__} of {path} shifts its times by the size of the image, and {type(family).__name__} has no rule for "
-            "it: give model.pipeline.shift a number (1 leaves the times as they are, 3 moves them towards noise)"
+            f"the {type(scheduler).__name__} of {path} shifts its times by the size of the image, and {type(family).__name__} has no rule "
+            "for it: give model.pipeline.shift a number (1 leaves the times as they are, 3 moves them towards noise)"
         )
     told = mu(scheduler, positions)
     return told if config.get("time_shift_type") == "linear" else math.exp(told)
@@ -104,10 +104,11 @@ def student(total: int, transition: Transition, sigmas: Tensor, passes_sigmas: b
 
 
 def settings(sigmas: Sequence[float], total: int, passes_sigmas: bool = False) -> dict[str, float]:
-    """`shift` and `shift_terminal` whose nodes are `sigmas`, if any are: those of the second and of the last are, in any case.
+    """`shift` and `shift_terminal` whose nodes are `sigmas`, if any are: the second and the last are, in any case.
 
-    With u_k = 1 - k d, d = (1 - sigma_min) / (N - 1) and sigma_min = f_s(1 / T), (1 - f_s(u_1)) / (1 - f_s(u_{N-1})) = rho is quadratic in s:
-    (1 - rho (N - 1)) s^2 - rho (N - 2) (T - 1) s + (1 - rho) (T - 1) = 0, of which the smaller root is wanted.
+    1 - f_s(u) is a quotient of two linear functions of k that is 0 at k = 0, and so are even nodes of any shift that end above 0: one pole
+    is to be met. With u_k = 1 - k d, d = (1 - sigma_min) / (N - 1) and sigma_min = f_s(1 / T) that is, for
+    rho = (1 - sigma_1) / (1 - sigma_{N-1}), (1 - rho (N - 1)) s^2 - rho (N - 2) (T - 1) s + (1 - rho) (T - 1) = 0, the smaller root.
     """
     n = len(sigmas)
     if n == 1:

@@ -79,7 +79,7 @@ def _sigmas(backbone: Pipeline, steps: int) -> Tensor:
     scheduler, kind = backbone.pipe.scheduler, type(backbone.pipe.scheduler).__name__
     if kind not in FLOWS.values():
         known = ", ".join(FLOWS)
-        raise ValueError(f"the {kind} of {backbone.path} is no sampler of a flow whose nodes are known: give another one by name ({known})")
+        raise ValueError(f"the {kind} of {backbone.path} has nodes that are not known: give a flow another sampler by name ({known})")
     backbone.check_steps(steps)
     return flows.nodes(scheduler, steps, backbone.network(), backbone.latent_shape)
 
@@ -160,8 +160,8 @@ def check_alike(student: Pipeline, teacher: Pipeline) -> None:
     a, b = student.schedule.alphas, teacher.schedule.alphas
     if a.shape != b.shape or float((a - b).abs().max()) > 1e-4:
         raise ValueError(
-            f"{student.path} and {teacher.path} have other noise at the same times (their schedulers' betas or shift): give a student and a teacher "
-            "of the same forward process"
+            f"{student.path} and {teacher.path} have other noise at the same times (their schedulers' betas or shift): give a student and a "
+            "teacher of the same forward process"
         )
 
 

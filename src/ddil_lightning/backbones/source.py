@@ -44,7 +44,7 @@ class Source:
             of a network, whose weights it starts from, or a configuration as a table. A table without `_class_name` changes the teacher's.
             Where there are no weights, those of the teacher that fit by name and shape are copied; of a block on the way up with fewer
             layers, the last one too.
-        shift: of a flow, how its times, and with them the nodes of all grids, are shifted towards noise; by default as its scheduler does it.
+        shift: of a flow, how its times, and with them the nodes of all grids, are shifted towards noise; by default as its scheduler does.
         size: height and width in pixels of the images that are sampled, or one number for both; by default as its card says, else its own.
     """
 

@@ -16,7 +16,6 @@ from ddil_lightning.backbones.weights import Weights
 from ddil_lightning.diffusion.denoiser import S_EMBEDDING, W_EMBEDDING, s_embedding, w_embedding
 from ddil_lightning.records import Context
 
-
 UP = re.compile(r"(up_blocks\.\d+\.(?:resnets|attentions)\.)(\d+)(\..*)")
 """A weight of a layer on the way up: its block, its number, the rest of its name."""
 

@@ -92,8 +92,8 @@ class LCM(Distillation):
     def deploy(self, student: Denoiser) -> Deployment:
         """Multistep consistency sampling on the nodes of LCMScheduler, or even ones of a flow."""
         n, total = len(self.grid), self.student.schedule.steps
-        scaling = {} if self.boundary is None else {"scaling": self.boundary.scaling}
-        scheduler = partial(self.backbone.scheduler, renoise, student.predicts, self.rule, n, **scaling)
+        scaling = None if self.boundary is None else self.boundary.scaling
+        scheduler = partial(self.backbone.scheduler, renoise, student.predicts, self.rule, n, scaling)
         grid = partial(Grid.named, self.rule, total=total, solver_steps=n)
         steps = tuple(k for k in (4, 2, 1) if self.rule == "lcm" or n % k == 0)
         return Deployment(self._policy(student), grid, steps, self.eval_guidance, scheduler)

@@ -28,8 +28,8 @@ class PD(Distillation):
 
     The target needs no x0, so every source is legal: forward latents at the student's N nodes, its own DDIM roll-outs, the teacher's DDIM
     steps on 2N nodes, and mixtures of both. Reflection acts on the teacher's x0, after guidance, and so on the target: its x0 is the mean
-    of the teacher's two, weighted by the growth of alpha / sigma in each step, and a mean stays in the box. The student predicts v, that of a flow
-    its velocity.
+    of the teacher's two, weighted by the growth of alpha / sigma in each step, and a mean stays in the box. The student predicts v, or the
+    velocity of a flow.
 
     Args:
         stages: the plan, carried out by the callback Stages: a list of {kind, steps, updates, parts, lr, warmup} (`training.plan.Stage`),

@@ -82,7 +82,7 @@ class Adversarial(Contest, Distillation):
         steps = tuple(sorted({n, *(k for k in (4, 2, 1) if k < n)}, reverse=True))
         # Backbones of others need not know what no student of theirs asks for.
         fewer = {"times": self.times} if self.times < student.schedule.steps else {}
-        scheduler = partial(self.backbone.scheduler, renoise, student.predicts, "lcm", n, **fewer)
+        scheduler = partial(self.backbone.scheduler, renoise, student.predicts, "lcm", n, **fewer)  # type: ignore[arg-type]
         grid = partial(Grid.named, "lcm", total=self.times, solver_steps=n)
         return Deployment(Policy(student, renoise), grid, steps, self.eval_guidance, scheduler)
 
@@ -93,4 +93,6 @@ def _check_pull(method: Distillation, critic: Role | None) -> None:
         raise ValueError(f"critic.pull is for a critic that is a denoiser, and {type(method).__name__} has none here: set it to 0")
     shapes = ({name: p.shape for name, p in role.network.named_parameters()} for role in (method.student, critic))
     if method.student.predicts != critic.predicts or len({str(shape) for shape in shapes}) > 1:
-        raise ValueError("critic.pull needs a critic of the student's own kind: give both the same architecture and adapters, or set it to 0")
+        raise ValueError(
+            "critic.pull needs a critic of the student's own kind: give both the same architecture and adapters, or set it to 0"
+        )
