@@ -84,7 +84,7 @@ class Family(Network):
         return None
 
     def positions(self, shape: Sequence[int]) -> int | None:
-        """How many places its attention sees of latents [C, h, w]: schedulers of flows may shift their times by it. None for no such rule."""
+        """How many places its attention sees of latents [C, h, w]: schedulers of flows may shift their times by it. None where none is."""
         return None
 
     def check(self, path: str, channels: int | None) -> None:

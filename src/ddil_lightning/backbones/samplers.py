@@ -160,8 +160,8 @@ def check_alike(student: Pipeline, teacher: Pipeline) -> None:
     a, b = student.schedule.alphas, teacher.schedule.alphas
     if a.shape != b.shape or float((a - b).abs().max()) > 1e-4:
         raise ValueError(
-            f"{student.path} and {teacher.path} have other noise at the same times (their schedulers' betas or shift): give a student and a "
-            "teacher of the same forward process"
+            f"{student.path} and {teacher.path} have other noise at the same times (their schedulers' betas or shift): give a student and "
+            "a teacher of the same forward process"
         )
 
 
