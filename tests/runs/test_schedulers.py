@@ -140,9 +140,7 @@ def test_pd_by_linspace_from_a_karras_teacher(name: str, tiny: Path, tmp_path: P
 @pytest.mark.parametrize("kind", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"])
 def test_a_scheduler_without_betas_is_refused(kind: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHIPPED, kind, (kind, {}))  # with betas that an earlier class has left in its configuration
-    with pytest.raises(
-        ValueError, match="^the pipeline .* has the scheduler .*, and its UNet is no flow, so give it|has neither betas nor a flow"
-    ) as error:
+    with pytest.raises(ValueError, match="has the scheduler .*, and its UNet is no flow|has neither betas nor a flow") as error:
         teacher(kind, tiny, tmp_path / "p")
     assert "\n" not in str(error.value)
 

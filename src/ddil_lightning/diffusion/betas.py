@@ -10,8 +10,11 @@ from torch import Tensor
 
 
 def is_flow(scheduler: Any) -> bool:
-    """Whether a scheduler walks the linear path: those of flow matching, and others that were told to (`use_flow_sigmas`)."""
-    return "Flow" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas"))
+    """Whether a scheduler's network is a velocity of the linear path: those of flow matching, and others whose settings say so.
+
+    `use_flow_sigmas` alone is a way to sample any network.
+    """
+    return "Flow" in type(scheduler).__name__ or scheduler.config.get("prediction_type") == "flow_prediction"
 
 
 def betas_of(config: Mapping[str, Any]) -> Tensor:
