@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,20 @@ def t5_tokenizer() -> Any:
     return T5TokenizerFast(vocab=[(piece, -float(i) / 10) for i, piece in enumerate(dict.fromkeys(pieces))], extra_ids=0)
 
 
+def rescheduled(source: Path, folder: Path, kind: str = "FlowMatchEulerDiscreteScheduler", **scheduler: Any) -> Path:
+    """A copy of a pipeline with another scheduler."""
+    import diffusers
+
+    shutil.copytree(source, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", kind]}))
+    getattr(diffusers, kind)(**scheduler).save_pretrained(folder / "scheduler")
+    return folder
+
+
 def make_sd3(folder: Path, t5: bool = True, **scheduler: Any) -> Path:
     """An untrained Stable Diffusion 3 in miniature: 8 x 8 latents of 4 channels, scaled and shifted; `t5` with the third text encoder."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     from ddil_lightning.miniature import networks
@@ -47,7 +60,7 @@ def make_sd3(folder: Path, t5: bool = True, **scheduler: Any) -> Path:
         for p in transformer.parameters():
             p.add_(0.05 * torch.randn_like(p))
     vae = networks.build_autoencoder(sizes)
-    vae = AutoencoderKL.from_config({**vae.config, "scaling_factor": 1.5305, "shift_factor": 0.0609})
+    vae.register_to_config(scaling_factor=1.5305, shift_factor=0.0609)
     pipe = StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(**{**SHIFTED, **scheduler}),

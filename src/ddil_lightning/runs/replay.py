@@ -35,11 +35,13 @@ def replayed(deployment: Deployment, made: Pipeline, prompts: Sequence[str], ste
     """
     (policy, grid), model = deployment.exported.sampler(steps), made.network().model
     calls: list[tuple[dict[str, Any], Tensor]] = []
+    rounded = model.dtype  # a pipeline may round the noise to the type of its texts, as Stable Diffusion 3's does, whatever it is given
     with _recording(model, calls):
-        mine = sampling.latents(made, policy, grid, prompts, deployment.guidance, seed).cpu()
+        mine = sampling.latents(made, policy, grid, prompts, deployment.guidance, seed, rounded=rounded).cpu()
     try:
         with _replaying(model, calls):
-            theirs = sampling.pipeline_latents(made, prompts, steps, deployment.guidance_scale, seed, dtype=torch.float32).cpu()
+            asked = {"dtype": torch.float32, "rounded": rounded}
+            theirs = sampling.pipeline_latents(made, prompts, steps, deployment.guidance_scale, seed, **asked).cpu()
     except _Otherwise as why:
         return str(why)
     return f"it asks its network {len(calls)} times less" if calls else (mine, theirs)

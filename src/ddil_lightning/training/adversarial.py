@@ -64,8 +64,7 @@ class Adversarial(Contest, Distillation):
     def against(self, adversary: Adversary, critic: Critic, fine: Grid) -> None:
         """Take the discriminator, its learning rate, and who acts in roll-outs: the student by re-noising, the teacher by DDIM."""
         self.adversary, self.critic_lr, self.pull = adversary, self.lr if critic.lr is None else critic.lr, critic.pull
-        if self.pull:
-            _check_pull(self, adversary.critic)
+        critic.check_pull(self.student, adversary.critic)
         self.policies = Policies(Policy(self.student, renoise), Policy(self.teacher, ddim, fine=fine))
 
     def advance(self) -> None:
@@ -85,14 +84,3 @@ class Adversarial(Contest, Distillation):
         scheduler = partial(self.backbone.scheduler, renoise, student.predicts, "lcm", n, **fewer)  # type: ignore[arg-type]
         grid = partial(Grid.named, "lcm", total=self.times, solver_steps=n)
         return Deployment(Policy(student, renoise), grid, steps, self.eval_guidance, scheduler)
-
-
-def _check_pull(method: Distillation, critic: Role | None) -> None:
-    """Raises ValueError where critic.pull has nothing to pull, or nothing to pull it to: networks of one kind, trained in one way."""
-    if critic is None:
-        raise ValueError(f"critic.pull is for a critic that is a denoiser, and {type(method).__name__} has none here: set it to 0")
-    shapes = ({name: p.shape for name, p in role.network.named_parameters()} for role in (method.student, critic))
-    if method.student.predicts != critic.predicts or len({str(shape) for shape in shapes}) > 1:
-        raise ValueError(
-            "critic.pull needs a critic of the student's own kind: give both the same architecture and adapters, or set it to 0"
-        )

@@ -42,6 +42,16 @@ class Critic:
     def __post_init__(self) -> None:
         within(1, 10**6, **{"critic.steps": self.steps})
         within(0, 1, **{"critic.pull": self.pull})
+
+    def check_pull(self, student: Role, critic: Role | None) -> None:
+        """Raises ValueError where there is nothing to pull, or where it is of another kind than the student, or trained in another way."""
+        if not self.pull:
+            return
+        if critic is None:
+            raise ValueError("critic.pull is for a critic that is a denoiser, and this method has none: set it to 0")
+        mine, theirs = ({name: p.shape for name, p in role.network.named_parameters()} for role in (student, critic))
+        if student.predicts != critic.predicts or mine != theirs:
+            raise ValueError("critic.pull needs a critic of the student's architecture, both whole or both adapters: set it to 0")
         within(0, 10, **{"critic.lr": self.lr})
 
 
