@@ -60,7 +60,8 @@ def latents(
 ) -> Tensor:
     """Final latents [N, C, h, w] of `prompts` at guidance `g` (None: unguided), `chunk` at a time (default: `batch`).
 
-    `rounded`: the type that the noise at the beginning is rounded to. A prompt that is too long is cut, as every diffusers pipeline does: who takes prompts from a user asks `check_length` first.
+    `rounded`: the type that the noise at the beginning is rounded to. A prompt that is too long is cut, as every diffusers pipeline does:
+    who takes prompts from a user asks `check_length` first.
     """
     out, chunk = [], chunk or batch(backbone.latent_shape)
     x_T, generators = noise(len(prompts), backbone.latent_shape, seed).to(rounded).float(), renoising(len(prompts), seed)
@@ -96,8 +97,8 @@ def pipeline_latents(
 ) -> Tensor:
     """Final latents [N, C, h, w] of a diffusers pipeline called as its users call it, from the same noise as `latents`.
 
-    `g` is the guidance_scale of the call; `dtype` that of the latents it begins with, by default its network's, after these were `rounded`
-    to another. With a `remedy`, which no
+    `g` is the guidance_scale of the call; `dtype` that of the latents it begins with, by default its network's, after the noise was
+    `rounded` to another. With a `remedy`, which no
     scheduler of diffusers has, the policy that steps as its scheduler does is sampled. Raises ValueError where the scheduler fails for so
     many `steps`.
     """
