@@ -99,7 +99,10 @@ def student(total: int, transition: Transition, sigmas: Tensor, passes_sigmas: b
     made.set_timesteps(n, **told)
     if not float((made.sigmas[:n].double().cpu() - sigmas).abs().max()) <= CLOSE:
         shown = ", ".join(f"{sigma:.3g}" for sigma in sigmas)
-        raise ValueError(f"no flow scheduler of diffusers walks the nodes sigma = {shown} by itself: take trailing nodes from pure noise")
+        raise ValueError(
+            f"no flow scheduler of diffusers walks the nodes sigma = {shown} by itself: take trailing nodes from pure noise, of a step count "
+            f"that divides the schedule's {total} times"
+        )
     return type(made).from_config(made.config)
 
 
