@@ -100,7 +100,7 @@ def student(total: int, transition: Transition, sigmas: Tensor, passes_sigmas: b
     if not float((made.sigmas[:n].double().cpu() - sigmas).abs().max()) <= CLOSE:
         shown = ", ".join(f"{sigma:.3g}" for sigma in sigmas)
         raise ValueError(
-            f"no flow scheduler of diffusers walks the nodes sigma = {shown} by itself: take trailing nodes from pure noise, of a step count "
+            f"no flow scheduler of diffusers walks the nodes sigma = {shown} by itself: take trailing nodes from pure noise, of a count "
             f"that divides the schedule's {total} times"
         )
     return type(made).from_config(made.config)
