@@ -92,7 +92,8 @@ class BareLoop:
         """The consistency function f(x, t, c) [B, ...] of a denoiser."""
         p = denoiser(x, t, c)
         p = denoiser.reflected(x, t, p, self.method.reflection) if reflect else p
-        return Consistency(denoiser, self.method.boundary).bounded(x, t, p).x0
+        boundary = self.method.boundary
+        return p.x0 if boundary is None else Consistency(denoiser, boundary).bounded(x, t, p).x0
 
 
 class Beside(Callback):

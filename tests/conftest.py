@@ -169,6 +169,14 @@ def ssd1b(xl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random miniature of Stable Diffusion 3, a flow: three text encoders, pooled text, scaled and shifted latents."""
+    from sd3 import make_sd3
+
+    return make_sd3(tmp_path_factory.mktemp("sd3") / "tiny-sd3")
+
+
+@pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """Two processes that run functions as one process group: `pair.run(job, ...)`."""
     from pair import Pair

@@ -31,14 +31,14 @@ def backbone(xl: Path) -> Pipeline:
 
 def test_sizes_that_the_network_does_not_divide_are_refused_with_the_nearest() -> None:
     """Stable Diffusion 1.5: eight pixels to a place of the latents, which three blocks halve."""
-    network: Any = SimpleNamespace(latent_shape=(4, 64, 64), divisor=8)
+    network: Any = SimpleNamespace(latent_shape=(4, 64, 64), divisor=8, largest=None)
     check((512, 768), network, 8, "sd15"), check((64, 1024), network, 8, "sd15")
     for size, near in (((500, 700), "512 x 704"), ((512, 8), "512 x 64"), ((520, 512), "512 x 512")):
         with pytest.raises(
             ValueError, match=f"^sd15 makes images whose sides are multiples of 64 pixels, not of .*: the nearest is {near}$"
         ):
             check(size, network, 8, "sd15")
-    check((520, 520), SimpleNamespace(latent_shape=(4, 65, 65), divisor=8), 8, "x")  # type: ignore[arg-type] # its own size always can be
+    check((520, 520), SimpleNamespace(latent_shape=(4, 65, 65), divisor=8, largest=9), 8, "x")  # type: ignore[arg-type] # its own size always can be
     with pytest.raises(ValueError, match="^pixart makes images of 512 x 512 pixels alone, not of 512 x 768$"):
         check((512, 768), SimpleNamespace(latent_shape=(4, 64, 64), divisor=None), 8, "pixart")  # type: ignore[arg-type]
     assert pair(512) == (512, 512) and pair([512, 768]) == (512, 768)

@@ -174,7 +174,7 @@ def test_bad_input_ends_in_a_line_before_anything_is_sampled(capsys: Any, monkey
         (["base", "w" * 101 + "=base"], "a name has 1 to 100 letters, for files are named by it"),
         (["base", "base#0"], "the steps after # are '0': give whole numbers from 1 to 1000"),
         (["base", "list.yaml"], "list.yaml, entry 1: no key 'colour'"),
-        (["base", "flow:lcm"], "flow:lcm: the pipeline flow has a flow-matching scheduler"),
+        (["base", "flow:lcm"], "flow:lcm: the pipeline flow has the scheduler FlowMatchEulerDiscreteScheduler, and its UNet is no flow"),
         (["base", "odd"], "odd: the pipeline odd"),
         (["base", "base:lcm#60"], "base:lcm: cannot be sampled in 60 steps: LCMScheduler"),
         (["base", "builtin"], "measures all by the same prompts (base: digits, builtin: shapes)"),

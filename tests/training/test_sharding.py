@@ -17,6 +17,7 @@ from torch import Tensor
 from ddil_lightning.callbacks import Checkpoints
 from ddil_lightning.commands.fitting import fit as ddil_fit
 from ddil_lightning.data.datamodule import DDILDataModule
+from ddil_lightning.methods import DMD2
 from ddil_lightning.training.sharding import Sharded
 from pair import WORLD, Pair, ddp
 from suite import ALL, BY_NAME, FORWARD, METHODS, MIXED, Entry, Gradients, Run, build, captions, equal, fit, pictures
@@ -126,6 +127,21 @@ def test_a_sharded_checkpoint_is_a_checkpoint(runs: Any) -> None:
         assert [step for step, _ in a] == [step for step, _ in b]
         a, b = (torch.cat([x.flatten() for _, x in found]) for found in (a, b))
         assert float((a - b).norm()) < 1e-2 * float(a.norm())
+
+
+def on_a_flow(rank: int, folder: Path) -> dict[str, Any]:
+    """Rows of DMD2 on Stable Diffusion 3's transformer, with a GAN at two depths and a critic that is pulled, whole and sharded."""
+    gan = {"weight": 5e-3, "critic_weight": 1e-2, "layers": ("block1", "block2")}
+    entry = Entry("dmd2", DMD2, {"guidance": 3.0, "critic": {"steps": 2, "pull": 0.02}, "gan": gan}, unused=True)
+    ways: dict[str, Any] = {"ddp": ddp(entry), "fsdp2": {"strategy": "fsdp2", **TWO}}
+    return {name: fit(build(entry, folder, updates=2), captions(folder, MIXED), **way).rows for name, way in ways.items()}
+
+
+def test_a_transformer_of_a_flow_is_sharded_by_its_blocks(pair: Pair, sd3: Path) -> None:
+    for found in pair.run(on_a_flow, sd3):
+        assert len(found["ddp"]) == len(found["fsdp2"]) == 2
+        for a, b in zip(found["ddp"], found["fsdp2"], strict=True):
+            assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
 
 
 def config(tiny: Path, folder: Path) -> Path:

@@ -21,6 +21,8 @@ WIDTHS = ("cross_attention_dim", "caption_channels", "joint_attention_dim")
 class Family(Network):
     """A component of a diffusers pipeline as a `Network`: what `Pipeline` asks of it besides.
 
+    The t that its `forward` hears is what diffusers' schedulers tell a network: a whole time or, of a flow, sigma T in float32.
+
     A family is a subclass that writes `forward` and `latent_shape`, and an entry of `families.FAMILIES` under the name of diffusers' class.
     It says besides where its pipelines differ from Stable Diffusion's: `component`, `blocks_of` and `called_with`, `tokens`, and `context`
     where its texts are encoded otherwise than by two answers of `encode_prompt`. `check` turns away what it cannot do, `spaces` and `sized`
@@ -39,6 +41,12 @@ class Family(Network):
 
     called_with: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """What a call of its pipelines is given besides prompts, steps, guidance and latents, so that these are taken as they are."""
+
+    flow: ClassVar[bool] = False
+    """Whether its networks are velocities of the linear path, whose pipelines have a scheduler of flow matching."""
+
+    passes_sigmas: ClassVar[bool] = False
+    """Of a flow: whether its pipelines hand their scheduler sigmas even from 1 to 1 / N; else it takes its own."""
 
     sized: ClassVar[tuple[str, ...]] = ("sample_size",)
     """Settings that say how large the samples are: those of the teacher hold for every network beside it."""
@@ -68,6 +76,15 @@ class Family(Network):
     @property
     def divisor(self) -> int | None:
         """What the sides of latents of another size than its own are multiples of; None where it is made for its own size alone."""
+        return None
+
+    @property
+    def largest(self) -> int | None:
+        """The largest side of latents that it has positions for; None where there is no such limit."""
+        return None
+
+    def positions(self, shape: Sequence[int]) -> int | None:
+        """How many places its attention sees of latents [C, h, w]: schedulers of flows may shift their times by it. None where none is."""
         return None
 
     def check(self, path: str, channels: int | None) -> None:

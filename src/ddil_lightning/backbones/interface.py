@@ -19,7 +19,7 @@ from ddil_lightning.backbones import digests
 from ddil_lightning.backbones.adapters import Adapter
 from ddil_lightning.backbones.roles import Role
 from ddil_lightning.diffusion.reflection import Reflection
-from ddil_lightning.diffusion.schedule import NoiseSchedule, Predicts
+from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule, Predicts
 from ddil_lightning.diffusion.transitions import Transition
 from ddil_lightning.files import replacing
 from ddil_lightning.records import Context
@@ -41,7 +41,10 @@ class Network(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
-        """[B, C, H, W] in the space that the backbone `predicts`, of latents x_t [B, C, H, W] at integer times t [B]."""
+        """[B, C, H, W] in the space that the backbone `predicts`, of latents x_t [B, C, H, W].
+
+        t [B] is what the backbone's schedule tells a network of its times (`NoiseSchedule.time`): whole times, or sigma T of a flow.
+        """
 
     layers: Sequence[str] = ()
     """The names of its layers whose features can be asked for, in the order of its forward."""
@@ -108,6 +111,9 @@ class Backbone(ABC):
 
     at: torch.device | None = None
     """The device that its parts work on while some of them rest elsewhere (`backbones.resting`)."""
+
+    shift: float | None = None
+    """Of a flow, how its times are shifted towards noise."""
 
     samples: str = "prompts"
     """What a test counts, in one word, as it stands in `testing student@4 on 256 prompts`."""
@@ -276,9 +282,19 @@ class Backbone(ABC):
         raise ValueError(f"networks of {self.path} have no adapters to be merged")
 
     def scheduler(
-        self, transition: Transition, predicts: Predicts, rule: str, steps: int, scaling: float | None = None, times: int | None = None
+        self,
+        transition: Transition,
+        predicts: Predicts,
+        rule: str,
+        steps: int,
+        scaling: float | None = None,
+        times: int | None = None,
+        grid: Grid | None = None,
     ) -> Any:
-        """The scheduler that steps as a student does: see `backbones.schedulers`. Raises ValueError where there is none."""
+        """The scheduler that steps as a student does: see `backbones.schedulers`. Raises ValueError where there is none.
+
+        `grid`: of a flow, the nodes that it has to hold (`backbones.flows`).
+        """
         raise ValueError(f"no pipeline can hold a student of {self.path}, so it has no scheduler")
 
     def save(self, folder: Path, network: nn.Module, scheduler: Callable[[], Any] | None, dtype: torch.dtype, safety_checker: bool) -> Path:

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ddil_lightning.backbones import architectures, autoencoder, loading, quantising, saving, schedulers
+from ddil_lightning.backbones import architectures, autoencoder, flows, loading, quantising, saving, schedulers
 from ddil_lightning.backbones.adapters import Adapter, adapt, fill, graft, merged, sharing
 from ddil_lightning.backbones.architectures import Architecture
 from ddil_lightning.backbones.digests import digest, fingerprints
@@ -23,11 +23,11 @@ from ddil_lightning.backbones.family import Family
 from ddil_lightning.backbones.loading import check_weights, empty_network, load_pipeline, recommended, settled
 from ddil_lightning.backbones.quantising import Quantize
 from ddil_lightning.backbones.repositories import DENOISERS
-from ddil_lightning.backbones.sizes import Sized, whole
+from ddil_lightning.backbones.sizes import Sized, shaped, whole
 from ddil_lightning.backbones.source import Source
 from ddil_lightning.backbones.weights import Weights
 from ddil_lightning.diffusion.remedies import Remedy
-from ddil_lightning.diffusion.schedule import Predicts
+from ddil_lightning.diffusion.schedule import Grid, Predicts
 from ddil_lightning.diffusion.transitions import Transition
 from ddil_lightning.records import Context
 from ddil_lightning.texts import by, check_prompts
@@ -67,12 +67,14 @@ class Pipeline(Sized):
             part.requires_grad_(False).eval()
         for part in (self._network.model, self.pipe.vae):
             part.to(memory_format=torch.channels_last)  # convolutions run faster so, on CPUs and on tensor cores
-        schedule, predicts = schedulers.process(self.pipe.scheduler, path)
         self._network.check(path, self.pipe.vae.config.latent_channels)
-        super().__init__(path, schedule, predicts, self._network.latent_shape, about, dtype)
+        said = next((said for said in (source.size, about.get("size")) if said is not None), None)
+        shape = shaped(said, self._network, self.pipe.vae_scale_factor, path)
+        shift = about.get("shift") if source.shift is None else source.shift
+        schedule, predicts, self.shift = schedulers.process(self.pipe.scheduler, path, self._network, shape, shift)
+        super().__init__(path, schedule, predicts, shape, about, dtype)
         self.bare = bare
         self._asked: Mapping[str, float] = {"eta": about["eta"]} if "eta" in about else {}
-        self.sample_at(next((said for said in (source.size, about.get("size")) if said is not None), None))
 
     def load(self, source: Source, dtype: torch.dtype, vae_dtype: torch.dtype, bare: bool) -> Any:
         """The pipeline of diffusers, checked; its network without memory for weights where it is `bare`. Sets `source`, all of it said."""
@@ -204,7 +206,7 @@ class Pipeline(Sized):
 
     def with_solver(self, dpm: bool) -> Pipeline:
         """The pipeline with its own scheduler, or with DPM-Solver++ 2M made from it."""
-        return self.stepping(schedulers.dpm(self.pipe.scheduler)) if dpm else self
+        return self.stepping(schedulers.dpm(self.pipe.scheduler, self.shift)) if dpm else self
 
     @property
     def steps_by_ddim(self) -> bool:
@@ -213,7 +215,7 @@ class Pipeline(Sized):
 
     def check_steps(self, n: int) -> None:
         """Raises ValueError, with its scheduler's reason, for a step count that it cannot take."""
-        schedulers.check_steps(self.pipe.scheduler, n, self.device)
+        schedulers.check_steps(self.pipe.scheduler, n, self._network, self.latent_shape, self.device)
 
     @contextmanager
     def counting(self) -> Iterator[list[int]]:
@@ -232,9 +234,20 @@ class Pipeline(Sized):
     # Students ------------------------------------------------------------------------------------------------------------------------
 
     def scheduler(
-        self, transition: Transition, predicts: Predicts, rule: str, steps: int, scaling: float | None = None, times: int | None = None
+        self,
+        transition: Transition,
+        predicts: Predicts,
+        rule: str,
+        steps: int,
+        scaling: float | None = None,
+        times: int | None = None,
+        grid: Grid | None = None,
     ) -> Any:
-        """The scheduler of diffusers that steps as a student does (`backbones.schedulers`)."""
+        """The scheduler of diffusers that steps as a student does (`backbones.schedulers`, of a flow `backbones.flows`)."""
+        if self._network.flow:
+            if grid is None or predicts != "flow":
+                raise ValueError(f"a pipeline of {self.path} holds velocities and the nodes of one step count, not {predicts} on {rule}")
+            return flows.student(self.schedule.steps, transition, self.schedule.sigmas[grid.nodes], self._network.passes_sigmas)
         kind = next(name for name, space in schedulers.PREDICTS.items() if space == predicts)
         return schedulers.student(self.pipe.scheduler, transition, kind, rule, steps, scaling, times)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
+from ddil_lightning.backbones import flows
 from ddil_lightning.diffusion.denoiser import Boundary, Consistency, Denoiser, to_w
 from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.remedies import Remedy
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
 
 NAMES = {"lcm": "LCMScheduler", "tcd": "TCDScheduler", "ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "ddpm": "DDPMScheduler"}
 """Samplers by name, and the class of diffusers that each is."""
+
+FLOWS = {"lcm": "FlowMatchLCMScheduler", "ddim": "FlowMatchEulerDiscreteScheduler", "euler": "FlowMatchEulerDiscreteScheduler"}
+"""The same of a flow."""
 
 SOLVER = "DPMSolverMultistepScheduler"
 OFF = 2
@@ -32,6 +38,8 @@ def named(backbone: Pipeline, name: str) -> Pipeline:
 
     name, *remedies = name.split("-")
     said = {word[:2]: word[2:] for word in remedies}
+    if backbone.network().flow:
+        return _flowing(backbone, name, remedies)
     remedy = Remedy(int(said.get("ts", 0)), scale=float(said.get("es", 1))) if remedies else None
     kind, config = getattr(diffusers, NAMES[name]), backbone.pipe.scheduler.config
     own = {} if name in ("lcm", "tcd") else {"timestep_spacing": "trailing"}
@@ -42,12 +50,48 @@ def named(backbone: Pipeline, name: str) -> Pipeline:
     return made
 
 
+def _flowing(backbone: Pipeline, name: str, remedies: Sequence[str]) -> Pipeline:
+    """A flow's pipeline with another sampler on the nodes of its own. Raises ValueError for a name that is none of FLOWS."""
+    import diffusers
+
+    if name not in FLOWS or remedies:
+        what = "-".join((name, *remedies))
+        raise ValueError(f"{backbone.path} is a flow, which is not sampled by {what}: known are {', '.join(FLOWS)}")
+    kind = getattr(diffusers, FLOWS[name])
+    return backbone.stepping(kind.from_config(backbone.pipe.scheduler.config, **({} if name == "lcm" else {"stochastic_sampling": False})))
+
+
+def exactly(backbone: Pipeline, steps: int, g: float) -> tuple[Policy, Grid]:
+    """The policy and its grid that sample as the pipeline does at guidance_scale `g`, on the very nodes of its scheduler.
+
+    A flow's are no times of its schedule: the policy's own schedule then has them alone. Raises ValueError as `grid_of` does.
+    """
+    policy = policy_of(backbone, g)
+    if not backbone.network().flow:
+        return policy, grid_of(backbone, steps)
+    schedule, grid = flows.exactly(_sigmas(backbone, steps), backbone.schedule.steps)
+    d = next(m for m in policy.modules() if isinstance(m, Denoiser))
+    return Policy(Denoiser(d.network, schedule, d.predicts, d.null), policy.transition), grid
+
+
+def _sigmas(backbone: Pipeline, steps: int) -> Tensor:
+    """The nodes of a flow's own scheduler. Raises ValueError for one whose nodes are not known, or that cannot take so many steps."""
+    scheduler, kind = backbone.pipe.scheduler, type(backbone.pipe.scheduler).__name__
+    if kind not in FLOWS.values():
+        known = ", ".join(FLOWS)
+        raise ValueError(f"the {kind} of {backbone.path} has nodes that are not known: give a flow another sampler by name ({known})")
+    backbone.check_steps(steps)
+    return flows.nodes(scheduler, steps, backbone.network(), backbone.latent_shape)
+
+
 def grid_of(backbone: Pipeline, steps: int) -> Grid:
-    """The nodes of a pipeline's own scheduler in so many steps, and where its last step ends.
+    """The nodes of a pipeline's own scheduler in so many steps, and where its last step ends; of a flow the nearest times of its schedule.
 
     Raises ValueError, naming it, for a scheduler that is none of NAMES nor DPM-Solver++, one whose settings no policy here has, and one
     that cannot take so many steps.
     """
+    if backbone.network().flow:
+        return flows.grid(backbone.schedule, _sigmas(backbone, steps))
     scheduler, kind = backbone.pipe.scheduler, type(backbone.pipe.scheduler).__name__
     config, where = scheduler.config, f"the {type(scheduler).__name__} of {backbone.path}"
     if kind not in (*NAMES.values(), SOLVER):
@@ -81,6 +125,8 @@ def transition_of(backbone: Pipeline) -> Transition:
     without it takes 0.
     """
     kind = type(backbone.pipe.scheduler).__name__
+    if kind == FLOWS["lcm"] or backbone.pipe.scheduler.config.get("stochastic_sampling"):
+        return renoise
     gamma = backbone.called_with.get("eta", TCD.gamma)
     return {NAMES["lcm"]: renoise, NAMES["tcd"]: TCD(gamma), NAMES["ddpm"]: Posterior()}.get(kind, ddim)
 
@@ -92,7 +138,7 @@ def policy_of(backbone: Pipeline, g: float, transition: Transition | None = None
     if transition is not None:
         return Policy(denoiser, transition, substeps)
     own: Any = denoiser
-    if transition_of(backbone) == renoise:
+    if transition_of(backbone) == renoise and not backbone.network().flow:
         own = Consistency(denoiser, Boundary(float(backbone.pipe.scheduler.config.get("timestep_scaling", 10.0))))
     policy = Policy(own, transition_of(backbone), substeps)
     return policy if backbone.remedy is None else backbone.remedy.on(policy)
@@ -114,8 +160,8 @@ def check_alike(student: Pipeline, teacher: Pipeline) -> None:
     a, b = student.schedule.alphas, teacher.schedule.alphas
     if a.shape != b.shape or float((a - b).abs().max()) > 1e-4:
         raise ValueError(
-            f"{student.path} and {teacher.path} have other noise at the same times (their schedulers' betas): give a student and a teacher "
-            "of the same forward process"
+            f"{student.path} and {teacher.path} have other noise at the same times (their schedulers' betas or shift): give a student and "
+            "a teacher of the same forward process"
         )
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ddil_lightning.diffusion.betas import is_flow
 from ddil_lightning.diffusion.denoiser import to_w
 from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.schedule import Grid
@@ -46,14 +49,22 @@ def batch(shape: Sequence[int]) -> int:
 
 @torch.no_grad()
 def latents(
-    backbone: Backbone, policy: Policy, grid: Grid, prompts: Sequence[str], g: float | None, seed: int = 0, chunk: int | None = None
+    backbone: Backbone,
+    policy: Policy,
+    grid: Grid,
+    prompts: Sequence[str],
+    g: float | None,
+    seed: int = 0,
+    chunk: int | None = None,
+    rounded: torch.dtype = torch.float32,
 ) -> Tensor:
     """Final latents [N, C, h, w] of `prompts` at guidance `g` (None: unguided), `chunk` at a time (default: `batch`).
 
-    A prompt that is too long is cut, as every diffusers pipeline does: who takes prompts from a user asks `check_length` first.
+    `rounded`: the type that the noise at the beginning is rounded to. A prompt that is too long is cut, as every diffusers pipeline does:
+    who takes prompts from a user asks `check_length` first.
     """
     out, chunk = [], chunk or batch(backbone.latent_shape)
-    x_T, generators = noise(len(prompts), backbone.latent_shape, seed), renoising(len(prompts), seed)
+    x_T, generators = noise(len(prompts), backbone.latent_shape, seed).to(rounded).float(), renoising(len(prompts), seed)
     for start in range(0, len(prompts), chunk):
         part = slice(start, start + chunk)
         c = backbone.encode_text(prompts[part], truncate=True).guided(None if g is None else to_w(g))
@@ -82,10 +93,12 @@ def pipeline_latents(
     seed: int = 0,
     chunk: int | None = None,
     dtype: torch.dtype | None = None,
+    rounded: torch.dtype = torch.float32,
 ) -> Tensor:
     """Final latents [N, C, h, w] of a diffusers pipeline called as its users call it, from the same noise as `latents`.
 
-    `g` is the guidance_scale of the call; `dtype` that of the latents it begins with, by default its network's. With a `remedy`, which no
+    `g` is the guidance_scale of the call; `dtype` that of the latents it begins with, by default its network's, after the noise was
+    `rounded` to another. With a `remedy`, which no
     scheduler of diffusers has, the policy that steps as its scheduler does is sampled. Raises ValueError where the scheduler fails for so
     many `steps`.
     """
@@ -96,10 +109,10 @@ def pipeline_latents(
         return latents(backbone, policy_of(backbone, g), grid_of(backbone, steps), prompts, g if guided else None, seed, chunk)
     out, shape, pipe, (height, width) = [], backbone.latent_shape, backbone.pipe, backbone.size
     chunk = chunk or batch(shape)
-    x_T, generators = noise(len(prompts), shape, seed), renoising(len(prompts), seed)
+    x_T, generators = noise(len(prompts), shape, seed).to(rounded).float(), renoising(len(prompts), seed)
     for start in range(0, len(prompts), chunk):
         part = slice(start, start + chunk)
-        with _refusing(backbone, steps):
+        with _refusing(backbone, steps), _drawing(pipe.scheduler, generators[part]):
             made = pipe(
                 prompt=list(prompts[part]),
                 num_inference_steps=steps,
@@ -120,6 +133,26 @@ def check_finite(backbone: Pipeline, made: Tensor, steps: int) -> Tensor:
     if not bool(made.isfinite().all()):
         raise ValueError(_cannot(backbone, steps, "its latents are not finite"))
     return made
+
+
+@contextmanager
+def _drawing(scheduler: Any, generators: list[torch.Generator]) -> Iterator[None]:
+    """Inside, a scheduler that re-noises draws by `generators`, where its pipeline hands it none, as Stable Diffusion 3's: from torch's
+    global numbers an image would depend on the batch that it is drawn in."""
+    step = scheduler.step
+    if "generator" not in inspect.signature(step).parameters or not is_flow(scheduler):
+        yield
+        return
+
+    @wraps(step)
+    def drawn(*args: Any, **kwargs: Any) -> Any:
+        return step(*args, **{"generator": generators, **kwargs})
+
+    scheduler.step = drawn
+    try:
+        yield
+    finally:
+        del scheduler.step
 
 
 @contextmanager

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ddil_lightning.backbones import flows
+from ddil_lightning.diffusion.betas import is_flow
 from ddil_lightning.diffusion.schedule import NoiseSchedule, Predicts
 from ddil_lightning.diffusion.transitions import TCD, Posterior, Transition, ddim, renoise
 from ddil_lightning.errors import one_line
+
+if TYPE_CHECKING:
+    from ddil_lightning.backbones.family import Family
 
 PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 """What a diffusers scheduler says of the forward process. Everything else in its configuration is a way to sample."""
@@ -17,10 +23,24 @@ PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "tr
 PREDICTS: dict[str, Predicts] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 
-def process(scheduler: Any, path: str) -> tuple[NoiseSchedule, Predicts]:
-    """The forward process of a pipeline's scheduler, and what its network predicts. Raises ValueError for one that is not distilled."""
-    if "Flow" in type(scheduler).__name__:
-        raise ValueError(f"the pipeline {path} has a flow-matching scheduler, which is not supported yet")
+def process(
+    scheduler: Any, path: str, family: Family, shape: Sequence[int], shift: float | None = None
+) -> tuple[NoiseSchedule, Predicts, float | None]:
+    """The forward process of a pipeline's scheduler, what its network predicts, and of a flow the shift of its times.
+
+    `shift`: by default its scheduler's for latents [C, h, w] of a `shape`. Raises ValueError for a process that is not distilled.
+    """
+    name, network = type(scheduler).__name__, type(family).__name__
+    if family.flow != is_flow(scheduler):
+        which = "a flow, so give it FlowMatchEulerDiscreteScheduler" if family.flow else "no flow, so give it that of its forward process"
+        raise ValueError(f"the pipeline {path} has the scheduler {name}, and its {network} is {which}")
+    if family.flow:
+        if scheduler.config.get("invert_sigmas"):
+            raise ValueError(f"the {name} of {path} has invert_sigmas set, whose times run the other way: set it to false")
+        own = flows.shift(scheduler, family, shape, path) if shift is None else shift
+        return NoiseSchedule.from_scheduler(scheduler, own), "flow", own
+    if shift is not None:
+        raise ValueError(f"model.pipeline.shift = {shift:g} is for flows, and {path} has a {network}: leave it out")
     schedule, kind = NoiseSchedule.from_scheduler(scheduler), scheduler.config.get("prediction_type", "epsilon")
     if kind not in PREDICTS:
         raise ValueError(f"the pipeline {path} predicts {kind!r}: known are {', '.join(PREDICTS)}")
@@ -29,7 +49,7 @@ def process(scheduler: Any, path: str) -> tuple[NoiseSchedule, Predicts]:
             f"the pipeline {path} predicts epsilon and has zero terminal SNR (rescale_betas_zero_snr), where epsilon says nothing of the "
             "image: such checkpoints predict v, so set prediction_type in its scheduler_config.json, or rescale_betas_zero_snr to false"
         )
-    return schedule, PREDICTS[kind]
+    return schedule, PREDICTS[kind], None
 
 
 def student(
@@ -87,17 +107,23 @@ def _made(kind: str, teacher: Any, **own: Any) -> Any:
     return getattr(diffusers, kind)(**{**process, "steps_offset": 1, "thresholding": False, **own})
 
 
-def dpm(scheduler: Any) -> Any:
-    """DPM-Solver++ 2M with everything else as `scheduler` has it."""
+def dpm(scheduler: Any, shift: float | None = None) -> Any:
+    """DPM-Solver++ 2M with everything else as `scheduler` has it; `shift` of a flow's times."""
     from diffusers import DPMSolverMultistepScheduler
 
+    if is_flow(scheduler):
+        own = {"use_flow_sigmas": True, "flow_shift": shift, "prediction_type": "flow_prediction"}
+        return DPMSolverMultistepScheduler(num_train_timesteps=scheduler.config.num_train_timesteps, solver_order=2, **own)
     return DPMSolverMultistepScheduler.from_config(scheduler.config, solver_order=2)
 
 
-def check_steps(scheduler: Any, n: int, device: torch.device) -> None:
-    """Raises ValueError, with its reason, for a step count that a scheduler cannot take."""
+def check_steps(scheduler: Any, n: int, family: Family, shape: Sequence[int], device: torch.device) -> None:
+    """Raises ValueError, with its reason, for a step count that a scheduler cannot take on latents [C, h, w]."""
     try:
-        scheduler.set_timesteps(n, device=device)
+        if family.flow:
+            flows.set_steps(scheduler, n, family, shape, device)
+        else:
+            scheduler.set_timesteps(n, device=device)
         # Without sigmas to interpolate, a scheduler looks its times up: "leading" ones with an offset may lie beyond the last.
         if not hasattr(scheduler, "sigmas") and int(scheduler.timesteps.max()) >= scheduler.config.num_train_timesteps:
             raise ValueError(f"its times begin at {int(scheduler.timesteps.max())}")

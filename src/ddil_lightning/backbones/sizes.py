@@ -45,9 +45,20 @@ def check(size: Sequence[int], network: Family, scale: int, path: str) -> None:
     if network.divisor is None:
         raise ValueError(f"{path} makes images of {by(own)} pixels alone, not of {by(size)}")
     step = math.lcm(network.divisor * scale, CALLED)
+    if network.largest is not None and max(size) > network.largest * scale:
+        raise ValueError(f"{path} has positions for sides of {network.largest * scale} pixels at most, not of {by(size)}")
     if any(side < step or side % step for side in size):
         near = [max(step, round(side / step) * step) for side in size]
         raise ValueError(f"{path} makes images whose sides are multiples of {step} pixels, not of {by(size)}: the nearest is {by(near)}")
+
+
+def shaped(size: int | Sequence[int] | None, network: Family, scale: int, path: str) -> tuple[int, ...]:
+    """[C, h, w] of latents of a size, the network's own where that is None. Raises ValueError for one that cannot be (`check`)."""
+    if size is None:
+        return tuple(network.latent_shape)
+    height, width = pair(size)
+    check((height, width), network, scale, path)
+    return network.latent_shape[0], height // scale, width // scale
 
 
 class Sized(Backbone):
@@ -58,10 +69,7 @@ class Sized(Backbone):
 
     def sample_at(self, size: int | Sequence[int] | None) -> None:
         """Take a size for what is sampled; None for the network's own. Raises ValueError for one that cannot be."""
-        if size is not None:
-            height, width = pair(size)
-            self.check_size((height, width))
-            self.latent_shape = (self.latent_shape[0], height // self._scale, width // self._scale)
+        self.latent_shape = shaped(size, self._network, self._scale, self.path)
 
     @property
     def size(self) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ddil_lightning.bounds import within
+from ddil_lightning.bounds import above, within
 
 Record = TypeVar("Record")
 
@@ -44,6 +44,7 @@ class Source:
             of a network, whose weights it starts from, or a configuration as a table. A table without `_class_name` changes the teacher's.
             Where there are no weights, those of the teacher that fit by name and shape are copied; of a block on the way up with fewer
             layers, the last one too.
+        shift: of a flow, how its times, and with them the nodes of all grids, are shifted towards noise; by default as its scheduler does.
         size: height and width in pixels of the images that are sampled, or one number for both; by default as its card says, else its own.
     """
 
@@ -54,8 +55,10 @@ class Source:
     lora: tuple[Lora, ...] = ()
     networks: dict[str, str | dict[str, Any]] = field(default_factory=dict)
     size: int | tuple[int, int] | None = None
+    shift: float | None = None
 
     def __post_init__(self) -> None:
+        above(0, **{"model.pipeline.shift": self.shift})
         if not self.path:  # as where an option of the command line has taken the place of a path
             raise ValueError("model.pipeline names no pipeline: give model.pipeline.path as well")
         if self.variant is not None and not self.variant.replace("_", "").replace("-", "").isalnum():

@@ -4,37 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddil_lightning.backbones.family import Family
+from ddil_lightning.backbones.heads import convolutions, watched
 from ddil_lightning.backbones.interface import Heads
 from ddil_lightning.backbones.weights import Weights
 from ddil_lightning.diffusion.denoiser import S_EMBEDDING, W_EMBEDDING, s_embedding, w_embedding
 from ddil_lightning.records import Context
-
-
-class _Enough(Exception):
-    """Ends a U-Net's forward once the features are there."""
-
-
-class _Head(nn.Sequential):
-    """Convolutions that end in one place at the size that they are made for. What is smaller is repeated at its edges up to that, and of
-    what is larger the logits of all places are averaged, so that each layer has one voice at any size."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits [B, 1, 1, 1] of features [B, F, h, w]."""
-        least = 1 << sum(isinstance(layer, nn.Conv2d) and layer.stride == (2, 2) for layer in self)
-        down, right = (max(least - side, 0) for side in x.shape[2:])
-        if down or right:
-            x = F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2), mode="replicate")
-        return super().forward(x).mean((2, 3), keepdim=True)
-
 
 UP = re.compile(r"(up_blocks\.\d+\.(?:resnets|attentions)\.)(\d+)(\..*)")
 """A weight of a layer on the way up: its block, its number, the rest of its name."""
@@ -145,9 +125,10 @@ class UNet(Family):
     def head(self, layers: Sequence[str] = ()) -> nn.Module:
         """DMD2's discriminator, one for each layer: features [B, F, h, w] -> logits [B, 1, 1, 1] (convolutions of stride 2, norm, SiLU).
 
-        Made for latents of its own size, and good for every other: see `_Head`.
+        Made for latents of its own size, and good for every other: see `heads.Head`.
         """
-        made = [self._head(*self._size(name)) for name in self._asked(layers)]
+        groups = self.model.config.norm_num_groups or 1
+        made = [convolutions(*self._size(name), groups) for name in self._asked(layers)]
         return made[0] if len(made) == 1 else Heads(made)
 
     def _size(self, layer: str) -> tuple[int, int]:
@@ -160,13 +141,6 @@ class UNet(Family):
         if layer.startswith("down"):
             return widths[i], side >> min(i + 1, last)
         return widths[last - i], side >> max(last - i - 1, 0)
-
-    def _head(self, width: int, side: int) -> nn.Module:
-        layers: list[nn.Module] = []
-        while side > 1:
-            layers += [nn.Conv2d(width, width, 4, 2, 1), nn.GroupNorm(self.model.config.norm_num_groups or 1, width), nn.SiLU()]
-            side //= 2
-        return _Head(*layers, nn.Conv2d(width, 1, 1)).to(memory_format=torch.channels_last)
 
     @staticmethod
     def context(pipe: Any, prompts: Sequence[str], device: torch.device, sizes: Tensor) -> Context:
@@ -196,22 +170,8 @@ class UNet(Family):
     def _watched(
         self, x_t: Tensor, t: Tensor, c: Context, layers: Sequence[str], no_further: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        asked, kept = self._asked(layers), {}
-
-        def keep(name: str, module: nn.Module, args: Any, out: Any) -> None:
-            kept[name] = out[0] if isinstance(out, tuple) else out  # a down block also returns what its skips carry
-            if no_further and len(kept) == len(asked):
-                raise _Enough  # the one way out of diffusers' forward that does not repeat its first half here
-
-        handles = [module.register_forward_hook(partial(keep, name)) for name, module in asked.items()]
-        out = x_t
-        try:
-            with suppress(_Enough):
-                out = self.forward(x_t, t, c)  # not self(...): under FSDP2 the call of `features` has gathered the weights already
-        finally:
-            for handle in handles:
-                handle.remove()
-        return out, tuple(kept[name] for name in asked)
+        # Not self(...): under FSDP2 the call of `features` has gathered the weights already.
+        return watched(lambda: self.forward(x_t, t, c), self._asked(layers), no_further)
 
     def forward(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
         """[B, C, H, W] in the unet's prediction space. Raises ValueError when a w-conditioned U-Net is not told w."""

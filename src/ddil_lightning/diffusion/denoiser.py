@@ -81,12 +81,12 @@ class Denoiser(nn.Module):
     def features(self, x_t: Tensor, t: Tensor, c: Context, layers: Sequence[str] = ()) -> tuple[Tensor, ...]:
         """The network's features [B, ...] at `layers` (its bottleneck), unguided, without its output; counted as an evaluation."""
         self.evaluations += len(x_t)
-        return self.network.features(x_t, t, c, layers)  # type: ignore[operator]
+        return self.network.features(x_t, self.schedule.time(t), c, layers)  # type: ignore[operator]
 
     def with_features(self, x_t: Tensor, t: Tensor, c: Context, layers: Sequence[str] = ()) -> tuple[Prediction, tuple[Tensor, ...]]:
         """The prediction, unguided and not reflected, and the features, from one forward."""
         self.evaluations += len(x_t)
-        out, features = self.network.with_features(x_t, t, c, layers)  # type: ignore[operator]
+        out, features = self.network.with_features(x_t, self.schedule.time(t), c, layers)  # type: ignore[operator]
         return self.schedule.prediction(self.predicts, x_t, t, out), features
 
     def output(self, p: Prediction) -> Tensor:
@@ -98,14 +98,15 @@ class Denoiser(nn.Module):
         return p if reflection.mode == "off" else self.schedule.from_x0(x_t, t, reflection(p.x0))
 
     def _guided(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
+        time = self.schedule.time(t)
         if self.null is None or c.w is None:
             self.evaluations += len(x_t)
-            return self.network(x_t, t, c)
+            return self.network(x_t, time, c)
         self.evaluations += 2 * len(x_t)
         w = c.w.view(-1, *(1,) * (x_t.ndim - 1))
         self.null = to(self.null, x_t.device)
         both = cat([c.guided(None), _like(self.null, c).guided(None)])
-        out = self.network(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+        out = self.network(torch.cat([x_t, x_t]), torch.cat([time, time]), both)
         # Upcast before the extrapolation: w multiplies the rounding of a half-precision network.
         out_c, out_u = out.to(torch.promote_types(out.dtype, torch.float32)).chunk(2)
         return out_c + w * (out_c - out_u)

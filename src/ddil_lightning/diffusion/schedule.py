@@ -2,6 +2,7 @@
 
 Conventions (METHODS 0.1): `x_t = alpha_t x0 + sigma_t eps`, `SNR = alpha^2 / sigma^2`, times are integers 0..T-1 and `END`.
 Tables are float64 and used in float32 or higher: bf16(0.99915) is 1, which makes sigma 0 and every division by it infinite.
+What a network is told of a time is another thing, where it is a flow: `NoiseSchedule.time`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ddil_lightning.diffusion.betas import betas_of, is_flow
 from ddil_lightning.records import END, Prediction
 
 Predicts = Literal["eps", "v", "x0", "flow"]
@@ -24,13 +26,15 @@ class NoiseSchedule:
     """The tables alpha_t and sigma_t of a forward process, and everything that follows from them at fixed (x_t, t).
 
     `alphas`, `sigmas`: [T], any float type, kept as float64. `variance_preserving` says that alpha^2 + sigma^2 = 1, which
-    is what the rotation form of DDIM needs. Build one with `from_scheduler`, `scaled_linear` or `flow`.
+    is what the rotation form of DDIM needs. `told` [T]: what a network is told at each time; None where that is the time itself.
+    Build one with `from_scheduler`, `scaled_linear` or `flow`.
     """
 
-    def __init__(self, alphas: Tensor, sigmas: Tensor) -> None:
+    def __init__(self, alphas: Tensor, sigmas: Tensor, told: Tensor | None = None) -> None:
         if alphas.shape != sigmas.shape or alphas.ndim != 1:
             raise ValueError(f"alphas {tuple(alphas.shape)} and sigmas {tuple(sigmas.shape)} must be two vectors of the same length")
         self.steps = len(alphas)
+        self.told = told
         # One more row for END, so that the index -1 reads (1, 0).
         self.alphas = torch.cat([alphas.double(), torch.ones(1, dtype=torch.float64)])
         self.sigmas = torch.cat([sigmas.double(), torch.zeros(1, dtype=torch.float64)])
@@ -54,42 +58,52 @@ class NoiseSchedule:
         return cls.from_betas(betas, zero_terminal_snr=zero_terminal_snr)
 
     @classmethod
-    def flow(cls, steps: int = 1000, shift: float = 1.0) -> NoiseSchedule:
-        """The linear path x_t = (1 - sigma) x0 + sigma eps of flow matching (SD3, Flux), with their timestep `shift`; sigma_{T-1} = 1."""
+    def flow(cls, steps: int = 1000, shift: float = 1.0, *, told: bool = False) -> NoiseSchedule:
+        """The linear path x_t = (1 - sigma) x0 + sigma eps of flow matching (SD3, Flux), with their timestep `shift`; sigma_{T-1} = 1.
+
+        sigma = shift r / (1 + (shift - 1) r) at r = (t + 1) / T. The path is the same whatever the shift: it says where times, and so the
+        nodes of every grid, lie on it. `told`: a network is told sigma T, as diffusers' flow schedulers tell it, and not the time itself.
+        """
         r = torch.arange(1, steps + 1, dtype=torch.float64) / steps
-        sigma = shift * r / (1 + (shift - 1) * r)
-        return cls(1 - sigma, sigma)
+        return cls.through(shift * r / (1 + (shift - 1) * r), steps if told else None)
 
     @classmethod
-    def from_scheduler(cls, scheduler: Any) -> NoiseSchedule:
+    def through(cls, sigmas: Tensor, told: int | None = None) -> NoiseSchedule:
+        """The linear path at given `sigmas` [T] alone, which rise: the nodes of somebody else's sampler, exactly.
+
+        A network is told sigma `told`; None: the time. In float32, as diffusers multiplies it.
+        """
+        return cls(1 - sigmas, sigmas, None if told is None else sigmas.float() * told)
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any, shift: float | None = None) -> NoiseSchedule:
         """The forward process of a diffusers scheduler, recomputed in float64 from its configuration.
 
-        diffusers keeps float32 tables; they only serve to check the recomputation. Raises ValueError for an unknown beta schedule.
+        diffusers keeps float32 tables; they only serve to check the recomputation. `shift`: of a flow's times, by default its scheduler's;
+        one whose shift depends on the size of the image has none. Raises ValueError for that, and for an unknown beta schedule.
         """
         config, name = scheduler.config, type(scheduler).__name__
         # By the class first: a configuration may have kept what another class once said.
-        if "Flow" in name:
-            return cls.flow(config["num_train_timesteps"], config.get("shift", 1.0))
+        if is_flow(scheduler):
+            if shift is None and config.get("use_dynamic_shifting"):
+                raise ValueError(f"the shift of the {name} depends on the size of the image (use_dynamic_shifting): say which")
+            own = config.get("shift" if "Flow" in name else "flow_shift") or 1.0
+            return cls.flow(config["num_train_timesteps"], own if shift is None else shift, told=True)
         if "EDM" in name or "beta_schedule" not in config:
             raise ValueError(f"the scheduler {type(scheduler).__name__} has neither betas nor a flow: use DDIM, DPM-Solver++ or LCM")
-        steps, start, end = config["num_train_timesteps"], config["beta_start"], config["beta_end"]
-        kind = config["beta_schedule"]
-        if config.get("trained_betas") is not None:
-            betas = torch.as_tensor(config["trained_betas"], dtype=torch.float64)
-        elif kind == "scaled_linear":
-            betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64).square()
-        elif kind == "linear":
-            betas = torch.linspace(start, end, steps, dtype=torch.float64)
-        elif kind == "squaredcos_cap_v2":
-            bar = ((torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * torch.pi / 2).cos().square()
-            betas = (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
-        else:
-            raise ValueError(
-                f"the scheduler's beta_schedule is {kind!r}: known are linear, scaled_linear, squaredcos_cap_v2 and trained_betas"
-            )
+        betas = betas_of(config)
         # Of a class that does not rescale, a configuration may still say that another one did.
         rescales = "rescale_betas_zero_snr" in inspect.signature(type(scheduler)).parameters
         return cls.from_betas(betas, zero_terminal_snr=rescales and bool(config["rescale_betas_zero_snr"]))
+
+    def time(self, t: Tensor) -> Tensor:
+        """[B] what a network is told at times t [B]: t itself, or of a flow sigma_t T in float32."""
+        if self.told is None:
+            return t
+        if self.told.device != t.device:
+            with torch.inference_mode(False):
+                self.told = self.told.to(t.device)
+        return self.told[t]
 
     def at(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) at times `t` ([B] or one int), shaped to multiply `like` [B, ...], in float32 or like's wider type."""

@@ -129,7 +129,7 @@ class Denoising:
         schedule, kind, device = self.backbone.schedule, self.backbone.predicts, self.latent.device
         t, eps = noise.t.to(device), noise.eps.to(device)
         z = self.latent.expand_as(eps)
-        out = self.backbone.network()(schedule.add_noise(z, eps, t), t, c)
+        out = self.backbone.network()(schedule.add_noise(z, eps, t), schedule.time(t), c)
         return (out.float() - schedule.target(kind, z, eps, t)).square().flatten(1).mean(1)
 
 

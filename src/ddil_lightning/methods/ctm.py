@@ -82,6 +82,7 @@ class CTM(Contest, Distillation):
         self.grid = Grid(Grid.named("trailing", solver_steps, total).times.tolist(), walks, rule=f"trailing-{solver_steps}")
         student = self.role("student", w_conditioned=w_conditioned, s_conditioned=True)
         self.head, self.takes_turns = None, gan.is_on
+        critic.check_pull(student, None)
         self.critic_lr = self.lr if critic.lr is None else critic.lr
         more = self.discriminator(gan)
         self.cast(student=student, target=student.copied("target"), **more, teacher=self.role("teacher", reflection=self.reflection))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -34,7 +35,7 @@ class LCM(Distillation):
         rollouts: the step counts of student roll-outs, one of which is drawn for each.
         target_decay: decay of the average of the student that gives targets; 0: the online student, without gradient.
         distance: of the consistency function's values at both ends of a step.
-        boundary: the boundary conditions of the consistency function.
+        boundary: the boundary conditions of the consistency function; a flow has none, whose x0 at sigma = 0 is x already.
     """
 
     target: Role
@@ -55,9 +56,13 @@ class LCM(Distillation):
         fraction(target_decay=target_decay)
         lengths(rollouts=rollouts)
         at_least(1, rollouts=rollouts)
-        self.distance, self.boundary, self.target_decay = distance, boundary, target_decay
-        backbone = self.backbone
-        self.grid = Grid.consistency(solver_steps, backbone.schedule.steps, rollouts)
+        self.distance, self.target_decay = distance, target_decay
+        backbone, flow = self.backbone, self.backbone.predicts == "flow"
+        if flow:
+            _check_even(solver_steps, rollouts)
+        self.boundary = None if flow else boundary
+        self.rule = "trailing" if flow else "lcm"  # a flow's schedulers walk even nodes, LCMScheduler those of the training grid
+        self.grid = Grid.consistency(solver_steps, backbone.schedule.steps, rollouts, self.rule)
         student = self.role("student", w_conditioned=w_conditioned)
         self.cast(student=student, target=student.copied("target"), teacher=self.role("teacher", reflection=self.reflection))
         self.policies = Policies(self._policy(self.student), Policy(self.teacher, ddim, fine=self.grid))
@@ -82,14 +87,26 @@ class LCM(Distillation):
         if reflect:
             self.measures.record(**{"reflect/saturated": self.reflection.saturation(p.x0)})
             p = denoiser.reflected(x, t, p, self.reflection)
-        return Consistency(denoiser, self.boundary).bounded(x, t, p).x0
+        return p.x0 if self.boundary is None else Consistency(denoiser, self.boundary).bounded(x, t, p).x0
 
     def deploy(self, student: Denoiser) -> Deployment:
-        """Multistep consistency sampling on the nodes of LCMScheduler."""
+        """Multistep consistency sampling on the nodes of LCMScheduler, or even ones of a flow."""
         n, total = len(self.grid), self.student.schedule.steps
-        scheduler = partial(self.backbone.scheduler, renoise, student.predicts, "lcm", n, self.boundary.scaling)
-        grid = partial(Grid.named, "lcm", total=total, solver_steps=n)
-        return Deployment(self._policy(student), grid, (4, 2, 1), self.eval_guidance, scheduler)
+        scaling = None if self.boundary is None else self.boundary.scaling
+        scheduler = partial(self.backbone.scheduler, renoise, student.predicts, self.rule, n, scaling)
+        grid = partial(Grid.named, self.rule, total=total, solver_steps=n)
+        steps = tuple(k for k in (4, 2, 1) if self.rule == "lcm" or n % k == 0)
+        return Deployment(self._policy(student), grid, steps, self.eval_guidance, scheduler)
 
     def _policy(self, denoiser: Denoiser) -> Policy:
-        return Policy(Consistency(denoiser, self.boundary), renoise)
+        return Policy(denoiser if self.boundary is None else Consistency(denoiser, self.boundary), renoise)
+
+
+def _check_even(solver_steps: int, rollouts: Sequence[int]) -> None:
+    """Raises ValueError for roll-outs of a flow whose even nodes are not on the training grid."""
+    for n in rollouts:
+        if solver_steps % n:
+            raise ValueError(
+                f"rollouts has {n}, which does not divide solver_steps = {solver_steps}: the nodes of a flow are even, so give divisors, "
+                "such as model.solver_steps=40 model.rollouts=[2,4,5]"
+            )

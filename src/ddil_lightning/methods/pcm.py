@@ -72,6 +72,7 @@ class PCM(Contest, Distillation):
         self.grid = Grid(Grid.named("trailing", solver_steps, total).times.tolist(), [Grid.named("trailing", phases, total)])
         student = self.role("student", w_conditioned=w_conditioned)
         self.head, self.takes_turns = None, gan.is_on
+        critic.check_pull(student, None)
         self.critic_lr = self.lr if critic.lr is None else critic.lr
         more = self.discriminator(gan)
         self.cast(student=student, target=student.copied("target"), **more, teacher=self.role("teacher", reflection=self.reflection))

@@ -28,7 +28,8 @@ class PD(Distillation):
 
     The target needs no x0, so every source is legal: forward latents at the student's N nodes, its own DDIM roll-outs, the teacher's DDIM
     steps on 2N nodes, and mixtures of both. Reflection acts on the teacher's x0, after guidance, and so on the target: its x0 is the mean
-    of the teacher's two, weighted by the growth of alpha / sigma in each step, and a mean stays in the box. The student predicts v.
+    of the teacher's two, weighted by the growth of alpha / sigma in each step, and a mean stays in the box. The student predicts v, or the
+    velocity of a flow.
 
     Args:
         stages: the plan, carried out by the callback Stages: a list of {kind, steps, updates, parts, lr, warmup} (`training.plan.Stage`),
@@ -67,7 +68,7 @@ class PD(Distillation):
         check_plan(stages, teacher_steps, rule, schedule.steps, backbone.predicts)
         self.stages, self.teacher_steps, self.rule = stages, teacher_steps, rule
         self.weight, self.distance, self._own = weight, distance, (self.lr, self.descent.warmup)
-        student = self.role("student", w_conditioned=w_conditioned, predicts="v")
+        student = self.role("student", w_conditioned=w_conditioned, predicts="flow" if backbone.predicts == "flow" else "v")
         self.former = None
         inherits = any(self._inherits(k) for k in range(len(stages)))
         former = {"former": student.copied("former", self.reflection)} if inherits else {}

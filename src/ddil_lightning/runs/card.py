@@ -21,6 +21,10 @@ ADAPTERS = ("lora", "kohya")
 """The formats that hold a student's adapters alone."""
 
 
+SAMPLERS = {"LCMScheduler": "lcm", "DDPMScheduler": "ddpm", "FlowMatchLCMScheduler": "lcm", "FlowMatchEulerDiscreteScheduler": "euler"}
+"""ComfyUI's sampler by the scheduler of diffusers."""
+
+
 @dataclass(frozen=True)
 class Card:
     """Everything that a card is made from.
@@ -110,6 +114,8 @@ class Card:
 
     @property
     def _nodes(self) -> str:
+        if "sigmas" in self.about:
+            return "sigma " + ", ".join(f"{sigma:g}" for sigma in self.about["sigmas"])
         return ", ".join(map(str, self.about["timesteps"]))
 
     @property
@@ -145,6 +151,11 @@ class Card:
             yield (
                 f"The scheduler holds the timesteps it was trained for ({self._nodes} at {steps} steps); another scheduler or a "
                 '"leading" spacing\nfails in silence.'
+            )
+        if type(self.scheduler).__name__ == "FlowMatchLCMScheduler":
+            yield (
+                "It draws new noise at every step, for which some pipelines, as Stable Diffusion 3's, hand it no generator: an image comes "
+                "out again\nafter the same `torch.manual_seed`. It holds the nodes of this one step count."
             )
         for name in self.files:
             if name in ADAPTERS:
@@ -216,13 +227,15 @@ class Card:
         if not loadable:
             return
         about, n = self.about, self.about["steps"]
-        sampler = {"LCMScheduler": "lcm", "DDPMScheduler": "ddpm"}.get(type(self.scheduler).__name__, "ddim")
+        sampler = SAMPLERS.get(type(self.scheduler).__name__, "ddim")
         last = self.scheduler.config.num_train_timesteps - 1
         apart = max(abs(t - last * (1 - i / n)) for i, t in enumerate(about["timesteps"]))
         loader = "*Load Checkpoint*" if "single-file" in loadable else "*Load LoRA* on the teacher, strength 1"
         yield "## In ComfyUI"
         model = ""
-        if self.scheduler.config.prediction_type == "v_prediction":
+        if "shift" in about:
+            model = f", *ModelSamplingSD3* with shift {about['shift']:g}"
+        elif self.scheduler.config.prediction_type == "v_prediction":
             zsnr = "on" if self.scheduler.config.get("rescale_betas_zero_snr") else "off"
             model = f", *ModelSamplingDiscrete* with v_prediction and zsnr {zsnr}"
         file = self.files[next((name for name in ("single-file", "kohya") if name in loadable), "lora")]
@@ -233,7 +246,8 @@ class Card:
         )
         if "lora" in loadable and self.adapter and self.adapter[0] != self.adapter[1]:
             scale = self.adapter[1] / self.adapter[0]
-            yield f"ComfyUI does not read the alpha of `{self.files['lora']}`: take the kohya file, or strength {scale:g}."
+            kohya = "" if "shift" in about else "the kohya file, or "  # which is for U-Nets
+            yield f"ComfyUI does not read the alpha of `{self.files['lora']}`: take {kohya}strength {scale:g}."
 
     # How good it is ------------------------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,6 +25,7 @@ from ddil_lightning.training.sharing import merged, standing_in
 
 if TYPE_CHECKING:
     from ddil_lightning.backbones.family import Family
+    from ddil_lightning.backbones.interface import Backbone
     from ddil_lightning.backbones.pipeline import Pipeline
     from ddil_lightning.training.deployment import Deployment
     from ddil_lightning.training.method import Distillation
@@ -57,7 +59,7 @@ def export(method: Distillation, folder: Path, steps: int = 4, dtype: torch.dtyp
         raise ValueError(f"{why}: its weights are in checkpoints")
     about = about_student(method, steps)
     with replacing_folder(folder) as temporary, merged(method):
-        backbone.save(temporary, method.deployment.network, deployment.scheduler, dtype, safety_checker)
+        backbone.save(temporary, method.deployment.network, partial(deployment.made_scheduler, steps), dtype, safety_checker)
         (temporary / "ddil.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         (temporary / "README.md").write_text(card(method, steps).text(), encoding="utf-8")
     return folder
@@ -71,17 +73,23 @@ def about_student(method: Distillation, steps: int) -> dict[str, Any]:
         "method": type(method).__name__,
         "student_updates": method.student_updates,
         "steps": steps,
-        "made_for": list(deployment.steps),
+        "made_for": [steps] if deployment.is_flow else list(deployment.steps),
         "guidance": g,
         "guidance_scale": deployment.guidance_scale,
         **deployment.called_with,
         "guidance_range": list(method.guidance) if deployment.told or deployment.guided else [g, g],
         "timesteps": deployment.grid(steps).nodes.tolist(),
+        **(flow_nodes(method.backbone, deployment.grid(steps)) if deployment.is_flow else {}),
         "dataset": method.backbone.about.get("dataset"),
         "teacher": method.backbone.path,
         **({"size": list(method.backbone.size or ())} if method.backbone.resized else {}),
         **({"sampler": deployment.remark} if deployment.remark else {}),
     }
+
+
+def flow_nodes(backbone: Backbone, grid: Grid) -> dict[str, Any]:
+    """Where the nodes of a flow's student lie: sigma at its times, and the shift that says at which sigma a time is."""
+    return {"shift": backbone.shift, "sigmas": [round(sigma, 6) for sigma in backbone.schedule.sigmas[grid.nodes].tolist()]}
 
 
 def card(method: Distillation, steps: int, **known: Any) -> Card:
@@ -90,7 +98,7 @@ def card(method: Distillation, steps: int, **known: Any) -> Card:
     rank = adapter.rank if method.outgoing.shared else None
     return Card(
         about_student(method, steps),
-        method.deployment.scheduler(),  # type: ignore[misc]
+        method.deployment.made_scheduler(steps),
         type(backbone.pipe).__name__,
         backbone.size,
         told=method.deployment.told,
@@ -264,8 +272,7 @@ def rehearse(method: Distillation, folder: Path, prompts: Sequence[str], export_
             if made is None:
                 made = _same(method, export(method, folder, steps, loads(method)), loads(method))
             else:
-                assert deployment.scheduler is not None  # the first one could be exported
-                scheduler = deployment.scheduler()
+                scheduler = deployment.made_scheduler(steps)
                 scheduler.save_pretrained(folder / "scheduler")
                 made = made.stepping(type(scheduler).from_pretrained(folder / "scheduler"), deployment.called_with)
             if is_lean(method):

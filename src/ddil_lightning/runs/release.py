@@ -112,7 +112,7 @@ def _adapters(method: Distillation, given: Release, kind: str) -> float:
             lora.write(type(backbone.pipe), file, network, given.dtype)
         else:
             lora.write_kohya(file, network, given.dtype)
-        pipe = load_pipeline(backbone.source, loads(method), scheduler=method.deployment.scheduler())  # type: ignore[misc]
+        pipe = load_pipeline(backbone.source, loads(method), scheduler=method.deployment.made_scheduler(given.steps))
         pipe = lora.load(pipe, file)
         try:
             lora.check_equal(getattr(pipe, network.component), network.model, given.dtype)

@@ -30,6 +30,9 @@ class Adversarial(Contest, Distillation):
     takes_turns = True
     head: nn.Module | None
 
+    pull: float = 0.0
+    """How far the critic is pulled to the student after each of the student's updates."""
+
     times: int
     """Of the schedule, those that the student knows: the first so many."""
 
@@ -60,8 +63,15 @@ class Adversarial(Contest, Distillation):
 
     def against(self, adversary: Adversary, critic: Critic, fine: Grid) -> None:
         """Take the discriminator, its learning rate, and who acts in roll-outs: the student by re-noising, the teacher by DDIM."""
-        self.adversary, self.critic_lr = adversary, self.lr if critic.lr is None else critic.lr
+        self.adversary, self.critic_lr, self.pull = adversary, self.lr if critic.lr is None else critic.lr, critic.pull
+        critic.check_pull(self.student, adversary.critic)
         self.policies = Policies(Policy(self.student, renoise), Policy(self.teacher, ddim, fine=fine))
+
+    def advance(self) -> None:
+        """The student was updated: the critic is pulled to it, where it should be."""
+        super().advance()
+        if self.pull and self.adversary.critic is not None:
+            self.adversary.critic.follow(self.student, 1 - self.pull)
 
     # What the rest of the library asks -----------------------------------------------------------------------------------------------
 
@@ -71,6 +81,6 @@ class Adversarial(Contest, Distillation):
         steps = tuple(sorted({n, *(k for k in (4, 2, 1) if k < n)}, reverse=True))
         # Backbones of others need not know what no student of theirs asks for.
         fewer = {"times": self.times} if self.times < student.schedule.steps else {}
-        scheduler = partial(self.backbone.scheduler, renoise, student.predicts, "lcm", n, **fewer)
+        scheduler = partial(self.backbone.scheduler, renoise, student.predicts, "lcm", n, **fewer)  # type: ignore[arg-type]
         grid = partial(Grid.named, "lcm", total=self.times, solver_steps=n)
         return Deployment(Policy(student, renoise), grid, steps, self.eval_guidance, scheduler)

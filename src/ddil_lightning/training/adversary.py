@@ -31,13 +31,27 @@ class Critic:
     Args:
         steps: updates of the critic to one of the student's.
         lr: its learning rate, by default the student's.
+        pull: how far it is pulled to the student after each of the student's updates, critic <- (1 - pull) critic + pull student: without
+            it the critic falls behind on large flow models (SenseFlow's implicit distribution alignment, Ge et al. 2025, arXiv 2506.00523).
     """
 
     steps: int = 5
     lr: float | None = None
+    pull: float = 0.0
 
     def __post_init__(self) -> None:
         within(1, 10**6, **{"critic.steps": self.steps})
+        within(0, 1, **{"critic.pull": self.pull})
+
+    def check_pull(self, student: Role, critic: Role | None) -> None:
+        """Raises ValueError where there is nothing to pull, or where it is of another kind than the student, or trained in another way."""
+        if not self.pull:
+            return
+        if critic is None:
+            raise ValueError("critic.pull is for a critic that is a denoiser, and this method has none: set it to 0")
+        mine, theirs = ({name: p.shape for name, p in role.network.named_parameters()} for role in (student, critic))
+        if student.predicts != critic.predicts or mine != theirs:
+            raise ValueError("critic.pull needs a critic of the student's architecture, both whole or both adapters: set it to 0")
         within(0, 10, **{"critic.lr": self.lr})
 
 

@@ -18,7 +18,8 @@ class Deployment:
     """Inference, whole: `policy` down `grid(steps)` at `guidance`, and the scheduler that makes diffusers do the same.
 
     A method makes one in `deploy`. `steps`: the step counts that the student is made for, the one that its pipeline recommends first.
-    `scheduler`: makes the scheduler of the exported pipeline; None for a teacher, which has its own. `guidance`: the g that samples are
+    `scheduler`: makes the scheduler of the exported pipeline, a flow's of the `grid` that it is called with; None for a teacher, which has
+    its own. `guidance`: the g that samples are
     asked for; `stands_for`: the g that they stand for, where another was baked in. `scheduled`: the policy that the scheduler steps by,
     where diffusers has none that steps as `policy` does, and `remark` what the card says of that (`without`).
     """
@@ -27,7 +28,7 @@ class Deployment:
     grid: Callable[[int], Grid]
     steps: tuple[int, ...]
     guidance: float
-    scheduler: Callable[[], Any] | None = None
+    scheduler: Callable[..., Any] | None = None
     stands_for: float | None = None
     scheduled: Policy | None = None
     remark: str = ""
@@ -44,6 +45,17 @@ class Deployment:
     def sampler(self, steps: int) -> tuple[Policy, Grid]:
         """The policy and its grid in `steps` steps. Raises ValueError for a count that the grid cannot take."""
         return self.policy, self.grid(steps)
+
+    def made_scheduler(self, steps: int) -> Any:
+        """The exported pipeline's scheduler; a flow's holds the nodes of one step count, `steps`. Raises ValueError where there is none."""
+        if self.scheduler is None:
+            raise ValueError("a pipeline needs the scheduler that its student was trained for: give Deployment one in deploy(student)")
+        return self.scheduler(grid=self.grid(steps)) if self.is_flow else self.scheduler()
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether the network is told sigma, so that the nodes of a scheduler are sigmas too."""
+        return self.denoiser.schedule.told is not None
 
     @property
     def denoiser(self) -> Denoiser:

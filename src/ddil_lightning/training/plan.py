@@ -13,6 +13,9 @@ Kind = Literal["eps_to_v", "guidance", "halve"]
 RULES = ("trailing", "linspace")
 """Grid rules that start at the noisiest time and nest under halving."""
 
+VELOCITIES = ("v", "flow")
+"""What a network may predict so that its x0 is determined at pure noise too."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -79,13 +82,13 @@ def check_plan(stages: Sequence[Stage], teacher_steps: int, rule: str, times: in
         raise ValueError(f"progressive distillation needs a grid that nests under halving: rule is {' or '.join(RULES)}, not {rule!r}")
     if not stages:
         raise ValueError("the plan has no stages: give model.stages a list such as [{steps: 4, updates: 500}, {steps: 2, updates: 500}]")
-    if predicts != "v" and stages[0].kind != "eps_to_v":
+    if predicts not in VELOCITIES and stages[0].kind != "eps_to_v":
         raise ValueError(
             f"the teacher predicts {predicts} and the student of progressive distillation predicts v: "
             "begin the plan with a stage {kind: eps_to_v, updates: ...}"
         )
-    if predicts == "v" and stages[0].kind == "eps_to_v":
-        raise ValueError("the plan begins with eps_to_v, but the teacher predicts v already: leave that stage out")
+    if predicts in VELOCITIES and stages[0].kind == "eps_to_v":
+        raise ValueError(f"the plan begins with eps_to_v, but the teacher predicts {predicts} already: leave that stage out")
     steps, before = teacher_steps, ""
     for i, stage in enumerate(stages, 1):
         where = f"stage {i} of the plan ({stage})"

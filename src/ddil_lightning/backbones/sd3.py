@@ -1,0 +1,63 @@
+"""Stable Diffusion 3 and 3.5 (Esser et al. 2024): a flow in latents, text and image in one attention (SD3Transformer2DModel)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddil_lightning.backbones.transformers import Transformer
+from ddil_lightning.records import Context
+
+T5_TOKENS = 256
+"""What its pipeline reads of T5 at most, its max_sequence_length, and pads every text to: zeros where there is no T5."""
+
+
+class SD3(Transformer):
+    """An SD3Transformer2DModel as a network `(x_t, t, c) -> eps - x0`, of sigma 1000 in float32, which its pipeline does not round further.
+
+    It has no place for an embedding of the guidance: what is not guided twice has one guidance in its weights.
+    """
+
+    flow = True
+    image = 1
+    blocks_of = ("JointTransformerBlock",)
+    adapts = (  # of both streams, as train_dreambooth_lora_sd3.py of diffusers has them
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    )
+
+    @property
+    def largest(self) -> int:
+        """Its positions are a table, from the middle of which smaller sizes are cut."""
+        return int(self.model.config.pos_embed_max_size) * self.patch
+
+    @staticmethod
+    def tokens(pipe: Any, prompts: Sequence[str]) -> tuple[list[int], int]:
+        """By T5, which reads more than CLIP does and what its pipeline cuts of it; without one by CLIP."""
+        if getattr(pipe, "tokenizer_3", None) is None or pipe.text_encoder_3 is None:
+            return [len(ids) for ids in pipe.tokenizer(list(prompts)).input_ids], pipe.tokenizer_max_length
+        return [len(ids) for ids in pipe.tokenizer_3(list(prompts)).input_ids], T5_TOKENS
+
+    @staticmethod
+    def context(pipe: Any, prompts: Sequence[str], device: torch.device, sizes: Tensor) -> Context:
+        """The states of both CLIPs side by side, padded to T5's width and followed by T5's; the pooled ones of the CLIPs. No mask."""
+        text, _, pooled, _ = pipe.encode_prompt(
+            list(prompts), None, None, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return Context(text.float(), pooled=pooled.float())
+
+    def blank(self, n: int, tokens: int) -> Context:
+        """Texts of CLIP's `tokens` and T5's, and pooled ones."""
+        c = super().blank(n, tokens + T5_TOKENS)
+        return c._replace(pooled=torch.zeros(n, self.model.config.pooled_projection_dim))
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
+        """[B, C, H, W] the velocity. Raises ValueError for a context without pooled text."""
+        if c.pooled is None:
+            raise ValueError("Stable Diffusion 3 is told the pooled text, which this context lacks: encode prompts by its own pipeline")
+        dtype = self.dtype
+        text, pooled = c.text.to(dtype), c.pooled.to(dtype)
+        return self.model(x_t.to(dtype), encoder_hidden_states=text, pooled_projections=pooled, timestep=t, return_dict=False)[0]
