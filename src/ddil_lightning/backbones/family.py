@@ -51,6 +51,9 @@ class Family(Network):
     sized: ClassVar[tuple[str, ...]] = ("sample_size",)
     """Settings that say how large the samples are: those of the teacher hold for every network beside it."""
 
+    resizable: ClassVar[bool] = True
+    """Whether the same weights with another sample_size are the same network, so that a saved student's plain call makes its own size."""
+
     typical: str | None = None
     """The name of a parameter whose type all others have but adapters and what is trained whole beside them; None for the first."""
 
@@ -129,6 +132,11 @@ class Family(Network):
     def blocks(self) -> Sequence[nn.Module]:
         """The modules whose class is named in `blocks_of`."""
         return [m for m in self.modules() if type(m).__name__ in self.blocks_of]
+
+    @staticmethod
+    def written(pipe: Any, prompts: Sequence[str]) -> list[str]:
+        """`prompts` as its pipelines hand them to their tokenizers."""
+        return list(prompts)
 
     @staticmethod
     def tokens(pipe: Any, prompts: Sequence[str]) -> tuple[list[int], int]:

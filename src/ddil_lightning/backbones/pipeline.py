@@ -262,7 +262,8 @@ class Pipeline(Sized):
         if scheduler is None:
             raise ValueError("a pipeline needs the scheduler that its student was trained for: give Deployment one in deploy(student)")
         own = {kind.component: network.model, "scheduler": scheduler()}
-        if self.resized and self.size[0] == self.size[1]:  # then a plain call makes this size; no pipeline of SDXL could keep two sides
+        square = self.size[0] == self.size[1]  # no pipeline of SDXL could keep two sides
+        if self.resized and square and kind.resizable:  # then a plain call makes this size
             network.model.register_to_config(sample_size=self.latent_shape[-1])
         saving.write(self, folder, own, dtype, safety_checker)
         return folder

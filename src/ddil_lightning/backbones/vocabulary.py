@@ -36,7 +36,8 @@ class Vocabulary:
         special = {i for tokenizer in tokenizers for i in tokenizer.all_special_ids}
         ids = [i for i in sorted(self.tokenizer.get_vocab().values()) if i not in special]
         texts = [self.tokenizer.decode([i], clean_up_tokenization_spaces=False).strip() for i in ids]
-        read = self.tokenizer(texts, add_special_tokens=False).input_ids
+        as_read = backbone.network().written(backbone.pipe, texts)
+        read = self.tokenizer(as_read, add_special_tokens=False).input_ids
         kept = [k for k, (i, text) in enumerate(zip(ids, texts, strict=True)) if text and read[k] == [i]]
         if len(kept) < LEAST:
             raise ValueError(f"the tokenizer of {backbone.path} has no words of one token each, in which a prompt could be searched")
@@ -52,8 +53,8 @@ class Vocabulary:
     @property
     def longest(self) -> int:
         """How many words a prompt can have: what the encoders read less the special tokens."""
-        bare = self.tokenizer("").input_ids
-        return int(min(tokenizer.model_max_length for tokenizer, _ in self.pairs)) - len(bare)
+        bare, limit = self.backbone.network().tokens(self.backbone.pipe, [""])
+        return int(min(limit, *(tokenizer.model_max_length for tokenizer, _ in self.pairs))) - bare[0]
 
     def check_tokens(self, tokens: int) -> None:
         """Raises ValueError for prompts of so many words, which the encoders cannot read."""
@@ -90,23 +91,25 @@ class Vocabulary:
         with ExitStack() as replaced:
             for (tokenizer, encoder), part in zip(self.pairs, embeddings.split(self.widths, -1), strict=True):
                 start = tokenizer(prompts[0]).input_ids.index(int(self.ids[0]))
-                replaced.enter_context(_replacing(encoder.get_input_embeddings(), part, start))
+                replaced.enter_context(_replacing(encoder, part, start))
             return self.backbone.network().context(self.backbone.pipe, prompts, self.backbone.device, sizes)
 
 
 @contextmanager
-def _replacing(layer: nn.Module, embeddings: Tensor, start: int) -> Iterator[None]:
-    """Inside, an embedding layer answers with `embeddings` [B, K, D] from the place `start` on."""
+def _replacing(encoder: Any, embeddings: Tensor, start: int) -> Iterator[None]:
+    """Inside, the input embeddings of a text encoder answer with `embeddings` [B, K, D] from the place `start` on."""
 
     def replace(module: nn.Module, args: Any, out: Tensor) -> Tensor:
         stop = start + embeddings.shape[1]
         return torch.cat([out[:, :start], embeddings.to(out), out[:, stop:]], 1)
 
-    handle = layer.register_forward_hook(replace)
+    weight = encoder.get_input_embeddings().weight  # T5 holds them in two modules, and calls the one that it does not name
+    handles = [m.register_forward_hook(replace) for m in encoder.modules() if isinstance(m, nn.Embedding) and m.weight is weight]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _pairs(backbone: Pipeline) -> list[tuple[Any, Any]]:

@@ -31,8 +31,9 @@ class Card:
 
     `about`: the student's ddil.json. `scheduler`: the student's, of diffusers. `kind`: the class of its pipeline. `size`: of its images in
     pixels, (height, width). `files`: where each format lies, seen from the card. `told`: whether it is told its guidance. `adapter`: (rank,
-    alpha) of one. `source`: where the teacher comes from, all of it. `dtype`: of the files. `run`: the config and the summary of the run
-    that made it, as far as they are known. `licence`: by default the teacher's. `hub`: the repository that it goes to.
+    alpha) of one. `called_with`: what calls of its family are given besides. `source`: where the teacher comes from, all of it. `dtype`: of
+    the files. `run`: the config and the summary of the run that made it, as far as they are known. `licence`: by default the teacher's.
+    `hub`: the repository that it goes to.
     """
 
     about: Mapping[str, Any]
@@ -42,6 +43,7 @@ class Card:
     files: Mapping[str, str] = field(default_factory=lambda: {"diffusers": "."})
     told: bool = False
     adapter: tuple[int, float] | None = None
+    called_with: Mapping[str, Any] = field(default_factory=dict)
     source: Source | None = None
     dtype: torch.dtype = torch.float32
     run: Mapping[str, Any] = field(default_factory=dict)
@@ -141,7 +143,8 @@ class Card:
         # A pipeline's own call makes what its network was first made for.
         size = f", height={self.size[0]}, width={self.size[1]}" if "size" in self.about else ""
         noise = f", eta={self.about['eta']:g}" if "eta" in self.about else ""  # of a scheduler that cannot keep it
-        call = f'image = pipe("a prompt", num_inference_steps={steps}, guidance_scale={g:g}{noise}{size}).images[0]'
+        more = "".join(f", {name}={value!r}" for name, value in self.called_with.items())
+        call = f'image = pipe("a prompt", num_inference_steps={steps}, guidance_scale={g:g}{noise}{size}{more}).images[0]'
         yield "## In diffusers"
         if "diffusers" in self.files:
             where = self.hub or self.files["diffusers"]

@@ -103,6 +103,7 @@ def card(method: Distillation, steps: int, **known: Any) -> Card:
         backbone.size,
         told=method.deployment.told,
         adapter=None if rank is None else (rank, rank if adapter.alpha is None else adapter.alpha),
+        called_with=backbone.network().called_with,
         source=backbone.source,
         **known,
     )

@@ -1,0 +1,191 @@
+"""PixArt behind the family's door: its text under the mask, samples as its pipelines make them, students that they load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import suite
+from ddil_lightning.backbones.outline import Outline
+from ddil_lightning.backbones.pipeline import Pipeline
+from ddil_lightning.backbones.source import Source
+from ddil_lightning.backbones.vocabulary import Vocabulary
+from ddil_lightning.callbacks import Checkpoints
+from ddil_lightning.data.cachefile import cached
+from ddil_lightning.data.encoded import Notices
+from ddil_lightning.diffusion.policy import Policy
+from ddil_lightning.diffusion.schedule import Grid
+from ddil_lightning.diffusion.transitions import ddim
+from ddil_lightning.processes import Processes
+from ddil_lightning.runs.export import export, verify
+from pixart import make_pixart
+from test_resume import CUT, objects, same
+
+PROMPTS = ["a small red circle", "a handwritten seven left of a large blue square"]
+ALPHA = "PixArtAlphaPipeline"
+CALL = {"clean_caption": False, "use_resolution_binning": False}
+
+
+@pytest.fixture(scope="module")
+def sigma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pixart(tmp_path_factory.mktemp("pixart") / "sigma")
+
+
+@pytest.fixture(scope="module")
+def alpha(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Alpha's for latents of 128 x 128: it is told the size of the image, though its configuration does not say so."""
+    return make_pixart(tmp_path_factory.mktemp("pixart") / "alpha", 256, ALPHA)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Text ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_text_is_encoded_as_its_pipeline_does_it(sigma: Path, alpha: Path) -> None:
+    for folder, length in ((sigma, 300), (alpha, 120)):
+        backbone = Pipeline(str(folder))
+        c, null = backbone.encode_text(PROMPTS), backbone.null()
+        text, mask, no_text, no_mask = backbone.pipe.encode_prompt(PROMPTS, True, negative_prompt="", device="cpu")
+        assert c.text.shape == (2, length, 16) and c.mask is not None and null.mask is not None
+        assert torch.equal(c.text, text) and torch.equal(c.mask, mask) and c.mask.sum(1).tolist() == [5, 10]
+        assert torch.equal(null.text, no_text[:1]) and torch.equal(null.mask, no_mask[:1]) and int(null.mask.sum()) == 1
+        assert torch.equal(backbone.encode_text([" A Small RED circle "]).text, c.text[:1])
+        long = " ".join(["Red"] * length)
+        backbone.check_length([long.removesuffix(" Red")])
+        with pytest.raises(ValueError, match=f"has {length + 1} tokens and the text encoder reads {length}: shorten it"):
+            backbone.encode_text(["a", long])
+        assert int(backbone.encode_text([long], truncate=True).mask.sum()) == length  # type: ignore[union-attr]
+
+
+def test_masked_places_do_not_count_and_others_do(sigma: Path) -> None:
+    backbone = Pipeline(str(sigma))
+    x_t, t, c = noise(2, 4, 8, 8), torch.tensor([20, 999]), backbone.encode_text(PROMPTS)
+    assert c.mask is not None
+    network, changed = backbone.network(), c.text + (1 - c.mask[..., None]) * 9
+    out = network(x_t, t, c)
+    assert out.shape == x_t.shape and torch.equal(network(x_t, t, c._replace(text=changed)), out)
+    assert not torch.allclose(network(x_t, t, c._replace(mask=torch.ones_like(c.mask))), out, atol=1e-3)
+    with pytest.raises(ValueError, match="reads its text under a mask, which this context lacks"):
+        network(x_t, t, c._replace(mask=None))
+
+
+def test_the_mask_goes_through_a_cache(sigma: Path, tmp_path: Path) -> None:
+    backbone, captions = Pipeline(str(sigma)), suite.Pictures()
+    for _ in range(2):  # written, and read again
+        made = cached(tmp_path / "cache", captions, backbone, False, 0, Notices(), Processes())
+    batch = made[[4, 1]]
+    c = backbone.encode_text(captions.prompts([4, 1]))
+    assert batch.c.mask is not None and c.mask is not None and batch.c.mask.dtype == torch.int64
+    assert torch.equal(batch.c.mask, c.mask) and torch.equal(batch.c.text, c.text.half().float())
+
+
+def test_blank_texts_are_as_large_as_real_ones(sigma: Path, alpha: Path) -> None:
+    for folder in (sigma, alpha):
+        real, blank = Pipeline(str(folder)).encode_text(PROMPTS), Outline(str(folder)).encode_text(PROMPTS)
+        assert [x is None for x in real] == [x is None for x in blank]
+        assert real.text.shape[2] == blank.text.shape[2] and blank.text.shape[1] == 300 and blank.mask is not None
+        assert real.mask is not None and blank.mask.dtype == real.mask.dtype and bool(blank.mask.all())
+
+
+def test_prompts_are_searched_among_its_words(sigma: Path) -> None:
+    backbone = Pipeline(str(sigma))
+    vocabulary = Vocabulary(backbone)
+    assert vocabulary.longest == 299
+    rows = vocabulary.rows(PROMPTS[0])
+    embeddings = vocabulary.table[rows].repeat(2, 1, 1).requires_grad_()
+    made = vocabulary.encode(embeddings)
+    assert torch.equal(made.text, backbone.encode_text(PROMPTS[:1] * 2).text)
+    (slope,) = torch.autograd.grad((made.text * made.mask[..., None]).square().sum(), embeddings)  # type: ignore[index]
+    assert bool((slope != 0).any(2).all())
+
+
+# Samples ------------------------------------------------------------------------------------------------------------------------------
+
+
+def sampled(backbone: Pipeline, x: Tensor, steps: int, g: float) -> Tensor:
+    """By the teacher of this library and the scheduler of the pipeline."""
+    teacher, scheduler, c = backbone.role("teacher"), backbone.pipe.scheduler, backbone.encode_text(PROMPTS).guided(g - 1)
+    scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps:
+        x = scheduler.step(teacher(x, t.expand(len(x)), c).eps, t, x).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("size", [(16, 16), (16, 24)])
+@pytest.mark.parametrize("steps", [4, 20])
+@pytest.mark.parametrize("which", ["sigma", "alpha"])
+@torch.no_grad()
+def test_its_samples_are_the_pipelines_own(which: str, steps: int, size: tuple[int, int], request: pytest.FixtureRequest) -> None:
+    """Guided, by DPM-Solver++ as it comes and by DDIM; alpha's are told the size."""
+    from diffusers import DDIMScheduler
+
+    backbone = Pipeline(Source(str(request.getfixturevalue(which)), size=size))
+    x_T = noise(2, *backbone.latent_shape)
+    call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": 4.5, "output_type": "latent", "height": size[0], "width": size[1]}
+
+    def theirs() -> Tensor:
+        return backbone.pipe(PROMPTS, latents=x_T.clone(), **CALL, **call).images  # type: ignore[no-any-return]
+
+    expected = theirs()
+    torch.testing.assert_close(sampled(backbone, x_T, steps, 4.5), expected, rtol=1e-4, atol=1e-4)
+    config = backbone.pipe.scheduler.config
+    backbone.pipe.scheduler = DDIMScheduler.from_config(config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True)
+    policy, c = Policy(backbone.role("teacher"), ddim), backbone.encode_text(PROMPTS)
+    torch.testing.assert_close(policy.sample(x_T, Grid.named("trailing", steps), c.guided(3.5)), theirs(), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(policy.sample(x_T, Grid.named("trailing", steps), c), theirs(), atol=1e-2)  # guidance counts
+
+
+def test_it_is_told_the_size_of_every_image(alpha: Path) -> None:
+    backbone = Pipeline(Source(str(alpha), size=(16, 24)))
+    sizes = torch.tensor([[30, 20, 4, 0, 16, 24], [24, 40, 0, 3, 24, 24]])
+    c, x_t, t = backbone.encode_text(PROMPTS, sizes=sizes), noise(2, 4, 8, 12), torch.tensor([20, 999])
+    told = {"resolution": sizes[:, 4:].float(), "aspect_ratio": torch.tensor([[16 / 24], [1.0]])}
+    kwargs = {"encoder_hidden_states": c.text, "encoder_attention_mask": c.mask, "timestep": t, "return_dict": False}
+    expected = backbone.pipe.transformer(x_t, added_cond_kwargs=told, **kwargs)[0]
+    assert expected.shape[1] == 8 and torch.equal(backbone.network()(x_t, t, c), expected[:, :4])
+    with pytest.raises(ValueError, match="is told the image's size, which this context lacks"):
+        backbone.network()(x_t, t, c._replace(ids=None))
+
+
+# Students -----------------------------------------------------------------------------------------------------------------------------
+
+LCM = suite.Entry("lcm", suite.LCM, {"w_conditioned": False, "guidance": 4.5})
+PD = suite.Entry("pd", suite.PD, {"w_conditioned": False, "guidance": 4.5, "stages": suite.PLAN, "teacher_steps": 16})
+DMD2 = suite.Entry("dmd2", suite.DMD2, {"guidance": 4.5, "critic": {"steps": 2}, "gan": {"layers": ["block0", "block1"]}})
+LORA = suite.Entry("lcm-lora", suite.LCM, {"w_conditioned": False, "guidance": 4.5, "adapter": suite.LORA})
+
+
+@pytest.mark.parametrize("entry", [LCM, PD, DMD2, LORA], ids=lambda entry: entry.name)
+def test_methods_distil_it_and_diffusers_loads_the_student(entry: suite.Entry, sigma: Path, tmp_path: Path) -> None:
+    """With roll-outs of both; resumed exactly; the export samples as the trainer does, called by diffusers alone."""
+    from diffusers import DiffusionPipeline, PixArtSigmaPipeline
+
+    run = suite.fit(*objects(entry, sigma, "buffer"), Checkpoints(every=CUT, keep=9, folder=str(tmp_path)))
+    same(run, suite.fit(*objects(entry, sigma, "buffer"), ckpt=tmp_path / f"updates={CUT}.ckpt"))
+    assert all(sum(row[f"drawn/share_{name}"] for row in run.rows) > 0 for name in ("forward", "student", "teacher"))
+    method, n = run.method, run.method.deployment.steps[0]
+    folder = export(method, tmp_path / "student", n)
+    assert verify(method, folder, PROMPTS, n) < 1e-4
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe) is PixArtSigmaPipeline
+    policy, grid = method.deployment.sampler(n)
+    seeds = [torch.Generator().manual_seed(i) for i in range(2)]
+    mine = policy.sample(x_T := noise(2, 4, 8, 8), grid, suite.backbone(sigma).encode_text(PROMPTS), seeds)
+    seeds = [torch.Generator().manual_seed(i) for i in range(2)]
+    theirs = pipe(PROMPTS, num_inference_steps=n, guidance_scale=1.0, latents=x_T, generator=seeds, output_type="latent", **CALL).images
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    before, after = suite.backbone(sigma).pipe.transformer.state_dict(), pipe.transformer.state_dict()
+    for name in ("proj_out.weight", "proj_out.bias"):  # [p, q, channel]: the learned variance is the teacher's
+        rows = [(x[name].unflatten(0, (2, 2, 8))[:, :, :4], x[name].unflatten(0, (2, 2, 8))[:, :, 4:]) for x in (before, after)]
+        assert torch.equal(rows[0][1], rows[1][1])
+    assert not torch.equal(before["proj_out.weight"], after["proj_out.weight"])
+    assert "num_inference_steps=" in (card := (folder / "README.md").read_text())
+    assert "clean_caption=False, use_resolution_binning=False).images[0]" in card
