@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 import suite
+from ddil_lightning.backbones.adapters import Adapter
 from ddil_lightning.backbones.outline import Outline
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.source import Source
@@ -22,6 +25,8 @@ from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.processes import Processes
 from ddil_lightning.runs.export import export, verify
+from ddil_lightning.runs.release import check_formats
+from ddil_lightning.training.plan import Stage
 from pixart import make_pixart
 from test_resume import CUT, objects, same
 
@@ -156,8 +161,9 @@ def test_it_is_told_the_size_of_every_image(alpha: Path) -> None:
 
 # Students -----------------------------------------------------------------------------------------------------------------------------
 
+PLAN = [Stage(kind="eps_to_v", updates=2), Stage(steps=8, updates=2), Stage(steps=4, updates=4)]  # the second ends at the cut
 LCM = suite.Entry("lcm", suite.LCM, {"w_conditioned": False, "guidance": 4.5})
-PD = suite.Entry("pd", suite.PD, {"w_conditioned": False, "guidance": 4.5, "stages": suite.PLAN, "teacher_steps": 16})
+PD = suite.Entry("pd", suite.PD, {"w_conditioned": False, "guidance": 4.5, "stages": PLAN, "teacher_steps": 16})
 DMD2 = suite.Entry("dmd2", suite.DMD2, {"guidance": 4.5, "critic": {"steps": 2}, "gan": {"layers": ["block0", "block1"]}})
 LORA = suite.Entry("lcm-lora", suite.LCM, {"w_conditioned": False, "guidance": 4.5, "adapter": suite.LORA})
 
@@ -189,3 +195,124 @@ def test_methods_distil_it_and_diffusers_loads_the_student(entry: suite.Entry, s
     assert not torch.equal(before["proj_out.weight"], after["proj_out.weight"])
     assert "num_inference_steps=" in (card := (folder / "README.md").read_text())
     assert "clean_caption=False, use_resolution_binning=False).images[0]" in card
+
+
+def test_a_student_of_another_size_says_it_in_its_card(sigma: Path, tmp_path: Path) -> None:
+    """Its positions are counted in shares of sample_size, so that no other one may be written into its configuration."""
+    backbone = Pipeline(Source(str(sigma), size=24))
+    method = suite.build(LCM, sigma, pipeline=backbone)
+    folder = export(method, tmp_path / "student", 4)
+    assert verify(method, folder, PROMPTS, 4) < 1e-4
+    assert "height=24, width=24, clean_caption=False" in (folder / "README.md").read_text()
+    assert json.loads((folder / "transformer" / "config.json").read_text())["sample_size"] == 8
+
+
+def test_a_student_of_fewer_blocks(sigma: Path, tmp_path: Path) -> None:
+    backbone = Pipeline(Source(str(sigma), networks={"student": {"num_layers": 1}}))
+    student = backbone.trainable()
+    assert len(student.blocks()) == 1 and len(backbone.network().blocks()) == 2
+    kept = backbone.network().model.transformer_blocks[0].state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in student.model.transformer_blocks[0].state_dict().items())
+    with pytest.raises(ValueError, match=r"networks\.student: its text width.* is 8 and the teacher's 16: it cannot take the teacher's place"):
+        Pipeline(Source(str(sigma), networks={"student": {"caption_channels": 8}})).trainable()
+
+
+# What discriminators, memory and sharding ask of it -----------------------------------------------------------------------------------
+
+
+def asked(sigma: Path) -> tuple[Any, Tensor, Tensor, Any]:
+    backbone = Pipeline(Source(str(sigma), size=(16, 24)))
+    return backbone.trainable(), noise(2, 4, 8, 12), torch.tensor([20, 999]), backbone.encode_text(PROMPTS)
+
+
+def test_features_are_the_tokens_that_leave_its_blocks(sigma: Path) -> None:
+    network, x_t, t, c = asked(sigma)
+    assert network.layers == ("block0", "block1")
+    seen: dict[str, Tensor] = {}
+    for i, block in enumerate(network.model.transformer_blocks):
+        block.register_forward_hook(lambda module, args, out, i=i: seen.update({f"block{i}": out}))
+    out, found = network.with_features(x_t, t, c, ("block1", "block0"))
+    assert torch.equal(out, network(x_t, t, c)) and found[0].shape == (2, 24, 4, 6)
+    for name, feature in zip(("block1", "block0"), found, strict=True):
+        assert torch.equal(feature[:, :, 1, 2], seen[name][:, 1 * 6 + 2])
+    (early,) = network.features(x_t, t, c, ("block0",))
+    assert torch.equal(early, found[1])
+    assert network.head(("block0", "block1"))(*found).shape == (2, 2) and network.head()(early).shape == (2, 1, 1, 1)
+    with pytest.raises(ValueError, match="gan.layers has 'mid': PixArt has block0, block1"):
+        network.features(x_t, t, c, ("mid",))
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_gradients_are_the_same_with_checkpointing(features: bool, sigma: Path) -> None:
+    """Also of features alone, whose forward ends within a block that is computed again."""
+    network, x_t, t, c = asked(sigma)
+    grads = []
+    for on in (False, True):
+        network.recompute(on)
+        network.zero_grad()
+        loss = network.features(x_t, t, c, ("block0", "block1")) if features else (network(x_t, t, c),)
+        sum(x.square().mean() for x in loss).backward()
+        grads.append({name: p.grad for name, p in network.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and (features or len(grads[0]) == len(list(network.parameters())))
+    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+    assert float(grads[0]["transformer.transformer_blocks.0.attn2.to_k.weight"].abs().max()) > 0
+
+
+def test_its_blocks_and_its_last_layer(sigma: Path) -> None:
+    network = asked(sigma)[0]
+    assert network.blocks() == list(network.model.transformer_blocks)
+    assert network.last_layer() is network.model.proj_out.weight
+    adapted = Pipeline(str(sigma)).adapted(Adapter(2, targets=["attn1.to_q"]))
+    name = next(name for name, p in adapted.named_parameters() if p is adapted.last_layer())
+    assert name.startswith("transformer.transformer_blocks.1.attn1.to_q.lora_")
+
+
+# What it refuses ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_it_has_no_place_for_is_refused(sigma: Path) -> None:
+    with pytest.raises(ValueError, match=r"^PixArt cannot be told the guidance: set model\.w_conditioned to false$"):
+        suite.build(suite.Entry("lcm", suite.LCM), sigma)
+    with pytest.raises(ValueError, match="PixArt cannot be told the time that it jumps to"):
+        Pipeline(str(sigma)).trainable(s_conditioned=True)
+    method = suite.build(LORA, sigma)
+    with pytest.raises(ValueError, match="--format lora: diffusers loads no LoRA into a PixArtSigmaPipeline; choose diffusers"):
+        check_formats(method, ["lora"])
+    with pytest.raises(ValueError, match="--format kohya is for U-Nets, and this student is a PixArt"):
+        check_formats(method, ["kohya"])
+
+
+def test_sizes_that_its_patches_do_not_divide_are_refused(sigma: Path) -> None:
+    with pytest.raises(ValueError, match="sides are multiples of 8 pixels, not of 20 x 16: the nearest is 16 x 16"):
+        Pipeline(Source(str(sigma), size=(20, 16)))
+
+
+def test_networks_of_another_task_are_refused(tmp_path: Path) -> None:
+    make_pixart(tmp_path, in_channels=8, out_channels=16)
+    with pytest.raises(ValueError, match="reads 8 channels and writes 16, and its autoencoder has 4: only text-to-image is distilled"):
+        Pipeline(str(tmp_path))
+
+
+@pytest.mark.parametrize(("kind", "side"), [("PixArtSigmaPipeline", 256), (ALPHA, 16)])
+def test_a_size_that_its_pipeline_never_says_is_refused(kind: str, side: int, tmp_path: Path) -> None:
+    backbone = Pipeline(str(make_pixart(tmp_path, side, kind, use_additional_conditions=True)))
+    with pytest.raises(ValueError, match="told the image's size .* set it to false, or mend model_index.json"):
+        backbone.encode_text(PROMPTS)
+
+
+def test_its_first_class_in_diffusers_is_known(sigma: Path, tmp_path: Path) -> None:
+    """The published pipelines name their transformer a Transformer2DModel, as it once was."""
+    shutil.copytree(sigma, old := tmp_path / "old")
+    for file, name in ((old / "model_index.json", "model_index"), (old / "transformer" / "config.json", "config")):
+        said = json.loads(file.read_text())
+        if name == "config":
+            said |= {"_class_name": "Transformer2DModel", "num_vector_embeds": None, "use_linear_projection": False, "norm_num_groups": 32}
+        else:
+            said["transformer"] = ["diffusers", "Transformer2DModel"]
+        file.write_text(json.dumps(said))
+    backbone, plain = Pipeline(str(old)), Pipeline(str(sigma))
+    assert suite.digest(backbone.network()) == suite.digest(plain.network())
+    assert suite.digest(backbone.trainable()) == suite.digest(plain.trainable()) and backbone.trainable().w_conditioned is False
+    assert Outline(str(old)).encode_text(PROMPTS).text.shape == (2, 300, 16)
+    bare = Pipeline(str(old), bare=True)
+    assert type(bare.network()) is type(plain.network())
