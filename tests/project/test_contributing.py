@@ -35,23 +35,27 @@ from ddil_lightning.evaluation.drawing import Timed
 from ddil_lightning.evaluation.suite import Suite, make_row
 from ddil_lightning.evaluation.table import results_table
 from ddil_lightning.runs.export import export, verify
-from toys import WORDS
+from pixarts import make_pixart
 
 PAGE = pages.read(pages.ROOT / "CONTRIBUTING.md")
 FILES = {found[1]: code for _, code in PAGE.blocks if (found := pages.NAMED.match(code))}
+ALPHA = "PixArtAlphaPipeline"
 PROMPTS = ["a small red circle", "a handwritten seven left of a large blue square"]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder where Python finds the files of the page."""
+    """A folder where Python finds the files of the page; what the package itself knows of PixArt is away meanwhile."""
     folder = tmp_path_factory.mktemp("own")
     for name, code in FILES.items():
         (folder / name).write_text(code)
+    own = FAMILIES["PixArtTransformer2DModel"]
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
+        forget()
         yield folder
     forget()
+    FAMILIES["PixArtTransformer2DModel"] = own
 
 
 def forget() -> None:
@@ -143,33 +147,10 @@ def test_a_plan_that_does_not_nest_is_refused(entry: Any, tiny: Path) -> None:
 # The network family -------------------------------------------------------------------------------------------------------------------
 
 
-def make_pixart(folder: Path, side: int = 16) -> Path:
-    """An untrained PixArt-alpha in miniature: T5 of one layer, transformer of two, images of `side` pixels, latents of half of that."""
-    from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
-    from transformers import T5Config, T5EncoderModel, T5Tokenizer
-
-    from ddil_lightning.miniature import networks
-
-    torch.manual_seed(2)
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -9.0)]
-    tokenizer = T5Tokenizer(vocab=[*special, *((f"▁{word}", -2.0) for word in WORDS)], extra_ids=0, model_max_length=512)
-    text = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    heads = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "cross_attention_dim": 24, "caption_channels": 16}
-    PixArtAlphaPipeline(
-        tokenizer=tokenizer,
-        text_encoder=T5EncoderModel(text),
-        vae=networks.build_autoencoder(networks.Sizes(image=side, autoencoder=(8, 8))),
-        transformer=PixArtTransformer2DModel(**heads, sample_size=side // 2),
-        scheduler=DPMSolverMultistepScheduler(),
-    ).save_pretrained(folder)
-    (folder / "ddil.json").write_text(json.dumps({"dataset": "digits"}))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def pixart(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     importlib.import_module("pixart")
-    return make_pixart(tmp_path_factory.mktemp("pixart") / "tiny-pixart")
+    return make_pixart(tmp_path_factory.mktemp("pixart") / "tiny-pixart", kind=ALPHA)
 
 
 def guided(pipe: Any, x_t: Tensor, t: Tensor, g: float) -> Tensor:
@@ -197,7 +178,7 @@ def test_its_samples_are_the_pipelines_own(side: int, place: Path, tmp_path: Pat
     from diffusers import DDIMScheduler
 
     importlib.import_module("pixart")
-    backbone, n = Pipeline(str(make_pixart(tmp_path / "made", side))), 4 if side == 16 else 1
+    backbone, n = Pipeline(str(make_pixart(tmp_path / "made", side, ALPHA))), 4 if side == 16 else 1
     backbone.pipe.scheduler = DDIMScheduler.from_config(backbone.pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False)
     x_t, c = torch.randn(1, *backbone.latent_shape, generator=torch.Generator().manual_seed(0)), backbone.encode_text(PROMPTS[:1])
     assert (c.ids is not None) is (side == 256)

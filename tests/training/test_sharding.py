@@ -20,6 +20,7 @@ from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.methods import DMD2
 from ddil_lightning.training.sharding import Sharded
 from pair import WORLD, Pair, ddp
+from pixarts import make_pixart
 from suite import ALL, BY_NAME, FORWARD, METHODS, MIXED, Entry, Gradients, Run, build, captions, equal, fit, pictures
 
 UPDATES, MIDDLE = 4, "updates=2.ckpt"
@@ -240,3 +241,14 @@ def test_a_gradient_scaler_is_refused_over_shards(tiny: Path) -> None:
     method.trainer = SimpleNamespace(strategy=Sharded(), precision="16-mixed")
     with pytest.raises(ValueError, match="16-mixed scales gradients, which is not supported under fsdp2: take bf16-mixed"):
         method.setup("fit")
+
+
+@pytest.mark.slow
+def test_a_transformer_is_sharded(pair: Pair, tmp_path: Path) -> None:
+    """PixArt's blocks, whose discriminator reads what leaves them, train and resume as whole networks do."""
+    entry = Entry("dmd2", DMD2, {"guidance": 4.5, "critic": {"steps": 2}, "gan": {"layers": ["block0", "block1"]}}, unused=True)
+    found = pair.run(every_way, entry, make_pixart(tmp_path / "pixart"), tmp_path)
+    runs = {kind: [reported[kind] for reported in found] for kind in found[0]}
+    test_training_is_that_of_whole_networks(runs)
+    test_a_process_holds_its_share_alone(runs)
+    assert equal(runs["fsdp2"][0]["deployed"], runs["resumed"][0]["deployed"])

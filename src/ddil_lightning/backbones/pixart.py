@@ -42,7 +42,7 @@ class PixArt(Transformer):
         """Raises ValueError for another task than text-to-image in latents of so many `channels`."""
         config = self.model.config
         written = config.out_channels or config.in_channels
-        if config.in_channels != channels or written not in (channels, 2 * channels):
+        if config.in_channels != channels or written not in (channels, 2 * config.in_channels):
             raise ValueError(
                 f"the transformer of {path} reads {config.in_channels} channels and writes {written}, and its autoencoder has {channels}: "
                 "only text-to-image is distilled, whose networks write as many or, with a learned variance, twice as many"
