@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,11 @@ def test_methods_distil_it_and_diffusers_loads_the_student(entry: suite.Entry, s
     run = suite.fit(*objects(entry, sigma, "buffer"), Checkpoints(every=CUT, keep=9, folder=str(tmp_path)))
     same(run, suite.fit(*objects(entry, sigma, "buffer"), ckpt=tmp_path / f"updates={CUT}.ckpt"))
     assert all(sum(row[f"drawn/share_{name}"] for row in run.rows) > 0 for name in ("forward", "student", "teacher"))
+    c = suite.pictures(sigma).c
+    for chunk in run.data.buffer._chunks:  # a rolled-out state keeps the mask of its caption
+        assert chunk.c.mask.dtype == torch.int64 and c.mask is not None
+        nearest = torch.stack([(c.text - text.float()).flatten(1).abs().amax(1).argmin() for text in chunk.c.text])
+        assert torch.equal(chunk.c.mask, c.mask[nearest])
     method, n = run.method, run.method.deployment.steps[0]
     folder = export(method, tmp_path / "student", n)
     assert verify(method, folder, PROMPTS, n) < 1e-4
@@ -195,6 +201,15 @@ def test_methods_distil_it_and_diffusers_loads_the_student(entry: suite.Entry, s
     assert not torch.equal(before["proj_out.weight"], after["proj_out.weight"])
     assert "num_inference_steps=" in (card := (folder / "README.md").read_text())
     assert "clean_caption=False, use_resolution_binning=False).images[0]" in card
+
+
+def test_adapters_on_half_precision(sigma: Path, tmp_path: Path) -> None:
+    """As large models are trained: T5, which keeps some of its weights in float32, and the base in bfloat16."""
+    backbone = Pipeline(str(sigma), dtype=torch.bfloat16)
+    run = suite.fit(suite.build(LORA, sigma, pipeline=backbone, updates=3), suite.captions(sigma))
+    assert len(run.rows) == 3 and all(math.isfinite(row["loss"]) for row in run.rows)
+    folder = export(run.method, tmp_path / "student", 4)
+    assert verify(run.method, folder, PROMPTS, 4) < 1e-3
 
 
 def test_a_student_of_another_size_says_it_in_its_card(sigma: Path, tmp_path: Path) -> None:

@@ -24,10 +24,10 @@ class Family(Network):
     The t that its `forward` hears is what diffusers' schedulers tell a network: a whole time or, of a flow, sigma T in float32.
 
     A family is a subclass that writes `forward` and `latent_shape`, and an entry of `families.FAMILIES` under the name of diffusers' class.
-    It says besides where its pipelines differ from Stable Diffusion's: `component`, `blocks_of` and `called_with`, `tokens`, `written` and `context`
-    where its texts are encoded otherwise than by two answers of `encode_prompt`. `check` turns away what it cannot do, `spaces` and `sized`
-    students of another architecture that cannot take its place. What it leaves out is refused by name where somebody needs it:
-    `with_features` and `head` (a discriminator), `told` (a student that is told its guidance).
+    It says besides where its pipelines differ from Stable Diffusion's: `component`, `blocks_of` and `called_with`, `written` and `tokens`,
+    and `context` where its texts are encoded otherwise than by two answers of `encode_prompt`. `check` turns away what it cannot do,
+    `spaces` and `sized` students of another architecture that cannot take its place. What it leaves out is refused by name where somebody
+    needs it: `with_features` and `head` (a discriminator), `told` (a student that is told its guidance).
     """
 
     component: ClassVar[str] = "transformer"
