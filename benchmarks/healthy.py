@@ -112,9 +112,9 @@ def trained(name: str, args: argparse.Namespace) -> Record:
     start, failed, rows = time.perf_counter(), "", []
     probe = ShiftProbe(count=args.count, losses=args.count // 4)
     trainer, method, data = assemble(case.config, *words, callbacks=[probe] if case.short else [])  # the toy's exam has the shift itself
-    probe.every = max(1, method.updates // 8)
-    # In the steps that its student is made for in the end, four where there is a choice.
+    # In the steps that its student is made for in the end, four where there is a choice. One step meets no latents of its own.
     probe.steps = max(k for k in method.deployments()[-1].steps if k <= 4)
+    probe.every = max(1, method.updates // 8) if probe.steps > 1 else method.updates + 1
     method.measures.listen(hear)
     try:
         trainer.fit(method, datamodule=data)
