@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +10,12 @@ from torch import Tensor
 
 from ddil_lightning.bounds import seeds, within
 from ddil_lightning.records import CaptionBatch, LatentBatch
+
+Answer = Any
+"""What a frozen network answers to a batch: a tensor [B, ...], or a plain tuple of such."""
+
+Ask = Callable[[LatentBatch], Answer]
+"""The question: a function of every row of a batch by itself."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,14 @@ class Feed:
     def examples(self, n: int) -> list[str]:
         """Up to `n` of its captions, for previews."""
         return []
+
+    def answered(self, batch: LatentBatch, ask: Ask) -> Answer:
+        """`ask(batch)`, without gradients: what the method asks its frozen networks for at every latent.
+
+        `ask` must be a function of every row's (x_t, t, s, node, c, noise, end) by itself, and the same one all through a stage: no draw,
+        no student, no average. A feed that keeps roll-outs keeps its answers to them and asks for the rest of the batch alone.
+        """
+        return ask(batch)
 
     def observe(self, batch: LatentBatch, loss: Tensor) -> None:
         """Hear the per-sample losses [B] of a batch."""

@@ -19,12 +19,12 @@ from ddil_lightning.data.pairs import Stored, stored
 from ddil_lightning.data.preparation import check_latents, latent_box, prepared, second_moment
 from ddil_lightning.data.sampler import CounterSampler
 from ddil_lightning.diffusion.denoiser import evaluating
-from ddil_lightning.feed import Feed
+from ddil_lightning.feed import Answer, Ask, Feed
 from ddil_lightning.imitation.buffer import ReplayBuffer
 from ddil_lightning.imitation.learner import Learner
 from ddil_lightning.imitation.options import Buffer, Rollouts
 from ddil_lightning.imitation.prior import SamplingPrior
-from ddil_lightning.imitation.rollout import check_finite, collect, draw
+from ddil_lightning.imitation.rollout import REJECTED, check_finite, collect, draw
 from ddil_lightning.processes import Processes
 from ddil_lightning.records import CaptionBatch, LatentBatch, take, to
 from ddil_lightning.streams import Streams
@@ -74,7 +74,7 @@ class DDILDataModule(LightningDataModule, Feed):
         self.trajectories = min(rollouts.trajectories or batch_size, batch_size)
         self.cache, self.truncate, self.workers, self.seed, self.on_error = cache, truncate, workers, seed, on_error
         self.notices = Notices()
-        self.buffer = ReplayBuffer(buffer.capacity, buffer.max_age, buffer.priority) if buffer.capacity else None
+        self.buffer = ReplayBuffer(**vars(buffer)) if buffer.capacity else None
         self.done = 0
         self._examples: list[str] = []
         self._stored: Stored | None = None
@@ -232,10 +232,7 @@ class DDILDataModule(LightningDataModule, Feed):
         self._collected = {shape, *(known for known in sorted(self._collected - {shape}) if together(known not in gone))}
         if len(buffer) == 0 and not self._warned:
             self._warned = True
-            logging.getLogger(__name__).warning(
-                f"all {len(made.t)} states of a roll-out were rejected: their mean square is not within a factor of 4 of forward latents'. "
-                "While the buffer is empty, batches are forward latents alone; buffer/rejected counts on"
-            )
+            logging.getLogger(__name__).warning(f"all {len(made.t)} {REJECTED}")
         self._collected_at = self.clock
 
     def _expected(self, t: Tensor) -> Tensor | None:
@@ -246,6 +243,10 @@ class DDILDataModule(LightningDataModule, Feed):
             return None
         schedule = self.learner.policies.student.schedule
         return (schedule.alphas[t.cpu()].square() * self._moment + schedule.sigmas[t.cpu()].square()).float()
+
+    def answered(self, batch: LatentBatch, ask: Ask) -> Answer:
+        """`ask(batch)`; states of the buffer that were answered before are not asked for again (imitation.answers)."""
+        return ask(batch) if self.buffer is None else self.buffer.answers.of(batch, ask, Processes(self.trainer).world == 1)
 
     def observe(self, batch: LatentBatch, loss: Tensor) -> None:
         """Per-sample losses [B] of a batch: the buffer's priorities."""

@@ -1,6 +1,6 @@
-"""The replay buffer of collected states: DAgger's aggregation with states instead of labels (METHODS 1.6).
+"""The replay buffer of collected states: DAgger's aggregation with states, which a frozen teacher labels whenever asked (METHODS 1.6).
 
-A frozen teacher labels any state again, so only states are stored. Age makes them off-policy but never wrong; the age limit bounds it.
+What it has answered to a state is kept beside it (imitation.answers) and goes with it. Age makes them off-policy but never wrong; the age limit bounds it.
 Prioritised replay follows Schaul et al. (2016), with losses normalised per node: otherwise it becomes a sampler of the noisiest node.
 The buffer lives on the CPU and belongs to one rank.
 """
@@ -8,12 +8,13 @@ The buffer lives on the CPU and belongs to one rank.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from ddil_lightning.imitation.answers import Answers, Storage, restored, saved
 from ddil_lightning.imitation.states import Chunk, States, gather, per_state, sizes, sound
 from ddil_lightning.imitation.states import Sample as Sample
 from ddil_lightning.records import SOURCES, Context, Rollout, take
@@ -34,7 +35,8 @@ class ReplayBuffer:
     Latents of several shapes share the capacity: the most frequent are evicted. A batch is drawn from those of one shape.
     `priority` is the exponent a; `half_life` (updates), `uniform` (eta) and `beta0` only act where it is positive:
     P(j) = (1 - eta) p_j / sum p + eta / n,  p_j = clip(u_j, 0.1, 10)^a 2^(-age_j / half_life),  u_j = loss_j / running mean at its node.
-    `storage`: "float16" (states below t = 50 stay float32) or "float32". Raises ValueError for settings outside their range.
+    `storage`: "float16" (states below t = 50 stay float32) or "float32". `answers`: how those of a frozen network to the states are kept
+    (imitation.answers). Raises ValueError for settings outside their range.
     """
 
     def __init__(
@@ -46,12 +48,16 @@ class ReplayBuffer:
         uniform: float = 0.1,
         beta0: float = 0.4,
         storage: Literal["float16", "float32"] = "float16",
+        answers: Storage = "float32",
     ) -> None:
         if capacity < 0 or max_age < 0 or priority < 0 or half_life <= 0 or not 0 <= uniform <= 1 or not 0 <= beta0 <= 1:
             raise ValueError("a replay buffer needs capacity, max_age, priority >= 0, half_life > 0 and uniform, beta0 in [0, 1]")
         if storage not in ("float16", "float32"):
             raise ValueError(f"a replay buffer's storage is 'float16' or 'float32', not {storage!r}")
+        if answers not in get_args(Storage):
+            raise ValueError(f"buffer.answers is {answers!r}: give one of {', '.join(get_args(Storage))}")
         self.capacity, self.max_age, self.storage = capacity, max_age, storage
+        self.answers = Answers(answers, self._found)
         self.priority, self.half_life, self.uniform, self.beta0 = priority, half_life, uniform, beta0
         self.rejected = 0
         self._chunks: deque[Chunk] = deque()
@@ -96,7 +102,7 @@ class ReplayBuffer:
         own = {name: x.to("cpu", copy=True) for name, x in made.c._asdict().items() if x is not None}
         noise, end = (None if x is None else x.to("cpu", torch.float32, copy=True) for x in (made.noise, made.end))
         whole = None if made.whole is None else made.whole.to("cpu", torch.long, copy=True)
-        self._chunks.append(Chunk(states, Context(**own), int(clock), int(stage), self._next, noise, end, whole))
+        self._chunks.append(Chunk(states, Context(**own), int(clock), int(stage), self._next, {}, noise, end, whole))
         slots[keep] = self._next + torch.arange(len(states.t))
         self._next += len(states.t)
         self._evict()
@@ -174,6 +180,7 @@ class ReplayBuffer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the settings, as tensors, numbers, lists and dicts of them (loads with weights_only=True)."""
+        self.answers.settle()
         chunks = [
             {
                 # u is written in place later on; all other tensors never change.
@@ -181,17 +188,28 @@ class ReplayBuffer:
                 "c": {name: x for name, x in k.c._asdict().items() if x is not None},
                 "at": [k.clock, k.stage, k.start],
                 **{name: getattr(k, name) for name in ENDS if getattr(k, name) is not None},
+                **({"answers": saved(k.answers)} if k.answers else {}),
             }
             for k in self._chunks
         ]
         means = [[time, mean, count] for time, (mean, count) in self._means.items()]
-        return {"chunks": chunks, "means": means, "next": self._next, "rejected": self.rejected}
+        return {"chunks": chunks, "means": means, "next": self._next, "rejected": self.rejected, "answers": self.answers.storage}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from `state_dict()`; with a smaller capacity than it was saved with, the oldest roll-outs go."""
+        """Continues from `state_dict()`; with a smaller capacity than it was saved with, the oldest roll-outs go.
+
+        Answers that were kept in another way than this buffer's are left out: they are asked for again.
+        """
+        alike = state.get("answers") == self.answers.storage
         own = lambda parts: {name: x.clone() for name, x in parts.items()}  # noqa: E731 (a mapped checkpoint is not held open by its latents)
         self._chunks = deque(
-            Chunk(States(**own(k["states"])), Context(**own(k["c"])), *k["at"], *(k[x].clone() if x in k else None for x in ENDS))
+            Chunk(
+                States(**own(k["states"])),
+                Context(**own(k["c"])),
+                *k["at"],
+                restored(k.get("answers", {})) if alike else {},
+                *(k[x].clone() if x in k else None for x in ENDS),
+            )
             for k in state["chunks"]
         )
         self._means = {int(time): (float(mean), int(count)) for time, mean, count in state["means"]}
@@ -232,6 +250,13 @@ class ReplayBuffer:
         nearest = chunk.clamp(min=0)
         local = slot - starts[nearest]
         return torch.where((chunk >= 0) & (local < sizes(self._chunks)[nearest]), chunk, -1), local
+
+    def _found(self, slot: Tensor) -> Iterator[tuple[Chunk, Tensor, Tensor]]:
+        """Of every roll-out that holds some of the states `slot` [n]: itself, which of the n [k], and their rows in it [k]."""
+        chunk, local = self._locate(slot)
+        for k in chunk[chunk >= 0].unique().tolist():
+            rows = (chunk == k).nonzero()[:, 0]
+            yield self._chunks[k], rows, local[rows]
 
     def _observe(self, time: int, loss: Tensor) -> None:
         mean, count = self._means.get(time, (0.0, 0))

@@ -7,6 +7,7 @@ from typing import Literal
 
 from ddil_lightning.bounds import at_least, within
 from ddil_lightning.feed import Wants
+from ddil_lightning.imitation.answers import Storage
 
 Granularity = Literal["sample", "step"]
 
@@ -45,11 +46,14 @@ class Buffer:
         capacity: states kept per process; 0 keeps none, and rolls out afresh for every batch.
         max_age: student updates after which a state is forgotten.
         priority: the exponent by which states of a larger loss are drawn more often; 0 draws uniformly.
+        answers: how the frozen teacher's answers to states are kept, so that it is asked once for each: `float32`, `float16` in half the
+            memory, or `none`, which asks again whenever a state is drawn.
     """
 
     capacity: int = 2048
     max_age: int = 500
     priority: float = 0.0
+    answers: Storage = "float32"
 
     def __post_init__(self) -> None:
         at_least(0, **{"buffer.capacity": self.capacity})

@@ -210,6 +210,13 @@ def check_finite(made: Rollout, together: Callable[[bool], bool], updates: int) 
     raise FloatingPointError(f"{found}, student update {updates}")
 
 
+REJECTED = (
+    "states of a roll-out were rejected: their mean square is not within a factor of 4 of forward latents'. "
+    "While the buffer is empty, batches are forward latents alone; buffer/rejected counts on"
+)
+"""What is said once of a roll-out none of which the buffer has taken."""
+
+
 def _rolled(learner: Learner, got: Sample) -> LatentBatch:
     """States of roll-outs as a batch."""
     node = learner.grid.rows(got.t)
@@ -249,7 +256,9 @@ def draw(
         got = buffer.sample(k, clock=learner.stage_updates, generator=streams.local("buffer"), progress=learner.progress, shape=shape)
         # Looked up while still on the CPU: reading times back from a GPU would wait for it.
         rolled = to(_rolled(learner, got), batch.c.text.device)
-    if k == size:
-        return rolled._replace(real=batch.latent, real_c=batch.c)
-    noised = forward(take(batch, slice(size - k)), learner, streams, wants, shape)
-    return cat([noised._replace(real=None, real_c=None), rolled])._replace(real=batch.latent, real_c=batch.c)
+    if k < size:
+        noised = forward(take(batch, slice(size - k)), learner, streams, wants, shape)
+        rolled = cat([noised._replace(real=None, real_c=None), rolled])
+    if buffer is not None:
+        buffer.answers.drawn(rolled.slot, torch.cat([torch.full((size - k,), -1), got.slot]))
+    return rolled._replace(real=batch.latent, real_c=batch.c)

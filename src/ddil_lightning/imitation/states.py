@@ -44,6 +44,13 @@ class States(NamedTuple):
     u: Tensor  # [m] float64 relative loss in [U_MIN, U_MAX], 0 before the first measurement
 
 
+class Kept(NamedTuple):
+    """What was answered to the states of one roll-out (imitation.answers)."""
+
+    known: Tensor  # [m] which of them have an answer
+    fields: tuple[Tensor, ...]  # [m, ...] each, 0 where there is none yet
+
+
 class Chunk(NamedTuple):
     """One roll-out. Its contexts are stored once and not per state: text is larger than latents."""
 
@@ -52,6 +59,7 @@ class Chunk(NamedTuple):
     clock: int
     stage: int
     start: int  # slot of the first state
+    answers: dict[str, Kept]  # by their kind
     noise: Tensor | None = None  # [R, ...] float32, by trajectory
     end: Tensor | None = None
     whole: Tensor | None = None  # [R]

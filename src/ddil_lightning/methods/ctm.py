@@ -116,8 +116,8 @@ class CTM(Contest, Distillation):
         times = self.grid.times.to(j.device)
         s, end = times[j], torch.full_like(b.t, END)
         with torch.no_grad():
-            x_u, u = b.x_t, b.t
-            for k in range(1, self.teacher_steps + 1):
+            x_u, u = self.feed.answered(b, self.answer), b.s                    # the first step, which none of s is above
+            for k in range(2, self.teacher_steps + 1):
                 v = times[torch.minimum(b.node + k, j)]                         # the next node, and not beyond s
                 p = self.teacher(x_u, u.clamp(min=0), b.c)                      # CFG, then reflection
                 x_u, u = jump(self.teacher.schedule, x_u, p, u, v), v
@@ -125,6 +125,10 @@ class CTM(Contest, Distillation):
             target = self.G(self.target, x_s, s, end, b.c, reflect=True)
         x_s = self.G(self.student, b.x_t, b.t, s, b.c)
         return self.G(self.target, x_s, s, end, b.c), target                    # the gradient passes through the target, to x_s
+
+    def answer(self, b: LatentBatch) -> Tensor:
+        """x_u [B, C, H, W] at the next node: the guided teacher's first step from x_t, which the buffer keeps beside it."""
+        return jump(self.teacher.schedule, b.x_t, self.teacher(b.x_t, b.t, b.c), b.t, b.s)
 
     def G(self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Context, reflect: bool = False) -> Tensor:
         """The jump t -> s [B, C, H, W] of a network that is told s, with x0 reflected on the target's side; the identity at s = t."""

@@ -70,8 +70,7 @@ class LCM(Distillation):
     def training_step(self, b: LatentBatch, i: int) -> None:
         """One update: the student at (x_t, t) answers as the target at the point to which the teacher steps, (x_s, s)."""
         with torch.no_grad():
-            p = self.teacher(b.x_t, b.t, b.c)                                   # CFG, then reflection
-            x_s = ddim(self.teacher.schedule, b.x_t, p, b.t, b.s)               # t -> s along the guided flow
+            x_s = self.feed.answered(b, self.answer)
             target = self.f(self.target, x_s, b.s, b, reflect=True)
 
         # The student comes last: its activations do not lie in memory, and out of the cache, while the other two work.
@@ -80,6 +79,11 @@ class LCM(Distillation):
         if self.descend(self.optimizers(), self.feedback(b, loss)):
             self.advance()
             self.target.follow(self.student, self.target_decay)
+
+    def answer(self, b: LatentBatch) -> Tensor:
+        """x_s [B, C, H, W]: the guided teacher's one step from x_t, which the buffer keeps beside it."""
+        p = self.teacher(b.x_t, b.t, b.c)                                       # CFG, then reflection
+        return ddim(self.teacher.schedule, b.x_t, p, b.t, b.s)                  # t -> s along the guided flow
 
     def f(self, denoiser: Denoiser, x: Tensor, t: Tensor, b: LatentBatch, reflect: bool = False) -> Tensor:
         """The consistency function's value [B, C, H, W]: c_skip x + c_out x0, with x0 reflected on the target's side."""

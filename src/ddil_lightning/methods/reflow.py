@@ -95,8 +95,12 @@ class Reflow(Distillation):
         if not self.relabel or bool(forward.all()):
             return x, b.end
         rolled = (~forward).nonzero()[:, 0]                                     # so many in every process, whoever made them
-        answers = self.policies.teacher.solve(x[rolled], b.t[rolled], take(b.c, rolled), self.relabel)  # type: ignore[union-attr]
+        answers = self.feed.answered(take(b._replace(x_t=x), rolled), self.answer)
         return x, torch.where(ours.view(wide), b.end, b.end.index_copy(0, rolled, answers.to(b.end.dtype)))
+
+    def answer(self, b: LatentBatch) -> Tensor:
+        """y [B, C, H, W]: where the teacher's flow ends from x_t, in `relabel` steps, which the buffer keeps beside it."""
+        return self.policies.teacher.solve(b.x_t, b.t, b.c, self.relabel)  # type: ignore[union-attr]
 
     def slope(self, b: LatentBatch, like: Tensor) -> Tensor:
         """[B, 1, ...] |dv| / |dx0| = (alpha + sigma) / sigma on the line; 1 at the first node, where r is 0."""

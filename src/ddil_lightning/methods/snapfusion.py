@@ -65,7 +65,7 @@ class SnapFusion(Distillation):
         guided = self.streams.shared("guided").random() < self.guided           # the same in every process
         c = b.c if guided else b.c.guided(None)
         with torch.no_grad():
-            target = self.target(b, c)
+            target = self.feed.answered(b._replace(c=c), self.answer)
         p = self.student(b.x_t, b.t, c)
         scale = v_weight(self.weight, self.student.schedule, b.t, b.x_t).sqrt().view(-1, *(1,) * (p.v.ndim - 1))
         loss = self.distance(scale * p.v, scale * target)
@@ -75,12 +75,12 @@ class SnapFusion(Distillation):
         if self.descend(self.optimizers(), self.feedback(b, loss)):
             self.advance()
 
-    def target(self, b: LatentBatch, c: Context) -> Tensor:
-        """v* [B, C, H, W]: one DDIM step by it, t -> s, lands where the teacher lands in two, each of them guided where `c` is."""
+    def answer(self, b: LatentBatch) -> Tensor:
+        """v* [B, C, H, W]: one DDIM step by it, t -> s, lands where the teacher lands in two, each of them guided where `b.c` is."""
         T, schedule, x_t, t, s = self.teacher, self.student.schedule, b.x_t, b.t, b.s
         m = self.fine.times.to(t.device)[2 * b.node + 1]
-        x_m = ddim(schedule, x_t, T(x_t, t, c), t, m)
-        x_s = ddim(schedule, x_m, T(x_m, m, c), m, s)
+        x_m = ddim(schedule, x_t, T(x_t, t, b.c), t, m)
+        x_s = ddim(schedule, x_m, T(x_m, m, b.c), m, s)
         return one_step(schedule, x_t, x_s, t, s)
 
     def original(self, out: Tensor, b: LatentBatch) -> Tensor:

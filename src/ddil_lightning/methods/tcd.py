@@ -77,11 +77,15 @@ class TCD(Distillation):
         """Where the student's jump t -> s ends, and the target's u -> s from the point to which the teacher steps: [B, C, H, W] each."""
         t, u = b.t, b.s
         with torch.no_grad():
-            p = self.teacher(b.x_t, t, b.c)                                     # CFG, then reflection
-            x_u = ddim(self.teacher.schedule, b.x_t, p, t, u)                   # t -> u along the guided flow
+            x_u = self.feed.answered(b, self.answer)
             target = self.f(self.target, x_u, u, s, b, reflect=True)
         # The student comes last: its activations do not lie in memory, and out of the cache, while the other two work.
         return self.f(self.student, b.x_t, t, s, b), target
+
+    def answer(self, b: LatentBatch) -> Tensor:
+        """x_u [B, C, H, W]: the guided teacher's one step from x_t, which the buffer keeps beside it."""
+        p = self.teacher(b.x_t, b.t, b.c)                                       # CFG, then reflection
+        return ddim(self.teacher.schedule, b.x_t, p, b.t, b.s)                  # t -> u along the guided flow
 
     def f(self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, b: LatentBatch, reflect: bool = False) -> Tensor:
         """The trajectory consistency function's value [B, C, H, W] at times t >= s, with x0 reflected on the target's side."""

@@ -111,8 +111,12 @@ class UFOGen(Adversarial):
         # How many are rolled out is the same in every process.
         if not bool(rolled.any()):
             return b.end
-        label = solve(self.teacher, b.x_t, b.t, b.c, self.label_steps)
+        label = self.feed.answered(b, self.answer)
         return torch.where(rolled.view(-1, *(1,) * (label.ndim - 1)), label, b.end)
+
+    def answer(self, b: LatentBatch) -> Tensor:
+        """Labels [B, C, H, W]: the end of the guided teacher's flow from x_t, which the buffer keeps beside it."""
+        return solve(self.teacher, b.x_t, b.t, b.c, self.label_steps)
 
     # What the rest of the library asks -----------------------------------------------------------------------------------------------
 

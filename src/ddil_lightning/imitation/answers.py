@@ -1,0 +1,155 @@
+"""What a frozen network has answered to states of the replay buffer, kept beside them: it is asked once, however often a state is drawn.
+
+An answer is a function of the state alone, (x_t, t, s, c, w), as long as the network and the grid are: within a stage. So it goes with its
+state, by age, by eviction and at the end of a stage (METHODS 1.6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddil_lightning.feed import Answer, Ask
+from ddil_lightning.imitation.states import Chunk, Kept
+from ddil_lightning.records import LatentBatch, take
+
+Storage = Literal["float32", "float16", "none"]
+
+Find = Callable[[Tensor], Iterable[tuple[Chunk, Tensor, Tensor]]]
+"""Slots [n] -> of every roll-out that holds some: itself, which of the n [k], and their rows in it [k]."""
+
+
+class Arriving(NamedTuple):
+    """Answers on their way from the device."""
+
+    kind: str
+    slot: Tensor  # [n]
+    fields: tuple[Tensor, ...]  # [n, ...] each
+    there: Any  # a CUDA event
+
+
+class Answers:
+    """Answers to the states that `find` finds by their slots, in the chunks that hold these.
+
+    `storage`: "float32" keeps them as they came, "float16" in half precision, "none" keeps none. With the first, a batch is answered in the
+    very bits that its states had at first. A network that is asked for the missing rows alone answers them as it would in a whole batch up
+    to the rounding of its kernels, which may depend on how many rows there are.
+    """
+
+    def __init__(self, storage: Storage, find: Find) -> None:
+        self.storage, self._find = storage, find
+        self._drawn: tuple[Tensor, Tensor] | None = None
+        self._arriving: list[Arriving] = []
+
+    def drawn(self, there: Tensor, here: Tensor) -> None:
+        """Slots [B] of a batch on its way to the method, and the same on the CPU: reading them back from a device would wait for it."""
+        self._drawn = there, here
+
+    def of(self, batch: LatentBatch, ask: Ask, alone: bool = True) -> Answer:
+        """`ask(batch)`, which asks for the rows alone that are not known and keeps what is answered to states of the buffer.
+
+        Unless this process is `alone`, at least one row is asked for: a network that is split over all of them waits for every one.
+        """
+        if self.storage == "none":
+            return ask(batch)
+        self.settle()
+        slot, kind = self._slots(batch.slot), "unguided" if batch.c.w is None else "guided"
+        known, kept = self.recall(slot, kind)
+        asked, place = missing(slot, known)
+        if not len(asked):
+            if not alone:
+                ask(take(batch, [0]))
+            fields = tuple(x.to(batch.t.device) for x in kept)
+            return fields if len(fields) > 1 else fields[0]
+        found = ask(batch if len(asked) == len(slot) else take(batch, asked.to(batch.t.device)))
+        new = (found,) if isinstance(found, Tensor) else found
+        self._keep(kind, slot[asked], new)
+        if len(asked) == len(slot):
+            return found
+        order = place.to(batch.t.device)
+        fields = tuple(torch.cat([a, *(b.to(a) for b in kept[i : i + 1])])[order] for i, a in enumerate(new))
+        return fields[0] if isinstance(found, Tensor) else fields
+
+    def recall(self, slot: Tensor, kind: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(known [n], fields [k, ...]): for which of the states `slot` [n] there is an answer of a `kind`, and the fields of these k."""
+        known, places, parts = torch.zeros(len(slot), dtype=torch.bool), [], []
+        for chunk, rows, local in self._find(slot):
+            kept = chunk.answers.get(kind)
+            if kept is None:
+                continue
+            mine = kept.known[local]
+            known[rows[mine]] = True
+            places.append(rows[mine])
+            parts.append([x[local[mine]] for x in kept.fields])
+        if not parts:
+            return known, ()
+        order = torch.cat(places).argsort()
+        columns = (torch.cat(column)[order] for column in zip(*parts, strict=True))
+        return known, tuple(x.float() if x.dtype == torch.float16 else x for x in columns)
+
+    def settle(self) -> None:
+        """Put away what has arrived since."""
+        arrived, self._arriving = self._arriving, []
+        for one in arrived:
+            one.there.synchronize()
+            self._put(one.kind, one.slot, one.fields)
+
+    def _slots(self, slot: Tensor) -> Tensor:
+        """Those of a batch, on the CPU."""
+        return self._drawn[1] if self._drawn is not None and self._drawn[0] is slot else slot.cpu()
+
+    def _keep(self, kind: str, slot: Tensor, fields: tuple[Tensor, ...]) -> None:
+        mine = slot >= 0
+        if not mine.any():
+            return
+        rows = mine.nonzero()[:, 0].to(fields[0].device)
+        kept = tuple(x.detach()[rows].to("cpu", non_blocking=True) for x in fields)
+        if fields[0].is_cuda:
+            # Put away by the next batch: waiting here would have the device wait for the step's next kernels.
+            self._arriving.append(Arriving(kind, slot[mine], kept, torch.cuda.current_stream().record_event()))
+        else:
+            self._put(kind, slot[mine], kept)
+
+    def _put(self, kind: str, slot: Tensor, fields: tuple[Tensor, ...]) -> None:
+        for chunk, rows, local in self._find(slot):  # a state that has gone since is not found
+            if kind not in chunk.answers:
+                m, half = len(chunk.states.t), self.storage == "float16"
+                dtypes = (torch.float16 if half and x.is_floating_point() else x.dtype for x in fields)
+                empty = tuple(torch.zeros(m, *x.shape[1:], dtype=dtype) for x, dtype in zip(fields, dtypes, strict=True))
+                chunk.answers[kind] = Kept(torch.zeros(m, dtype=torch.bool), empty)
+            kept = chunk.answers[kind]
+            kept.known[local] = True
+            for mine, x in zip(kept.fields, fields, strict=True):
+                mine[local] = x[rows].to(mine.dtype)
+
+
+def missing(slot: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """(asked [m], place [B]): the rows of a batch to ask for, a state that was drawn twice once, and where every row's answer is among
+    theirs, followed by those of the `known` [B] rows in order."""
+    asked: list[int] = []
+    place, of_slot, before = [], {}, 0
+    for row, (s, is_known) in enumerate(zip(slot.tolist(), known.tolist(), strict=True)):
+        if is_known:
+            place.append(-1)
+            continue
+        if s < 0 or s not in of_slot:
+            of_slot[s] = len(asked)
+            asked.append(row)
+        place.append(of_slot[s])
+    for row, at in enumerate(place):
+        if at < 0:
+            place[row], before = len(asked) + before, before + 1
+    return torch.tensor(asked, dtype=torch.long), torch.tensor(place, dtype=torch.long)
+
+
+def saved(answers: Mapping[str, Kept]) -> dict[str, Any]:
+    """A roll-out's answers for a checkpoint: copies, for they are written in place."""
+    return {kind: {"known": kept.known.clone(), "fields": [x.clone() for x in kept.fields]} for kind, kept in answers.items()}
+
+
+def restored(state: Mapping[str, Any]) -> dict[str, Kept]:
+    """What `saved` has made."""
+    return {kind: Kept(one["known"].clone(), tuple(x.clone() for x in one["fields"])) for kind, one in state.items()}
