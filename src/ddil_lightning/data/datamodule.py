@@ -21,16 +21,13 @@ from ddil_lightning.data.sampler import CounterSampler
 from ddil_lightning.diffusion.denoiser import evaluating
 from ddil_lightning.feed import Answer, Ask, Feed
 from ddil_lightning.imitation.buffer import ReplayBuffer
-from ddil_lightning.imitation.learner import Learner
+from ddil_lightning.imitation.learner import Learner, check_learner
 from ddil_lightning.imitation.options import Buffer, Rollouts
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.imitation.rollout import REJECTED, check_finite, collect, draw
 from ddil_lightning.processes import Processes
 from ddil_lightning.records import CaptionBatch, LatentBatch, take, to
 from ddil_lightning.streams import Streams
-
-ASKED = ("feed", *(name for name in vars(Learner) if not name.startswith("_")))
-"""What a method must have."""
 
 
 class DDILDataModule(LightningDataModule, Feed):
@@ -112,11 +109,7 @@ class DDILDataModule(LightningDataModule, Feed):
         """Encode the captions (or map the cache), and hand itself to the method. Raises TypeError for one that lacks what is asked."""
         if stage != "fit":
             return
-        lacking = [name for name in ASKED if not hasattr(self.learner, name)]
-        if lacking:
-            raise TypeError(
-                f"{type(self.learner).__name__} has no {', '.join(lacking)}: derive it from Distillation, or see imitation.learner.Learner"
-            )
+        check_learner(self.learner)
         self.learner.feed = self
         self.unsteered()
         backbone = self.learner.backbone
@@ -216,7 +209,18 @@ class DDILDataModule(LightningDataModule, Feed):
             return False
         if self.buffer is None or self._collected_at is None or shape not in self._collected:
             return True
-        return self.clock - self._collected_at >= self.collect_every
+        given = self.rollouts.reuse is None
+        every = (
+            self.collect_every
+            if given
+            else self.rollouts.batches(self.prior.rollouts, self.batch_size, self.trajectories, self.learner.grid)
+        )
+        return not 0 <= self._now - self._collected_at < every
+
+    @property
+    def _now(self) -> int:
+        """The clock of cadence: student updates of the stage or, where the reuse of states sets it, batches."""
+        return self.clock if self.rollouts.reuse is None else self.done
 
     def _collect(self, batch: CaptionBatch, shape: tuple[int, ...], buffer: ReplayBuffer) -> None:
         """Algorithm 2: a roll-out into the buffer. Raises FloatingPointError for one that is not finite."""
@@ -233,7 +237,7 @@ class DDILDataModule(LightningDataModule, Feed):
         if len(buffer) == 0 and not self._warned:
             self._warned = True
             logging.getLogger(__name__).warning(f"all {len(made.t)} {REJECTED}")
-        self._collected_at = self.clock
+        self._collected_at = self._now
 
     def _expected(self, t: Tensor) -> Tensor | None:
         """[M] mean square of forward latents at `t`: the buffer refuses states far from it. None without data in memory."""
@@ -278,11 +282,9 @@ class DDILDataModule(LightningDataModule, Feed):
     def state_dict(self) -> dict[str, Any]:
         """The counter and, on rank 0 (whose return is what Lightning keeps), every rank's buffer."""
         mine: Any = self.buffer.state_dict() if self.buffer is not None else None
-        every = [mine]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # To rank 0 alone: a buffer of every rank on every rank could fill the memory of all devices.
-            every = [None] * torch.distributed.get_world_size()
-            torch.distributed.gather_object(mine, every if torch.distributed.get_rank() == 0 else None)
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        # To rank 0 alone: a buffer of every rank on every rank could fill the memory of all devices.
+        every = Processes(self.trainer).collected(mine) if several else [mine]
         shapes = sorted(map(list, self._collected))
         return {"done": self.done, "collected_at": self._collected_at, "collected": shapes, "buffers": every}
 

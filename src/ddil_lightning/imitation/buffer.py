@@ -1,6 +1,7 @@
 """The replay buffer of collected states: DAgger's aggregation with states, which a frozen teacher labels whenever asked (METHODS 1.6).
 
-What it has answered to a state is kept beside it (imitation.answers) and goes with it. Age makes them off-policy but never wrong; the age limit bounds it.
+What it has answered to a state is kept beside it (imitation.answers) and goes with it. Age makes states off-policy but never wrong; the age
+limit bounds it.
 Prioritised replay follows Schaul et al. (2016), with losses normalised per node: otherwise it becomes a sampler of the noisiest node.
 The buffer lives on the CPU and belongs to one rank.
 """

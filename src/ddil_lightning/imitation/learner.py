@@ -59,3 +59,13 @@ class Learner(Protocol):
     def guidance(self) -> tuple[float, float]:
         """The range of guidance g = 1 + w from which every sample's w is drawn, uniform."""
         ...
+
+
+def check_learner(method: Any) -> None:
+    """Raises TypeError, naming it, for what a method lacks of a Learner."""
+    asked = ("feed", *(name for name in vars(Learner) if not name.startswith("_")))
+    lacking = [name for name in asked if not hasattr(method, name)]
+    if lacking:
+        raise TypeError(
+            f"{type(method).__name__} has no {', '.join(lacking)}: derive it from Distillation, or see imitation.learner.Learner"
+        )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ddil_lightning.bounds import at_least, within
+from ddil_lightning.bounds import above, at_least, within
+from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.feed import Wants
 from ddil_lightning.imitation.answers import Storage
 
@@ -18,6 +19,8 @@ class Rollouts:
 
     Args:
         every: student updates between two roll-outs; the callback Cadence changes it while a run goes on.
+        reuse: how often a state is to be drawn on average, which sets the batches between two roll-outs by the prior in force, in the
+            place of `every`: twice the reuse is half the roll-outs, and with `buffer.answers` fewer questions to the teacher.
         trajectories: of one roll-out, whose interior states all go to the buffer; by default, and at most, `batch_size`.
         granularity: `sample` splits every batch by the shares of the prior, `step` gives each batch one source.
         pure_noise: forward latents at the first node carry no signal, as the first states of roll-outs; by default as the method asks.
@@ -25,6 +28,7 @@ class Rollouts:
     """
 
     every: int = 10
+    reuse: float | None = None
     trajectories: int | None = None
     granularity: Granularity = "sample"
     pure_noise: bool | None = None
@@ -34,8 +38,18 @@ class Rollouts:
         """What a method `wants`, with what is said of it here."""
         return wants if self.pure_noise is None else replace(wants, pure_noise=self.pure_noise)
 
+    def batches(self, share: float, batch: int, trajectories: int, grid: Grid) -> int:
+        """Those between two roll-outs by the `reuse` u: u N R / (q B), rounded, where the share q of every batch of B is drawn from the N R
+        states of R trajectories on N nodes (METHODS 1.7)."""
+        assert self.reuse is not None
+        nodes = sum(map(len, grid.rollouts)) / len(grid.rollouts)
+        return max(1, round(self.reuse * nodes * trajectories / (share * batch)))
+
     def __post_init__(self) -> None:
         at_least(1, **{"rollouts.every": self.every, "rollouts.trajectories": self.trajectories})
+        above(0, **{"rollouts.reuse": self.reuse})
+        if self.reuse is not None and self.every != Rollouts.every:
+            raise ValueError(f"rollouts.reuse = {self.reuse:g} and rollouts.every = {self.every} both set the cadence: give one of them")
 
 
 @dataclass(frozen=True)

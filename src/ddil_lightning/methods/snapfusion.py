@@ -15,7 +15,7 @@ from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.methods.pd import Weight, one_step, v_weight
-from ddil_lightning.records import FORWARD, Context, LatentBatch
+from ddil_lightning.records import FORWARD, LatentBatch
 from ddil_lightning.streams import Streams
 from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.method import Distillation
