@@ -203,16 +203,10 @@ class ReplayBuffer:
         """
         alike = state.get("answers") == self.answers.storage
         own = lambda parts: {name: x.clone() for name, x in parts.items()}  # noqa: E731 (a mapped checkpoint is not held open by its latents)
-        self._chunks = deque(
-            Chunk(
-                States(**own(k["states"])),
-                Context(**own(k["c"])),
-                *k["at"],
-                restored(k.get("answers", {})) if alike else {},
-                *(k[x].clone() if x in k else None for x in ENDS),
-            )
-            for k in state["chunks"]
-        )
+        self._chunks = deque()
+        for k in state["chunks"]:
+            states, c, answers = States(**own(k["states"])), Context(**own(k["c"])), restored(k.get("answers", {})) if alike else {}
+            self._chunks.append(Chunk(states, c, *k["at"], answers, *(k[x].clone() if x in k else None for x in ENDS)))
         self._means = {int(time): (float(mean), int(count)) for time, mean, count in state["means"]}
         self._next, self.rejected = int(state["next"]), int(state["rejected"])
         self._evict()

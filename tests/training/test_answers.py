@@ -1,0 +1,81 @@
+"""A run that keeps its teacher's answers beside the replayed states against one that asks again: the same losses, weights and plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from pair import Pair, ddp
+from suite import BY_NAME, METHODS, MIXED, Entry, Run, build, captions, equal, fit
+
+BATCH, UPDATES = 8, 8
+"""Half of every batch is forward latents: networks are then asked for at least four rows, which they answer on one thread as they would in a
+batch (another kernel multiplies fewer)."""
+ASKING = [entry for entry in METHODS if hasattr(entry.method, "answer") and not entry.slow]
+MORE = [Entry("ctm-two-steps", BY_NAME["ctm"].method, {"denoising": 0.0, "teacher_steps": 2})]
+
+
+@pytest.fixture(scope="session")
+def tiny(light: Path) -> Path:
+    """Half the time of a call."""
+    return light
+
+
+class Losses(Callback):
+    """The per-sample losses of every update."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        hear = pl_module.feedback
+        pl_module.feedback = lambda b, loss: (self.seen.append(loss.detach().clone()), hear(b, loss))[1]
+
+
+def run(entry: Entry, folder: Path, answers: str, **kwargs: Any) -> tuple[Run, list[torch.Tensor]]:
+    losses = Losses()
+    data = captions(folder, MIXED, batch_size=BATCH, buffer={"answers": answers})
+    return fit(build(entry, folder, updates=UPDATES), data, losses, **kwargs), losses.seen
+
+
+def asked(made: Run) -> int:
+    """Evaluations of the frozen networks that a method asks at replayed states."""
+    return sum(n for name, n in made.method.evaluations.items() if name in ("teacher", "former"))
+
+
+@pytest.mark.parametrize("entry", [*ASKING, *MORE], ids=lambda entry: entry.name)
+def test_losses_and_weights_are_the_same_bits(entry: Entry, tiny: Path) -> None:
+    """PD's plan begins its second stage after three updates: answers of the first teacher would show."""
+    (kept, losses), (again, theirs) = (run(entry, tiny, answers) for answers in ("float32", "none"))
+    assert len(losses) == UPDATES and equal(losses, theirs)
+    assert equal(dict(kept.method.state_dict()), dict(again.method.state_dict()))
+    assert equal([o.state_dict() for o in kept.trainer.optimizers], [o.state_dict() for o in again.trainer.optimizers])
+    assert kept.rows == again.rows  # what is measured of the teacher's answers, too
+    assert asked(kept) < asked(again)
+    rest = ({k: v for k, v in made.method.evaluations.items() if k not in ("teacher", "former")} for made in (kept, again))
+    assert len({str(one) for one in rest}) == 1
+
+
+def test_half_precision_changes_losses_by_its_rounding(tiny: Path) -> None:
+    (half, losses), (full, theirs) = (run(BY_NAME["lcm"], tiny, answers) for answers in ("float16", "float32"))
+    assert half.method.evaluations == full.method.evaluations and not equal(losses, theirs)
+    torch.testing.assert_close(torch.cat(losses), torch.cat(theirs), rtol=5e-3, atol=1e-5)
+
+
+def of_process(rank: int, entry: Entry, folder: Path) -> list[dict[str, Any]]:
+    """What a process has, with its answers kept and without."""
+    found = []
+    for answers in ("float32", "none"):
+        made, losses = run(entry, folder, answers, **ddp(entry))
+        found.append({"weights": dict(made.method.state_dict()), "losses": losses, "rows": made.rows, "asked": asked(made)})
+    return found
+
+
+def test_two_processes_keep_their_own(pair: Pair, tiny: Path) -> None:
+    (kept, again), (others, _) = pair.run(of_process, BY_NAME["pd"], tiny)
+    assert all(equal(kept[name], again[name]) for name in ("weights", "losses", "rows")) and kept["asked"] < again["asked"]
+    assert equal(kept["weights"], others["weights"]) and not equal(kept["losses"], others["losses"])
