@@ -2,7 +2,8 @@
 
 One Lightning run whose prior, cadence and buffer change from block to block, so that all settings meet the same machine and networks.
 A formula for the overhead over a plain step of C forwards per sample (LCM: 3 student, 2 teacher, 1 target): q c / (u C), with q the share
-of roll-out latents, c forwards per stored state, u uses of a stored state. On N nodes, c = (N - 1) / N (p_S + g (1 - p_S)) with p_S the
+of roll-out latents, c forwards per stored state, u uses of a stored state. Where the teacher's answers are kept, less what is not asked again:
+q (c / u - g (1 - (1 - exp(-u)) / u)) / C, because of states that are drawn u times on average by chance that share was drawn before. On N nodes, c = (N - 1) / N (p_S + g (1 - p_S)) with p_S the
 student's share of the roll-outs and g = 2 for a guided teacher: the last state is stored, not evaluated. Without a buffer u = 1 and a
 trajectory stops at a random node: c = (N - 1) / 2 (p_S + g (1 - p_S)). A teacher that walks nodes between those of the roll-out (LCM's on
 a grid of 50) costs as many times more; on the built-in config's 4 nodes there are none.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -112,7 +114,13 @@ def predicted(s: Setting, batch: int, trajectories: int, nodes: float) -> tuple[
     if s.buffer is None:
         return 1.0, q * (nodes - 1) / 2 * per_transition / PLAIN_COST
     uses = q * batch * s.every / (nodes * trajectories)
-    return uses, q * (nodes - 1) / nodes * per_transition / (uses * PLAIN_COST)
+    spared = 0.0 if s.buffer.answers.storage == "none" else GUIDED * known(uses)
+    return uses, q * ((nodes - 1) / nodes * per_transition / uses - spared) / PLAIN_COST
+
+
+def known(uses: float) -> float:
+    """The share of draws whose state was drawn before, where every state is drawn `uses` times on average, with replacement."""
+    return 1 - (1 - math.exp(-uses)) / uses
 
 
 def measure(args: argparse.Namespace) -> tables.Report:

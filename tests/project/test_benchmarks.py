@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import importlib
 import json
+import math
 import subprocess
 import sys
 import time
@@ -80,7 +81,7 @@ def test_dmd2_cost(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.Captu
 
 @pytest.mark.slow
 def test_overhead(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ["--set", "data.rollouts.every=2", "--set", "data.batch_size=8"]
+    more = ["--set", "data.rollouts.every=2", "--set", "data.batch_size=8", "--set", "data.buffer.answers=none"]
     report = run(script("overhead"), tiny, tmp_path, capsys, "--threads", "1", *more)
     plain, default, *others = report["rows"]
     assert plain["formula"] == plain["counted"] == 0 and plain["prior"] == [1, 0, 0]
@@ -97,10 +98,14 @@ def test_overhead(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.Captur
 def test_overhead_formula_is_the_one_of_the_methods(script: Any) -> None:
     """q c / (u C) for the mixed roll-outs of METHODS 1.7, with the last state stored but not evaluated."""
     module = script("overhead")
-    setting = module.Setting("", module.SamplingPrior(0.5, 0.15, 0.35), every=1, buffer=module.ReplayBuffer(1000))
-    uses, overhead = module.predicted(setting, batch=40, trajectories=5, nodes=4)
-    assert uses == 0.5 * 40 / (4 * 5)
-    assert overhead == pytest.approx(0.5 * (3 / 4) * (2 - 0.3) / (6 * uses))
+    found = {}
+    for answers in ("none", "float32"):
+        setting = module.Setting("", module.SamplingPrior(0.5, 0.15, 0.35), every=1, buffer=module.ReplayBuffer(1000, answers=answers))
+        uses, found[answers] = module.predicted(setting, batch=40, trajectories=5, nodes=4)
+        assert uses == 0.5 * 40 / (4 * 5)
+    assert found["none"] == pytest.approx(0.5 * (3 / 4) * (2 - 0.3) / (6 * uses))
+    # Drawn once on average, a state is not drawn at all with 1 / e: of the draws, as many were of a state that was drawn before.
+    assert found["none"] - found["float32"] == pytest.approx(0.5 * 2 * math.exp(-1) / 6)
 
 
 @pytest.fixture

