@@ -2,11 +2,11 @@
 
 One Lightning run whose prior, cadence and buffer change from block to block, so that all settings meet the same machine and networks.
 A formula for the overhead over a plain step of C forwards per sample (LCM: 3 student, 2 teacher, 1 target): q c / (u C), with q the share
-of roll-out latents, c forwards per stored state, u uses of a stored state. Where the teacher's answers are kept, less what is not asked again:
-q (c / u - g (1 - (1 - exp(-u)) / u)) / C, because of states that are drawn u times on average by chance that share was drawn before. On N nodes, c = (N - 1) / N (p_S + g (1 - p_S)) with p_S the
+of roll-out latents, c forwards per stored state, u uses of a stored state. On N nodes, c = (N - 1) / N (p_S + g (1 - p_S)) with p_S the
 student's share of the roll-outs and g = 2 for a guided teacher: the last state is stored, not evaluated. Without a buffer u = 1 and a
 trajectory stops at a random node: c = (N - 1) / 2 (p_S + g (1 - p_S)). A teacher that walks nodes between those of the roll-out (LCM's on
-a grid of 50) costs as many times more; on the built-in config's 4 nodes there are none.
+a grid of 50) costs as many times more; on the built-in config's 4 nodes there are none. Where the teacher's answers to states are kept,
+what is not asked again is taken off: q (c / u - g k) / C, k = 1 - (1 - exp(-u)) / u being the share of draws of states drawn before.
 
     python benchmarks/overhead.py [--pipeline DIR|builtin|random] [--rounds 12] [--threads 1] [--json FILE]
 """

@@ -18,7 +18,7 @@ from ddil_lightning.commands.configs import FIT_SHORT, expand
 from ddil_lightning.commands.fit import fit
 from ddil_lightning.commands.plan import PlanCLI, held, setting_of
 from ddil_lightning.imitation.buffer import ReplayBuffer
-from ddil_lightning.records import Context, Rollout
+from ddil_lightning.records import Context, LatentBatch, Rollout
 from ddil_lightning.runs import memory
 from ddil_lightning.training.footprint import Setting
 
@@ -82,7 +82,7 @@ def test_where_a_run_would_take_place() -> None:
 
 
 def test_what_the_host_holds(bones: Path) -> None:
-    """Rows in float32, and a buffer as it is when it is full."""
+    """Rows in float32, and a buffer as it is when it is full and every state was answered."""
     words = [
         f"model.pipeline={bones}",
         "data.captions=Shapes",
@@ -103,8 +103,14 @@ def test_what_the_host_holds(bones: Path) -> None:
     zeros = torch.zeros(len(times), dtype=torch.long)
     buffer.add(Rollout(torch.randn(len(times), *cli.model.backbone.latent_shape), times, row, zeros, zeros, context), 0, 0)
     (chunk,) = buffer._chunks
-    kept = [chunk.states.x_t, chunk.c.text]
+    batch = LatentBatch(
+        chunk.states.x_t.float(), times, times, zeros, context, None, zeros, torch.ones(len(times)), torch.arange(len(times))
+    )
+    buffer.answers.of(batch, lambda b: b.x_t)
+    kept = [chunk.states.x_t, chunk.c.text, *chunk.answers["unguided"].fields]
     assert found.buffer == sum(x.numel() * x.element_size() for x in kept)
+    other = PlanCLI(expand(["--config", "lcm_ddil.yaml", *words, "data.buffer.answers=none"], FIT_SHORT))
+    assert held(other.model, other.datamodule).buffer == sum(x.numel() * x.element_size() for x in kept[:2])
     assert PlanCLI(expand(["--config", "lcm.yaml", *words], FIT_SHORT)).datamodule.prior.rollouts == 0
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from ddil_lightning.data.datamodule import evaluating
 from ddil_lightning.data.sampler import CounterSampler
+from ddil_lightning.imitation.options import Rollouts
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.imitation.rollout import forward
 from ddil_lightning.records import FORWARD, STUDENT, TEACHER
@@ -117,6 +118,44 @@ def test_without_a_buffer_every_batch_is_rolled_out_afresh() -> None:
         assert len(b.t[2:].unique()) == 1 and b.slot.eq(-1).all() and b.weight.eq(1).all()
         assert not b.x_t.requires_grad and b.real is not None
     assert {int(b.source[-1]) for b in found} == {STUDENT, TEACHER} and len({int(b.t[-1]) for b in found}) > 2
+
+
+@pytest.mark.parametrize("reuse", [0.5, 2.0, 3.0])
+def test_reuse_sets_the_cadence(reuse: float) -> None:
+    """u N R / (q B) batches between two roll-outs: 4 nodes, 4 trajectories, half of 4 latents. Then the overhead is q c / (u C)."""
+    toy = Toy()
+    made, n = module(toy=toy, rollouts={"every": 10, "reuse": reuse}), 96
+    drawn = sum(int(b.slot.ge(0).sum()) for b in first(n, made))
+    assert drawn == n * 4 * 0.5 and made.buffer is not None
+    assert drawn / made.buffer._next == pytest.approx(reuse)  # draws of each state that was ever stored
+    assert toy.calls * 4 / (n * 4) == pytest.approx(0.5 * (3 / 4) / reuse)  # evaluations a sample: c = 3 / 4 for 4 nodes, the last is free
+    made.prior = SamplingPrior(0.75, 0.25)  # the prior in force: half the draws, half the roll-outs
+    before = toy.calls
+    first(n, made)
+    assert toy.calls - before == before / 2
+
+
+def test_reuse_counts_batches_and_not_updates() -> None:
+    """Micro-batches and the critic's turns draw states too."""
+    made = module(toy=(toy := Toy()), rollouts={"every": 10, "reuse": 1.0})
+    for raw in islice(made.train_dataloader(), 5):
+        made.on_after_batch_transfer(raw, 0)
+        made.commit()  # and no student update
+    assert toy.calls == 3
+    for _ in range(2):
+        made.on_after_batch_transfer(raw, 0)
+        made.commit()
+    assert toy.calls == 3
+    made.done = 8
+    made.on_after_batch_transfer(raw, 0)
+    assert toy.calls == 6
+
+
+def test_reuse_and_cadence_are_one_setting() -> None:
+    with pytest.raises(ValueError, match=r"rollouts.reuse = 2 and rollouts.every = 3 both set the cadence: give one of them"):
+        Rollouts(every=3, reuse=2.0)
+    with pytest.raises(ValueError, match=r"rollouts.reuse is 0.0: give a number above 0"):
+        Rollouts(reuse=0.0)
 
 
 @pytest.mark.parametrize("images", [True, False])

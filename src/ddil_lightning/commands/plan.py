@@ -116,11 +116,13 @@ def held(method: Any, data: Any) -> Held:
 
 
 def _buffer(method: Any, data: Any, latent: int, text: int) -> int:
-    """A full buffer: states in half precision unless late ones are among them, and a text for every roll-out."""
+    """A full buffer: states in half precision unless late ones are among them, an answer to each, and a text for every roll-out."""
     if data.buffer is None or not data.prior.rollouts:
         return 0
     walks = [walk.nodes.tolist() for walk in method.walks()] or [[FINE]]
     width = 4 if min(map(min, walks)) < FINE else 2
+    if hasattr(method, "answer"):  # what its frozen teacher is asked at a state (feed.Feed.answered)
+        width += {"float32": 4, "float16": 2, "none": 0}[data.buffer.answers.storage]
     return data.buffer.capacity * width * latent + data.buffer.capacity // min(map(len, walks)) * text
 
 
