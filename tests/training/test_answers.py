@@ -13,7 +13,7 @@ from pair import Pair, ddp
 from suite import BY_NAME, METHODS, MIXED, Entry, Run, build, captions, equal, fit
 
 BATCH, UPDATES = 8, 8
-"""Half of every batch is forward latents: networks are asked for four rows at least, which they answer on one thread as they would in a whole
+"""Half of every batch is forward latents: networks are asked for four rows at least, which they answer on one thread as they would in a
 batch (another kernel multiplies fewer)."""
 ASKING = [entry for entry in METHODS if hasattr(entry.method, "answer")]
 MORE = [Entry("ctm-two-steps", BY_NAME["ctm"].method, {"denoising": 0.0, "teacher_steps": 2}, slow=True)]

@@ -206,7 +206,9 @@ class ReplayBuffer:
         self._chunks = deque()
         for k in state["chunks"]:
             states, c, answers = States(**own(k["states"])), Context(**own(k["c"])), restored(k.get("answers", {})) if alike else {}
-            self._chunks.append(Chunk(states, c, *k["at"], answers, *(k[x].clone() if x in k else None for x in ENDS)))
+            ends = {x: k[x].clone() for x in ENDS if x in k}
+            clock, stage, start = k["at"]
+            self._chunks.append(Chunk(states, c, clock, stage, start, answers, **ends))
         self._means = {int(time): (float(mean), int(count)) for time, mean, count in state["means"]}
         self._next, self.rejected = int(state["next"]), int(state["rejected"])
         self._evict()
