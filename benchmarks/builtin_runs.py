@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 
 from ddil_lightning import Pipeline
@@ -85,7 +86,7 @@ class Run:
     @property
     def told(self) -> tuple[str, ...]:
         """All words of its command line beside the config."""
-        return f"model.init_args.pipeline={self.teacher.pipeline}", "--seed", str(self.seed), *self.words
+        return f"model.init_args.pipeline={self.teacher.pipeline}", "--seed", str(self.seed), common.ANEW, *self.words
 
 
 def digest(*depends: Any) -> str:

@@ -30,6 +30,11 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+ANEW = "data.buffer.answers=none"
+"""Of comparisons by network evaluations: a replayed state is asked for whenever it is drawn, as the algorithm is counted in the published
+tables. Losses and weights are those of a run that keeps the answers, which is cheaper than they say."""
+
+
 def parser(doc: str | None, pipeline: bool = True) -> argparse.ArgumentParser:
     """The options of every benchmark; `pipeline`: whether it can be given one."""
     made = argparse.ArgumentParser(description=(doc or "").splitlines()[0])

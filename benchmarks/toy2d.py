@@ -103,7 +103,7 @@ class Task:
         shares: tuple[str, ...] = ()
         if its.config == DDIL and (its.actor or self.prior):
             shares = prior_words(its.config.format(self.method), its.actor, self.prior)
-        return its.config.format(self.method), ("--seed", str(self.seeds[0]), *self.group, *shares, *its.words)
+        return its.config.format(self.method), ("--seed", str(self.seeds[0]), common.ANEW, *self.group, *shares, *its.words)
 
 
 @functools.lru_cache(maxsize=4)

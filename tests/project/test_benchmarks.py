@@ -464,7 +464,7 @@ def test_what_a_group_of_seeds_is_kept_under(script: Any, tmp_path: Path) -> Non
     """Its name follows from every field of the task; a group that is kept is not trained again."""
     toy2d = script("toy2d")
     task = toy2d.Task("lcm", ("base",), (3, 4), (*toy2d.quick("lcm"),), 64, None)
-    assert task.said("base") == ("toy2d/lcm.yaml", ("--seed", "3", *task.group, "model.init_args.reflect=off"))
+    assert task.said("base") == ("toy2d/lcm.yaml", ("--seed", "3", "data.buffer.answers=none", *task.group, "model.init_args.reflect=off"))
     other = {"method": "pd", "variants": ("base", "ddil"), "seeds": (3,), "words": (), "n": 65, "prior": (0.5, 0.5, 0.0)}
     assert set(other) == {field.name for field in dataclasses.fields(task)}
     names = [task.file, *(dataclasses.replace(task, **{name: value}).file for name, value in other.items())]
