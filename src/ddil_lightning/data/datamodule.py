@@ -209,12 +209,8 @@ class DDILDataModule(LightningDataModule, Feed):
             return False
         if self.buffer is None or self._collected_at is None or shape not in self._collected:
             return True
-        given = self.rollouts.reuse is None
-        every = (
-            self.collect_every
-            if given
-            else self.rollouts.batches(self.prior.rollouts, self.batch_size, self.trajectories, self.learner.grid)
-        )
+        share, own = self.prior.rollouts, self.rollouts
+        every = own.batches(share, self.batch_size, self.trajectories, self.learner.grid) if own.reuse else self.collect_every
         return not 0 <= self._now - self._collected_at < every
 
     @property
