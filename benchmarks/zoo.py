@@ -119,7 +119,7 @@ def wanted(args: argparse.Namespace, spent: int | None) -> list[Cell]:
 def measure(args: argparse.Namespace) -> Report:
     """Make the cells that are missing, and the report and the page of all that are there."""
     if args.quick:
-        args.seeds, args.members, args.n, args.evaluations = 2, 2, 64, 1000
+        args.seeds, args.members, args.n, args.evaluations = 2, 2, 64, 20_000
         args.cells = Path("runs/benchmarks/zoo") if args.cells == CELLS else args.cells
     args.cells.mkdir(parents=True, exist_ok=True)
     asked = [cell for spent in (None, args.evaluations) for cell in wanted(args, spent)]

@@ -382,7 +382,7 @@ def test_the_zoo_is_made_cell_by_cell(script: Any, tmp_path: Path, capsys: pytes
     assert len(files) == 2 * 2 * 4
     for file in files:  # of the equal budget nobody is given more than a step beyond it, and PD's stages are as long as that allows
         cell = json.loads(file.read_text())
-        assert cell["budget"] == "updates" or 0.5 * 1000 < cell["evaluations"] < 2 * 1000
+        assert cell["budget"] == "updates" or 0.5 * 20_000 < cell["evaluations"] < 2 * 20_000
     next(iter(files)).unlink()
     capsys.readouterr()
     module.main(options)  # what is there is not made again
