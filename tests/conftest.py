@@ -177,6 +177,14 @@ def sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random miniature of Flux.1 dev, a flow in packed latents that is told its guidance."""
+    from fluxes import make_flux
+
+    return make_flux(tmp_path_factory.mktemp("flux") / "tiny-flux")
+
+
+@pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """Two processes that run functions as one process group: `pair.run(job, ...)`."""
     from pair import Pair

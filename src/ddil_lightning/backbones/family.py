@@ -42,6 +42,9 @@ class Family(Network):
     called_with: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """What a call of its pipelines is given besides prompts, steps, guidance and latents, so that these are taken as they are."""
 
+    cfg: ClassVar[str] = "guidance_scale"
+    """How calls of its pipelines name the scale of classifier-free guidance; under another name they want a negative prompt with it."""
+
     flow: ClassVar[bool] = False
     """Whether its networks are velocities of the linear path, whose pipelines have a scheduler of flow matching."""
 
@@ -70,6 +73,31 @@ class Family(Network):
     def dtype(self) -> torch.dtype:
         """What it computes in where nothing casts: a teacher may be in half precision, and its answer is upcast by the schedule."""
         return (next(self.model.parameters()) if self.typical is None else self.model.get_parameter(self.typical)).dtype
+
+    @property
+    def guidance(self) -> float:
+        """The guidance g that its pipelines are called with where nobody says another: Stable Diffusion's, 7.5."""
+        return 7.5
+
+    @property
+    def asked_by(self) -> str:
+        """How a call of its pipelines names the guidance: what its network is told, or the scale of classifier-free guidance."""
+        return "guidance_scale" if self.w_conditioned else self.cfg
+
+    def asked(self, g: float, n: int) -> dict[str, Any]:
+        """What a call of its pipelines for `n` prompts is given for guidance g; 1 is none."""
+        negative = {} if self.asked_by == "guidance_scale" or g <= 1 else {"negative_prompt": [""] * n}
+        return {self.asked_by: g, **negative}
+
+    @staticmethod
+    def packed(x: Tensor) -> Tensor:
+        """Latents [B, C, h, w] as its pipelines hold them while they sample."""
+        return x
+
+    @staticmethod
+    def unpacked(x: Tensor, shape: Sequence[int]) -> Tensor:
+        """The latents [B, C, h, w], of a `shape` [C, h, w], that its pipelines hold as `x`."""
+        return x
 
     @property
     @abstractmethod

@@ -55,7 +55,7 @@ def set_steps(scheduler: Any, n: int, family: Family, shape: Sequence[int], devi
     """Give a scheduler its nodes for `n` steps on latents [C, h, w], as a plain call of its pipeline does."""
     positions = family.positions(shape)
     told = {"mu": mu(scheduler, positions)} if scheduler.config.get("use_dynamic_shifting") and positions is not None else {}
-    if family.passes_sigmas:
+    if family.passes_sigmas and not scheduler.config.get("use_flow_sigmas"):  # DPM-Solver++, which takes its own
         told["sigmas"] = torch.linspace(1, 1 / n, n, dtype=torch.float64).tolist()  # type: ignore[assignment]
     scheduler.set_timesteps(n, device=device, **told)
 

@@ -26,6 +26,9 @@ from ddil_lightning.records import Context
 from ddil_lightning.texts import by
 
 
+OTHER = "take another method, or a teacher whose guidance is not embedded"
+
+
 class Network(nn.Module, ABC):
     """A network `(x_t, t, c) -> output`; nobody else asks what it is made of.
 
@@ -173,14 +176,18 @@ class Backbone(ABC):
     ) -> Role:
         """The network in its part: `teacher`, frozen, guided by the empty prompt; any other name (`student`, `critic`) a trainable one.
 
-        `guided`: the trainable one is guided by the empty prompt too, and called twice, as its users will call it.
+        A teacher whose network is told the guidance is asked once, and so are all who are made of it. `guided`: the trainable one is guided
+        by the empty prompt too, and called twice, as its users will call it: raises ValueError where its network is told the guidance.
         That is a copy or, where `adapter` has a rank, adapters on the frozen network itself. `recompute`: with gradient checkpointing.
         `predicts`: of its outputs, where that is not the teacher's. `reflection` of its x0.
         A target, an average or a former student is made from a role: `student.copied("target")`.
         """
         space = self.predicts if predicts is None else predicts
         if name == "teacher":
-            return Role(name, self.network(), self.schedule, space, null=self.null(), reflection=reflection, own=False)
+            null = None if self.network().w_conditioned else self.null()
+            return Role(name, self.network(), self.schedule, space, null=null, reflection=reflection, own=False)
+        if guided and self.network().w_conditioned:
+            raise ValueError(f"the network of {self.path} is told its guidance, and is not guided by the empty prompt besides: {OTHER}")
         shares = adapter.is_for(name)
         more = {"s_conditioned": True} if s_conditioned else {}
         network = self.adapted(adapter, w_conditioned, name, **more) if shares else self.trainable(w_conditioned, name, **more)

@@ -14,13 +14,16 @@ from ddil_lightning.backbones.family import Family
 from ddil_lightning.backbones.weights import hushed
 
 
-def check(network: nn.Module, shared: Iterable[nn.Parameter]) -> None:
-    """Raises ValueError, naming formats that do, for a network that is more than adapters on the `shared` parameters, or none at all."""
+def check(network: nn.Module, shared: Iterable[nn.Parameter], told: bool = False) -> None:
+    """Raises ValueError, naming formats that do, for a network that is more than adapters on the `shared` parameters, or none at all.
+
+    `told`: whether the guidance is told to the frozen network too, so that its embedding lies below the adapters.
+    """
     if not isinstance(network, Family) or not is_adapted(network):
         raise ValueError("this student has no adapters, which --format lora and kohya hold: choose diffusers or single-file")
     base = {id(p) for p in shared}
     whole = [name for name, p in network.named_parameters() if id(p) not in base and ".lora_" not in name]
-    if getattr(network, "w_conditioned", False):
+    if network.w_conditioned and not told:
         raise ValueError(
             "this student is told its guidance by an embedding that is trained whole, which no file of adapters holds: choose --format "
             "diffusers, or train with model.w_conditioned=false"

@@ -186,6 +186,11 @@ class Pipeline(Sized):
     # Called as its users call it -----------------------------------------------------------------------------------------------------
 
     @property
+    def guidance(self) -> float:
+        """The guidance g that its card recommends, else its family's usual one."""
+        return float(self.about.get("guidance", self._network.guidance))
+
+    @property
     def called_with(self) -> Mapping[str, Any]:
         """What its call is given besides prompts, steps, guidance and latents: by its family, and what its scheduler is told so alone."""
         return {**self._network.called_with, **self._asked}
@@ -205,7 +210,10 @@ class Pipeline(Sized):
         return other
 
     def with_solver(self, dpm: bool) -> Pipeline:
-        """The pipeline with its own scheduler, or with DPM-Solver++ 2M made from it."""
+        """The pipeline with its own scheduler, or with DPM-Solver++ 2M made from it. Raises ValueError where its pipeline tells that mu."""
+        if dpm and self._network.passes_sigmas:
+            kind = type(self.pipe).__name__
+            raise ValueError(f"the {kind} of {self.path} tells its scheduler a shift, which diffusers' DPM-Solver++ does not take: use euler")
         return self.stepping(schedulers.dpm(self.pipe.scheduler, self.shift)) if dpm else self
 
     @property

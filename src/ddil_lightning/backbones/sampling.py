@@ -97,7 +97,7 @@ def pipeline_latents(
 ) -> Tensor:
     """Final latents [N, C, h, w] of a diffusers pipeline called as its users call it, from the same noise as `latents`.
 
-    `g` is the guidance_scale of the call; `dtype` that of the latents it begins with, by default its network's, after the noise was
+    `g` is the guidance of the call; `dtype` that of the latents it begins with, by default its network's, after the noise was
     `rounded` to another. With a `remedy`, which no
     scheduler of diffusers has, the policy that steps as its scheduler does is sampled. Raises ValueError where the scheduler fails for so
     many `steps`.
@@ -108,23 +108,23 @@ def pipeline_latents(
         guided = backbone.network().w_conditioned or g > 1
         return latents(backbone, policy_of(backbone, g), grid_of(backbone, steps), prompts, g if guided else None, seed, chunk)
     out, shape, pipe, (height, width) = [], backbone.latent_shape, backbone.pipe, backbone.size
+    network = backbone.network()
     chunk = chunk or batch(shape)
     x_T, generators = noise(len(prompts), shape, seed).to(rounded).float(), renoising(len(prompts), seed)
     for start in range(0, len(prompts), chunk):
         part = slice(start, start + chunk)
-        with _refusing(backbone, steps), _drawing(pipe.scheduler, generators[part]):
+        with _refusing(backbone, steps), _drawing(backbone, generators[part]):
             made = pipe(
                 prompt=list(prompts[part]),
                 num_inference_steps=steps,
-                guidance_scale=g,
                 height=height,
                 width=width,
-                latents=x_T[part].to(backbone.device, dtype or backbone.network().model.dtype),
+                latents=network.packed(x_T[part].to(backbone.device, dtype or network.model.dtype)),
                 generator=generators[part],
                 output_type="latent",
-                **backbone.called_with,
+                **{**network.asked(g, len(prompts[part])), **backbone.called_with},
             )
-        out.append(made.images.float())
+        out.append(network.unpacked(made.images, shape).float())
     return torch.cat(out)
 
 
@@ -136,17 +136,20 @@ def check_finite(backbone: Pipeline, made: Tensor, steps: int) -> Tensor:
 
 
 @contextmanager
-def _drawing(scheduler: Any, generators: list[torch.Generator]) -> Iterator[None]:
+def _drawing(backbone: Pipeline, generators: list[torch.Generator]) -> Iterator[None]:
     """Inside, a scheduler that re-noises draws by `generators`, where its pipeline hands it none, as Stable Diffusion 3's: from torch's
-    global numbers an image would depend on the batch that it is drawn in."""
+    global numbers an image would depend on the batch that it is drawn in. It steps in latents as they are, so that it draws them as a
+    policy does, also where its pipeline packs them."""
+    scheduler, network, shape = backbone.pipe.scheduler, backbone.network(), backbone.latent_shape
     step = scheduler.step
     if "generator" not in inspect.signature(step).parameters or not is_flow(scheduler):
         yield
         return
 
     @wraps(step)
-    def drawn(*args: Any, **kwargs: Any) -> Any:
-        return step(*args, **{"generator": generators, **kwargs})
+    def drawn(out: Tensor, t: Any, x: Tensor, **kwargs: Any) -> Any:
+        made, *rest = step(network.unpacked(out, shape), t, network.unpacked(x, shape), **{"generator": generators, **kwargs})
+        return (network.packed(made), *rest)
 
     scheduler.step = drawn
     try:

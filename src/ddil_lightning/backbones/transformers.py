@@ -102,4 +102,4 @@ class Transformer(Family):
         """Latents, and the width of the text states."""
         config = self.model.config
         widths = {name: config[name] for name in ("joint_attention_dim", "caption_channels", "pooled_projection_dim") if config.get(name)}
-        return {"number of latent channels": config.in_channels, **{f"text width ({name})": width for name, width in widths.items()}}
+        return {"number of latent channels": self.latent_shape[0], **{f"text width ({name})": width for name, width in widths.items()}}

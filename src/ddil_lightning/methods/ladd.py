@@ -21,7 +21,7 @@ class Ends(Adversary):
         """All ends, of which those of the teacher's trajectories have a weight, one on average, and the student's never any."""
         assert b.end is not None
         ours = (b.source == TEACHER).to(b.weight)
-        return b.end, b.c.guided(None), ours * len(ours) / ours.sum().clamp(min=1)
+        return b.end, b.c, ours * len(ours) / ours.sum().clamp(min=1)
 
 
 class LADD(Adversarial):

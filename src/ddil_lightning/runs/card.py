@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,9 +32,9 @@ class Card:
 
     `about`: the student's ddil.json. `scheduler`: the student's, of diffusers. `kind`: the class of its pipeline. `size`: of its images in
     pixels, (height, width). `files`: where each format lies, seen from the card. `told`: whether it is told its guidance. `adapter`: (rank,
-    alpha) of one. `called_with`: what calls of its family are given besides. `source`: where the teacher comes from, all of it. `dtype`: of
-    the files. `run`: the config and the summary of the run that made it, as far as they are known. `licence`: by default the teacher's.
-    `hub`: the repository that it goes to.
+    alpha) of one. `called_with`: what calls of its family are given besides; `asked_by`: how they name the guidance. `source`: where the
+    teacher comes from, all of it. `dtype`: of the files. `run`: the config and the summary of the run that made it, as far as they are
+    known. `licence`: by default the teacher's. `hub`: the repository that it goes to.
     """
 
     about: Mapping[str, Any]
@@ -44,6 +45,7 @@ class Card:
     told: bool = False
     adapter: tuple[int, float] | None = None
     called_with: Mapping[str, Any] = field(default_factory=dict)
+    asked_by: str = "guidance_scale"
     source: Source | None = None
     dtype: torch.dtype = torch.float32
     run: Mapping[str, Any] = field(default_factory=dict)
@@ -122,17 +124,17 @@ class Card:
 
     @property
     def _guidance(self) -> str:
-        g, (low, high) = self.about["guidance_scale"], self.about["guidance_range"]
+        g, (low, high), name = self.about["guidance_scale"], self.about["guidance_range"], self.asked_by
         if self.told:
             span = f"{low:g} to {high:g}" if low != high else f"{low:g} alone"
             return (
-                f"`guidance_scale` {g:g} is within the trained range ({span}). The network is told it, in one evaluation a step; 1 tells "
+                f"`{name}` {g:g} is within the trained range ({span}). The network is told it, in one evaluation a step; 1 tells "
                 "it that there is none, and 0 something that it was never trained on"
             )
         if g > 1:
-            return f"`guidance_scale` {g:g} guides it as it guides its teacher, in two evaluations a step, and negative prompts work"
+            return f"`{name}` {g:g} guides it as it guides its teacher, in two evaluations a step, and negative prompts work"
         return (
-            f"`guidance_scale` {g:g} is right because guidance {low:g} is part of the weights; 0 means the same to diffusers, and anything "
+            f"`{name}` {g:g} is right because guidance {low:g} is part of the weights; 0 means the same to diffusers, and anything "
             "above 1 guides once more"
         )
 
@@ -144,7 +146,8 @@ class Card:
         size = f", height={self.size[0]}, width={self.size[1]}" if "size" in self.about else ""
         noise = f", eta={self.about['eta']:g}" if "eta" in self.about else ""  # of a scheduler that cannot keep it
         more = "".join(f", {name}={value!r}" for name, value in self.called_with.items())
-        call = f'image = pipe("a prompt", num_inference_steps={steps}, guidance_scale={g:g}{noise}{size}{more}).images[0]'
+        negative = ', negative_prompt=""' if g > 1 and self.asked_by != "guidance_scale" else ""
+        call = f'image = pipe("a prompt", num_inference_steps={steps}, {self.asked_by}={g:g}{negative}{noise}{size}{more}).images[0]'
         yield "## In diffusers"
         if "diffusers" in self.files:
             where = self.hub or self.files["diffusers"]
@@ -237,13 +240,15 @@ class Card:
         yield "## In ComfyUI"
         model = ""
         if "shift" in about:
-            model = f", *ModelSamplingSD3* with shift {about['shift']:g}"
+            model = f", {self._comfy_shift}"
         elif self.scheduler.config.prediction_type == "v_prediction":
             zsnr = "on" if self.scheduler.config.get("rescale_betas_zero_snr") else "off"
             model = f", *ModelSamplingDiscrete* with v_prediction and zsnr {zsnr}"
         file = self.files[next((name for name in ("single-file", "kohya") if name in loadable), "lora")]
+        told = self.told and "shift" in about  # a flow by an embedding of its own, as Flux
+        cfg = "1, *FluxGuidance* {g:g}" if told else "{g:g}"
         yield (
-            f"`{file}` by {loader}{model}, *KSampler* with steps {n}, cfg {about['guidance_scale']:g}, sampler_name {sampler}, "
+            f"`{file}` by {loader}{model}, *KSampler* with steps {n}, cfg {cfg.format(g=about['guidance_scale'])}, sampler_name {sampler}, "
             f"scheduler sgm_uniform, denoise 1.\nThat scheduler's times differ from the trained ones by at most {apart:.0f} of {last + 1}. "
             "This is read from ComfyUI's sources, and was not tried there."
         )
@@ -251,6 +256,14 @@ class Card:
             scale = self.adapter[1] / self.adapter[0]
             kohya = "" if "shift" in about else "the kohya file, or "  # which is for U-Nets
             yield f"ComfyUI does not read the alpha of `{self.files['lora']}`: take {kohya}strength {scale:g}."
+
+    @property
+    def _comfy_shift(self) -> str:
+        """ComfyUI's node for a flow's shift s; Flux's is told ln s, between two sizes of images."""
+        shift = float(self.about["shift"])
+        if not self.kind.startswith("Flux"):
+            return f"*ModelSamplingSD3* with shift {shift:g}"
+        return f"*ModelSamplingFlux* with max_shift and base_shift {math.log(shift):.4g}"
 
     # How good it is ------------------------------------------------------------------------------------------------------------------
 

@@ -104,6 +104,7 @@ def card(method: Distillation, steps: int, **known: Any) -> Card:
         told=method.deployment.told,
         adapter=None if rank is None else (rank, rank if adapter.alpha is None else adapter.alpha),
         called_with=backbone.network().called_with,
+        asked_by=cast("Family", method.outgoing.network).asked_by,
         source=backbone.source,
         **known,
     )

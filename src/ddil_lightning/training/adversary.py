@@ -180,8 +180,8 @@ class Adversary:
     # What the discriminator sees, which a method may have otherwise ------------------------------------------------------------------
 
     def real(self, b: LatentBatch) -> Real | None:
-        """What counts as real: the data, if the batch has some."""
-        return None if b.real is None or b.real_c is None else (b.real, b.real_c, torch.ones_like(b.weight))
+        """What counts as real: the data, if the batch has some; a network that is told its guidance is told the same of both sides."""
+        return None if b.real is None or b.real_c is None else (b.real, b.real_c.guided(b.c.w), torch.ones_like(b.weight))
 
     def view(self, x: Tensor, b: LatentBatch, c: Context, purpose: str, jitter: float = 0.0, span: Span = CLEAN) -> tuple[Tensor, ...]:
         """The features [B, F, ...] of samples x of captions c, noised to random times of a span, a layer each.

@@ -181,9 +181,12 @@ class Distillation(Clocks, LightningModule):
         return {name: role.evaluations for name, role in self.roles.items()}
 
     def check_guidance(self, told: bool, switch: str = "") -> None:
-        """Raises ValueError for a range of guidance and a student that is not `told` its w; `switch`: the option that would tell it."""
+        """Raises ValueError for a range of guidance and a student that is not `told` its w; `switch`: the option that would tell it.
+
+        The student of a network that is told it already is told it as well.
+        """
         low, high = self.guidance
-        if low != high and not told:
+        if low != high and not (told or self.backbone.network().w_conditioned):
             other = f", or set model.{switch} to true" if switch else ""
             raise ValueError(f"{type(self).__name__}'s student is not told the guidance: give one number, not {low} to {high}{other}")
 

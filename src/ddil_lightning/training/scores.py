@@ -41,11 +41,11 @@ class Scores:
         low, high = (min(round(share * total), total - 1) for share in self.tau)
         return low, high
 
-    def asked(self, c: Context) -> Context:
-        """The context of the real score: `c` at the guidance of its own, if it has one."""
+    def asked(self, c: Context, told: bool = False) -> Context:
+        """The context of the real score: `c` at the guidance of its own, if it has one. `told`: whether the network itself is told it."""
         if self.guidance is None:
             return c
-        return c.guided(None if self.guidance == 1 else to_w(self.guidance))
+        return c.guided(None if self.guidance == 1 and not told else to_w(self.guidance))
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ class TwoScores(Adversarial):
 
     def estimates(self, y: Tensor, t: Tensor, b: LatentBatch) -> tuple[Tensor, Tensor]:
         """x0 [B, ...] at y by the real score and by the fake one, reflected as `reflects` says."""
-        real, fake = self.teacher(y, t, self.scores.asked(b.c)).x0, self.critic(y, t, b.c).x0
+        told = bool(getattr(self.teacher.network, "w_conditioned", False))
+        real, fake = self.teacher(y, t, self.scores.asked(b.c, told)).x0, self.critic(y, t, b.c).x0
         return real, self.reflection(fake) if self.reflects.critic else fake
 
     def setup(self, stage: str) -> None:

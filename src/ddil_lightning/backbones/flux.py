@@ -1,0 +1,138 @@
+"""Flux.1 (Black Forest Labs 2024): a flow in packed latents; dev is told its guidance by an embedding, schnell is told none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddil_lightning.backbones.transformers import Transformer
+from ddil_lightning.records import Context
+
+SIDE = 128
+"""Of the latents of a plain call, its pipeline's default_sample_size: no configuration says it."""
+
+T5_TOKENS = 512
+"""What its pipeline reads of T5 and pads every text to."""
+
+
+class Flux(Transformer):
+    """A FluxTransformer2DModel as a network `(x_t, t, c) -> eps - x0` of latents [B, C, H, W], which it packs in patches of 2 x 2.
+
+    Its time is sigma, (sigma 1000) / 1000 in the type of the latents, as FluxPipeline rounds it.
+
+    Dev (`guidance_embeds`) is told g = 1 + w of its context by its own embedding, as its pipeline tells it guidance_scale. So it is told
+    the guidance as a teacher already: it is asked once, not twice, nothing is guided by the empty prompt, and whatever is made of it (a
+    student, a critic, adapters) is told g by the same embedding, whose weights they have. Schnell and networks that were freed of their
+    distillation have no embedding: guidance above 1 takes two evaluations, what FluxPipeline calls true_cfg_scale.
+    """
+
+    flow = True
+    passes_sigmas = True
+    cfg = "true_cfg_scale"
+    image = 1
+    patch = 2
+    sized = ()
+    resizable = False  # a plain call makes 1024 x 1024, whatever the network was trained on
+    blocks_of = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+    adapts = (  # train_dreambooth_lora_flux.py of diffusers: of the blocks of one stream the attention alone
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    )
+
+    @property
+    def w_conditioned(self) -> bool:  # type: ignore[override]
+        """Whether it has an embedding of the guidance."""
+        return bool(self.model.config.guidance_embeds)
+
+    @property
+    def guidance(self) -> float:
+        """Dev's usual 3.5; what has no embedding is called without guidance, as schnell is."""
+        return 3.5 if self.w_conditioned else 1.0
+
+    def row(self) -> Sequence[nn.Module]:
+        """The blocks of two streams, then those of one, which answer with text and image apart as well."""
+        return [*self.model.transformer_blocks, *self.model.single_transformer_blocks]
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """[C, h, w] of a plain call."""
+        return self.model.config.in_channels // 4, SIDE, SIDE
+
+    def check(self, path: str, channels: int | None) -> None:
+        """Raises ValueError for another task than text-to-image in latents of so many `channels`."""
+        config = self.model.config
+        read, written = config.in_channels, config.out_channels or config.in_channels
+        if channels is None or not read == written == 4 * channels:
+            raise ValueError(
+                f"the transformer of {path} reads {read} channels and writes {written}, and its autoencoder has {channels}, which are packed "
+                "by four: only text-to-image is distilled, no filling, control or editing"
+            )
+
+    def spaces(self) -> dict[str, Any]:
+        """Latents, the widths of the texts, and whether it is told its guidance."""
+        return {**super().spaces(), "embedding of the guidance (guidance_embeds)": self.w_conditioned}
+
+    def told(self) -> dict[str, Any]:
+        """Raises ValueError: an embedding of two layers that starts at zero would learn nothing of w."""
+        raise ValueError(
+            "this Flux has no embedding of the guidance (guidance_embeds is false, as schnell's): set model.w_conditioned to false"
+        )
+
+    @staticmethod
+    def packed(x: Tensor) -> Tensor:
+        """[B, H W / 4, 4 C] of latents [B, C, H, W]."""
+        b, c, h, w = x.shape
+        return x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+
+    @staticmethod
+    def unpacked(x: Tensor, shape: Sequence[int]) -> Tensor:
+        """Latents [B, C, H, W], of a `shape` [C, H, W], of packed ones."""
+        c, h, w = shape
+        return x.reshape(-1, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(-1, c, h, w)
+
+    @staticmethod
+    def tokens(pipe: Any, prompts: Sequence[str]) -> tuple[list[int], int]:
+        """By T5, of which its pipeline reads 512; CLIP's pooled text is of as many tokens as CLIP has, whatever the prompt."""
+        return [len(ids) for ids in pipe.tokenizer_2(list(prompts)).input_ids], T5_TOKENS
+
+    @staticmethod
+    def context(pipe: Any, prompts: Sequence[str], device: torch.device, sizes: Tensor) -> Context:
+        """T5's states, padded to 512 tokens without a mask, and CLIP's pooled text."""
+        text, pooled, _ = pipe.encode_prompt(
+            list(prompts), device=device, num_images_per_prompt=1, max_sequence_length=T5_TOKENS
+        )
+        return Context(text.float(), pooled=pooled.float())
+
+    def blank(self, n: int, tokens: int) -> Context:
+        """Texts of T5's 512 tokens, whatever CLIP reads, and pooled ones."""
+        c = super().blank(n, T5_TOKENS)
+        return c._replace(pooled=torch.zeros(n, self.model.config.pooled_projection_dim))
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
+        """[B, C, H, W] the velocity. Raises ValueError for a context without pooled text, or without the guidance that it is told."""
+        if c.pooled is None:
+            raise ValueError("Flux is told the pooled text, which this context lacks: encode prompts by its own pipeline")
+        if self.w_conditioned and c.w is None:
+            raise ValueError("this Flux is told its guidance, but the context carries no w: give it guidance g (w = g - 1)")
+        dtype, shape = self.dtype, x_t.shape[1:]
+        out = self.model(
+            hidden_states=self.packed(x_t.to(dtype)),
+            timestep=t.to(dtype) / 1000,
+            guidance=c.w.float() + 1 if self.w_conditioned and c.w is not None else None,
+            pooled_projections=c.pooled.to(dtype),
+            encoder_hidden_states=c.text.to(dtype),
+            txt_ids=torch.zeros(c.text.shape[1], 3, device=x_t.device, dtype=dtype),
+            img_ids=places(shape[1] // 2, shape[2] // 2).to(x_t.device, dtype),
+            return_dict=False,
+        )[0]
+        return self.unpacked(out, shape)
+
+
+def places(height: int, width: int) -> Tensor:
+    """[height width, 3] the places of patches, as its pipeline counts them: 0, row, column."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1)
