@@ -201,7 +201,7 @@ def test_what_it_is_not_told_is_refused_in_one_line(dev: Pipeline, schnell: Pipe
         dev.network()(x, t, c._replace(pooled=None))
     with pytest.raises(ValueError, match=r"^this Flux has no embedding of the guidance .*: set model.w_conditioned to false$"):
         build(Entry("lcm", LCM, {"solver_steps": 40, "rollouts": (4,)}), Path(schnell.path), pipeline=schnell)
-    with pytest.raises(ValueError, match="DMD2's student is not told the guidance: give one number, not 1 to 4"):
+    with pytest.raises(ValueError, match="DMD2's student is not told the guidance: give one number, not 1.0 to 4.0"):
         build(Entry("dmd2", DMD2), Path(schnell.path), pipeline=schnell)
     with pytest.raises(ValueError, match="is told its guidance, and is not guided by the empty prompt besides: take another method"):
         build(Entry("snapfusion", SnapFusion, {"steps": 4}), Path(dev.path), pipeline=dev)
@@ -210,7 +210,7 @@ def test_what_it_is_not_told_is_refused_in_one_line(dev: Pipeline, schnell: Pipe
     with pytest.raises(ValueError, match=r"its embedding of the guidance \(guidance_embeds\) is False and the teacher's True"):
         Pipeline(Source(dev.path, networks={"student": {"guidance_embeds": False}})).trainable()
     make_flux(tmp_path / "fill", in_channels=32, out_channels=16)
-    with pytest.raises(ValueError, match="reads 32 channels and writes 16, and its autoencoder has 4, which are packed by four: only"):
+    with pytest.raises(ValueError, match="reads 32 channels and writes 16, and its autoencoder has 4, packed by four: only"):
         Pipeline(str(tmp_path / "fill"))
 
 

@@ -46,9 +46,9 @@ def test_a_plan_reads_configurations_alone_and_leaves_nothing(
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_outline_is_the_pipeline_without_values(xl: Path, light: Path, sd3: Path) -> None:
+def test_an_outline_is_the_pipeline_without_values(xl: Path, light: Path, sd3: Path, flux: Path) -> None:
     """Of all classes: tensors by name, shape and type, text states, latents."""
-    for folder in (xl, light, sd3):
+    for folder in (xl, light, sd3, flux):
         real, outline = Pipeline(str(folder), torch.bfloat16), Outline(str(folder), torch.bfloat16, bare=True)
         for name, part in outline.pipe.components.items():
             if isinstance(part, torch.nn.Module):

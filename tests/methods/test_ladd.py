@@ -160,7 +160,7 @@ def test_with_synthetic_data_only_the_ends_of_the_teachers_trajectories_are_real
     source = torch.tensor([TEACHER, STUDENT, TEACHER, STUDENT] * 2)
     b = batch(8, source=source, end=noise(8, seed=6), noise=noise(8))
     found = method.adversary.real(b)
-    assert found is not None and found[0] is b.end and found[1].w is None
+    assert found is not None and found[0] is b.end and found[1] is b.c
     assert found[2].tolist() == [2.0, 0.0] * 4
     poisoned = b._replace(end=torch.where((source == STUDENT)[:, None], 1e3, b.end), real=None, real_c=None)
     with torch.no_grad():

@@ -68,8 +68,8 @@ class Flux(Transformer):
         read, written = config.in_channels, config.out_channels or config.in_channels
         if channels is None or not read == written == 4 * channels:
             raise ValueError(
-                f"the transformer of {path} reads {read} channels and writes {written}, and its autoencoder has {channels}, which are packed "
-                "by four: only text-to-image is distilled, no filling, control or editing"
+                f"the transformer of {path} reads {read} channels and writes {written}, and its autoencoder has {channels}, packed by four: "
+                "only text-to-image is distilled, no filling, control or editing"
             )
 
     def spaces(self) -> dict[str, Any]:
@@ -102,9 +102,7 @@ class Flux(Transformer):
     @staticmethod
     def context(pipe: Any, prompts: Sequence[str], device: torch.device, sizes: Tensor) -> Context:
         """T5's states, padded to 512 tokens without a mask, and CLIP's pooled text."""
-        text, pooled, _ = pipe.encode_prompt(
-            list(prompts), device=device, num_images_per_prompt=1, max_sequence_length=T5_TOKENS
-        )
+        text, pooled, _ = pipe.encode_prompt(list(prompts), device=device, num_images_per_prompt=1, max_sequence_length=T5_TOKENS)
         return Context(text.float(), pooled=pooled.float())
 
     def blank(self, n: int, tokens: int) -> Context:

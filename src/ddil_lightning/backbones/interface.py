@@ -25,7 +25,6 @@ from ddil_lightning.files import replacing
 from ddil_lightning.records import Context
 from ddil_lightning.texts import by
 
-
 OTHER = "take another method, or a teacher whose guidance is not embedded"
 
 
@@ -134,6 +133,11 @@ class Backbone(ABC):
         self.latent_shape: tuple[int, ...] = tuple(latent_shape)
         self.about = dict(about or {})
 
+    @property
+    def told(self) -> bool:
+        """Whether its network is told the guidance: it is asked once, and what is made of it is told the guidance as well."""
+        return bool(getattr(self.network(), "w_conditioned", False))
+
     # Networks ------------------------------------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -184,9 +188,9 @@ class Backbone(ABC):
         """
         space = self.predicts if predicts is None else predicts
         if name == "teacher":
-            null = None if self.network().w_conditioned else self.null()
+            null = None if self.told else self.null()
             return Role(name, self.network(), self.schedule, space, null=null, reflection=reflection, own=False)
-        if guided and self.network().w_conditioned:
+        if guided and self.told:
             raise ValueError(f"the network of {self.path} is told its guidance, and is not guided by the empty prompt besides: {OTHER}")
         shares = adapter.is_for(name)
         more = {"s_conditioned": True} if s_conditioned else {}

@@ -213,7 +213,9 @@ class Pipeline(Sized):
         """The pipeline with its own scheduler, or with DPM-Solver++ 2M made from it. Raises ValueError where its pipeline tells that mu."""
         if dpm and self._network.passes_sigmas:
             kind = type(self.pipe).__name__
-            raise ValueError(f"the {kind} of {self.path} tells its scheduler a shift, which diffusers' DPM-Solver++ does not take: use euler")
+            raise ValueError(
+                f"the {kind} of {self.path} tells its scheduler a shift, which diffusers' DPM-Solver++ does not take: use euler"
+            )
         return self.stepping(schedulers.dpm(self.pipe.scheduler, self.shift)) if dpm else self
 
     @property

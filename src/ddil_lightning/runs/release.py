@@ -77,7 +77,7 @@ def check_formats(method: Distillation, formats: Sequence[str]) -> None:
         if kind in U_NETS and network.component != "unet":
             raise ValueError(f"--format {kind} is for U-Nets, and this student is a {type(network).__name__}: choose --format diffusers")
         if kind in ("lora", "kohya"):
-            lora.check(network, method.outgoing.shared, method.backbone.network().w_conditioned)
+            lora.check(network, method.outgoing.shared, method.backbone.told)
             of = type(cast("Pipeline", method.backbone).pipe)
             if not hasattr(of, "save_lora_weights"):
                 raise ValueError(f"--format {kind}: diffusers loads no LoRA into a {of.__name__}; choose diffusers, which has it merged")

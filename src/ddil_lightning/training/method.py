@@ -186,7 +186,7 @@ class Distillation(Clocks, LightningModule):
         The student of a network that is told it already is told it as well.
         """
         low, high = self.guidance
-        if low != high and not (told or self.backbone.network().w_conditioned):
+        if low != high and not (told or self.backbone.told):
             other = f", or set model.{switch} to true" if switch else ""
             raise ValueError(f"{type(self).__name__}'s student is not told the guidance: give one number, not {low} to {high}{other}")
 

@@ -115,8 +115,7 @@ class TwoScores(Adversarial):
 
     def estimates(self, y: Tensor, t: Tensor, b: LatentBatch) -> tuple[Tensor, Tensor]:
         """x0 [B, ...] at y by the real score and by the fake one, reflected as `reflects` says."""
-        told = bool(getattr(self.teacher.network, "w_conditioned", False))
-        real, fake = self.teacher(y, t, self.scores.asked(b.c, told)).x0, self.critic(y, t, b.c).x0
+        real, fake = self.teacher(y, t, self.scores.asked(b.c, self.backbone.told)).x0, self.critic(y, t, b.c).x0
         return real, self.reflection(fake) if self.reflects.critic else fake
 
     def setup(self, stage: str) -> None:
