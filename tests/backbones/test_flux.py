@@ -210,7 +210,7 @@ def test_what_it_is_not_told_is_refused_in_one_line(dev: Pipeline, schnell: Pipe
     with pytest.raises(ValueError, match=r"its embedding of the guidance \(guidance_embeds\) is False and the teacher's True"):
         Pipeline(Source(dev.path, networks={"student": {"guidance_embeds": False}})).trainable()
     make_flux(tmp_path / "fill", in_channels=32, out_channels=16)
-    with pytest.raises(ValueError, match="reads 32 channels and writes 16, and its autoencoder has 4, packed by four: only"):
+    with pytest.raises(ValueError, match="reads 32 channels and writes 16, and its autoencoder 4, packed by four: only"):
         Pipeline(str(tmp_path / "fill"))
 
 

@@ -132,14 +132,14 @@ def test_a_sharded_checkpoint_is_a_checkpoint(runs: Any) -> None:
 
 
 def on_a_flow(rank: int, folder: Path) -> dict[str, Any]:
-    """Rows of DMD2 on Stable Diffusion 3's transformer or Flux's, with a GAN at two depths and a critic that is pulled, whole and sharded."""
+    """Rows of DMD2 on Stable Diffusion 3's or Flux's transformer, a GAN at two depths and a critic that is pulled, whole and sharded."""
     gan = {"weight": 5e-3, "critic_weight": 1e-2, "layers": ("block1", "block2")}
     entry = Entry("dmd2", DMD2, {"guidance": 3.0, "critic": {"steps": 2, "pull": 0.02}, "gan": gan}, unused=True)
     ways: dict[str, Any] = {"ddp": ddp(entry), "fsdp2": {"strategy": "fsdp2", **TWO}}
     return {name: fit(build(entry, folder, updates=2), captions(folder, MIXED), **way).rows for name, way in ways.items()}
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", pytest.param("flux", marks=pytest.mark.slow)])
 def test_a_transformer_of_a_flow_is_sharded_by_its_blocks(name: str, pair: Pair, request: pytest.FixtureRequest) -> None:
     for found in pair.run(on_a_flow, request.getfixturevalue(name)):
         assert len(found["ddp"]) == len(found["fsdp2"]) == 2

@@ -68,7 +68,7 @@ class Flux(Transformer):
         read, written = config.in_channels, config.out_channels or config.in_channels
         if channels is None or not read == written == 4 * channels:
             raise ValueError(
-                f"the transformer of {path} reads {read} channels and writes {written}, and its autoencoder has {channels}, packed by four: "
+                f"the transformer of {path} reads {read} channels and writes {written}, and its autoencoder {channels}, packed by four: "
                 "only text-to-image is distilled, no filling, control or editing"
             )
 
