@@ -40,6 +40,7 @@ ENTRIES = [
     Entry("dmd2", DMD2, MATCHING),
     Entry("dmd2-lora", DMD2, {**MATCHING, "adapter": LORA}),
 ]
+SOME_SLOW = [pytest.param(e, marks=pytest.mark.slow if e.name in ("lcm-lora", "dmd2") else (), id=e.name) for e in ENTRIES]
 HELD = {  # class of the scheduler, its nodes at 4 steps
     "lcm": "FlowMatchLCMScheduler",
     "pd": "FlowMatchEulerDiscreteScheduler",
@@ -47,7 +48,7 @@ HELD = {  # class of the scheduler, its nodes at 4 steps
 }
 
 
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", SOME_SLOW)
 def test_a_student_resumes_exactly_and_is_exported_as_it_samples(entry: Entry, sd3: Path, tmp_path: Path) -> None:
     """With roll-outs of student and teacher; through the folder, at every step count, by the plain call of diffusers' own pipeline."""
     run = fit(build(entry, sd3, updates=6), captions(sd3, MIXED), Checkpoints(every=3, keep=9, folder=str(tmp_path)))

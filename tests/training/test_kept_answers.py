@@ -64,6 +64,7 @@ def test_losses_and_weights_are_the_same_bits(entry: Entry, tiny: Path) -> None:
     assert len({str(one) for one in rest}) == 1
 
 
+@pytest.mark.slow
 def test_half_precision_changes_losses_by_its_rounding(tiny: Path) -> None:
     (half, losses), (full, theirs) = (run(BY_NAME["lcm"], tiny, answers) for answers in ("float16", "float32"))
     assert half.method.evaluations == full.method.evaluations and not equal(losses, theirs)
@@ -79,6 +80,7 @@ def of_process(rank: int, entry: Entry, folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_keep_their_own(pair: Pair, tiny: Path) -> None:
     (kept, again), (others, _) = pair.run(of_process, BY_NAME["pd"], tiny)
     assert all(equal(kept[name], again[name]) for name in ("weights", "losses", "rows")) and kept["asked"] < again["asked"]
