@@ -30,6 +30,8 @@ class Vocabulary:
     """
 
     def __init__(self, backbone: Pipeline) -> None:
+        if backbone.network().instruction(backbone.pipe):
+            raise ValueError(f"{backbone.path} reads prompts after an instruction, so that no word stands alone: prompts are inverted for others")
         self.backbone, self.pairs = backbone, _pairs(backbone)
         tokenizers = [tokenizer for tokenizer, _ in self.pairs]
         self.tokenizer = tokenizers[0]
