@@ -1,4 +1,4 @@
-"""SANA behind the family's door: Gemma's text after an instruction, DC-AE's latents, samples as its pipeline makes them, students that it loads."""
+"""SANA behind the family's door: Gemma's text after an instruction, DC-AE's latents, samples and students as its pipeline has them."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_an_outline_is_as_large_as_the_pipeline(sana: Path) -> None:
 
 
 def test_prompts_are_not_searched(sana: Path) -> None:
-    with pytest.raises(ValueError, match="reads prompts after an instruction, so that no word stands alone"):
+    with pytest.raises(ValueError, match="reads a prompt after an instruction, so that no word stands alone"):
         Vocabulary(Pipeline(str(sana)))
 
 
@@ -219,9 +219,13 @@ GAN = {"weight": 5e-3, "critic_weight": 1e-2, "layers": ("block0", "block1")}
 DMD2 = suite.Entry("dmd2", suite.DMD2, {"guidance": 4.5, "critic": {"steps": 2, "pull": 0.02}, "gan": GAN}, unused=True)
 LORA = suite.Entry("lcm-lora", suite.LCM, {**EVEN, "adapter": suite.LORA})
 ROLES = suite.Entry("dmd2-lora", suite.DMD2, {**DMD2.kwargs, "adapter": suite.LORA})
+ENTRIES = [
+    *(pytest.param(entry, id=entry.name) for entry in (LCM, PD, DMD2, LORA)),
+    pytest.param(ROLES, id="dmd2-lora", marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize("entry", [LCM, PD, DMD2, LORA, ROLES], ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", ENTRIES)
 def test_methods_distil_it_and_diffusers_loads_the_student(entry: suite.Entry, sana: Path, tmp_path: Path) -> None:
     """With roll-outs of both; resumed exactly; the export samples as the trainer does on the trained nodes, called by diffusers alone."""
     from diffusers import DiffusionPipeline, SanaPipeline
@@ -266,7 +270,8 @@ def test_a_plain_call_makes_one_size_whatever_the_network(sana: Path) -> None:
 def test_adapters_are_released_in_the_pipelines_own_format(sana: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    method = suite.build(LORA, sana)
+    backbone = Pipeline(Source(str(sana), vae=str(sana)))  # an autoencoder that is named is loaded by its own class
+    method = suite.build(LORA, sana, pipeline=backbone)
     with torch.no_grad():
         for p in method.student.weights():
             p.add_(0.05 * noise(*p.shape))
@@ -275,6 +280,9 @@ def test_adapters_are_released_in_the_pipelines_own_format(sana: Path, tmp_path:
     keys = load_file(tmp_path / "pytorch_lora_weights.safetensors")
     assert {".".join(key.split(".")[4:-2]) for key in keys} == {"to_q", "to_k", "to_v", "to_out.0"}
     assert all(key.startswith("transformer.transformer_blocks.") for key in keys)
+    card = (tmp_path / "README.md").read_text()
+    assert "from diffusers import AutoencoderDC" in card and "height=32, width=32, use_resolution_binning=False" in card
+    assert "ComfyUI" not in card  # which does not know it
     with pytest.raises(ValueError, match="--format kohya is for U-Nets, and this student is a Sana"):
         check_formats(method, ["kohya"])
 
@@ -389,7 +397,10 @@ def test_what_it_has_no_place_for_is_refused(sana: Path) -> None:
 @pytest.mark.parametrize(
     ("network", "line"),
     [
-        ({"guidance_embeds": True}, r"^the transformer of .* is told the guidance \(guidance_embeds\), as SANA-Sprint's is: .* SANA-1.5, .*$"),
+        (
+            {"guidance_embeds": True},
+            r"^the transformer of .* is told the guidance \(guidance_embeds\), as SANA-Sprint's is: .* SANA-1.5, .*$",
+        ),
         ({"in_channels": 8}, "reads 8 channels and writes 4, and its autoencoder has 4: only text-to-image is distilled"),
     ],
     ids=["sprint", "other task"],
@@ -403,7 +414,11 @@ def test_schedulers_that_do_not_fit_are_refused(sana: Path, tmp_path: Path) -> N
     for name, (kind, config, line) in {
         "ddim": ("DDIMScheduler", {}, "its Sana is a flow, so give it FlowMatchEulerDiscreteScheduler"),
         "dpm": ("DPMSolverMultistepScheduler", {}, "its Sana is a flow, so give it FlowMatchEulerDiscreteScheduler"),
-        "sized": ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}, "and Sana has no rule for it: give model.pipeline.shift"),
+        "sized": (
+            "FlowMatchEulerDiscreteScheduler",
+            {"use_dynamic_shifting": True},
+            "and Sana has no rule for it: give model.pipeline.shift",
+        ),
     }.items():
         with pytest.raises(ValueError, match=line):
             Pipeline(str(rescheduled(sana, tmp_path / name, kind, **config)))

@@ -25,9 +25,10 @@ class Family(Network):
 
     A family is a subclass that writes `forward` and `latent_shape`, and an entry of `families.FAMILIES` under the name of diffusers' class.
     It says besides where its pipelines differ from Stable Diffusion's: `component`, `blocks_of` and `called_with`, `written` and `tokens`,
-    and `context` where its texts are encoded otherwise than by two answers of `encode_prompt`, or `unconditional` that of guidance. `check` turns away what it cannot do,
-    `spaces` and `sized` students of another architecture that cannot take its place. What it leaves out is refused by name where somebody
-    needs it: `with_features` and `head` (a discriminator), `told` (a student that is told its guidance).
+    `context` where its texts are encoded otherwise than by two answers of `encode_prompt`, `unconditional` where guidance is told another
+    thing than the empty prompt. `check` turns away what it cannot do, `spaces` and `sized` students of another architecture that cannot
+    take its place. What it leaves out is refused by name where somebody needs it: `with_features` and `head` (a discriminator), `told` (a
+    student that is told its guidance).
     """
 
     component: ClassVar[str] = "transformer"
@@ -50,6 +51,9 @@ class Family(Network):
 
     called_size: ClassVar[tuple[int, int] | None] = None
     """Height and width in pixels that a plain call of its pipelines makes, whatever the network; None where it is the network's own."""
+
+    in_comfy: ClassVar[bool] = True
+    """Whether ComfyUI knows its networks without extensions, so that cards say how it loads them."""
 
     sized: ClassVar[tuple[str, ...]] = ("sample_size",)
     """Settings that say how large the samples are: those of the teacher hold for every network beside it."""

@@ -30,6 +30,7 @@ class Sana(Transformer):
     # Images of the size that was asked for, not of a near one.
     called_with: ClassVar[Mapping[str, Any]] = MappingProxyType({"use_resolution_binning": False})
     called_size = (1024, 1024)
+    in_comfy = False
     sized = ("sample_size", "interpolation_scale")
     resizable = False  # a plain call does not ask for it, and where there are positions they are counted in shares of it
 

@@ -50,7 +50,7 @@ class Transformer(Family):
         """A patch is whole."""
         return self.patch
 
-    def positions(self, shape: Sequence[int]) -> int:
+    def positions(self, shape: Sequence[int]) -> int | None:
         """A token for every patch."""
         return (shape[1] // self.patch) * (shape[2] // self.patch)
 

@@ -31,9 +31,9 @@ class Card:
 
     `about`: the student's ddil.json. `scheduler`: the student's, of diffusers. `kind`: the class of its pipeline. `size`: of its images in
     pixels, (height, width). `files`: where each format lies, seen from the card. `told`: whether it is told its guidance. `adapter`: (rank,
-    alpha) of one. `called_with`: what calls of its family are given besides. `source`: where the teacher comes from, all of it. `dtype`: of
-    the files. `run`: the config and the summary of the run that made it, as far as they are known. `licence`: by default the teacher's.
-    `hub`: the repository that it goes to.
+    alpha) of one. `called_with`: what calls of its family are given besides. `in_comfy`: whether ComfyUI knows its family. `source`: where
+    the teacher comes from, all of it; `vae`: the class of its autoencoder. `dtype`: of the files. `run`: the config and the summary of the
+    run that made it, as far as they are known. `licence`: by default the teacher's. `hub`: the repository that it goes to.
     """
 
     about: Mapping[str, Any]
@@ -44,7 +44,9 @@ class Card:
     told: bool = False
     adapter: tuple[int, float] | None = None
     called_with: Mapping[str, Any] = field(default_factory=dict)
+    in_comfy: bool = True
     source: Source | None = None
+    vae: str = "AutoencoderKL"
     dtype: torch.dtype = torch.float32
     run: Mapping[str, Any] = field(default_factory=dict)
     licence: str | None = None
@@ -184,8 +186,8 @@ class Card:
         given = f', variant="{source.variant}"' if source.variant else ""
         if source.vae:
             folder = ', subfolder="vae"' if part_folder(source.vae, "vae").name == "vae" else ""
-            yield "from diffusers import AutoencoderKL"
-            yield f'vae = AutoencoderKL.from_pretrained("{self._named(source.vae)}"{folder}{self._typed})'
+            yield f"from diffusers import {self.vae}"
+            yield f'vae = {self.vae}.from_pretrained("{self._named(source.vae)}"{folder}{self._typed})'
             given += ", vae=vae"
         if single_file(str(self.about["teacher"])) is None:
             yield f"pipe = DiffusionPipeline.from_pretrained({teacher}{given}{self._typed})"
@@ -227,7 +229,7 @@ class Card:
 
     def _in_comfy(self) -> Iterator[str]:
         loadable = [name for name in ("single-file", "kohya", "lora") if name in self.files]
-        if not loadable:
+        if not loadable or not self.in_comfy:
             return
         about, n = self.about, self.about["steps"]
         sampler = SAMPLERS.get(type(self.scheduler).__name__, "ddim")

@@ -104,7 +104,9 @@ def card(method: Distillation, steps: int, **known: Any) -> Card:
         told=method.deployment.told,
         adapter=None if rank is None else (rank, rank if adapter.alpha is None else adapter.alpha),
         called_with=backbone.network().called_with,
+        in_comfy=backbone.network().in_comfy,
         source=backbone.source,
+        vae=type(backbone.pipe.vae).__name__,
         **known,
     )
 
