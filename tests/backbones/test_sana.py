@@ -112,7 +112,7 @@ def test_an_outline_is_as_large_as_the_pipeline(sana: Path) -> None:
 
 
 def test_prompts_are_not_searched(sana: Path) -> None:
-    with pytest.raises(ValueError, match="reads a prompt after an instruction, so that no word stands alone"):
+    with pytest.raises(ValueError, match="reads a prompt within other words, so that none stands alone"):
         Vocabulary(Pipeline(str(sana)))
 
 

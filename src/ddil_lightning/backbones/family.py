@@ -53,7 +53,7 @@ class Family(Network):
     """Height and width in pixels that a plain call of its pipelines makes, whatever the network; None where it is the network's own."""
 
     in_comfy: ClassVar[bool] = True
-    """Whether ComfyUI knows its networks without extensions, so that cards say how it loads them."""
+    """Whether cards say how ComfyUI loads its networks: not where it does not know them, or nobody has read how."""
 
     sized: ClassVar[tuple[str, ...]] = ("sample_size",)
     """Settings that say how large the samples are: those of the teacher hold for every network beside it."""
@@ -77,6 +77,11 @@ class Family(Network):
     def dtype(self) -> torch.dtype:
         """What it computes in where nothing casts: a teacher may be in half precision, and its answer is upcast by the schedule."""
         return (next(self.model.parameters()) if self.typical is None else self.model.get_parameter(self.typical)).dtype
+
+    @staticmethod
+    def scale(g: float) -> float:
+        """The guidance_scale that a call of its pipelines is given for guidance g, where 1 is none."""
+        return g
 
     @property
     @abstractmethod
@@ -147,7 +152,7 @@ class Family(Network):
 
     @staticmethod
     def instruction(pipe: Any) -> str:
-        """What its pipelines write before every prompt, so that its text encoder reads more than the prompt."""
+        """What its pipelines write around every prompt, so that its text encoder reads more than the prompt."""
         return ""
 
     @staticmethod

@@ -105,6 +105,7 @@ def card(method: Distillation, steps: int, **known: Any) -> Card:
         adapter=None if rank is None else (rank, rank if adapter.alpha is None else adapter.alpha),
         called_with=backbone.network().called_with,
         in_comfy=backbone.network().in_comfy,
+        unguided=backbone.network().scale(1.0),
         source=backbone.source,
         vae=type(backbone.pipe.vae).__name__,
         **known,
