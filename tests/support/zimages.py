@@ -21,7 +21,7 @@ CHAT = (
 
 
 def tokenizer() -> Any:
-    """Qwen's kind of tokenizer, with its chat: a token for a word of the tests or of the chat after a space, and for every byte elsewhere."""
+    """Qwen's kind of tokenizer, with its chat: a token for a word of the tests after a space, and for every byte elsewhere."""
     from transformers import Qwen2Tokenizer
 
     letters = [chr(i) for i in range(33, 127)]
@@ -37,7 +37,7 @@ def tokenizer() -> Any:
 
 
 def make_zimage(folder: Path, size: tuple[int, int] | None = (16, 16), **network: Any) -> Path:
-    """An untrained Z-Image in miniature: Qwen of two layers, transformer of two and of one that refines, latents half as large as images."""
+    """An untrained Z-Image in miniature: Qwen of two layers, transformer of two and one that refines, latents half as large as images."""
     import diffusers
     from transformers import Qwen3Config, Qwen3Model
 
