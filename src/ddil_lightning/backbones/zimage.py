@@ -99,8 +99,8 @@ class ZImage(Transformer):
         return Context(text, mask=mask)
 
     def blank(self, n: int, tokens: int) -> Context:
-        """Texts of QWEN_TOKENS, the longest that there are."""
-        return Context(torch.zeros(n, QWEN_TOKENS, self.model.config.cap_feat_dim), mask=torch.ones(n, QWEN_TOKENS).long())
+        """Texts of QWEN_TOKENS, the longest that there are: without a mask, of which a plan could not know how much it leaves."""
+        return Context(torch.zeros(n, QWEN_TOKENS, self.model.config.cap_feat_dim))
 
     def last_layer(self) -> nn.Parameter:
         """The projection onto patches, which its blocks come after by name alone; else the last of its blocks."""
@@ -110,12 +110,12 @@ class ZImage(Transformer):
         return linear if linear is not None else trained[-1] if trained else super().last_layer()
 
     def forward(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
-        """[B, C, H, W] the velocity. Raises ValueError for a context without mask."""
-        if c.mask is None:
-            raise ValueError("Z-Image reads its text under a mask, which this context lacks: encode prompts by its own pipeline")
+        """[B, C, H, W] the velocity. A context without mask is read whole."""
         self._turn(x_t.device)
         dtype = self.dtype
-        texts = [text[mask.bool()] for text, mask in zip(c.text.to(dtype), c.mask, strict=True)]
+        texts = list(c.text.to(dtype))
+        if c.mask is not None:
+            texts = [text[mask.bool()] for text, mask in zip(texts, c.mask, strict=True)]
         images = list(x_t.to(dtype).unsqueeze(2).unbind(0))
         out = self.model(images, (1000 - t) / 1000, texts, patch_size=PATCH, return_dict=False)[0]
         return -torch.stack(out).squeeze(2)
