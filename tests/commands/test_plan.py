@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from ddil_lightning.backbones.outline import Outline
 from ddil_lightning.backbones.pipeline import Pipeline
@@ -21,6 +22,8 @@ from ddil_lightning.imitation.buffer import ReplayBuffer
 from ddil_lightning.records import Context, LatentBatch, Rollout
 from ddil_lightning.runs import memory
 from ddil_lightning.training.footprint import Setting
+from sanas import make_sana
+from zimages import make_zimage
 
 
 @pytest.fixture
@@ -58,6 +61,22 @@ def test_an_outline_is_the_pipeline_without_values(xl: Path, light: Path, sd3: P
         assert outline.latent_shape == real.latent_shape and outline.size == real.size and outline.predicts == real.predicts
         shapes = [[None if x is None else x.shape for x in backbone.encode_text(["a", "a"], True)] for backbone in (outline, real)]
         assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(("make", "side"), [(make_sana, 32), (make_zimage, 16)], ids=["sana", "zimage"])
+def test_a_plan_of_a_network_that_reads_its_text_under_a_mask(
+    make: Any, side: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Z-Image's is called with lists of texts as long as they are, which without values nobody could know."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (side, side)).save(tmp_path / "pictures" / "a.png")
+    (tmp_path / "pictures" / "a.txt").write_text("a small red circle")
+    words = [f"model.pipeline={make(tmp_path / 'p')}", "data.captions.path=pictures", f"data.captions.size={side}", "data.batch_size=4"]
+    own = ["model.critic.steps=2", "model.gan.layers=[block0,block1]", "trainer.accelerator=cpu", "trainer.devices=1"]
+    assert fit(["--config", "dmd2_lora_sd3.yaml", "--plan", *words, *own]) == 0
+    told = capsys.readouterr().out
+    assert [line.split()[0] for line in told.splitlines()[3:9]] == ["teacher", "encoders", "student", "critic", "head", "together"]
 
 
 def test_a_hub_id_that_cannot_be_asked_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,12 +13,21 @@ PIXELS = 4 * 512 * 512
 """How many pixels the autoencoder works on at a time: some 4 GB in float32, whatever the size of an image. A larger one is tiled."""
 
 
+def factor(vae: Any) -> int:
+    """How many times smaller latents are than images, by its configuration: every block but the last halves them."""
+    return 1 << (len(vae.config.get("block_out_channels") or vae.config.encoder_block_out_channels) - 1)
+
+
 @torch.no_grad()
 def encode(vae: Any, pixels: Tensor, device: torch.device) -> Tensor:
-    """Scaled latents [B, C, h, w] of images [B, 3, H, W] in [-1, 1]: the posterior mean, on `device`."""
+    """Scaled latents [B, C, h, w] of images [B, 3, H, W] in [-1, 1]: the posterior mean, or its one answer (DC-AE), on `device`."""
     with _working(vae, device, pixels.shape[2] * pixels.shape[3]) as chunk:
-        parts = [vae.encode(part.to(device, vae.dtype)).latent_dist.mode().float() for part in pixels.split(chunk)]
+        parts = [_answer(vae.encode(part.to(device, vae.dtype))).float() for part in pixels.split(chunk)]
     return ((torch.cat(parts) - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor).contiguous()
+
+
+def _answer(encoded: Any) -> Tensor:
+    return encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent  # type: ignore[no-any-return]
 
 
 def decode(vae: Any, latents: Tensor, device: torch.device, factor: int, gradients: bool = False) -> Tensor:

@@ -9,14 +9,18 @@ from ddil_lightning.backbones.family import Family
 from ddil_lightning.backbones.flux import Flux
 from ddil_lightning.backbones.pixart import PixArt
 from ddil_lightning.backbones.repositories import DENOISERS
+from ddil_lightning.backbones.sana import Sana
 from ddil_lightning.backbones.sd3 import SD3
 from ddil_lightning.backbones.unet import UNet
+from ddil_lightning.backbones.zimage import ZImage
 
 FAMILIES: dict[str, type[Family]] = {
     "UNet2DConditionModel": UNet,
     "SD3Transformer2DModel": SD3,
     "PixArtTransformer2DModel": PixArt,
     "FluxTransformer2DModel": Flux,
+    "SanaTransformer2DModel": Sana,
+    "ZImageTransformer2DModel": ZImage,
 }
 """The family of a pipeline by the class of its network in diffusers. A third party's is an entry made where its file is imported."""
 

@@ -25,9 +25,10 @@ class Family(Network):
 
     A family is a subclass that writes `forward` and `latent_shape`, and an entry of `families.FAMILIES` under the name of diffusers' class.
     It says besides where its pipelines differ from Stable Diffusion's: `component`, `blocks_of` and `called_with`, `written` and `tokens`,
-    and `context` where its texts are encoded otherwise than by two answers of `encode_prompt`. `check` turns away what it cannot do,
-    `spaces` and `sized` students of another architecture that cannot take its place. What it leaves out is refused by name where somebody
-    needs it: `with_features` and `head` (a discriminator), `told` (a student that is told its guidance).
+    `context` where its texts are encoded otherwise than by two answers of `encode_prompt`, `unconditional` where guidance is told another
+    thing than the empty prompt. `check` turns away what it cannot do, `spaces` and `sized` students of another architecture that cannot
+    take its place. What it leaves out is refused by name where somebody needs it: `with_features` and `head` (a discriminator), `told` (a
+    student that is told its guidance).
     """
 
     component: ClassVar[str] = "transformer"
@@ -50,6 +51,12 @@ class Family(Network):
 
     passes_sigmas: ClassVar[bool] = False
     """Of a flow: whether its pipelines hand their scheduler sigmas even from 1 to 1 / N; else it takes its own."""
+
+    called_size: ClassVar[tuple[int, int] | None] = None
+    """Height and width in pixels that a plain call of its pipelines makes, whatever the network; None where it is the network's own."""
+
+    in_comfy: ClassVar[bool] = True
+    """Whether cards say how ComfyUI loads its networks: not where it does not know them, or nobody has read how."""
 
     sized: ClassVar[tuple[str, ...]] = ("sample_size",)
     """Settings that say how large the samples are: those of the teacher hold for every network beside it."""
@@ -74,6 +81,11 @@ class Family(Network):
         """What it computes in where nothing casts: a teacher may be in half precision, and its answer is upcast by the schedule."""
         return (next(self.model.parameters()) if self.typical is None else self.model.get_parameter(self.typical)).dtype
 
+    @staticmethod
+    def scale(g: float) -> float:
+        """The guidance_scale that a call of its pipelines is given for guidance g, where 1 is none."""
+        return g
+
     @property
     def guidance(self) -> float:
         """The guidance g that its pipelines are called with where nobody says another: Stable Diffusion's, 7.5."""
@@ -87,7 +99,7 @@ class Family(Network):
     def asked(self, g: float, n: int) -> dict[str, Any]:
         """What a call of its pipelines for `n` prompts is given for guidance g; 1 is none."""
         negative = {} if self.asked_by == "guidance_scale" or g <= 1 else {"negative_prompt": [""] * n}
-        return {self.asked_by: g, **negative}
+        return {self.asked_by: self.scale(g), **negative}
 
     @staticmethod
     def packed(x: Tensor) -> Tensor:
@@ -167,6 +179,11 @@ class Family(Network):
         return list(prompts)
 
     @staticmethod
+    def instruction(pipe: Any) -> str:
+        """What its pipelines write around every prompt, so that its text encoder reads more than the prompt."""
+        return ""
+
+    @staticmethod
     def tokens(pipe: Any, prompts: Sequence[str]) -> tuple[list[int], int]:
         """How many tokens each of `prompts` has, and how many of them are read."""
         return [len(ids) for ids in pipe.tokenizer(list(prompts)).input_ids], pipe.tokenizer.model_max_length
@@ -181,6 +198,17 @@ class Family(Network):
             prompt=list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         return Context(text.float())
+
+    @classmethod
+    def unconditional(cls, pipe: Any, device: torch.device, sizes: Tensor) -> Context:
+        """What guidance tells it in place of a prompt, one sample: the empty one. Zeros where the pipeline says so (SDXL).
+
+        `sizes` [1, 6]: see `context`.
+        """
+        c = cls.context(pipe, [""], device, sizes)
+        if not pipe.config.get("force_zeros_for_empty_prompt"):
+            return c
+        return c._replace(text=torch.zeros_like(c.text), pooled=None if c.pooled is None else torch.zeros_like(c.pooled))
 
     def blank(self, n: int, tokens: int) -> Context:
         """Zeros of the shapes that `context` answers `n` prompts of so many `tokens` with, by its configuration: for a memory plan."""

@@ -270,6 +270,11 @@ class Backbone(ABC):
         """Whether that is another size than the one it was made for, which its users then have to say."""
         return False
 
+    @property
+    def says_size(self) -> bool:
+        """Whether a student's users have to say that size when they call it."""
+        return self.resized
+
     def check_size(self, size: tuple[int, int]) -> None:
         """Raises ValueError for images [height, width] that cannot be trained on; those that it samples can, and no others."""
         if self.size is not None and tuple(size) != self.size:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddil_lightning.backbones import autoencoder
 from ddil_lightning.backbones.loading import without_weights
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.repositories import SPARED, pipeline_folder, read_json, single_file
@@ -73,7 +74,7 @@ class Parts:
         for name in ("vae", "scheduler"):
             if name not in self.components:
                 raise ValueError(f"the pipeline {folder} has no {name}: only text-to-image pipelines in latents are distilled")
-        self.vae_scale_factor = 2 ** (len(self.components["vae"].config.block_out_channels) - 1)
+        self.vae_scale_factor = autoencoder.factor(self.components["vae"])
 
     def to(self, device: Any) -> Parts:
         """The same: what has no memory is nowhere."""

@@ -316,12 +316,10 @@ class Pipeline(Sized):
                     f"the prompt {shown!r} has {count} tokens and the text encoder reads {limit}: shorten it, or allow truncation"
                 )
 
+    @torch.no_grad()
     def null(self) -> Context:
-        """The context of the empty prompt, one sample: the unconditional branch of guidance. Zeros where the pipeline says so (SDXL)."""
-        c = self.encode_text([""])
-        if not self.pipe.config.get("force_zeros_for_empty_prompt"):
-            return c
-        return c._replace(text=torch.zeros_like(c.text), pooled=None if c.pooled is None else torch.zeros_like(c.pooled))
+        """The unconditional branch of guidance, one sample, as its family has it: mostly the context of the empty prompt."""
+        return self._network.unconditional(self.pipe, self.device, whole(self.size, 1))
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Scaled latents [B, C, h, w] of images [B, 3, H, W] in [-1, 1]: the VAE's posterior mean, so that a cache is reproducible."""

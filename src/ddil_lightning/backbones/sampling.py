@@ -97,10 +97,9 @@ def pipeline_latents(
 ) -> Tensor:
     """Final latents [N, C, h, w] of a diffusers pipeline called as its users call it, from the same noise as `latents`.
 
-    `g` is the guidance of the call; `dtype` that of the latents it begins with, by default its network's, after the noise was
-    `rounded` to another. With a `remedy`, which no
-    scheduler of diffusers has, the policy that steps as its scheduler does is sampled. Raises ValueError where the scheduler fails for so
-    many `steps`.
+    `g` is the guidance, which is mostly the guidance_scale of the call (`Family.asked`); `dtype` that of the latents it begins with, by
+    default its network's, after the noise was `rounded` to another. With a `remedy`, which no scheduler of diffusers has, the policy that
+    steps as its scheduler does is sampled. Raises ValueError where the scheduler fails for so many `steps`.
     """
     if backbone.remedy is not None:
         from ddil_lightning.backbones.samplers import grid_of, policy_of

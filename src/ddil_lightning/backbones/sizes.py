@@ -83,6 +83,12 @@ class Sized(Backbone):
         return self.latent_shape != self._network.latent_shape
 
     @property
+    def says_size(self) -> bool:
+        """Whether its users have to say the size: a plain call makes its network's own, or what its family says of all of them."""
+        called = self._network.called_size
+        return self.resized or (called is not None and called != self.size)
+
+    @property
     def _scale(self) -> int:
         return int(self.pipe.vae_scale_factor)
 

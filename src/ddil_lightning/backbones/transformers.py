@@ -23,7 +23,7 @@ class Transformer(Family):
     """
 
     image: int = 0
-    """Which of a block's answers are the tokens of the image."""
+    """Which of a block's answers are the tokens of the image, or begin with them."""
 
     def row(self) -> Sequence[nn.Module]:
         """Its blocks, in the order of its forward."""
@@ -50,7 +50,7 @@ class Transformer(Family):
         """A patch is whole."""
         return self.patch
 
-    def positions(self, shape: Sequence[int]) -> int:
+    def positions(self, shape: Sequence[int]) -> int | None:
         """A token for every patch."""
         return (shape[1] // self.patch) * (shape[2] // self.patch)
 
@@ -96,7 +96,7 @@ class Transformer(Family):
         # Not self(...): under FSDP2 the call of `features` has gathered the weights already.
         out, found = watched(lambda: self.forward(x_t, t, c), self._asked(layers), no_further, self.image)
         height, width = x_t.shape[2] // self.patch, x_t.shape[3] // self.patch
-        return out, tuple(x.transpose(1, 2).unflatten(2, (height, width)) for x in found)
+        return out, tuple(x[:, : height * width].transpose(1, 2).unflatten(2, (height, width)) for x in found)
 
     def spaces(self) -> dict[str, Any]:
         """Latents, and the width of the text states."""

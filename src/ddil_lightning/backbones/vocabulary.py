@@ -25,11 +25,16 @@ class Vocabulary:
 
     Special tokens and pieces of words are none, so that words joined by spaces are read as they were written. A pipeline of two text
     encoders (SDXL) reads the same tokens by both: a word's embedding is the two, one behind the other.
-    `ids` [V]: of the tokens; `table` [V, D]: their embeddings, float32. Raises ValueError for a pipeline without text encoders, and for
-    one whose encoders have different vocabularies.
+    `ids` [V]: of the tokens; `table` [V, D]: their embeddings, float32. Raises ValueError for a pipeline without text encoders, for one
+    whose encoders have different vocabularies, and for one that writes more around every prompt.
     """
 
     def __init__(self, backbone: Pipeline) -> None:
+        if backbone.network().instruction(backbone.pipe):
+            raise ValueError(
+                f"{backbone.path} reads a prompt within other words, so that none stands alone: prompts are inverted for pipelines of "
+                "other families (Stable Diffusion 1.x, 2.x, XL, PixArt)"
+            )
         self.backbone, self.pairs = backbone, _pairs(backbone)
         tokenizers = [tokenizer for tokenizer, _ in self.pairs]
         self.tokenizer = tokenizers[0]

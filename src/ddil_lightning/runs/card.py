@@ -32,8 +32,9 @@ class Card:
 
     `about`: the student's ddil.json. `scheduler`: the student's, of diffusers. `kind`: the class of its pipeline. `size`: of its images in
     pixels, (height, width). `files`: where each format lies, seen from the card. `told`: whether it is told its guidance. `adapter`: (rank,
-    alpha) of one. `called_with`: what calls of its family are given besides; `asked_by`: how they name the guidance. `source`: where the
-    teacher comes from, all of it. `dtype`: of the files. `run`: the config and the summary of the run that made it, as far as they are
+    alpha) of one. `called_with`: what calls of its family are given besides; `asked_by`: how they name the guidance, `unguided`: what they
+    are given for none. `in_comfy`: whether ComfyUI is known to load its family. `source`: where the teacher comes from, all of it; `vae`:
+    the class of its autoencoder. `dtype`: of the files. `run`: the config and the summary of the run that made it, as far as they are
     known. `licence`: by default the teacher's. `hub`: the repository that it goes to.
     """
 
@@ -46,7 +47,10 @@ class Card:
     adapter: tuple[int, float] | None = None
     called_with: Mapping[str, Any] = field(default_factory=dict)
     asked_by: str = "guidance_scale"
+    in_comfy: bool = True
+    unguided: float = 1.0
     source: Source | None = None
+    vae: str = "AutoencoderKL"
     dtype: torch.dtype = torch.float32
     run: Mapping[str, Any] = field(default_factory=dict)
     licence: str | None = None
@@ -132,16 +136,22 @@ class Card:
                 "it that there is none, and 0 something that it was never trained on"
             )
         if g > 1:
-            return f"`{name}` {g:g} guides it as it guides its teacher, in two evaluations a step, and negative prompts work"
+            return f"`{name}` {self._scale:g} guides it as it guides its teacher, in two evaluations a step, and negative prompts work"
+        same = "0 means the same to diffusers, and " if self._scale else ""
         return (
-            f"`{name}` {g:g} is right because guidance {low:g} is part of the weights; 0 means the same to diffusers, and anything "
-            "above 1 guides once more"
+            f"`{name}` {self._scale:g} is right because guidance {low:g} is part of the weights; {same}anything above "
+            f"{self._scale:g} guides once more"
         )
+
+    @property
+    def _scale(self) -> float:
+        """What a call is told, in the units of its pipeline."""
+        return float(self.about["guidance_scale"]) - 1 + self.unguided
 
     # How it is called ----------------------------------------------------------------------------------------------------------------
 
     def _in_diffusers(self) -> Iterator[str]:
-        steps, g = self.about["steps"], self.about["guidance_scale"]
+        steps, g = self.about["steps"], self._scale
         # A pipeline's own call makes what its network was first made for.
         size = f", height={self.size[0]}, width={self.size[1]}" if "size" in self.about else ""
         noise = f", eta={self.about['eta']:g}" if "eta" in self.about else ""  # of a scheduler that cannot keep it
@@ -187,8 +197,8 @@ class Card:
         given = f', variant="{source.variant}"' if source.variant else ""
         if source.vae:
             folder = ', subfolder="vae"' if part_folder(source.vae, "vae").name == "vae" else ""
-            yield "from diffusers import AutoencoderKL"
-            yield f'vae = AutoencoderKL.from_pretrained("{self._named(source.vae)}"{folder}{self._typed})'
+            yield f"from diffusers import {self.vae}"
+            yield f'vae = {self.vae}.from_pretrained("{self._named(source.vae)}"{folder}{self._typed})'
             given += ", vae=vae"
         if single_file(str(self.about["teacher"])) is None:
             yield f"pipe = DiffusionPipeline.from_pretrained({teacher}{given}{self._typed})"
@@ -230,7 +240,7 @@ class Card:
 
     def _in_comfy(self) -> Iterator[str]:
         loadable = [name for name in ("single-file", "kohya", "lora") if name in self.files]
-        if not loadable:
+        if not loadable or not self.in_comfy:
             return
         about, n = self.about, self.about["steps"]
         sampler = SAMPLERS.get(type(self.scheduler).__name__, "ddim")

@@ -82,7 +82,7 @@ def about_student(method: Distillation, steps: int) -> dict[str, Any]:
         **(flow_nodes(method.backbone, deployment.grid(steps)) if deployment.is_flow else {}),
         "dataset": method.backbone.about.get("dataset"),
         "teacher": method.backbone.path,
-        **({"size": list(method.backbone.size or ())} if method.backbone.resized else {}),
+        **({"size": list(method.backbone.size or ())} if method.backbone.says_size else {}),
         **({"sampler": deployment.remark} if deployment.remark else {}),
     }
 
@@ -105,7 +105,10 @@ def card(method: Distillation, steps: int, **known: Any) -> Card:
         adapter=None if rank is None else (rank, rank if adapter.alpha is None else adapter.alpha),
         called_with=backbone.network().called_with,
         asked_by=cast("Family", method.outgoing.network).asked_by,
+        in_comfy=backbone.network().in_comfy,
+        unguided=backbone.network().scale(1.0),
         source=backbone.source,
+        vae=type(backbone.pipe.vae).__name__,
         **known,
     )
 

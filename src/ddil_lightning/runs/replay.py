@@ -58,8 +58,9 @@ def _recording(model: nn.Module, calls: list[Any]) -> Iterator[None]:
 
     def record(*args: Any, **kwargs: Any) -> Any:
         (answer,) = forward(*args, **kwargs)
-        calls.append((dict(signature.bind(*args, **kwargs).arguments), answer.float()))
-        return (answer.float(),)
+        answer = [x.float() for x in answer] if isinstance(answer, list) else answer.float()  # Z-Image's, a sample each
+        calls.append((dict(signature.bind(*args, **kwargs).arguments), answer))
+        return (answer,)
 
     with _in_place_of(model, record):
         yield
@@ -75,7 +76,7 @@ def _replaying(model: nn.Module, calls: list[Any]) -> Iterator[None]:
             raise _Otherwise("it asks its network more often")
         before, answer = calls.pop(0)
         first, *others = signature.parameters
-        if before[first].shape != told[first].shape:
+        if [x.shape for x in before[first]] != [x.shape for x in told[first]]:
             raise _Otherwise("its network is asked of latents of another shape")
         for name in others:
             if not _alike(before.get(name), told.get(name), name):
@@ -103,6 +104,8 @@ def _alike(a: Any, b: Any, name: str) -> bool:
     if isinstance(a, Mapping) or isinstance(b, Mapping):
         a, b = a or {}, b or {}
         return all(_alike(a.get(key), b.get(key), key) for key in {**a, **b})
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(_alike(x, y, name) for x, y in zip(a, b, strict=True))
     if not isinstance(a, Tensor) and not isinstance(b, Tensor):
         return True
     if a is None or b is None:
@@ -110,6 +113,6 @@ def _alike(a: Any, b: Any, name: str) -> bool:
     a, b = (torch.as_tensor(x).detach().cpu() for x in (a, b))
     near = max([ROUNDED, *(torch.finfo(x.dtype).eps for x in (a, b) if x.dtype in (torch.float16, torch.bfloat16))])
     a, b = a.double(), b.double()
-    if "time" in name and "cond" not in name and "ids" not in name:
+    if name == "t" or ("time" in name and "cond" not in name and "ids" not in name):
         return bool(((a - b).abs() <= near * a.abs()).all())  # one for all samples, or one for each
     return a.shape == b.shape and bool((a - b).abs().max() <= CLOSE * a.abs().max())
