@@ -375,6 +375,7 @@ def both_ways(rank: int, folder: Path) -> dict[str, Any]:
     return {name: suite.fit(suite.build(DMD2, folder, updates=2), captions(folder), **way).rows for name, way in ways.items()}
 
 
+@pytest.mark.slow
 def test_it_is_sharded_by_its_blocks(pair: Pair, sana: Path) -> None:
     for found in pair.run(both_ways, sana):
         assert len(found["ddp"]) == len(found["fsdp2"]) == 2

@@ -55,7 +55,7 @@ def nodes_at(pipe: Any, size: tuple[int, int], **guidance: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "entry", [pytest.param(entry, id=entry.name, marks=pytest.mark.slow if entry.name == "dmd2" else ()) for entry in ENTRIES]
+    "entry", [pytest.param(entry, id=entry.name, marks=pytest.mark.slow if entry.name in ("dmd2", "lcm") else ()) for entry in ENTRIES]
 )
 def test_a_student_of_dev_resumes_exactly_and_is_exported_as_it_samples(entry: Entry, flux: Path, tmp_path: Path) -> None:
     """Told its guidance, whatever the method; trained nodes at every size, though its pipeline hands sigmas and mu to the scheduler."""
