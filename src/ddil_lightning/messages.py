@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 LEAVES = (  # what went wrong, in the order in which a message is searched for it
     r"(?:Option|option) '(?P<option>[^']+)'(?: is not accepted)?$",
@@ -142,8 +142,10 @@ def parameters(cls: type) -> list[str]:
 
 
 def accepts(function: Callable[..., Any]) -> list[str]:
-    """The names that a function accepts, and the dotted ones of fields, where a record is the default."""
-    return _dotted(inspect.signature(function).parameters.values())
+    """The names that a function accepts, and the dotted ones of fields, where a record is the default or what an option may be."""
+    either = ((name, kind) for name, hint in get_type_hints(function).items() for kind in get_args(hint) if is_dataclass(kind))
+    optional = [f"{name}.{field.name}" for name, kind in either for field in fields(kind)]
+    return [*_dotted(inspect.signature(function).parameters.values()), *optional]
 
 
 def _dotted(found: Iterable[inspect.Parameter]) -> list[str]:

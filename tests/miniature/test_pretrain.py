@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from ddil_lightning.commands.main import command, run
+from ddil_lightning.diffusion.alike import Alike
 from ddil_lightning.messages import accepts
 from ddil_lightning.miniature import networks, shapes, weights_path
 from ddil_lightning.miniature.card import measure, sample, save_teacher
+from ddil_lightning.miniature.flow import MIDDLE, FlowStage
 from ddil_lightning.miniature.pretrain import Snapshots, main, pretrain
 from ddil_lightning.miniature.sources import HELD_OUT, load_source
 from ddil_lightning.miniature.stages import AutoencoderStage, Denoiser, DenoiserStage, FreshLatents, Stage, held_then_cosine, token_ids
@@ -22,7 +24,7 @@ from ddil_lightning.miniature.stages import AutoencoderStage, Denoiser, Denoiser
 TINY = [
     "--dataset", "digits", "--images", "48", "--unet.batch_size", "8", "--unet.devices", "1", "--autoencoder.steps", "3",
     "--autoencoder.decoder_steps", "2", "--measurement.prompts", "4", "--measurement.guidance", "[2.0]",
-    "--interim.every", "32", "--progress", "false",
+    "--interim.every", "32", "--interim.progress", "false",
 ]  # fmt: skip
 
 
@@ -284,3 +286,90 @@ def test_the_teachers_that_ship_do_what_they_are_told(name: str, accuracy: float
 def test_built_in_weights_stay_small() -> None:
     folder = weights_path("shapes").parent
     assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 10 * 2**20
+
+
+# The transformer ------------------------------------------------------------------------------------------------------------------------
+
+TINY_FLOW = [
+    "--dataset", "digits", "--images", "32", "--transformer.batch_size", "8", "--transformer.devices", "1", "--transformer.width", "32",
+    "--transformer.layers", "2", "--measurement.prompts", "4", "--measurement.guidance", "[2.0]", "--interim.every", "16",
+    "--interim.progress", "false",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny_flow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("flow")
+    main([*TINY_FLOW, "--out", str(folder / "a"), "--interim.folder", str(folder / "interim")])
+    return folder
+
+
+def load_flow(folder: Path) -> Any:
+    from diffusers import StableDiffusion3Pipeline
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_a_transformer_is_trained_beside_the_frozen_parts_of_the_built_in_pipeline(tiny_flow: Path) -> None:
+    made, built_in = load_flow(tiny_flow / "a"), load(weights_path("digits"))
+    assert all(torch.equal(a, b) for a, b in zip(made.vae.parameters(), built_in.vae.parameters(), strict=True))
+    for encoder in (made.text_encoder, made.text_encoder_2):
+        state = built_in.text_encoder.state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in encoder.text_model.state_dict().items())
+    facts = json.loads((tiny_flow / "a" / "ddil.json").read_text())
+    assert facts["images"] == 32 and "StableDiffusion3Pipeline" in facts["kind"]
+    (typed,) = re.findall(r"`ddil-pretrain (--dataset digits --seed 0 .*)`", (tiny_flow / "a" / "README.md").read_text())
+    assert set(re.findall(r"--(\S+)", typed)) <= set(accepts(pretrain)) and "--transformer.width 32" in typed
+
+
+def test_a_teacher_is_measured_on_the_images_of_a_plain_call(tiny_flow: Path) -> None:
+    """256 zeros in the place of T5's tokens are asked once; the card's figures are those of a call that asks all of them."""
+    pipeline = load_flow(tiny_flow / "a")
+    with torch.no_grad():
+        for p in pipeline.transformer.parameters():  # what starts at 0 would hide the text
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    prompts = ["a handwritten one", "a handwritten two"]
+    plain = pipeline(
+        prompts, num_inference_steps=3, guidance_scale=2.0, generator=torch.Generator().manual_seed(4), output_type="pt"
+    ).images
+    other = pipeline(
+        prompts[::-1], num_inference_steps=3, guidance_scale=2.0, generator=torch.Generator().manual_seed(4), output_type="pt"
+    ).images
+    pipeline.transformer.set_attn_processor(Alike())
+    found = sample(pipeline, prompts, steps=3, guidance=2.0, seed=4)
+    torch.testing.assert_close(found, plain * 2 - 1, atol=1e-4, rtol=0)
+    assert not torch.allclose(plain, other, atol=1e-3)
+
+
+def test_flow_matching_on_what_is_known() -> None:
+    """A network that knows x0 = 0 answers with eps = x_t / sigma, at which the loss is 0; and both parts of the sigmas are drawn."""
+
+    class Zero(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.k = torch.nn.Parameter(torch.ones(()))
+            self.seen: list[torch.Tensor] = []
+
+        def forward(self, x_t: torch.Tensor, sigma: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            self.seen.append(sigma)
+            return self.k * x_t / sigma[:, None, None, None]
+
+    live: Any = Zero()
+    stage = FlowStage(live=live, empty=torch.zeros(1, 3, dtype=torch.long), focus=0.5, steps=9, lr=1.0, hold=0.5, ema=0.5)
+    loss = stage.training_step((torch.zeros(512, 4, 2, 2), torch.ones(512, 3, dtype=torch.long)), 1)
+    assert float(loss) < 1e-10
+    (sigma,) = live.seen
+    assert 0 < float(sigma.min()) < 0.01 and float(sigma.max()) > 0.99
+    assert float(((sigma > MIDDLE[0]) & (sigma < MIDDLE[1])).float().mean()) == pytest.approx(0.5 + 0.5 * 0.4, abs=0.01)
+
+
+def test_a_transformers_snapshot_is_gone_on_from_by_its_own_kind_alone(tiny_flow: Path, tmp_path: Path) -> None:
+    resumed = [*TINY_FLOW, "--out", str(tmp_path / "b"), "--interim.folder", str(tmp_path / "interim")]
+    main([*resumed, "--resume", str(tiny_flow / "interim")])
+    assert json.loads((tmp_path / "b" / "ddil.json").read_text())["images"] == 64
+    with pytest.raises(ValueError, match="the snapshot is of another data set or network"):
+        main([*TINY, "--out", str(tmp_path / "c"), "--interim.folder", str(tmp_path / "other"), "--resume", str(tiny_flow / "interim")])
+    with pytest.raises((ValueError, SystemExit, Exception), match="transformer.width 33: give a multiple of 32"):
+        main([*TINY_FLOW, "--transformer.width", "33", "--out", str(tmp_path / "d")])

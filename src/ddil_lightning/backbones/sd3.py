@@ -9,10 +9,19 @@ import torch
 from torch import Tensor
 
 from ddil_lightning.backbones.transformers import Transformer
+from ddil_lightning.diffusion.alike import Alike
 from ddil_lightning.records import Context
 
 T5_TOKENS = 256
 """What its pipeline reads of T5 at most, its max_sequence_length, and pads every text to: zeros where there is no T5."""
+
+
+def silent(pipe: Any) -> bool:
+    """Whether T5 says nothing in a pipeline: there is none, or one of no layers whose states are zeros."""
+    encoder = getattr(pipe, "text_encoder_3", None)
+    if encoder is None or pipe.tokenizer_3 is None:
+        return True
+    return encoder.config.num_layers == 0 and not bool(encoder.shared.weight.any())
 
 
 class SD3(Transformer):
@@ -37,16 +46,20 @@ class SD3(Transformer):
     @staticmethod
     def tokens(pipe: Any, prompts: Sequence[str]) -> tuple[list[int], int]:
         """By T5, which reads more than CLIP does and what its pipeline cuts of it; without one by CLIP."""
-        if getattr(pipe, "tokenizer_3", None) is None or pipe.text_encoder_3 is None:
+        if silent(pipe):
             return [len(ids) for ids in pipe.tokenizer(list(prompts)).input_ids], pipe.tokenizer_max_length
         return [len(ids) for ids in pipe.tokenizer_3(list(prompts)).input_ids], T5_TOKENS
 
     @staticmethod
     def context(pipe: Any, prompts: Sequence[str], device: torch.device, sizes: Tensor) -> Context:
-        """The states of both CLIPs side by side, padded to T5's width and followed by T5's; the pooled ones of the CLIPs. No mask."""
+        """The states of both CLIPs side by side, padded to T5's width and followed by T5's; the pooled ones of the CLIPs. No mask.
+
+        Where there is no T5 the zeros that its pipeline reads in its place are left out, for `forward` to put there.
+        """
         text, _, pooled, _ = pipe.encode_prompt(
             list(prompts), None, None, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
+        text = text[:, :-T5_TOKENS] if silent(pipe) else text
         return Context(text.float(), pooled=pooled.float())
 
     def blank(self, n: int, tokens: int) -> Context:
@@ -58,6 +71,10 @@ class SD3(Transformer):
         """[B, C, H, W] the velocity. Raises ValueError for a context without pooled text."""
         if c.pooled is None:
             raise ValueError("Stable Diffusion 3 is told the pooled text, which this context lacks: encode prompts by its own pipeline")
-        dtype = self.dtype
+        dtype, told = self.dtype, {}
         text, pooled = c.text.to(dtype), c.pooled.to(dtype)
-        return self.model(x_t.to(dtype), encoder_hidden_states=text, pooled_projections=pooled, timestep=t, return_dict=False)[0]
+        if text.shape[1] < T5_TOKENS:  # without T5: its 256 zeros stay equal to each other, and are asked once
+            text, told = torch.cat([text, torch.zeros_like(text[:, :1])], 1), {"joint_attention_kwargs": {"alike": T5_TOKENS}}
+            if not isinstance(next(iter(self.model.attn_processors.values())), Alike):
+                self.model.set_attn_processor(Alike())
+        return self.model(x_t.to(dtype), encoder_hidden_states=text, pooled_projections=pooled, timestep=t, **told, return_dict=False)[0]

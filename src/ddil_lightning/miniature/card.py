@@ -10,25 +10,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddil_lightning.files import replacing_folder
+from ddil_lightning.miniature.flow import called
 from ddil_lightning.miniature.sources import load_source
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+
+    Made = StableDiffusionPipeline | StableDiffusion3Pipeline
 
 
 @torch.no_grad()
-def sample(
-    pipeline: StableDiffusionPipeline, prompts: list[str], *, steps: int, guidance: float, seed: int, batch_size: int = 128
-) -> Tensor:
+def sample(pipeline: Made, prompts: list[str], *, steps: int, guidance: float, seed: int, batch_size: int = 128) -> Tensor:
     """One image per prompt with the pipeline's own scheduler, [N, 3, H, W] float32 in [-1, 1]."""
     pipeline.set_progress_bar_config(disable=True)
     rng, parts = torch.Generator().manual_seed(seed), []
     for i in range(0, len(prompts), batch_size):
+        part = prompts[i : i + batch_size]
         made = pipeline(
-            prompts[i : i + batch_size],
+            **(called(pipeline, part) if hasattr(pipeline, "transformer") else {"prompt": part}),
             num_inference_steps=steps,
             guidance_scale=guidance,
             generator=rng,
@@ -38,7 +40,7 @@ def sample(
     return torch.cat(parts)
 
 
-def measure(pipeline: StableDiffusionPipeline, dataset: str, *, n: int, steps: int, guidance: float, seed: int = 0) -> dict[str, float]:
+def measure(pipeline: Made, dataset: str, *, n: int, steps: int, guidance: float, seed: int = 0) -> dict[str, float]:
     """What the judge finds in images of `n` held-out prompts that mention every attribute: means by name, rounded to four decimals."""
     source = load_source(dataset)
     prompts = source.prompts(n, seed)
@@ -47,9 +49,7 @@ def measure(pipeline: StableDiffusionPipeline, dataset: str, *, n: int, steps: i
     return {name: round(float(v.nanmean()), 4) for name, v in (scores | {"residual": found.residual}).items()}
 
 
-def guided(
-    pipeline: StableDiffusionPipeline, dataset: str, scales: tuple[float, ...], *, n: int
-) -> tuple[float, dict[str, dict[str, float]]]:
+def guided(pipeline: Made, dataset: str, scales: tuple[float, ...], *, n: int) -> tuple[float, dict[str, dict[str, float]]]:
     """The smallest guidance scale that comes within .01 of the most all-right images, and the figures of all `scales`.
 
     More guidance than needed costs diversity. Sampled in 32 steps, on prompts that the final figures do not use.
@@ -59,9 +59,9 @@ def guided(
     return next(float(g) for g, row in scores.items() if row["all right"] >= best - 0.01), scores
 
 
-def save_teacher(pipeline: StableDiffusionPipeline, out: str | Path, facts: dict[str, Any], table: dict[int, dict[str, float]]) -> Path:
+def save_teacher(pipeline: Made, out: str | Path, facts: dict[str, Any], table: dict[int, dict[str, float]]) -> Path:
     """Write the pipeline in half precision with `ddil.json` and a model card to the folder `out`, which is replaced and answered."""
-    parts = (pipeline.vae, pipeline.unet, pipeline.text_encoder)
+    parts = {id(part): part for part in pipeline.components.values() if isinstance(part, nn.Module)}.values()
     with replacing_folder(Path(out)) as work:
         for part in parts:
             part.half()
@@ -69,8 +69,8 @@ def save_teacher(pipeline: StableDiffusionPipeline, out: str | Path, facts: dict
         for part in parts:
             part.float()
         # transformers loads in the precision named here, diffusers in single: without this the parts would not fit together
-        config = work / "text_encoder" / "config.json"
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+        for config in work.glob("text_encoder*/config.json"):
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
         (work / "ddil.json").write_text(json.dumps(facts | {"figures": table}, indent=2) + "\n")
         (work / "README.md").write_text(card(facts, table))
     return Path(out)
@@ -86,7 +86,7 @@ tags: [ddil-lightning, miniature]
 ---
 # The built-in teacher for "{facts["dataset"]}"
 
-A StableDiffusionPipeline in miniature (v-prediction, trailing DDIM steps), trained from nothing on the data set that
+A {facts["kind"]}, trained on the data set that
 `ddil_lightning.miniature.{facts["dataset"]}` draws. Recommended guidance scale: {facts["guidance"]:g}.
 
 | steps | {" | ".join(names)} |
@@ -96,7 +96,7 @@ A StableDiffusionPipeline in miniature (v-prediction, trailing DDIM steps), trai
 Means over held-out prompts, by the exact judge of the {facts["dataset"]} (ddil_lightning.miniature).
 
 - command: `ddil-pretrain {" ".join(f"--{key} {value}" for key, value in facts["settings"].items())}`
-- images seen by the U-Net: {facts["images"]}{", those of the resumed run included" if facts["resumed"] else ", in one run"}
+- images seen by the network: {facts["images"]}{", those of the resumed run included" if facts["resumed"] else ", in one run"}
 - wall clock: {facts["minutes"]} minutes
 - date: {datetime.date.today().isoformat()}; machine: {os.cpu_count()} x {platform.machine()}, torch {torch.__version__}
 """

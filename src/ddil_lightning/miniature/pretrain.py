@@ -17,14 +17,14 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 
 from ddil_lightning.bounds import at_least, seeds
 from ddil_lightning.files import check_writable, replacing_folder, switch, unused
-from ddil_lightning.miniature import networks
+from ddil_lightning.miniature import flow, networks, weights_path
 from ddil_lightning.miniature.card import guided, measure, save_teacher
-from ddil_lightning.miniature.settings import AutoencoderTraining, Interim, Measurement, UnetTraining
+from ddil_lightning.miniature.settings import AutoencoderTraining, Interim, Measurement, TransformerTraining, UnetTraining
 from ddil_lightning.miniature.sources import load_source
 from ddil_lightning.miniature.stages import AutoencoderStage, Denoiser, DenoiserStage, FreshImages, FreshLatents, Stage, loader, token_ids
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
 
 def pretrain(
@@ -35,10 +35,10 @@ def pretrain(
     out: str = "runs/pretrain/shapes",
     unet: UnetTraining = UnetTraining(),
     autoencoder: AutoencoderTraining = AutoencoderTraining(),
+    transformer: TransformerTraining | None = None,
     measurement: Measurement = Measurement(),
     interim: Interim = Interim(),
     resume: str | None = None,
-    progress: bool = True,
 ) -> Path:
     """Train a teacher and write it to `out`, which is answered, as a diffusers folder with a model card.
 
@@ -49,10 +49,11 @@ def pretrain(
         out: folder to write; a pipeline folder of that name is replaced.
         unet: the training of U-Net and text encoder.
         autoencoder: the training of the autoencoder.
+        transformer: instead of all that, the training of a transformer by flow matching on the latents of the built-in pipeline of the
+            same data, whose autoencoder and text encoder it keeps: a Stable Diffusion 3 in miniature.
         measurement: what the teacher is measured by.
         interim: snapshots while the U-Net trains.
         resume: folder of an earlier run's snapshots; its autoencoder and last weights are trained on, with a fresh decay.
-        progress: show progress bars.
 
     Raises ValueError before the training for an `out` that holds something else and for numbers that cannot be trained with.
     """
@@ -63,27 +64,53 @@ def pretrain(
     state = None if resume is None else _snapshot(Path(resume) / "state.pt")
     started = time.time()
     seed_everything(seed, verbose=False)
-    pipeline = networks.build_pipeline(load_source(dataset).words, networks.SIZES[dataset])
-    if state is not None:
-        before = _restore(pipeline, state)
-    else:
-        before = 0
-        train_autoencoder(pipeline, dataset, steps=autoencoder.steps, seed=seed, progress=progress)
-    size = unet.batch_size
+    pipeline: Any = begin(dataset, transformer)
+    before = 0 if state is None else _restore(pipeline, state)
+    if transformer is None and state is None:
+        train_autoencoder(pipeline, dataset, steps=autoencoder.steps, seed=seed, progress=interim.progress)
+    told = unet if transformer is None else transformer
+    size = told.batch_size
     snapshots = None if folder is None else Snapshots(pipeline, folder, max(1, interim.every // size), size, before)
-    train_denoiser(pipeline, dataset, unet, steps=max(1, images // size), seed=seed + before, snapshots=snapshots, progress=progress)
-    train_autoencoder(pipeline, dataset, steps=autoencoder.decoder_steps, seed=seed + 1, progress=progress, decoder_only=True)
+    train_denoiser(
+        pipeline, dataset, told, steps=max(1, images // size), seed=seed + before, snapshots=snapshots, progress=interim.progress
+    )
+    if transformer is None:
+        train_autoencoder(pipeline, dataset, steps=autoencoder.decoder_steps, seed=seed + 1, progress=interim.progress, decoder_only=True)
     prompts = measurement.prompts
     best, scores = guided(pipeline, dataset, measurement.guidance, n=min(256, prompts))
     table = {steps: measure(pipeline, dataset, n=prompts, steps=steps, guidance=best) for steps in (32, 4, 2, 1)}
-    parts = {"unet": unet, "autoencoder": autoencoder}
+    parts = {"unet": unet, "autoencoder": autoencoder} if transformer is None else {"transformer": transformer}
     settings = {"dataset": dataset, "seed": seed, "images": images}
     settings |= {f"{name}.{key}": value for name, part in parts.items() for key, value in vars(part).items()}
     facts = {
-        "dataset": dataset, "guidance": best, "settings": settings, "images": images + before, "resumed": resume is not None,
+        "dataset": dataset, "kind": KINDS[transformer is not None], "guidance": best, "settings": settings,
+        "images": images + before, "resumed": resume is not None,
         "minutes": round((time.time() - started) / 60, 1), "guidance_scores": scores,
     }  # fmt: skip
     return save_teacher(pipeline, out, facts, table)
+
+
+KINDS = (
+    "StableDiffusionPipeline in miniature (v-prediction, trailing DDIM steps), trained from nothing",
+    "StableDiffusion3Pipeline in miniature (flow matching, no T5), its transformer trained beside the built-in U-Net's other parts",
+)
+"""What a card calls its pipeline."""
+
+
+def begin(dataset: str, transformer: TransformerTraining | None) -> StableDiffusionPipeline | StableDiffusion3Pipeline:
+    """A pipeline with fresh weights, but for the frozen parts of the built-in one where a transformer is trained beside them."""
+    if transformer is None:
+        return networks.build_pipeline(load_source(dataset).words, networks.SIZES[dataset])
+    from diffusers import StableDiffusionPipeline
+
+    return flow.build_pipeline(StableDiffusionPipeline.from_pretrained(weights_path(dataset)), transformer)
+
+
+def live_of(pipeline: Any) -> torch.nn.Module:
+    """What is trained of a pipeline: its denoiser, a U-Net's with the text encoder."""
+    if hasattr(pipeline, "transformer"):
+        return flow.FlowDenoiser(pipeline.transformer, pipeline.text_encoder)
+    return Denoiser(pipeline.unet, pipeline.text_encoder)
 
 
 def check(out: str, interim: str | None) -> None:
@@ -119,27 +146,27 @@ def train_autoencoder(
 
 
 def train_denoiser(
-    pipeline: StableDiffusionPipeline, dataset: str, unet: UnetTraining, *,
+    pipeline: Any, dataset: str, told: UnetTraining | TransformerTraining, *,
     steps: int, seed: int, snapshots: Callback | None = None, progress: bool = False,
 ) -> None:  # fmt: skip
-    """Train U-Net and text encoder of `pipeline` in place on `steps` batches of latents of fresh images."""
-    stage = DenoiserStage(
-        live=Denoiser(pipeline.unet.train(), pipeline.text_encoder.train()),
-        scheduler=pipeline.scheduler,
-        empty=token_ids(pipeline.tokenizer, [""]),
-        steps=steps, lr=unet.lr, hold=unet.hold, ema=unet.ema, focus=unet.focus, seed=seed,
-    )  # fmt: skip
-    data = FreshLatents(source=load_source(dataset).draw, pipeline=pipeline, batch_size=unet.batch_size // unet.devices, seed=seed)
-    fit(stage, loader(data), devices=unet.devices, progress=progress, callbacks=[snapshots] if snapshots else [])
+    """Train what is `live_of` the pipeline in place on `steps` batches of latents of fresh images."""
+    empty = token_ids(pipeline.tokenizer, [""])
+    options = {"steps": steps, "lr": told.lr, "hold": told.hold, "ema": told.ema, "focus": told.focus, "seed": seed, "empty": empty}
+    live: Any = live_of(pipeline).train()
+    if isinstance(live, Denoiser):
+        stage: Stage = DenoiserStage(live=live, scheduler=pipeline.scheduler, **options)
+    else:
+        stage = flow.FlowStage(live=live, **options)
+    data = FreshLatents(source=load_source(dataset).draw, pipeline=pipeline, batch_size=told.batch_size // told.devices, seed=seed)
+    fit(stage, loader(data), devices=told.devices, progress=progress, callbacks=[snapshots] if snapshots else [])
     put_average(pipeline, stage.average)
 
 
-def put_average(pipeline: StableDiffusionPipeline, average: Any) -> None:
+def put_average(pipeline: Any, average: Any) -> None:
     """Copy averaged weights into the pipeline and make it ready for sampling."""
-    pipeline.unet.load_state_dict(average.unet.state_dict())
-    pipeline.text_encoder.load_state_dict(average.text_encoder.state_dict())
-    pipeline.unet.eval()
-    pipeline.text_encoder.eval()
+    live = live_of(pipeline)
+    live.load_state_dict(average.state_dict())
+    live.eval()
 
 
 def _snapshot(file: Path) -> dict[str, Any]:
@@ -152,16 +179,16 @@ def _snapshot(file: Path) -> dict[str, Any]:
         raise ValueError(f"resume: the snapshot {file}: {reason}; give the folder that --interim.folder of an earlier run names") from error
 
 
-def _restore(pipeline: StableDiffusionPipeline, state: dict[str, Any]) -> int:
+def _restore(pipeline: Any, state: dict[str, Any]) -> int:
     """Put a snapshot's autoencoder and last weights into the pipeline, and answer how many images they have seen.
 
     Raises ValueError for a snapshot of another data set.
     """
     try:
         pipeline.vae.load_state_dict(state["vae"])
-        Denoiser(pipeline.unet, pipeline.text_encoder).load_state_dict(state["live"])
+        live_of(pipeline).load_state_dict(state["live"])
     except RuntimeError as error:
-        raise ValueError("resume: the snapshot is of another data set: its weights do not fit") from error
+        raise ValueError("resume: the snapshot is of another data set or network: its weights do not fit") from error
     pipeline.vae.register_to_config(scaling_factor=state["scaling_factor"])
     pipeline.vae.requires_grad_(False).eval()
     return int(state["images"])
@@ -199,7 +226,7 @@ class Snapshots(Callback):
     `folder` is a link that is switched to the finished snapshot, so a reader never sees half of one.
     """
 
-    def __init__(self, pipeline: StableDiffusionPipeline, folder: str, every: int, batch_size: int, before: int = 0) -> None:
+    def __init__(self, pipeline: Any, folder: str, every: int, batch_size: int, before: int = 0) -> None:
         self.pipeline = copy.deepcopy(pipeline)  # the average goes into it, while the weights of the original are in training
         self.folder, self.every, self.batch_size, self.before = Path(folder), every, batch_size, before
         self.started, self.loss = time.time(), 0.0

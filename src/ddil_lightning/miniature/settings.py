@@ -28,13 +28,56 @@ class UnetTraining:
     focus: float = 0.0
 
     def __post_init__(self) -> None:
-        at_least(1, **{"unet.batch_size": self.batch_size})
-        within(1, 256, **{"unet.devices": self.devices})
-        within(0, 10, **{"unet.lr": self.lr})
-        within(0, 1, **{"unet.hold": self.hold, "unet.focus": self.focus})
-        fraction(**{"unet.ema": self.ema})
-        if self.batch_size % self.devices:
-            raise ValueError(f"unet.batch_size {self.batch_size}: give a multiple of unet.devices ({self.devices}), which share a batch")
+        _check("unet", self)
+
+
+@dataclass(frozen=True)
+class TransformerTraining:
+    """The training of a transformer by flow matching, beside the frozen parts of the built-in pipeline of the same data.
+
+    Args:
+        width: of a token.
+        layers: its blocks.
+        batch_size: over all devices.
+        devices: CPU processes of one thread each.
+        lr: peak learning rate (AdamW).
+        hold: share of the training at the peak learning rate, which decays over the rest.
+        ema: decay of the averaged weights, which are the ones that ship.
+        focus: share of the sigmas drawn from .55 to .95 alone, where the caption decides about shapes.
+        shift: of the pipeline's scheduler, which has no part in the training.
+    """
+
+    width: int = 128
+    layers: int = 6
+    batch_size: int = 64
+    devices: int = 2
+    lr: float = 1e-3
+    hold: float = 0.6
+    ema: float = 0.999
+    focus: float = 0.4
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check("transformer", self)
+        within(1, 64, **{"transformer.layers": self.layers})
+        within(0.01, 100, **{"transformer.shift": self.shift})
+        if self.width < HEAD or self.width % HEAD:
+            raise ValueError(f"transformer.width {self.width}: give a multiple of {HEAD}, the width of a head")
+
+
+HEAD = 32
+"""Channels of an attention head."""
+
+
+def _check(name: str, told: UnetTraining | TransformerTraining) -> None:
+    """Raises ValueError for what no network is trained with."""
+    at_least(1, **{f"{name}.batch_size": told.batch_size})
+    within(1, 256, **{f"{name}.devices": told.devices})
+    within(0, 10, **{f"{name}.lr": told.lr})
+    within(0, 1, **{f"{name}.hold": told.hold, f"{name}.focus": told.focus})
+    fraction(**{f"{name}.ema": told.ema})
+    if told.batch_size % told.devices:
+        raise ValueError(f"{name}.batch_size {told.batch_size}: give a multiple of {name}.devices ({told.devices}), which share a batch")
 
 
 @dataclass(frozen=True)
@@ -73,15 +116,17 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Interim:
-    """Snapshots while the U-Net trains.
+    """What is kept and shown while the network trains.
 
     Args:
-        folder: a link that is switched to every snapshot; null for none.
+        folder: of snapshots, a link that is switched to every one; null for none.
         every: images between two snapshots.
+        progress: show progress bars.
     """
 
     folder: str | None = "runs/pretrain/interim"
     every: int = 60_000
+    progress: bool = True
 
     def __post_init__(self) -> None:
         at_least(1, **{"interim.every": self.every})

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, StableDiffusionPipeline
+    from diffusers import AutoencoderKL
 
 MIDDLE = (0.5, 0.95)  # where a wrong shape in the caption costs most, measured on a trained miniature
 # (n, seed) -> (images [n, 3, H, W] in [-1, 1], n captions)
@@ -46,9 +46,7 @@ class FreshLatents(IterableDataset[tuple[Tensor, Tensor]]):
     is used `reuse` times on average and encoding costs 1 / `reuse` of an encoder pass per image.
     """
 
-    def __init__(
-        self, *, source: Source, pipeline: StableDiffusionPipeline, batch_size: int, seed: int, pool: int = 2048, reuse: int = 2
-    ) -> None:
+    def __init__(self, *, source: Source, pipeline: Any, batch_size: int, seed: int, pool: int = 2048, reuse: int = 2) -> None:
         self.source, self.batch_size, self.seed, self.pool, self.reuse = source, batch_size, seed, pool, reuse
         self.vae, self.tokenizer = pipeline.vae, pipeline.tokenizer
         self.rank = 0  # known once the processes run
