@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import ddim, renoise
 from ddil_lightning.methods import LCM
+from ddil_lightning.miniature import flow
 from sd3 import make_sd3, rescheduled
 
 PROMPTS = ["a handwritten one", "a small red circle"]
@@ -51,16 +53,33 @@ def test_it_is_a_flow_by_its_own_settings(backbone: Pipeline, without_t5: Pipeli
 
 @pytest.mark.parametrize("name", ["backbone", "without_t5"])
 def test_texts_are_the_pipelines(name: str, request: pytest.FixtureRequest) -> None:
-    """CLIP's 16 tokens, padded to T5's width, then 256 of T5 or as many zeros; without a mask."""
+    """CLIP's 16 tokens, padded to T5's width, then 256 of T5, or none where these are zeros; without a mask."""
     made: Pipeline = request.getfixturevalue(name)
     c = made.encode_text(PROMPTS)
     text, null, pooled, null_pooled = made.pipe.encode_prompt(PROMPTS, None, None, device=made.device)
-    assert c.text.shape == (2, 16 + T5_TOKENS, 32) and c.mask is None and torch.equal(c.text, text)
+    n = 16 if name == "without_t5" else 16 + T5_TOKENS
+    assert c.text.shape == (2, n, 32) and c.mask is None and torch.equal(c.text, text[:, :n]) and not text[:, n:].any()
     assert c.pooled is not None and torch.equal(c.pooled, pooled) and bool(c.text[:, :16, 16:].eq(0).all())
-    assert bool(c.text[:, 16:].eq(0).all()) == (name == "without_t5")
-    torch.testing.assert_close((made.null().text, made.null().pooled), (null[:1], null_pooled[:1]))
+    torch.testing.assert_close((made.null().text, made.null().pooled), (null[:1, :n], null_pooled[:1]))
     blank = made.network().blank(2, 16)
-    assert blank.text.shape == c.text.shape and blank.pooled is not None and blank.pooled.shape == c.pooled.shape
+    assert blank.text.shape == text.shape and blank.pooled is not None and blank.pooled.shape == c.pooled.shape
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["no T5", "a T5 that says nothing"])
+def test_zeros_in_the_place_of_t5_are_asked_once(silent: bool, without_t5: Pipeline) -> None:
+    """The network and its plain pipeline, which asks all 256; and a plain call after ours, on the very same network, is what it was."""
+    made = without_t5
+    if silent:
+        made = copy.copy(without_t5)
+        made.pipe = copy.copy(without_t5.pipe)
+        made.pipe.register_modules(text_encoder_3=flow.silent(len(made.pipe.tokenizer), 32), tokenizer_3=made.pipe.tokenizer)
+    before = sampling.pipeline_latents(made, PROMPTS, 4, 4.0)
+    policy, grid = exactly(made, 4, 4.0)
+    mine = sampling.latents(made, policy, grid, PROMPTS, 4.0)
+    torch.testing.assert_close(mine, before, rtol=0, atol=1e-4)
+    torch.testing.assert_close(sampling.pipeline_latents(made, PROMPTS, 4, 4.0), before, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"has 22 tokens and the text encoder reads 16: shorten it"):
+        made.encode_text(["a small red circle " * 5])
 
 
 def test_a_text_is_too_long_for_t5_or_where_there_is_none_for_clip(backbone: Pipeline, without_t5: Pipeline) -> None:
