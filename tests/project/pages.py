@@ -73,7 +73,7 @@ SNIPPETS = [(page.path.name, code) for page in GUIDES.values() for code in page.
 FIT = "trainer.accelerator=cpu data.batch_size=8 previews.count=1 previews.teacher_steps=[4] checkpoints.every=2"
 PRETRAIN = (
     "--images=16 --unet.batch_size=8 --unet.devices=1 --autoencoder.steps=1 --autoencoder.decoder_steps=1 --measurement.prompts=4 "
-    "--measurement.guidance=[2.0] --progress=false"
+    "--measurement.guidance=[2.0] --interim.progress=false"
 )
 SMALL = {
     "ddil-fit": FIT,

@@ -161,13 +161,14 @@ def test_toy_configs_differ_in_the_prior_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if "digits" in n else pytest.mark.slow) for n in PRETRAIN])
 def test_pretrain(name: str, here: Path) -> None:
-    words = ["--config", str(find_config(name)), "--images=32", "--unet.batch_size=8", "--unet.devices=1", "--autoencoder.steps=2"]
+    unet = ["--unet.batch_size=8", "--unet.devices=1", "--autoencoder.steps=2", "--autoencoder.decoder_steps=2"]
+    words = ["--config", str(find_config(name)), "--images=32"]
+    words += ["--transformer.batch_size=8", "--transformer.devices=1", "--transformer.layers=1"] if "flow" in name else unet
     words += [
-        "--autoencoder.decoder_steps=2",
         "--measurement.prompts=4",
         "--measurement.guidance=[2.0]",
         "--interim.folder=null",
-        "--progress=false",
+        "--interim.progress=false",
         "--out=out",
     ]
     pretrain.main(words)

@@ -228,7 +228,12 @@ CACHE_SHORT = {"--pipeline": "--model.init_args.pipeline", "--seed": "--seed_eve
 PRETRAIN_MOVED = {
     **{name: f"unet.{name}" for name in ("batch_size", "devices", "lr", "hold", "ema", "focus")},
     **{"autoencoder_steps": "autoencoder.steps", "decoder_steps": "autoencoder.decoder_steps"},
-    **{"prompts": "measurement.prompts", "guidance": "measurement.guidance", "interim_every": "interim.every"},
+    **{
+        "prompts": "measurement.prompts",
+        "guidance": "measurement.guidance",
+        "interim_every": "interim.every",
+        "progress": "interim.progress",
+    },
 }
 """Options of ddil-pretrain that were at one level, and where they are now."""
 
