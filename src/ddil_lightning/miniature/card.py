@@ -7,7 +7,7 @@ import json
 import os
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,9 @@ from ddil_lightning.files import replacing_folder
 from ddil_lightning.miniature.flow import called
 from ddil_lightning.miniature.sources import load_source
 
-if TYPE_CHECKING:
-    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
-
-    Made = StableDiffusionPipeline | StableDiffusion3Pipeline
-
 
 @torch.no_grad()
-def sample(pipeline: Made, prompts: list[str], *, steps: int, guidance: float, seed: int, batch_size: int = 128) -> Tensor:
+def sample(pipeline: Any, prompts: list[str], *, steps: int, guidance: float, seed: int, batch_size: int = 128) -> Tensor:
     """One image per prompt with the pipeline's own scheduler, [N, 3, H, W] float32 in [-1, 1]."""
     pipeline.set_progress_bar_config(disable=True)
     rng, parts = torch.Generator().manual_seed(seed), []
@@ -40,7 +35,7 @@ def sample(pipeline: Made, prompts: list[str], *, steps: int, guidance: float, s
     return torch.cat(parts)
 
 
-def measure(pipeline: Made, dataset: str, *, n: int, steps: int, guidance: float, seed: int = 0) -> dict[str, float]:
+def measure(pipeline: Any, dataset: str, *, n: int, steps: int, guidance: float, seed: int = 0) -> dict[str, float]:
     """What the judge finds in images of `n` held-out prompts that mention every attribute: means by name, rounded to four decimals."""
     source = load_source(dataset)
     prompts = source.prompts(n, seed)
@@ -49,7 +44,7 @@ def measure(pipeline: Made, dataset: str, *, n: int, steps: int, guidance: float
     return {name: round(float(v.nanmean()), 4) for name, v in (scores | {"residual": found.residual}).items()}
 
 
-def guided(pipeline: Made, dataset: str, scales: tuple[float, ...], *, n: int) -> tuple[float, dict[str, dict[str, float]]]:
+def guided(pipeline: Any, dataset: str, scales: tuple[float, ...], *, n: int) -> tuple[float, dict[str, dict[str, float]]]:
     """The smallest guidance scale that comes within .01 of the most all-right images, and the figures of all `scales`.
 
     More guidance than needed costs diversity. Sampled in 32 steps, on prompts that the final figures do not use.
@@ -59,7 +54,7 @@ def guided(pipeline: Made, dataset: str, scales: tuple[float, ...], *, n: int) -
     return next(float(g) for g, row in scores.items() if row["all right"] >= best - 0.01), scores
 
 
-def save_teacher(pipeline: Made, out: str | Path, facts: dict[str, Any], table: dict[int, dict[str, float]]) -> Path:
+def save_teacher(pipeline: Any, out: str | Path, facts: dict[str, Any], table: dict[int, dict[str, float]]) -> Path:
     """Write the pipeline in half precision with `ddil.json` and a model card to the folder `out`, which is replaced and answered."""
     parts = {id(part): part for part in pipeline.components.values() if isinstance(part, nn.Module)}.values()
     with replacing_folder(Path(out)) as work:

@@ -151,7 +151,15 @@ def train_denoiser(
 ) -> None:  # fmt: skip
     """Train what is `live_of` the pipeline in place on `steps` batches of latents of fresh images."""
     empty = token_ids(pipeline.tokenizer, [""])
-    options = {"steps": steps, "lr": told.lr, "hold": told.hold, "ema": told.ema, "focus": told.focus, "seed": seed, "empty": empty}
+    options: dict[str, Any] = {
+        "steps": steps,
+        "lr": told.lr,
+        "hold": told.hold,
+        "ema": told.ema,
+        "focus": told.focus,
+        "seed": seed,
+        "empty": empty,
+    }
     live: Any = live_of(pipeline).train()
     if isinstance(live, Denoiser):
         stage: Stage = DenoiserStage(live=live, scheduler=pipeline.scheduler, **options)
