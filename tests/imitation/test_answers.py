@@ -160,6 +160,21 @@ def test_answers_kept_otherwise_are_asked_for_again(change: str) -> None:
     assert network.rows == [2, 2] and len(other) == 2 * STATES
 
 
+def test_another_question_forgets_what_was_answered_to_the_first() -> None:
+    """A run that goes on with another pipeline, box or grid: its states are as good as before, and what was said of them is not."""
+    buffer, network = filled(), Network()
+    b = batch(buffer, [0, 5, 9])
+    buffer.answers.of(b, network, question=lambda: "box 1")
+    rows = []
+    for question in ("box 1", "box 2"):
+        again = filled(0)
+        again.load_state_dict(buffer.state_dict())
+        for _ in range(2):
+            assert torch.equal(again.answers.of(b, network, question=lambda asked=question: asked), Network()(b))  # type: ignore[misc]
+        rows.append(len(network.rows))
+    assert rows == [1, 2] and again.state_dict()["question"] == "box 2"
+
+
 def test_several_processes_ask_together() -> None:
     """A sharded network waits for all of them: a process that knows every answer asks for one row."""
     buffer, network = filled(), Network()

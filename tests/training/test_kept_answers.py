@@ -9,12 +9,14 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
+from ddil_lightning.training.optimisation import Optimizer
 from pair import Pair, ddp
 from suite import BY_NAME, METHODS, MIXED, Entry, Run, build, captions, equal, fit
 
 BATCH, UPDATES = 8, 8
 """Half of every batch is forward latents: networks are asked for four rows at least, which they answer on one thread as they would in a
 batch (another kernel multiplies fewer)."""
+BOX = [[-1.0] * 4, [1.0] * 4]
 ASKING = [entry for entry in METHODS if hasattr(entry.method, "answer")]
 MORE = [Entry("ctm-two-steps", BY_NAME["ctm"].method, {"denoising": 0.0, "teacher_steps": 2}, slow=True)]
 ORDINARY = ("lcm", "pd", "snapfusion", "reflow")
@@ -85,3 +87,18 @@ def test_two_processes_keep_their_own(pair: Pair, tiny: Path) -> None:
     (kept, again), (others, _) = pair.run(of_process, BY_NAME["pd"], tiny)
     assert all(equal(kept[name], again[name]) for name in ("weights", "losses", "rows")) and kept["asked"] < again["asked"]
     assert equal(kept["weights"], others["weights"]) and not equal(kept["losses"], others["losses"])
+
+
+def test_a_question_is_the_same_in_a_resumed_run_and_another_with_other_settings(tiny: Path) -> None:
+    """Clocks, rates and lengths are no part of it; all that moves an answer is."""
+    entry = BY_NAME["lcm"]
+    made = run(entry, tiny, "float32")[0].method
+    plain = made.question
+    fixed = [build(entry, tiny, box=BOX, **other).question for other in ({}, {"updates": 99, "optimizer": Optimizer(lr=0.5)})]
+    assert fixed[0] == fixed[1] != plain  # whose box is the data's
+    made.student_updates, made.updates, made.lr = 77, 999, 0.3
+    assert made.question == plain
+    seen = {plain}
+    for change in ({"solver_steps": 25}, {"reflect": "dynamic"}, {"guidance": [2.0, 2.5]}, {"box": BOX}):
+        seen.add(build(entry, tiny, **change).question)
+    assert len(seen) == 5

@@ -246,7 +246,9 @@ class DDILDataModule(LightningDataModule, Feed):
 
     def answered(self, batch: LatentBatch, ask: Ask) -> Answer:
         """`ask(batch)`; states of the buffer that were answered before are not asked for again (imitation.answers)."""
-        return ask(batch) if self.buffer is None else self.buffer.answers.of(batch, ask, Processes(self.trainer).world == 1)
+        if self.buffer is None:
+            return ask(batch)
+        return self.buffer.answers.of(batch, ask, Processes(self.trainer).world == 1, lambda: self.learner.question)
 
     def observe(self, batch: LatentBatch, loss: Tensor) -> None:
         """Per-sample losses [B] of a batch: the buffer's priorities."""

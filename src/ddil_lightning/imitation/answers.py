@@ -1,7 +1,7 @@
 """What a frozen network has answered to states of the replay buffer, kept beside them: it is asked once, however often a state is drawn.
 
 An answer is a function of the state alone, (x_t, t, s, c, w), as long as the network and the grid are: within a stage. So it goes with its
-state, by age, by eviction and at the end of a stage (METHODS 1.6).
+state, by age, by eviction and at the end of a stage (METHODS 1.6), and all of them go where a run goes on with another `Learner.question`.
 """
 
 from __future__ import annotations
@@ -32,15 +32,17 @@ class Arriving(NamedTuple):
 
 
 class Answers:
-    """Answers to the states that `find` finds by their slots, in the chunks that hold these.
+    """Answers to the states that `find` finds by their slots, in the chunks that hold these, `every` one of which there is.
 
     `storage`: "float32" keeps them as they came, "float16" in half precision, "none" keeps none. With the first, a batch is answered in the
     very bits that its states had at first. A network that is asked for the missing rows alone answers them as it would in a whole batch up
     to the rounding of its kernels, which may depend on how many rows there are.
     """
 
-    def __init__(self, storage: Storage, find: Find) -> None:
-        self.storage, self._find = storage, find
+    def __init__(self, storage: Storage, find: Find, every: Callable[[], Iterable[Chunk]]) -> None:
+        self.storage, self._find, self._every = storage, find, every
+        self.question: str | None = None
+        self._confirmed = False
         self._drawn: tuple[Tensor, Tensor] | None = None
         self._arriving: list[Arriving] = []
 
@@ -48,13 +50,16 @@ class Answers:
         """Slots [B] of a batch on its way to the method, and the same on the CPU: reading them back from a device would wait for it."""
         self._drawn = there, here
 
-    def of(self, batch: LatentBatch, ask: Ask, alone: bool = True) -> Answer:
+    def of(self, batch: LatentBatch, ask: Ask, alone: bool = True, question: Callable[[], str] = str) -> Answer:
         """`ask(batch)`, which asks for the rows alone that are not known and keeps what is answered to states of the buffer.
 
-        Unless this process is `alone`, at least one row is asked for: a network that is split over all of them waits for every one.
+        `question`: what is asked besides the state, read once in a run; what was kept of another is forgotten. Unless this process is
+        `alone`, at least one row is asked for: a network that is split over all of them waits for every one.
         """
         if self.storage == "none":
             return ask(batch)
+        if not self._confirmed:
+            self._confirm(question())
         self.settle()
         slot, kind = self._slots(batch.slot), "unguided" if batch.c.w is None else "guided"
         known, kept = self.recall(slot, kind)
@@ -72,6 +77,16 @@ class Answers:
         order = place.to(batch.t.device)
         fields = tuple(torch.cat([a, *(b.to(a) for b in kept[i : i + 1])])[order] for i, a in enumerate(new))
         return fields[0] if isinstance(found, Tensor) else fields
+
+    def restore(self, question: str | None) -> None:
+        """The chunks have come from a checkpoint, with answers to this question."""
+        self.question, self._confirmed = question, False
+
+    def _confirm(self, question: str) -> None:
+        if self.question != question:
+            for chunk in self._every():
+                chunk.answers.clear()
+        self.question, self._confirmed = question, True
 
     def recall(self, slot: Tensor, kind: str) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(known [n], fields [k, ...]): for which of the states `slot` [n] there is an answer of a `kind`, and the fields of these k."""

@@ -58,7 +58,7 @@ class ReplayBuffer:
         if answers not in get_args(Storage):
             raise ValueError(f"buffer.answers is {answers!r}: give one of {', '.join(get_args(Storage))}")
         self.capacity, self.max_age, self.storage = capacity, max_age, storage
-        self.answers = Answers(answers, self._found)
+        self.answers = Answers(answers, self._found, lambda: self._chunks)
         self.priority, self.half_life, self.uniform, self.beta0 = priority, half_life, uniform, beta0
         self.rejected = 0
         self._chunks: deque[Chunk] = deque()
@@ -194,7 +194,8 @@ class ReplayBuffer:
             for k in self._chunks
         ]
         means = [[time, mean, count] for time, (mean, count) in self._means.items()]
-        return {"chunks": chunks, "means": means, "next": self._next, "rejected": self.rejected, "answers": self.answers.storage}
+        kept = {"answers": self.answers.storage, "question": self.answers.question}
+        return {"chunks": chunks, "means": means, "next": self._next, "rejected": self.rejected, **kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state_dict()`; with a smaller capacity than it was saved with, the oldest roll-outs go.
@@ -209,6 +210,7 @@ class ReplayBuffer:
             ends = {x: k[x].clone() for x in ENDS if x in k}
             clock, stage, start = k["at"]
             self._chunks.append(Chunk(states, c, clock, stage, start, answers, **ends))
+        self.answers.restore(state.get("question"))
         self._means = {int(time): (float(mean), int(count)) for time, mean, count in state["means"]}
         self._next, self.rejected = int(state["next"]), int(state["rejected"])
         self._evict()

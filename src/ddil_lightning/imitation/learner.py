@@ -60,6 +60,11 @@ class Learner(Protocol):
         """The range of guidance g = 1 + w from which every sample's w is drawn, uniform."""
         ...
 
+    @property
+    def question(self) -> str:
+        """A digest of what its answers to a state (`Feed.answered`) depend on besides the state: pipeline, box, nodes, settings."""
+        ...
+
 
 def check_learner(method: Any) -> None:
     """Raises TypeError, naming it, for what a method lacks of a Learner."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ddil_lightning.diffusion.alike import Alike
 from ddil_lightning.miniature.settings import HEAD, TransformerTraining
-from ddil_lightning.miniature.stages import Stage, token_ids
+from ddil_lightning.miniature.stages import Stage, dropped, stratified, token_ids
 
 if TYPE_CHECKING:
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline, StableDiffusionPipeline
@@ -142,11 +142,8 @@ class FlowStage(Stage):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The loss of one batch (latents [B, 4, h, w], ids [B, L])."""
         x0, ids = batch
-        b = len(x0)
-        ids = torch.where(torch.rand(b, 1, device=ids.device) < self.caption_dropout, self.empty, ids)
-        u = (torch.arange(b, device=x0.device) + torch.rand(b, device=x0.device)) / b
-        middle = MIDDLE[0] + u / max(self.focus, 1e-6) * (MIDDLE[1] - MIDDLE[0])
-        sigma = torch.where(u < self.focus, middle, (u - self.focus) / (1 - self.focus))
+        ids = dropped(ids, self.empty, self.caption_dropout)
+        sigma = stratified(len(x0), MIDDLE, self.focus, x0.device)
         eps, s = torch.randn_like(x0), sigma[:, None, None, None]
         loss = F.mse_loss(self.live((1 - s) * x0 + s * eps, sigma, ids), eps - x0)
         if batch_idx % 50 == 0:

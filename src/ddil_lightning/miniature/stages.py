@@ -161,6 +161,21 @@ class Denoiser(nn.Module):
         return v
 
 
+def dropped(ids: Tensor, empty: Tensor, share: float) -> Tensor:
+    """The token ids [B, L], of which a share is `empty` [1, L], so that the network can be guided."""
+    return torch.where(torch.rand(len(ids), 1, device=ids.device) < share, empty, ids)
+
+
+def stratified(n: int, middle: tuple[float, float], focus: float, device: torch.device) -> Tensor:
+    """[n] shares of the way to noise, even over the batch: the loss varies by orders of magnitude along it, so this is most of its variance.
+
+    `focus`: how many of them lie between the bounds of `middle` alone.
+    """
+    u = (torch.arange(n, device=device) + torch.rand(n, device=device)) / n
+    inner = middle[0] + u / max(focus, 1e-6) * (middle[1] - middle[0])
+    return torch.where(u < focus, inner, (u - focus) / (1 - focus))
+
+
 class DenoiserStage(Stage):
     """v-prediction with caption dropout; eps would amplify the error of x0 fifteen-fold at t = 999, where layout is decided."""
 
@@ -182,13 +197,8 @@ class DenoiserStage(Stage):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The v loss on stratified times, with some captions dropped so that the network can be guided."""
         x0, ids = batch
-        b = len(x0)
-        ids = torch.where(torch.rand(b, 1, device=ids.device) < self.caption_dropout, self.empty, ids)
-        # stratified over the batch: the loss varies by orders of magnitude with t, so this is most of its variance
-        u = (torch.arange(b, device=x0.device) + torch.rand(b, device=x0.device)) / b
-        middle = MIDDLE[0] + u / max(self.focus, 1e-6) * (MIDDLE[1] - MIDDLE[0])
-        u = torch.where(u < self.focus, middle, (u - self.focus) / (1 - self.focus))
-        t = (u * len(self.alpha)).long()
+        ids = dropped(ids, self.empty, self.caption_dropout)
+        t = (stratified(len(x0), MIDDLE, self.focus, x0.device) * len(self.alpha)).long()
         alpha, sigma, noise = self.alpha[t], self.sigma[t], torch.randn_like(x0)
         v = self.live(alpha * x0 + sigma * noise, t, ids)
         loss = F.mse_loss(v, alpha * noise - sigma * x0)

@@ -31,6 +31,7 @@ from ddil_lightning.training.measures import Measures
 from ddil_lightning.training.offload import Offload
 from ddil_lightning.training.optimisation import Descent, Optimizer
 from ddil_lightning.training.options import Memory, check_precision, checked_box, compile_roles, fit_box, guidance_range
+from ddil_lightning.training.question import question
 from ddil_lightning.training.randomness import Borrowed
 from ddil_lightning.training.sharding import Shards, check_strategy, find_unused
 from ddil_lightning.training.sharing import leave_out_shared, leave_to_each_process
@@ -179,6 +180,11 @@ class Distillation(Clocks, LightningModule):
     def evaluations(self) -> dict[str, int]:
         """Network evaluations of one sample each so far, by role."""
         return {name: role.evaluations for name, role in self.roles.items()}
+
+    @property
+    def question(self) -> str:
+        """See `question.question`."""
+        return question(self)
 
     def check_guidance(self, told: bool, switch: str = "") -> None:
         """Raises ValueError for a range of guidance and a student that is not `told` its w; `switch`: the option that would tell it.
