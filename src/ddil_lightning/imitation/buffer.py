@@ -119,6 +119,7 @@ class ReplayBuffer:
         """Drops all states and the running losses (at a stage change). Slots stay retired and the count of rejected states goes on."""
         self._chunks.clear()
         self._means.clear()
+        self.answers.restore(None)  # the question of the next stage is another
 
     def sample(self, n: int, clock: int, generator: torch.Generator, progress: float = 0.0, shape: Sequence[int] | None = None) -> Sample:
         """Draws n states with replacement; `progress` in [0, 1] anneals the exponent of the importance weights from beta0 to 1.

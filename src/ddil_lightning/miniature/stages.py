@@ -167,7 +167,7 @@ def dropped(ids: Tensor, empty: Tensor, share: float) -> Tensor:
 
 
 def stratified(n: int, middle: tuple[float, float], focus: float, device: torch.device) -> Tensor:
-    """[n] shares of the way to noise, even over the batch: the loss varies by orders of magnitude along it, so this is most of its variance.
+    """[n] shares of the way to noise, even over the batch: the loss varies by orders of magnitude along it, most of its variance.
 
     `focus`: how many of them lie between the bounds of `middle` alone.
     """
