@@ -75,6 +75,10 @@ PRETRAIN = (
     "--images=16 --unet.batch_size=8 --unet.devices=1 --autoencoder.steps=1 --autoencoder.decoder_steps=1 --measurement.prompts=4 "
     "--measurement.guidance=[2.0] --interim.progress=false"
 )
+HERE = (
+    "model.memory.teacher_dtype=float32 data.captions.size=16 data.workers=0 previews.every=0 trainer.devices=1 trainer.strategy=auto "
+    "trainer.precision=32-true"
+)
 SMALL = {
     "ddil-fit": FIT,
     "ddil-test": "--n 16",
@@ -84,10 +88,10 @@ SMALL = {
     "data.captions=Images": "data.captions.size=16",
     "captions.path=my_images": "size=16",
     "--captions.path": "--size 16",
-    "lcm_ddil_sd15.yaml": "model.pipeline=builtin model.memory.teacher_dtype=float32 data.captions.size=16 data.workers=0 previews.every=0 "
-    "trainer.devices=1 trainer.strategy=auto trainer.precision=32-true",
-    "lcm_lora_sdxl.yaml": "model.pipeline=builtin model.memory.teacher_dtype=float32 model.memory.vae_dtype=float32 data.captions.size=16 "
-    "data.workers=0 previews.every=0 trainer.devices=1 trainer.strategy=auto trainer.precision=32-true",
+    "lcm_ddil_sd15.yaml": f"model.pipeline=builtin {HERE}",
+    "lcm_lora_sdxl.yaml": f"model.pipeline=builtin model.memory.vae_dtype=float32 {HERE}",
+    "lcm_lora_sd3.yaml": f"model.pipeline=sd3 model.memory.vae_dtype=float32 {HERE}",
+    "dmd2_lora_flux.yaml": f"model.pipeline=flux model.memory.vae_dtype=float32 model.gan.layers=[block1,block3] {HERE}",
 }
 """What is added to a line, by a word of it: the same, in seconds."""
 

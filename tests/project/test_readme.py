@@ -50,8 +50,8 @@ def images(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder to work in, where `builtin` is the random pipeline and the files of the pages are saved."""
+def place(tiny: Path, sd3: Path, flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder to work in, where `builtin` is the random pipeline, flows have their own, and the files of the pages are saved."""
     folder = tmp_path_factory.mktemp("reader")
     images(folder / "my_images")
     for name, code in FILES.items():
@@ -59,7 +59,8 @@ def place(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.syspath_prepend(folder)
-        patch.setitem(BUILTIN, "builtin", str(tiny))
+        for name, pipeline in (("builtin", tiny), ("sd3", sd3), ("flux", flux)):
+            patch.setitem(BUILTIN, name, str(pipeline))
         yield folder
 
 
