@@ -57,3 +57,26 @@ def test_the_toy_trains_and_is_tested_on_the_gpu(name: str, tmp_path: Path) -> N
         main.run(ddil_fit, "ddil-fit", words)
     rows = json.loads((tmp_path / "r" / "summary.json").read_text())["rows"]
     assert not stop.value.code and {row["name"].split("@")[0] for row in rows} == {"teacher", "student"}
+
+
+class NoWaits(Callback):
+    """From the third update on, a step in which the host waits for the device fails (tests/training/test_waits.py says it without one)."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if pl_module.student_updates >= 2:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["lcm", "pd", "dmd2", "emd", "lcm-lora"])
+def test_no_step_has_the_host_wait(name: str, tiny: Path) -> None:
+    entry = BY_NAME[name]
+    method = entry.method(pipeline=Pipeline(str(tiny)), **options(entry.method, {"updates": 5, "ema": 0.9}, entry.kwargs))
+    try:
+        fit(method, captions(tiny), NoWaits(), accelerator="gpu", devices=1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert method.student_updates == 5

@@ -89,7 +89,10 @@ class LatentBatch(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """All interior states of R trajectories over N nodes: M = N R states, nodes in order of time."""
+    """All interior states of R trajectories over N nodes: M = N R states, nodes in order of time.
+
+    What is known without the networks is on the CPU (t, row, source, actors, whole): the buffer and the grid ask for it there.
+    """
 
     x_t: Tensor  # [M, C, H, W]
     t: Tensor  # [M]
@@ -133,3 +136,30 @@ def to(record: T, *args: Any, **kwargs: Any) -> T:
         return x.to(*args, **kwargs) if x.is_floating_point() else x.to(torch.empty(0, device=x.device).to(*args, **kwargs).device)
 
     return _map(move, record)
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on `device`: from the CPU to a GPU out of pinned memory, so that the host goes on while it is copied."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+def send(record: T, device: torch.device) -> T:
+    """Every tensor of a record on `device` (`sent`)."""
+    return _map(lambda x: sent(x, device), record)
+
+
+def home(record: T) -> T:
+    """Every tensor of a record on the CPU: all are copied before the host waits for them, once."""
+    devices: set[torch.device] = set()
+
+    def copied(x: Tensor) -> Tensor:
+        devices.add(x.device)
+        return x.to("cpu", non_blocking=x.is_cuda)
+
+    made = _map(copied, record)
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+    return made

@@ -84,7 +84,7 @@ def plain(made: Pipeline, steps: int, size: tuple[int, int], **guidance: Any) ->
     return pipe._unpack_latents(packed, *size, pipe.vae_scale_factor)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("size", [(16, 16), (16, 24)], ids=["16 x 16", "16 x 24"])
+@pytest.mark.parametrize("size", [pytest.param((16, 16), marks=pytest.mark.slow), (16, 24)], ids=["16 x 16", "16 x 24"])
 def test_the_teacher_samples_as_its_pipeline_does(size: tuple[int, int], dev: Pipeline, schnell: Pipeline) -> None:
     """Dev told 3.5, asked once; schnell without guidance, and by true CFG, asked twice. On the very nodes of a plain call."""
     empty = {"negative_prompt": ["", ""], "true_cfg_scale": 4.0}

@@ -169,7 +169,7 @@ DMD2 = suite.Entry("dmd2", suite.DMD2, {"guidance": 4.5, "critic": {"steps": 2},
 LORA = suite.Entry("lcm-lora", suite.LCM, {"w_conditioned": False, "guidance": 4.5, "adapter": suite.LORA})
 
 
-@pytest.mark.parametrize("entry", [LCM, PD, DMD2, LORA], ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", [LORA, *(pytest.param(e, marks=pytest.mark.slow) for e in (LCM, PD, DMD2))], ids=lambda entry: entry.name)
 def test_methods_distil_it_and_diffusers_loads_the_student(entry: suite.Entry, sigma: Path, tmp_path: Path) -> None:
     """With roll-outs of both; resumed exactly; the export samples as the trainer does, called by diffusers alone."""
     from diffusers import DiffusionPipeline, PixArtSigmaPipeline

@@ -108,7 +108,7 @@ def test_gradients_are_those_of_a_network_of_its_values(recompute: bool, small: 
 
 @needs_torchao
 @pytest.mark.parametrize(
-    "name", ["lcm", "lcm-lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pd-lora", "dmd2-lora", "dmd2"))]
+    "name", ["lcm-lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lcm", "pd-lora", "dmd2-lora", "dmd2"))]
 )
 def test_methods_train_on_it_and_change_none_of_it(name: str, small: Pipeline, tiny: Path) -> None:
     before = [x.clone() for x in bits(small.network())]

@@ -220,8 +220,8 @@ DMD2 = suite.Entry("dmd2", suite.DMD2, {"guidance": 4.5, "critic": {"steps": 2, 
 LORA = suite.Entry("lcm-lora", suite.LCM, {**EVEN, "adapter": suite.LORA})
 ROLES = suite.Entry("dmd2-lora", suite.DMD2, {**DMD2.kwargs, "adapter": suite.LORA})
 ENTRIES = [
-    *(pytest.param(entry, id=entry.name) for entry in (LCM, PD, DMD2, LORA)),
-    pytest.param(ROLES, id="dmd2-lora", marks=pytest.mark.slow),
+    pytest.param(LORA, id=LORA.name),
+    *(pytest.param(entry, id=entry.name, marks=pytest.mark.slow) for entry in (LCM, PD, DMD2, ROLES)),
 ]
 
 

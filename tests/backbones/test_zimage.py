@@ -96,7 +96,7 @@ def test_an_outline_is_as_large_as_the_pipeline(zimage: Path) -> None:
 # Samples ------------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", [pytest.param(SIZES[0], marks=pytest.mark.slow), SIZES[1]], ids=str)
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_the_teacher_samples_as_its_pipeline_does(name: str, size: tuple[int, int], zimage: Path, tmp_path: Path) -> None:
     """On the very nodes of a plain call, with guidance and without."""
@@ -153,8 +153,8 @@ DMD2 = suite.Entry("dmd2", suite.DMD2, {"guidance": 4.0, "critic": {"steps": 2, 
 LORA = suite.Entry("lcm-lora", suite.LCM, {**EVEN, "adapter": suite.LORA})
 ROLES = suite.Entry("dmd2-lora", suite.DMD2, {**DMD2.kwargs, "adapter": suite.LORA})
 ENTRIES = [
-    *(pytest.param(entry, id=entry.name) for entry in (LCM, PD, DMD2, LORA)),
-    pytest.param(ROLES, id="dmd2-lora", marks=pytest.mark.slow),
+    pytest.param(LORA, id=LORA.name),
+    *(pytest.param(entry, id=entry.name, marks=pytest.mark.slow) for entry in (LCM, PD, DMD2, ROLES)),
 ]
 
 

@@ -213,7 +213,9 @@ def test_export_writes_what_the_run_itself_exported(finished: Path, here: Path, 
     assert json.loads((here / "empty" / "pipeline" / "ddil.json").read_text())["steps"] == 2
 
 
-@pytest.mark.parametrize("which", [0, 3, 4], ids=["lcm", "pd", "dmd2"])
+@pytest.mark.parametrize(
+    "which", [pytest.param(0, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 4], ids=["lcm", "pd", "dmd2"]
+)
 def test_a_restored_method_holds_the_one_network_that_is_asked_for(which: int, tiny: Path, here: Path, capsys: Any) -> None:
     """Of a checkpoint with student, average, target, critic and head, and of a pipeline with a teacher: one U-Net, mapped from the file."""
     entry = METHODS[which]

@@ -173,4 +173,5 @@ def test_one_field_on_the_command_line_leaves_the_others_of_the_config(tiny_conf
         "accumulate": 1,
     }
     assert said["model"]["init_args"]["optimizer"] == mine
-    assert said["data"]["buffer"] == {"capacity": 70, "max_age": 7, "priority": 0.0, "answers": "float32"} and said["data"]["rollouts"]["every"] == 4
+    assert said["data"]["buffer"] == {"capacity": 70, "max_age": 7, "priority": 0.0, "answers": "float32"}
+    assert said["data"]["rollouts"]["every"] == 4

@@ -63,6 +63,7 @@ def test_an_outline_is_the_pipeline_without_values(xl: Path, light: Path, sd3: P
         assert shapes[0] == shapes[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "side"), [(make_sana, 32), (make_zimage, 16)], ids=["sana", "zimage"])
 def test_a_plan_of_a_network_that_reads_its_text_under_a_mask(
     make: Any, side: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -78,7 +78,7 @@ def test_a_run_is_probed_in_all_parts(finished: Path, judged: None, capsys: Any)
     assert page.count("<svg") >= 5 and "Teacher first, from the time t on the student" in page and "<script" not in page
 
 
-@pytest.mark.parametrize("name", ["pd", "dmd2"])
+@pytest.mark.parametrize("name", ["pd", pytest.param("dmd2", marks=pytest.mark.slow)])
 def test_students_of_other_methods(name: str, tiny: Path, capsys: Any) -> None:
     method = build(BY_NAME[name], tiny).eval()
     steps = method.deployment.steps[0]

@@ -65,7 +65,7 @@ def go_on(said: str) -> list[str]:
     return shlex.split(said.split("go on with: ddil-fit ")[1].splitlines()[0])
 
 
-@pytest.mark.parametrize("part", ["export", "test"])
+@pytest.mark.parametrize("part", ["export", pytest.param("test", marks=pytest.mark.slow)])
 def test_what_fails_in_the_tail_keeps_the_student_and_names_the_command(
     part: str, tiny_config: Path, here: Path, capsys: Any, monkeypatch: Any
 ) -> None:

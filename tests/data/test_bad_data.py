@@ -34,10 +34,8 @@ def words(tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ("workers", "cache"),
     [
         (0, "true"),
-        (0, "false"),
         (1, "false"),
-        (0, "c.safetensors"),
-        *(pytest.param(1, c, marks=pytest.mark.slow) for c in ("true", "c.safetensors")),
+        *(pytest.param(w, c, marks=pytest.mark.slow) for w, c in ((0, "false"), (0, "c.safetensors"), (1, "true"), (1, "c.safetensors"))),
     ],
 )
 def test_one_broken_picture_is_named_in_one_line(workers: int, cache: str, words: list[str], tmp_path: Path, capsys: Any) -> None:

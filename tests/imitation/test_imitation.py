@@ -81,7 +81,7 @@ def means(policy: Policy, grid: Grid) -> Tensor:
         return torch.stack([x.mean() for x in policy.walk(NOISE, grid, context(len(NOISE)))])
 
 
-@pytest.mark.parametrize("steps", [2, 6])
+@pytest.mark.parametrize("steps", [2, pytest.param(6, marks=pytest.mark.slow)])
 def test_forward_latents_leave_a_bias_that_grows_and_own_latents_remove_it(steps: int):
     student, teacher, grid = trained(steps, SamplingPrior())
     right, drift = means(teacher, grid), means(student, grid) - means(teacher, grid)

@@ -55,7 +55,7 @@ def nodes_at(pipe: Any, size: tuple[int, int], **guidance: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "entry", [pytest.param(entry, id=entry.name, marks=pytest.mark.slow if entry.name in ("dmd2", "lcm") else ()) for entry in ENTRIES]
+    "entry", [pytest.param(entry, id=entry.name, marks=() if entry.name == "dmd2-lora" else pytest.mark.slow) for entry in ENTRIES]
 )
 def test_a_student_of_dev_resumes_exactly_and_is_exported_as_it_samples(entry: Entry, flux: Path, tmp_path: Path) -> None:
     """Told its guidance, whatever the method; trained nodes at every size, though its pipeline hands sigmas and mu to the scheduler."""
@@ -92,6 +92,7 @@ def test_the_embedding_of_the_guidance_is_trained_and_heeded(flux: Path) -> None
     assert float((one - two).abs().max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_teacher_is_asked_once(flux: Path, schnell: Path) -> None:
     """Half of what classifier-free guidance takes, on the same draws."""
     asked = {}
@@ -118,7 +119,7 @@ def test_a_discriminator_cannot_tell_its_sides_by_the_guidance(entry: Entry, flu
     assert told["real"] and told["fake"] and all(torch.equal(mine, batch) for pairs in told.values() for mine, batch in pairs)
 
 
-@pytest.mark.parametrize("kind", ["lcm", "pd", "dmd2"])
+@pytest.mark.parametrize("kind", ["lcm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pd", "dmd2"))])
 def test_a_student_of_schnell(kind: str, schnell: Path, tmp_path: Path) -> None:
     """Told nothing: its guidance, CFG's or none, is in its weights, and nothing is asked for by its call."""
     own = {"lcm": (LCM, {**EVEN, "w_conditioned": False}), "pd": (PD, {**HALVING, "w_conditioned": False}), "dmd2": (DMD2, MATCHING)}
@@ -131,6 +132,7 @@ def test_a_student_of_schnell(kind: str, schnell: Path, tmp_path: Path) -> None:
     assert Pipeline(str(folder)).baked
 
 
+@pytest.mark.slow
 def test_a_lora_is_released_in_the_pipelines_own_format(flux: Path, tmp_path: Path) -> None:
     """A student that is told its guidance too: the embedding is the teacher's, below the adapters."""
     method = fit(build(ENTRIES[1], flux, updates=3), captions(flux, MIXED)).method
@@ -154,6 +156,7 @@ def test_a_lora_is_released_in_the_pipelines_own_format(flux: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("kind", "own"), [(LCM, {**EVEN, **RANGE}), (PD, {**HALVING, "guidance": 3.5})], ids=["lcm", "pd"])
+@pytest.mark.slow
 def test_half_precision_samples_alike(kind: Any, own: dict[str, Any], flux: Path, tmp_path: Path) -> None:
     """Adapters on a base in bfloat16, whose pipeline rounds the time too."""
     kwargs = {**own, "adapter": LORA, "memory": {"teacher_dtype": "bfloat16", "gradient_checkpointing": True}}

@@ -40,7 +40,7 @@ ENTRIES = [
     Entry("dmd2", DMD2, MATCHING),
     Entry("dmd2-lora", DMD2, {**MATCHING, "adapter": LORA}),
 ]
-SOME_SLOW = [pytest.param(e, marks=pytest.mark.slow if e.name in ("lcm-lora", "dmd2") else (), id=e.name) for e in ENTRIES]
+SOME_SLOW = [pytest.param(e, marks=() if e.name in ("lcm", "dmd2-lora") else pytest.mark.slow, id=e.name) for e in ENTRIES]
 HELD = {  # class of the scheduler, its nodes at 4 steps
     "lcm": "FlowMatchLCMScheduler",
     "pd": "FlowMatchEulerDiscreteScheduler",
@@ -89,6 +89,7 @@ def test_a_lora_is_released_in_the_pipelines_own_format(sd3: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("kind", "own"), [(LCM, EVEN), (PD, HALVING)], ids=["lcm", "pd"])
+@pytest.mark.slow
 def test_half_precision_samples_alike(kind: Any, own: dict[str, Any], sd3: Path, tmp_path: Path) -> None:
     """Adapters on a base in bfloat16: one network answers both samplers, which then differ by nothing but what they are told."""
     kwargs = {**own, "adapter": LORA, "memory": {"teacher_dtype": "bfloat16", "gradient_checkpointing": True}}

@@ -222,6 +222,7 @@ def test_paired_scores_the_images_of_the_prompts_alone(script: Any, monkeypatch:
 
 
 @pytest.mark.usefixtures("evaluator")
+@pytest.mark.slow
 def test_a_cell_of_the_reproduction(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Trained, scored twice and its pictures taught from; without a place of its own it is none of the repository's cells."""
     module = script("reproduce")

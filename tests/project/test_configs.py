@@ -38,9 +38,13 @@ TURNS = ("add", "dmd", "diff_instruct", "emd", "ladd", "moments", "sid", "ufogen
 
 
 def thinned(names: Sequence[str]) -> list[Any]:
-    """Configs to run; plain ones are left to the slow tests where the one with DDIL, which differs in the prior alone, is run."""
-    spared = [f"{name}.yaml" for name in PAIRED if name.removeprefix("toy2d/") not in MAIN]
-    return [pytest.param(name, marks=pytest.mark.slow if name in spared else ()) for name in names]
+    """Configs to run. Of methods other than the main ones the slow tests run those on the built-in pipeline, and on the toy the plain one,
+    which differs in the prior alone from the one with DDIL."""
+    usual = [
+        name for name in names if name.removeprefix("toy2d/").partition(".")[0].removesuffix("_ddil") in (*MAIN, "lcm_lora", "dmd2_lora")
+    ]
+    usual += [name for name in TOY if name.endswith("_ddil.yaml")]
+    return [pytest.param(name, marks=() if name in usual else pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(autouse=True)
@@ -83,11 +87,8 @@ OWN = {  # what makes a large run small; everything else of its config stays
 
 USUAL = (
     "lcm_ddil_sd15.yaml",
-    "dmd2_ddil_ssd1b.yaml",
     "dmd2_lora_sdxl.yaml",
-    "lcm_lora_sd3.yaml",
     "dmd2_lora_sd3.yaml",
-    "dmd2_lora_flux.yaml",
 )
 
 

@@ -10,7 +10,7 @@ import pytest
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 
-SLOW = ("covariate_shift", "your_own_method")
+SLOW = ("covariate_shift", "your_own_method", "evaluate_a_pipeline")
 """Each trains twice; the others are in the ordinary tests."""
 
 

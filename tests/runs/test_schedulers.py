@@ -119,7 +119,7 @@ def test_a_teachers_ways_to_sample_are_not_the_students(name: str, tiny: Path, t
         assert said(made(method, backbone).deployment.scheduler()) == expected, method
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["lcm", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name != "lcm")])
 @pytest.mark.parametrize("name", OTHER_PROCESS)
 def test_a_forward_process_of_its_own_survives(name: str, method: str, tiny: Path, tmp_path: Path) -> None:
     """Compared by samples, through the folder; the flags of the process are those of the teacher."""

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from ddil_lightning.callbacks import Checkpoints
-from suite import ALL, EPOCH, EVERY, METHODS, PER_METHOD, Entry, Run, StopAt, build, captions, equal, fit, frozen, state
+from suite import ALL, EPOCH, METHODS, PER_METHOD, Entry, Run, StopAt, build, captions, equal, fit, frozen, state
 
 TOTAL, CUT = 9, 5
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -56,7 +56,7 @@ def same(run: Run, resumed: Run, cut: int = CUT) -> None:
     assert len(run.rows) == TOTAL and resumed.rows == run.rows[cut:]
 
 
-@pytest.mark.parametrize("entry", **EVERY)
+@pytest.mark.parametrize("entry", **ALL)
 def test_resuming_is_exact(entry: Entry, tiny: Path, straight: Any) -> None:
     """From a checkpoint that was written while the run went on."""
     run, ckpt = straight(entry)

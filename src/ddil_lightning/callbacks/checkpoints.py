@@ -101,6 +101,8 @@ class Checkpoints(Checkpoint):
         """
         self._listen_no_more()
         between = self._saved_at is not None and not self._stepping and not pl_module.descent.halfway
+        # On a GPU numbers that are not finite are known a batch late, when their update is counted but was not taken.
+        between = between and not isinstance(exception, FloatingPointError)
         if trainer.world_size == 1 and between and isinstance(exception, Exception) and pl_module.student_updates != self._saved_at:
             with suppress(OSError, FloatingPointError):
                 self.save(trainer, pl_module)

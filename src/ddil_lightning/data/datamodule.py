@@ -26,7 +26,7 @@ from ddil_lightning.imitation.options import Buffer, Rollouts
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.imitation.rollout import REJECTED, check_finite, collect, draw
 from ddil_lightning.processes import Processes
-from ddil_lightning.records import CaptionBatch, LatentBatch, take, to
+from ddil_lightning.records import CaptionBatch, LatentBatch, home, send, take
 from ddil_lightning.streams import Streams
 
 
@@ -158,7 +158,7 @@ class DDILDataModule(LightningDataModule, Feed):
     def _taken(self, rows: Tensor) -> CaptionBatch:
         batch: Any = self.captions[rows.tolist()]  # type: ignore[index]
         backbone = self.learner.backbone
-        made = encode_batch(batch, backbone, self.truncate) if isinstance(batch, RawBatch) else to(batch, backbone.device)
+        made = encode_batch(batch, backbone, self.truncate) if isinstance(batch, RawBatch) else send(batch, backbone.device)
         return made if self._stored is None else self._stored.joined(made)
 
     def box(self) -> tuple[list[float], list[float]] | None:
@@ -221,7 +221,7 @@ class DDILDataModule(LightningDataModule, Feed):
     def _collect(self, batch: CaptionBatch, shape: tuple[int, ...], buffer: ReplayBuffer) -> None:
         """Algorithm 2: a roll-out into the buffer. Raises FloatingPointError for one that is not finite."""
         learner = self.learner
-        made = collect(take(batch, slice(self.trajectories)), learner, self.prior, self.streams, shape, self.rollouts.control)
+        made = home(collect(take(batch, slice(self.trajectories)), learner, self.prior, self.streams, shape, self.rollouts.control))
         together = (lambda mine: mine) if self.trainer is None else self.trainer.strategy.reduce_boolean_decision
         check_finite(made, together, learner.student_updates)
         stage = self.streams.stage

@@ -226,6 +226,7 @@ class Grid:
         self.shares = tuple(shares)
         if self.shares and (len(self.shares) != len(times) - 1 or min(self.shares) < 0 or not 0 < sum(self.shares) < float("inf")):
             raise ValueError(f"shares of {len(times) - 1} nodes are as many numbers >= 0 that are not all 0, not {list(self.shares)}")
+        self._there: dict[torch.device, Tensor] = {}
         self._row = {t: i for i, t in enumerate(times[:-1])}
         for grid in rollouts:
             self.rows(grid.nodes)  # raises if a roll-out would leave the grid
@@ -250,7 +251,14 @@ class Grid:
 
     def after(self, t: Tensor) -> Tensor:
         """The next node after every time in `t` (which must be nodes)."""
-        return self.times.to(t.device)[self.rows(t) + 1]
+        return self.at(self.rows(t) + 1)
+
+    def at(self, node: Tensor) -> Tensor:
+        """The times of node indices, on their device, where they are kept: copying them in every batch would have the host wait for it."""
+        if node.device not in self._there:
+            with torch.inference_mode(False):
+                self._there[node.device] = self.times.to(node.device)
+        return self._there[node.device][node]
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         """[n] node indices, independent, uniform or by `shares`: the times of the forward source."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddil_lightning.feed import Answer, Ask
 from ddil_lightning.imitation.states import Chunk, Kept
-from ddil_lightning.records import LatentBatch, take
+from ddil_lightning.records import LatentBatch, sent, take
 
 Storage = Literal["float32", "float16", "none"]
 
@@ -67,15 +67,15 @@ class Answers:
         if not len(asked):
             if not alone:
                 ask(take(batch, [0]))
-            fields = tuple(x.to(batch.t.device) for x in kept)
+            fields = tuple(sent(x, batch.t.device) for x in kept)
             return fields if len(fields) > 1 else fields[0]
-        found = ask(batch if len(asked) == len(slot) else take(batch, asked.to(batch.t.device)))
+        found = ask(batch if len(asked) == len(slot) else take(batch, sent(asked, batch.t.device)))
         new = (found,) if isinstance(found, Tensor) else found
         self._keep(kind, slot[asked], new)
         if len(asked) == len(slot):
             return found
-        order = place.to(batch.t.device)
-        fields = tuple(torch.cat([a, *(b.to(a) for b in kept[i : i + 1])])[order] for i, a in enumerate(new))
+        order = sent(place, batch.t.device)
+        fields = tuple(torch.cat([a, *(sent(b, a.device).to(a.dtype) for b in kept[i : i + 1])])[order] for i, a in enumerate(new))
         return fields[0] if isinstance(found, Tensor) else fields
 
     def restore(self, question: str | None) -> None:
@@ -120,7 +120,7 @@ class Answers:
         mine = slot >= 0
         if not mine.any():
             return
-        rows = mine.nonzero()[:, 0].to(fields[0].device)
+        rows = sent(mine.nonzero()[:, 0], fields[0].device)
         kept = tuple(x.detach()[rows].to("cpu", non_blocking=True) for x in fields)
         if fields[0].is_cuda:
             # Put away by the next batch: waiting here would have the device wait for the step's next kernels.

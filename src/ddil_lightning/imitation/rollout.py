@@ -21,7 +21,21 @@ from ddil_lightning.imitation.buffer import ReplayBuffer, Sample
 from ddil_lightning.imitation.learner import Learner
 from ddil_lightning.imitation.options import Granularity, Rollouts
 from ddil_lightning.imitation.prior import SamplingPrior
-from ddil_lightning.records import FORWARD, MIXED, SOURCES, STUDENT, TEACHER, CaptionBatch, Context, LatentBatch, Rollout, cat, take, to
+from ddil_lightning.records import (
+    FORWARD,
+    MIXED,
+    SOURCES,
+    STUDENT,
+    TEACHER,
+    CaptionBatch,
+    Context,
+    LatentBatch,
+    Rollout,
+    cat,
+    send,
+    sent,
+    take,
+)
 from ddil_lightning.streams import Streams
 
 
@@ -70,11 +84,11 @@ def roll(
     tags = [_tag(actors[: max(i, 1)]) for i in range(last + 1)]
 
     def column(values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, device=device).repeat_interleave(count)
+        return torch.tensor(values).repeat_interleave(count)
 
-    rows = torch.arange(count, device=device).repeat(last + 1)
+    rows = torch.arange(count).repeat(last + 1)
     made = Rollout(torch.cat(states[: last + 1]), column(times[: last + 1]), rows, column(tags), column(bits[: last + 1]), c)
-    whole = torch.full((count,), _tag(actors), device=device)
+    whole = torch.full((count,), _tag(actors))
     return made._replace(noise=states[0], end=x, whole=whole) if ends else made
 
 
@@ -86,11 +100,11 @@ def stand_in(x0: Tensor, schedule: NoiseSchedule, walk: Grid, c: Context, genera
     is the correction of the shift, what it wins by itself is the emphasis on these times (METHODS, preface 4).
     """
     last = len(walk) - 1 if upto is None else upto
-    t = walk.nodes[: last + 1].to(x0.device).repeat_interleave(len(x0))
+    t = walk.nodes[: last + 1].repeat_interleave(len(x0))
     clean = x0.repeat(last + 1, *(1,) * (x0.ndim - 1))
     noise = torch.randn(clean.shape, generator=generator, device=x0.device, dtype=x0.dtype)
-    rows = torch.arange(len(x0), device=x0.device).repeat(last + 1)
-    return Rollout(schedule.add_noise(clean, noise, t), t, rows, torch.full_like(t, FORWARD), torch.zeros_like(t), c)
+    rows = torch.arange(len(x0)).repeat(last + 1)
+    return Rollout(schedule.add_noise(clean, noise, sent(t, x0.device)), t, rows, torch.full_like(t, FORWARD), torch.zeros_like(t), c)
 
 
 def _tag(actors: Sequence[bool]) -> int:
@@ -102,7 +116,7 @@ def guided(c: Context, guidance: tuple[float, float], generator: torch.Generator
     """`c` with w ~ U[g_min - 1, g_max - 1] per sample."""
     low, high = guidance
     u = torch.rand(len(c.text), generator=generator, device=generator.device)
-    return c.guided((to_w(low) + (high - low) * u).to(c.text.device))
+    return c.guided(sent(to_w(low) + (high - low) * u, c.text.device))
 
 
 def counts(prior: SamplingPrior, batch: int, granularity: Granularity, rng: random.Random) -> int:
@@ -134,8 +148,8 @@ def forward(
     if x0 is None and (shape is None or wants.images(len(grid))):
         raise ValueError("the prior has a forward share but the data set has no images: give that share to the teacher, or give images")
     size, dtype = ((len(batch.rows), *(shape or ())), torch.float32) if x0 is None else (x0.shape, x0.dtype)
-    node = grid.draw(size[0], streams.local("node")).to(device)
-    t, s = grid.times.to(device)[node], grid.times.to(device)[node + 1]
+    node = sent(grid.draw(size[0], streams.local("node")), device)
+    t, s = grid.at(node), grid.at(node + 1)
     eps = torch.randn(size, generator=streams.local("noise", device), device=device, dtype=dtype) if pair is None else pair.noise
     x_t = eps if x0 is None else schedule.add_noise(x0, eps, t)
     if wants.pure_noise or wants.noise:
@@ -165,10 +179,8 @@ def fresh(
     final = slice(stop * len(batch.rows), None)
     t, slot = made.t[final], torch.full_like(made.t[final], -1)
     weight = torch.ones_like(slot, dtype=torch.float32)
-    return _rolled(
-        learner,
-        Sample(made.x_t[final], t, made.c, made.source[final], made.actors[final], weight, slot, slot, made.noise, made.end, made.whole),
-    )
+    got = Sample(made.x_t[final], t, made.c, made.source[final], made.actors[final], weight, slot, slot, made.noise, made.end, made.whole)
+    return send(_rolled(learner, got), made.x_t.device)
 
 
 def _made(
@@ -220,7 +232,7 @@ REJECTED = (
 def _rolled(learner: Learner, got: Sample) -> LatentBatch:
     """States of roll-outs as a batch."""
     node = learner.grid.rows(got.t)
-    s = learner.grid.times.to(got.t.device)[node + 1]
+    s = learner.grid.at(node + 1)
     return LatentBatch(got.x_t, got.t, s, node, got.c, None, got.source, got.weight, got.slot, None, got.noise, got.end, got.whole)
 
 
@@ -255,7 +267,7 @@ def draw(
     else:
         got = buffer.sample(k, clock=learner.stage_updates, generator=streams.local("buffer"), progress=learner.progress, shape=shape)
         # Looked up while still on the CPU: reading times back from a GPU would wait for it.
-        rolled = to(_rolled(learner, got), batch.c.text.device)
+        rolled = send(_rolled(learner, got), batch.c.text.device)
     if k < size:
         noised = forward(take(batch, slice(size - k)), learner, streams, wants, shape)
         rolled = cat([noised._replace(real=None, real_c=None), rolled])

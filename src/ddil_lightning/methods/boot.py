@@ -15,7 +15,7 @@ from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.feed import Wants
-from ddil_lightning.records import FORWARD, Context, LatentBatch
+from ddil_lightning.records import FORWARD, Context, LatentBatch, sent
 from ddil_lightning.streams import Generators, Streams
 from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.method import Distillation
@@ -78,7 +78,7 @@ class BOOT(Distillation):
         """[B] which samples are trained at the first time: by the feed's seed and the clock, so that a resumed run repeats it."""
         step = self.student_updates * self.descent.accumulate + self.descent.micro.get("loss", 0)
         generator = Streams(self.feed.seed, step, self.stage, self.global_rank).local("boundary")
-        return (torch.rand(len(b.t), generator=generator) < self.boundary).to(b.t.device)
+        return sent(torch.rand(len(b.t), generator=generator) < self.boundary, b.t.device)
 
     def deploy(self, student: Denoiser) -> Deployment:
         """One step from noise: there the student is told the last time, and its answer is that of the end."""

@@ -113,12 +113,11 @@ class CTM(Contest, Distillation):
 
         `j` [B]: the index of s in the grid's times.
         """
-        times = self.grid.times.to(j.device)
-        s, end = times[j], torch.full_like(b.t, END)
+        s, end = self.grid.at(j), torch.full_like(b.t, END)
         with torch.no_grad():
             x_u, u = self.feed.answered(b, self.answer), b.s                    # the first step, which none of s is above
             for k in range(2, self.teacher_steps + 1):
-                v = times[torch.minimum(b.node + k, j)]                         # the next node, and not beyond s
+                v = self.grid.at(torch.minimum(b.node + k, j))                         # the next node, and not beyond s
                 p = self.teacher(x_u, u.clamp(min=0), b.c)                      # CFG, then reflection
                 x_u, u = jump(self.teacher.schedule, x_u, p, u, v), v
             x_s = self.G(self.target, x_u, u, s, b.c, reflect=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -130,15 +131,18 @@ class EMD(TwoScores):
         return alpha / sigma * (real - fake)
 
     def check(self, end: Posterior, b: LatentBatch) -> None:
-        """Record how far z has moved. Raises FloatingPointError, on every process, when the chain of one of them has diverged."""
+        """Record how far z has moved. A chain that has diverged ends the run, in every process."""
         first = (b.node == 0).to(end.z.dtype)
         self.measures.add("chain/moved", (per_sample((end.z - b.x_t).square()) * first).sum(), first.sum())
         energy = torch.stack([per_sample(x.square()).max() for x in (end.e, end.z)])
-        fine = bool((energy < ENERGY).all()) or not bool(end.x.isfinite().all())  # a network's fault is the loss's to name
-        if not self.trainer.strategy.reduce_boolean_decision(fine):
-            e, z = energy.tolist()
-            found = " on another process" if fine else f": the mean square of e is {e:.3g} and that of z {z:.3g}, which are about 1"
-            raise FloatingPointError(
-                f"the Langevin chain of {self.chain.steps} steps diverged at student update {self.student_updates}{found}; lower "
-                f"model.chain.gamma_e, which is {self.chain.gamma_e:g}, or model.chain.gamma_z, which is {self.chain.gamma_z:g}"
-            )
+        fine = (energy < ENERGY).all() | ~end.x.isfinite().all()  # a network's fault is the loss's to name
+        self.descent.watch.ask(fine, partial(self._diverged, energy, self.student_updates))
+
+    def _diverged(self, energy: Tensor, updates: int, mine: bool) -> str:
+        """What is said of a chain that has diverged, here (`mine`) or elsewhere."""
+        e, z = energy.tolist()
+        found = f": the mean square of e is {e:.3g} and that of z {z:.3g}, which are about 1" if mine else " on another process"
+        return (
+            f"the Langevin chain of {self.chain.steps} steps diverged at student update {updates}{found}; lower "
+            f"model.chain.gamma_e, which is {self.chain.gamma_e:g}, or model.chain.gamma_z, which is {self.chain.gamma_z:g}"
+        )

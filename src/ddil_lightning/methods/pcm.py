@@ -121,7 +121,7 @@ class PCM(Contest, Distillation):
     def edge(self, b: LatentBatch) -> Tensor:
         """[B] the end of the phase of a node: the next time of the student's own grid."""
         each = len(self.grid) // self.phases
-        return self.grid.times.to(b.t.device)[(b.node // each + 1) * each]
+        return self.grid.at((b.node // each + 1) * each)
 
     def phase(self, e: Tensor) -> Span:
         """What the discriminator sees of jumps to the edge e: x_e noised to a time of the phase, which begins T / M above its edge."""

@@ -96,7 +96,7 @@ class PD(Distillation):
     def answer(self, b: LatentBatch) -> tuple[Tensor, Tensor]:
         """(v* [B, C, H, W], the saturation of the teacher's x0 [B]) by its two steps, which the buffer keeps beside x_t for the stage."""
         T, schedule, x_t, t, s = self.expert, self.student.schedule, b.x_t, b.t, b.s
-        m = self.fine.times.to(t.device)[2 * b.node + 1]                        # the teacher's node between t and s
+        m = self.fine.at(2 * b.node + 1)                                        # the teacher's node between t and s
         p = T(x_t, t, b.c)
         x_m = ddim(schedule, x_t, p, t, m)
         x_s = ddim(schedule, x_m, T(x_m, m, b.c), m, s)

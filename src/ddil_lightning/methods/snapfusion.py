@@ -78,7 +78,7 @@ class SnapFusion(Distillation):
     def answer(self, b: LatentBatch) -> Tensor:
         """v* [B, C, H, W]: one DDIM step by it, t -> s, lands where the teacher lands in two, each of them guided where `b.c` is."""
         T, schedule, x_t, t, s = self.teacher, self.student.schedule, b.x_t, b.t, b.s
-        m = self.fine.times.to(t.device)[2 * b.node + 1]
+        m = self.fine.at(2 * b.node + 1)
         x_m = ddim(schedule, x_t, T(x_t, t, b.c), t, m)
         x_s = ddim(schedule, x_m, T(x_m, m, b.c), m, s)
         return one_step(schedule, x_t, x_s, t, s)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ class Measures:
     def flush(self) -> dict[str, float]:
         """The means since the last flush; a name without values is left out."""
         sums, self._sums = self._sums, {}
-        return {name: float(total) / int(n) for name, (total, n) in sums.items() if int(n)}
+        return {name: total / int(n) for name, (total, n) in zip(sums, read(sums.values()), strict=True) if n}
 
     @property
     def source_losses(self) -> dict[str, float]:
@@ -92,3 +93,14 @@ class Measures:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)  # a schedule that hears them must come to the same prior on every process
         return {name: total / n for name, (total, n) in zip(self._by_source, sums.tolist(), strict=True) if n}
+
+
+def read(pairs: Iterable[tuple[Tensor | float, Tensor | int]]) -> list[tuple[float, float]]:
+    """Pairs of numbers, those of each device by one copy: reading one of them after the other would wait as often."""
+    flat: list[Any] = [x for pair in pairs for x in pair]
+    for device in {x.device for x in flat if isinstance(x, Tensor)}:
+        there = [i for i, x in enumerate(flat) if isinstance(x, Tensor) and x.device == device]
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        for i, value in zip(there, torch.stack([flat[i].to(wide) for i in there]).tolist(), strict=True):
+            flat[i] = value
+    return list(zip(flat[::2], flat[1::2], strict=True))

@@ -264,11 +264,16 @@ class Distillation(Clocks, LightningModule):
 
     def on_train_end(self) -> None:
         """What comes after training is the first process's alone, and finds everything on the device."""
+        self.descent.watch.read(all_of_them=True)
         self.offload.end(self)
         self.shards.gather(self.outgoing.network, self.device)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Dropout takes torch's own numbers: for this step they are the feed's, so that a resumed run repeats them."""
+        """Dropout takes torch's own numbers: for this step they are the feed's, so that a resumed run repeats them.
+
+        And what an earlier batch was asked without waiting is read.
+        """
+        self.descent.watch.read()
         self._random.take(self.feed.dropout, self.device)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -288,6 +293,7 @@ class Distillation(Clocks, LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the clocks, the counts of evaluations and the micro-batches of an update under way."""
+        self.descent.watch.read(all_of_them=True)
         names = ("student_updates", "stage", "stage_start", "has_box", "evaluations")
         own = {"micro": dict(self.descent.micro), "sharded": self.shards.split, "strength": self.adapter.strength}
         checkpoint["ddil"] = {**{name: getattr(self, name) for name in names}, **own}

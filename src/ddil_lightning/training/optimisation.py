@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from inspect import signature
 from typing import Any
@@ -16,6 +18,7 @@ from ddil_lightning.backbones.roles import Role
 from ddil_lightning.bounds import at_least, fraction, lengths, within
 from ddil_lightning.records import LatentBatch
 from ddil_lightning.texts import reason
+from ddil_lightning.training.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,8 @@ def optimizer_class(kind: str) -> type[torch.optim.Optimizer]:
 class Descent:
     """What turns a loss into an optimiser step, as `optimizer` says: the optimiser, clipping, several micro-batches per update.
 
-    `micro`: how many micro-batches of the update under way are done, by the name of the loss; it belongs to a checkpoint. `batch`: the
-    latents of the last of them.
+    `watch`: whether losses are finite. `micro`: how many micro-batches of the update under way are done, by the name of the loss; it
+    belongs to a checkpoint. `batch`: the latents of the last of them.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -91,6 +94,8 @@ class Descent:
         self.clip, self.accumulate = optimizer.clip, optimizer.accumulate
         self.final_lr, self.warmup = optimizer.final_lr, optimizer.warmup
         self.micro: dict[str, int] = {}
+        self.watch = Watch()
+        self._sound: dict[str, Tensor] = {}  # of the micro-batches of the update under way, by the name of the loss
         self.last: Tensor | None = None
         self.batch: LatentBatch | None = None
 
@@ -114,18 +119,16 @@ class Descent:
         return kind([{"params": list(parameters), "base_lr": lr}], lr=lr, **{**own, **given.options})  # type: ignore[call-arg]
 
     def step(self, method: Any, optimizer: Any, loss: Tensor, name: str) -> bool:
-        """One micro-batch of `loss`; True when it completed an update. Raises FloatingPointError for a loss that is not finite.
+        """One micro-batch of `loss`; True when it completed an update. A loss that is not finite ends the run (`watch`).
 
         `method`: the Distillation in training; its clock gives the learning rate, its networks the suspects.
         """
-        fine = bool(torch.isfinite(loss))
-        # All processes stop together: one that left alone would leave the others waiting for its gradients.
-        if not method.trainer.strategy.reduce_boolean_decision(fine):
-            found = f"the {name} is not finite on another process" if fine else f"the {name} is {float(loss.detach())}"
-            suspects = self._suspects(method.roles)  # on all processes: a sharded network answers only when all ask
-            raise FloatingPointError(f"{found} at student update {method.student_updates}{'' if fine else suspects}")
+        sound = self.watch.ask(
+            torch.isfinite(loss.detach()), partial(self._fault, method, name, loss.detach(), method.student_updates, self.batch)
+        )
         self.last = loss.detach()
         method.manual_backward(loss / self.accumulate)
+        self._sound[name] = torch.minimum(self._sound[name], sound) if name in self._sound else sound
         self.micro[name] = (self.micro.get(name, 0) + 1) % self.accumulate
         if self.micro[name]:
             return False
@@ -137,7 +140,8 @@ class Descent:
             nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], limit)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * self.factor(method.stage_updates, method.stage_length)
-        optimizer.step()
+        with spared(optimizer, 1 - self._sound.pop(name)):
+            optimizer.step()
         optimizer.zero_grad()
         return True
 
@@ -152,10 +156,15 @@ class Descent:
         """The loss of the last micro-batch; reading it waits for the device."""
         return None if self.last is None else float(self.last)
 
+    def _fault(self, method: Any, name: str, loss: Tensor, updates: int, batch: LatentBatch | None, mine: bool) -> str:
+        """What is said of a loss that is not finite, here (`mine`) or elsewhere."""
+        suspects = self._suspects(method.roles, batch)  # on all processes: a sharded network answers only when all ask
+        found = f"the {name} is {float(loss)}" if mine else f"the {name} is not finite on another process"
+        return f"{found} at student update {updates}{suspects if mine else ''}"
+
     @torch.no_grad()
-    def _suspects(self, roles: Mapping[str, Role]) -> str:
-        """Which networks answer the last batch with values that are not finite, in words."""
-        b = self.batch
+    def _suspects(self, roles: Mapping[str, Role], b: LatentBatch | None) -> str:
+        """Which networks answer a batch with values that are not finite, in words."""
         if b is None:
             return ""
         told = {True: b.c._replace(s=b.s), False: b.c}
@@ -168,3 +177,21 @@ class Descent:
     def halfway(self) -> bool:
         """Whether an update is under way: accumulated gradients are in no checkpoint."""
         return any(self.micro.values())
+
+
+@contextmanager
+def spared(optimizer: Any, unsound: Tensor) -> Iterator[None]:
+    """Inside, a step of a fused optimiser leaves weights and states as they are where `unsound` [] is 1, without the host's knowing.
+
+    It is how a gradient scaler tells it. Another optimiser takes the step: its weights are then not finite, and in no checkpoint.
+    """
+    own = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper holds it
+    alone = all(type(p) in (nn.Parameter, Tensor) for group in own.param_groups for p in group["params"])  # no kernel mixes in DTensors
+    if not (alone and getattr(own, "_step_supports_amp_scaling", False)) or hasattr(own, "found_inf"):
+        yield
+        return
+    own.found_inf = unsound
+    try:
+        yield
+    finally:
+        del own.found_inf

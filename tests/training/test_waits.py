@@ -1,0 +1,85 @@
+"""No step has the host wait for the device: nothing is read, and nothing is copied so that the host must stay (tests/support/waits.py)."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ddil_lightning.backbones.pipeline import Pipeline
+from ddil_lightning.imitation.prior import SamplingPrior
+from ddil_lightning.imitation.rollout import collect, forward
+from ddil_lightning.records import CaptionBatch, send
+from ddil_lightning.streams import Streams
+from options import options
+from suite import BY_NAME
+from waits import GPU, Watched, waits, without_one
+
+READING = {"dmd": "dmd.py", "reflow": "reflow.py", "ufogen": "ufogen.py"}
+"""Methods that read once a step which of its latents are roll-outs, and where."""
+UNSEEN = ("add", "ladd", "ctm-denoising")
+"""Methods with networks or sizes that a step without values cannot have."""
+NAMES = [pytest.param(n, marks=() if n in ("lcm", "dmd2") else pytest.mark.slow) for n in BY_NAME if n not in UNSEEN]
+
+
+def made(name: str, backbone: Any) -> Any:
+    entry = BY_NAME[name]
+    return entry.method(**{"pipeline": backbone, "guidance": 3.0, "ema": 0.9, **options(entry.method, entry.kwargs)})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_step_has_the_host_wait(name: str, light: Path) -> None:
+    found = waits(made(name, Pipeline(str(light))))
+    assert [x for x in found if name not in READING or READING[name] not in x] == [] and len(found) == (name in READING)
+
+
+def test_no_latents_have_the_host_wait(light: Path) -> None:
+    """Forward latents and a roll-out, from captions on the device to states on their way home."""
+    method = made("lcm", Pipeline(str(light)))
+    learner = SimpleNamespace(grid=method.grid, guidance=(1.0, 4.0), wants=method.wants, policies=method.policies)
+    with Watched() as watched, without_one():
+        batch = send(CaptionBatch(torch.zeros(4, *method.backbone.latent_shape), method.backbone.null().expand(4), torch.arange(4)), GPU)
+        for module in method.backbone.network().modules():
+            module._parameters = {name: p if p is None else torch.nn.Parameter(p.to(GPU)) for name, p in module._parameters.items()}
+        for _ in range(2):
+            watched.waits.clear()
+            forward(batch, learner, Streams(0, 1))
+            collect(batch, learner, SamplingPrior(0.5, 0.0, 0.5), Streams(0, 1), method.backbone.latent_shape)
+    assert watched.waits == []
+
+
+@pytest.mark.parametrize(
+    ("what", "act"),
+    [
+        ("a value is read", lambda x, y: bool(x.any())),
+        ("a value is read", lambda x, y: float(x.sum())),
+        ("a copy blocks", lambda x, y: torch.tensor(1e4, device=GPU)),
+        ("a copy blocks", lambda x, y: y.to(GPU)),
+        ("a copy blocks", lambda x, y: y.to(GPU, non_blocking=True)),
+        ("a copy blocks", lambda x, y: x.cpu()),
+        ("a GPU's tensor is indexed by one of the CPU", lambda x, y: x[y]),
+        ("has a size of its own", lambda x, y: x[x > 0]),
+        ("has a size of its own", lambda x, y: (x > 0).nonzero()),
+    ],
+)
+def test_what_makes_a_host_wait_is_found(what: str, act: Any) -> None:
+    with Watched() as watched:
+        x, y = torch.zeros(3, device=GPU), torch.arange(2)
+        assert watched.waits == []
+        with contextlib.suppress(torch._subclasses.fake_tensor.DynamicOutputShapeException):
+            act(x, y)
+    assert len(watched.waits) == 1 and what in watched.waits[0]
+
+
+def test_what_does_not_is_not() -> None:
+    with Watched() as watched:
+        x, y = torch.zeros(3, device=GPU), torch.arange(2)
+        y.pin_memory().to(GPU, non_blocking=True)
+        x.to("cpu", non_blocking=True)
+        torch.where(x > 0, x, torch.full((), 2.0, device=GPU))
+        x[:2], x.view(1, 3), y.tolist()
+    assert watched.waits == []
