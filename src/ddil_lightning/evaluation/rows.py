@@ -17,6 +17,7 @@ from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.policy import Multistep, Policy
 from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import ddim
+from ddil_lightning.evaluation import known
 from ddil_lightning.evaluation.generation import Generation, Source
 from ddil_lightning.evaluation.suite import Suite, make_row
 from ddil_lightning.records import END
@@ -32,21 +33,41 @@ def policy_row(
     suite: Suite, backbone: Backbone, name: str, policy: Policy, grid: Grid, g: float, how: Generation = ALONE
 ) -> dict[str, Any]:
     """The row of a sampler of this library at guidance `g`; its network evaluations (NFE) are counted, not assumed."""
-    denoiser = next(m for m in policy.modules() if isinstance(m, Denoiser))
+    denoiser = denoiser_of(policy)
 
     def sample(prompts: list[str], seed: int) -> Tensor:
         return sampling.images(backbone, policy, grid, prompts, g, seed, how.batch)
 
     def about() -> dict[str, Any]:
-        step = {"transition": f"{type(policy.transition).__name__} {vars(policy.transition)}", "solver": type(policy).__name__}
-        between = {"substeps": policy.substeps, "fine": policy.fine and policy.fine.times.tolist()}
-        made = step | between | {"nodes": grid.times.tolist(), "guidance": g, "predicts": str(denoiser.predicts)}
-        return {"name": name, "network": weights(denoiser.network), "encoders": backbone.encoders(), **made}
+        return {"name": name, **sampler(backbone, policy, grid, g)}
 
     source = Source(name, sample, lambda: denoiser.evaluations, about, sampling.batch(backbone.latent_shape))
     metrics, cost = how.measured(suite, source)
     said = how.said(suite, source, denoiser.network)
     return make_row(name, len(grid), g, cost.nfe, cost.seconds_per_image, metrics, suite.protocol, said)
+
+
+def denoiser_of(policy: Policy) -> Denoiser:
+    """The denoiser of a policy, through whatever is around it."""
+    return next(m for m in policy.modules() if isinstance(m, Denoiser))
+
+
+def sampler(backbone: Backbone, policy: Policy, grid: Grid, g: float) -> dict[str, Any]:
+    """All that decides on a policy's images besides prompts and noise."""
+    denoiser = denoiser_of(policy)
+    step = {"transition": f"{type(policy.transition).__name__} {vars(policy.transition)}", "solver": type(policy).__name__}
+    between = {"substeps": policy.substeps, "fine": policy.fine and policy.fine.times.tolist()}
+    made = step | between | {"nodes": grid.times.tolist(), "guidance": g, "predicts": str(denoiser.predicts)}
+    return {"network": weights(denoiser.network), "encoders": backbone.encoders(), **made}
+
+
+def teacher_row(suite: Suite, method: Distillation, n: int, fresh: bool = False, folder: Path | None = None) -> dict[str, Any]:
+    """The row teacher@n of a method: the one that was kept of this very teacher, unless it is to be `fresh` (`known.recalled`)."""
+    backbone, baseline, name = method.backbone, method.baseline, f"teacher@{n}"
+    policy, grid = baseline.sampler(n)
+    noise = [backbone.schedule.sigmas.tolist(), list(backbone.latent_shape)]
+    key = known.key_of({"name": name, **sampler(backbone, policy, grid, baseline.guidance), "noise": noise}, suite.protocol)
+    return known.recalled(key, lambda: policy_row(suite, backbone, name, policy, grid, baseline.guidance), fresh, folder)
 
 
 def method_rows(
@@ -57,20 +78,21 @@ def method_rows(
     say: Callable[[str], None] = lambda name: None,
     stages: Mapping[int, Path] | None = None,
     dpm: bool = False,
+    fresh: bool = False,
 ) -> list[dict[str, Any]]:
     """teacher@N and student@N rows at the method's evaluation guidance, all from the same noise. `say` hears of each before it starts.
 
     `stages`: pipeline folders of earlier students by their step counts, which are tested instead of the present student at these counts.
-    `student_steps`: default all of `stages` and of the present student. `dpm`: see `runs.finish.Test`.
+    `student_steps`: default all of `stages` and of the present student. `dpm`, `fresh`: see `runs.finish.Test`.
     """
-    stages, rows, deployment, baseline = stages or {}, [], method.deployment, method.baseline
+    stages, rows, deployment = stages or {}, [], method.deployment
     for n in teacher_steps:
         say(f"teacher@{n}")
-        rows.append(policy_row(suite, method.backbone, f"teacher@{n}", *baseline.sampler(n), baseline.guidance))
+        rows.append(teacher_row(suite, method, n, fresh))
     for n in sorted({*stages, *deployment.steps}, reverse=True) if student_steps is None else student_steps:
         say(f"student@{n}")
-        sampler = folder_sampler(stages[n], method.device) if n in stages else deployment.sampler(n)
-        rows += student_rows(suite, method.backbone, {n: sampler}, deployment.quoted, dpm)
+        made = folder_sampler(stages[n], method.device) if n in stages else deployment.sampler(n)
+        rows += student_rows(suite, method.backbone, {n: made}, deployment.quoted, dpm)
     return rows
 
 

@@ -32,6 +32,7 @@ class Test:
             ended with is tested on that stage's student.
         seed: of prompts and noise.
         dpm: rows with DPM-Solver++ 2M too, for students that step by DDIM.
+        fresh: measure the teacher's rows now, where they would be those kept of an earlier run of the same teacher.
     """
 
     n: int = 256
@@ -39,6 +40,7 @@ class Test:
     student_steps: list[int] | None = None
     seed: int = 0
     dpm: bool = False
+    fresh: bool = False
 
     def __post_init__(self) -> None:
         if self.n and self.n < 16:
@@ -62,6 +64,7 @@ def finish(
     `facts` come first in it: the config's name, the seed and so on. Of a student that no pipeline can hold, the weights are written.
     What fails is told in `failed`, part by part, and keeps nothing else from being made.
     """
+    from ddil_lightning.evaluation.known import told
     from ddil_lightning.evaluation.table import table
     from ddil_lightning.runs import export
 
@@ -84,7 +87,7 @@ def finish(
             print(f"{why}; its weights: {_save_weights(method, folder)}", flush=True)
     with trying("test", summary["failed"]):
         summary["rows"] = _rows(method, folder, test) if test.n else []
-        print(table(summary["rows"]) if summary["rows"] else "", end="")
+        print(table(summary["rows"]) + told(summary["rows"]) if summary["rows"] else "", end="", flush=True)
     return summary
 
 
@@ -147,7 +150,7 @@ def _rows(method: Distillation, folder: Path, test: Test, quiet: bool = False) -
     if not dataset:
         return []
     suite = Suite.builtin(dataset, n=test.n, seed=test.seed).for_pipeline(method.backbone)
-    return method_rows(suite, method, test.teacher_steps, test.student_steps, say, stage_pipelines(folder), test.dpm)
+    return method_rows(suite, method, test.teacher_steps, test.student_steps, say, stage_pipelines(folder), test.dpm, test.fresh)
 
 
 def machine() -> dict[str, Any]:

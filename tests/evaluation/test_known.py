@@ -1,0 +1,89 @@
+"""Rows of a teacher are measured once, and those that ship are of the teachers that ship."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddil_lightning import assemble
+from ddil_lightning.evaluation import known, rows
+from ddil_lightning.evaluation.suite import Suite, make_row
+from ddil_lightning.runs.finish import Test
+
+SHIPPED = [("lcm.yaml", "builtin"), ("pd.yaml", "builtin"), ("lcm.yaml", "builtin/digits")]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DDIL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "rows"
+
+
+def row(value: float = 1.0) -> dict[str, Any]:
+    return make_row("teacher@4", 4, 3.0, 8, 0.5, {"frechet": value}, {"n": 16, "stamp": "s"}, {"dtype": "float32"})
+
+
+def never() -> Any:
+    raise AssertionError("it was kept")
+
+
+def test_a_row_is_measured_once_and_says_since_when(cache: Path) -> None:
+    first = known.recalled("k", row)
+    assert first == row() and "kept" not in first["generation"]
+    again = known.recalled("k", never)
+    assert again.pop("generation") == {"dtype": "float32", "kept": json.loads((cache / "k.json").read_text())["date"]}
+    assert again == {name: value for name, value in first.items() if name != "generation"}
+    assert known.recalled("k", lambda: row(2.0), fresh=True)["metrics"] == {"frechet": 2.0}
+    assert known.recalled("k", never)["metrics"] == {"frechet": 2.0}
+
+
+def test_seconds_are_of_the_machine_that_measured_them(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known.recalled("k", row)
+    monkeypatch.setattr(known, "machine", lambda: "another")
+    assert known.recalled("k", never)["seconds_per_image"] is None
+
+
+def test_a_damaged_row_is_measured_again_and_a_full_disk_costs_nothing(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    known.recalled("k", row)
+    (cache / "k.json").write_text("{half")
+    assert known.recalled("k", lambda: row(2.0))["metrics"] == {"frechet": 2.0}
+    (cache / "other").write_text("")
+    assert known.recalled("j", row, folder=cache / "other") == row()
+    assert "the teacher's row teacher@4 is not kept for the next run" in caplog.text
+
+
+def test_which_rows_were_kept_is_told(cache: Path) -> None:
+    assert known.told([row()]) == ""
+    known.recalled("k", row)
+    said = known.told([row(2.0), known.recalled("k", never)])
+    assert said.startswith("Of 20") and "metrics: teacher@4 (" in said
+
+
+def test_a_key_has_all_that_decides(tiny: Path) -> None:
+    about, protocol = {"network": "w", "nodes": [999, -1]}, {"stamp": "s"}
+    keys = {known.key_of(about, protocol), known.key_of({**about, "network": "v"}, protocol), known.key_of(about, {"stamp": "t"})}
+    assert len(keys) == 3 and known.key_of(dict(reversed(about.items())), protocol) in keys
+
+
+@pytest.mark.parametrize(("config", "pipeline"), SHIPPED)
+def test_rows_that_ship_are_of_the_teachers_that_ship(config: str, pipeline: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python benchmarks/teacher_rows.py` makes them again."""
+    monkeypatch.setattr(rows, "policy_row", lambda *_: never())
+    _, method, _ = assemble(config, f"model.init_args.pipeline={pipeline}")
+    suite = Suite.builtin(method.backbone.about["dataset"], n=Test().n, seed=Test().seed)
+    found = [rows.teacher_row(suite, method, n) for n in Test().teacher_steps]
+    assert [one["name"] for one in found] == [f"teacher@{n}" for n in Test().teacher_steps]
+    assert all(one["metrics"]["all_right"] is not None and one["protocol"]["stamp"] == suite.protocol["stamp"] for one in found)
+
+
+@pytest.mark.slow
+def test_rows_that_ship_are_what_is_measured(cache: Path) -> None:
+    _, method, _ = assemble("lcm.yaml")
+    suite = Suite.builtin("shapes", n=Test().n, seed=Test().seed)
+    for n in (4, 1):
+        kept, now = rows.teacher_row(suite, method.eval(), n), rows.teacher_row(suite, method.eval(), n, fresh=True)
+        assert now["metrics"]["frechet"] == pytest.approx(kept["metrics"]["frechet"], rel=1e-2)
+        assert now["metrics"]["attribute_accuracy"] == pytest.approx(kept["metrics"]["attribute_accuracy"], abs=5e-3)
