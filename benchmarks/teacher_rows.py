@@ -1,9 +1,9 @@
 """The rows of the built-in teachers that ship: what a run's table says of a teacher that is the same for everybody.
 
-Measured as a run measures them, by its default number of prompts, and written to the package. To be run again where a teacher, a metric or
-the prompts have changed; rows of before go.
+Measured as a run measures them, on its default number of prompts, and written into the package. To be run again where a teacher, a metric
+or the prompts have changed; rows of before go.
 
-    python benchmarks/teacher_rows.py [--configs lcm.yaml pd.yaml] [--folder DIR]
+    python benchmarks/teacher_rows.py [--configs lcm.yaml pd.yaml] [--pipelines builtin builtin/digits] [--folder DIR]
 """
 
 from __future__ import annotations
@@ -11,33 +11,42 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import common
+import tables
+
 from ddil_lightning import assemble
 from ddil_lightning.evaluation import known
 from ddil_lightning.evaluation.rows import teacher_row
 from ddil_lightning.evaluation.suite import Suite
-from ddil_lightning.evaluation.table import table
 from ddil_lightning.runs.finish import Test
 
-CONFIGS = ("lcm.yaml", "pd.yaml")  # which ask for the teacher at two guidances
+COLUMNS = [("name", ""), ("guidance", "g"), ("frechet", "Fréchet distance"), ("all_right", "all right"), ("mode_coverage", "mode coverage")]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--configs", nargs="+", default=list(CONFIGS))
-    parser.add_argument("--pipelines", nargs="+", default=["builtin", "builtin/digits"])
-    parser.add_argument("--folder", type=Path, default=known.folders()[0])
-    parser.add_argument("--n", type=int, default=Test().n)
-    args = parser.parse_args()
-    for file in args.folder.glob("*.json"):
+def measure(args: argparse.Namespace) -> tables.Report:
+    """All rows, each written when it is measured."""
+    folder = args.folder or known.folders()[0]
+    for file in folder.glob("*.json"):
         file.unlink()
-    rows = []
+    rows, test = [], Test(n=16) if args.quick else Test()
     for pipeline in args.pipelines:
         for config in args.configs:
-            _, method, _ = assemble(config, f"model.init_args.pipeline={pipeline}")
-            suite = Suite.builtin(method.backbone.about["dataset"], n=args.n, seed=Test().seed)
-            for n in Test().teacher_steps:
-                rows.append(teacher_row(suite, method.eval(), n, fresh=True, folder=args.folder))
-    print(table(rows))
+            _, method, _ = assemble(config, f"model.init_args.pipeline={pipeline}", *args.set)
+            suite = Suite.builtin(method.backbone.about["dataset"], n=test.n, seed=test.seed)
+            for n in test.teacher_steps:
+                row = teacher_row(suite, method.eval(), n, fresh=True, folder=folder)
+                rows.append({**row["metrics"], "name": f"{pipeline} {row['name']}", "guidance": row["guidance"]})
+    notes = [f"{test.n} prompts, written to {folder}"]
+    return {"benchmark": "teacher_rows", "columns": COLUMNS, "rows": rows, "targets": [], "notes": notes}
+
+
+def main(argv: list[str] | None = None) -> tables.Report:
+    """The command line of this benchmark."""
+    parser = common.parser(__doc__, pipeline=False)
+    parser.add_argument("--configs", nargs="+", default=["lcm.yaml", "pd.yaml"], help="which ask for the teacher at different guidances")
+    parser.add_argument("--pipelines", nargs="+", default=["builtin", "builtin/digits"])
+    parser.add_argument("--folder", type=Path, help="where they are written, by default into the package")
+    return common.main(measure, parser.parse_args(argv))
 
 
 if __name__ == "__main__":
