@@ -4,8 +4,9 @@ from ddil_lightning.callbacks.alerts import Alerts
 from ddil_lightning.callbacks.annealing import AnnealPrior, Cadence, FlushBuffer
 from ddil_lightning.callbacks.checkpoints import Checkpoints
 from ddil_lightning.callbacks.previews import Previews
+from ddil_lightning.callbacks.profile import Profile
 from ddil_lightning.callbacks.progress import Progress
 from ddil_lightning.callbacks.shift_probe import ShiftProbe
 from ddil_lightning.callbacks.stages import Stages
 
-__all__ = ["Alerts", "AnnealPrior", "Cadence", "Checkpoints", "FlushBuffer", "Previews", "Progress", "ShiftProbe", "Stages"]
+__all__ = ["Alerts", "AnnealPrior", "Cadence", "Checkpoints", "FlushBuffer", "Previews", "Profile", "Progress", "ShiftProbe", "Stages"]

@@ -13,7 +13,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from ddil_lightning.callbacks import Alerts, Checkpoints, Previews, Progress, ShiftProbe, Stages
+from ddil_lightning.callbacks import Alerts, Checkpoints, Previews, Profile, Progress, ShiftProbe, Stages
 from ddil_lightning.callbacks.annealing import AnnealPrior, OnClock
 from ddil_lightning.commands.configs import read_config
 from ddil_lightning.data.captions import Captions
@@ -25,7 +25,7 @@ from ddil_lightning.runs.finish import Test
 from ddil_lightning.training.completeness import check_complete
 from ddil_lightning.training.method import Distillation
 
-OWN = (Alerts, Checkpoints, Previews, Progress, Stages)
+OWN = (Alerts, Checkpoints, Previews, Profile, Progress, Stages)
 """The callbacks that every run has, each with a group of options of its name."""
 
 

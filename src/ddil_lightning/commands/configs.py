@@ -243,6 +243,7 @@ FIT_SHORT = {
     "--updates": "--model.init_args.updates",
     "--seed": "--seed_everything",
     "--checkpoint_every": "--checkpoints.every",
+    "--profile": "--profile.updates",
     # jsonargparse has no help of a group alone.
     "--trainer.help": "--help",
     "--data.help": "--help",

@@ -1,0 +1,83 @@
+"""How long a newcomer waits: ddil-fit to its first line, first update, first picture and table; ddil-sample to one picture.
+
+Each command runs in a process of its own, as typed after `make` has installed; the installation is not counted. Rows of the teacher are the
+kept ones, as a newcomer has them. On an idle machine: the figures are seconds of its clock.
+
+    python benchmarks/first_result.py [--config lcm_ddil.yaml] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import common
+import tables
+
+COLUMNS = (("name", ""), ("seconds", "seconds"), ("within", "target"))
+UPDATE = re.compile(r"^[\d ]+/[\d ]+ updates")
+CALL = "import sys; from ddil_lightning.commands import main; sys.argv = sys.argv[1:]; getattr(main, sys.argv[0].removeprefix('ddil-'))()"
+
+
+def lines(*words: str) -> Iterator[tuple[float, str]]:
+    """(seconds since the start, line) of all that a command prints, and at last of its end, which is an empty line.
+
+    Raises SystemExit with what it said where it fails.
+    """
+    started, said = time.perf_counter(), []
+    with subprocess.Popen(
+        [sys.executable, "-u", "-c", CALL, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            said.append(line)
+            yield time.perf_counter() - started, line.rstrip("\n")
+    if process.returncode:
+        raise SystemExit("".join(said[-20:]))
+    yield time.perf_counter() - started, ""
+
+
+def waited(args: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
+    """The rows of the table."""
+    run = folder / "run"
+    words = ["ddil-fit", "--config", args.config, "--run_dir", str(run), "--seed", str(args.seed), *args.set]
+    words += ["--updates", "3", "test.n=16"] if args.quick else []
+    seen: dict[str, float] = {}
+    started = time.time()
+    for at, line in lines(*words):
+        seen.setdefault("ddil-fit: first line", at)
+        if UPDATE.match(line):
+            seen.setdefault("first update", at)
+        seen["the table, and the end"] = at
+    first = min((run / "samples").glob("*.png"))
+    seen["first picture"] = first.stat().st_mtime - started
+    out = folder / "picture.png"
+    *_, (seconds, _) = lines("ddil-sample", "--pipeline", str(run / "pipeline"), "--prompt", "a small red circle", "--out", str(out))
+    within = {"ddil-fit: first line": 1, "first update": 15, "first picture": 60, "the table, and the end": 180}
+    rows: list[dict[str, object]] = [{"name": name, "seconds": seen[name], "within": limit} for name, limit in within.items()]
+    return [*rows, {"name": "ddil-sample: one picture", "seconds": seconds, "within": 8}]
+
+
+def measure(args: argparse.Namespace) -> tables.Report:
+    """All commands, one after the other."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = waited(args, Path(folder))
+    targets = [tables.target(str(row["name"]), float(str(row["seconds"])), float(str(row["within"])), at_most=True) for row in rows]
+    return {"benchmark": "first_result", "columns": COLUMNS, "rows": rows, "targets": targets, "notes": [f"{args.config}, seed {args.seed}"]}
+
+
+def main(argv: list[str] | None = None) -> tables.Report:
+    """The command line of this benchmark."""
+    parser = common.parser(__doc__, pipeline=False)
+    parser.add_argument("--config", default="lcm_ddil.yaml")
+    return common.main(measure, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()
