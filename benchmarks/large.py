@@ -1,10 +1,11 @@
 """Distillation at the real size on a CPU: the memory of one update, with adapters on one base in bfloat16.
 
 Networks are those of the published configurations with random weights: 0.86 billion of Stable Diffusion 1.5, 2.6 billion of SDXL, with
-their text encoders and autoencoder. Every setting runs in a process of its own; its peak is that of the process less what it was before
+their text encoders and autoencoder. Stable Diffusion 3.5 medium and Flux.1 dev have their real width and as many --blocks as are said (Flux:
+of each kind), not all 24 and 57. Every setting runs in a process of its own; its peak is that of the process less what it was before
 the networks were loaded (the interpreter and the libraries).
 
-    python benchmarks/large.py [--models sd15 sdxl] [--side 128] [--updates 2] [--quantize int8] [--folder DIR] [--json FILE]
+    python benchmarks/large.py [--models sd15 sdxl sd35 flux] [--side 128] [--blocks 3] [--updates 2] [--quantize int8] [--folder DIR] [--json FILE]
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, TypeVar, get_args
 
 import common
 import published
+import published_flows
 import real_size
 import tables
 import torch
@@ -31,8 +33,11 @@ T = TypeVar("T")
 CELLS = {
     "sd15": (Cell("SD1.5", "LCM", 64, True, 1),),
     "sdxl": (Cell("SDXL", "DMD2", 64, True, 1),),
+    "sd35": (Cell("SD3.5 medium", "LCM", 64, True, 1), Cell("SD3.5 medium", "DMD2", 64, True, 1)),
+    "flux": (Cell("Flux.1 dev", "LCM", 64, True, 1), Cell("Flux.1 dev", "DMD2", 64, True, 1)),
     "tiny": (Cell("tiny", "LCM", 4, True, 1), Cell("tiny", "DMD2", 4, True, 1)),
 }
+FLOWS = ("sd35", "flux")
 COLUMNS = (
     ("name", ""),
     ("trained", "trained weights, millions"),
@@ -72,7 +77,8 @@ def measure(args: argparse.Namespace) -> tables.Report:
             if args.quick:
                 common.random_pipeline(folder)
             elif not (folder / "model_index.json").is_file():
-                apart(published.write, folder, model, side)
+                write, more = (published_flows.write, (args.blocks,)) if model in FLOWS else (published.write, ())
+                apart(write, folder, model, side, *more)
             rows += [apart(one, str(folder), cell, side, args.updates, args.quantize) for cell in CELLS[model]]
     return {"benchmark": "real size, batch 1, gradient checkpointing", "columns": COLUMNS, "rows": rows}
 
@@ -80,8 +86,9 @@ def measure(args: argparse.Namespace) -> tables.Report:
 def main(argv: Sequence[str] | None = None) -> tables.Report:
     """Run the benchmark as its options say."""
     made = common.parser(__doc__, pipeline=False)
-    made.add_argument("--models", nargs="+", choices=("sd15", "sdxl"), default=["sd15", "sdxl"])
+    made.add_argument("--models", nargs="+", choices=("sd15", "sdxl", *FLOWS), default=["sd15", "sdxl"])
     made.add_argument("--side", type=int, default=128, help="of the images, in pixels")
+    made.add_argument("--blocks", type=int, default=3, help="of the flow transformers, which have their real width")
     made.add_argument("--updates", type=int, default=2)
     made.add_argument("--quantize", choices=get_args(Quantize), help="the linear layers of the frozen network (model.memory.quantize)")
     made.add_argument("--folder", type=Path, help="where the random pipelines are kept (default: nowhere)")

@@ -91,13 +91,15 @@ class Timed(Callback):
 
 def built(cell: Cell, backbone: Backbone, updates: int, critic_steps: int) -> Distillation:
     """The method of a cell."""
-    own: dict[str, Any] = {"w_conditioned": False, "rollouts": (4,)} if cell.method == "LCM" else {}
+    flow, told = backbone.predicts == "flow", backbone.told
+    own: dict[str, Any] = {"w_conditioned": told, "rollouts": (4,), **({"solver_steps": 40} if flow else {})} if cell.method == "LCM" else {}
     if cell.method == "DMD2":
-        own = {"critic": Critic(critic_steps), "gan": Gan(5e-3, 1e-2), "teacher_steps": 8}
+        critic = Critic(critic_steps, pull=0.03 if flow else 0.0)
+        own = {"critic": critic, "gan": Gan(5e-3, 1e-2), "teacher_steps": 8}
     kinds = {"LCM": LCM, "DMD2": DMD2}
     return kinds[cell.method](
         pipeline=backbone,
-        guidance=7.5,
+        guidance=3.5 if flow else 7.5,
         updates=updates,
         adapter=Adapter(cell.rank or None),
         optimizer=Optimizer(lr=1e-6),
