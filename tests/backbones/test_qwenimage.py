@@ -23,6 +23,7 @@ from ddil_lightning.backbones.source import Source
 from ddil_lightning.backbones.vocabulary import Vocabulary
 from ddil_lightning.callbacks import Checkpoints
 from ddil_lightning.diffusion.denoiser import normed
+from ddil_lightning.methods import SnapFusion
 from ddil_lightning.records import take
 from ddil_lightning.runs.export import NotAsTrained, export, verify
 from ddil_lightning.runs.release import Release, release
@@ -240,6 +241,16 @@ def test_methods_distil_it_and_diffusers_loads_the_student(entry: suite.Entry, q
     assert Pipeline(str(folder)).size == (16, 16)
 
 
+@pytest.mark.slow
+def test_a_student_that_is_guided_keeps_the_norm_too(qwen: Path, tmp_path: Path) -> None:
+    """As its users guide it, with the negative prompt that its card says."""
+    entry = suite.Entry("snapfusion", SnapFusion, {"steps": 4, "guided": 0.5, "guidance": [1.0, 4.0]})
+    method = suite.fit(suite.build(entry, qwen, updates=2), suite.captions(qwen)).method
+    folder = export(method, tmp_path / "student", 4)
+    assert verify(method, folder, PROMPTS, 4) < 1e-4
+    assert 'true_cfg_scale=4, negative_prompt=" "' in (folder / "README.md").read_text()
+
+
 def test_adapters_are_released_in_the_pipelines_own_format(qwen: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
@@ -309,16 +320,17 @@ def test_gradient_checkpointing_has_the_same_gradient(qwen: Path) -> None:
 
 
 def both_ways(rank: int, folder: Path) -> dict[str, Any]:
-    """Rows of DMD2 with a GAN at two depths, whole and sharded."""
+    """Rows of DMD2 with a GAN at two depths, whole and sharded, and of LCM by a DDP that does not look for what has no gradient."""
     suite.backbone(folder)  # loading it draws numbers, and the first run's head would begin with others
     ways: dict[str, Any] = {"ddp": ddp(DMD2), "fsdp2": {"strategy": "fsdp2", "devices": 2, "num_nodes": 1}}
-    return {name: suite.fit(suite.build(DMD2, folder, updates=2), suite.captions(folder), **way).rows for name, way in ways.items()}
+    found = {name: suite.fit(suite.build(DMD2, folder, updates=2), suite.captions(folder), **way).rows for name, way in ways.items()}
+    return found | {"whole": suite.fit(suite.build(LCM, folder, updates=2), suite.captions(folder), **ddp(LCM)).rows}
 
 
 @pytest.mark.slow
 def test_it_is_sharded_by_its_blocks(pair: Pair, qwen: Path) -> None:
     for found in pair.run(both_ways, qwen):
-        assert len(found["ddp"]) == len(found["fsdp2"]) == 2
+        assert len(found["ddp"]) == len(found["fsdp2"]) == len(found["whole"]) == 2
         for a, b in zip(found["ddp"], found["fsdp2"], strict=True):
             assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
 
