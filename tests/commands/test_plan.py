@@ -22,6 +22,7 @@ from ddil_lightning.imitation.buffer import ReplayBuffer
 from ddil_lightning.records import Context, LatentBatch, Rollout
 from ddil_lightning.runs import memory
 from ddil_lightning.training.footprint import Setting
+from qwenimages import make_qwenimage
 from sanas import make_sana
 from zimages import make_zimage
 
@@ -64,7 +65,7 @@ def test_an_outline_is_the_pipeline_without_values(xl: Path, light: Path, sd3: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("make", "side"), [(make_sana, 32), (make_zimage, 16)], ids=["sana", "zimage"])
+@pytest.mark.parametrize(("make", "side"), [(make_sana, 32), (make_zimage, 16), (make_qwenimage, 16)], ids=["sana", "zimage", "qwen"])
 def test_a_plan_of_a_network_that_reads_its_text_under_a_mask(
     make: Any, side: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

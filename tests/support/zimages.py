@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,18 @@ CHAT = (
 )
 
 
-def tokenizer() -> Any:
-    """Qwen's kind of tokenizer, with its chat: a token for a word of the tests after a space, and for every byte elsewhere."""
+def tokenizer(more: Sequence[str] = ()) -> Any:
+    """Qwen's kind of tokenizer, with its chat: a token for a word of the tests after a space, and for every byte elsewhere.
+
+    `more`: other words that are a token, a space before them written as \u0120.
+    """
     from transformers import Qwen2Tokenizer
 
     letters = [chr(i) for i in range(33, 127)]
     vocabulary, merges = ["<|endoftext|>", "\u0120", "\u010a", *letters], []
-    for word in WORDS:
-        pieces = ["\u0120" + word[:i] for i in range(len(word) + 1)]
-        merges += [(before, letter) for before, letter in zip(pieces, word, strict=False)]
+    for word in (*("\u0120" + word for word in WORDS), *more):
+        pieces = [word[: i + 1] for i in range(len(word))]
+        merges += [(before, letter) for before, letter in zip(pieces, word[1:], strict=False)]
         vocabulary += pieces[1:]
     known = {piece: i for i, piece in enumerate(dict.fromkeys(vocabulary))}
     made = Qwen2Tokenizer(vocab=known, merges=list(dict.fromkeys(merges)), extra_special_tokens=["<|im_start|>", "<|im_end|>"])

@@ -9,36 +9,71 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddil_lightning.records import sent
+
 PIXELS = 4 * 512 * 512
 """How many pixels the autoencoder works on at a time: some 4 GB in float32, whatever the size of an image. A larger one is tiled."""
 
 
 def factor(vae: Any) -> int:
     """How many times smaller latents are than images, by its configuration: every block but the last halves them."""
-    return 1 << (len(vae.config.get("block_out_channels") or vae.config.encoder_block_out_channels) - 1)
+    config = vae.config
+    return 1 << (len(config.get("block_out_channels") or config.get("encoder_block_out_channels") or config.dim_mult) - 1)
+
+
+def channels(vae: Any) -> int:
+    """C of its latents."""
+    return int(vae.config.z_dim if _of_frames(vae) else vae.config.latent_channels)
+
+
+def scale(vae: Any) -> tuple[Any, Any]:
+    """How its latents are scaled, by its configuration: a factor and a shift or None, or the channels' standard deviations and means."""
+    config = vae.config
+    return (config.scaling_factor, config.get("shift_factor")) if "scaling_factor" in config else (config.latents_std, config.latents_mean)
 
 
 @torch.no_grad()
 def encode(vae: Any, pixels: Tensor, device: torch.device) -> Tensor:
     """Scaled latents [B, C, h, w] of images [B, 3, H, W] in [-1, 1]: the posterior mean, or its one answer (DC-AE), on `device`."""
     with _working(vae, device, pixels.shape[2] * pixels.shape[3]) as chunk:
-        parts = [_answer(vae.encode(part.to(device, vae.dtype))).float() for part in pixels.split(chunk)]
-    return ((torch.cat(parts) - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor).contiguous()
+        parts = [_answer(vae, part.to(device, vae.dtype)).float() for part in pixels.split(chunk)]
+    z = torch.cat(parts)
+    times, shift = _affine(vae, z)
+    return ((z - shift) * times).contiguous()
 
 
-def _answer(encoded: Any) -> Tensor:
-    return encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent  # type: ignore[no-any-return]
+def _answer(vae: Any, pixels: Tensor) -> Tensor:
+    encoded = vae.encode(pixels.unsqueeze(2) if _of_frames(vae) else pixels)
+    z = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+    return z.squeeze(2) if _of_frames(vae) else z  # type: ignore[no-any-return]
 
 
 def decode(vae: Any, latents: Tensor, device: torch.device, factor: int, gradients: bool = False) -> Tensor:
-    """Images [B, 3, H, W] in [-1, 1] of scaled latents, `factor` times as large; with `gradients`, not clamped."""
+    """Images [B, 3, H, W] in [-1, 1] of scaled latents, `factor` times as large; with `gradients`, not clamped here (Qwen-Image's does)."""
     made = []
     with torch.set_grad_enabled(gradients), _working(vae, device, latents.shape[2] * latents.shape[3] * factor**2) as chunk:
         for part in latents.split(chunk):
-            z = part.to(device, vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
-            image = vae.decode(z, return_dict=False)[0].float()
+            z = part.to(device, vae.dtype)
+            times, shift = _affine(vae, z)
+            z = z / times + shift
+            image = vae.decode(z.unsqueeze(2) if _of_frames(vae) else z, return_dict=False)[0].float()
+            image = image.squeeze(2) if _of_frames(vae) else image
             made.append(image if gradients else image.clamp(-1, 1))
     return torch.cat(made)
+
+
+def _of_frames(vae: Any) -> bool:
+    """Whether it takes and answers films [B, C, frames, H, W], of which an image is one frame."""
+    return "z_dim" in vae.config
+
+
+def _affine(vae: Any, z: Tensor) -> tuple[Any, Any]:
+    """What latents are multiplied by after the other is taken off: numbers, or [C, 1, 1] as `z` is."""
+    by, shift = scale(vae)
+    if isinstance(by, list | tuple):
+        std, mean = (sent(torch.tensor(x), z.device).to(z.dtype).view(-1, 1, 1) for x in (by, shift))
+        return 1 / std, mean
+    return by, shift or 0.0
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddil_lightning.backbones.autoencoder import scale
+
 
 def fingerprints(pipe: Any, network: str) -> dict[str, str]:
     """A digest of every encoder and vocabulary of a diffusers pipeline by its name; `network` is the component that denoises.
@@ -25,7 +27,7 @@ def fingerprints(pipe: Any, network: str) -> dict[str, str]:
         else:
             continue
         if name == "vae":
-            digest.update(f"{part.config.scaling_factor} {part.config.get('shift_factor')}".encode())
+            digest.update(" ".join(map(str, scale(part))).encode())
         found[name] = digest.hexdigest()
     return found
 

@@ -8,6 +8,7 @@ from ddil_lightning import plugins
 from ddil_lightning.backbones.family import Family
 from ddil_lightning.backbones.flux import Flux
 from ddil_lightning.backbones.pixart import PixArt
+from ddil_lightning.backbones.qwen import QwenImage
 from ddil_lightning.backbones.repositories import DENOISERS
 from ddil_lightning.backbones.sana import Sana
 from ddil_lightning.backbones.sd3 import SD3
@@ -21,6 +22,7 @@ FAMILIES: dict[str, type[Family]] = {
     "FluxTransformer2DModel": Flux,
     "SanaTransformer2DModel": Sana,
     "ZImageTransformer2DModel": ZImage,
+    "QwenImageTransformer2DModel": QwenImage,
 }
 """The family of a pipeline by the class of its network in diffusers. A third party's is an entry made where its file is imported."""
 

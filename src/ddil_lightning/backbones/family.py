@@ -46,6 +46,9 @@ class Family(Network):
     cfg: ClassVar[str] = "guidance_scale"
     """How calls of its pipelines name the scale of classifier-free guidance; under another name they want a negative prompt with it."""
 
+    negative: ClassVar[str] = ""
+    """What its users give for no negative prompt, and guidance tells its network in place of a prompt: the empty one."""
+
     flow: ClassVar[bool] = False
     """Whether its networks are velocities of the linear path, whose pipelines have a scheduler of flow matching."""
 
@@ -98,7 +101,7 @@ class Family(Network):
 
     def asked(self, g: float, n: int) -> dict[str, Any]:
         """What a call of its pipelines for `n` prompts is given for guidance g; 1 is none."""
-        negative = {} if self.asked_by == "guidance_scale" or g <= 1 else {"negative_prompt": [""] * n}
+        negative = {} if self.asked_by == "guidance_scale" or g <= 1 else {"negative_prompt": [self.negative] * n}
         return {self.asked_by: self.scale(g), **negative}
 
     @staticmethod
@@ -173,6 +176,10 @@ class Family(Network):
         """The modules whose class is named in `blocks_of`."""
         return [m for m in self.modules() if type(m).__name__ in self.blocks_of]
 
+    def idle(self) -> Sequence[nn.Module]:
+        """Parts that no answer depends on, such as what a last block makes of the text: they are not trained, for they have no gradient."""
+        return ()
+
     @staticmethod
     def written(pipe: Any, prompts: Sequence[str]) -> list[str]:
         """`prompts` as its pipelines hand them to their tokenizers."""
@@ -201,11 +208,11 @@ class Family(Network):
 
     @classmethod
     def unconditional(cls, pipe: Any, device: torch.device, sizes: Tensor) -> Context:
-        """What guidance tells it in place of a prompt, one sample: the empty one. Zeros where the pipeline says so (SDXL).
+        """What guidance tells it in place of a prompt, one sample: `negative`. Zeros where the pipeline says so (SDXL).
 
         `sizes` [1, 6]: see `context`.
         """
-        c = cls.context(pipe, [""], device, sizes)
+        c = cls.context(pipe, [cls.negative], device, sizes)
         if not pipe.config.get("force_zeros_for_empty_prompt"):
             return c
         return c._replace(text=torch.zeros_like(c.text), pooled=None if c.pooled is None else torch.zeros_like(c.pooled))

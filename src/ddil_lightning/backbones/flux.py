@@ -8,17 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddil_lightning.backbones.transformers import Transformer
+from ddil_lightning.backbones.transformers import Packed
 from ddil_lightning.records import Context
-
-SIDE = 128
-"""Of the latents of a plain call, its pipeline's default_sample_size: no configuration says it."""
 
 T5_TOKENS = 512
 """What its pipeline reads of T5 and pads every text to."""
 
 
-class Flux(Transformer):
+class Flux(Packed):
     """A FluxTransformer2DModel as a network `(x_t, t, c) -> eps - x0` of latents [B, C, H, W], which it packs in patches of 2 x 2.
 
     Its time is sigma, (sigma 1000) / 1000 in the type of the latents, as FluxPipeline rounds it.
@@ -29,13 +26,6 @@ class Flux(Transformer):
     distillation have no embedding: guidance above 1 takes two evaluations, what FluxPipeline calls true_cfg_scale.
     """
 
-    flow = True
-    passes_sigmas = True
-    cfg = "true_cfg_scale"
-    image = 1
-    patch = 2
-    sized = ()
-    resizable = False  # a plain call makes 1024 x 1024, whatever the network was trained on
     blocks_of = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     adapts = (  # train_dreambooth_lora_flux.py of diffusers: of the blocks of one stream the attention alone
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
@@ -57,11 +47,6 @@ class Flux(Transformer):
         """The blocks of two streams, then those of one, which answer with text and image apart as well."""
         return [*self.model.transformer_blocks, *self.model.single_transformer_blocks]
 
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """[C, h, w] of a plain call."""
-        return self.model.config.in_channels // 4, SIDE, SIDE
-
     def check(self, path: str, channels: int | None) -> None:
         """Raises ValueError for another task than text-to-image in latents of so many `channels`."""
         config = self.model.config
@@ -81,18 +66,6 @@ class Flux(Transformer):
         raise ValueError(
             "this Flux has no embedding of the guidance (guidance_embeds is false, as schnell's): set model.w_conditioned to false"
         )
-
-    @staticmethod
-    def packed(x: Tensor) -> Tensor:
-        """[B, H W / 4, 4 C] of latents [B, C, H, W]."""
-        b, c, h, w = x.shape
-        return x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
-
-    @staticmethod
-    def unpacked(x: Tensor, shape: Sequence[int]) -> Tensor:
-        """Latents [B, C, H, W], of a `shape` [C, H, W], of packed ones."""
-        c, h, w = shape
-        return x.reshape(-1, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(-1, c, h, w)
 
     @staticmethod
     def tokens(pipe: Any, prompts: Sequence[str]) -> tuple[list[int], int]:

@@ -41,6 +41,9 @@ class Network(nn.Module, ABC):
     s_conditioned: bool = False
     """Whether it is told the time that is jumped to, `c.s`, without which it refuses a context as well."""
 
+    norm_patch: int | None = None
+    """The side of the patches of latents in which guidance keeps the norm of its conditional answer; None where it keeps none."""
+
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
         """[B, C, H, W] in the space that the backbone `predicts`, of latents x_t [B, C, H, W].

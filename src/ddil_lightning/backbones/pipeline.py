@@ -66,8 +66,9 @@ class Pipeline(Sized):
         for part in self.parts():
             part.requires_grad_(False).eval()
         for part in (self._network.model, self.pipe.vae):
-            part.to(memory_format=torch.channels_last)  # convolutions run faster so, on CPUs and on tensor cores
-        self._network.check(path, self.pipe.vae.config.latent_channels)
+            if all(p.ndim < 5 for p in part.parameters()):  # torch has no such layout for convolutions of films
+                part.to(memory_format=torch.channels_last)  # convolutions run faster so, on CPUs and on tensor cores
+        self._network.check(path, autoencoder.channels(self.pipe.vae))
         said = next((said for said in (source.size, about.get("size")) if said is not None), None)
         shape = shaped(said, self._network, self.pipe.vae_scale_factor, path)
         shift = about.get("shift") if source.shift is None else source.shift
@@ -126,7 +127,10 @@ class Pipeline(Sized):
             model = architectures.bare(kind, {**architecture.config, **extra})
         else:
             model = architectures.made(kind, architecture, extra, name if architecture.partial else self.path)
-        return type(source)(model.to(memory_format=torch.channels_last).requires_grad_(True).train())
+        network = type(source)(model.to(memory_format=torch.channels_last).requires_grad_(True).train())
+        for part in network.idle():
+            part.requires_grad_(False)
+        return network
 
     def adapted(self, adapter: Adapter, w_conditioned: bool = False, name: str = "student", s_conditioned: bool = False) -> Family:
         """The frozen network below trainable adapters. An embedding of w or s it has besides, trained whole, zero first."""

@@ -1,4 +1,4 @@
-"""What diffusion transformers have in common: patches, a row of blocks, and a discriminator's head on what leaves them."""
+"""What diffusion transformers have in common: patches, a row of blocks, and a discriminator's head on what leaves them; packed latents."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from ddil_lightning.records import Context
 
 HEAD = 256
 """Channels of a discriminator's head: a transformer's features are wider than a U-Net's, and its convolutions would be larger than it."""
+PACKED_SIDE = 128
+"""Of the latents of a plain call, the default_sample_size of pipelines that pack them: no configuration says it."""
 
 
 class Transformer(Family):
@@ -103,3 +105,36 @@ class Transformer(Family):
         config = self.model.config
         widths = {name: config[name] for name in ("joint_attention_dim", "caption_channels", "pooled_projection_dim") if config.get(name)}
         return {"number of latent channels": self.latent_shape[0], **{f"text width ({name})": width for name, width in widths.items()}}
+
+
+class Packed(Transformer):
+    """A transformer of a flow whose pipeline holds latents packed in patches of 2 x 2, and hands its scheduler sigmas of its own.
+
+    A plain call makes latents of PACKED_SIDE, whatever the network was trained on, and guides by a negative prompt if it is told
+    true_cfg_scale.
+    """
+
+    flow = True
+    passes_sigmas = True
+    cfg = "true_cfg_scale"
+    image = 1
+    patch = 2
+    sized = ()
+    resizable = False
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """[C, h, w] of a plain call."""
+        return self.model.config.in_channels // 4, PACKED_SIDE, PACKED_SIDE
+
+    @staticmethod
+    def packed(x: Tensor) -> Tensor:
+        """[B, H W / 4, 4 C] of latents [B, C, H, W]."""
+        b, c, h, w = x.shape
+        return x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+
+    @staticmethod
+    def unpacked(x: Tensor, shape: Sequence[int]) -> Tensor:
+        """Latents [B, C, H, W], of a `shape` [C, H, W], of packed ones."""
+        c, h, w = shape
+        return x.reshape(-1, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(-1, c, h, w)

@@ -1,7 +1,8 @@
 """The one boundary between networks and algorithms: `(x_t, t, c) -> Prediction`.
 
 Guidance, conversion and reflection happen here and nowhere else, in this order: guidance in the network's own space, one conversion, one
-reflection. Within one x_t the maps eps <-> v <-> x0 are affine and the guidance weights sum to 1, so guidance is the same in every space.
+reflection. Within one x_t the maps eps <-> v <-> x0 are affine and the guidance weights sum to 1, so guidance is the same in every space;
+where its norm is set (`normed`), that is in the network's own.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ class Denoiser(nn.Module):
     """A network that speaks `Prediction`.
 
     `predicts`: the space of the network's output. `null`: the context of the empty prompt, one sample; with it, `c.w` means
-    classifier-free guidance in one batched call of twice the size (out_c + w (out_c - out_u), w = g - 1). Without it, `c.w` is the
-    network's own business (a w-conditioned student) or ignored. `reflection`: applied to x0; eps and v are re-derived.
+    classifier-free guidance in one batched call of twice the size (out_c + w (out_c - out_u), w = g - 1; `normed` by patches where the
+    network has a `norm_patch`). Without it, `c.w` is the network's own business (a w-conditioned student) or ignored. `reflection`:
+    applied to x0; eps and v are re-derived.
     `evaluations` counts network evaluations of one sample each, guidance included: the NFE of every table.
     """
 
@@ -109,7 +111,19 @@ class Denoiser(nn.Module):
         out = self.network(torch.cat([x_t, x_t]), torch.cat([time, time]), both)
         # Upcast before the extrapolation: w multiplies the rounding of a half-precision network.
         out_c, out_u = out.to(torch.promote_types(out.dtype, torch.float32)).chunk(2)
-        return out_c + w * (out_c - out_u)
+        guided, patch = out_c + w * (out_c - out_u), getattr(self.network, "norm_patch", None)
+        return guided if patch is None else normed(guided, out_c, patch)
+
+
+def normed(x: Tensor, like: Tensor, patch: int) -> Tensor:
+    """`x` [B, C, H, W] with the norm of `like` in every `patch` x `patch` places, all channels together (METHODS 0.4)."""
+
+    def norm(tokens: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(tokens, dim=(1, 3, 5), keepdim=True)
+
+    x, like = (y.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)) for y in (x, like))  # [B, C, h, patch, w, patch]
+    scale = norm(like) / norm(x).clamp_min(torch.finfo(x.dtype).tiny)
+    return (x * scale).flatten(4, 5).flatten(2, 3)
 
 
 def _like(null: Context, c: Context) -> Context:

@@ -33,9 +33,9 @@ class Card:
     `about`: the student's ddil.json. `scheduler`: the student's, of diffusers. `kind`: the class of its pipeline. `size`: of its images in
     pixels, (height, width). `files`: where each format lies, seen from the card. `told`: whether it is told its guidance. `adapter`: (rank,
     alpha) of one. `called_with`: what calls of its family are given besides; `asked_by`: how they name the guidance, `unguided`: what they
-    are given for none. `in_comfy`: whether ComfyUI is known to load its family. `source`: where the teacher comes from, all of it; `vae`:
-    the class of its autoencoder. `dtype`: of the files. `run`: the config and the summary of the run that made it, as far as they are
-    known. `licence`: by default the teacher's. `hub`: the repository that it goes to.
+    are given for none, `negative`: for no negative prompt. `in_comfy`: whether ComfyUI is known to load its family. `source`: where the
+    teacher comes from, all of it; `vae`: the class of its autoencoder. `dtype`: of the files. `run`: the config and the summary of the run
+    that made it, as far as they are known. `licence`: by default the teacher's. `hub`: the repository that it goes to.
     """
 
     about: Mapping[str, Any]
@@ -49,6 +49,7 @@ class Card:
     asked_by: str = "guidance_scale"
     in_comfy: bool = True
     unguided: float = 1.0
+    negative: str = ""
     source: Source | None = None
     vae: str = "AutoencoderKL"
     dtype: torch.dtype = torch.float32
@@ -156,7 +157,7 @@ class Card:
         size = f", height={self.size[0]}, width={self.size[1]}" if "size" in self.about else ""
         noise = f", eta={self.about['eta']:g}" if "eta" in self.about else ""  # of a scheduler that cannot keep it
         more = "".join(f", {name}={value!r}" for name, value in self.called_with.items())
-        negative = ', negative_prompt=""' if g > 1 and self.asked_by != "guidance_scale" else ""
+        negative = f', negative_prompt="{self.negative}"' if g > 1 and self.asked_by != "guidance_scale" else ""
         call = f'image = pipe("a prompt", num_inference_steps={steps}, {self.asked_by}={g:g}{negative}{noise}{size}{more}).images[0]'
         yield "## In diffusers"
         if "diffusers" in self.files:

@@ -107,6 +107,7 @@ def card(method: Distillation, steps: int, **known: Any) -> Card:
         asked_by=cast("Family", method.outgoing.network).asked_by,
         in_comfy=backbone.network().in_comfy,
         unguided=backbone.network().scale(1.0),
+        negative=backbone.network().negative,
         source=backbone.source,
         vae=type(backbone.pipe.vae).__name__,
         **known,
