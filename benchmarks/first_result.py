@@ -69,7 +69,8 @@ def measure(args: argparse.Namespace) -> tables.Report:
     with tempfile.TemporaryDirectory() as folder:
         rows = waited(args, Path(folder))
     targets = [tables.target(str(row["name"]), float(str(row["seconds"])), float(str(row["within"])), at_most=True) for row in rows]
-    return {"benchmark": "first_result", "columns": COLUMNS, "rows": rows, "targets": targets, "notes": [f"{args.config}, seed {args.seed}"]}
+    notes = [f"{args.config}, seed {args.seed}"]
+    return {"benchmark": "first_result", "columns": COLUMNS, "rows": rows, "targets": targets, "notes": notes}
 
 
 def main(argv: list[str] | None = None) -> tables.Report:

@@ -1,11 +1,11 @@
 """Distillation at the real size on a CPU: the memory of one update, with adapters on one base in bfloat16.
 
 Networks are those of the published configurations with random weights: 0.86 billion of Stable Diffusion 1.5, 2.6 billion of SDXL, with
-their text encoders and autoencoder. Stable Diffusion 3.5 medium and Flux.1 dev have their real width and as many --blocks as are said (Flux:
-of each kind), not all 24 and 57. Every setting runs in a process of its own; its peak is that of the process less what it was before
-the networks were loaded (the interpreter and the libraries).
+their text encoders and autoencoder. Stable Diffusion 3.5 medium and Flux.1 dev have their real width and so many --blocks (Flux: of each
+kind), not all 24 and 57. Every setting runs in a process of its own; its peak is that of the process less what it was before the networks
+were loaded (the interpreter and the libraries).
 
-    python benchmarks/large.py [--models sd15 sdxl sd35 flux] [--side 128] [--blocks 3] [--updates 2] [--quantize int8] [--folder DIR] [--json FILE]
+    python benchmarks/large.py [--models sd15 sdxl sd35 flux] [--side 128] [--blocks 3] [--updates 2] [--quantize int8] [--json FILE]
 """
 
 from __future__ import annotations

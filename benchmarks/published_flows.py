@@ -23,7 +23,7 @@ T5_WIDTH = 4096
 
 
 def write(folder: Path, kind: str, side: int, blocks: int, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """A pipeline folder of `kind` "sd35" or "flux" for images of `side` pixels, of so many `blocks` (Flux: of each kind), at its real width.
+    """A folder of `kind` "sd35" or "flux" for images of `side` pixels, of its real width and so many `blocks` (Flux: of each kind).
 
     With random weights in `dtype`. Its T5 has no layers: texts are encoded before a training, and then the encoders are not needed.
     """

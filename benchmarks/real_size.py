@@ -92,7 +92,8 @@ class Timed(Callback):
 def built(cell: Cell, backbone: Backbone, updates: int, critic_steps: int) -> Distillation:
     """The method of a cell."""
     flow, told = backbone.predicts == "flow", backbone.told
-    own: dict[str, Any] = {"w_conditioned": told, "rollouts": (4,), **({"solver_steps": 40} if flow else {})} if cell.method == "LCM" else {}
+    even = {"solver_steps": 40} if flow else {}
+    own: dict[str, Any] = {"w_conditioned": told, "rollouts": (4,), **even} if cell.method == "LCM" else {}
     if cell.method == "DMD2":
         critic = Critic(critic_steps, pull=0.03 if flow else 0.0)
         own = {"critic": critic, "gan": Gan(5e-3, 1e-2), "teacher_steps": 8}

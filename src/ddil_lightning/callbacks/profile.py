@@ -15,7 +15,7 @@ from ddil_lightning.files import replacing, write_text
 class Profile(Callback):
     """Profiles some updates of the student: `profile/A-B.json.gz`, for ui.perfetto.dev, and the dearest operations in `profile/A-B.txt`.
 
-    The batches of these updates are traced whole, from the data and roll-outs to the optimiser. On the first process alone, which they slow.
+    Their batches are traced whole, from the data and roll-outs to the optimiser. On the first process alone, which is slower then.
 
     Args:
         updates: how many student updates; 0 for none.

@@ -88,7 +88,8 @@ class Assembly(LightningCLI):
     acting: tuple[str, ...] = ("stages",)
     """Which of the groups of `OWN` are callbacks of the trainer, in their order: here those that decide what is trained."""
 
-    command, usage = "ddil-fit", "--config NAME [--updates N] [--seed N] [--run_dir DIR] [--ckpt_path PATH|last] [--plan] [--profile N] [any.key=value]"
+    command = "ddil-fit"
+    usage = "--config NAME [--updates N] [--seed N] [--run_dir DIR] [--ckpt_path PATH|last] [--plan] [--profile N] [any.key=value]"
     purpose = "Train a few-step student as a config says; any key of it may be given after it."
 
     def __init__(self, words: Sequence[str], callbacks: Iterable[Callback] = ()) -> None:
