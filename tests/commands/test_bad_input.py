@@ -259,6 +259,7 @@ def test_what_a_run_that_stops_says_of_its_checkpoints(capsys: Any, monkeypatch:
         assert fit_cli.FitCLI.rehearse(found) == f"the end of the run was tried on {who}, and fails: the loss is nan"
 
 
+@pytest.mark.slow
 def test_help_and_config_errors_load_no_library_that_they_do_not_need(tiny_config: Path) -> None:
     code = (
         "import sys\nfrom ddil_lightning.commands.main import command, run\n"

@@ -147,6 +147,7 @@ def test_ctrl_c_saves_and_the_run_goes_on_exactly(finished: Path, tiny_config: P
     assert summary["network_evaluations"] == json.loads((finished / "summary.json").read_text())["network_evaluations"]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_settings_it_began_with(tiny_config: Path, here: Path, capsys: Any) -> None:
     words = ["--config", str(tiny_config), "previews.every=0"]
     assert fit(capsys, *words, "--updates", "2", "--seed", "5", "model.optimizer.lr=2e-3", "data.batch_size=4")[0] == 0

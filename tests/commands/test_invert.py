@@ -67,6 +67,7 @@ def test_pictures_of_ones_own(xl: Path, capsys: Any, monkeypatch: pytest.MonkeyP
     assert len(made["rows"]) == 1 and made["rows"][0]["metrics"]["lpips_diversity"] is None
 
 
+@pytest.mark.slow
 def test_the_built_in_teacher_gives_back_what_is_in_a_picture(capsys: Any) -> None:
     """A short search of one scene: a loss far below that of the words that it began with."""
     few = ("--n", 1, "--updates", 10, "--passes", 1, "--tokens", 5, "--seeds", 1, "--teacher_steps", 2)

@@ -128,6 +128,7 @@ def test_results_are_those_of_the_clock(tiny_config: Path, capsys: Any, monkeypa
     assert "is complete, with all its 4 updates" in refused(capsys, "--config", "r/config.yaml", "--ckpt_path", "r")
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_after_a_resume_names_the_checkpoint_that_was_resumed(tiny_config: Path, capsys: Any, monkeypatch: Any) -> None:
     """It said that the last good one is none."""
     words = ["--config", str(tiny_config), "--run_dir", "r", "previews.every=0"]
@@ -141,6 +142,7 @@ def test_a_save_that_fails_after_a_resume_names_the_checkpoint_that_was_resumed(
     assert code == 2 and err.rstrip().endswith("the last good one is " + str(Path("r/checkpoints/updates=2.ckpt").resolve()))
 
 
+@pytest.mark.slow
 def test_a_stage_is_in_a_checkpoint_before_it_is_exported(tiny: Path, here: Path, capsys: Any, monkeypatch: Any) -> None:
     """Its export dies, and a run that goes on makes it good: the same student, and the stages after it."""
     plan = "{steps: 4, updates: 2}, {steps: 2, updates: 2}"
@@ -243,6 +245,7 @@ def test_a_signal_before_training_leaves_nothing(tiny_config: Path, here: Path, 
 # Folders, names, what was typed ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_settings_of_a_run_that_went_on_twice_from_one_clock_are_all_kept(tiny_config: Path, capsys: Any, monkeypatch: Any) -> None:
     words = ["--config", str(tiny_config), "--run_dir", "r", "previews.every=0"]
     assert fit(capsys, *words, "--updates", "2")[0] == 0
@@ -254,6 +257,7 @@ def test_settings_of_a_run_that_went_on_twice_from_one_clock_are_all_kept(tiny_c
     assert kept == {"config.before-2.yaml": "0.001", "config.before-2-2.yaml": "0.002", "config.yaml": "0.003"}
 
 
+@pytest.mark.slow
 def test_home_is_home_in_every_option(tiny_config: Path, here: Path, capsys: Any, monkeypatch: Any) -> None:
     """`--run_dir=~/x` wrote its config to ./~/x and its checkpoints to the home folder."""
     home = here / "home"
@@ -319,7 +323,7 @@ TYPED: list[tuple[list[str], Any]] = [  # and the updates, learning rate and bat
 ]
 
 
-@pytest.mark.parametrize(("words", "wins"), TYPED)
+@pytest.mark.parametrize(("words", "wins"), [*TYPED[:2], *(pytest.param(*typed, marks=pytest.mark.slow) for typed in TYPED[2:])])
 def test_the_command_line_wins_and_config_yaml_repeats_what_was_typed(words: list[str], wins: Any, tiny_config: Path) -> None:
     from ddil_lightning.commands.assembly import Assembly
     from ddil_lightning.commands.configs import FIT_SHORT, expand

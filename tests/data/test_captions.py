@@ -364,6 +364,7 @@ def test_a_stamp_follows_the_files_that_a_table_names(tmp_path: Path) -> None:
     assert all(a != b for a, b in zip(before, digests(path), strict=True))
 
 
+@pytest.mark.slow
 def test_a_stamp_is_the_same_in_another_process(tmp_path: Path) -> None:
     paths = [saved(kind, tmp_path / kind) for kind in ("parquet", "save_to_disk", "imagefolder") if not (tmp_path / kind).mkdir()]
     here = [digests(path) for path in paths]

@@ -148,6 +148,7 @@ class StopInside(Checkpoint):
 
 
 @pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
 def test_resuming_inside_a_cycle_is_exact(accumulate: int, tiny: Path, tmp_path: Path) -> None:
     def parts(seed: int) -> tuple[Any, Any]:
         return build(ENTRY, tiny, seed, updates=4, optimizer={"accumulate": accumulate}, ema=0.9), captions(tiny, MIXED)

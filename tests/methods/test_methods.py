@@ -21,7 +21,6 @@ from suite import (
     ALL,
     BATCH,
     EPOCH,
-    EVERY,
     FORWARD,
     MIXED,
     Entry,
@@ -59,7 +58,7 @@ class Watch(Gradients):
         assert sum(float(p.grad.abs().sum()) for p in mine) > 0
 
 
-@pytest.fixture(scope="module", **{"params": EVERY["argvalues"], "ids": EVERY["ids"]})
+@pytest.fixture(scope="module", **{"params": ALL["argvalues"], "ids": ALL["ids"]})
 def long(request: pytest.FixtureRequest, tiny: Path) -> tuple[Entry, Run, str]:
     """A run on roll-outs and forward latents, and the hash of the frozen networks before it."""
     before = digest(*frozen(build(request.param, tiny)))

@@ -40,7 +40,7 @@ ENTRIES = [
     Entry("dmd2", DMD2, MATCHING),
     Entry("dmd2-lora", DMD2, {**MATCHING, "adapter": LORA}),
 ]
-SOME_SLOW = [pytest.param(e, marks=() if e.name in ("lcm", "dmd2-lora") else pytest.mark.slow, id=e.name) for e in ENTRIES]
+SOME_SLOW = [pytest.param(e, marks=() if e.name == "lcm" else pytest.mark.slow, id=e.name) for e in ENTRIES]
 HELD = {  # class of the scheduler, its nodes at 4 steps
     "lcm": "FlowMatchLCMScheduler",
     "pd": "FlowMatchEulerDiscreteScheduler",

@@ -87,6 +87,7 @@ def test_a_disk_that_is_full_at_a_snapshot(tiny: Path, tmp_path: Path, capsys: A
     assert list(tmp_path.iterdir()) == []  # no half-written snapshot, and no link to one
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights_and_resume_goes_on(tiny: Path) -> None:
     main([*TINY, "--out", str(tiny / "b"), "--interim.folder", "null"])
     main([*TINY, "--out", str(tiny / "c"), "--interim.folder", "null", "--resume", str(tiny / "interim")])

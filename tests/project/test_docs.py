@@ -126,7 +126,8 @@ def test_options_of_the_contract() -> None:
         0.5,
         0.5,
     )
-    assert (said["run_dir"], said["ckpt_path"], len(options)) == ("DIR", "PATH|last", 5)
+    assert (said["run_dir"], said["ckpt_path"], len(options)) == ("DIR", "PATH|last", 6)
+    assert said["profile"]["updates"] == 7
 
 
 def has(said: Any, key: str) -> bool:

@@ -234,7 +234,7 @@ def test_what_a_run_leaves_behind(first: Ran) -> None:
     rows = re.findall(r"^\| (`.*?) \|", GUIDES["runs.md"].text, re.M)
     names = {name for row in rows for name in re.findall(r"`(.+?)`", row)}
     # Of stages, of commands, of a run that went on, of those that are asked for.
-    later = {"stages/", "metrics.json", "probe.json", "probe.html", "config.before-N.yaml", "wandb/", "tensorboard/"}
+    later = {"stages/", "metrics.json", "probe.json", "probe.html", "config.before-N.yaml", "wandb/", "tensorboard/", "profile/"}
     assert {name.split("/")[0] for name in names - later} == first.left and later < names
     assert all(list(first.folder.glob(name)) for name in names - later)
 

@@ -127,6 +127,7 @@ def test_a_checkpoint_that_lacks_something_is_refused_by_name(key: str, finished
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_half_of_the_optimisers_is_refused(tiny: Path, here: Path) -> None:
     """Lightning restores as many optimisers, and states of parameters, as there are, and begins the others anew."""
     entry = next(entry for entry in METHODS if entry.name == "dmd2")

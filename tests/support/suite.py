@@ -57,7 +57,7 @@ class Entry(NamedTuple):
     falls: str = "loss"  # the logged loss that falls within 30 updates
     unused: bool = False  # some step leaves parameters of the method without a gradient (two optimisers): DDP must be told
     slow: bool = False  # one setting more, which the slow tests alone are put through
-    brief: bool = False  # shares its parts with others: the ordinary tests train and resume it, the slow ones do the rest
+    brief: bool = False  # shares its parts with others: the ordinary tests train it on the toy, the slow ones do the rest
 
 
 PLAN = [Stage(steps=8, updates=3), Stage(steps=4, updates=4, warmup=2)]  # the last stage lasts to the end of a run
@@ -105,10 +105,8 @@ def _params(slow: Callable[[int, Entry], bool]) -> dict[str, Any]:
     return {"argvalues": values, "ids": [entry.name for entry in METHODS]}
 
 
-EVERY = _params(lambda i, entry: entry.slow)
-"""pytest.mark.parametrize("entry", **EVERY): what every method is put through in the ordinary run."""
 ALL = _params(lambda i, entry: entry.slow or entry.brief)
-"""As EVERY, but the brief ones are left to the slow tests."""
+"""pytest.mark.parametrize("entry", **ALL): what every method is put through, the brief ones by the slow tests."""
 PER_METHOD = _params(lambda i, entry: entry.slow or entry.brief or entry.method in [other.method for other in METHODS[:i]])
 """As ALL, for tests of seconds: a method's further settings are left to the slow tests, too."""
 

@@ -177,6 +177,10 @@ class DDILDataModule(LightningDataModule, Feed):
 
     # Algorithm 1 -----------------------------------------------------------------------------------------------------------------
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Encoded batches on the device, so that the host goes on meanwhile (`records.sent`); raw ones are moved where they are encoded."""
+        return send(batch, device) if isinstance(batch, CaptionBatch) else super().transfer_batch_to_device(batch, device, dataloader_idx)
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> CaptionBatch | LatentBatch:
         """Captions to latents, on the device, with the student as it is now.
 
