@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_resume import CUT, objects, same
+from test_resume import objects
 from torch import Tensor
 
 import suite
@@ -19,7 +19,6 @@ from ddil_lightning.backbones.outline import Outline
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.source import Source
 from ddil_lightning.backbones.vocabulary import Vocabulary
-from ddil_lightning.callbacks import Checkpoints
 from ddil_lightning.data.cachefile import cached
 from ddil_lightning.data.encoded import Notices
 from ddil_lightning.diffusion.policy import Policy
@@ -29,6 +28,7 @@ from ddil_lightning.processes import Processes
 from ddil_lightning.runs.export import export, verify
 from ddil_lightning.runs.release import check_formats
 from ddil_lightning.training.plan import Stage
+from distilled import distilled
 from pixarts import make_pixart
 
 PROMPTS = ["a small red circle", "a handwritten seven left of a large blue square"]
@@ -174,17 +174,13 @@ def test_methods_distil_it_and_diffusers_loads_the_student(entry: suite.Entry, s
     """With roll-outs of both; resumed exactly; the export samples as the trainer does, called by diffusers alone."""
     from diffusers import DiffusionPipeline, PixArtSigmaPipeline
 
-    run = suite.fit(*objects(entry, sigma, "buffer"), Checkpoints(every=CUT, keep=9, folder=str(tmp_path)))
-    same(run, suite.fit(*objects(entry, sigma, "buffer"), ckpt=tmp_path / f"updates={CUT}.ckpt"))
-    assert all(sum(row[f"drawn/share_{name}"] for row in run.rows) > 0 for name in ("forward", "student", "teacher"))
+    run, folder = distilled(lambda: objects(entry, sigma, "buffer"), tmp_path, PROMPTS)
     c = suite.pictures(sigma).c
     for chunk in run.data.buffer._chunks:  # a rolled-out state keeps the mask of its caption
         assert chunk.c.mask.dtype == torch.int64 and c.mask is not None
         nearest = torch.stack([(c.text - text.float()).flatten(1).abs().amax(1).argmin() for text in chunk.c.text])
         assert torch.equal(chunk.c.mask, c.mask[nearest])
     method, n = run.method, run.method.deployment.steps[0]
-    folder = export(method, tmp_path / "student", n)
-    assert verify(method, folder, PROMPTS, n) < 1e-4
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     assert type(pipe) is PixArtSigmaPipeline

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_resume import CUT, TOTAL, same
+from test_resume import TOTAL
 from torch import Tensor
 
 import suite
@@ -21,12 +21,11 @@ from ddil_lightning.backbones.samplers import exactly
 from ddil_lightning.backbones.sana import Sana
 from ddil_lightning.backbones.source import Source
 from ddil_lightning.backbones.vocabulary import Vocabulary
-from ddil_lightning.callbacks import Checkpoints
 from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
 from ddil_lightning.runs.export import export, verify
 from ddil_lightning.runs.release import Release, check_formats, release
-from ddil_lightning.training.plan import Stage
+from distilled import distilled, each, entries
 from pair import Pair, ddp
 from sanas import FLOW, captions, instruction, make_sana
 from sd3 import rescheduled
@@ -211,21 +210,11 @@ def test_the_network_is_told_the_same_in_training_and_in_the_pipeline(dtype: tor
 
 # Students -----------------------------------------------------------------------------------------------------------------------------
 
-EVEN: dict[str, Any] = {"w_conditioned": False, "guidance": 4.5, "solver_steps": 40, "rollouts": (2, 4)}
-PLAN = [Stage(steps=8, updates=3), Stage(steps=4, updates=6)]
-LCM = suite.Entry("lcm", suite.LCM, EVEN)
-PD = suite.Entry("pd", suite.PD, {"w_conditioned": False, "guidance": 4.5, "stages": PLAN, "teacher_steps": 16})
-GAN = {"weight": 5e-3, "critic_weight": 1e-2, "layers": ("block0", "block1")}
-DMD2 = suite.Entry("dmd2", suite.DMD2, {"guidance": 4.5, "critic": {"steps": 2, "pull": 0.02}, "gan": GAN}, unused=True)
-LORA = suite.Entry("lcm-lora", suite.LCM, {**EVEN, "adapter": suite.LORA})
-ROLES = suite.Entry("dmd2-lora", suite.DMD2, {**DMD2.kwargs, "adapter": suite.LORA})
-ENTRIES = [
-    pytest.param(LORA, id=LORA.name),
-    *(pytest.param(entry, id=entry.name, marks=pytest.mark.slow) for entry in (LCM, PD, DMD2, ROLES)),
-]
+ENTRIES = entries(4.5)
+LCM, DMD2, LORA = (ENTRIES[name] for name in ("lcm", "dmd2", "lcm-lora"))
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("entry", each(ENTRIES))
 def test_methods_distil_it_and_diffusers_loads_the_student(entry: suite.Entry, sana: Path, tmp_path: Path) -> None:
     """With roll-outs of both; resumed exactly; the export samples as the trainer does on the trained nodes, called by diffusers alone."""
     from diffusers import DiffusionPipeline, SanaPipeline
@@ -233,13 +222,9 @@ def test_methods_distil_it_and_diffusers_loads_the_student(entry: suite.Entry, s
     def objects() -> tuple[Any, Any]:
         return suite.build(entry, sana, updates=TOTAL), captions(sana)
 
-    run = suite.fit(*objects(), Checkpoints(every=CUT, keep=9, folder=str(tmp_path)))
-    same(run, suite.fit(*objects(), ckpt=tmp_path / f"updates={CUT}.ckpt"))
-    assert all(sum(row[f"drawn/share_{name}"] for row in run.rows) > 0 for name in ("forward", "student", "teacher"))
+    run, folder = distilled(objects, tmp_path, PROMPTS)
     assert all(chunk.c.mask.dtype == torch.int64 for chunk in run.data.buffer._chunks)
     method = run.method
-    folder = export(method, tmp_path / "student", 4)
-    assert verify(method, folder, PROMPTS, 4) < 1e-4
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     assert type(pipe) is SanaPipeline and pipe.transformer.config.sample_size == 8

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_resume import CUT, objects, same
+from test_resume import objects
 from torch import Tensor
 
 import suite
@@ -20,10 +20,9 @@ from ddil_lightning.backbones.samplers import exactly
 from ddil_lightning.backbones.source import Source
 from ddil_lightning.backbones.vocabulary import Vocabulary
 from ddil_lightning.backbones.zimage import ZImage
-from ddil_lightning.callbacks import Checkpoints
 from ddil_lightning.runs.export import NotAsTrained, export, verify
 from ddil_lightning.runs.release import Release, release
-from ddil_lightning.training.plan import Stage
+from distilled import distilled, each, entries
 from pair import Pair, ddp
 from sd3 import rescheduled
 from zimages import make_zimage
@@ -144,31 +143,17 @@ def test_the_network_is_told_the_same_time_in_training_and_in_the_pipeline(dtype
 
 # Students -----------------------------------------------------------------------------------------------------------------------------
 
-EVEN: dict[str, Any] = {"w_conditioned": False, "guidance": 4.0, "solver_steps": 40, "rollouts": (2, 4)}
-PLAN = [Stage(steps=8, updates=3), Stage(steps=4, updates=6)]
-LCM = suite.Entry("lcm", suite.LCM, EVEN)
-PD = suite.Entry("pd", suite.PD, {"w_conditioned": False, "guidance": 4.0, "stages": PLAN, "teacher_steps": 16})
-GAN = {"weight": 5e-3, "critic_weight": 1e-2, "layers": ("block0", "block1")}
-DMD2 = suite.Entry("dmd2", suite.DMD2, {"guidance": 4.0, "critic": {"steps": 2, "pull": 0.02}, "gan": GAN}, unused=True)
-LORA = suite.Entry("lcm-lora", suite.LCM, {**EVEN, "adapter": suite.LORA})
-ROLES = suite.Entry("dmd2-lora", suite.DMD2, {**DMD2.kwargs, "adapter": suite.LORA})
-ENTRIES = [
-    pytest.param(LORA, id=LORA.name),
-    *(pytest.param(entry, id=entry.name, marks=pytest.mark.slow) for entry in (LCM, PD, DMD2, ROLES)),
-]
+ENTRIES = entries(4.0)
+LCM, DMD2, LORA = (ENTRIES[name] for name in ("lcm", "dmd2", "lcm-lora"))
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("entry", each(ENTRIES))
 def test_methods_distil_it_and_diffusers_loads_the_student(entry: suite.Entry, zimage: Path, tmp_path: Path) -> None:
     """With roll-outs of both; resumed exactly; the export samples as the trainer does on the trained nodes, called by diffusers alone."""
     from diffusers import DiffusionPipeline, ZImagePipeline
 
-    run = suite.fit(*objects(entry, zimage, "buffer"), Checkpoints(every=CUT, keep=9, folder=str(tmp_path)))
-    same(run, suite.fit(*objects(entry, zimage, "buffer"), ckpt=tmp_path / f"updates={CUT}.ckpt"))
-    assert all(sum(row[f"drawn/share_{name}"] for row in run.rows) > 0 for name in ("forward", "student", "teacher"))
+    run, folder = distilled(lambda: objects(entry, zimage, "buffer"), tmp_path, PROMPTS)
     method = run.method
-    folder = export(method, tmp_path / "student", 4)
-    assert verify(method, folder, PROMPTS, 4) < 1e-4
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     assert type(pipe) is ZImagePipeline
