@@ -21,6 +21,7 @@ from ddil_lightning.backbones.repositories import BUILTIN
 from ddil_lightning.commands.configs import find_config
 from ddil_lightning.evaluation.registry import columns
 
+pytestmark = pytest.mark.timeout(900)  # all commands of all pages, one after the other, are one fixture
 ROWS = [f"{who}@{n}" for who, steps in (("teacher", (32, 4, 2, 1)), ("student", (4, 2, 1))) for n in steps]
 SESSIONS = [(name, *session) for name, page in GUIDES.items() for session in page.sessions]
 
