@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from ddil_lightning import assemble
-from ddil_lightning.evaluation import known, rows
+from ddil_lightning.evaluation import known, rows, stamps
 from ddil_lightning.evaluation.suite import Suite, make_row
+from ddil_lightning.evaluation.table import results_table, table
 from ddil_lightning.runs.finish import Test
 
 SHIPPED = [("lcm.yaml", "builtin"), ("pd.yaml", "builtin"), ("lcm.yaml", "builtin/digits")]
@@ -48,18 +49,21 @@ def test_seconds_are_of_the_machine_that_measured_them(cache: Path, monkeypatch:
 
 def test_a_damaged_row_is_measured_again_and_a_full_disk_costs_nothing(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     known.recalled("k", row)
-    (cache / "k.json").write_text("{half")
-    assert known.recalled("k", lambda: row(2.0))["metrics"] == {"frechet": 2.0}
+    for text in ("{half", '{"row": {"name": "teacher@4"}}', '{"row": 3}', "[]"):
+        (cache / "k.json").write_text(text)
+        assert known.recalled("k", lambda: row(2.0))["metrics"] == {"frechet": 2.0}
     (cache / "other").write_text("")
     assert known.recalled("j", row, folder=cache / "other") == row()
     assert "the teacher's row teacher@4 is not kept for the next run" in caplog.text
 
 
 def test_which_rows_were_kept_is_told(cache: Path) -> None:
-    assert known.told([row()]) == ""
+    assert stamps.notes([row()]) == []
     known.recalled("k", row)
-    said = known.told([row(2.0), known.recalled("k", never)])
-    assert said.startswith("Of 20") and "metrics: teacher@4 (" in said
+    both = [{**row(2.0), "name": "student@4"}, known.recalled("k", never)]
+    (said,) = stamps.notes(both)
+    assert said.startswith("Measured 20") and "metrics: teacher@4 (test.fresh=true" in said
+    assert said in table(both, width=400) and results_table(both).endswith(said)
 
 
 def test_a_key_has_all_that_decides(tiny: Path) -> None:

@@ -39,10 +39,9 @@ def recalled(key: str, measure: Callable[[], dict[str, Any]], fresh: bool = Fals
 
     Seconds are of a machine: those of another one are left out. `folder`: where it is then kept, by default the user's cache.
     """
-    found = {} if fresh else next(filter(None, (read_table(folder / f"{key}.json") for folder in folders())), {})
-    if found.get("row"):
-        row = found["row"]
-        row["generation"] = {**row["generation"], "kept": found["date"]}
+    found = None if fresh else next(filter(None, (_whole(place / f"{key}.json") for place in folders())), None)
+    if found is not None:
+        row: dict[str, Any] = {**found["row"], "generation": {**found["row"]["generation"], "kept": found["date"]}}
         return row if found["machine"] == machine() else {**row, "seconds_per_image": None}
     row = measure()
     try:
@@ -50,6 +49,14 @@ def recalled(key: str, measure: Callable[[], dict[str, Any]], fresh: bool = Fals
     except OSError as error:
         log.warning(f"the teacher's row {row['name']} is not kept for the next run: {reason(error)}")
     return row
+
+
+def _whole(file: Path) -> dict[str, Any] | None:
+    """What `keep` wrote; None for a file that is missing, damaged or none of ours: the row is measured again."""
+    found = read_table(file)
+    row = found.get("row")
+    whole = isinstance(row, dict) and {"name", "metrics", "protocol", "generation"} <= row.keys() and {"machine", "date"} <= found.keys()
+    return found if whole else None
 
 
 def folders() -> list[Path]:
@@ -69,14 +76,3 @@ def machine() -> str:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} x {platform.machine()}"
     return hashlib.sha256(f"{device} of {platform.node()}".encode()).hexdigest()[:12]
-
-
-def told(rows: list[dict[str, Any]]) -> str:
-    """Which rows of a table were kept and since when, in a line; empty where none was."""
-    kept = [row for row in rows if (row.get("generation") or {}).get("kept")]
-    if not kept:
-        return ""
-    dates = sorted({row["generation"]["kept"] for row in kept})
-    since = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    names = ", ".join(row["name"] for row in kept)
-    return f"Of {since}, by the same weights, prompts and metrics: {names} (test.fresh=true measures them now).\n"

@@ -72,6 +72,20 @@ def note(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"The rows were measured by {len(found)} protocols: compare only rows of the same. They are {names}." if len(found) > 1 else ""
 
 
+def remembered(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Which rows of a table were kept of an earlier measurement (`known`) and since when, in a line; empty where none was."""
+    kept = {str(row.get("name")): row["generation"]["kept"] for row in rows if (row.get("generation") or {}).get("kept")}
+    if not kept:
+        return ""
+    since = " to ".join(dict.fromkeys((min(kept.values()), max(kept.values()))))
+    return f"Measured {since} by the same weights, prompts and metrics: {', '.join(kept)} (test.fresh=true measures them now)."
+
+
+def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The lines below a table of rows."""
+    return [line for line in (note(rows), remembered(rows)) if line]
+
+
 def _key(protocol: Mapping[str, Any]) -> str:
     """The stamp; without one all that the protocol says, but for how many images were drawn at a time."""
     told = {key: value for key, value in protocol.items() if key != "batch"}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ddil_lightning.evaluation.columns import POINTS, Column, number
 from ddil_lightning.evaluation.registry import columns
-from ddil_lightning.evaluation.stamps import note
+from ddil_lightning.evaluation.stamps import notes
 from ddil_lightning.files import write_text
 
 CLOCK = "student_updates"
@@ -81,16 +81,16 @@ def headings(rows: Sequence[Row]) -> list[tuple[str, str]]:
 def results_table(rows: Sequence[Row]) -> str:
     """The rows of summary.json or metrics.json as a Markdown table: the columns that at least one row has, arrows for what is better.
 
-    A line below says where they cannot be compared.
+    Lines below say where they cannot be compared, and which were kept of an earlier measurement.
     """
     markdown = tabulate(rows, [*SHORT, *headings(rows), END]).markdown()
-    return markdown + (f"\n\n{said}" if (said := note(rows)) else "")
+    return "\n\n".join([markdown, *notes(rows)])
 
 
 def table(rows: Sequence[Row], width: int = 160) -> str:
-    """The rows as text for a terminal of `width` letters, with steps and guidance besides, and a line where they cannot be compared."""
+    """The rows as text for a terminal of `width` letters, with steps and guidance besides, and `stamps.notes`."""
     text = tabulate(rows, [*TERMINAL, *headings(rows), END]).text(width)
-    return text + (f"{said}\n" if (said := note(rows)) else "")
+    return text + "".join(f"{line}\n" for line in notes(rows))
 
 
 def present(rows: Sequence[Row], every: bool = False) -> list[Column]:

@@ -64,7 +64,6 @@ def finish(
     `facts` come first in it: the config's name, the seed and so on. Of a student that no pipeline can hold, the weights are written.
     What fails is told in `failed`, part by part, and keeps nothing else from being made.
     """
-    from ddil_lightning.evaluation.known import told
     from ddil_lightning.evaluation.table import table
     from ddil_lightning.runs import export
 
@@ -87,7 +86,7 @@ def finish(
             print(f"{why}; its weights: {_save_weights(method, folder)}", flush=True)
     with trying("test", summary["failed"]):
         summary["rows"] = _rows(method, folder, test) if test.n else []
-        print(table(summary["rows"]) + told(summary["rows"]) if summary["rows"] else "", end="", flush=True)
+        print(table(summary["rows"]) if summary["rows"] else "", end="", flush=True)
     return summary
 
 

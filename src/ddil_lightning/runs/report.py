@@ -17,7 +17,7 @@ from typing import Any
 
 from ddil_lightning.evaluation.columns import number
 from ddil_lightning.evaluation.registry import columns
-from ddil_lightning.evaluation.stamps import comparable, note, protocols
+from ddil_lightning.evaluation.stamps import comparable, note, protocols, remembered
 from ddil_lightning.evaluation.table import (
     CLOCK,
     Row,
@@ -151,7 +151,7 @@ def _protocols(rows: Sequence[Row]) -> tuple[str, str]:
         said = "; ".join(f"{key}: {cell(value)}" for key, value in brief)
     facts = "".join(_facts({k.replace("/", " "): v for k, v in _flat(p).items() if v is not None}) for p in found)
     text = f"<details><summary>How it was measured</summary>{facts}</details>" if found else ""
-    return (f'<p class="note">{escape(said)}</p>' if said else ""), text
+    return "".join(f'<p class="note">{escape(line)}</p>' for line in (said, remembered(rows)) if line), text
 
 
 def _quality(rows: Sequence[Row]) -> str:
