@@ -54,7 +54,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 def test_broken_json_is_named() -> None:
-    for text, why in (('{"a"', "Expecting ':' delimiter"), ("[" * 200_000, "maximum recursion depth")):
+    for text, why in (('{"a"', "Expecting ':' delimiter"), ("[" * 200_000, "it is nested too deeply")):
         with pytest.raises(ValueError, match=f"^set.json, line 7: no JSON: {why}") as error:
             parse_json(text, "set.json, line 7")
         assert len(str(error.value)) < 400

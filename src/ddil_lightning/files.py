@@ -6,7 +6,6 @@ Every writer of the library goes through here. What a killed process leaves behi
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -15,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from ddil_lightning.texts import from_json
 
 PART = "ddil-part"
 
@@ -90,7 +91,7 @@ def write_text(path: Path, text: str) -> None:
 def read_table(file: Path) -> dict[str, Any]:
     """The object in a JSON file; {} where the file is missing, is no JSON, or holds something else."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = from_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -47,11 +47,19 @@ def read_lines(path: str | Path) -> list[str]:
     return [line.removeprefix(MARK).strip() for line in read_text(path).split("\n")]
 
 
+def from_json(text: str | bytes) -> Any:
+    """`text` as JSON. Raises ValueError for what is none, and for what is nested so deeply that Python gives up."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def parse_json(text: str, where: str) -> Any:
     """`text` as JSON. Raises ValueError that begins with `where`."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return from_json(text)
+    except ValueError as error:
         raise ValueError(f"{where}: no JSON: {reason(error)}") from error
 
 

@@ -44,3 +44,13 @@ def test_commands_of_the_wheel_exist(wheel: zipfile.ZipFile) -> None:
     for target in commands.values():
         module, function = target.split(":")
         assert module == "ddil_lightning.commands.main" and function in functions
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a copy without its history, which cannot tell what belongs to it")
+def test_nothing_that_a_run_wrote_belongs_to_the_repository() -> None:
+    """Stored pairs of a config once did: its path was relative, and the next `git add` took them."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    top = {line.split("/")[0] for line in listed if line}
+    folders = {"src", "configs", "tests", "notebooks", "benchmarks", "docs", ".ci"}
+    files = {"pyproject.toml", "Makefile", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "mkdocs.yml", ".gitignore"}
+    assert top == folders | files

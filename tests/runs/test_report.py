@@ -108,6 +108,12 @@ def test_missing_files_are_said(tmp_path: Path) -> None:
         write_report(tmp_path / "nowhere")
 
 
+def test_a_summary_that_is_nested_too_deeply_is_said(run: Path) -> None:
+    (run / "summary.json").write_text('{"rows": ' + "[" * 200_000)
+    text = Page(write_report(run).read_text()).text
+    assert "summary.json could not be read (it is nested too deeply)" in text
+
+
 def test_broken_files_are_said_and_the_rest_is_shown(run: Path) -> None:
     (run / "summary.json").write_text('{"rows": [{"name": "teac')
     (run / "samples" / "000600.png").write_bytes(b"")

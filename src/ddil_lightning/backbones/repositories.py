@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from importlib import resources
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ddil_lightning.backbones.source import Source
 from ddil_lightning.backbones.weights import WEIGHTS, chosen_variant, keys_of, variants
-from ddil_lightning.texts import place, reason
+from ddil_lightning.texts import from_json, place, reason
 
 BUILTIN = {"builtin": "shapes", "builtin/shapes": "shapes", "builtin/digits": "digits"}
 """Folders of `miniature/weights/` by the names that stand for them."""
@@ -42,8 +41,8 @@ class Stored(NamedTuple):
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ValueError, naming it, for anything else."""
     try:
-        value = json.loads(file.read_bytes().decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+        value = from_json(file.read_bytes().decode("utf-8-sig"))
+    except ValueError as error:
         raise ValueError(f"{file} is no JSON file, or only half of one ({error}): write it again or copy it anew") from error
     if not isinstance(value, dict):
         raise ValueError(f"{file} holds {type(value).__name__} where an object with names is expected: copy it anew")

@@ -21,6 +21,7 @@ from ddil_lightning.data.encoded import DAMAGED, Encoded, Notices, encode_batch,
 from ddil_lightning.files import replacing
 from ddil_lightning.processes import Processes
 from ddil_lightning.records import CaptionBatch
+from ddil_lightning.texts import from_json
 
 UNKNOWN = "?" * 10  # the number of skipped rows until all are encoded; a file that still says so is not whole
 
@@ -192,7 +193,7 @@ def _empty(path: Path, probes: Mapping[str, tuple[Tensor, int]], origin: Mapping
 def _table(file: BinaryIO) -> tuple[int, dict[str, Any]]:
     """How long the head of such a file is, and what it says."""
     size = struct.unpack("<Q", file.read(8))[0]
-    return size, json.loads(file.read(size))
+    return size, from_json(file.read(size))
 
 
 def _say_skipped(path: Path, count: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddil_lightning.files import replacing
-from ddil_lightning.texts import reason
+from ddil_lightning.texts import from_json, reason
 
 ABOUT = "about"  # the one name in the metadata of a file: safetensors writes several in an order that changes from process to process
 
@@ -42,7 +42,7 @@ def about_shard(path: Path) -> dict[str, Any]:
 
     try:
         with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {})[ABOUT])
+            return from_json((file.metadata() or {})[ABOUT])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged or none of ours ({reason(error)})") from error
 

@@ -24,7 +24,7 @@ from ddil_lightning.evaluation.given import SPACES, Given, Reference
 from ddil_lightning.evaluation.networks import Named, said
 from ddil_lightning.evaluation.protocols import STATISTICS
 from ddil_lightning.files import replacing
-from ddil_lightning.texts import reason
+from ddil_lightning.texts import from_json, reason
 
 VERSION = 1
 """Of the numbers and their files: another one when a space is computed in another way."""
@@ -150,7 +150,7 @@ def _read(path: Path) -> Found:
 
     try:
         with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get(ABOUT, "null"))
+            about = from_json((file.metadata() or {}).get(ABOUT, "null"))
             rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path} is no file of statistics: {reason(error)}") from error
@@ -167,7 +167,7 @@ def _read_npz(path: Path) -> Found:
     try:
         with np.load(path, allow_pickle=False) as file:
             mean, covariance = (torch.from_numpy(np.asarray(file[key], dtype=np.float64)) for key in ("mu", "sigma"))
-            about = json.loads(str(file[ABOUT])) if ABOUT in file.files else {}
+            about = from_json(str(file[ABOUT])) if ABOUT in file.files else {}
     except KeyError as error:
         raise ValueError(f"{path}: it has no `mu` and `sigma`, as clean-fid and pytorch-fid write them ({reason(error)})") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -219,7 +219,7 @@ def _kept(file: Path, given: Given, space: str, gallery: Gallery) -> tuple[Tenso
 
     try:
         with safe_open(file, "pt") as found:
-            about, rows = json.loads(found.metadata()[ABOUT]), found.get_tensor("rows")
+            about, rows = from_json(found.metadata()[ABOUT]), found.get_tensor("rows")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None  # not there, or damaged: it is made again
     good = about["made_with"] == made_with(given, space) and (gallery.skip or not about["unreadable"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any
 
 from ddil_lightning.evaluation.table import CLOCK
 from ddil_lightning.runs.charts import Series
+from ddil_lightning.texts import from_json
 
 FAMILY_LINES = 5  # lines in one chart
 
@@ -30,7 +30,7 @@ def read_summary(path: Path) -> tuple[dict[str, Any], str]:
     if not path.is_file():
         return {}, "summary.json is not there: the run has not finished, so there are no results yet."
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = from_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         return {}, f"summary.json could not be read ({error}): it was not written completely."
     return (data, "") if isinstance(data, dict) else ({}, "summary.json holds no named values.")

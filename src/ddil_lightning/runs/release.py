@@ -19,6 +19,7 @@ from ddil_lightning.backbones.repositories import BUILTIN, called
 from ddil_lightning.errors import one_line
 from ddil_lightning.files import replacing_folder, write_text
 from ddil_lightning.runs.export import NotAsTrained, card, check_weights, confirm, deliver, export, is_lean, loads, rounded, unheld
+from ddil_lightning.texts import from_json
 from ddil_lightning.training.sharing import merged
 
 if TYPE_CHECKING:
@@ -231,7 +232,7 @@ class Push:
 def _anonymise(out: Path) -> None:
     """Take the places of folders on this machine out of a release's JSON files."""
     for file in out.rglob("*.json"):
-        table = json.loads(file.read_text(encoding="utf-8"))
+        table = from_json(file.read_text(encoding="utf-8"))
         named = [key for key in ("_name_or_path", "teacher") if isinstance(table, dict) and isinstance(table.get(key), str)]
         local = {key: Path(table[key]).name for key in named if os.path.exists(table[key]) or table[key].startswith(("/", "."))}
         if local:

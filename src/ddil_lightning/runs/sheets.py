@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ddil_lightning.evaluation.columns import number
+from ddil_lightning.texts import from_json
 
 SLIDES = 24
 """Sheets that are embedded, the first and the last one among them."""
@@ -103,7 +104,7 @@ def _read(path: Path) -> Sheet | None:
     if not data.startswith(PNG) or len(data) <= 24:
         return None
     with suppress(ValueError, LookupError, TypeError, AttributeError):  # one that says nothing, or not in our words, is shown without
-        said = json.loads(_text(data, LABELS.encode()))
+        said = from_json(_text(data, LABELS.encode()))
         return Sheet(path, data, *([str(text) for text in said[key]] for key in ("rows", "captions")))
     return Sheet(path, data)
 

@@ -5,7 +5,6 @@ The authors' package needs an old transformers. BLIP is transformers' own here; 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from ddil_lightning.backbones.sampling import to_uint8
 from ddil_lightning.evaluation.networks.kinds import Named, Scorer, paired
 from ddil_lightning.evaluation.networks.weights import beside, fit, given_file, hub_file, hub_folder, read, told
+from ddil_lightning.texts import from_json
 
 REPOSITORY, WORDS = "THUDM/ImageReward", "google-bert/bert-base-uncased"
 FILES = ("ImageReward.pt", "ImageReward.safetensors")
@@ -108,7 +108,7 @@ def image_reward(path: str | None, device: str | torch.device, words: str | None
     vocabulary = given_file(own, "vocab.txt").parent if own else hub_folder(WORDS, "vocab.txt", spare=("tokenizer_config.json",))
     weights = renamed(read(file))
     try:
-        net = Reward(weights, json.loads(med.read_text()))
+        net = Reward(weights, from_json(med.read_text()))
     except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
         why = f"it has no {error.args[0]}" if isinstance(error, KeyError) else error
         raise ValueError(f"{file} and {med.name} hold no ImageReward: {why}") from error
