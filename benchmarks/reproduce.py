@@ -30,8 +30,8 @@ from tables import Report
 from torch import Tensor
 
 from ddil_lightning.backbones import sampling
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
-from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.evaluation.rows import folder_sampler
 from ddil_lightning.evaluation.suite import Suite
 from ddil_lightning.evaluation.table import write_rows

@@ -1,4 +1,5 @@
-from ddil_lightning.backbones.interface import Backbone as Backbone, Network as Network
+from ddil_lightning.backbones.network import Network as Network
+from ddil_lightning.backbones.interface import Backbone as Backbone
 from ddil_lightning.backbones.pipeline import Pipeline as Pipeline
 from ddil_lightning.backbones.source import Lora as Lora, Source as Source
 from ddil_lightning.callbacks import AnnealPrior as AnnealPrior, Cadence as Cadence, Checkpoints as Checkpoints, FlushBuffer as FlushBuffer, Previews as Previews, Progress as Progress, ShiftProbe as ShiftProbe, Stages as Stages
@@ -9,7 +10,8 @@ from ddil_lightning.diffusion.denoiser import Boundary as Boundary, Denoiser as 
 from ddil_lightning.diffusion.losses import Distance as Distance
 from ddil_lightning.diffusion.policy import Policy as Policy
 from ddil_lightning.diffusion.reflection import Reflection as Reflection
-from ddil_lightning.diffusion.schedule import Grid as Grid, NoiseSchedule as NoiseSchedule
+from ddil_lightning.diffusion.grid import Grid as Grid
+from ddil_lightning.diffusion.schedule import NoiseSchedule as NoiseSchedule
 from ddil_lightning.imitation.buffer import ReplayBuffer as ReplayBuffer
 from ddil_lightning.imitation.options import Buffer as Buffer, Rollouts as Rollouts
 from ddil_lightning.imitation.prior import Cosine as Cosine, Exponential as Exponential, Gated as Gated, GatedBy as GatedBy, Linear as Linear, Piecewise as Piecewise, SamplingPrior as SamplingPrior, Schedule as Schedule

@@ -18,8 +18,8 @@ from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.source import Source
 from ddil_lightning.backbones.unet import UNet
 from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
-from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.methods import DMD2, LCM, PD
 from ddil_lightning.runs import export

@@ -12,7 +12,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
 from ddil_lightning.backbones import flows
-from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
+from ddil_lightning.diffusion.grid import Grid
+from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.diffusion.transitions import TCD, ddim, renoise
 
 EULER: Any = FlowMatchEulerDiscreteScheduler

@@ -14,10 +14,12 @@ import commandline
 import suite
 from backbones import LatentsAlone
 from ddil_lightning.backbones.family import Family
-from ddil_lightning.backbones.interface import Backbone, Network
+from ddil_lightning.backbones.interface import Backbone
+from ddil_lightning.backbones.network import Network
 from ddil_lightning.backbones.pipeline import Pipeline
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policies, Policy
-from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
+from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.diffusion.transitions import Posterior, ddim
 from ddil_lightning.records import Context
 from ddil_lightning.training.method import Distillation

@@ -13,8 +13,8 @@ from ddil_lightning.backbones import autoencoder
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.unet import UNet
 from ddil_lightning.diffusion.denoiser import W_EMBEDDING, Denoiser, w_embedding
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
-from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.records import Context
 from ddil_lightning.training.options import Memory

@@ -21,8 +21,8 @@ from ddil_lightning.backbones.source import Source
 from ddil_lightning.backbones.vocabulary import Vocabulary
 from ddil_lightning.data.cachefile import cached
 from ddil_lightning.data.encoded import Notices
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
-from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.processes import Processes
 from ddil_lightning.runs.export import export, verify

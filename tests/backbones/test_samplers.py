@@ -11,7 +11,7 @@ import torch
 from ddil_lightning.backbones import sampling
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.samplers import check_alike, context_of, grid_of, named, policy_of, scale_of
-from ddil_lightning.diffusion.schedule import Grid
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.records import END
 from suite import METHODS, backbone, build
 

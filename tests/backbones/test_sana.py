@@ -22,7 +22,8 @@ from ddil_lightning.backbones.sana import Sana
 from ddil_lightning.backbones.source import Source
 from ddil_lightning.backbones.vocabulary import Vocabulary
 from ddil_lightning.diffusion.denoiser import Denoiser
-from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
+from ddil_lightning.diffusion.grid import Grid
+from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.runs.export import export, verify
 from ddil_lightning.runs.release import Release, check_formats, release
 from distilled import distilled, each, entries

@@ -16,8 +16,8 @@ from ddil_lightning.backbones.samplers import exactly, grid_of, named, policy_of
 from ddil_lightning.backbones.sd3 import SD3, T5_TOKENS
 from ddil_lightning.backbones.source import Source
 from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
-from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import ddim, renoise
 from ddil_lightning.methods import LCM
 from ddil_lightning.miniature import flow

@@ -15,8 +15,9 @@ from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.sizes import check, pair
 from ddil_lightning.backbones.source import Source
 from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
-from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
+from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.records import Context
 

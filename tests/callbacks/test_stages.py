@@ -16,7 +16,7 @@ from commandline import refused
 from ddil_lightning.callbacks import AnnealPrior, Stages
 from ddil_lightning.data.captions import Prompts
 from ddil_lightning.data.datamodule import DDILDataModule
-from ddil_lightning.diffusion.schedule import Grid
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.evaluation.rows import folder_sampler
 from ddil_lightning.imitation.prior import Constant, GatedBy, Linear, SamplingPrior
 from ddil_lightning.methods import PD

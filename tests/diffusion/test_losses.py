@@ -14,9 +14,10 @@ from ddil_lightning.backbones.roles import lerp_
 from ddil_lightning.bounds import above, at_least, fraction, seeds, within
 from ddil_lightning.diffusion.analytic import Gaussian
 from ddil_lightning.diffusion.denoiser import Consistency, Denoiser
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.losses import Distance, mse, per_sample, pseudo_huber
 from ddil_lightning.diffusion.policy import Policy
-from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
+from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.records import Context
 
 SD = NoiseSchedule.scaled_linear()

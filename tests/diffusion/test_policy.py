@@ -8,8 +8,8 @@ from support.samplers import KINDS, SD, ZERO, C, Curved, noise, run, theirs
 
 from ddil_lightning.diffusion.analytic import Gaussian, UniformBox
 from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import DPMSolver2M, Policy
-from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import ddim, renoise
 from ddil_lightning.records import END
 

@@ -14,9 +14,10 @@ from ddil_lightning.commands.entries import is_sampler, parsed
 from ddil_lightning.commands.rack import ready
 from ddil_lightning.diffusion.analytic import PointMass
 from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.remedies import Remedy, Scaled
-from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
+from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.diffusion.transitions import ddim, renoise
 from ddil_lightning.errors import Refusal
 from ddil_lightning.records import Context

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
+from ddil_lightning.diffusion.grid import Grid
+from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.records import END, Prediction
 
 SD = NoiseSchedule.scaled_linear()

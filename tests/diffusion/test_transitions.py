@@ -11,8 +11,9 @@ from support.samplers import FLOW, KINDS, SCHEDULES, SD, SD_CONFIG, C, Curved, n
 
 from ddil_lightning.diffusion.analytic import Gaussian, PointMass
 from ddil_lightning.diffusion.denoiser import Consistency, Denoiser
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
-from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
+from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.diffusion.transitions import TCD, Posterior, Transition, ddim, renoise
 from ddil_lightning.records import END, Context
 

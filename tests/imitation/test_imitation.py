@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from ddil_lightning.diffusion.analytic import Gaussian
 from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.losses import mse
 from ddil_lightning.diffusion.policy import Policies, Policy
-from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
+from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.feed import Wants
 from ddil_lightning.imitation.prior import SamplingPrior

@@ -12,8 +12,9 @@ from torch import Tensor
 from ddil_lightning.backbones.sampling import noise, renoising
 from ddil_lightning.diffusion.analytic import Corrupted, Gaussian
 from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
-from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
+from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.diffusion.transitions import ddim, renoise
 from ddil_lightning.imitation.gaps import loss, nodes, recovery, see, states
 from ddil_lightning.imitation.mixing import Actor, Actors, Bernoulli, Mixing, Pattern, Switch, mix_all, mix_eval

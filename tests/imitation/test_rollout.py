@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ddil_lightning.diffusion.analytic import Gaussian, PointMass
 from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policies, Policy
-from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
+from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.diffusion.transitions import ddim, renoise
 from ddil_lightning.feed import Wants
 from ddil_lightning.imitation.buffer import ReplayBuffer

@@ -18,8 +18,9 @@ from ddil_lightning.backbones.adapters import Adapter
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.diffusion.analytic import Gaussian, PointMass
 from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
-from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
+from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.methods import CTM

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from commandline import refused
 from ddil_lightning.backbones import sampling
 from ddil_lightning.data.encoded import Encoded
-from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
+from ddil_lightning.diffusion.grid import Grid
+from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.imitation.rollout import roll
 from ddil_lightning.methods import DMD2

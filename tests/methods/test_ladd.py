@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ddil_lightning.diffusion.analytic import Gaussian
-from ddil_lightning.diffusion.schedule import Grid
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.methods import LADD
 from ddil_lightning.records import STUDENT, TEACHER, LatentBatch

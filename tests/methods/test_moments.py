@@ -13,7 +13,7 @@ from torch import Tensor
 from ddil_lightning.backbones.samplers import grid_of, transition_of
 from ddil_lightning.diffusion import transitions
 from ddil_lightning.diffusion.analytic import Gaussian
-from ddil_lightning.diffusion.schedule import Grid
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.transitions import Posterior
 from ddil_lightning.methods import MomentMatching
 from ddil_lightning.records import END, LatentBatch

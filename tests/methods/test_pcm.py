@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ddil_lightning.diffusion.analytic import Gaussian, PointMass
 from ddil_lightning.diffusion.denoiser import Boundary
-from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
+from ddil_lightning.diffusion.grid import Grid
+from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.methods import LCM, PCM
 from ddil_lightning.records import END, Context, LatentBatch

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from backbones import LatentsAlone
 from ddil_lightning.diffusion.analytic import Gaussian, PointMass
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Multistep, Policy
-from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
+from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.methods import PD
 from ddil_lightning.methods.pd import one_step, v_weight

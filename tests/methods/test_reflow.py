@@ -13,8 +13,9 @@ from backbones import LatentsAlone
 from ddil_lightning.backbones.roles import Role
 from ddil_lightning.diffusion.analytic import Gaussian, PointMass
 from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
-from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
+from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.methods import Reflow

@@ -14,8 +14,9 @@ from torch import Tensor
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.source import Source
 from ddil_lightning.backbones.unet import UNet
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
-from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
+from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.methods import SnapFusion
 from ddil_lightning.records import FORWARD, STUDENT, LatentBatch

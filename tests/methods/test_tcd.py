@@ -18,7 +18,8 @@ from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.samplers import grid_of, transition_of
 from ddil_lightning.diffusion import transitions
 from ddil_lightning.diffusion.analytic import Gaussian, PointMass
-from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
+from ddil_lightning.diffusion.grid import Grid
+from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.methods import TCD
 from ddil_lightning.records import Context, LatentBatch
 from ddil_lightning.runs import export

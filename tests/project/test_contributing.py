@@ -27,8 +27,8 @@ from ddil_lightning.backbones import sampling
 from ddil_lightning.backbones.families import FAMILIES
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.commands import main
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
-from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.evaluation import registry
 from ddil_lightning.evaluation.drawing import Timed

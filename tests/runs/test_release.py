@@ -28,11 +28,13 @@ from ddil_lightning.backbones.source import Lora, Source
 from ddil_lightning.methods import LCM
 from ddil_lightning.runs import export, release, replay
 from ddil_lightning.runs.card import Card, licence_of
-from ddil_lightning.runs.release import FORMATS, Push, Release
+from ddil_lightning.runs.release import Push, Release
 from ddil_lightning.training.options import Memory
 from ddil_lightning.training.sharing import merged
 
 PROMPTS = ["a handwritten one", ""]
+FORMATS = release.FORMATS[:-1]
+"""Of a U-Net: comfy is for transformers."""
 LORA, KOHYA, SINGLE = "pytorch_lora_weights.safetensors", "lcm-tiny_4step_kohya.safetensors", "lcm-tiny_4step.safetensors"
 UNET = "unet/diffusion_pytorch_model.safetensors"
 RUN = {
@@ -361,7 +363,7 @@ def test_weights_that_are_read_otherwise_are_found(dtype: Any, light: Path, tmp_
 @pytest.mark.parametrize(
     ("fields", "formats", "said"),
     [
-        ({"adapter": Adapter()}, ["lora"], "has no adapters, which --format lora and kohya hold: choose diffusers or single-file"),
+        ({"adapter": Adapter()}, ["lora"], "has no adapters, which --format lora, kohya and comfy hold: choose diffusers or single-file"),
         ({"w_conditioned": True}, ["kohya"], "told its guidance by an embedding that is trained whole.*choose --format diffusers"),
         ({"adapter": Adapter(4, full=("conv_out",))}, ["lora"], r"trained whole \(conv_out, by adapter.full\).*diffusers or single-file"),
         ({"w_conditioned": True, "adapter": Adapter()}, ["single-file"], "no place for the embedding by which this student is told"),

@@ -16,8 +16,9 @@ from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.data.encoded import Encoded
 from ddil_lightning.diffusion.analytic import Corrupted, Gaussian
 from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policies, Policy
-from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
+from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.diffusion.transitions import renoise
 from ddil_lightning.feed import Feed, Wants
 from ddil_lightning.imitation.prior import SamplingPrior

@@ -15,9 +15,9 @@ from ddil_lightning.callbacks import Checkpoints, Stages
 from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.data.encoded import encode
 from ddil_lightning.diffusion.denoiser import Denoiser, w_embedding
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.reflection import Reflection
-from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.imitation.options import Buffer, Rollouts
 from ddil_lightning.imitation.shift import energy_distance

@@ -10,8 +10,8 @@ import torch
 
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.diffusion.denoiser import Consistency
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
-from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import renoise
 from ddil_lightning.training.deployment import Deployment
 from suite import METHODS, build

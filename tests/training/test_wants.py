@@ -9,9 +9,9 @@ import torch
 
 from ddil_lightning.callbacks import Checkpoints
 from ddil_lightning.data.encoded import Encoded
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.losses import mse
 from ddil_lightning.diffusion.policy import Policies, Policy
-from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.feed import Wants
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.records import TEACHER, LatentBatch

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from ddil_lightning.backbones.interface import Network
+from ddil_lightning.backbones.network import Network
 from ddil_lightning.backbones.weights import Weights
 from ddil_lightning.records import Context
 
@@ -60,6 +60,12 @@ class Family(Network):
 
     in_comfy: ClassVar[bool] = True
     """Whether cards say how ComfyUI loads its networks: not where it does not know them, or nobody has read how."""
+
+    authors: ClassVar[Mapping[str, tuple[str, ...]] | None] = None
+    """Layers of its authors' network, which ComfyUI has, and what each is in diffusers, {} being a block's number; several are one there.
+
+    Empty where the names are the same, None where nobody has read them.
+    """
 
     sized: ClassVar[tuple[str, ...]] = ("sample_size",)
     """Settings that say how large the samples are: those of the teacher hold for every network beside it."""

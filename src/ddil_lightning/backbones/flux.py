@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +15,13 @@ from ddil_lightning.records import Context
 
 T5_TOKENS = 512
 """What its pipeline reads of T5 and pads every text to."""
+
+
+def _in_blocks(row: str, *layers: str) -> tuple[str, ...]:
+    return tuple(f"{row}.{{}}.{layer}" for layer in layers)
+
+
+_DOUBLE, _SINGLE = partial(_in_blocks, "transformer_blocks"), partial(_in_blocks, "single_transformer_blocks")
 
 
 class Flux(Packed):
@@ -31,6 +40,23 @@ class Flux(Packed):
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    )
+    authors = MappingProxyType(
+        {
+            "double_blocks.{}.img_attn.qkv": _DOUBLE("attn.to_q", "attn.to_k", "attn.to_v"),
+            "double_blocks.{}.img_attn.proj": _DOUBLE("attn.to_out.0"),
+            "double_blocks.{}.img_mlp.0": _DOUBLE("ff.net.0.proj"),
+            "double_blocks.{}.img_mlp.2": _DOUBLE("ff.net.2"),
+            "double_blocks.{}.img_mod.lin": _DOUBLE("norm1.linear"),
+            "double_blocks.{}.txt_attn.qkv": _DOUBLE("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+            "double_blocks.{}.txt_attn.proj": _DOUBLE("attn.to_add_out"),
+            "double_blocks.{}.txt_mlp.0": _DOUBLE("ff_context.net.0.proj"),
+            "double_blocks.{}.txt_mlp.2": _DOUBLE("ff_context.net.2"),
+            "double_blocks.{}.txt_mod.lin": _DOUBLE("norm1_context.linear"),
+            "single_blocks.{}.linear1": _SINGLE("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+            "single_blocks.{}.linear2": _SINGLE("proj_out"),
+            "single_blocks.{}.modulation.lin": _SINGLE("norm.linear"),
+        }
     )
 
     @property

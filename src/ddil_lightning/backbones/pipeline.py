@@ -26,8 +26,9 @@ from ddil_lightning.backbones.repositories import DENOISERS
 from ddil_lightning.backbones.sizes import Sized, shaped, whole
 from ddil_lightning.backbones.source import Source
 from ddil_lightning.backbones.weights import Weights
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.remedies import Remedy
-from ddil_lightning.diffusion.schedule import Grid, Predicts
+from ddil_lightning.diffusion.schedule import Predicts
 from ddil_lightning.diffusion.transitions import Transition
 from ddil_lightning.records import Context
 from ddil_lightning.texts import by, check_prompts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class QwenImage(Packed):
     negative = " "
     norm_patch = 2
     blocks_of = ("QwenImageTransformerBlock",)
-    in_comfy = False
+    authors = MappingProxyType({})
 
     @property
     def guidance(self) -> float:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ddil_lightning.backbones import flows
 from ddil_lightning.diffusion.denoiser import Boundary, Consistency, Denoiser, to_w
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.remedies import Remedy
-from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import TCD, Posterior, Transition, ddim, renoise
 from ddil_lightning.records import END, Context
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ddil_lightning.diffusion.betas import is_flow
 from ddil_lightning.diffusion.denoiser import to_w
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
-from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.errors import one_line
 from ddil_lightning.streams import Streams
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +25,10 @@ def silent(pipe: Any) -> bool:
     return encoder.config.num_layers == 0 and not bool(encoder.shared.weight.any())
 
 
+def _in_blocks(*layers: str) -> tuple[str, ...]:
+    return tuple(f"transformer_blocks.{{}}.{layer}" for layer in layers)
+
+
 class SD3(Transformer):
     """An SD3Transformer2DModel as a network `(x_t, t, c) -> eps - x0`, of sigma 1000 in float32, which its pipeline does not round further.
 
@@ -36,6 +41,20 @@ class SD3(Transformer):
     adapts = (  # of both streams, as train_dreambooth_lora_sd3.py of diffusers has them
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    )
+    authors = MappingProxyType(
+        {
+            "joint_blocks.{}.x_block.attn.qkv": _in_blocks("attn.to_q", "attn.to_k", "attn.to_v"),
+            "joint_blocks.{}.x_block.attn.proj": _in_blocks("attn.to_out.0"),
+            "joint_blocks.{}.x_block.attn2.qkv": _in_blocks("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+            "joint_blocks.{}.x_block.attn2.proj": _in_blocks("attn2.to_out.0"),
+            "joint_blocks.{}.x_block.mlp.fc1": _in_blocks("ff.net.0.proj"),
+            "joint_blocks.{}.x_block.mlp.fc2": _in_blocks("ff.net.2"),
+            "joint_blocks.{}.context_block.attn.qkv": _in_blocks("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+            "joint_blocks.{}.context_block.attn.proj": _in_blocks("attn.to_add_out"),
+            "joint_blocks.{}.context_block.mlp.fc1": _in_blocks("ff_context.net.0.proj"),
+            "joint_blocks.{}.context_block.mlp.fc2": _in_blocks("ff_context.net.2"),
+        }
     )
 
     @property

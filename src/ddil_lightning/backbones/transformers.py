@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ddil_lightning.backbones.family import Family
 from ddil_lightning.backbones.heads import convolutions, watched
-from ddil_lightning.backbones.interface import Heads
+from ddil_lightning.backbones.network import Heads
 from ddil_lightning.records import Context
 
 HEAD = 256

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ddil_lightning.backbones.family import Family
 from ddil_lightning.backbones.heads import convolutions, watched
-from ddil_lightning.backbones.interface import Heads
+from ddil_lightning.backbones.network import Heads
 from ddil_lightning.backbones.weights import Weights
 from ddil_lightning.diffusion.denoiser import S_EMBEDDING, W_EMBEDDING, s_embedding, w_embedding
 from ddil_lightning.records import Context

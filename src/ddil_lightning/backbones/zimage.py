@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class ZImage(Transformer):
     passes_sigmas = True
     blocks_of = ("ZImageTransformerBlock",)
     called_size = (1024, 1024)
-    in_comfy = False
+    authors = MappingProxyType({})  # it has queries, keys and values in one, but knows those of diffusers in it
     sized = ()
     resizable = False  # there is no sample_size
 

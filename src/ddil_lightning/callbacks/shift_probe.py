@@ -11,8 +11,8 @@ from torch import Tensor
 from ddil_lightning.backbones.sampling import noise, renoising
 from ddil_lightning.bounds import at_least, seeds, within
 from ddil_lightning.diffusion.denoiser import to_w
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
-from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.evaluation.metrics.prdc import DensityCoverage, density_coverage
 from ddil_lightning.imitation.gaps import loss, states

@@ -11,7 +11,7 @@ from ddil_lightning.commands.arguments import STEPS, Parser, device, path, place
 from ddil_lightning.errors import Refusal
 from ddil_lightning.files import check_writable, read_table
 
-FORMATS = ("diffusers", "lora", "kohya", "single-file")
+FORMATS = ("diffusers", "lora", "kohya", "single-file", "comfy")
 """Those of `runs.release`, which imports torch."""
 
 
@@ -47,7 +47,8 @@ def _parser() -> Parser:
         nargs="+",
         choices=FORMATS,
         default=["diffusers"],
-        help="diffusers: OUT/pipeline; lora: adapters for load_lora_weights; kohya: these for ComfyUI and A1111; single-file: all in one",
+        help="diffusers: OUT/pipeline; lora: adapters for load_lora_weights; kohya: these for ComfyUI and A1111; single-file: all in one; "
+        "comfy: adapters of a transformer under ComfyUI's names",
     )
     parser.add_argument("--name", type=_name, help="what the files are called, before the step count (default: config and teacher)")
     parser.add_argument("--steps", type=STEPS, help="the step count that the folder recommends (default: what the student is made for)")

@@ -16,8 +16,8 @@ from ddil_lightning.backbones.samplers import context_of
 from ddil_lightning.counting import counted
 from ddil_lightning.data.captions import Prompts
 from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policies, Policy
-from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.evaluation.metrics.pairs import choose, load_images, read_pairs
 from ddil_lightning.evaluation.suite import Probes, Suite
 from ddil_lightning.imitation.gaps import Seen, see

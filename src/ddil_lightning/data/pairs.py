@@ -21,8 +21,8 @@ from ddil_lightning.data.encoded import Encoded
 from ddil_lightning.data.raw import digest
 from ddil_lightning.data.shards import about_shard, read_shard, write_shard
 from ddil_lightning.diffusion.denoiser import to_w
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
-from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.feed import Pairs
 from ddil_lightning.files import read_table, sweep, write_text

@@ -34,8 +34,7 @@ S_EMBEDDING = 128
 def w_embedding(w: Tensor, dim: int = W_EMBEDDING) -> Tensor:
     """[B, dim] sinusoids of guidance w [B]: sin then cos of 1000 w 10000^(-j / (dim / 2 - 1)) (LCM's embedding, METHODS 0.4)."""
     rate = torch.exp(
-        torch.arange(dim // 2, device=w.device, dtype=torch.float32)
-        * (-torch.log(torch.full((), 1e4, device=w.device)) / (dim // 2 - 1))
+        torch.arange(dim // 2, device=w.device, dtype=torch.float32) * (-torch.log(torch.full((), 1e4, device=w.device)) / (dim // 2 - 1))
     )
     angle = 1000.0 * w.float()[:, None] * rate
     return torch.cat([angle.sin(), angle.cos()], dim=1)

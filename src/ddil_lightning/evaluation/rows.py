@@ -14,8 +14,8 @@ from ddil_lightning.backbones.digests import settings, weights
 from ddil_lightning.backbones.interface import Backbone
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Multistep, Policy
-from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.evaluation import known
 from ddil_lightning.evaluation.generation import Generation, Source

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ddil_lightning.backbones.sampling import noise, renoising
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
-from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.imitation.mixing import Actor, Actors
 from ddil_lightning.imitation.shift import shift_report
 from ddil_lightning.records import Context, take

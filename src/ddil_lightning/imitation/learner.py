@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policies
-from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.feed import Feed, Wants
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ddil_lightning.backbones.sampling import noise, renoising
 from ddil_lightning.bounds import within
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
-from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.records import Context, take
 from ddil_lightning.streams import Streams
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ddil_lightning.bounds import above, at_least, within
-from ddil_lightning.diffusion.schedule import Grid
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.feed import Wants
 from ddil_lightning.imitation.answers import Storage
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ddil_lightning.diffusion.denoiser import to_w
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policies
-from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
+from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.feed import Wants
 from ddil_lightning.imitation.buffer import ReplayBuffer, Sample
 from ddil_lightning.imitation.learner import Learner

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from ddil_lightning.backbones.roles import Role
 from ddil_lightning.bounds import fraction, lengths, within
 from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.losses import Distance, mse
 from ddil_lightning.diffusion.policy import Policies, Policy
-from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
+from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.records import END, FORWARD, Context, LatentBatch, Prediction, take
 from ddil_lightning.training.adversary import Adversary, Critic

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ddil_lightning.bounds import lengths, within
 from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.losses import mse
 from ddil_lightning.diffusion.policy import Policies, Policy, solve
-from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import NoiseCorrected, Transition, ddim
 from ddil_lightning.feed import Wants
 from ddil_lightning.records import LatentBatch

@@ -11,9 +11,9 @@ from torch import Tensor
 from ddil_lightning.backbones.roles import Role
 from ddil_lightning.bounds import at_least
 from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.losses import mse
 from ddil_lightning.diffusion.policy import Policies, Policy
-from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import Posterior
 from ddil_lightning.feed import Wants
 from ddil_lightning.records import LatentBatch

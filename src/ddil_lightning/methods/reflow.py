@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ddil_lightning.bounds import lengths, within
 from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policies, Policy
-from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule
+from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.feed import Pairs, Wants
 from ddil_lightning.records import END, FORWARD, TEACHER, LatentBatch, take

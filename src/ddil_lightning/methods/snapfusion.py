@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ddil_lightning.bounds import within
 from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.losses import Distance, mse
 from ddil_lightning.diffusion.policy import Policies, Policy
-from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.methods.pd import Weight, one_step, v_weight
 from ddil_lightning.records import FORWARD, LatentBatch

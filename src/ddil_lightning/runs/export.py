@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ddil_lightning.backbones import sampling
 from ddil_lightning.backbones.loading import load_pipeline
 from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
-from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.files import move_contents, read_table, replacing_folder, unused
 from ddil_lightning.runs.card import Card
 from ddil_lightning.runs.replay import replayed
@@ -105,7 +105,8 @@ def card(method: Distillation, steps: int, **known: Any) -> Card:
         adapter=None if rank is None else (rank, rank if adapter.alpha is None else adapter.alpha),
         called_with=backbone.network().called_with,
         asked_by=cast("Family", method.outgoing.network).asked_by,
-        in_comfy=backbone.network().in_comfy,
+        # What ComfyUI makes of two answers is not brought to the norm of one.
+        in_comfy=backbone.network().in_comfy and (backbone.network().norm_patch is None or method.deployment.guidance_scale <= 1),
         unguided=backbone.network().scale(1.0),
         negative=backbone.network().negative,
         source=backbone.source,

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddil_lightning.backbones.interface import Backbone, Network
+from ddil_lightning.backbones.interface import Backbone
+from ddil_lightning.backbones.network import Network
 from ddil_lightning.bounds import above, seeds, within
 from ddil_lightning.data.captions import Captions
 from ddil_lightning.diffusion.analytic import Mixture

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddil_lightning.backbones.interface import Heads, Network
+from ddil_lightning.backbones.network import Heads, Network
 from ddil_lightning.diffusion.analytic import Mixture
 from ddil_lightning.diffusion.denoiser import W_EMBEDDING, w_embedding
 from ddil_lightning.diffusion.schedule import NoiseSchedule

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ddil_lightning.diffusion.analytic import Mixture
 from ddil_lightning.diffusion.denoiser import Denoiser, to_w
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
-from ddil_lightning.diffusion.schedule import Grid, NoiseSchedule, Predicts
+from ddil_lightning.diffusion.schedule import NoiseSchedule, Predicts
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.evaluation.metrics.prdc import density_coverage
 from ddil_lightning.evaluation.suite import make_row

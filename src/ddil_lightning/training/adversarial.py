@@ -9,8 +9,8 @@ from torch import nn
 
 from ddil_lightning.bounds import lengths, within
 from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policies, Policy
-from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import ddim, renoise
 from ddil_lightning.feed import Wants
 from ddil_lightning.training.adversary import Adversary, Critic

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
-from ddil_lightning.diffusion.schedule import Grid
 
 
 @dataclass(frozen=True, eq=False)

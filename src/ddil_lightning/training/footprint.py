@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ddil_lightning.backbones.interface import Network
+from ddil_lightning.backbones.network import Network
 from ddil_lightning.backbones.quantising import saved
 from ddil_lightning.training.ledger import Planned, Step
 

@@ -17,9 +17,9 @@ from ddil_lightning.backbones.roles import Role
 from ddil_lightning.backbones.source import Source
 from ddil_lightning.bounds import fraction, within
 from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.reflection import Mode, Reflection
-from ddil_lightning.diffusion.schedule import Grid
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.feed import Feed, Wants
 from ddil_lightning.records import LatentBatch

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from ddil_lightning.backbones.interface import Network
+from ddil_lightning.backbones.network import Network
 from ddil_lightning.backbones.quantising import Quantize
 from ddil_lightning.backbones.roles import Role
 from ddil_lightning.bounds import lengths, within

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ddil_lightning.bounds import at_least, within
-from ddil_lightning.diffusion.schedule import Grid
+from ddil_lightning.diffusion.grid import Grid
 
 Kind = Literal["eps_to_v", "guidance", "halve"]
 RULES = ("trailing", "linspace")

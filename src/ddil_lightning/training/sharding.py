@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 
-from ddil_lightning.backbones.interface import Network
+from ddil_lightning.backbones.network import Network
 from ddil_lightning.diffusion.denoiser import Denoiser
 
 

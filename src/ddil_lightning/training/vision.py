@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddil_lightning.backbones.interface import Heads
+from ddil_lightning.backbones.network import Heads
 from ddil_lightning.bounds import lengths, within
 from ddil_lightning.records import Context
 from ddil_lightning.texts import reason
