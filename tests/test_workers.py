@@ -88,7 +88,7 @@ def failing(rank: int, how: str, folder: Path) -> Any:
         ("crashes", "process 1 ended with code -6 and without an answer"),
         ("leaves", "process 1 ended with code 0 and without an answer"),
         ("says nothing", "process 1 ended with code 1 and without an answer"),
-        ("is late", r"no answer within 2 s from process \[0, 1\]"),
+        pytest.param("is late", r"no answer within 2 s from process \[0, 1\]", marks=pytest.mark.slow),
     ],
 )
 def test_one_that_fails_fails_its_test_alone(how: str, words: str, workers: Workers, tmp_path: Path, capsys: Any) -> None:

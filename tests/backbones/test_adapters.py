@@ -59,7 +59,7 @@ def gradients(student: Role, critic: Role, teacher: Role, given: Given) -> list[
     return found  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "checkpointing"])
+@pytest.mark.parametrize("recompute", [pytest.param(False, marks=pytest.mark.slow), True], ids=["kept", "checkpointing"])
 def test_gradients_are_those_of_separate_copies(recompute: bool, backbone: Pipeline, given: Given) -> None:
     """Switching the adapters of one network gives a student gradient of 0, and a wrong one under checkpointing, without an error."""
     before = digest(backbone.network())
@@ -128,7 +128,7 @@ def test_half_a_base_has_adapters_and_embeddings_in_float32(tiny: Path, given: G
     torch.testing.assert_close(average(x_t, t, c.guided(2.0)).x0, student(x_t, t, c.guided(2.0)).x0, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("told", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("full", [(), ("conv_out", "to_out.0")], ids=["lora", "some in full"])
 def test_merged_weights_do_as_the_adapters(told: bool, full: tuple[str, ...], backbone: Pipeline, given: Given) -> None:
     x_t, t, c = given
@@ -170,6 +170,7 @@ def test_a_critic_may_be_whole_beside_a_student_of_adapters(tiny: Path) -> None:
     assert len(method.critic.weights()) == len(list(method.backbone.network().parameters()))
 
 
+@pytest.mark.slow
 def test_moving_the_method_moves_what_is_shared_once(tiny: Path) -> None:
     method = LCM(pipeline=str(tiny), adapter=ADAPTER, guidance=2.0)
     method.to(torch.float64)

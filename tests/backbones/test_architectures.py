@@ -117,7 +117,7 @@ def test_they_are_distilled(name: str, layout: str, request: pytest.FixtureReque
 SMALLER = {"layers_per_block": 1, "transformer_layers_per_block": 1, "reverse_transformer_layers_per_block": None}
 
 
-@pytest.mark.parametrize("name", ["lcm", "dmd2", pytest.param("pd", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["lcm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dmd2", "pd"))])
 def test_a_smaller_student_is_distilled_and_exported(name: str, uneven: Path, tmp_path: Path, caplog: Any) -> None:
     """With blocks of the teacher where they fit, and in DMD2 with a larger critic, whose features its discriminator reads."""
     kind, settings = METHODS[name]
@@ -140,6 +140,7 @@ def test_a_smaller_student_is_distilled_and_exported(name: str, uneven: Path, tm
     assert again.unet.config.layers_per_block == 1 and again.unet.config.sample_size == 8
 
 
+@pytest.mark.slow
 def test_a_network_with_weights_of_its_own_starts_from_them(xl: Path, uneven: Path) -> None:
     """A pipeline or the folder of its network; in float32, and as large as the teacher's samples."""
     theirs = Pipeline(str(uneven)).network().state_dict()
@@ -182,7 +183,7 @@ def test_adapters_and_another_base_do_not_go_together(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("small", [pytest.param(True, marks=pytest.mark.slow), False], ids=["drawn", "assigned"])
-@pytest.mark.parametrize("stored", ["float32", "float16"])
+@pytest.mark.parametrize("stored", [pytest.param("float32", marks=pytest.mark.slow), "float16"])
 def test_weights_are_the_stored_ones_however_the_network_is_made(
     stored: str, small: bool, tiny: Path, monkeypatch: Any, tmp_path: Path
 ) -> None:

@@ -204,6 +204,7 @@ def test_paths_that_are_none_are_refused(path: str) -> None:
         pipeline_folder(path)
 
 
+@pytest.mark.slow
 def test_what_distillation_does_not_use_is_neither_loaded_nor_exported(tiny: Path, tmp_path: Path) -> None:
     """Stable Diffusion 1.5's safety checker and feature extractor are 1.2 GB, in every folder of every stage."""
     from diffusers import StableDiffusionPipeline

@@ -124,8 +124,8 @@ def sampled(backbone: Pipeline, x: Tensor, steps: int, g: float) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("size", [(16, 16), (16, 24)])
-@pytest.mark.parametrize("steps", [4, 20])
+@pytest.mark.parametrize("size", [pytest.param((16, 16), marks=pytest.mark.slow), (16, 24)])
+@pytest.mark.parametrize("steps", [4, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("which", ["sigma", "alpha"])
 @torch.no_grad()
 def test_its_samples_are_the_pipelines_own(which: str, steps: int, size: tuple[int, int], request: pytest.FixtureRequest) -> None:
@@ -199,6 +199,7 @@ def test_methods_distil_it_and_diffusers_loads_the_student(entry: suite.Entry, s
     assert "clean_caption=False, use_resolution_binning=False).images[0]" in card
 
 
+@pytest.mark.slow
 def test_adapters_on_half_precision(sigma: Path, tmp_path: Path) -> None:
     """As large models are trained: T5, which keeps some of its weights in float32, and the base in bfloat16."""
     backbone = Pipeline(str(sigma), dtype=torch.bfloat16)

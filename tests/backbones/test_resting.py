@@ -112,7 +112,9 @@ def test_where_a_file_finds_no_room_it_stays(tmp_path: Path) -> None:
     assert module.weight.data_ptr() == place
 
 
-@pytest.mark.parametrize(("name", "names"), [("lcm", ("average", "target", "teacher")), ("lcm-lora", ("average", "target"))])
+@pytest.mark.parametrize(
+    ("name", "names"), [("lcm", ("average", "target", "teacher")), pytest.param("lcm-lora", ("average", "target"), marks=pytest.mark.slow)]
+)
 def test_a_run_is_the_same_with_its_roles_at_rest(name: str, names: tuple[str, ...], tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rested: list[Any] = []
 

@@ -33,6 +33,7 @@ from sd3 import rescheduled
 
 PROMPTS = ["a small red circle", "a handwritten seven left of a large blue square"]
 SIZES = [(32, 32), (32, 64)]
+ONE_SLOW = [pytest.param(SIZES[0], marks=pytest.mark.slow), SIZES[1]]
 EULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "euler": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
     "lcm": ("FlowMatchLCMScheduler", {"shift": 3.0}),
@@ -158,7 +159,7 @@ def sampled(backbone: Pipeline, x: Tensor, steps: int, g: float) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", ONE_SLOW, ids=str)
 @pytest.mark.parametrize("which", ["sana", "newer"])
 @torch.no_grad()
 def test_its_samples_are_the_pipelines_own(which: str, size: tuple[int, int], request: pytest.FixtureRequest) -> None:
@@ -172,7 +173,7 @@ def test_its_samples_are_the_pipelines_own(which: str, size: tuple[int, int], re
         assert float((made[1.0] - made[4.5]).abs().max()) > 1e-2  # guidance counts
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", ONE_SLOW, ids=str)
 @pytest.mark.parametrize("name", EULERS)
 def test_the_teacher_samples_as_its_pipeline_does(name: str, size: tuple[int, int], newer: Path, tmp_path: Path) -> None:
     """With schedulers of flow matching, on the very nodes of a plain call."""
@@ -215,6 +216,7 @@ ENTRIES = entries(4.5)
 LCM, DMD2, LORA = (ENTRIES[name] for name in ("lcm", "dmd2", "lcm-lora"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", each(ENTRIES))
 def test_methods_distil_it_and_diffusers_loads_the_student(entry: suite.Entry, sana: Path, tmp_path: Path) -> None:
     """With roll-outs of both; resumed exactly; the export samples as the trainer does on the trained nodes, called by diffusers alone."""
@@ -273,6 +275,7 @@ def test_adapters_are_released_in_the_pipelines_own_format(sana: Path, tmp_path:
         check_formats(method, ["kohya"])
 
 
+@pytest.mark.slow
 def test_adapters_on_half_precision(sana: Path, tmp_path: Path) -> None:
     """As large models are trained: Gemma and the base in bfloat16."""
     backbone = Pipeline(str(sana), dtype=torch.bfloat16)

@@ -96,7 +96,7 @@ def test_an_outline_is_as_large_as_the_pipeline(zimage: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [pytest.param(SIZES[0], marks=pytest.mark.slow), SIZES[1]], ids=str)
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", ["euler", *(pytest.param(name, marks=pytest.mark.slow) for name in ("by size", "lcm"))])
 def test_the_teacher_samples_as_its_pipeline_does(name: str, size: tuple[int, int], zimage: Path, tmp_path: Path) -> None:
     """On the very nodes of a plain call, with guidance and without."""
     kind, config = SCHEDULERS[name]
@@ -147,6 +147,7 @@ ENTRIES = entries(4.0)
 LCM, DMD2, LORA = (ENTRIES[name] for name in ("lcm", "dmd2", "lcm-lora"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", each(ENTRIES))
 def test_methods_distil_it_and_diffusers_loads_the_student(entry: suite.Entry, zimage: Path, tmp_path: Path) -> None:
     """With roll-outs of both; resumed exactly; the export samples as the trainer does on the trained nodes, called by diffusers alone."""
@@ -188,6 +189,7 @@ def test_adapters_are_released_in_the_pipelines_own_format(zimage: Path, tmp_pat
     assert "*ModelSamplingAuraFlow* with shift 3, *KSampler* with steps 4, cfg 1," in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_adapters_on_half_precision(zimage: Path, tmp_path: Path) -> None:
     """As large models are trained: Qwen and the base in bfloat16."""
     backbone = Pipeline(str(zimage), dtype=torch.bfloat16)

@@ -53,7 +53,7 @@ def names(folder: Path) -> list[str]:
 # DAgger ------------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("capacity", [0, 64])
+@pytest.mark.parametrize("capacity", [pytest.param(0, marks=pytest.mark.slow), 64])
 def test_an_annealed_prior_is_not_one_batch_late(capacity: int, tiny: Path, tmp_path: Path) -> None:
     def run(sources: Sources, *more: Callback, **kwargs: Any) -> None:
         annealed = AnnealPrior(Piecewise([PLAIN, ROLLED], [0, 3]))
@@ -223,13 +223,19 @@ def test_the_buffer_is_flushed_once_when_the_clock_comes_by() -> None:
 # Checkpoints -------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("every", "keep", "left"), [(2, 2, [4, 6]), (2, 1, [6]), (0, 2, [6]), (4, 3, [4, 6]), (1, 3, [4, 5, 6])])
+MORE = [(2, 2, [4, 6]), (2, 1, [6]), (1, 3, [4, 5, 6])]
+
+
+@pytest.mark.parametrize(
+    ("every", "keep", "left"), [(0, 2, [6]), (4, 3, [4, 6]), *(pytest.param(*x, marks=pytest.mark.slow) for x in MORE)]
+)
 def test_the_newest_checkpoints_are_kept(every: int, keep: int, left: list[int], tiny: Path, tmp_path: Path) -> None:
     fit(build(LCM, tiny), captions(tiny), Checkpoints(every, keep, str(tmp_path)))
     assert names(tmp_path) == [f"updates={clock}.ckpt" for clock in left]
     assert torch.load(tmp_path / "updates=6.ckpt", weights_only=True)["ddil"]["student_updates"] == 6
 
 
+@pytest.mark.slow
 def test_checkpoints_of_later_updates_are_not_touched(tiny: Path, tmp_path: Path) -> None:
     """Of a run that goes on from an earlier one; and where it does not, none are."""
     fit(build(LCM, tiny, updates=3), captions(tiny), Checkpoints(every=0, folder=str(tmp_path)))
@@ -365,6 +371,7 @@ def test_the_shift_probe_is_the_energy_distance_of_the_report(tiny: Path, monkey
     assert all(ratio > 0 for key, ratio in more.items() if "loss_ratio" in key)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_not_measure_the_same_probe_again(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The critic's batches leave the clock where the last probe was."""
     seen: list[int] = []
@@ -432,6 +439,7 @@ def test_previews_are_off_at_0_and_go_to_loggers_that_take_pictures(tiny: Path, 
     assert got == [("previews/sheet", (192, 228), 1), ("previews/student_1", (96, 96), 1)]
 
 
+@pytest.mark.slow
 def test_progress_without_a_terminal_is_a_few_lines(tiny: Path, capsys: Any) -> None:
     fit(build(LCM, tiny, updates=7, log_every=50), captions(tiny), Progress(lines=3), enable_progress_bar=True)
     lines = capsys.readouterr().out.splitlines()

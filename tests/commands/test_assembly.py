@@ -45,6 +45,7 @@ def test_it_trains_as_ddil_fit_does_and_leaves_nothing(finished: Path, tiny_conf
     assert isinstance(data, DDILDataModule) and list(here.iterdir()) == [] and trainer.loggers == []
 
 
+@pytest.mark.slow
 def test_words_are_those_of_the_command_line(tiny_config: Path) -> None:
     words = ["--updates", "3", "--seed=7", "model.ema=0.5", "-c", "{data: {batch_size: 5}}", "--data.workers", "1"]
     _, method, data = assemble(tiny_config, *words)
@@ -94,6 +95,7 @@ def test_only_ddil_fit_makes_a_run(words: tuple[str, str], tiny_config: Path) ->
         assemble(tiny_config, *words)
 
 
+@pytest.mark.slow
 def test_callbacks_of_the_config_and_of_the_caller(tiny_config: Path, here: Path) -> None:
     """What decides what is trained on stays; what writes and shows is the caller's own."""
     ramp = {"first": {"forward": 1.0}, "last": {"forward": 0.5, "student": 0.5}, "end": 5}

@@ -179,7 +179,11 @@ VALUES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", VALUES)
+SECOND = ("min epochs", "no grid", "source of a later prior", "no steps of the export", "no steps of the test", "prompts of the previews")
+"""Another value is answered by the same check."""
+
+
+@pytest.mark.parametrize("fault", [pytest.param(name, marks=pytest.mark.slow if name in SECOND else ()) for name in VALUES])
 def test_a_wrong_value_is_answered_in_one_line_and_leaves_no_folder(
     fault: str, tiny_config: Path, tiny: Path, here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -213,6 +213,7 @@ def test_export_writes_what_the_run_itself_exported(finished: Path, here: Path, 
     assert json.loads((here / "empty" / "pipeline" / "ddil.json").read_text())["steps"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "which", [pytest.param(0, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 4], ids=["lcm", "pd", "dmd2"]
 )
@@ -253,6 +254,7 @@ def test_a_table_is_printed_before_it_is_written(tiny: Path, here: Path, judged:
     assert sorted(p.name for p in here.iterdir()) == ["link.json", "real.json"]
 
 
+@pytest.mark.slow
 def test_pictures_and_pipelines_go_where_they_are_meant_to(tiny: Path, finished: Path, here: Path, capsys: Any) -> None:
     sample = ["--pipeline", tiny, "--prompt", "a digit", "--steps", 1]
     (here / "link.png").symlink_to("real.png")

@@ -109,6 +109,7 @@ def test_pipelines_of_every_origin_side_by_side(capsys: Any, monkeypatch: pytest
     assert page.count("<svg") >= 2 and "| tuned | base | style.safetensors * 0.5 | TCDScheduler |" in text and "base:lcm g1@2" in out
 
 
+@pytest.mark.slow
 def test_a_comparison_goes_on_with_the_rows_that_are_missing(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree("base", "other")
     changed("other")
@@ -147,6 +148,7 @@ def test_rows_of_another_protocol_stay_and_are_told(capsys: Any) -> None:
     assert [pair["name"] for pair in found["against_first"]] == ["new@1"]  # other@1 has no partner by its protocol
 
 
+@pytest.mark.slow
 def test_what_cannot_be_sampled_is_left_out_and_said(capsys: Any) -> None:
     shutil.copytree("base", "few")
     scheduler("few", "LCMScheduler", original_inference_steps=2)

@@ -185,6 +185,7 @@ def test_processes_share_one_folder(tiny_config: Path, here: Path, capsys: Any, 
     assert (here / "theirs" / "metrics.csv").is_file() and [p.name for p in Path("runs/tiny").iterdir()] == ["latest"]
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once(tiny_config: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     listener = signal.getsignal(signal.SIGINT)
     press(monkeypatch, 5, times=2)
@@ -243,6 +244,7 @@ def test_a_full_disk_leaves_the_older_checkpoints(tiny_config: Path, here: Path,
     assert checkpoint(Path("r"), 4)["ddil"]["student_updates"] == 4
 
 
+@pytest.mark.slow
 def test_a_full_disk_elsewhere_names_the_last_good_checkpoint(tiny_config: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     log = loggers.MetricsFile.log_metrics
 
@@ -275,6 +277,7 @@ def test_nan_stops_with_the_step_the_network_and_the_last_good_checkpoint(
     )
 
 
+@pytest.mark.slow
 def test_weights_that_grow_without_bounds_stop_the_run_too(tiny_config: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     advance = LCM.advance
 

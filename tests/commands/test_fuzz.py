@@ -282,7 +282,7 @@ def outcome(case: Case, capsys: Any) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "share"), [("fit", 6), ("file", 6), ("word", 40), *(pytest.param(k, None, marks=pytest.mark.slow) for k in KINDS)]
+    ("kind", "share"), [("fit", 3), ("file", 2), ("word", 15), *(pytest.param(k, None, marks=pytest.mark.slow) for k in KINDS)]
 )
 @pytest.mark.filterwarnings("ignore")
 def test_every_input_gets_its_line(

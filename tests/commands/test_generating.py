@@ -81,6 +81,7 @@ def test_a_pipeline_in_half_precision(word: str, name: str, tiny: Path, capsys: 
     assert row["generation"]["dtype"] == name and row["metrics"]["contrast"] > 0
 
 
+@pytest.mark.slow
 def test_several_samples_of_a_prompt_as_benchmarks_have_them(tiny: Path, here: Path, capsys: Any) -> None:
     (here / "texts").mkdir()
     for i in range(16):

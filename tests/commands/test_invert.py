@@ -53,6 +53,7 @@ def test_a_run_and_a_pipeline_on_built_in_images(finished: Path, tiny: Path, cap
     assert set(made["recovery"]["words"]) == {"attributes", "all", "by", "chance"} and len(made["recovery"]["images"]) == 4
 
 
+@pytest.mark.slow
 def test_pictures_of_ones_own(xl: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """By two text encoders, and by networks of one's own in the place of CLIP and LPIPS; a picture has no caption and no recovery."""
     Path("mine/deep").mkdir(parents=True)

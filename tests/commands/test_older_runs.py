@@ -70,7 +70,7 @@ def flat(options: dict[str, Any], moved: dict[str, str]) -> dict[str, Any]:
     return {**{k: v for k, v in options.items() if k not in records}, **{former[name]: value for name, value in named if name not in NEW}}
 
 
-@pytest.fixture(scope="module", params=[pytest.param(name, marks=() if name == "DMD2" else pytest.mark.slow) for name in sorted(OLD)])
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=() if name == "PD" else pytest.mark.slow) for name in sorted(OLD)])
 def run(request: Any, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A method's name, and its complete run with a checkpoint of update 2."""
     from ddil_lightning.commands.fitting import fit as train

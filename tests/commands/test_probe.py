@@ -78,6 +78,7 @@ def test_a_run_is_probed_in_all_parts(finished: Path, judged: None, capsys: Any)
     assert page.count("<svg") >= 5 and "Teacher first, from the time t on the student" in page and "<script" not in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pd", pytest.param("dmd2", marks=pytest.mark.slow)])
 def test_students_of_other_methods(name: str, tiny: Path, capsys: Any) -> None:
     method = build(BY_NAME[name], tiny).eval()
@@ -89,6 +90,7 @@ def test_students_of_other_methods(name: str, tiny: Path, capsys: Any) -> None:
     assert all(row["ratio"]["forward"] > 0 for row in made["nodes"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [pytest.param("tcd", marks=pytest.mark.slow), "euler"])
 def test_a_pipeline_from_elsewhere_by_the_name_of_its_sampler(sampler: str, tiny: Path, capsys: Any) -> None:
     shutil.copytree(tiny, "other")
@@ -104,6 +106,7 @@ def test_a_pipeline_from_elsewhere_by_the_name_of_its_sampler(sampler: str, tiny
     assert len(made["nodes"]) == 2
 
 
+@pytest.mark.slow
 def test_captions_with_images_and_without(tiny: Path, capsys: Any) -> None:
     Path("pictures").mkdir()
     for i in range(16):

@@ -71,6 +71,7 @@ def scored(capsys: Any, *words: Any) -> tuple[dict[str, Any], str]:
     return json.loads(Path("metrics.json").read_text())["rows"][0], out
 
 
+@pytest.mark.slow
 def test_a_protocol_of_one_s_own(tiny: Path, here: Path, capsys: Any) -> None:
     """Its stamp is in the row, with what the command line changes; statistics that were written give the same numbers and stamp."""
     words = ["--pipeline", tiny, "--steps", 1, "--protocol", "mine.yaml", "--data", "set"]

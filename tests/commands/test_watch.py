@@ -63,7 +63,7 @@ def test_the_death_of_the_process_that_started_this_one_ends_it(tmp_path: Path) 
     assert (code, err) == (2, f"ddil-fit: the process that started this one has ended; {SAYS}\n") and seconds < 5
 
 
-@pytest.mark.parametrize("saving", [False, True])
+@pytest.mark.parametrize("saving", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_signal_is_heard_in_native_code_but_a_checkpoint_is_not_cut_off(saving: bool, tmp_path: Path) -> None:
     def term(pid: int) -> None:
         until((tmp_path / "ready").exists, 30)

@@ -34,8 +34,7 @@ def words(tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ("workers", "cache"),
     [
         (0, "true"),
-        (1, "false"),
-        *(pytest.param(w, c, marks=pytest.mark.slow) for w, c in ((0, "false"), (0, "c.safetensors"), (1, "true"), (1, "c.safetensors"))),
+        *(pytest.param(w, c, marks=pytest.mark.slow) for w in (0, 1) for c in ("false", "true", "c.safetensors") if (w, c) != (0, "true")),
     ],
 )
 def test_one_broken_picture_is_named_in_one_line(workers: int, cache: str, words: list[str], tmp_path: Path, capsys: Any) -> None:
@@ -56,7 +55,9 @@ def test_one_broken_picture_is_named_in_one_line(workers: int, cache: str, words
             assert Path("r", name).read_bytes() == Path("whole", name).read_bytes()
 
 
-@pytest.mark.parametrize(("workers", "cache"), [(0, "true"), (1, "false"), (0, "c.safetensors")])
+@pytest.mark.parametrize(
+    ("workers", "cache"), [(1, "false"), *(pytest.param(0, cache, marks=pytest.mark.slow) for cache in ("true", "c.safetensors"))]
+)
 def test_a_broken_picture_is_skipped_where_that_was_asked_for(
     workers: int, cache: str, words: list[str], caplog: pytest.LogCaptureFixture, capsys: Any
 ) -> None:
@@ -71,6 +72,7 @@ def test_a_broken_picture_is_skipped_where_that_was_asked_for(
     assert float(rows[-1]["data/skipped"]) == 1 and len(rows) == 6
 
 
+@pytest.mark.slow
 def test_pictures_that_must_be_enlarged_are_counted(words: list[str], caplog: pytest.LogCaptureFixture, capsys: Any) -> None:
     for i in (1, 2, 7):
         Image.new("RGB", (9, 9)).save(Path("set [1]") / f"{i:02d}.png")

@@ -456,7 +456,7 @@ def test_training_on_a_folder_is_training_on_what_was_encoded(text: bool, tiny: 
     assert runs[0][2] == runs[1][2] == ["a digit zero", "a digit one"]
 
 
-@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("several", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_resumes_exactly_and_is_that_on_what_a_file_keeps(several: bool, light: Path, tmp_path: Path) -> None:
     """To the bit, and without the data. The position in them, here in the midst of an epoch, is part of the checkpoint; so are captions."""
     made(tmp_path / "folder", Ten(several), suite.backbone(light), shard_rows=16)

@@ -72,7 +72,7 @@ def test_a_key_has_all_that_decides(tiny: Path) -> None:
     assert len(keys) == 3 and known.key_of(dict(reversed(about.items())), protocol) in keys
 
 
-@pytest.mark.parametrize(("config", "pipeline"), SHIPPED)
+@pytest.mark.parametrize(("config", "pipeline"), [SHIPPED[1], *(pytest.param(*x, marks=pytest.mark.slow) for x in SHIPPED[::2])])
 def test_rows_that_ship_are_of_the_teachers_that_ship(config: str, pipeline: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`python benchmarks/teacher_rows.py` makes them again."""
     monkeypatch.setattr(rows, "policy_row", lambda *_: never())

@@ -525,6 +525,7 @@ def test_what_is_no_image_reward(rewards: Path) -> None:
 # LPIPS, Inception
 
 
+@pytest.mark.slow
 def test_lpips_from_a_file_of_its_trunk(tmp_path: Path) -> None:
     """By hand: AlexNet's five maps, of unit length over channels, their squared differences weighted by the package's learned numbers."""
     import torchvision

@@ -236,6 +236,7 @@ def test_every_number_is_explained() -> None:
     assert told == {c.key: c.shown for c in columns()}
 
 
+@pytest.mark.slow
 def test_no_metric_is_loaded_before_one_is_asked_for() -> None:
     """torchmetrics costs seconds, which a suite, a table or a network does not need."""
     names = ("suite", "table", "registry", "networks", "batches", "columns")

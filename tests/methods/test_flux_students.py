@@ -55,7 +55,7 @@ def nodes_at(pipe: Any, size: tuple[int, int], **guidance: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "entry", [pytest.param(entry, id=entry.name, marks=() if entry.name == "dmd2-lora" else pytest.mark.slow) for entry in ENTRIES]
+    "entry", [pytest.param(entry, id=entry.name, marks=() if entry.name == "pd" else pytest.mark.slow) for entry in ENTRIES]
 )
 def test_a_student_of_dev_resumes_exactly_and_is_exported_as_it_samples(entry: Entry, flux: Path, tmp_path: Path) -> None:
     """Told its guidance, whatever the method; trained nodes at every size, though its pipeline hands sigmas and mu to the scheduler."""
@@ -81,6 +81,7 @@ def test_a_student_of_dev_resumes_exactly_and_is_exported_as_it_samples(entry: E
     assert student.shift == pytest.approx(s, rel=1e-5) and not student.baked and student.network().w_conditioned
 
 
+@pytest.mark.slow
 def test_the_embedding_of_the_guidance_is_trained_and_heeded(flux: Path) -> None:
     """Of a student that is told a range; one embedding, diffusers' own, so that the student's answers at two guidances differ."""
     method = fit(build(ENTRIES[0], flux, updates=3), captions(flux, MIXED)).method
@@ -103,7 +104,9 @@ def test_the_teacher_is_asked_once(flux: Path, schnell: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "entry", [Entry("dmd2", DMD2, MATCHING), Entry("ladd", LADD, {"gan": {"features": "teacher"}})], ids=["dmd2", "ladd"]
+    "entry",
+    [pytest.param(Entry("dmd2", DMD2, MATCHING), marks=pytest.mark.slow), Entry("ladd", LADD, {"gan": {"features": "teacher"}})],
+    ids=["dmd2", "ladd"],
 )
 def test_a_discriminator_cannot_tell_its_sides_by_the_guidance(entry: Entry, flux: Path) -> None:
     """Every question of the critic and the teacher carries the guidance of its batch, real samples' too."""
@@ -119,7 +122,8 @@ def test_a_discriminator_cannot_tell_its_sides_by_the_guidance(entry: Entry, flu
     assert told["real"] and told["fake"] and all(torch.equal(mine, batch) for pairs in told.values() for mine, batch in pairs)
 
 
-@pytest.mark.parametrize("kind", ["lcm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pd", "dmd2"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lcm", "pd", "dmd2"])
 def test_a_student_of_schnell(kind: str, schnell: Path, tmp_path: Path) -> None:
     """Told nothing: its guidance, CFG's or none, is in its weights, and nothing is asked for by its call."""
     own = {"lcm": (LCM, {**EVEN, "w_conditioned": False}), "pd": (PD, {**HALVING, "w_conditioned": False}), "dmd2": (DMD2, MATCHING)}

@@ -71,6 +71,7 @@ def test_a_student_resumes_exactly_and_is_exported_as_it_samples(entry: Entry, s
     assert student.shift == 3.0 and torch.equal(student.schedule.sigmas, run.method.backbone.schedule.sigmas)  # the same times again
 
 
+@pytest.mark.slow
 def test_a_lora_is_released_in_the_pipelines_own_format(sd3: Path, tmp_path: Path) -> None:
     """With rank and alpha in its header; the scheduler that the card spells out, and the files alone, sample as the student does."""
     method = train(Entry("lcm", LCM, {**EVEN, "adapter": LORA}), sd3).method

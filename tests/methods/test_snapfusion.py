@@ -89,6 +89,7 @@ def test_the_coin_is_one_for_a_batch_and_falls_as_often_as_asked(tiny: Path) -> 
     assert abs(sum(fell) / 400 - 0.3) < 0.08
 
 
+@pytest.mark.slow
 def test_a_student_is_guided_as_its_teacher_is_and_exported_so(tiny: Path, tmp_path: Path) -> None:
     """Without its middle block: the pipeline holds the smaller network, and two evaluations a step make what the trainer makes."""
     source = Pipeline(Source(str(tiny), networks={"student": {"mid_block_type": None}}))

@@ -73,7 +73,7 @@ def test_snapshots_are_pipelines_with_all_weights(tiny: Path) -> None:
     assert state["images"] == 48 and any(k.startswith("unet.") for k in state["live"])
 
 
-@pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model.safetensors", "state.pt"])
+@pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model.safetensors", pytest.param("state.pt", marks=pytest.mark.slow)])
 def test_a_disk_that_is_full_at_a_snapshot(tiny: Path, tmp_path: Path, capsys: Any, part: str) -> None:
     resource = pytest.importorskip("resource")
     interim, limits = tmp_path / "interim", resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -275,7 +275,9 @@ def test_sources() -> None:
         weights_path("cats")
 
 
-@pytest.mark.parametrize(("name", "accuracy", "all_right"), [("shapes", 0.965, 0.85), ("digits", 0.95, 0.95)])
+@pytest.mark.parametrize(
+    ("name", "accuracy", "all_right"), [pytest.param("shapes", 0.965, 0.85, marks=pytest.mark.slow), ("digits", 0.95, 0.95)]
+)
 def test_the_teachers_that_ship_do_what_they_are_told(name: str, accuracy: float, all_right: float) -> None:
     folder = weights_path(name)
     facts = json.loads((folder / "ddil.json").read_text())
@@ -313,6 +315,7 @@ def load_flow(folder: Path) -> Any:
     return pipeline
 
 
+@pytest.mark.slow
 def test_a_transformer_is_trained_beside_the_frozen_parts_of_the_built_in_pipeline(tiny_flow: Path) -> None:
     made, built_in = load_flow(tiny_flow / "a"), load(weights_path("digits"))
     assert all(torch.equal(a, b) for a, b in zip(made.vae.parameters(), built_in.vae.parameters(), strict=True))
@@ -366,6 +369,7 @@ def test_flow_matching_on_what_is_known() -> None:
     assert float(((sigma > MIDDLE[0]) & (sigma < MIDDLE[1])).float().mean()) == pytest.approx(0.5 + 0.5 * 0.4, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_transformers_snapshot_is_gone_on_from_by_its_own_kind_alone(tiny_flow: Path, tmp_path: Path) -> None:
     resumed = [*TINY_FLOW, "--out", str(tmp_path / "b"), "--interim.folder", str(tmp_path / "interim")]
     main([*resumed, "--resume", str(tiny_flow / "interim")])

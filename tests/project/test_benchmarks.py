@@ -42,6 +42,7 @@ def run(module: ModuleType, tiny: Path, folder: Path, capsys: pytest.CaptureFixt
     return report
 
 
+@pytest.mark.slow
 def test_step_cost(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = run(script("step_cost"), tiny, tmp_path, capsys, "--threads", "1", "--cpu_time")
     rows = {row["name"]: row for row in report["rows"]}
@@ -442,6 +443,7 @@ def test_toy2d(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert Image.open(picture).size[0] > 1000
 
 
+@pytest.mark.slow
 def test_a_prior_of_ones_own_is_of_the_variants_with_ddil(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy2d, seen = script("toy2d"), set()
     assemble = toy2d.assemble

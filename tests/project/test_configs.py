@@ -33,17 +33,16 @@ LARGE = [
 PROTOCOLS = [name for name in config_names() if name.startswith("protocols/")]  # of ddil-test, in tests/evaluation/test_protocols.py
 FIT = [name for name in config_names() if name not in (*PRETRAIN, *TOY, *LARGE, *PROTOCOLS)]
 PAIRED = [name for file in config_names() if (name := file.removesuffix(".yaml")) + "_ddil.yaml" in config_names()]
-MAIN = ("lcm", "pd", "dmd2", "emd")
+MAIN = ("lcm", "pd", "dmd2")
 TURNS = ("add", "dmd", "diff_instruct", "emd", "ladd", "moments", "sid", "ufogen")  # of a critic, five to one of the student's
 
 
 def thinned(names: Sequence[str]) -> list[Any]:
-    """Configs to run. Of methods other than the main ones the slow tests run those on the built-in pipeline, and on the toy the plain one,
-    which differs in the prior alone from the one with DDIL."""
-    usual = [
-        name for name in names if name.removeprefix("toy2d/").partition(".")[0].removesuffix("_ddil") in (*MAIN, "lcm_lora", "dmd2_lora")
-    ]
-    usual += [name for name in TOY if name.endswith("_ddil.yaml")]
+    """Configs to run: those of the main methods with DDIL, from which the plain ones differ in the prior alone, and adapters; and of
+    the toy all with DDIL but those of more than a second, whose methods train in the ordinary tests of their own files."""
+    usual = [f"{name}_ddil.yaml" for name in (*MAIN, "lcm_lora")]
+    longer = [f"toy2d/{name}_ddil.yaml" for name in ("add", "ctm", "dmd", "ladd", "reflow")]
+    usual += [name for name in TOY if name.endswith("_ddil.yaml") and name not in longer]
     return [pytest.param(name, marks=() if name in usual else pytest.mark.slow) for name in names]
 
 
@@ -85,11 +84,7 @@ OWN = {  # what makes a large run small; everything else of its config stays
 }
 
 
-USUAL = (
-    "lcm_ddil_sd15.yaml",
-    "dmd2_lora_sdxl.yaml",
-    "dmd2_lora_sd3.yaml",
-)
+USUAL = ("lcm_ddil_sd15.yaml",)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in USUAL else pytest.mark.slow) for n in LARGE])
@@ -160,7 +155,8 @@ def test_toy_configs_differ_in_the_prior_alone(name: str) -> None:
     assert plain["data"].pop("prior") != ddil["data"].pop("prior") and plain == ddil
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if "digits" in n else pytest.mark.slow) for n in PRETRAIN])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRETRAIN)
 def test_pretrain(name: str, here: Path) -> None:
     unet = ["--unet.batch_size=8", "--unet.devices=1", "--autoencoder.steps=2", "--autoencoder.decoder_steps=2"]
     words = ["--config", str(find_config(name)), "--images=32"]

@@ -33,6 +33,7 @@ def test_a_name_without_a_group_is_in_train() -> None:
     assert boards.grouped({"student_updates": 3, "loss": 1.0, "loss/student": 2.0}) == {"train/loss": 1.0, "loss/student": 2.0}
 
 
+@pytest.mark.slow
 def test_wandb_has_everything_over_student_updates_and_goes_on(tmp_path: Path, silent: None) -> None:
     """A run to update 20, of which its last checkpoint is at 10, and the one that goes on from there under the same id."""
     folder, now = tmp_path / "my run", 0

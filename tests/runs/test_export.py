@@ -34,7 +34,7 @@ def student(tiny: Path, which: int = 0, **kwargs: Any) -> Any:
     return method
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["w-conditioned", "fixed guidance"])
+@pytest.mark.parametrize("which", [0, pytest.param(1, marks=pytest.mark.slow)], ids=["w-conditioned", "fixed guidance"])
 def test_a_folder_samples_as_the_trainer_does(which: int, tiny: Path, tmp_path: Path) -> None:
     method, folder = student(tiny, which), tmp_path / "out"
     assert export.deliver(method, folder, PROMPTS, 4) < 1e-4
@@ -77,7 +77,7 @@ def test_it_is_the_average_that_is_exported(tiny: Path, tmp_path: Path) -> None:
     assert not all(torch.equal(kept[name], p) for name, p in method.student.network.unet.named_parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16])
 def test_half_precision_is_checked_as_strictly_and_leaves_the_method_as_it_was(dtype: torch.dtype, tiny: Path, tmp_path: Path) -> None:
     method, whole, half = student(tiny), tmp_path / "whole", tmp_path / "half"
     export.export(method, whole)
@@ -88,6 +88,7 @@ def test_half_precision_is_checked_as_strictly_and_leaves_the_method_as_it_was(d
     assert (half / WEIGHTS).stat().st_size < 0.6 * (whole / WEIGHTS).stat().st_size
 
 
+@pytest.mark.slow
 def test_frozen_parts_in_half_precision_are_exported_as_they_came(tiny: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     method = METHODS[0].method(pipeline=str(tiny), guidance=2.0, memory=Memory("bfloat16")).eval()
@@ -154,6 +155,7 @@ def test_verification_computes_in_full_precision_and_one_layout(tiny: Path, tmp_
     )  # what it refused
 
 
+@pytest.mark.slow
 def test_the_tolerance_is_that_of_the_very_network(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A student that amplifies is given more room, and the same difference is refused in a calm one."""
     method, folder = student(tiny), tmp_path / "out"
@@ -170,6 +172,7 @@ def test_the_tolerance_is_that_of_the_very_network(tiny: Path, tmp_path: Path, m
     assert 1e-3 < export.verify(method, folder, PROMPTS, 4) < 1e-2
 
 
+@pytest.mark.slow
 def test_the_end_of_every_stage_is_tried_on_the_untrained_student(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ddil_lightning.methods import PD
     from ddil_lightning.training.plan import Stage

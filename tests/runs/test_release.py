@@ -161,6 +161,7 @@ def test_the_code_of_the_card_draws_one_image_in_every_format(out: Path, monkeyp
     assert torch.equal(drawn(code), first)
 
 
+@pytest.mark.slow
 def test_the_code_of_a_half_precision_card_loads_it_in_its_type(light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """diffusers reads the type of a pipeline's files off for its text encoder alone, and its call then ended in an error of torch."""
     monkeypatch.chdir(tmp_path)
@@ -170,6 +171,7 @@ def test_the_code_of_a_half_precision_card_loads_it_in_its_type(light: Path, tmp
     assert first.std() > 1 and (first - other).abs().mean() < 4 and all("torch_dtype=torch.bfloat16" in code for code in codes)
 
 
+@pytest.mark.slow
 def test_the_code_of_adapters_makes_the_teacher_of_all_that_it_was_made_of(tiny: Path, light: Path, tmp_path: Path) -> None:
     """With a LoRA fused into it and another autoencoder, as in training; the student's were loaded on the bare pipeline."""
     style = trained(light, adapter=Adapter(2))
@@ -187,6 +189,7 @@ def test_the_code_of_adapters_makes_the_teacher_of_all_that_it_was_made_of(tiny:
     assert sampled(method, names["pipe"]) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_single_file_is_a_teacher_like_any_other(light: Path, tmp_path: Path) -> None:
     """Its card asked for a folder."""
     file = checkpoints.single_file(load_pipeline(light), tmp_path / "one.safetensors")
@@ -249,6 +252,7 @@ def test_half_precision_is_checked_as_strictly(method: Any, tmp_path: Path) -> N
     assert all(torch.equal(a, b) for a, b in zip(exact, method.outgoing.network.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_sdxl_goes_out_for_other_tools(xl: Path, tmp_path: Path) -> None:
     """Under names of diffusers for kohya's too, which ComfyUI and A1111 read of SDXL as well."""
     found = dict(release.release(trained(xl), Release(tmp_path, FORMATS[2:], "x", 4, PROMPTS)))
@@ -276,7 +280,8 @@ def test_a_merged_network_stays_off_the_device_where_its_base_is_in_half_precisi
     assert found == [{"cpu"}, {"meta"}]
 
 
-@pytest.mark.parametrize("told", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [False, True])
 def test_a_base_in_half_precision_needs_no_second_network_in_float32(told: bool, light: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Weights are held against each other one by one, and both samplers ask the pipeline that was read again, in its precision."""
     method, asked = trained(light, memory=Memory("bfloat16"), w_conditioned=told), []

@@ -114,7 +114,7 @@ def plain(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dic
 OWN_PROCESS = [name for name in SHIPPED if name not in OTHER_PROCESS]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if k % 3 else ()) for k, n in enumerate(OWN_PROCESS)])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if k % 6 else ()) for k, n in enumerate(OWN_PROCESS)])
 def test_a_teachers_ways_to_sample_are_not_the_students(name: str, tiny: Path, tmp_path: Path, plain: dict[str, Any]) -> None:
     backbone = teacher(name, tiny, tmp_path / "p")
     assert torch.equal(backbone.schedule.alphas, NoiseSchedule.scaled_linear().alphas)
@@ -123,7 +123,7 @@ def test_a_teachers_ways_to_sample_are_not_the_students(name: str, tiny: Path, t
 
 
 @pytest.mark.parametrize("method", ["lcm", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name != "lcm")])
-@pytest.mark.parametrize("name", OTHER_PROCESS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if k % 2 else ()) for k, n in enumerate(OTHER_PROCESS)])
 def test_a_forward_process_of_its_own_survives(name: str, method: str, tiny: Path, tmp_path: Path) -> None:
     """Compared by samples, through the folder; the flags of the process are those of the teacher."""
     built = made(method, teacher(name, tiny, tmp_path / "p"))

@@ -95,6 +95,7 @@ def test_an_ensemble_is_its_members(toy: Toy, told: bool) -> None:
     assert all(torch.equal(a[1:], b) for a, b in zip(net.weights, alone.weights, strict=True))
 
 
+@pytest.mark.slow
 def test_a_member_has_no_gradient_in_the_weights_of_another(toy: Toy) -> None:
     net, head = toy.trainable(), toy.head()
     assert isinstance(head, Head)
@@ -196,7 +197,7 @@ def test_bad_arguments_are_refused(toy: Toy) -> None:
 # Methods -------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ("lcm", "pd", "dmd2") else pytest.mark.slow) for n in ENTRIES])
 def test_members_of_a_run_do_not_talk(toy: Toy, name: str) -> None:
     """Other data for member 0, the same for member 1: after updates on forward latents and roll-outs, member 1 has not noticed."""
     points = toy.captions.points

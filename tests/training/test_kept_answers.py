@@ -19,7 +19,7 @@ batch (another kernel multiplies fewer)."""
 BOX = [[-1.0] * 4, [1.0] * 4]
 ASKING = [entry for entry in METHODS if hasattr(entry.method, "answer")]
 MORE = [Entry("ctm-two-steps", BY_NAME["ctm"].method, {"denoising": 0.0, "teacher_steps": 2}, slow=True)]
-ORDINARY = ("lcm", "pd", "snapfusion", "reflow")
+ORDINARY = ("lcm", "pd")
 
 
 @pytest.fixture(scope="session")
@@ -89,6 +89,7 @@ def test_two_processes_keep_their_own(pair: Pair, tiny: Path) -> None:
     assert equal(kept["weights"], others["weights"]) and not equal(kept["losses"], others["losses"])
 
 
+@pytest.mark.slow
 def test_a_question_is_the_same_in_a_resumed_run_and_another_with_other_settings(tiny: Path) -> None:
     """Clocks, rates and lengths are no part of it; all that moves an answer is."""
     entry = BY_NAME["lcm"]

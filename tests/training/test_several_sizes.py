@@ -63,7 +63,7 @@ class Heard:
         self.calls.append((tuple(args[0].shape[2:]), [tuple(row) for row in kwargs["added_cond_kwargs"]["time_ids"].tolist()]))
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=() if name == "lcm" else pytest.mark.slow) for name in METHODS])
 def straight(request: Any, xl: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Any, Heard, Path]]:
     """(method, its run in one piece, what its networks have heard, a checkpoint of its middle)."""
     folder, heard = tmp_path_factory.mktemp(request.param), Heard()
@@ -100,7 +100,7 @@ def test_the_student_samples_at_the_pipelines_own_size(straight: Any, tmp_path: 
         assert Pipeline(str(tmp_path / "made")).size == (16, 16)
 
 
-@pytest.mark.parametrize("size", [(24, 24), (16, 24)])
+@pytest.mark.parametrize("size", [(24, 24), pytest.param((16, 24), marks=pytest.mark.slow)])
 def test_a_run_at_another_size_samples_and_exports_at_it(size: tuple[int, int], xl: Path, pictures: Path, tmp_path: Path) -> None:
     method = LCM(pipeline=Pipeline(Source(str(xl), size=size)), updates=1, guidance=2.0, w_conditioned=False)
     data = DDILDataModule(Images(str(pictures), size=size), batch_size=2)
