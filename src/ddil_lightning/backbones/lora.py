@@ -1,4 +1,4 @@
-"""Adapters as files: diffusers' format, with rank and alpha in its header, and kohya's, which ComfyUI and A1111 read."""
+"""Adapters as files: diffusers' format, with rank and alpha in its header, kohya's, which ComfyUI and A1111 read, and ComfyUI's own."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddil_lightning.backbones import comfy
 from ddil_lightning.backbones.adapters import NAME, is_adapted
 from ddil_lightning.backbones.family import Family
+from ddil_lightning.backbones.loras import by_authors
 from ddil_lightning.backbones.weights import hushed
 
 
@@ -20,7 +22,7 @@ def check(network: nn.Module, shared: Iterable[nn.Parameter], told: bool = False
     `told`: whether the guidance is told to the frozen network too, so that its embedding lies below the adapters.
     """
     if not isinstance(network, Family) or not is_adapted(network):
-        raise ValueError("this student has no adapters, which --format lora and kohya hold: choose diffusers or single-file")
+        raise ValueError("this student has no adapters, which --format lora, kohya and comfy hold: choose diffusers or single-file")
     base = {id(p) for p in shared}
     whole = [name for name, p in network.named_parameters() if id(p) not in base and ".lora_" not in name]
     if network.w_conditioned and not told:
@@ -47,9 +49,9 @@ def write(kind: Any, file: Path, network: Family, dtype: torch.dtype) -> None:
     The header says of them what every version of PEFT knows, and no more: one that meets an unknown word refuses the file.
     """
     config = network.model.peft_config[NAME]
-    about = {"r": config.r, "lora_alpha": _alpha(config), "target_modules": sorted({key.split(".lora_")[0] for key in _state(network)})}
-    layers = {key: value.detach().to("cpu", dtype).contiguous() for key, value in _state(network).items()}
-    given = {f"{network.component}_lora_layers": layers, f"{network.component}_lora_adapter_metadata": about}
+    about = {"r": config.r, "lora_alpha": _alpha(config), "target_modules": layers(network)}
+    weights = {key: value.detach().to("cpu", dtype).contiguous() for key, value in _state(network).items()}
+    given = {f"{network.component}_lora_layers": weights, f"{network.component}_lora_adapter_metadata": about}
     kind.save_lora_weights(file.parent, weight_name=file.name, safe_serialization=True, **given)
 
 
@@ -71,6 +73,21 @@ def write_kohya(file: Path, network: Family, dtype: torch.dtype) -> None:
     save_file({**own, **alphas}, file, metadata=header)
 
 
+def write_comfy(file: Path, network: Family, dtype: torch.dtype) -> None:
+    """The same under the names of its authors, `diffusion_model.*`, each layer with its alpha (`comfy.named`)."""
+    from safetensors.torch import save_file
+
+    state = {key: value.detach().to("cpu", dtype) for key, value in _state(network).items()}
+    pairs = {layer: comfy.Pair(state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"]) for layer in layers(network)}
+    made = comfy.named(type(network), network.model, pairs, float(_alpha(network.model.peft_config[NAME])))
+    save_file({key: value.contiguous() for key, value in made.items()}, file, metadata={"format": "pt"})
+
+
+def layers(network: Family) -> list[str]:
+    """The names in diffusers of those that have adapters."""
+    return sorted({key.split(".lora_")[0] for key in _state(network)})
+
+
 def _alpha(config: Any) -> float:
     return int(config.lora_alpha) if config.lora_alpha == int(config.lora_alpha) else float(config.lora_alpha)
 
@@ -84,14 +101,21 @@ def _state(network: Family) -> dict[str, Tensor]:
 
 
 def load(pipe: Any, file: Path) -> Any:
-    """The pipeline, after diffusers has put the adapters of a file, of either format, on it."""
+    """The pipeline, after diffusers has put the adapters of a file, of any format, on it."""
+    found = by_authors(pipe, file)
     with hushed():
-        pipe.load_lora_weights(str(file.parent), weight_name=file.name)
+        if found is None:
+            pipe.load_lora_weights(str(file.parent), weight_name=file.name)
+        else:
+            pipe.load_lora_weights(found)
     return pipe
 
 
 def check_equal(loaded: nn.Module, trained: nn.Module, dtype: torch.dtype) -> None:
-    """Raises ValueError, naming the layer, unless a model has the adapters of another as `dtype` holds them, with the same scale."""
+    """Raises ValueError, naming the layer, unless a model has the adapters of another as `dtype` holds them, with the same scale.
+
+    The scale may be in A, as it is where a file's alpha was multiplied into it, and then rounded.
+    """
     from peft.tuners.lora import LoraLayer
 
     theirs = {name: module for name, module in loaded.named_modules() if isinstance(module, LoraLayer)}
@@ -102,6 +126,10 @@ def check_equal(loaded: nn.Module, trained: nn.Module, dtype: torch.dtype) -> No
         for part in ("lora_A", "lora_B"):
             (other,) = getattr(theirs[name], part).values()
             stored = getattr(mine[name], part)[NAME].weight.detach().to(dtype).to(other.weight)
-            lost += [] if torch.equal(other.weight, stored) and abs(its - same) <= 1e-3 * same else [name]
+            if part == "lora_A" and abs(its - same) > 1e-3 * same:
+                close = torch.allclose(its * other.weight, same * stored, rtol=2 * torch.finfo(dtype).eps, atol=0)
+            else:
+                close = torch.equal(other.weight, stored)
+            lost += [] if close else [name]
     if lost:
         raise ValueError(f"the adapter of {lost[0]} is another one when diffusers reads the file")

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
-from ddil_lightning.backbones.repositories import cached, local_folder, offline
+from torch import Tensor
+
+from ddil_lightning.backbones import comfy
+from ddil_lightning.backbones.families import FAMILIES
+from ddil_lightning.backbones.repositories import DENOISERS, cached, local_folder, offline
 from ddil_lightning.backbones.source import Lora
 from ddil_lightning.texts import place, reason
 
@@ -39,13 +44,29 @@ def _fuse(pipe: Any, lora: Lora, untouched: Collection[str]) -> None:
         if load is not None:
             setattr(open_, f"load_lora_into_{name}", _into(load, seen, name, untouched))
     where, file = _file(lora)
-    open_.load_lora_weights(where, weight_name=file, use_safetensors=True)
+    found = None if file is None or not Path(where, file).is_file() else by_authors(open_, Path(where, file))
+    if found is None:
+        open_.load_lora_weights(where, weight_name=file, use_safetensors=True)
+    else:
+        open_.load_lora_weights(found)
     if not seen:
         raise ValueError("it has no weights for any of its networks")
     modules = [name for name in open_._lora_loadable_modules if name not in untouched and getattr(open_, name, None) is not None]
     if modules:
         open_.fuse_lora(components=modules, lora_scale=lora.scale)
         open_.unload_lora_weights()
+
+
+def by_authors(pipe: Any, file: Path) -> dict[str, Tensor] | None:
+    """What a file of `diffusion_model.*` is by diffusers' names, of which diffusers reads not all; None where it is another format.
+
+    Raises safetensors' error for a file that is none.
+    """
+    from safetensors.torch import load_file
+
+    network = next((network for name in DENOISERS if (network := getattr(pipe, name, None)) is not None), None)
+    family = FAMILIES.get(type(network).__name__)
+    return comfy.translated(family, network, load_file(file)) if family is not None else None
 
 
 def _file(lora: Lora) -> tuple[str, str | None]:

@@ -18,7 +18,7 @@ from ddil_lightning.evaluation.table import results_table
 from ddil_lightning.texts import by, place
 
 OWN = "https://pypi.org/project/ddil-lightning/"
-ADAPTERS = ("lora", "kohya")
+ADAPTERS = ("lora", "kohya", "comfy")
 """The formats that hold a student's adapters alone."""
 
 
@@ -159,6 +159,8 @@ class Card:
         more = "".join(f", {name}={value!r}" for name, value in self.called_with.items())
         negative = f', negative_prompt="{self.negative}"' if g > 1 and self.asked_by != "guidance_scale" else ""
         call = f'image = pipe("a prompt", num_inference_steps={steps}, {self.asked_by}={g:g}{negative}{noise}{size}{more}).images[0]'
+        if [*self.files] == ["comfy"]:  # diffusers does not read it of every family
+            return
         yield "## In diffusers"
         if "diffusers" in self.files:
             where = self.hub or self.files["diffusers"]
@@ -175,7 +177,7 @@ class Card:
                 "out again\nafter the same `torch.manual_seed`. It holds the nodes of this one step count."
             )
         for name in self.files:
-            if name in ADAPTERS:
+            if name in ("lora", "kohya"):
                 yield f"The adapters `{self.files[name]}` on their teacher, with the scheduler that they were trained for:"
                 yield _code(*self._adapters(name), call)
             if name == "single-file":
@@ -240,7 +242,7 @@ class Card:
         return f"pipe.scheduler = {kind.__name__}({', '.join(f'{key}={value!r}' for key, value in own.items())})"
 
     def _in_comfy(self) -> Iterator[str]:
-        loadable = [name for name in ("single-file", "kohya", "lora") if name in self.files]
+        loadable = [name for name in ("single-file", "kohya", "comfy", "lora") if name in self.files]
         if not loadable or not self.in_comfy:
             return
         about, n = self.about, self.about["steps"]
@@ -255,7 +257,7 @@ class Card:
         elif self.scheduler.config.prediction_type == "v_prediction":
             zsnr = "on" if self.scheduler.config.get("rescale_betas_zero_snr") else "off"
             model = f", *ModelSamplingDiscrete* with v_prediction and zsnr {zsnr}"
-        file = self.files[next((name for name in ("single-file", "kohya") if name in loadable), "lora")]
+        file = self.files[loadable[0]]
         told = self.told and "shift" in about  # a flow by an embedding of its own, as Flux
         cfg = "1, *FluxGuidance* {g:g}" if told else "{g:g}"
         yield (
@@ -265,13 +267,15 @@ class Card:
         )
         if "lora" in loadable and self.adapter and self.adapter[0] != self.adapter[1]:
             scale = self.adapter[1] / self.adapter[0]
-            kohya = "" if "shift" in about else "the kohya file, or "  # which is for U-Nets
-            yield f"ComfyUI does not read the alpha of `{self.files['lora']}`: take {kohya}strength {scale:g}."
+            other = "comfy" if "shift" in about else "kohya"  # which is for U-Nets
+            yield f"ComfyUI does not read the alpha of `{self.files['lora']}`: take the {other} file, or strength {scale:g}."
 
     @property
     def _comfy_shift(self) -> str:
-        """ComfyUI's node for a flow's shift s; Flux's is told ln s, between two sizes of images."""
+        """ComfyUI's node for a flow's shift s; Flux's is told ln s, between two sizes of images. Others count times to 1, not to 1000."""
         shift = float(self.about["shift"])
+        if self.kind.startswith(("QwenImage", "ZImage")):
+            return f"*ModelSamplingAuraFlow* with shift {shift:g}"
         if not self.kind.startswith("Flux"):
             return f"*ModelSamplingSD3* with shift {shift:g}"
         return f"*ModelSamplingFlux* with max_shift and base_shift {math.log(shift):.4g}"

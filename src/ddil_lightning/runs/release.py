@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from ddil_lightning.backbones import ldm, lora
+from ddil_lightning.backbones import comfy, ldm, lora
 from ddil_lightning.backbones.loading import load_pipeline
 from ddil_lightning.backbones.repositories import BUILTIN, called
 from ddil_lightning.errors import one_line
 from ddil_lightning.files import replacing_folder, write_text
+from ddil_lightning.runs.card import ADAPTERS
 from ddil_lightning.runs.export import NotAsTrained, card, check_weights, confirm, deliver, export, is_lean, loads, rounded, unheld
 from ddil_lightning.texts import from_json
 from ddil_lightning.training.sharing import merged
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from ddil_lightning.backbones.pipeline import Pipeline
     from ddil_lightning.training.method import Distillation
 
-FORMATS = ("diffusers", "lora", "kohya", "single-file")
+FORMATS = ("diffusers", "lora", "kohya", "single-file", "comfy")
 U_NETS = ("kohya", "single-file")
 """Formats of Stable Diffusion's U-Nets alone."""
 
@@ -59,6 +60,7 @@ class Release:
             "lora": "pytorch_lora_weights.safetensors",
             "kohya": f"{stem}_kohya.safetensors",
             "single-file": f"{stem}.safetensors",
+            "comfy": f"{stem}_comfy.safetensors",
         }[kind]
 
 
@@ -77,10 +79,14 @@ def check_formats(method: Distillation, formats: Sequence[str]) -> None:
     for kind in formats:
         if kind in U_NETS and network.component != "unet":
             raise ValueError(f"--format {kind} is for U-Nets, and this student is a {type(network).__name__}: choose --format diffusers")
-        if kind in ("lora", "kohya"):
+        if kind in ADAPTERS:
             lora.check(network, method.outgoing.shared, method.backbone.told)
             of = type(cast("Pipeline", method.backbone).pipe)
-            if not hasattr(of, "save_lora_weights"):
+            loads_any = hasattr(of, "save_lora_weights")
+            if kind == "comfy":
+                others = ["diffusers", *(["lora"] if loads_any else []), *(["kohya"] if network.component == "unet" else [])]
+                comfy.check(type(network), lora.layers(network), " or ".join(others))
+            if not loads_any:
                 raise ValueError(f"--format {kind}: diffusers loads no LoRA into a {of.__name__}; choose diffusers, which has it merged")
         if kind == "single-file":
             ldm.check(network.model)
@@ -115,7 +121,7 @@ def _adapters(method: Distillation, given: Release, kind: str) -> float:
         if kind == "lora":
             lora.write(type(backbone.pipe), file, network, given.dtype)
         else:
-            lora.write_kohya(file, network, given.dtype)
+            (lora.write_kohya if kind == "kohya" else lora.write_comfy)(file, network, given.dtype)
         pipe = load_pipeline(backbone.source, loads(method), scheduler=method.deployment.made_scheduler(given.steps))
         pipe = lora.load(pipe, file)
         try:
