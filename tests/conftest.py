@@ -28,9 +28,9 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell starts its back
 PAIRED = ("test_sharding", "test_processes", "test_lockstep", "test_metrics", "test_cachefolder", "test_several_sizes", "test_generation")
 """Files that use `pair`. They are one to those who share out the files, so that its two interpreters import everything once."""
 LONG = (
-    *PAIRED, "test_resume", "test_fuzz", "test_methods", "test_tail", "test_benchmarks", "test_configs", "test_bad_data",
-    "test_callbacks", "test_fit_cli", "test_stages", "test_dmd2_turns", "test_readme", "test_schedulers", "test_bad_input", "test_commands",
-    "test_pretrain", "test_notebooks", "test_contributing", "test_comparing",
+    *PAIRED, "test_readme", "test_methods", "test_tail", "test_fit_cli", "test_stages", "test_bad_input", "test_configs", "test_resume",
+    "test_contributing", "test_release", "test_fuzz", "test_older_runs", "test_commands", "test_assembly", "test_callbacks", "test_lcm",
+    "test_checkpoint", "test_schedulers", "test_plan", "test_quantising", "test_comparing", "test_notebooks", "test_benchmarks",
 )  # fmt: skip
 """Files of ten seconds and more, the longest first."""
 

@@ -174,6 +174,7 @@ def test_methods_distil_it_and_diffusers_loads_the_student(entry: suite.Entry, z
     assert Pipeline(str(folder)).shift == 3.0 and Pipeline(str(folder)).size == (16, 16)
 
 
+@pytest.mark.slow
 def test_adapters_are_released_in_the_pipelines_own_format(zimage: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

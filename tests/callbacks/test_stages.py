@@ -30,6 +30,12 @@ PD_2 = Entry("pd", PD, {"stages": PLAN, "teacher_steps": 16})
 PD_3 = Entry("pd-parts", PD, {"stages": PARTS, "teacher_steps": 8, "updates": None})
 
 
+@pytest.fixture(scope="session")
+def tiny(light: Path) -> Path:
+    """What is trained here: these tests wait for calls of the U-Net more than for anything else."""
+    return light
+
+
 # Plans ----------------------------------------------------------------------------------------------------------------------------
 
 FAULTS = {
@@ -137,6 +143,7 @@ def test_parts_and_stages_have_their_priors_and_grids(tiny: Path) -> None:
     assert watch.stored[0] == set() and watch.stored[2] and watch.stored[5]
 
 
+@pytest.mark.slow
 def test_the_level_of_a_gate_begins_anew_at_a_stage(tiny: Path, tmp_path: Path) -> None:
     """As the clock of a schedule does, also where a run goes on from a stage's end; every published number passes here."""
     seen: list[tuple[int, float]] = []
@@ -163,7 +170,7 @@ def test_the_level_of_a_gate_begins_anew_at_a_stage(tiny: Path, tmp_path: Path) 
     assert seen == expected
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("ema", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
 def test_the_deployed_student_is_the_next_teacher_and_the_next_student(ema: float, tiny: Path) -> None:
     """In place, bit by bit, with an optimiser that remembers nothing."""
     run, watch = watched(PD_2, tiny, ema=ema)
@@ -197,7 +204,7 @@ def test_annealing_runs_in_every_stage_anew(tiny: Path) -> None:
         fit(build(PD_3, tiny), captions(tiny), anneal)
 
 
-@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("last", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_annealing_leaves_a_preliminary_stage_on_forward_latents(last: bool, tiny: Path) -> None:
     class Priors(Callback):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
@@ -245,7 +252,7 @@ def same(a: Run, b: Run) -> None:
     assert a.method.policies.teacher.denoiser is a.method.expert and b.method.policies.teacher.denoiser is b.method.expert
 
 
-@pytest.mark.parametrize("cut", [2, 4, 5])
+@pytest.mark.parametrize("cut", [pytest.param(2, marks=pytest.mark.slow), 4, 5])
 def test_resuming_is_exact_in_every_stage_and_at_every_boundary(cut: int, tiny: Path, tmp_path: Path, straight: Run) -> None:
     fit(build(PD_3, tiny), captions(tiny), StopAt(cut, tmp_path / "cut.ckpt"))
     resumed = fit(build(PD_3, tiny), captions(tiny), ckpt=tmp_path / "cut.ckpt")
@@ -344,6 +351,7 @@ def test_pipelines_of_another_run_are_not_replaced(tiny: Path, tmp_path: Path) -
         trainer.fit(build(PD_2, tiny), captions(tiny))
 
 
+@pytest.mark.slow
 def test_ddil_test_of_the_run(finished: Path, tmp_path: Path) -> None:
     """The pipelines as their users call them give the rows of the run."""
     from ddil_lightning.commands.test import test
@@ -357,6 +365,7 @@ def test_ddil_test_of_the_run(finished: Path, tmp_path: Path) -> None:
         assert row["nfe"] == theirs[name]["nfe"]
 
 
+@pytest.mark.slow
 def test_faults_on_the_command_line(tiny_eps: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     config = str(finished.parent / "pd.yaml")

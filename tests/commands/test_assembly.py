@@ -53,6 +53,7 @@ def test_words_are_those_of_the_command_line(tiny_config: Path) -> None:
     assert assemble(str(tiny_config)).method.updates == 12
 
 
+@pytest.mark.slow
 def test_the_config_of_a_run_can_be_assembled(finished: Path, tiny_config: Path) -> None:
     again, first = (assemble(config).method for config in (finished / "config.yaml", tiny_config))
     assert equal(dict(again.state_dict()), dict(first.state_dict()))

@@ -138,6 +138,7 @@ def test_a_comparison_goes_on_with_the_rows_that_are_missing(capsys: Any, monkey
     assert asked[8:] == [row["name"] for row in fresh["rows"]] == ["base@1", "other@1"]
 
 
+@pytest.mark.slow
 def test_rows_of_another_protocol_stay_and_are_told(capsys: Any) -> None:
     shutil.copytree("base", "other")
     call(capsys, "base", "other", "--steps", 1)

@@ -195,6 +195,7 @@ def test_a_second_ctrl_c_stops_at_once(tiny_config: Path, capsys: Any, monkeypat
     assert [p.name for p in sorted_checkpoints(Path("r/checkpoints"))] == ["updates=4.ckpt"]
 
 
+@pytest.mark.slow
 def test_a_branch_leaves_its_source_alone(finished: Path, tiny_config: Path, here: Path, capsys: Any) -> None:
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
     source = finished / "checkpoints" / "updates=8.ckpt"
@@ -206,6 +207,7 @@ def test_a_branch_leaves_its_source_alone(finished: Path, tiny_config: Path, her
     assert Path("runs/tiny/latest").resolve() == here / "branch"
 
 
+@pytest.mark.slow
 def test_a_run_that_lacks_only_its_results_gets_them_and_a_complete_one_is_refused(
     finished: Path, tiny_config: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

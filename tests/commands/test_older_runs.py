@@ -70,7 +70,7 @@ def flat(options: dict[str, Any], moved: dict[str, str]) -> dict[str, Any]:
     return {**{k: v for k, v in options.items() if k not in records}, **{former[name]: value for name, value in named if name not in NEW}}
 
 
-@pytest.fixture(scope="module", params=[pytest.param(name, marks=() if name == "PD" else pytest.mark.slow) for name in sorted(OLD)])
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=() if name == "LCM" else pytest.mark.slow) for name in sorted(OLD)])
 def run(request: Any, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A method's name, and its complete run with a checkpoint of update 2."""
     from ddil_lightning.commands.fitting import fit as train
@@ -92,6 +92,7 @@ def test_every_setting_is_carried_over(run: tuple[str, Path], tiny: Path) -> Non
     assert read_config(folder / "config.yaml") == written  # of today: as it is
 
 
+@pytest.mark.slow
 def test_it_goes_on_exactly_and_is_exported(run: tuple[str, Path], tiny: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     """From update 2, by the command that a stopped run is answered with and with another config: bit for bit as without a stop."""
     method, folder = run

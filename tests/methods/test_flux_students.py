@@ -103,9 +103,10 @@ def test_the_teacher_is_asked_once(flux: Path, schnell: Path) -> None:
     assert asked[schnell]["teacher"] == 2 * asked[flux]["teacher"] > 0 and asked[schnell]["student"] == asked[flux]["student"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "entry",
-    [pytest.param(Entry("dmd2", DMD2, MATCHING), marks=pytest.mark.slow), Entry("ladd", LADD, {"gan": {"features": "teacher"}})],
+    [Entry("dmd2", DMD2, MATCHING), Entry("ladd", LADD, {"gan": {"features": "teacher"}})],
     ids=["dmd2", "ladd"],
 )
 def test_a_discriminator_cannot_tell_its_sides_by_the_guidance(entry: Entry, flux: Path) -> None:

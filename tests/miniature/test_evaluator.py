@@ -45,6 +45,7 @@ def test_clip_score_prefers_the_true_caption(evaluator: Evaluator, pairs: tuple[
         evaluator.clip_score(images, ["a circle"])
 
 
+@pytest.mark.slow
 def test_held_out_figures(evaluator: Evaluator) -> None:
     found = scores(evaluator, n=256)
     assert found["image to text"] > 0.6 and found["text to image"] > 0.6

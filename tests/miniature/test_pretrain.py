@@ -73,7 +73,8 @@ def test_snapshots_are_pipelines_with_all_weights(tiny: Path) -> None:
     assert state["images"] == 48 and any(k.startswith("unet.") for k in state["live"])
 
 
-@pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model.safetensors", pytest.param("state.pt", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model.safetensors", "state.pt"])
 def test_a_disk_that_is_full_at_a_snapshot(tiny: Path, tmp_path: Path, capsys: Any, part: str) -> None:
     resource = pytest.importorskip("resource")
     interim, limits = tmp_path / "interim", resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -69,6 +69,12 @@ def forget() -> None:
     plugins.installed.cache_clear()
 
 
+@pytest.fixture(scope="session")
+def tiny(light: Path) -> Path:
+    """What is trained here: these tests wait for calls of the U-Net more than for anything else."""
+    return light
+
+
 # The house ----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -110,7 +116,14 @@ def entry(place: Path) -> Any:
 
 def test_the_config_trains_tests_and_exports_it(entry: Any, place: Path, tiny: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    small = ("model.updates=4", "data.batch_size=8", "test.n=16", "previews.count=1", "previews.teacher_steps=[4]")
+    small = (
+        "model.updates=4",
+        "data.batch_size=8",
+        "previews.count=1",
+        "previews.teacher_steps=[4]",
+        "test.n=16",
+        "test.teacher_steps=[1]",
+    )
     code, out, err = commandline.fit(capsys, "--config", str(place / "direct.yaml"), f"model.pipeline={tiny}", *small)
     assert code == 0, err
     run = (Path("runs") / "direct" / "latest").resolve()
@@ -195,7 +208,7 @@ def test_prompts_are_counted_as_its_pipelines_read_them(pixart: Path) -> None:
         backbone.encode_text(["a", long])
 
 
-@pytest.mark.parametrize("method", ["LCM", "Direct"])
+@pytest.mark.parametrize("method", [pytest.param("LCM", marks=pytest.mark.slow), "Direct"])
 def test_methods_distil_it_and_diffusers_loads_the_student(method: str, entry: Any, pixart: Path, tmp_path: Path) -> None:
     """With roll-outs of student and teacher; the exported pipeline is called by diffusers alone, with the noise of the trainer."""
     from diffusers import PixArtAlphaPipeline
@@ -280,6 +293,7 @@ def call(capsys: Any, name: str, *words: str) -> str:
     return out
 
 
+@pytest.mark.parametrize("named", [pytest.param("environment", marks=pytest.mark.slow), "package"], indirect=True)
 def test_every_command_knows_both(named: None, pixart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """The command of the page on a folder of images of one's own; then test, sample and export of what it leaves."""
     monkeypatch.chdir(tmp_path)
@@ -301,7 +315,8 @@ def test_every_command_knows_both(named: None, pixart: Path, tmp_path: Path, mon
     assert Path("x.png").is_file()
 
 
-def test_a_plugin_that_fails_is_named(pixart: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_plugin_that_fails_is_named(pixart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)  # where `refused` looks for what was left behind
     forget()
     monkeypatch.setenv("DDIL_PLUGINS", "pixart, not_there")
     for _ in range(2):

@@ -239,6 +239,7 @@ def test_the_licence_is_the_teachers(tiny: Path, tmp_path: Path) -> None:
     assert licence_of("nobody/nothing") is None
 
 
+@pytest.mark.slow
 def test_half_precision_is_checked_as_strictly(method: Any, tmp_path: Path) -> None:
     exact = [p.clone() for p in method.outgoing.network.parameters()]
     found = dict(release.release(method, Release(tmp_path / "out", FORMATS[2:], "lcm-tiny", 2, PROMPTS, torch.float16)))
@@ -270,6 +271,7 @@ def test_a_student_that_is_a_whole_network_goes_out_in_one_file(light: Path, tmp
         assert sampled(method, pipe) < 0.05  # whose text encoder is rounded too
 
 
+@pytest.mark.slow
 def test_a_merged_network_stays_off_the_device_where_its_base_is_in_half_precision(light: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for dtype in ("bfloat16", "float32"):
@@ -299,6 +301,7 @@ def test_a_base_in_half_precision_needs_no_second_network_in_float32(told: bool,
     assert all(torch.equal(value, mine[key]) for key, value in stored.items())
 
 
+@pytest.mark.slow
 def test_a_replay_tells_another_time_guidance_or_text(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method = LCM(pipeline=str(tiny), guidance=2.0).eval()
     deployment, made = method.deployment, copy.copy(method.backbone)

@@ -64,18 +64,18 @@ PLAN = [Stage(steps=8, updates=3), Stage(steps=4, updates=4, warmup=2)]  # the l
 LORA = Adapter(4, alpha=32.0)
 METHODS = [
     Entry("lcm", LCM),
-    Entry("lcm-fixed-guidance", LCM, {"w_conditioned": False, "guidance": 2.0}),
+    Entry("lcm-fixed-guidance", LCM, {"w_conditioned": False, "guidance": 2.0}, slow=True),
     Entry("lcm-online-target", LCM, {"target_decay": 0.0, "ema": 0.0, "distance": {"kind": "mse"}}, slow=True),
     Entry("pd", PD, {"stages": PLAN, "teacher_steps": 16}),
     Entry("dmd2", DMD2, {"guidance": 2.0, "critic": {"steps": 2}}, falls="critic_loss", unused=True),
-    Entry("emd", EMD, {"guidance": 2.0, "chain": {"steps": 2}}, falls="critic_loss", unused=True),
+    Entry("emd", EMD, {"guidance": 2.0, "chain": {"steps": 2}}, falls="critic_loss", unused=True, brief=True),
     Entry("sid", SiD, {"guidance": 2.0, "critic": {"steps": 2}}, falls="critic_loss", unused=True, brief=True),
     Entry("f-distill", DMD2, {"guidance": 2.0, "scores": {"divergence": "js"}}, falls="critic_loss", unused=True, slow=True),
     Entry("dmd", DMD, {"guidance": 2.0, "steps": 4, "pairs": {"steps": 2}}, falls="critic_loss", unused=True, brief=True),
     Entry("reflow", Reflow, {"guidance": 2.0, "nodes": 8, "relabel": 2, "teacher_steps": 4, "pairs": {"steps": 2}}, brief=True),
     Entry("boot", BOOT, {"guidance": 2.0, "steps": 4}, brief=True),
     Entry("snapfusion", SnapFusion, {"steps": 4, "guided": 0.5}, brief=True),
-    Entry("lcm-lora", LCM, {"adapter": LORA}),
+    Entry("lcm-lora", LCM, {"adapter": LORA}, slow=True),
     Entry("pd-lora", PD, {"stages": PLAN, "teacher_steps": 16, "adapter": LORA}, slow=True),
     Entry("imagine-flash", ImagineFlash, {"w_conditioned": True}, brief=True),
     Entry(
@@ -107,8 +107,16 @@ def _params(slow: Callable[[int, Entry], bool]) -> dict[str, Any]:
 
 ALL = _params(lambda i, entry: entry.slow or entry.brief)
 """pytest.mark.parametrize("entry", **ALL): what every method is put through, the brief ones by the slow tests."""
+ALL_AND_LORA = _params(lambda i, entry: (entry.slow or entry.brief) and entry.name != "lcm-lora")
+"""As ALL, and adapters too."""
 PER_METHOD = _params(lambda i, entry: entry.slow or entry.brief or entry.method in [other.method for other in METHODS[:i]])
 """As ALL, for tests of seconds: a method's further settings are left to the slow tests, too."""
+
+
+def one_of(name: str) -> dict[str, Any]:
+    """As ALL, where one method alone is put through the ordinary tests: it has what the others have, or is the quickest."""
+    return _params(lambda i, entry: entry.name != name)
+
 
 FORWARD, MIXED = SamplingPrior(), SamplingPrior(0.5, 0.25, 0.25)
 BATCH, EPOCH = 4, 7  # samples per batch, batches per epoch

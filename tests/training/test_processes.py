@@ -20,6 +20,12 @@ from suite import BATCH, BY_NAME, FORWARD, METHODS, MIXED, PER_METHOD, Entry, Gr
 UPDATES = 4
 
 
+@pytest.fixture(scope="session")
+def tiny(light: Path) -> Path:
+    """What is trained here: these tests wait for calls of the U-Net more than for anything else."""
+    return light
+
+
 class Pretend(SingleDeviceStrategy):
     """One process that takes itself for rank `rank` of WORLD: the same data, noise and plan, and nobody to average with."""
 

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from ddil_lightning.callbacks import Checkpoints
-from suite import ALL, EPOCH, METHODS, PER_METHOD, Entry, Run, StopAt, build, captions, equal, fit, frozen, state
+from suite import ALL_AND_LORA, EPOCH, METHODS, Entry, Run, StopAt, build, captions, equal, fit, frozen, one_of, state
 
 TOTAL, CUT = 9, 5
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -26,6 +26,12 @@ def objects(entry: Entry, tiny: Path, variant: str, **kwargs: Any) -> tuple[Any,
     """A new method and a new DataModule."""
     method, data = VARIANTS[variant]
     return build(entry, tiny, updates=TOTAL, **method, **kwargs), captions(tiny, **data)
+
+
+@pytest.fixture(scope="session")
+def tiny(light: Path) -> Path:
+    """What is trained here: these tests wait for calls of the U-Net more than for anything else."""
+    return light
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +62,7 @@ def same(run: Run, resumed: Run, cut: int = CUT) -> None:
     assert len(run.rows) == TOTAL and resumed.rows == run.rows[cut:]
 
 
-@pytest.mark.parametrize("entry", **ALL)
+@pytest.mark.parametrize("entry", **ALL_AND_LORA)
 def test_resuming_is_exact(entry: Entry, tiny: Path, straight: Any) -> None:
     """From a checkpoint that was written while the run went on."""
     run, ckpt = straight(entry)
@@ -64,7 +70,7 @@ def test_resuming_is_exact(entry: Entry, tiny: Path, straight: Any) -> None:
 
 
 @pytest.mark.parametrize("variant", ["accumulate", pytest.param("priority", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("entry", **PER_METHOD)
+@pytest.mark.parametrize("entry", **one_of("dmd2"))
 def test_resuming_is_exact_in_every_variant(entry: Entry, variant: str, tiny: Path, straight: Any) -> None:
     run, ckpt = straight(entry, variant)
     same(run, fit(*objects(entry, tiny, variant), ckpt=ckpt))
@@ -80,7 +86,7 @@ class Left(Callback):
         self.seeds.append(torch.initial_seed())
 
 
-@pytest.mark.parametrize("entry", **PER_METHOD)
+@pytest.mark.parametrize("entry", **one_of("pd"))
 def test_resuming_is_exact_with_dropout(entry: Entry, tiny: Path, tmp_path: Path, straight: Any) -> None:
     def dropping() -> tuple[Any, Any]:
         method, data = objects(entry, tiny, "buffer")
@@ -96,7 +102,7 @@ def test_resuming_is_exact_with_dropout(entry: Entry, tiny: Path, tmp_path: Path
     assert run.rows != straight(entry)[0].rows  # it was on
 
 
-@pytest.mark.parametrize("entry", **PER_METHOD)
+@pytest.mark.parametrize("entry", **one_of("dmd2"))
 def test_a_run_that_was_stopped_goes_on(entry: Entry, tiny: Path, tmp_path: Path, straight: Any) -> None:
     """Stopped after update 5, and resumed from a checkpoint that was written once fit had returned."""
     stopped = fit(*objects(entry, tiny, "buffer"), StopAt(CUT))
@@ -105,7 +111,7 @@ def test_a_run_that_was_stopped_goes_on(entry: Entry, tiny: Path, tmp_path: Path
     same(straight(entry)[0], fit(*objects(entry, tiny, "buffer"), ckpt=tmp_path / "after.ckpt"))
 
 
-@pytest.mark.parametrize("entry", **ALL)
+@pytest.mark.parametrize("entry", **ALL_AND_LORA)
 def test_checkpoints_are_plain_and_hold_no_frozen_network(entry: Entry, straight: Any) -> None:
     run, ckpt = straight(entry)
     kept = torch.load(ckpt.with_name(f"updates={TOTAL}.ckpt"), weights_only=True)  # nothing is unpickled
@@ -116,7 +122,7 @@ def test_checkpoints_are_plain_and_hold_no_frozen_network(entry: Entry, straight
     assert kept["ddil"]["student_updates"] == TOTAL and kept["DDILDataModule"]["done"] == run.data.done
 
 
-@pytest.mark.parametrize("cut", [EPOCH - 1, EPOCH, EPOCH + 1])
+@pytest.mark.parametrize("cut", [pytest.param(EPOCH - 1, marks=pytest.mark.slow), EPOCH, pytest.param(EPOCH + 1, marks=pytest.mark.slow)])
 def test_resuming_is_exact_around_the_end_of_an_epoch(cut: int, tiny: Path, tmp_path: Path, straight: Any) -> None:
     entry = METHODS[0]
     fit(*objects(entry, tiny, "buffer"), StopAt(cut, tmp_path / "cut.ckpt"))
