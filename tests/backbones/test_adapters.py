@@ -114,6 +114,7 @@ def test_an_average_follows_adapters_alone(backbone: Pipeline, given: Given) -> 
     assert not {id(p) for p in own} & {id(p) for p in twice.parameters()}
 
 
+@pytest.mark.slow
 def test_half_a_base_has_adapters_and_embeddings_in_float32(tiny: Path, given: Given) -> None:
     half, (x_t, t, c) = Pipeline(str(tiny), torch.bfloat16), given
     student = half.role("student", w_conditioned=True, adapter=ADAPTER)
@@ -151,6 +152,7 @@ def test_weights_are_merged_as_they_are_stored(tiny: Path, backbone: Pipeline) -
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_adapters_alone(tiny: Path) -> None:
     method = LCM(pipeline=str(tiny), adapter=ADAPTER, guidance=2.0, ema=0.9, optimizer=Optimizer(lr=1e-3))
     moved(method.student, 0)

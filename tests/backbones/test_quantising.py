@@ -120,6 +120,7 @@ def test_methods_train_on_it_and_change_none_of_it(name: str, small: Pipeline, t
     assert not any("quant" in key or value.dtype == torch.int8 for key, value in one.method.state_dict().items())
 
 
+@pytest.mark.slow
 @needs_torchao
 def test_a_run_goes_out_without_a_trace_of_it(tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)

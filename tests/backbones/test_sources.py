@@ -254,6 +254,7 @@ def lora(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_lora_becomes_a_part_of_the_teacher(lora: Path, tiny: Path) -> None:
     pipe = DiffusionPipeline.from_pretrained(tiny, **NONE)
     pipe.load_lora_weights(lora)

@@ -330,6 +330,7 @@ def test_several_processes_stop_after_the_same_batch() -> None:
     assert callback._agreed(trainer) and asked == [False]  # until the update is complete
 
 
+@pytest.mark.slow
 def test_the_time_of_training_is_counted_over_resumes(tiny: Path, tmp_path: Path) -> None:
     first = Checkpoints(every=3, folder=str(tmp_path))
     fit(build(LCM, tiny, updates=3), captions(tiny), first)

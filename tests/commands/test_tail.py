@@ -108,6 +108,7 @@ def test_a_report_that_cannot_be_drawn_fails_nothing(tiny_config: Path, capsys: 
     assert code == 0 and "; no report, math domain error\n" in out and Path("r/summary.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_samples_otherwise_is_kept_and_told(tiny_config: Path, capsys: Any, monkeypatch: Any) -> None:
     error = export.NotAsTrained("latents differ")
     monkeypatch.setattr(export, "compare", once(export.compare, error, 2))

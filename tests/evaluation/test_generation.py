@@ -282,7 +282,9 @@ def shared(rank: int, place: str | None, over: dict[str, Any], bad: int = -1) ->
 
 
 @pytest.mark.parametrize(
-    "over", [{}, {"prompts": PROMPTS[:1], "probes": Probes(["a"], 3)}, {"samples": 3}], ids=["shares", "one", "samples"]
+    "over",
+    [{}, *(pytest.param(over, marks=pytest.mark.slow) for over in ({"prompts": PROMPTS[:1], "probes": Probes(["a"], 3)}, {"samples": 3}))],
+    ids=["shares", "one", "samples"],
 )
 def test_two_processes_equal_one(over: dict[str, Any], pair: Pair, tmp_path: Path) -> None:
     """Also where the second has nothing to do, and where one goes on with what two have left."""

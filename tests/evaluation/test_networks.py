@@ -555,6 +555,7 @@ def test_lpips_from_a_file_of_its_trunk(tmp_path: Path) -> None:
     assert torch.equal(squeeze(a, a), torch.zeros(2)) and squeeze(a, b).min() > 0
 
 
+@pytest.mark.slow
 def test_inception_is_torch_fidelity_s_own_extractor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     extractor = module.FeatureExtractorInceptionV3

@@ -390,7 +390,7 @@ def untrained(monkeypatch):
     monkeypatch.setattr(evaluator, "load_evaluator", lambda: evaluator.Evaluator().requires_grad_(False).eval())
 
 
-@pytest.mark.parametrize("data", ["shapes", "digits"])
+@pytest.mark.parametrize("data", ["shapes", pytest.param("digits", marks=pytest.mark.slow)])
 def test_builtin_suite(untrained, data):
     s = Suite.builtin(data, n=32, extra=60)
     assert len(s.prompts) == 32 and s.probes.seeds * len(s.probes.prompts) == 60
@@ -421,7 +421,7 @@ def test_builtin_prompts_and_images_are_one_held_out_set(untrained):
         Suite.builtin("shapes", n=4)
 
 
-@pytest.mark.parametrize("data", ["shapes", "digits"])
+@pytest.mark.parametrize("data", ["shapes", pytest.param("digits", marks=pytest.mark.slow)])
 def test_the_evaluator_that_ships_tells_right_from_wrong(data):
     s = Suite.builtin(data, n=48, extra=30)
     true = s.score(truth(data))

@@ -367,7 +367,7 @@ def mixed(**settings) -> ReplayBuffer:
     return buffer
 
 
-@pytest.mark.parametrize("priority", [0.0, 0.7])
+@pytest.mark.parametrize("priority", [pytest.param(0.0, marks=pytest.mark.slow), 0.7])
 def test_a_batch_is_drawn_from_its_own_shape(priority: float) -> None:
     """As from a buffer that holds nothing else: the same states, weights and ages."""
     buffer, alone = mixed(priority=priority), ReplayBuffer(100, priority=priority)

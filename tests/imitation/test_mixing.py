@@ -178,6 +178,7 @@ def test_recovery_is_what_the_continuations_differ_by() -> None:
     torch.testing.assert_close(plain, injected, rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow
 def test_a_report_of_the_nodes_has_all_of_it() -> None:
     n = 400
     data = MU + STD * noise(n, SHAPE, 900)

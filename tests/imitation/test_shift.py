@@ -148,7 +148,7 @@ def test_readable_errors():
         mmd_rbf(noise(0, 9, 2), noise(0, 9, 3))
 
 
-@pytest.mark.parametrize("measure", [mmd_rbf, energy_distance, probe_auc])
+@pytest.mark.parametrize("measure", [mmd_rbf, energy_distance, pytest.param(probe_auc, marks=pytest.mark.slow)])
 def test_sets_of_the_same_prompts_are_compared_without_bias(measure):
     """Laws that differ from prompt to prompt, the same in both sets: nothing on average, where pairs of one prompt are known as such."""
     prompts = 3 * noise(7, 24, 2)

@@ -54,9 +54,8 @@ def nodes_at(pipe: Any, size: tuple[int, int], **guidance: Any) -> torch.Tensor:
     return pipe.scheduler.sigmas  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize(
-    "entry", [pytest.param(entry, id=entry.name, marks=() if entry.name == "pd" else pytest.mark.slow) for entry in ENTRIES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", [pytest.param(entry, id=entry.name) for entry in ENTRIES])
 def test_a_student_of_dev_resumes_exactly_and_is_exported_as_it_samples(entry: Entry, flux: Path, tmp_path: Path) -> None:
     """Told its guidance, whatever the method; trained nodes at every size, though its pipeline hands sigmas and mu to the scheduler."""
     run = fit(build(entry, flux, updates=4), captions(flux, MIXED), Checkpoints(every=2, keep=9, folder=str(tmp_path)))

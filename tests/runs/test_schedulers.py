@@ -114,7 +114,7 @@ def plain(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dic
 OWN_PROCESS = [name for name in SHIPPED if name not in OTHER_PROCESS]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if k % 6 else ()) for k, n in enumerate(OWN_PROCESS)])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if k % 9 else ()) for k, n in enumerate(OWN_PROCESS)])
 def test_a_teachers_ways_to_sample_are_not_the_students(name: str, tiny: Path, tmp_path: Path, plain: dict[str, Any]) -> None:
     backbone = teacher(name, tiny, tmp_path / "p")
     assert torch.equal(backbone.schedule.alphas, NoiseSchedule.scaled_linear().alphas)

@@ -148,6 +148,7 @@ def test_the_box_is_per_coordinate(toy: Toy) -> None:
     torch.testing.assert_close(alpha * p.x0 + sigma * p.eps, x, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_students_start_near_the_unguided_teacher(toy: Toy) -> None:
     wide = Toy(members=1, seed=3, width=32)
     x0, prompts = wide.captions.points[:2048], wide.captions.prompts(range(2048))
