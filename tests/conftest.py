@@ -185,6 +185,14 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random miniature of Qwen-Image, a flow in packed latents with text under a mask."""
+    from qwenimages import make_qwenimage
+
+    return make_qwenimage(tmp_path_factory.mktemp("qwen") / "tiny-qwen")
+
+
+@pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """Two processes that run functions as one process group: `pair.run(job, ...)`."""
     from pair import Pair

@@ -28,7 +28,6 @@ from ddil_lightning.runs.export import NotAsTrained, export, verify
 from ddil_lightning.runs.release import Release, release
 from distilled import distilled, each, entries
 from pair import Pair, ddp
-from qwenimages import make_qwenimage
 from sd3 import rescheduled
 
 PROMPTS = ["a small red circle", "a handwritten seven left of a large blue square"]
@@ -37,11 +36,6 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "stochastic": ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True, "stochastic_sampling": True}),
     "lcm": ("FlowMatchLCMScheduler", {"shift": 3.0}),
 }
-
-
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_qwenimage(tmp_path_factory.mktemp("qwen") / "tiny")
 
 
 def test_it_is_a_flow_shifted_by_the_size_of_the_image(qwen: Path) -> None:

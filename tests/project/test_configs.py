@@ -25,6 +25,7 @@ LARGE = [
     "dmd2_lora_sd3.yaml",
     "dmd2_lora_sdxl.yaml",
     "lcm_ddil_sd15.yaml",
+    "lcm_lora_qwen.yaml",
     "lcm_lora_sd15.yaml",
     "lcm_lora_sd3.yaml",
     "lcm_lora_sdxl.yaml",
@@ -78,6 +79,7 @@ OWN = {  # what makes a large run small; everything else of its config stays
     "dmd2_lora_sdxl.yaml": ("ssd1b", ["--updates", "2", "model.critic.steps=2"]),
     "lcm_lora_sdxl.yaml": ("ssd1b", ["--updates", "2"]),
     "lcm_lora_sd3.yaml": ("sd3", ["--updates", "2"]),
+    "lcm_lora_qwen.yaml": ("qwen", ["--updates", "2", "model.optimizer.accumulate=1"]),
     "dmd2_lora_flux.yaml": ("flux", ["--updates", "2", "model.critic.steps=2", "model.gan.layers=[block1,block3]"]),
     "dmd2_lora_sd3.yaml": ("sd3", ["--updates", "2", "model.critic.steps=2", "model.gan.layers=[block1,block2]"]),
 }
@@ -118,7 +120,7 @@ def test_large_configs_run_to_their_end_on_a_small_pipeline_of_their_layout(
     assert stages == (["01-eps_to_v", "02-guidance", "03-16-steps", "04-8-steps", "05-4-steps", "06-2-steps"] if "pd" in name else [])
     assert not any("safety" in str(p) or "unverified" in str(p) for p in (here / "r").rglob("*"))
     pipe = DiffusionPipeline.from_pretrained(here / "r" / "pipeline")
-    network = pipe.transformer if layout in ("sd3", "flux") else pipe.unet
+    network = pipe.transformer if layout in ("sd3", "flux", "qwen") else pipe.unet
     assert {x.dtype for x in pipe.vae.parameters()} == {x.dtype for x in network.parameters()} == {torch.float32}
 
 

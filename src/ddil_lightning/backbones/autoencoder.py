@@ -34,12 +34,26 @@ def scale(vae: Any) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def encode(vae: Any, pixels: Tensor, device: torch.device) -> Tensor:
-    """Scaled latents [B, C, h, w] of images [B, 3, H, W] in [-1, 1]: the posterior mean, or its one answer (DC-AE), on `device`."""
+    """Scaled latents [B, C, h, w] of images [B, 3, H, W] in [-1, 1]: the posterior mean, or its one answer (DC-AE), on `device`.
+
+    Raises ValueError for what is no images, such as latents, packed or not.
+    """
+    if pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ValueError(
+            f"images are [B, 3, H, W] in [-1, 1], not {tuple(pixels.shape)}: latents, packed or not, are decoded to images first"
+        )
     with _working(vae, device, pixels.shape[2] * pixels.shape[3]) as chunk:
         parts = [_answer(vae, part.to(device, vae.dtype)).float() for part in pixels.split(chunk)]
     z = torch.cat(parts)
     times, shift = _affine(vae, z)
     return ((z - shift) * times).contiguous()
+
+
+def check(latents: Tensor, channels: int) -> None:
+    """Raises ValueError unless they are [B, C, h, w] of so many `channels`: pipelines that pack theirs hold them as [B, h w / 4, 4 C]."""
+    if latents.ndim != 4 or latents.shape[1] != channels:
+        packed = "; packed ones are made so by the network's unpacked(x, [C, h, w])" if latents.ndim == 3 else ""
+        raise ValueError(f"latents are [B, {channels}, h, w], not {tuple(latents.shape)}{packed}")
 
 
 def _answer(vae: Any, pixels: Tensor) -> Tensor:
@@ -49,7 +63,11 @@ def _answer(vae: Any, pixels: Tensor) -> Tensor:
 
 
 def decode(vae: Any, latents: Tensor, device: torch.device, factor: int, gradients: bool = False) -> Tensor:
-    """Images [B, 3, H, W] in [-1, 1] of scaled latents, `factor` times as large; with `gradients`, not clamped here (Qwen-Image's does)."""
+    """Images [B, 3, H, W] in [-1, 1] of scaled latents, `factor` times as large; with `gradients`, not clamped here (Qwen-Image's does).
+
+    Raises ValueError for latents of another autoencoder, or packed ones.
+    """
+    check(latents, channels(vae))
     made = []
     with torch.set_grad_enabled(gradients), _working(vae, device, latents.shape[2] * latents.shape[3] * factor**2) as chunk:
         for part in latents.split(chunk):

@@ -129,7 +129,9 @@ class Packed(Transformer):
 
     @staticmethod
     def packed(x: Tensor) -> Tensor:
-        """[B, H W / 4, 4 C] of latents [B, C, H, W]."""
+        """[B, H W / 4, 4 C] of latents [B, C, H, W]. Raises ValueError for what is packed already."""
+        if x.ndim != 4:
+            raise ValueError(f"latents are [B, C, h, w], not {tuple(x.shape)}: the network packs them itself, so unpack them first")
         b, c, h, w = x.shape
         return x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
 
