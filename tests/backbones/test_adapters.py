@@ -77,6 +77,7 @@ def test_gradients_are_those_of_separate_copies(recompute: bool, backbone: Pipel
     assert digest(backbone.network()) == before and all(p.grad is None for p in backbone.network().parameters())
 
 
+@pytest.mark.slow
 def test_checkpointing_changes_no_gradient_though_roles_take_turns(backbone: Pipeline, given: Given) -> None:
     roles = [moved(backbone.role(name, adapter=ADAPTER), i) for i, name in enumerate(("student", "critic"))]
     teacher = backbone.role("teacher")

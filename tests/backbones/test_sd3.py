@@ -102,7 +102,9 @@ def test_latents_are_scaled_and_shifted(backbone: Pipeline) -> None:
 
 
 @pytest.mark.parametrize("size", [pytest.param(None, marks=pytest.mark.slow), (16, 8)], ids=["16 x 16", "16 x 8"])
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in ("by size", "stochastic") else ()) for n in SCHEDULERS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in ("by size", "stochastic", "terminal") else ()) for n in SCHEDULERS]
+)
 def test_the_teacher_samples_as_its_pipeline_does(name: str, size: Any, sd3: Path, tmp_path: Path) -> None:
     """On the very nodes of a plain call, whatever has been done to them, with and without guidance."""
     kind, config = SCHEDULERS[name]

@@ -463,6 +463,7 @@ def test_a_prior_of_ones_own_is_of_the_variants_with_ddil(script: Any, tmp_path:
     assert seen == {("toy2d/dmd2.yaml", False, (0, 1, 0)), *ours}
 
 
+@pytest.mark.slow
 def test_what_a_group_of_seeds_is_kept_under(script: Any, tmp_path: Path) -> None:
     """Its name follows from every field of the task; a group that is kept is not trained again."""
     toy2d = script("toy2d")

@@ -1,4 +1,7 @@
-"""README.md and docs/ are carried out, on a random pipeline: every command, every snippet, and what they say of files and rows."""
+"""README.md and docs/ are carried out, on a random pipeline: every command, every snippet, and what they say of files and rows.
+
+The ordinary tests type what README.md and one page more say, the slow ones all pages.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ from ddil_lightning.backbones.repositories import BUILTIN
 from ddil_lightning.commands.configs import find_config
 from ddil_lightning.evaluation.registry import columns
 
-pytestmark = pytest.mark.timeout(900)  # all commands of all pages, one after the other, are one fixture
+pytestmark = pytest.mark.timeout(900)  # a page is carried out as a whole, before the first test of one of its lines
+ORDINARY = ("README.md", "methods-and-priors.md")
 ROWS = [f"{who}@{n}" for who, steps in (("teacher", (32, 4, 2, 1)), ("student", (4, 2, 1))) for n in steps]
 SESSIONS = [(name, *session) for name, page in GUIDES.items() for session in page.sessions]
 
@@ -38,7 +42,37 @@ class Ran(NamedTuple):
     config: str
 
 
-Done = dict[tuple[str, str], Ran]
+class Reader:
+    """Carries out a page, README.md before it, when one of its commands is asked for; nobody trains, or tests a teacher, twice."""
+
+    def __init__(self, place: Path) -> None:
+        self.place, self.done = place, dict[tuple[str, str], Ran]()
+        self.trained: dict[tuple[str, ...], Ran] = {}
+
+    def __getitem__(self, key: tuple[str, str]) -> Ran:
+        self.read(key[0])
+        return self.done[key]
+
+    def read(self, page: str) -> None:
+        """All commands of a page, one after the other, as a reader types them who has come from the first page."""
+        for name in dict.fromkeys(("README.md", page)):
+            for key in COMMANDS:
+                if key[0] == name and key not in self.done:
+                    self.done[key] = self.typed(key[1])
+
+    def typed(self, line: str) -> Ran:
+        said = tuple(words(line))
+        if said in self.trained:
+            return self.trained[said]
+        code, out, err = call(smaller([*said]))
+        folder = (self.place / "runs" / "lcm_ddil" / "latest").resolve()
+        left = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+        summary = json.loads((folder / "summary.json").read_text()) if "summary.json" in left else {}
+        config = (folder / "config.yaml").read_text() if "config.yaml" in left else ""
+        ran = Ran(code, out, err, folder, left, summary, config)
+        if said[0] == "ddil-fit" or "builtin" in said:
+            self.trained[said] = ran
+        return ran
 
 
 def images(folder: Path) -> None:
@@ -66,35 +100,20 @@ def place(tiny: Path, sd3: Path, flux: Path, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="module")
-def ran(place: Path) -> Done:
-    """All commands, one after the other, as a reader of one page after the other types them; nobody trains, or tests a teacher, twice."""
-    done: Done = {}
-    trained: dict[tuple[str, ...], Ran] = {}
-    for page, line in COMMANDS:
-        said = tuple(words(line))
-        if said in trained:
-            done[page, line] = trained[said]
-            continue
-        code, out, err = call(smaller([*said]))
-        folder = (place / "runs" / "lcm_ddil" / "latest").resolve()
-        left = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
-        summary = json.loads((folder / "summary.json").read_text()) if "summary.json" in left else {}
-        config = (folder / "config.yaml").read_text() if "config.yaml" in left else ""
-        done[page, line] = Ran(code, out, err, folder, left, summary, config)
-        if said[0] == "ddil-fit" or "builtin" in said:
-            trained[said] = done[page, line]
-    return done
+def ran(place: Path) -> Reader:
+    """What has been carried out, and what is when a test asks for it."""
+    return Reader(place)
 
 
 @pytest.fixture
-def first(ran: Done) -> Ran:
+def first(ran: Reader) -> Ran:
     """The plain run of the default config, by `make fit`."""
     return ran[COMMANDS[0]]
 
 
-def the(ran: Done, part: str, page: str = "commands.md") -> Ran:
+def the(ran: Reader, part: str, page: str = "commands.md") -> Ran:
     """The one line of a page with `part` in it."""
-    (found,) = [key for key in ran if key[0] == page and part in key[1]]
+    (found,) = [key for key in COMMANDS if key[0] == page and part in key[1]]
     return ran[found]
 
 
@@ -106,8 +125,8 @@ def test_the_first_command_is_the_default_run() -> None:
     assert words(COMMANDS[0][1]) == ["ddil-fit", "--config", "lcm_ddil.yaml"] == words(dict(COMMANDS[::-1])["commands.md"])
 
 
-@pytest.mark.parametrize(("page", "line"), COMMANDS)
-def test_command(page: str, line: str, ran: Done) -> None:
+@pytest.mark.parametrize(("page", "line"), [pytest.param(*key, marks=() if key[0] in ORDINARY else pytest.mark.slow) for key in COMMANDS])
+def test_command(page: str, line: str, ran: Reader) -> None:
     assert ran[page, line].code == 0, ran[page, line].err
 
 
@@ -118,20 +137,23 @@ def test_refusal(page: str, line: str, said: str, place: Path) -> None:
     assert (code, out, err) == (2, "", said.rstrip("\n") + "\n") and sorted(place.rglob("*")) == before
 
 
-def test_fit_and_its_second_run(first: Ran, ran: Done) -> None:
+@pytest.mark.slow
+def test_fit_and_its_second_run(first: Ran, ran: Reader) -> None:
     again = the(ran, "--seed 1")
     assert first.summary["student_updates"] == again.summary["student_updates"] == 3 and first.folder != again.folder
     assert (first.summary["seed"], again.summary["seed"]) == (0, 1)
     assert yaml.safe_load(again.config)["model"]["init_args"]["optimizer"]["lr"] == 1e-4
 
 
-def test_last_goes_on_where_the_newest_run_stopped(ran: Done) -> None:
+@pytest.mark.slow
+def test_last_goes_on_where_the_newest_run_stopped(ran: Reader) -> None:
     before, after = the(ran, "--seed 1"), the(ran, "--ckpt_path last")
     assert after.folder == before.folder and (before.summary["student_updates"], after.summary["student_updates"]) == (3, 5)
     assert after.config == before.config.replace("updates: 3\n", "updates: 5\n")  # its own settings, whatever the named config says
 
 
-def test_print_config_and_wandb(ran: Done) -> None:
+@pytest.mark.slow
+def test_print_config_and_wandb(ran: Reader) -> None:
     every = yaml.safe_load(the(ran, "--print_config").out)
     assert (
         every["model"]["init_args"]["optimizer"]["clip"] == 1.0 and every["data"]["buffer"]["capacity"] == 2048 and every["wandb"] == "off"
@@ -140,8 +162,8 @@ def test_print_config_and_wandb(ran: Done) -> None:
     assert offline == {**every, "wandb": "offline"}
 
 
-def test_own_images(ran: Done, place: Path) -> None:
-    small = yaml.safe_load(the(ran, "data.captions.path=my_images", "data.md").config)
+def test_own_images(ran: Reader, place: Path) -> None:
+    small = yaml.safe_load(the(ran, "data.captions.size=32", "README.md").config)
     large = yaml.safe_load((place / "runs" / "sd15" / "config.yaml").read_text())
     for config in (small, large):
         captions = config["data"]["captions"]
@@ -149,13 +171,13 @@ def test_own_images(ran: Done, place: Path) -> None:
     assert json.loads((place / "runs" / "sd15" / "summary.json").read_text())["student_updates"] == 3
 
 
-def test_own_method(ran: Done) -> None:
+def test_own_method(ran: Reader) -> None:
     own = the(ran, "mine.Guided", "README.md")
     assert yaml.safe_load(own.config)["model"]["class_path"] == "mine.Guided" and own.summary["student_updates"] == 3
     assert "report.html" in own.left and json.loads((own.folder / "pipeline" / "ddil.json").read_text())["method"] == "Guided"
 
 
-def test_a_prior_that_changes(ran: Done) -> None:
+def test_a_prior_that_changes(ran: Reader) -> None:
     """Shares of 0.9 and 0.1 after three of 600 updates, not the config's 0.3 and 0.7; the probe has its columns."""
     annealed = the(ran, "annealed.yaml", "methods-and-priors.md")
     callbacks = [entry["class_path"] for entry in yaml.safe_load(annealed.config)["trainer"]["callbacks"]]
@@ -165,14 +187,20 @@ def test_a_prior_that_changes(ran: Done) -> None:
     assert [float(row["prior/student"]) for row in rows if row["prior/student"]][-1] == pytest.approx(0.1, abs=0.01)
 
 
-def test_tests_samples_and_exports(ran: Done, place: Path) -> None:
+def test_tests(ran: Reader, place: Path) -> None:
+    tested = the(ran, "ddil-test runs", "README.md")
+    assert "written to runs/lcm_ddil/latest/metrics.json" in tested.out
+    assert [row["name"] for row in json.loads((tested.folder / "metrics.json").read_text())["rows"]] == ROWS[-3:]
+    (teacher,) = json.loads((place / "metrics.json").read_text())["rows"]
+    assert (teacher["name"], teacher["guidance"], teacher["nfe"]) == ("teacher@32", 3.0, 64)
+
+
+@pytest.mark.slow
+def test_tests_samples_and_exports(ran: Reader, place: Path) -> None:
     last = the(ran, "ddil-export").folder
     rows = json.loads((last / "metrics.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ROWS[-3:]
-    for page in ("README.md", "commands.md"):
-        assert "written to runs/lcm_ddil/latest/metrics.json" in the(ran, "ddil-test runs", page).out
-    (teacher,) = json.loads((place / "metrics.json").read_text())["rows"]
-    assert (teacher["name"], teacher["guidance"], teacher["nfe"]) == ("teacher@32", 3.0, 64)
+    assert "written to runs/lcm_ddil/latest/metrics.json" in the(ran, "ddil-test runs").out
     assert Image.open(place / "x.png").height >= 256 and "1 image(s), 4 steps" in the(ran, "ddil-sample").out
     weights = (place / "my-student" / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors", last / "pipeline" / "unet")
     half, whole = weights[0].stat().st_size, sum(p.stat().st_size for p in weights[1].glob("*.safetensors"))
@@ -185,8 +213,13 @@ def test_tests_samples_and_exports(ran: Done, place: Path) -> None:
 LIBRARY, _ = (code for name, code in SNIPPETS if name == "python.md")
 
 
-@pytest.mark.parametrize(("page", "code"), SNIPPETS, ids=[name for name, _ in SNIPPETS])
-def test_snippet(page: str, code: str, ran: Done) -> None:
+@pytest.mark.parametrize(
+    ("page", "code"),
+    [pytest.param(*snippet, marks=pytest.mark.slow if snippet[0] == "commands.md" else ()) for snippet in SNIPPETS],
+    ids=[name for name, _ in SNIPPETS],
+)
+def test_snippet(page: str, code: str, ran: Reader) -> None:
+    ran.read(page)
     space: dict[str, Any] = {}
     small = code.replace("updates=720", "updates=3").replace("max_epochs=-1", "max_epochs=-1, accelerator='cpu'")
     small = small.replace('"--updates", "200"', '"--updates", "3", "trainer.accelerator=cpu"')
@@ -246,14 +279,14 @@ def keys(pattern: str) -> list[str]:
     return re.findall(r"[\w@]+", found)
 
 
-def test_rows_of_the_contract(first: Ran, ran: Done) -> None:
+def test_rows_of_the_contract(first: Ran, ran: Reader) -> None:
     named = keys(r"`summary.json` holds (.*?) \(a count by role\)")
     assert {"student_updates", "seconds", "network_evaluations", "rows"} == {*named, "rows"} - {"and"} <= set(first.summary)
     assert all(isinstance(n, int) and n > 0 for n in first.summary["network_evaluations"].values())
     assert [row["name"] for row in first.summary["rows"]] == ROWS and set(keys(r"; `name` is (.*?), …;")) <= set(ROWS)
     metrics = keys(r"`metrics` is `\{(.*?)\}`")
     assert metrics == [c.key for c in columns() if c.shown]
-    tested = json.loads((the(ran, "ddil-export").folder / "metrics.json").read_text())["rows"]
+    tested = json.loads((the(ran, "ddil-test runs", "README.md").folder / "metrics.json").read_text())["rows"]
     for row in (*first.summary["rows"], *tested):
         assert list(row) == keys(r"A row is `\{(.*?)\}`") and row["n"] == 16
         assert all(isinstance(row["metrics"][key], float) for key in metrics)

@@ -19,7 +19,7 @@ batch (another kernel multiplies fewer)."""
 BOX = [[-1.0] * 4, [1.0] * 4]
 ASKING = [entry for entry in METHODS if hasattr(entry.method, "answer")]
 MORE = [Entry("ctm-two-steps", BY_NAME["ctm"].method, {"denoising": 0.0, "teacher_steps": 2}, slow=True)]
-ORDINARY = ("lcm", "pd")
+ORDINARY = ("pd",)
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from pair import WORLD, Pair, ddp
 from pixarts import make_pixart
 from suite import ALL, BY_NAME, FORWARD, METHODS, MIXED, Entry, Gradients, Run, backbone, build, captions, equal, fit, pictures
 
-UPDATES, MIDDLE = 2, "updates=1.ckpt"
+UPDATES = 4
 ONE_EACH = [next(entry for entry in METHODS if entry.method is method) for method in dict.fromkeys(entry.method for entry in METHODS)]
 TWO = {"devices": WORLD, "num_nodes": 1}
 
@@ -52,21 +52,28 @@ def report(run: Run, seen: Gradients) -> dict[str, Any]:
     return found | {"deployed": method.deployment.network.state_dict() if run.trainer.is_global_zero else None}
 
 
+def length(entry: Entry) -> int:
+    """How many updates a run has, which is cut in its middle: the second stage of a plan begins after three."""
+    return UPDATES if "stages" in entry.kwargs else 2
+
+
 def every_way(rank: int, entry: Entry, tiny: Path, folder: Path) -> dict[str, Any]:
     """What a process reports of a run under ddp and under fsdp2, and of runs that go on from the sharded checkpoint of its middle."""
+    n = length(entry)
+    middle = f"updates={n // 2}.ckpt"
 
     def run(*callbacks: Any, **kwargs: Any) -> dict[str, Any]:
         seen = Gradients()
         data = captions(tiny, MIXED, rollouts={"every": 1})
-        return report(fit(build(entry, tiny, updates=UPDATES), data, seen, *callbacks, **kwargs), seen)
+        return report(fit(build(entry, tiny, updates=n), data, seen, *callbacks, **kwargs), seen)
 
     sharded: Any = {"strategy": "fsdp2", **TWO}
-    save = {kind: Checkpoints(every=1, keep=9, folder=str(folder / kind)) for kind in ("ddp", "fsdp2")}
+    save = {kind: Checkpoints(every=n // 2, keep=9, folder=str(folder / kind)) for kind in ("ddp", "fsdp2")}
     found = {"ddp": run(save["ddp"], **ddp(entry)), "fsdp2": run(save["fsdp2"], **sharded)}
-    found["resumed"] = run(ckpt=folder / "fsdp2" / MIDDLE, **sharded)
-    found["whole"] = run(ckpt=folder / "fsdp2" / MIDDLE, **ddp(entry))
+    found["resumed"] = run(ckpt=folder / "fsdp2" / middle, **sharded)
+    found["whole"] = run(ckpt=folder / "fsdp2" / middle, **ddp(entry))
     with pytest.raises(ValueError) as raised:
-        run(ckpt=folder / "ddp" / MIDDLE, **sharded)
+        run(ckpt=folder / "ddp" / middle, **sharded)
     return found | {"refused": str(raised.value)}
 
 
@@ -79,14 +86,14 @@ def runs(request: pytest.FixtureRequest, pair: Pair, tiny: Path, tmp_path_factor
     """What the processes report, by the kind of run, and the folder of their checkpoints."""
     folder = tmp_path_factory.mktemp(request.param.name)
     found = pair.run(every_way, request.param, tiny, folder)
-    return {"folder": folder} | {kind: [reported[kind] for reported in found] for kind in found[0]}
+    return {"folder": folder, "updates": length(request.param)} | {kind: [reported[kind] for reported in found] for kind in found[0]}
 
 
 def test_training_is_that_of_whole_networks(runs: Any) -> None:
     """Clipped gradients of every optimiser step, and losses, to rounding. Adam makes that rounding visible where a gradient is next to
     nothing, so the weights at the end are compared by their norm."""
     whole, sharded = runs["ddp"][0], runs["fsdp2"][0]
-    assert whole["evaluations"] == sharded["evaluations"] and len(whole["rows"]) == len(sharded["rows"]) == UPDATES
+    assert whole["evaluations"] == sharded["evaluations"] and len(whole["rows"]) == len(sharded["rows"]) == runs["updates"]
     for a, b in zip(whole["rows"], sharded["rows"], strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
     for n, (mine, theirs) in enumerate(zip(sharded["gradients"], whole["gradients"], strict=True)):
@@ -118,18 +125,19 @@ def test_resuming_is_exact(runs: Any) -> None:
     assert runs["fsdp2"][0]["evaluations"] == runs["resumed"][0]["evaluations"]  # the first process's are in the checkpoint
     for a, b in zip(runs["fsdp2"], runs["resumed"], strict=True):
         assert all(equal(a[name], b[name]) for name in ("mine", "optimizers", "buffer", "deployed"))
-        assert a["rows"][1:] == b["rows"]
+        assert a["rows"][runs["updates"] // 2 :] == b["rows"]
 
 
 def test_a_sharded_checkpoint_is_a_checkpoint(runs: Any) -> None:
     """Whole networks go on from it; the other way round is refused, because the optimisers' states are numbered otherwise."""
+    middle = f"updates={runs['updates'] // 2}.ckpt"
     for straight, resumed in zip(runs["ddp"], runs["whole"], strict=True):
-        assert resumed["rows"][0]["student_updates"] == 2 and straight["mine"].keys() == resumed["mine"].keys()
+        assert resumed["rows"][0]["student_updates"] == runs["updates"] // 2 + 1 and straight["mine"].keys() == resumed["mine"].keys()
         a, b = (torch.cat([x.flatten().double() for x in run["mine"].values()]) for run in (straight, resumed))
         assert float((a - b).norm()) < 1e-2 * float(a.norm())
     for said in runs["refused"]:
-        assert f"{MIDDLE} was written with whole networks: go on without trainer.strategy=fsdp2" in said
-    kept = [torch.load(runs["folder"] / kind / MIDDLE, weights_only=True)["optimizer_states"] for kind in ("ddp", "fsdp2")]
+        assert f"{middle} was written with whole networks: go on without trainer.strategy=fsdp2" in said
+    kept = [torch.load(runs["folder"] / kind / middle, weights_only=True)["optimizer_states"] for kind in ("ddp", "fsdp2")]
     for whole, sharded in zip(*kept, strict=True):
         assert len(whole["state"]) == len(sharded["state"]) > 0
         a, b = ([(s["step"], s["exp_avg"]) for s in found["state"].values()] for found in (whole, sharded))
@@ -264,7 +272,7 @@ def test_a_transformer_is_sharded(pair: Pair, tmp_path: Path) -> None:
     """PixArt's blocks, whose discriminator reads what leaves them, train and resume as whole networks do."""
     entry = Entry("dmd2", DMD2, {"guidance": 4.5, "critic": {"steps": 2}, "gan": {"layers": ["block0", "block1"]}}, unused=True)
     found = pair.run(loaded_before, entry, make_pixart(tmp_path / "pixart"), tmp_path)
-    runs = {kind: [reported[kind] for reported in found] for kind in found[0]}
+    runs = {"updates": length(entry)} | {kind: [reported[kind] for reported in found] for kind in found[0]}
     test_training_is_that_of_whole_networks(runs)
     test_a_process_holds_its_share_alone(runs)
     assert equal(runs["fsdp2"][0]["deployed"], runs["resumed"][0]["deployed"])
