@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
 from ddil_lightning.bounds import seeds, within
-from ddil_lightning.records import CaptionBatch, LatentBatch
+from ddil_lightning.records import CaptionBatch, LatentBatch, Origin
 
 Answer = Any
 """What a frozen network answers to a batch: a tensor [B, ...], or a plain tuple of such."""
@@ -127,11 +127,18 @@ class Feed:
         """Up to `n` of its captions, for previews."""
         return []
 
-    def answered(self, batch: LatentBatch, ask: Ask) -> Answer:
+    def origin(self, batch: LatentBatch) -> Origin:
+        """Where the rows of a batch come from, on the host: one that draws batches knows it; of any other the device is asked, and waited
+        for. What a step does with a batch of so many roll-outs is decided by this, and not by the batch's own tensors."""
+        return Origin.of(batch)
+
+    def answered(self, batch: LatentBatch, ask: Ask, slot: Sequence[int] | None = None) -> Answer:
         """`ask(batch)`, without gradients: what the method asks its frozen networks for at every latent.
 
         `ask` must be a function of every row's (x_t, t, s, node, c, noise, end) by itself, and the same one all through a stage: no draw,
         no student, no average. A feed that keeps roll-outs keeps its answers to them and asks for the rest of the batch alone.
+        `slot` [B]: which states of the buffer the rows are, by `Origin.slot`, where they are not all of the batch that was drawn; -1 for a
+        row that is asked something else than what is asked of its state.
         """
         return ask(batch)
 

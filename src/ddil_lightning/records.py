@@ -88,6 +88,31 @@ class LatentBatch(NamedTuple):
     whole: Tensor | None = None  # [B] who made the end of the noise, a tag of SOURCES; FORWARD of forward latents
 
 
+class Origin(NamedTuple):
+    """Where the rows of a LatentBatch come from, as numbers on the host: who has drawn a batch knows it, and need not ask a device."""
+
+    source: tuple[int, ...]  # [B] as in `LatentBatch`, and so are the others
+    node: tuple[int, ...]
+    slot: tuple[int, ...]
+    whole: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, batch: LatentBatch) -> Origin:
+        """Read from a batch: the host waits for the device that it lies on."""
+        columns = [batch.source, batch.node, batch.slot, *([] if batch.whole is None else [batch.whole])]
+        return cls(*map(tuple, torch.stack(columns).tolist()))
+
+    @property
+    def rolled(self) -> list[int]:
+        """The rows that are no forward latents: so many in every process, whoever has made them."""
+        return [row for row, source in enumerate(self.source) if source != FORWARD]
+
+    def before(self, other: Origin) -> Origin:
+        """Of the rows of this batch and then those of another, as `cat` joins them."""
+        whole = None if self.whole is None or other.whole is None else self.whole + other.whole
+        return Origin(self.source + other.source, self.node + other.node, self.slot + other.slot, whole)
+
+
 class Rollout(NamedTuple):
     """All interior states of R trajectories over N nodes: M = N R states, nodes in order of time.
 

@@ -127,7 +127,7 @@ def test_what_the_host_holds(bones: Path) -> None:
     batch = LatentBatch(
         chunk.states.x_t.float(), times, times, zeros, context, None, zeros, torch.ones(len(times)), torch.arange(len(times))
     )
-    buffer.answers.of(batch, lambda b: b.x_t)
+    buffer.answers.of(batch, batch.slot, lambda b: b.x_t)
     kept = [chunk.states.x_t, chunk.c.text, *chunk.answers["unguided"].fields]
     assert found.buffer == sum(x.numel() * x.element_size() for x in kept)
     other = PlanCLI(expand(["--config", "lcm_ddil.yaml", *words, "data.buffer.answers=none"], FIT_SHORT))

@@ -14,7 +14,7 @@ from ddil_lightning.data.sampler import CounterSampler
 from ddil_lightning.imitation.options import Rollouts
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.imitation.rollout import forward
-from ddil_lightning.records import FORWARD, STUDENT, TEACHER
+from ddil_lightning.records import FORWARD, STUDENT, TEACHER, Origin
 from ddil_lightning.streams import Streams
 from toys import FORWARD_ONLY, STUDENT_ONLY, Toy, batches, data, equal, first, module
 
@@ -215,6 +215,14 @@ def test_a_rollout_batch_has_its_own_captions_and_guidance() -> None:
     assert torch.equal(b.x_t, chunk["states"]["x_t"][b.slot].float()) and torch.equal(b.t, chunk["states"]["t"][b.slot])
     assert b.c.w.ge(1).all() and b.c.w.le(7).all()  # g = 1 + w in [2, 8]
     assert torch.equal(made.learner.grid.after(b.t), b.s)
+
+
+def test_where_the_rows_of_the_last_batch_come_from_is_known_and_of_any_other_read() -> None:
+    made = module()
+    (b,) = first(1, made)
+    known = made.origin(b._replace(x_t=b.x_t * 0, t=b.t * 0))
+    assert known is made.origin(b) and known == Origin.of(b) and set(known.source) == {FORWARD, STUDENT}
+    assert made.origin(b._replace(source=b.source * 0 + TEACHER)).source == (TEACHER,) * len(b.t)
 
 
 def test_step_granularity_gives_a_batch_one_source() -> None:

@@ -62,7 +62,7 @@ def test_what_is_known_is_not_asked_for_again() -> None:
     buffer, network = filled(), Network()
     for slots, rows in (([-1, 3, 7], 3), ([7, -1, 0, 3, -1], 3), ([3, 7, 0], 0), ([11, 3], 1)):
         b, before = batch(buffer, slots), sum(network.rows)
-        assert torch.equal(buffer.answers.of(b, network), Network()(b))
+        assert torch.equal(buffer.answers.of(b, b.slot, network), Network()(b))
         assert sum(network.rows) - before == rows
     assert 0 not in network.rows  # and never for nothing
 
@@ -70,7 +70,7 @@ def test_what_is_known_is_not_asked_for_again() -> None:
 def test_a_state_that_is_drawn_twice_is_asked_for_once() -> None:
     buffer, network = filled(), Network()
     b = batch(buffer, [5, -1, 5, -1, 2, 5])
-    assert torch.equal(buffer.answers.of(b, network), Network()(b)) and network.rows == [4]
+    assert torch.equal(buffer.answers.of(b, b.slot, network), Network()(b)) and network.rows == [4]
 
 
 def test_where_every_answer_is() -> None:
@@ -82,7 +82,7 @@ def test_a_guided_answer_is_another_one() -> None:
     buffer, network = filled(), Network()
     for guided, rows in ((True, 2), (False, 2), (True, 0), (False, 0)):
         b, before = batch(buffer, [1, 8], guided), sum(network.rows)
-        assert torch.equal(buffer.answers.of(b, network), Network()(b)) and sum(network.rows) - before == rows
+        assert torch.equal(buffer.answers.of(b, b.slot, network), Network()(b)) and sum(network.rows) - before == rows
 
 
 def test_an_answer_of_several_parts() -> None:
@@ -93,7 +93,7 @@ def test_an_answer_of_several_parts() -> None:
 
     for slots in ([2, -1, 4], [4, 2], [4, 2, 9]):
         b = batch(buffer, slots)
-        x, twice = buffer.answers.of(b, both)
+        x, twice = buffer.answers.of(b, b.slot, both)
         assert torch.equal(x, Network()(b)) and torch.equal(twice, b.t * 2) and twice.dtype == torch.long
     assert network.rows == [3, 1]
 
@@ -102,16 +102,16 @@ def test_an_answer_of_several_parts() -> None:
 def test_an_answer_goes_with_its_state(end: str) -> None:
     buffer, network = filled(capacity=2 * STATES), Network()
     old = batch(buffer, [0, 1])
-    buffer.answers.of(old, network)
+    buffer.answers.of(old, old.slot, network)
     if end == "flush":
         buffer.flush()
     elif end == "eviction":
         buffer.add(rollout(2), clock=20, stage=0)
     else:
         buffer.expire(*((10, 1) if end == "stage" else (10 + buffer.max_age, 0)))
-    buffer.answers.of(old, network)
+    buffer.answers.of(old, old.slot, network)
     assert network.rows == [2, 2]
-    buffer.answers.of(old, network)  # nor is anything kept for a slot that is gone
+    buffer.answers.of(old, old.slot, network)  # nor is anything kept for a slot that is gone
     assert network.rows == [2, 2, 2]
 
 
@@ -119,7 +119,7 @@ def test_half_precision_and_none() -> None:
     for storage, rows in (("float16", [3]), ("none", [3, 3])):
         buffer, network = filled(answers=storage), Network()
         b = batch(buffer, [0, 5, 9])
-        first, again = (buffer.answers.of(b, network) for _ in range(2))
+        first, again = (buffer.answers.of(b, b.slot, network) for _ in range(2))
         assert torch.equal(first, Network()(b)) and network.rows == rows and again.dtype == torch.float32
         torch.testing.assert_close(again, first, rtol=2**-11, atol=2**-25)
         assert torch.equal(again, first.half().float()) == (storage == "float16")
@@ -130,17 +130,17 @@ def test_half_precision_and_none() -> None:
 def test_they_are_saved_with_the_buffer() -> None:
     buffer, network = filled(), Network()
     b = batch(buffer, [0, 5, 9])
-    buffer.answers.of(b, network)
+    buffer.answers.of(b, b.slot, network)
     file = io.BytesIO()
     torch.save(state := buffer.state_dict(), file)
     file.seek(0)
     again = filled(0)
     again.load_state_dict(torch.load(file, weights_only=True))
-    assert torch.equal(again.answers.of(b, network), Network()(b)) and network.rows == [3]
-    buffer.answers.of(more := batch(buffer, [0, 1, 9, 10]), network)  # what was saved does not change any more
+    assert torch.equal(again.answers.of(b, b.slot, network), Network()(b)) and network.rows == [3]
+    buffer.answers.of(more := batch(buffer, [0, 1, 9, 10]), more.slot, network)  # what was saved does not change any more
     late = filled(0)
     late.load_state_dict(state)
-    late.answers.of(more, network)
+    late.answers.of(more, more.slot, network)
     assert network.rows == [3, 2, 2]
 
 
@@ -148,7 +148,7 @@ def test_they_are_saved_with_the_buffer() -> None:
 def test_answers_kept_otherwise_are_asked_for_again(change: str) -> None:
     buffer, network = filled(), Network()
     b = batch(buffer, [0, 5])
-    buffer.answers.of(b, network)
+    buffer.answers.of(b, b.slot, network)
     state = buffer.state_dict()
     if change == "older":  # a checkpoint of before
         del state["answers"]
@@ -156,7 +156,7 @@ def test_answers_kept_otherwise_are_asked_for_again(change: str) -> None:
             chunk.pop("answers", None)
     other = filled(0, answers="float16" if change == "storage" else "float32")
     other.load_state_dict(state)
-    other.answers.of(b, network)
+    other.answers.of(b, b.slot, network)
     assert network.rows == [2, 2] and len(other) == 2 * STATES
 
 
@@ -164,13 +164,13 @@ def test_another_question_forgets_what_was_answered_to_the_first() -> None:
     """A run that goes on with another pipeline, box or grid: its states are as good as before, and what was said of them is not."""
     buffer, network = filled(), Network()
     b = batch(buffer, [0, 5, 9])
-    buffer.answers.of(b, network, question=lambda: "box 1")
+    buffer.answers.of(b, b.slot, network, question=lambda: "box 1")
     rows = []
     for question in ("box 1", "box 2"):
         again = filled(0)
         again.load_state_dict(buffer.state_dict())
         for _ in range(2):
-            assert torch.equal(again.answers.of(b, network, question=lambda asked=question: asked), Network()(b))  # type: ignore[misc]
+            assert torch.equal(again.answers.of(b, b.slot, network, question=lambda asked=question: asked), Network()(b))  # type: ignore[misc]
         rows.append(len(network.rows))
     assert rows == [1, 2] and again.state_dict()["question"] == "box 2"
 
@@ -180,15 +180,5 @@ def test_several_processes_ask_together() -> None:
     buffer, network = filled(), Network()
     b = batch(buffer, [0, 5, 9])
     for _ in range(2):
-        assert torch.equal(buffer.answers.of(b, network, alone=False), Network()(b))
+        assert torch.equal(buffer.answers.of(b, b.slot, network, alone=False), Network()(b))
     assert network.rows == [3, 1]
-
-
-def test_slots_are_read_where_the_batch_has_been_changed() -> None:
-    """The slots that the draw has left on the CPU are those of its own batch alone."""
-    buffer, network = filled(), Network()
-    b = batch(buffer, [0, 5, 9])
-    buffer.answers.drawn(b.slot, torch.tensor([0, 5, 9]))
-    buffer.answers.of(b, network)
-    part = batch(buffer, [5, 2])
-    assert torch.equal(buffer.answers.of(part, network), Network()(part)) and network.rows == [3, 1]

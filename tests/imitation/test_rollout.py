@@ -21,8 +21,8 @@ from ddil_lightning.feed import Wants
 from ddil_lightning.imitation.buffer import ReplayBuffer
 from ddil_lightning.imitation.options import Rollouts
 from ddil_lightning.imitation.prior import SamplingPrior
-from ddil_lightning.imitation.rollout import collect, draw, forward, fresh, guided, roll
-from ddil_lightning.records import FORWARD, MIXED, STUDENT, TEACHER, CaptionBatch, Context, LatentBatch, Rollout
+from ddil_lightning.imitation.rollout import collect, draw, drawn, forward, fresh, guided, roll
+from ddil_lightning.records import FORWARD, MIXED, STUDENT, TEACHER, CaptionBatch, Context, LatentBatch, Origin, Rollout
 from ddil_lightning.streams import Streams
 
 SD = NoiseSchedule.scaled_linear()
@@ -347,6 +347,17 @@ def test_a_method_asks_for_pure_noise_and_of_one_node_needs_no_data():
     asked, told = (draw(batch(64), many, SamplingPrior(), Streams(0, 0), shape=SHAPE, rollouts=x) for x in rollouts)
     first = asked.node == 0
     assert bool(first.any()) and not torch.equal(asked.x_t[first], told.x_t[first]) and torch.equal(asked.x_t[~first], told.x_t[~first])
+
+
+@pytest.mark.parametrize("prior", [SamplingPrior(), HALF, STUDENTS])
+@pytest.mark.parametrize("ends", [False, True])
+def test_the_host_knows_where_the_rows_of_a_batch_come_from(prior, ends):
+    m, buffer = method(wants=Wants(ends=ends)), ReplayBuffer(1000)
+    buffer.add(collect(batch(8), m, STUDENTS, Streams(0, 0), SHAPE), clock=0, stage=0)
+    for held in (buffer, None):
+        b, origin = drawn(batch(8), m, prior, Streams(0, 1), shape=SHAPE, buffer=held)
+        assert origin == Origin.of(b) and (origin.whole is not None) is ends
+        assert [b.source[row] != FORWARD for row in range(8)] == [row in origin.rolled for row in range(8)]
 
 
 # The buffer ---------------------------------------------------------------------------------------------------------------------

@@ -17,10 +17,13 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.utils._pytree import tree_leaves
 
 import ddil_lightning
-from ddil_lightning.records import send
+from ddil_lightning.feed import Feed
+from ddil_lightning.records import LatentBatch, Origin, send
 from ddil_lightning.streams import Streams
 from ddil_lightning.training import ledger
+from ddil_lightning.training.gan import LogitNormal
 from ddil_lightning.training.ledger import Ledger, Planned, latents
+from ddil_lightning.training.vision import Vision
 
 GPU = torch.device("cuda", 0)
 PACKAGE = str(Path(ddil_lightning.__file__).parent)
@@ -76,6 +79,16 @@ class Watched(Ledger):
             self.waits.append(f"{what} in {ours[-1] if ours else 'none of ours'}")
 
 
+class Told(Feed):
+    """A feed whose batches come from where it was told."""
+
+    def __init__(self, origin: Origin) -> None:
+        self.told = origin
+
+    def origin(self, batch: LatentBatch) -> Origin:
+        return self.told
+
+
 def _there(x: Any) -> bool:
     device = x.fake_device if isinstance(x, FakeTensor) else x.device
     return bool(device.type == "cuda")
@@ -91,15 +104,18 @@ def without_one() -> Iterator[None]:
     number = Streams.local
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Streams, "local", lambda self, purpose, device="cpu": number(self, purpose))
+        patch.setattr(LogitNormal, "__call__", lambda self, n, *_: torch.zeros(n, dtype=torch.long, device=GPU))
+        patch.setattr(Vision, "to", lambda self, *_: self)  # it is there already
         patch.setattr(torch.autograd, "grad", lambda outputs, inputs, *rest, **kw: tuple(map(torch.empty_like, _listed(inputs))))
         arrived = SimpleNamespace(synchronize=lambda: None)
         patch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(record_event=lambda: arrived, synchronize=lambda: None))
         yield
 
 
-def waits(method: Any, batch: int = 2, updates: int = 1) -> list[str]:
+def waits(method: Any, origin: Origin | None = None, batch: int = 2, updates: int = 1) -> list[str]:
     """What has the host wait in so many updates of the student, those of a critic between them included; the first, in which tables are
-    copied, is not counted. Gradients are taken for granted: autograd's engine asks for the driver, and nothing of ours is in it."""
+    copied, is not counted. `origin` of the batch: by default all are forward latents. Gradients are taken for granted: autograd's engine
+    asks for the driver, and nothing of ours is in it."""
     watched = Watched()
     with pytest.MonkeyPatch.context() as patch, without_one():
         patch.setattr(ledger, "Ledger", lambda: watched)
@@ -107,12 +123,15 @@ def waits(method: Any, batch: int = 2, updates: int = 1) -> list[str]:
         patch.setattr(type(method), "device", property(lambda self: GPU))
         planned = Planned(method, "32-true", batch, True)
         made = planned.method
+        made.feed = made.feed if origin is None else Told(origin)
         parts = (made, made.backbone.network(), *made.backbone.parts())
         with watched:
             for module in chain.from_iterable(part.modules() for part in parts):
                 for name, buffer in list(module._buffers.items()):
                     if buffer is not None:
                         module._buffers[name] = buffer.to(GPU)
+            for module in getattr(getattr(made, "adversary", None), "vision", torch.nn.Module()).modules():  # a network of no role
+                module._parameters = {name: torch.nn.Parameter(p.to(GPU), requires_grad=False) for name, p in module._parameters.items()}
             trained = ledger._trained(planned._optimizers())
             made.trainer.strategy.backward = lambda loss, *rest: [setattr(p, "grad", torch.empty_like(p)) for p in trained]
             made.train()

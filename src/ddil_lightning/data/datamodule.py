@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -24,9 +25,9 @@ from ddil_lightning.imitation.buffer import ReplayBuffer
 from ddil_lightning.imitation.learner import Learner, check_learner
 from ddil_lightning.imitation.options import Buffer, Rollouts
 from ddil_lightning.imitation.prior import SamplingPrior
-from ddil_lightning.imitation.rollout import REJECTED, check_finite, collect, draw
+from ddil_lightning.imitation.rollout import REJECTED, check_finite, collect, drawn
 from ddil_lightning.processes import Processes
-from ddil_lightning.records import CaptionBatch, LatentBatch, home, send, take
+from ddil_lightning.records import CaptionBatch, LatentBatch, Origin, home, send, take
 from ddil_lightning.streams import Streams
 
 
@@ -81,6 +82,7 @@ class DDILDataModule(LightningDataModule, Feed):
         self._first: Tensor | None = None
         self._names: dict[int, str] = {}
         self._warned = False
+        self._drawn: tuple[LatentBatch, Origin] | None = None
 
     # The learner ---------------------------------------------------------------------------------------------------------------
 
@@ -198,7 +200,8 @@ class DDILDataModule(LightningDataModule, Feed):
             with evaluating(learner.policies.student) if rolls else nullcontext():
                 if rolls and self.buffer is not None:
                     self._collect(encoded, shape, self.buffer)
-                return draw(encoded, learner, self.prior, streams, shape=shape, buffer=self.buffer, rollouts=self.rollouts)
+                self._drawn = drawn(encoded, learner, self.prior, streams, shape=shape, buffer=self.buffer, rollouts=self.rollouts)
+                return self._drawn[0]
 
     def _encoded(self, batch: Any) -> CaptionBatch:
         """A batch of a loader after the frozen encoders."""
@@ -248,17 +251,24 @@ class DDILDataModule(LightningDataModule, Feed):
         schedule = self.learner.policies.student.schedule
         return (schedule.alphas[t.cpu()].square() * self._moment + schedule.sigmas[t.cpu()].square()).float()
 
-    def answered(self, batch: LatentBatch, ask: Ask) -> Answer:
+    def origin(self, batch: LatentBatch) -> Origin:
+        """Where the rows of a batch come from: of the one that was drawn last the host knows it."""
+        if self._drawn is not None and batch.source is self._drawn[0].source and batch.slot is self._drawn[0].slot:
+            return self._drawn[1]
+        return super().origin(batch)
+
+    def answered(self, batch: LatentBatch, ask: Ask, slot: Sequence[int] | None = None) -> Answer:
         """`ask(batch)`; states of the buffer that were answered before are not asked for again (imitation.answers)."""
         if self.buffer is None:
             return ask(batch)
-        return self.buffer.answers.of(batch, ask, Processes(self.trainer).world == 1, lambda: self.learner.question)
+        places = torch.tensor(self.origin(batch).slot if slot is None else slot)
+        return self.buffer.answers.of(batch, places, ask, Processes(self.trainer).world == 1, lambda: self.learner.question)
 
     def observe(self, batch: LatentBatch, loss: Tensor) -> None:
         """Per-sample losses [B] of a batch: the buffer's priorities."""
         if self.buffer is not None and self.buffer.priority > 0:
-            kept = batch.slot >= 0
-            self.buffer.update(batch.slot[kept].cpu(), loss[kept].detach().float().cpu(), batch.t[kept].cpu())
+            origin = self.origin(batch)
+            self.buffer.update(torch.tensor(origin.slot), loss, self.learner.grid.times[list(origin.node)])
 
     def commit(self) -> None:
         """The step that used the last batch is complete. Called by the method's Clock callback, before checkpoints are written."""

@@ -43,25 +43,21 @@ class Answers:
         self.storage, self._find, self._every = storage, find, every
         self.question: str | None = None
         self._confirmed = False
-        self._drawn: tuple[Tensor, Tensor] | None = None
         self._arriving: list[Arriving] = []
 
-    def drawn(self, there: Tensor, here: Tensor) -> None:
-        """Slots [B] of a batch on its way to the method, and the same on the CPU: reading them back from a device would wait for it."""
-        self._drawn = there, here
-
-    def of(self, batch: LatentBatch, ask: Ask, alone: bool = True, question: Callable[[], str] = str) -> Answer:
+    def of(self, batch: LatentBatch, slot: Tensor, ask: Ask, alone: bool = True, question: Callable[[], str] = str) -> Answer:
         """`ask(batch)`, which asks for the rows alone that are not known and keeps what is answered to states of the buffer.
 
-        `question`: what is asked besides the state, read once in a run; what was kept of another is forgotten. Unless this process is
-        `alone`, at least one row is asked for: a network that is split over all of them waits for every one.
+        `slot` [B], on the CPU: which states the rows are, -1 for none. `question`: what is asked besides the state, read once in a run;
+        what was kept of another is forgotten. Unless this process is `alone`, at least one row is asked for: a network that is split over
+        all of them waits for every one.
         """
         if self.storage == "none":
             return ask(batch)
         if not self._confirmed:
             self._confirm(question())
         self.settle()
-        slot, kind = self._slots(batch.slot), "unguided" if batch.c.w is None else "guided"
+        kind = "unguided" if batch.c.w is None else "guided"
         known, kept = self.recall(slot, kind)
         asked, place = missing(slot, known)
         if not len(asked):
@@ -111,10 +107,6 @@ class Answers:
         for one in arrived:
             one.there.synchronize()
             self._put(one.kind, one.slot, one.fields)
-
-    def _slots(self, slot: Tensor) -> Tensor:
-        """Those of a batch, on the CPU."""
-        return self._drawn[1] if self._drawn is not None and self._drawn[0] is slot else slot.cpu()
 
     def _keep(self, kind: str, slot: Tensor, fields: tuple[Tensor, ...]) -> None:
         mine = slot >= 0

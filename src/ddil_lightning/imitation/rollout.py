@@ -31,6 +31,7 @@ from ddil_lightning.records import (
     CaptionBatch,
     Context,
     LatentBatch,
+    Origin,
     Rollout,
     cat,
     send,
@@ -140,6 +141,12 @@ def forward(
     are needed, and captions alone give noise of the latents' `shape`. With its `pairs` x0, eps and w are those of the batch's pairs, and
     with its `noise` every latent is its eps.
     """
+    return _forward(batch, learner, streams, wants, shape)[0]
+
+
+def _forward(
+    batch: CaptionBatch, learner: Learner, streams: Streams, wants: Wants | None, shape: Sequence[int] | None
+) -> tuple[LatentBatch, Origin]:
     grid, schedule = learner.grid, learner.policies.student.schedule
     wants = learner.wants if wants is None else wants
     pair = batch.pair if wants.pairs else None
@@ -149,7 +156,8 @@ def forward(
     if x0 is None and (shape is None or wants.images(len(grid))):
         raise ValueError("the prior has a forward share but the data set has no images: give that share to the teacher, or give images")
     size, dtype = ((len(batch.rows), *(shape or ())), torch.float32) if x0 is None else (x0.shape, x0.dtype)
-    node = sent(grid.draw(size[0], streams.local("node")), device)
+    here = grid.draw(size[0], streams.local("node"))
+    node = sent(here, device)
     t, s = grid.at(node), grid.at(node + 1)
     eps = torch.randn(size, generator=streams.local("noise", device), device=device, dtype=dtype) if pair is None else pair.noise
     x_t = eps if x0 is None else schedule.add_noise(x0, eps, t)
@@ -158,7 +166,9 @@ def forward(
     c = guided(batch.c, learner.guidance, streams.local("guidance")) if pair is None else batch.c.guided(pair.w)
     tag, weight = torch.full_like(t, FORWARD), torch.ones(len(t), device=device)
     ends = (eps, x0, tag) if wants.ends or wants.pairs else (eps if wants.noise else None, None, None)
-    return LatentBatch(x_t, t, s, node, c, batch.latent, tag, weight, torch.full_like(t, -1), batch.c, *ends)
+    made = LatentBatch(x_t, t, s, node, c, batch.latent, tag, weight, torch.full_like(t, -1), batch.c, *ends)
+    source, slot = (FORWARD,) * size[0], (-1,) * size[0]
+    return made, Origin(source, tuple(here.tolist()), slot, None if made.whole is None else source)
 
 
 def collect(
@@ -172,7 +182,7 @@ def collect(
 def fresh(
     batch: CaptionBatch, learner: Learner, prior: SamplingPrior, streams: Streams, shape: Sequence[int], control: bool = False
 ) -> LatentBatch:
-    """Roll-out latents made on the spot, all at one node: what a run without a buffer trains on."""
+    """Roll-out latents made on the spot, all at one node, for a run without a buffer; what says where they come from is on the CPU."""
     rng = streams.shared("rollout")
     walk, actors = plan(prior, learner.grid, rng)
     stop = rng.randrange(len(walk))
@@ -181,7 +191,7 @@ def fresh(
     t, slot = made.t[final], torch.full_like(made.t[final], -1)
     weight = torch.ones_like(slot, dtype=torch.float32)
     got = Sample(made.x_t[final], t, made.c, made.source[final], made.actors[final], weight, slot, slot, made.noise, made.end, made.whole)
-    return send(_rolled(learner, got), made.x_t.device)
+    return _rolled(learner, got)
 
 
 def _made(
@@ -254,6 +264,20 @@ def draw(
     With `prior.forward == 1`, or while the buffer holds no state of this shape, this is `forward`; one that holds any gives the whole
     share, because it is drawn from with replacement.
     """
+    return drawn(batch, learner, prior, streams, shape=shape, buffer=buffer, rollouts=rollouts)[0]
+
+
+def drawn(
+    batch: CaptionBatch,
+    learner: Learner,
+    prior: SamplingPrior,
+    streams: Streams,
+    *,
+    shape: Sequence[int],
+    buffer: ReplayBuffer | None = None,
+    rollouts: Rollouts = Rollouts(),
+) -> tuple[LatentBatch, Origin]:
+    """The batch of `draw`, and where its rows come from, which would have to be read back from the device."""
     size, wants = len(batch.rows), rollouts.wanted(learner.wants)
     k = counts(prior, size, rollouts.granularity, streams.shared("source"))
     shape = shape if batch.latent is None else batch.latent.shape[1:]
@@ -262,16 +286,15 @@ def draw(
             raise ValueError("the buffer is empty and there is no data in its place: collect a roll-out before the first draw")
         k = 0
     if k == 0:
-        return forward(batch, learner, streams, wants, shape)
+        return _forward(batch, learner, streams, wants, shape)
     if buffer is None:
-        rolled = fresh(take(batch, slice(size - k, None)), learner, prior, streams, shape, rollouts.control)
+        here = fresh(take(batch, slice(size - k, None)), learner, prior, streams, shape, rollouts.control)
     else:
         got = buffer.sample(k, clock=learner.stage_updates, generator=streams.local("buffer"), progress=learner.progress, shape=shape)
-        # Looked up while still on the CPU: reading times back from a GPU would wait for it.
-        rolled = send(_rolled(learner, got), batch.c.text.device)
+        here = _rolled(learner, got)
+    # Looked up while still on the CPU: reading times back from a GPU would wait for it.
+    origin, rolled = Origin.of(here), send(here, batch.c.text.device)
     if k < size:
-        noised = forward(take(batch, slice(size - k)), learner, streams, wants, shape)
-        rolled = cat([noised._replace(real=None, real_c=None), rolled])
-    if buffer is not None:
-        buffer.answers.drawn(rolled.slot, torch.cat([torch.full((size - k,), -1), got.slot]))
-    return rolled._replace(real=batch.latent, real_c=batch.c)
+        noised, known = _forward(take(batch, slice(size - k)), learner, streams, wants, shape)
+        origin, rolled = known.before(origin), cat([noised._replace(real=None, real_c=None), rolled])
+    return rolled._replace(real=batch.latent, real_c=batch.c), origin

@@ -16,7 +16,7 @@ from ddil_lightning.diffusion.losses import Distance, mse
 from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.diffusion.transitions import ddim
-from ddil_lightning.records import END, FORWARD, Context, LatentBatch, Prediction, take
+from ddil_lightning.records import END, FORWARD, Context, LatentBatch, Prediction, sent, take
 from ddil_lightning.training.adversary import Adversary, Critic
 from ddil_lightning.training.contest import Contest
 from ddil_lightning.training.deployment import Deployment
@@ -149,9 +149,12 @@ class CTM(Contest, Distillation):
 
         What a same-timestep control has put in the buffer is none either: `real` is what the batch came with.
         """
-        known = ((b.source == FORWARD) & (b.slot < 0)).nonzero()[:, 0]  # as many on every rank: shares are planned for all of them
-        if b.real is None or not len(known):
+        origin = self.feed.origin(b)
+        kinds = enumerate(zip(origin.source, origin.slot, strict=True))
+        rows = [row for row, (source, slot) in kinds if source == FORWARD and slot < 0]  # as many on every rank
+        if b.real is None or not rows:
             return torch.zeros(len(b.t), device=b.t.device)
+        known = sent(torch.tensor(rows), b.t.device)
         x, t, x0, c = b.x_t[known], b.t[known], b.real[known], take(b.c, known)
         p = self.student(x, t, (c.guided(0.0) if self.student.network.w_conditioned else c)._replace(s=t))
         truth = self.student.schedule.from_x0(x, t, x0)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ddil_lightning.feed import Pairs, Wants
 from ddil_lightning.methods.dmd2 import DMD2
-from ddil_lightning.records import FORWARD, TEACHER, LatentBatch
+from ddil_lightning.records import FORWARD, TEACHER, LatentBatch, Origin, sent
 from ddil_lightning.training.adversary import Critic
 from ddil_lightning.training.gan import Gan
 from ddil_lightning.training.regression import Regression
@@ -49,13 +50,21 @@ class DMD(DMD2):
         loss = self.matching(x, b)
         if not self.regression.weight or b.end is None or b.whole is None:
             return loss
-        has = (b.whole == TEACHER) | ((b.source == FORWARD) & (b.node == 0))
-        if bool(has.all()):
+        rows = answered(self.feed.origin(b))
+        if len(rows) == len(x):
             distance = self._distance(x, b.end)
             self.measures.record(regression=distance)
             loss = loss + self.regression.weight * distance
-        elif bool(has.any()):                                                   # an image is decoded only where it is compared
+        elif rows:                                                              # an image is decoded only where it is compared
+            has = sent(torch.tensor(rows), x.device)
             distance = self._distance(x[has], b.end[has])
             self.measures.record(regression=distance)
-            loss = loss.index_add(0, has.nonzero()[:, 0], self.regression.weight * distance)
+            loss = loss.index_add(0, has, self.regression.weight * distance)
         return loss
+
+
+def answered(origin: Origin) -> list[int]:
+    """The rows with an answer of the teacher's: forward latents at the first node, which are stored pairs, and states of its own."""
+    assert origin.whole is not None  # `wants` asks for ends
+    kinds = zip(origin.source, origin.node, origin.whole, strict=True)
+    return [row for row, (source, node, whole) in enumerate(kinds) if whole == TEACHER or (source == FORWARD and node == 0)]

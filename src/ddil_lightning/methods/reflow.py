@@ -15,7 +15,7 @@ from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.feed import Pairs, Wants
-from ddil_lightning.records import END, FORWARD, TEACHER, LatentBatch, take
+from ddil_lightning.records import END, FORWARD, TEACHER, LatentBatch, sent, take
 from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.regression import Regression
@@ -92,11 +92,11 @@ class Reflow(Distillation):
         wide = (-1, *(1,) * (b.end.ndim - 1))
         on = ours & (b.node > 0)                                                # at the first node every latent is its z
         x = torch.where(on.view(wide), self.student.schedule.add_noise(b.end, b.noise, b.t), b.x_t)
-        forward = b.source == FORWARD
-        if not self.relabel or bool(forward.all()):
+        origin = self.feed.origin(b)
+        if not self.relabel or not origin.rolled:
             return x, b.end
-        rolled = (~forward).nonzero()[:, 0]                                     # so many in every process, whoever made them
-        answers = self.feed.answered(take(b._replace(x_t=x), rolled), self.answer)
+        rolled = sent(torch.tensor(origin.rolled), x.device)
+        answers = self.feed.answered(take(b._replace(x_t=x), rolled), self.answer, [origin.slot[row] for row in origin.rolled])
         return x, torch.where(ours.view(wide), b.end, b.end.index_copy(0, rolled, answers.to(b.end.dtype)))
 
     def answer(self, b: LatentBatch) -> Tensor:

@@ -12,7 +12,7 @@ from ddil_lightning.bounds import within
 from ddil_lightning.diffusion.losses import mse
 from ddil_lightning.diffusion.policy import solve
 from ddil_lightning.feed import Wants
-from ddil_lightning.records import FORWARD, Context, LatentBatch
+from ddil_lightning.records import Context, LatentBatch, sent, take
 from ddil_lightning.training.adversarial import Adversarial
 from ddil_lightning.training.adversary import CLEAN, Adversary, Critic, Span
 from ddil_lightning.training.gan import Gan
@@ -107,12 +107,12 @@ class UFOGen(Adversarial):
     def clean(self, b: LatentBatch) -> Tensor:
         """The clean version of every x_t: its data or, where a policy has made it, the end of the guided teacher's flow from there."""
         assert b.end is not None  # of a forward latent, its data; the end of a roll-out is what its own policy made of it
-        rolled = b.source != FORWARD
-        # How many are rolled out is the same in every process.
-        if not bool(rolled.any()):
+        origin = self.feed.origin(b)
+        if not origin.rolled:
             return b.end
-        label = self.feed.answered(b, self.answer)
-        return torch.where(rolled.view(-1, *(1,) * (label.ndim - 1)), label, b.end)
+        rolled = sent(torch.tensor(origin.rolled), b.end.device)
+        label = self.feed.answered(take(b, rolled), self.answer, [origin.slot[row] for row in origin.rolled])
+        return b.end.index_copy(0, rolled, label.to(b.end.dtype))
 
     def answer(self, b: LatentBatch) -> Tensor:
         """Labels [B, C, H, W]: the end of the guided teacher's flow from x_t, which the buffer keeps beside it."""

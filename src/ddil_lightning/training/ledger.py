@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._pytree import tree_leaves
 
 from ddil_lightning.feed import Feed
-from ddil_lightning.records import FORWARD, Context, LatentBatch
+from ddil_lightning.records import FORWARD, Context, LatentBatch, Origin
 from ddil_lightning.training.measures import Measures
 
 MICRO = 2
@@ -126,6 +126,15 @@ class Precision:
     def forward_context(self) -> Any:
         """Inside, networks compute in it."""
         return nullcontext() if self.dtype is None else torch.autocast("cpu", self.dtype)
+
+
+class Alike(Feed):
+    """The feed of a plan's step, whose batches are `latents`: what they hold is known, and their tensors could not say it."""
+
+    def origin(self, batch: LatentBatch) -> Origin:
+        """Forward latents at the first node, all of them."""
+        n = len(batch.t)
+        return Origin((FORWARD,) * n, (0,) * n, (-1,) * n, (FORWARD,) * n)
 
 
 class Planned:
@@ -240,7 +249,7 @@ def _untouched(method: Any) -> dict[int, Any]:
     pipe = getattr(method.backbone, "pipe", None)
     same = [] if pipe is None else [part for part in vars(pipe).values() if part is not None and not isinstance(part, nn.Module)]
     return {id(thing): thing for thing in same} | {
-        id(method.feed): Feed(),
+        id(method.feed): Alike(),
         id(method.measures): Measures(),
         id(method._trainer): None,
     }
