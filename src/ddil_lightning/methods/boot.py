@@ -15,7 +15,7 @@ from ddil_lightning.diffusion.losses import Distance
 from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.feed import Wants
-from ddil_lightning.records import FORWARD, Context, LatentBatch, sent
+from ddil_lightning.records import END, FORWARD, Context, LatentBatch, sent
 from ddil_lightning.streams import Generators, Streams
 from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.method import Distillation
@@ -61,24 +61,33 @@ class BOOT(Distillation):
         if self.descend(self.optimizers(), self.feedback(b, self.distance(y, target))):
             self.advance()
 
-    def target(self, b: LatentBatch, first: Tensor) -> tuple[Tensor, Tensor]:
-        """(times [B], signals [B, C, H, W]): those at s of the flow from x_t, and of the samples `first` [B] the boundary's."""
+    def target(self, b: LatentBatch, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """(times [B], signals [B, C, H, W]): those at s of the flow from x_t, or the boundary's of the samples `chosen` [B] on the CPU."""
         schedule, z, last = self.teacher.schedule, b.noise, self.teacher.schedule.steps - 1
         assert z is not None  # `wants` asks for it
-        wide = (-1, *(1,) * (z.ndim - 1))
+        first, wide = sent(chosen, z.device), (-1, *(1,) * (z.ndim - 1))
         own = schedule.add_noise(signal(self.student, z, b.t, b.c), z, b.t)     # alpha_t y_t + sigma_t z
         x = torch.where((b.source == FORWARD).view(wide), own, b.x_t)
         x, t = torch.where(first.view(wide), z, x), torch.where(first, last, b.t)
-        p = self.teacher(x, t, b.c)                                             # one call: CFG, then reflection
+        s = torch.where(first, END, b.s)                                        # where the signal is the x0 of the call itself
+        # Of a state of the buffer the boundary asks something else, which is not kept as its answer.
+        slot = [-1 if other else state for other, state in zip(chosen.tolist(), self.feed.origin(b).slot, strict=True)]
+        y = self.feed.answered(b._replace(x_t=x, t=t, s=s), self.answer, slot)
+        return torch.where(first, last, b.s), y
+
+    def answer(self, b: LatentBatch) -> Tensor:
+        """y_s [B, C, H, W] by one call at x_t: where the guided teacher takes the signal, which the buffer keeps beside the state."""
+        schedule, z = self.teacher.schedule, b.noise
+        assert z is not None
         alpha, sigma = schedule.at(b.s, z)
-        y = (ddim(schedule, x, p, t, b.s) - sigma * z) / alpha
-        return torch.where(first, last, b.s), torch.where(first.view(wide), p.x0, y)
+        x_s = ddim(schedule, b.x_t, self.teacher(b.x_t, b.t, b.c), b.t, b.s)    # CFG, then reflection
+        return (x_s - sigma * z) / alpha
 
     def at_first(self, b: LatentBatch) -> Tensor:
-        """[B] which samples are trained at the first time: by the feed's seed and the clock, so that a resumed run repeats it."""
+        """[B] on the CPU, which samples are trained at the first time: by seed and clock, so that a resumed run repeats it."""
         step = self.student_updates * self.descent.accumulate + self.descent.micro.get("loss", 0)
         generator = Streams(self.feed.seed, step, self.stage, self.global_rank).local("boundary")
-        return sent(torch.rand(len(b.t), generator=generator) < self.boundary, b.t.device)
+        return torch.rand(len(b.t), generator=generator) < self.boundary
 
     def deploy(self, student: Denoiser) -> Deployment:
         """One step from noise: there the student is told the last time, and its answer is that of the end."""
