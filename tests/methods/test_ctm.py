@@ -33,6 +33,12 @@ SD = NoiseSchedule.scaled_linear()
 CTM_W = Entry("ctm", CTM)
 
 
+@pytest.fixture(scope="session")
+def tiny(light: Path) -> Path:
+    """What is trained here: these tests wait for calls of the U-Net more than for anything else."""
+    return light
+
+
 class Affine(nn.Module):
     """A student of the exact backbone that can be told s, and does not listen."""
 

@@ -26,6 +26,12 @@ from toys import Toy
 ENTRY = Entry("dmd", DMD, {"guidance": 2.0, "reflect": "off", "pairs": {"steps": 2}})
 
 
+@pytest.fixture(scope="session")
+def tiny(light: Path) -> Path:
+    """What is trained here: these tests wait for calls of the U-Net more than for anything else."""
+    return light
+
+
 def batch(method: Any, tiny: Path, whole: list[int], source: list[int], node: list[int]) -> LatentBatch:
     """Random latents, noise and ends of so many samples."""
     n, g = len(whole), torch.Generator().manual_seed(0)

@@ -30,6 +30,12 @@ SD = NoiseSchedule.scaled_linear()
 ENTRY = Entry("dmd2", DMD2, {"guidance": 2.0, "critic": {"steps": 3}, "ema": 0.0})
 
 
+@pytest.fixture(scope="session")
+def tiny(light: Path) -> Path:
+    """What is trained here: these tests wait for calls of the U-Net more than for anything else."""
+    return light
+
+
 def weights(*modules: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for m in modules for p in m.parameters()]
 
@@ -91,6 +97,7 @@ def test_the_critics_turn_moves_no_weight_of_the_student(tiny: Path, monkeypatch
     assert not equal(weights(run.method.critic), weights(start.critic)) and not equal(weights(run.method.head), weights(start.head))
 
 
+@pytest.mark.slow
 def test_both_turns_draw_from_the_same_mixture(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sources and nodes of the student's and the critic's batches; and the student's turn gives both losses the same outputs."""
     outputs: dict[str, list[Tensor]] = {"matching": [], "following": []}

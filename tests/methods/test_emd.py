@@ -26,6 +26,12 @@ FAR = (-0.5, 0.4)
 ENTRY = Entry("emd", EMD, {"guidance": 2.0})
 
 
+@pytest.fixture(scope="session")
+def tiny(light: Path) -> Path:
+    """What is trained here: these tests wait for calls of the U-Net more than for anything else."""
+    return light
+
+
 def exact(a: float, b: float, **chain: Any) -> EMD:
     return EMD(pipeline=Exact(MU, S, a, b), **options(EMD, {"guidance": 1.0, "chain": chain}))
 
@@ -98,7 +104,7 @@ def long() -> Callable[[str], tuple[float, float]]:
     return found
 
 
-@pytest.mark.parametrize("cancel", ["raw", "stein"])
+@pytest.mark.parametrize("cancel", [pytest.param("raw", marks=pytest.mark.slow), "stein"])
 def test_long_chains_are_maximum_likelihood(cancel: str, long: Callable[[str], tuple[float, float]]) -> None:
     wanted, other = forward(*FAR, 400), reverse(*FAR, 400)
     found = long(cancel)
@@ -106,6 +112,7 @@ def test_long_chains_are_maximum_likelihood(cancel: str, long: Callable[[str], t
     assert abs(found[0] - other[0]) > 0.1 * wanted[0] and abs(found[1] - other[1]) > 0.6 * wanted[1]  # not Diff-Instruct's
 
 
+@pytest.mark.slow
 def test_linear_cancelling_is_biased_once_z_mixes(long: Callable[[str], tuple[float, float]]) -> None:
     """A_K correlates with z_K: the mean parameter's gradient is right, the spread's is smaller (METHODS 5.1)."""
     (da, db), wanted = long("linear"), forward(*FAR, 400)
@@ -187,6 +194,7 @@ def test_the_scores_are_reflected_before_their_difference(tiny: Path) -> None:
     torch.testing.assert_close(method.drift(x, t, b), expected)
 
 
+@pytest.mark.slow
 def test_what_a_step_costs_is_what_its_chain_asks_for(tiny: Path) -> None:
     """K evaluations of student, guided teacher (2) and critic, one of the student for the M-step, one of the critic for its own; with a z
     that keeps still the student is asked once."""
@@ -197,6 +205,7 @@ def test_what_a_step_costs_is_what_its_chain_asks_for(tiny: Path) -> None:
         assert method.evaluations == {"student": students * n, "critic": (4 + 1) * n, "teacher": 2 * 4 * n}
 
 
+@pytest.mark.slow
 def test_how_far_z_goes_is_published(tiny: Path) -> None:
     run = fit(build(ENTRY, tiny, updates=2, chain={"gamma_z": 0.1}), captions(tiny, SamplingPrior(1, 0, 0)))
     moved = [row["chain/moved"] for row in run.rows if "chain/moved" in row]

@@ -97,8 +97,14 @@ class ByHand:
         return ((y - target).square() + self.h**2).sqrt().sub(self.h).mean(), y, target
 
 
-@pytest.mark.parametrize("reflect", ["off", "static"])
-@pytest.mark.parametrize("kind", ["tiny", "tiny_eps"])
+@pytest.mark.parametrize(
+    ("kind", "reflect"),
+    [
+        ("tiny", "static"),
+        ("tiny_eps", "off"),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in (("tiny", "off"), ("tiny_eps", "static"))),
+    ],
+)
 def test_loss_and_gradient_are_the_algorithm_box(kind: str, reflect: str, request: pytest.FixtureRequest) -> None:
     """Also says that gradients flow only through y, and that reflection acts on teacher and target but not on y."""
     folder = request.getfixturevalue(kind)
@@ -139,11 +145,11 @@ def test_the_function_is_the_identity_at_0(tiny: Path) -> None:
         assert not torch.allclose(method.f(denoiser, x, t + 19, b), x, atol=1e-2)
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.7])
-def test_the_target_follows_the_student(decay: float, tiny: Path) -> None:
+@pytest.mark.parametrize("decay", [pytest.param(0.0, marks=pytest.mark.slow), 0.7])
+def test_the_target_follows_the_student(decay: float, light: Path) -> None:
     """target <- decay target + (1 - decay) student after every update; decay 0 is the online student itself."""
     seen = Batches()
-    run = train(LCM_W, tiny, seen, updates=4, target_decay=decay)
+    run = train(LCM_W, light, seen, updates=4, target_decay=decay)
     target = seen.weights[0]
     for weights in [*seen.weights[1:], [p.detach() for p in run.method.student.parameters()]]:
         target = [decay * a + (1 - decay) * b for a, b in zip(target, weights, strict=True)]
@@ -155,9 +161,9 @@ def test_the_target_follows_the_student(decay: float, tiny: Path) -> None:
     assert not any(m.training for m in run.method.target.modules())
 
 
-def test_every_time_is_a_node_of_the_50_and_its_next(tiny: Path) -> None:
+def test_every_time_is_a_node_of_the_50_and_its_next(light: Path) -> None:
     seen = Batches()
-    run = train(LCM_W, tiny, seen, prior=MIXED, updates=12)
+    run = train(LCM_W, light, seen, prior=MIXED, updates=8)
     t, s, node = (torch.cat([getattr(b, name) for b in seen.seen]) for name in ("t", "s", "node"))
     nodes = [20 * k - 1 for k in range(50, 0, -1)]
     assert run.method.grid.nodes.tolist() == nodes
@@ -166,10 +172,10 @@ def test_every_time_is_a_node_of_the_50_and_its_next(tiny: Path) -> None:
     assert set(rolled.tolist()) <= {999, 759, 499, 259, 679, 339, 799, 599, 399, 199} and len(rolled.unique()) > 3
 
 
-def test_w_of_a_rollout_is_w_of_its_loss(tiny: Path) -> None:
+def test_w_of_a_rollout_is_w_of_its_loss(light: Path) -> None:
     """Student and target are told the w under which the latent was made; the teacher's guidance is the same w."""
     told: dict[str, list[Tensor]] = {"student": [], "target": []}
-    method, data, seen = build(LCM_W, tiny, updates=4, guidance=[1.0, 9.0]), captions(tiny, SamplingPrior(0, 1, 0)), Batches()
+    method, data, seen = build(LCM_W, light, updates=4, guidance=[1.0, 9.0]), captions(light, SamplingPrior(0, 1, 0)), Batches()
     method.target.network.register_forward_hook(lambda net, args, out: told["target"].append(args[2].w))
     training = torch.is_grad_enabled  # roll-outs have no gradient
     method.student.network.register_forward_hook(lambda net, args, out: told["student"].append(args[2].w) if training() else None)
@@ -192,12 +198,12 @@ def test_without_w_the_guidance_is_baked_in(tiny: Path) -> None:
     assert losses[0] != pytest.approx(losses[1], rel=1e-3)
 
 
-def test_evaluations_count_every_network_call(tiny: Path) -> None:
+def test_evaluations_count_every_network_call(light: Path) -> None:
     """Per update and sample: one of the student, two of the guided teacher, one of the target; fresh roll-outs come on top."""
-    run = train(LCM_W, tiny, prior=FORWARD, updates=3)
+    run = train(LCM_W, light, prior=FORWARD, updates=3)
     assert run.method.evaluations == {"student": 12, "teacher": 24, "target": 12}
     seen = Batches()
-    run = fit(build(LCM_W, tiny, updates=3, rollouts=(4,)), captions(tiny, SamplingPrior(0, 1, 0), buffer={"capacity": 0}), seen)
+    run = fit(build(LCM_W, light, updates=3, rollouts=(4,)), captions(light, SamplingPrior(0, 1, 0), buffer={"capacity": 0}), seen)
     walk = [999, 759, 499, 259]
     assert run.method.evaluations["student"] == 12 + sum(4 * walk.index(int(b.t[0])) for b in seen.seen)
 

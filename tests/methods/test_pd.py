@@ -31,6 +31,12 @@ TIGHT = [[-0.3, -0.2, -0.25, -0.1], [0.2, 0.3, 0.15, 0.2]]  # cuts a good part o
 EVERY = [(t, s) for n in (8, 4, 2, 1) for t, s in zip(*(Grid.named("trailing", n).times.tolist()[i : n + i] for i in (0, 1)), strict=True)]
 
 
+@pytest.fixture(scope="session")
+def tiny(light: Path) -> Path:
+    """What is trained here: these tests wait for calls of the U-Net more than for anything else."""
+    return light
+
+
 def noise(n: int, seed: int = 0) -> Tensor:
     return torch.randn(n, 2, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
@@ -320,6 +326,7 @@ def test_who_teaches_what(tiny_eps: Path, tiny: Path) -> None:
         assert found == experts and (method.former is None) == ("f" not in experts)
 
 
+@pytest.mark.slow
 def test_evaluations_and_the_teachers_nodes(tiny: Path) -> None:
     """A sample costs a student's evaluation and the teacher's two, twice as many while guidance is two passes."""
     run = train(PD_W, tiny, prior=FORWARD, updates=5)
@@ -350,7 +357,7 @@ def test_the_exported_scheduler_holds_the_trained_nodes(rule: str, tiny: Path) -
 
 
 @pytest.mark.parametrize("rule", ["trailing", "linspace"])
-@pytest.mark.parametrize("steps", [16, 4, 1])
+@pytest.mark.parametrize("steps", [pytest.param(16, marks=pytest.mark.slow), 4, 1])
 def test_the_sampler_is_the_schedulers(steps: int, rule: str, tiny: Path) -> None:
     """Also at 16 steps, where DDIMScheduler would leave the nodes; and DPM-Solver++ 2M made from the same configuration."""
     from diffusers import DPMSolverMultistepScheduler

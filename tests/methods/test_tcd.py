@@ -30,6 +30,12 @@ TCD_W = Entry("tcd", TCD)
 PROMPTS = ["a small red circle", "a handwritten one"]
 
 
+@pytest.fixture(scope="session")
+def tiny(light: Path) -> Path:
+    """What is trained here: these tests wait for calls of the U-Net more than for anything else."""
+    return light
+
+
 def exact(network: nn.Module, student: nn.Module | None = None, **kwargs: Any) -> TCD:
     """TCD of an exact teacher, with `student` as student and as target."""
     torch.manual_seed(0)

@@ -24,6 +24,12 @@ ENTRY = Entry("ufogen", UFOGen, {"guidance": 2.0, "label_steps": 2, "teacher_ste
 GAUSSIAN = Gaussian(0.5, 0.7, SD)
 
 
+@pytest.fixture(scope="session")
+def tiny(light: Path) -> Path:
+    """What is trained here: these tests wait for calls of the U-Net more than for anything else."""
+    return light
+
+
 class Seen(Affine):
     """A critic that keeps what it was asked, and answers with a multiple of it."""
 
@@ -133,7 +139,9 @@ def test_without_labels_roll_outs_are_refused_and_the_line_says_what_helps() -> 
     exact().check_prior(SamplingPrior())
 
 
-@pytest.mark.parametrize("features", ["critic", "teacher", "initial"])
+@pytest.mark.parametrize(
+    "features", [pytest.param("critic", marks=pytest.mark.slow), "teacher", pytest.param("initial", marks=pytest.mark.slow)]
+)
 def test_a_run_trains_student_and_discriminator(features: str, tiny: Path) -> None:
     run = train(ENTRY, tiny, updates=2, gan={"features": features}, critic={"steps": 2})
     trained = {name.split(".")[0] for name, p in run.method.named_parameters() if p.requires_grad}

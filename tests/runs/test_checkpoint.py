@@ -109,11 +109,17 @@ def test_latest_without_links(here: Path, monkeypatch: pytest.MonkeyPatch) -> No
 WHOLE = ("DDILDataModule", "DDILDataModule.done", "DDILDataModule.buffers", "loops", "callbacks", "optimizer_states", "lr_schedulers")
 
 
+@pytest.fixture(scope="module")
+def untrained(tiny: Path) -> Any:
+    """The method of the finished run, which checkpoints are compared with and nobody trains."""
+    return build(METHODS[0], tiny)
+
+
 @pytest.mark.parametrize("key", [*WHOLE, "optimizer_states.0.state", "ddil.stage_start", "ddil.evaluations.teacher", "ddil.micro"])
-def test_a_checkpoint_that_lacks_something_is_refused_by_name(key: str, finished: Path, tiny: Path) -> None:
+def test_a_checkpoint_that_lacks_something_is_refused_by_name(key: str, finished: Path, untrained: Any) -> None:
     """Half of a state is never restored in silence."""
     path = finished / "checkpoints" / "updates=12.ckpt"
-    state, method = checkpoint.load_checkpoint(path), build(METHODS[0], tiny)
+    state, method = checkpoint.load_checkpoint(path), untrained
     checkpoint.check_whole(path, state, method)
     *above, last = key.split(".")
     inner: Any = state
@@ -167,12 +173,12 @@ def test_optimisers_that_never_stepped_and_parameters_without_gradients_have_no_
     checkpoint.check_whole(path, state, method)
 
 
-@pytest.mark.parametrize(("options", "complete"), [({}, True), ({"momentum": 0.9}, False)])
-def test_an_optimiser_that_keeps_nothing_has_no_state(options: dict[str, Any], complete: bool, tiny: Path, here: Path) -> None:
+@pytest.mark.parametrize(("options", "complete"), [({}, True), pytest.param({"momentum": 0.9}, False, marks=pytest.mark.slow)])
+def test_an_optimiser_that_keeps_nothing_has_no_state(options: dict[str, Any], complete: bool, light: Path, here: Path) -> None:
     """A run with plain SGD could not be resumed."""
     given = {"optimizer": {"kind": "SGD", "options": options}}
-    train(METHODS[0], tiny, Checkpoints(folder=str(here)), updates=2, **given)
-    path, method = here / "updates=2.ckpt", build(METHODS[0], tiny, **given)
+    train(METHODS[0], light, Checkpoints(folder=str(here)), updates=2, **given)
+    path, method = here / "updates=2.ckpt", build(METHODS[0], light, **given)
     state = checkpoint.load_checkpoint(path)
     checkpoint.check_whole(path, state, method)
     state["optimizer_states"][0]["state"] = {}
@@ -183,6 +189,7 @@ def test_an_optimiser_that_keeps_nothing_has_no_state(options: dict[str, Any], c
         checkpoint.check_whole(path, state, method)
 
 
+@pytest.mark.slow
 def test_adapters_of_another_strength_are_not_gone_on_from(tiny: Path, here: Path) -> None:
     """Their weights have the same names and shapes, and with another alpha they are another student."""
     entry = BY_NAME["lcm-lora"]
@@ -203,7 +210,9 @@ def test_an_optimiser_that_asks_more_of_its_trainer_is_left_alone(finished: Path
     checkpoint.check_whole(path, checkpoint.load_checkpoint(path), method)
 
 
-@pytest.mark.parametrize("key", ["stage", "micro", "evaluations"])
+@pytest.mark.parametrize(
+    "key", [pytest.param("stage", marks=pytest.mark.slow), "micro", pytest.param("evaluations", marks=pytest.mark.slow)]
+)
 def test_a_student_without_its_clock_is_refused_by_name(key: str, finished: Path, here: Path) -> None:
     """ddil-test and ddil-export said KeyError, and not of which file."""
     state = torch.load(finished / "checkpoints" / "updates=12.ckpt", weights_only=True)

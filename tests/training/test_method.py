@@ -19,6 +19,12 @@ from suite import FORWARD, METHODS, MIXED, Gradients, backbone, build, captions,
 FIRST = METHODS[0]
 
 
+@pytest.fixture(scope="session")
+def tiny(light: Path) -> Path:
+    """What is trained here: these tests wait for calls of the U-Net more than for anything else."""
+    return light
+
+
 def test_accumulation_averages_the_gradients(tiny: Path) -> None:
     """Two micro-batches at the same weights (a learning rate of zero keeps them) against one update of both."""
     single, double = Gradients(), Gradients()
@@ -29,7 +35,7 @@ def test_accumulation_averages_the_gradients(tiny: Path) -> None:
         torch.testing.assert_close(grad, (single.steps[0][name] + single.steps[1][name]) / 2, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow), "16-mixed"])
 def test_clipping_bounds_the_norm(precision: str, tiny: Path) -> None:
     """In every precision; a gradient scaler multiplies the limit too, as gradients are clipped before they are unscaled."""
     norms = []
