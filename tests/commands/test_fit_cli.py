@@ -226,6 +226,7 @@ def test_a_run_that_lacks_only_its_results_gets_them_and_a_complete_one_is_refus
 # Full disks and NaN ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_older_checkpoints(tiny_config: Path, here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     save = torch.save
 

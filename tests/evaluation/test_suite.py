@@ -421,7 +421,8 @@ def test_builtin_prompts_and_images_are_one_held_out_set(untrained):
         Suite.builtin("shapes", n=4)
 
 
-@pytest.mark.parametrize("data", ["shapes", pytest.param("digits", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["shapes", "digits"])
 def test_the_evaluator_that_ships_tells_right_from_wrong(data):
     s = Suite.builtin(data, n=48, extra=30)
     true = s.score(truth(data))

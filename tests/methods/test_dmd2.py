@@ -379,7 +379,8 @@ def test_without_a_gan_no_features_are_asked_for(tiny: Path, monkeypatch: pytest
     assert float(method.adversary.following(x, b).detach()) > 0 and method.critic.evaluations == len(x)
 
 
-@pytest.mark.parametrize("whose", ["critic", pytest.param("teacher", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("whose", ["critic", "teacher"])
 def test_a_gan_on_several_layers_trains(whose: str, tiny: Path) -> None:
     gan = {"layers": ["down0", "up1"], "features": whose}
     before = build(ENTRY, tiny, gan=gan).head.state_dict()

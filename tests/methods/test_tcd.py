@@ -176,6 +176,7 @@ def test_the_sampler_walks_the_schedulers_times_to_0(steps: int, tiny: Path) -> 
     assert method.grid.rollouts[-1].times.tolist() == Grid.named("tcd", 5).times.tolist()
 
 
+@pytest.mark.slow
 def test_a_folder_samples_as_the_trainer_does(tiny: Path, tmp_path: Path) -> None:
     """diffusers is told gamma by the call: its card says so, and everybody here who calls the folder's pipeline does."""
     gamma, folder = 0.4, tmp_path / "out"

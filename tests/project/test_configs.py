@@ -85,10 +85,8 @@ OWN = {  # what makes a large run small; everything else of its config stays
 }
 
 
-USUAL = ("lcm_ddil_sd15.yaml",)
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in USUAL else pytest.mark.slow) for n in LARGE])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
 def test_large_configs_run_to_their_end_on_a_small_pipeline_of_their_layout(
     name: str, here: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
