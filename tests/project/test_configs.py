@@ -34,15 +34,16 @@ LARGE = [
 PROTOCOLS = [name for name in config_names() if name.startswith("protocols/")]  # of ddil-test, in tests/evaluation/test_protocols.py
 FIT = [name for name in config_names() if name not in (*PRETRAIN, *TOY, *LARGE, *PROTOCOLS)]
 PAIRED = [name for file in config_names() if (name := file.removesuffix(".yaml")) + "_ddil.yaml" in config_names()]
-MAIN = ("lcm", "pd", "dmd2")
 TURNS = ("add", "dmd", "diff_instruct", "emd", "ladd", "moments", "sid", "ufogen")  # of a critic, five to one of the student's
 
 
 def thinned(names: Sequence[str]) -> list[Any]:
     """Configs to run: those of the main methods with DDIL, from which the plain ones differ in the prior alone, and adapters; and of
-    the toy one of each kind besides, with a critic and without. test_readme.py trains lcm_ddil.yaml."""
+    the toy all with DDIL but those that take longest, whose methods train in the ordinary tests of their own files. test_readme.py
+    trains lcm_ddil.yaml."""
+    longer = ("add", "ctm", "dmd", "ladd", "reflow", "diff_instruct")
     usual = [f"{name}_ddil.yaml" for name in ("pd", "dmd2", "lcm_lora")]
-    usual += [f"toy2d/{name}_ddil.yaml" for name in (*MAIN, "emd", "tcd", "sid", "moments")]
+    usual += [name for name in TOY if name.endswith("_ddil.yaml") and not name.startswith(tuple(f"toy2d/{x}_" for x in longer))]
     return [pytest.param(name, marks=() if name in usual else pytest.mark.slow) for name in names]
 
 

@@ -57,7 +57,7 @@ class Entry(NamedTuple):
     falls: str = "loss"  # the logged loss that falls within 30 updates
     unused: bool = False  # some step leaves parameters of the method without a gradient (two optimisers): DDP must be told
     slow: bool = False  # one setting more, which the slow tests alone are put through
-    brief: bool = False  # shares its parts with others: the ordinary tests train it on the toy, the slow ones do the rest
+    brief: bool = False  # shares its parts with others: ordinary tests train it on the toy or in its own file, slow ones do the rest
 
 
 PLAN = [Stage(steps=8, updates=3), Stage(steps=4, updates=4, warmup=2)]  # the last stage lasts to the end of a run
