@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ddil_lightning.data.captions import Captions, Digits, Images, Prompts, RawBatch, builtin
+from ddil_lightning.data.captions import Captions, Digits, Images, Prompts, RawBatch, Shapes, builtin
+from ddil_lightning.miniature import shapes
 
 COLOURS = ["red", "lime", "blue", "white", "black"]
 CAPTIONS = [f"a {name} square" for name in ("red", "green", "blue", "white", "black")]
@@ -32,6 +33,12 @@ def table(**columns: Any) -> Any:
 
     made = Dataset.from_dict({"image": pictures(), "text": CAPTIONS} | columns)
     return made.cast_column("image", ImageFeature())
+
+
+def test_a_shape_is_the_same_whatever_it_is_drawn_with() -> None:
+    """Scenes are drawn when they are asked for: a set in memory is no larger than what it says of them."""
+    rows = [70, 3, 70, 99]
+    assert torch.equal(Shapes(n=100, seed=5).pixels(rows), shapes.render(shapes.draw_scenes(100, 5))[rows])
 
 
 def saved(kind: str, folder: Path) -> str:

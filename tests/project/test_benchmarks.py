@@ -96,6 +96,33 @@ def test_overhead(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.Captur
             assert row["formula"] * 0.8 - 1e-9 <= row["counted"] <= row["formula"] * 1.2 + 1e-9
 
 
+def test_exponents_are_those_of_known_costs(script: Any) -> None:
+    """3 n^2, of which the peak is a constant but for the largest; and two ranks whose update takes a quarter longer."""
+    module = script("growth")
+    points = [module.Point(n, wall=[3.0 * n**2, 9e9, 0.0], cpu=[n], peak=2**20 * max(n, 4)) for n in (1, 2, 4, 8)]
+    found = module.exponents(points)
+    assert found == pytest.approx({"wall": 2, "wall_end": 2, "cpu": 1, "cpu_end": 1, "memory": 0.3, "memory_end": 1})
+    one, two = module.Point(1, wall=[1.0, 2.0, 4.0]), module.Point(2, wall=[1.25, 2.5, 8.0])
+    assert module.throughput([one, two], "wall") in (None, pytest.approx(1.6))  # None on a machine of one core
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_growth(tmp_path: Path) -> None:
+    """From a process of its own, which has had no threads when it forks."""
+    file = tmp_path / "out.json"
+    words = [sys.executable, str(BENCHMARKS / "growth.py"), "--quick", "--json", str(file), "--pipeline", "random"]
+    words += ["--of", "capacity", "ranks", "captions"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=800)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    assert [row["name"].split()[0] for row in report["rows"]] == ["states", "ranks,", *["captions"] * 3]
+    points = report["parts"][0]["rows"]
+    assert len(points) == 2 * len(report["rows"]) and all(min(p["cpu"], p["wall"], p["memory"]) > 0 for p in points)
+    assert all(math.isfinite(row[key]) for row in report["rows"] for key, _ in report["columns"][1:])
+    assert "in a folder of ddil-cache" in done.stdout and len(report["targets"]) == 4
+
+
 def test_overhead_formula_is_the_one_of_the_methods(script: Any) -> None:
     """q c / (u C) for the mixed roll-outs of METHODS 1.7, with the last state stored but not evaluated."""
     module = script("overhead")

@@ -17,11 +17,12 @@ from ddil_lightning.data.pictures import picture_size, read_pictures
 from ddil_lightning.data.raw import RawBatch as RawBatch
 from ddil_lightning.data.raw import digest
 from ddil_lightning.data.visits import Visit
+from ddil_lightning.records import take
 from ddil_lightning.texts import caption_texts, file_text, place, read_lines, shown
 
 
 class Shapes(Captions):
-    """The built-in coloured shapes, drawn in memory.
+    """The built-in coloured shapes, drawn when they are asked for.
 
     Args:
         n: how many scenes.
@@ -33,8 +34,8 @@ class Shapes(Captions):
 
         within(1, 10**7, n=n)
         seeds(seed=seed)
-        scenes = shapes.draw_scenes(n, seed)
-        self._captions, self._images = shapes.captions(scenes, seed), shapes.render(scenes)
+        self._scenes = shapes.draw_scenes(n, seed)
+        self._captions = shapes.captions(self._scenes, seed)
 
     def __len__(self) -> int:
         return len(self._captions)
@@ -45,7 +46,9 @@ class Shapes(Captions):
 
     def pixels(self, index: Sequence[int]) -> Tensor:
         """The images of the rows `index`."""
-        return self._images[list(index)]
+        from ddil_lightning.miniature.shapes import render
+
+        return render(take(self._scenes, list(index)))
 
 
 class Digits(Shapes):
@@ -56,6 +59,10 @@ class Digits(Shapes):
 
         self._images, labels = digits.split("train")
         self._captions = [digits.caption(int(k)) for k in labels]
+
+    def pixels(self, index: Sequence[int]) -> Tensor:
+        """The images of the rows `index`."""
+        return self._images[list(index)]
 
 
 class Images(Captions):
