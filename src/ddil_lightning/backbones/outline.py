@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ddil_lightning.backbones import autoencoder
+from ddil_lightning.backbones.family import Family
 from ddil_lightning.backbones.loading import without_weights
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.repositories import SPARED, pipeline_folder, read_json, single_file
@@ -41,6 +42,11 @@ class Outline(Pipeline):
             raise
         except Exception as error:  # whatever a library makes of a configuration
             raise ValueError(f"the pipeline {path} could not be made of its configurations: {reason(error)}") from error
+
+    def adapted(self, *args: Any, **kwargs: Any) -> Family:
+        """Without memory for the adapters either."""
+        with torch.device("meta"):
+            return super().adapted(*args, **kwargs)
 
     def encode_text(self, prompts: Sequence[str], truncate: bool = False, sizes: Any = None) -> Context:
         """Blank texts, as large as those of so many `prompts`."""

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from ddil_lightning.feed import Feed
 from ddil_lightning.records import FORWARD, Context, LatentBatch, Origin
 from ddil_lightning.training.measures import Measures
+from ddil_lightning.training.repeats import Repeats
 
 MICRO = 2
 """Micro-batches of an update that are tried: the second finds the gradients of the first, and so do all others."""
@@ -53,6 +54,7 @@ class Ledger(FakeTensorMode):
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self.live, self.gradients, self.peak, self.activations, self.states = 0, 0, 0, 0, 0
+        self._crest = (0, 0)
         self._known: dict[int, tuple[Any, int]] = {}
         self._graded: set[int] = set()
         self._denied: set[int] = set()
@@ -86,8 +88,31 @@ class Ledger(FakeTensorMode):
         size = storage.nbytes()
         self._known[key] = (weakref.ref(storage, lambda _: self._let_go(key)), size)
         self.live += size
-        self.peak = max(self.peak, self.live)
-        self.activations = max(self.activations, self.live - self.gradients - self.states)
+        self.lift()
+
+    def lift(self, by: tuple[int, int] = (0, 0)) -> None:
+        """There was as much more than there is, of everything and of activations, for a moment."""
+        most, active = self.live + by[0], self.live - self.gradients - self.states + by[1]
+        self.peak, self.activations = max(self.peak, most), max(self.activations, active)
+        self._crest = max(self._crest[0], most), max(self._crest[1], active)
+
+    def mark(self) -> tuple[int, int]:
+        """What there is now; `risen` counts from here on."""
+        self._crest = self.live, self.live - self.gradients - self.states
+        return self._crest
+
+    def risen(self, since: tuple[int, int]) -> tuple[int, int]:
+        """How far everything, and activations, were above what there was at the last `mark`."""
+        return self._crest[0] - since[0], self._crest[1] - since[1]
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, nothing is a peak."""
+        before = self.peak, self.activations, self._crest
+        try:
+            yield
+        finally:
+            self.peak, self.activations, self._crest = before
 
     def _let_go(self, key: int) -> None:
         size = self._known.pop(key)[1]
@@ -166,6 +191,7 @@ class Planned:
         """The memory of an update of the student, with what else belongs to it."""
         method, ledger = self.method, self.ledger
         with ledger, _uncollected():
+            repeats = Repeats(ledger, self._networks())
             weights = ledger.live
             optimizers = self._optimizers()
             for p in _trained(optimizers):
@@ -183,6 +209,7 @@ class Planned:
             for i in range(STEPS):
                 with self.precision.forward_context():
                     method.training_step(batch, i)
+                repeats.end()
                 if method.student_updates > before:
                     break
             for handle in handles:
@@ -191,6 +218,11 @@ class Planned:
         gradients = sum(_bytes(p) for p in _trained(optimizers))
         own = {p: states[made] for p, made in self.of.values() if made in states}
         return Step(own, gradients, ledger.activations, ledger.peak - weights)
+
+    def _networks(self) -> list[nn.Module]:
+        """Those that a step asks, each once."""
+        found = [self.method.backbone.network(), *(role.network for role in self.method.roles.values())]
+        return list({id(network): network for network in found}.values())
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         """The method's own, as a trainer has them."""
