@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,19 +10,16 @@ from typing import Any
 
 import torch
 
-from ddil_lightning.backbones.repositories import BUILTIN, called, part_folder, pipeline_folder, single_file
+from ddil_lightning.backbones.repositories import called, pipeline_folder
 from ddil_lightning.backbones.source import Source
 from ddil_lightning.evaluation.stamps import protocols
 from ddil_lightning.evaluation.table import results_table
-from ddil_lightning.texts import by, place
+from ddil_lightning.runs.calls import Calls, anonymous
+from ddil_lightning.texts import by
 
 OWN = "https://pypi.org/project/ddil-lightning/"
 ADAPTERS = ("lora", "kohya", "comfy")
 """The formats that hold a student's adapters alone."""
-
-
-SAMPLERS = {"LCMScheduler": "lcm", "DDPMScheduler": "ddpm", "FlowMatchLCMScheduler": "lcm", "FlowMatchEulerDiscreteScheduler": "euler"}
-"""ComfyUI's sampler by the scheduler of diffusers."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +61,8 @@ class Card:
             f"# A {about['steps']}-step student of `{self.teacher}`",
             f"Distilled with {about['method']} by [ddil-lightning]({OWN}), {about['student_updates']} student updates.",
             "\n".join(("| | |", "|---|---|", *(f"| {name} | {said} |" for name, said in self._facts()))),
-            *self._in_diffusers(),
-            *self._in_comfy(),
+            *Calls(self).in_diffusers(),
+            *Calls(self).in_comfy(),
             *self._results(),
         ]
         return "\n\n".join(parts) + "\n"
@@ -103,7 +99,7 @@ class Card:
             shares = ((name, prior.get(name)) for name in ("forward", "student", "teacher"))
             yield "latents trained on", ", ".join(f"{share:g} {name}" for name, share in shares if share is not None)
         yield "steps", f"{about['steps']}; made for {', '.join(map(str, about['made_for']))}"
-        yield "nodes", f"{self._nodes} at {about['steps']} steps"
+        yield "nodes", f"{self.nodes} at {about['steps']} steps"
         if about.get("sampler"):
             yield "sampler", str(about["sampler"])
         yield "guidance", self._guidance
@@ -118,11 +114,12 @@ class Card:
     def _besides(self) -> list[str]:
         """What the teacher is made of besides its pipeline."""
         source = self.source or Source("builtin")
-        loras = [f"the LoRA `{_anonymous(one.path)}` at {one.scale:g}" for one in source.lora]
-        return [*loras, *([f"the autoencoder `{_anonymous(source.vae)}`"] if source.vae else [])]
+        loras = [f"the LoRA `{anonymous(one.path)}` at {one.scale:g}" for one in source.lora]
+        return [*loras, *([f"the autoencoder `{anonymous(source.vae)}`"] if source.vae else [])]
 
     @property
-    def _nodes(self) -> str:
+    def nodes(self) -> str:
+        """The times of its steps, or of a flow the sigmas, in words."""
         if "sigmas" in self.about:
             return "sigma " + ", ".join(f"{sigma:g}" for sigma in self.about["sigmas"])
         return ", ".join(map(str, self.about["timesteps"]))
@@ -137,148 +134,17 @@ class Card:
                 "it that there is none, and 0 something that it was never trained on"
             )
         if g > 1:
-            return f"`{name}` {self._scale:g} guides it as it guides its teacher, in two evaluations a step, and negative prompts work"
-        same = "0 means the same to diffusers, and " if self._scale else ""
+            return f"`{name}` {self.scale:g} guides it as it guides its teacher, in two evaluations a step, and negative prompts work"
+        same = "0 means the same to diffusers, and " if self.scale else ""
         return (
-            f"`{name}` {self._scale:g} is right because guidance {low:g} is part of the weights; {same}anything above "
-            f"{self._scale:g} guides once more"
+            f"`{name}` {self.scale:g} is right because guidance {low:g} is part of the weights; {same}anything above "
+            f"{self.scale:g} guides once more"
         )
 
     @property
-    def _scale(self) -> float:
+    def scale(self) -> float:
         """What a call is told, in the units of its pipeline."""
         return float(self.about["guidance_scale"]) - 1 + self.unguided
-
-    # How it is called ----------------------------------------------------------------------------------------------------------------
-
-    def _in_diffusers(self) -> Iterator[str]:
-        steps, g = self.about["steps"], self._scale
-        # A pipeline's own call makes what its network was first made for.
-        size = f", height={self.size[0]}, width={self.size[1]}" if "size" in self.about else ""
-        noise = f", eta={self.about['eta']:g}" if "eta" in self.about else ""  # of a scheduler that cannot keep it
-        more = "".join(f", {name}={value!r}" for name, value in self.called_with.items())
-        negative = f', negative_prompt="{self.negative}"' if g > 1 and self.asked_by != "guidance_scale" else ""
-        call = f'image = pipe("a prompt", num_inference_steps={steps}, {self.asked_by}={g:g}{negative}{noise}{size}{more}).images[0]'
-        if [*self.files] == ["comfy"]:  # diffusers does not read it of every family
-            return
-        yield "## In diffusers"
-        if "diffusers" in self.files:
-            where = self.hub or self.files["diffusers"]
-            yield _code(
-                "from diffusers import DiffusionPipeline", f'pipe = DiffusionPipeline.from_pretrained("{where}"{self._typed})', call
-            )
-            yield (
-                f"The scheduler holds the timesteps it was trained for ({self._nodes} at {steps} steps); another scheduler or a "
-                '"leading" spacing\nfails in silence.'
-            )
-        if type(self.scheduler).__name__ == "FlowMatchLCMScheduler":
-            yield (
-                "It draws new noise at every step, for which some pipelines, as Stable Diffusion 3's, hand it no generator: an image comes "
-                "out again\nafter the same `torch.manual_seed`. It holds the nodes of this one step count."
-            )
-        for name in self.files:
-            if name in ("lora", "kohya"):
-                yield f"The adapters `{self.files[name]}` on their teacher, with the scheduler that they were trained for:"
-                yield _code(*self._adapters(name), call)
-            if name == "single-file":
-                yield f"The single file `{self.files[name]}`, with the scheduler that it was trained for:"
-                yield _code(*self._single_file(name), call)
-
-    def _adapters(self, name: str) -> Iterator[str]:
-        builtin = BUILTIN.get(str(self.about["teacher"]))
-        if builtin:
-            yield "from importlib.resources import files"
-        yield f"from diffusers import DiffusionPipeline, {type(self.scheduler).__name__}"
-        own = f'str(files("ddil_lightning") / "miniature" / "weights" / "{builtin}")'
-        yield from self._loaded(own if builtin else f'"{self._named(str(self.about["teacher"]))}"')
-        yield f'pipe.load_lora_weights("{self.hub or "."}", weight_name="{self.files[name]}")'
-        yield self._scheduled
-
-    def _loaded(self, teacher: str) -> Iterator[str]:
-        """The teacher as it was in training: with its own autoencoder, and with the LoRAs that were fused into it."""
-        source = self.source or Source("builtin")
-        given = f', variant="{source.variant}"' if source.variant else ""
-        if source.vae:
-            folder = ', subfolder="vae"' if part_folder(source.vae, "vae").name == "vae" else ""
-            yield f"from diffusers import {self.vae}"
-            yield f'vae = {self.vae}.from_pretrained("{self._named(source.vae)}"{folder}{self._typed})'
-            given += ", vae=vae"
-        if single_file(str(self.about["teacher"])) is None:
-            yield f"pipe = DiffusionPipeline.from_pretrained({teacher}{given}{self._typed})"
-        else:
-            config = f', config="{self._named(source.config)}"' if source.config else ""
-            yield f"from diffusers import {self.kind}"
-            yield f"pipe = {self.kind}.from_single_file({teacher}{config}{given}{self._typed})"
-        for one in source.lora:
-            file = f', weight_name="{one.weight_name}"' if one.weight_name else ""
-            yield f'pipe.load_lora_weights("{self._named(one.path)}"{file})'
-            yield f"pipe.fuse_lora(lora_scale={one.scale:g})"
-            yield "pipe.unload_lora_weights()"
-
-    def _named(self, path: str) -> str:
-        """A path as the code names it: on the hub nobody is told where it lay."""
-        return _anonymous(path) if self.hub else path
-
-    @property
-    def _typed(self) -> str:
-        """The argument that loads everything in the type of the files, which diffusers does not read off them."""
-        return "" if self.dtype == torch.float32 else f", torch_dtype={self.dtype}"
-
-    def _single_file(self, name: str) -> Iterator[str]:
-        yield f"from diffusers import {self.kind}, {type(self.scheduler).__name__}"
-        url = f"https://huggingface.co/{self.hub}/blob/main/" if self.hub else ""
-        # Without one diffusers takes the original Stable Diffusion's, whatever it finds in the file.
-        config = (self.hub or self.files["diffusers"]) if "diffusers" in self.files else None
-        given = f', config="{config}"' if config else ""
-        yield f'pipe = {self.kind}.from_single_file("{url}{self.files[name]}"{given}{self._typed})'
-        yield self._scheduled
-
-    @property
-    def _scheduled(self) -> str:
-        """The scheduler in full: every option that is not its class's own, so that nothing of the teacher's is left."""
-        kind, config = type(self.scheduler), self.scheduler.config
-        defaults = kind().config
-        own = {key: value for key, value in config.items() if not key.startswith("_") and value != defaults.get(key)}
-        return f"pipe.scheduler = {kind.__name__}({', '.join(f'{key}={value!r}' for key, value in own.items())})"
-
-    def _in_comfy(self) -> Iterator[str]:
-        loadable = [name for name in ("single-file", "kohya", "comfy", "lora") if name in self.files]
-        if not loadable or not self.in_comfy:
-            return
-        about, n = self.about, self.about["steps"]
-        sampler = SAMPLERS.get(type(self.scheduler).__name__, "ddim")
-        last = self.scheduler.config.num_train_timesteps - 1
-        apart = max(abs(t - last * (1 - i / n)) for i, t in enumerate(about["timesteps"]))
-        loader = "*Load Checkpoint*" if "single-file" in loadable else "*Load LoRA* on the teacher, strength 1"
-        yield "## In ComfyUI"
-        model = ""
-        if "shift" in about:
-            model = f", {self._comfy_shift}"
-        elif self.scheduler.config.prediction_type == "v_prediction":
-            zsnr = "on" if self.scheduler.config.get("rescale_betas_zero_snr") else "off"
-            model = f", *ModelSamplingDiscrete* with v_prediction and zsnr {zsnr}"
-        file = self.files[loadable[0]]
-        told = self.told and "shift" in about  # a flow by an embedding of its own, as Flux
-        cfg = "1, *FluxGuidance* {g:g}" if told else "{g:g}"
-        yield (
-            f"`{file}` by {loader}{model}, *KSampler* with steps {n}, cfg {cfg.format(g=about['guidance_scale'])}, sampler_name {sampler}, "
-            f"scheduler sgm_uniform, denoise 1.\nThat scheduler's times differ from the trained ones by at most {apart:.0f} of {last + 1}. "
-            "This is read from ComfyUI's sources, and was not tried there."
-        )
-        if "lora" in loadable and self.adapter and self.adapter[0] != self.adapter[1]:
-            scale = self.adapter[1] / self.adapter[0]
-            other = "comfy" if "shift" in about else "kohya"  # which is for U-Nets
-            yield f"ComfyUI does not read the alpha of `{self.files['lora']}`: take the {other} file, or strength {scale:g}."
-
-    @property
-    def _comfy_shift(self) -> str:
-        """ComfyUI's node for a flow's shift s; Flux's is told ln s, between two sizes of images. Others count times to 1, not to 1000."""
-        shift = float(self.about["shift"])
-        if self.kind.startswith(("QwenImage", "ZImage")):
-            return f"*ModelSamplingAuraFlow* with shift {shift:g}"
-        if not self.kind.startswith("Flux"):
-            return f"*ModelSamplingSD3* with shift {shift:g}"
-        return f"*ModelSamplingFlux* with max_shift and base_shift {math.log(shift):.4g}"
 
     # How good it is ------------------------------------------------------------------------------------------------------------------
 
@@ -290,11 +156,6 @@ class Card:
         yield results_table(rows)
         for protocol in protocols(rows):
             yield "Protocol: " + "; ".join(_flat(protocol)) + "."
-
-
-def _anonymous(path: str) -> str:
-    """A hub id as it is; of what is on this machine the last name."""
-    return place(path).resolve().name if place(path).exists() else path
 
 
 def licence_of(teacher: str) -> str | None:
@@ -334,13 +195,6 @@ def _compute(about: Mapping[str, Any], data: Mapping[str, Any], config: Mapping[
         yield f"{machine['device']} ({machine.get('date', 'undated')})"
     if summary.get("seconds_training"):
         yield f"{summary['seconds_training'] / 3600:.2g} hours of training"
-
-
-def _code(*lines: str) -> str:
-    imports = [line for line in lines if line.startswith("from ")]
-    imports += ["import torch"] if any("torch_dtype" in line for line in lines) else []
-    rest = [line for line in lines if not line.startswith("from ")]
-    return "\n".join(("```python", *imports, "", *rest, "```"))
 
 
 def _flat(table: Mapping[str, Any], above: str = "") -> Iterator[str]:
