@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -13,78 +13,109 @@ from ddil_lightning.backbones.repositories import BUILTIN, part_folder, single_f
 from ddil_lightning.backbones.source import Source
 from ddil_lightning.texts import place
 
-if TYPE_CHECKING:
-    from ddil_lightning.runs.card import Card
-
 SAMPLERS = {"LCMScheduler": "lcm", "DDPMScheduler": "ddpm", "FlowMatchLCMScheduler": "lcm", "FlowMatchEulerDiscreteScheduler": "euler"}
 """ComfyUI's sampler by the scheduler of diffusers."""
 
 
 @dataclass(frozen=True)
-class Calls:
-    """The part of a card that says how its student is called."""
+class Called:
+    """A released student, with all that its calls depend on, and what its card says of them.
 
-    card: Card
+    `about`: the student's ddil.json. `scheduler`: the student's, of diffusers. `kind`: the class of its pipeline. `size`: of its images in
+    pixels, (height, width). `files`: where each format lies, seen from the card. `told`: whether it is told its guidance. `adapter`: (rank,
+    alpha) of one. `called_with`: what calls of its family are given besides; `asked_by`: how they name the guidance, `unguided`: what they
+    are given for none, `negative`: for no negative prompt. `in_comfy`: whether ComfyUI is known to load its family. `source`: where the
+    teacher comes from, all of it; `vae`: the class of its autoencoder. `dtype`: of the files. `hub`: the repository that it goes to.
+    """
 
-    def in_diffusers(self) -> Iterator[str]:
+    about: Mapping[str, Any]
+    scheduler: Any
+    kind: str
+    size: tuple[int, int]
+    files: Mapping[str, str] = field(default_factory=lambda: {"diffusers": "."})
+    told: bool = False
+    adapter: tuple[int, float] | None = None
+    called_with: Mapping[str, Any] = field(default_factory=dict)
+    asked_by: str = "guidance_scale"
+    in_comfy: bool = True
+    unguided: float = 1.0
+    negative: str = ""
+    source: Source | None = None
+    vae: str = "AutoencoderKL"
+    dtype: torch.dtype = torch.float32
+    hub: str | None = None
+
+    @property
+    def nodes(self) -> str:
+        """The times of its steps, or of a flow the sigmas, in words."""
+        if "sigmas" in self.about:
+            return "sigma " + ", ".join(f"{sigma:g}" for sigma in self.about["sigmas"])
+        return ", ".join(map(str, self.about["timesteps"]))
+
+    @property
+    def scale(self) -> float:
+        """What a call is told, in the units of its pipeline."""
+        return float(self.about["guidance_scale"]) - 1 + self.unguided
+
+    def of_diffusers(self) -> Iterator[str]:
         """The paragraphs of diffusers, each format with code of its own; none where ComfyUI's is the only one."""
-        steps, g = self.card.about["steps"], self.card.scale
+        steps, g = self.about["steps"], self.scale
         # A pipeline's own call makes what its network was first made for.
-        size = f", height={self.card.size[0]}, width={self.card.size[1]}" if "size" in self.card.about else ""
-        noise = f", eta={self.card.about['eta']:g}" if "eta" in self.card.about else ""  # of a scheduler that cannot keep it
-        more = "".join(f", {name}={value!r}" for name, value in self.card.called_with.items())
-        negative = f', negative_prompt="{self.card.negative}"' if g > 1 and self.card.asked_by != "guidance_scale" else ""
-        call = f'image = pipe("a prompt", num_inference_steps={steps}, {self.card.asked_by}={g:g}{negative}{noise}{size}{more}).images[0]'
-        if [*self.card.files] == ["comfy"]:  # diffusers does not read it of every family
+        size = f", height={self.size[0]}, width={self.size[1]}" if "size" in self.about else ""
+        noise = f", eta={self.about['eta']:g}" if "eta" in self.about else ""  # of a scheduler that cannot keep it
+        more = "".join(f", {name}={value!r}" for name, value in self.called_with.items())
+        negative = f', negative_prompt="{self.negative}"' if g > 1 and self.asked_by != "guidance_scale" else ""
+        call = f'image = pipe("a prompt", num_inference_steps={steps}, {self.asked_by}={g:g}{negative}{noise}{size}{more}).images[0]'
+        if [*self.files] == ["comfy"]:  # diffusers does not read it of every family
             return
         yield "## In diffusers"
-        if "diffusers" in self.card.files:
-            where = self.card.hub or self.card.files["diffusers"]
+        if "diffusers" in self.files:
+            where = self.hub or self.files["diffusers"]
             yield _code(
                 "from diffusers import DiffusionPipeline", f'pipe = DiffusionPipeline.from_pretrained("{where}"{self._typed})', call
             )
             yield (
-                f"The scheduler holds the timesteps it was trained for ({self.card.nodes} at {steps} steps); another scheduler or a "
+                f"The scheduler holds the timesteps it was trained for ({self.nodes} at {steps} steps); another scheduler or a "
                 '"leading" spacing\nfails in silence.'
             )
-        if type(self.card.scheduler).__name__ == "FlowMatchLCMScheduler":
+        if type(self.scheduler).__name__ == "FlowMatchLCMScheduler":
             yield (
                 "It draws new noise at every step, for which some pipelines, as Stable Diffusion 3's, hand it no generator: an image comes "
                 "out again\nafter the same `torch.manual_seed`. It holds the nodes of this one step count."
             )
-        for name in self.card.files:
+        for name in self.files:
             if name in ("lora", "kohya"):
-                yield f"The adapters `{self.card.files[name]}` on their teacher, with the scheduler that they were trained for:"
+                yield f"The adapters `{self.files[name]}` on their teacher, with the scheduler that they were trained for:"
                 yield _code(*self._adapters(name), call)
             if name == "single-file":
-                yield f"The single file `{self.card.files[name]}`, with the scheduler that it was trained for:"
+                yield f"The single file `{self.files[name]}`, with the scheduler that it was trained for:"
                 yield _code(*self._single_file(name), call)
 
     def _adapters(self, name: str) -> Iterator[str]:
-        builtin = BUILTIN.get(str(self.card.about["teacher"]))
+        builtin = BUILTIN.get(str(self.about["teacher"]))
         if builtin:
             yield "from importlib.resources import files"
-        yield f"from diffusers import DiffusionPipeline, {type(self.card.scheduler).__name__}"
+        yield f"from diffusers import DiffusionPipeline, {type(self.scheduler).__name__}"
         own = f'str(files("ddil_lightning") / "miniature" / "weights" / "{builtin}")'
-        yield from self._loaded(own if builtin else f'"{self._named(str(self.card.about["teacher"]))}"')
-        yield f'pipe.load_lora_weights("{self.card.hub or "."}", weight_name="{self.card.files[name]}")'
+        yield from self._loaded(own if builtin else f'"{self._named(str(self.about["teacher"]))}"')
+        yield f'pipe.load_lora_weights("{self.hub or "."}", weight_name="{self.files[name]}")'
         yield self._scheduled
 
     def _loaded(self, teacher: str) -> Iterator[str]:
         """The teacher as it was in training: with its own autoencoder, and with the LoRAs that were fused into it."""
-        source = self.card.source or Source("builtin")
+        source = self.source or Source("builtin")
         given = f', variant="{source.variant}"' if source.variant else ""
         if source.vae:
             folder = ', subfolder="vae"' if part_folder(source.vae, "vae").name == "vae" else ""
-            yield f"from diffusers import {self.card.vae}"
-            yield f'vae = {self.card.vae}.from_pretrained("{self._named(source.vae)}"{folder}{self._typed})'
+            yield f"from diffusers import {self.vae}"
+            yield f'vae = {self.vae}.from_pretrained("{self._named(source.vae)}"{folder}{self._typed})'
             given += ", vae=vae"
-        if single_file(str(self.card.about["teacher"])) is None:
+        if single_file(str(self.about["teacher"])) is None:
             yield f"pipe = DiffusionPipeline.from_pretrained({teacher}{given}{self._typed})"
         else:
             config = f', config="{self._named(source.config)}"' if source.config else ""
-            yield f"from diffusers import {self.card.kind}"
-            yield f"pipe = {self.card.kind}.from_single_file({teacher}{config}{given}{self._typed})"
+            yield f"from diffusers import {self.kind}"
+            yield f"pipe = {self.kind}.from_single_file({teacher}{config}{given}{self._typed})"
         for one in source.lora:
             file = f', weight_name="{one.weight_name}"' if one.weight_name else ""
             yield f'pipe.load_lora_weights("{self._named(one.path)}"{file})'
@@ -93,67 +124,67 @@ class Calls:
 
     def _named(self, path: str) -> str:
         """A path as the code names it: on the hub nobody is told where it lay."""
-        return anonymous(path) if self.card.hub else path
+        return anonymous(path) if self.hub else path
 
     @property
     def _typed(self) -> str:
         """The argument that loads everything in the type of the files, which diffusers does not read off them."""
-        return "" if self.card.dtype == torch.float32 else f", torch_dtype={self.card.dtype}"
+        return "" if self.dtype == torch.float32 else f", torch_dtype={self.dtype}"
 
     def _single_file(self, name: str) -> Iterator[str]:
-        yield f"from diffusers import {self.card.kind}, {type(self.card.scheduler).__name__}"
-        url = f"https://huggingface.co/{self.card.hub}/blob/main/" if self.card.hub else ""
+        yield f"from diffusers import {self.kind}, {type(self.scheduler).__name__}"
+        url = f"https://huggingface.co/{self.hub}/blob/main/" if self.hub else ""
         # Without one diffusers takes the original Stable Diffusion's, whatever it finds in the file.
-        config = (self.card.hub or self.card.files["diffusers"]) if "diffusers" in self.card.files else None
+        config = (self.hub or self.files["diffusers"]) if "diffusers" in self.files else None
         given = f', config="{config}"' if config else ""
-        yield f'pipe = {self.card.kind}.from_single_file("{url}{self.card.files[name]}"{given}{self._typed})'
+        yield f'pipe = {self.kind}.from_single_file("{url}{self.files[name]}"{given}{self._typed})'
         yield self._scheduled
 
     @property
     def _scheduled(self) -> str:
         """The scheduler in full: every option that is not its class's own, so that nothing of the teacher's is left."""
-        kind, config = type(self.card.scheduler), self.card.scheduler.config
+        kind, config = type(self.scheduler), self.scheduler.config
         defaults = kind().config
         own = {key: value for key, value in config.items() if not key.startswith("_") and value != defaults.get(key)}
         return f"pipe.scheduler = {kind.__name__}({', '.join(f'{key}={value!r}' for key, value in own.items())})"
 
-    def in_comfy(self) -> Iterator[str]:
+    def of_comfy(self) -> Iterator[str]:
         """The paragraphs of ComfyUI: which file, which nodes, which numbers; none for what it is not known to load."""
-        loadable = [name for name in ("single-file", "kohya", "comfy", "lora") if name in self.card.files]
-        if not loadable or not self.card.in_comfy:
+        loadable = [name for name in ("single-file", "kohya", "comfy", "lora") if name in self.files]
+        if not loadable or not self.in_comfy:
             return
-        about, n = self.card.about, self.card.about["steps"]
-        sampler = SAMPLERS.get(type(self.card.scheduler).__name__, "ddim")
-        last = self.card.scheduler.config.num_train_timesteps - 1
+        about, n = self.about, self.about["steps"]
+        sampler = SAMPLERS.get(type(self.scheduler).__name__, "ddim")
+        last = self.scheduler.config.num_train_timesteps - 1
         apart = max(abs(t - last * (1 - i / n)) for i, t in enumerate(about["timesteps"]))
         loader = "*Load Checkpoint*" if "single-file" in loadable else "*Load LoRA* on the teacher, strength 1"
         yield "## In ComfyUI"
         model = ""
         if "shift" in about:
             model = f", {self._comfy_shift}"
-        elif self.card.scheduler.config.prediction_type == "v_prediction":
-            zsnr = "on" if self.card.scheduler.config.get("rescale_betas_zero_snr") else "off"
+        elif self.scheduler.config.prediction_type == "v_prediction":
+            zsnr = "on" if self.scheduler.config.get("rescale_betas_zero_snr") else "off"
             model = f", *ModelSamplingDiscrete* with v_prediction and zsnr {zsnr}"
-        file = self.card.files[loadable[0]]
-        told = self.card.told and "shift" in about  # a flow by an embedding of its own, as Flux
+        file = self.files[loadable[0]]
+        told = self.told and "shift" in about  # a flow by an embedding of its own, as Flux
         cfg = "1, *FluxGuidance* {g:g}" if told else "{g:g}"
         yield (
             f"`{file}` by {loader}{model}, *KSampler* with steps {n}, cfg {cfg.format(g=about['guidance_scale'])}, sampler_name {sampler}, "
             f"scheduler sgm_uniform, denoise 1.\nThat scheduler's times differ from the trained ones by at most {apart:.0f} of {last + 1}. "
             "This is read from ComfyUI's sources, and was not tried there."
         )
-        if "lora" in loadable and self.card.adapter and self.card.adapter[0] != self.card.adapter[1]:
-            scale = self.card.adapter[1] / self.card.adapter[0]
+        if "lora" in loadable and self.adapter and self.adapter[0] != self.adapter[1]:
+            scale = self.adapter[1] / self.adapter[0]
             other = "comfy" if "shift" in about else "kohya"  # which is for U-Nets
-            yield f"ComfyUI does not read the alpha of `{self.card.files['lora']}`: take the {other} file, or strength {scale:g}."
+            yield f"ComfyUI does not read the alpha of `{self.files['lora']}`: take the {other} file, or strength {scale:g}."
 
     @property
     def _comfy_shift(self) -> str:
         """ComfyUI's node for a flow's shift s; Flux's is told ln s, between two sizes of images. Others count times to 1, not to 1000."""
-        shift = float(self.card.about["shift"])
-        if self.card.kind.startswith(("QwenImage", "ZImage")):
+        shift = float(self.about["shift"])
+        if self.kind.startswith(("QwenImage", "ZImage")):
             return f"*ModelSamplingAuraFlow* with shift {shift:g}"
-        if not self.card.kind.startswith("Flux"):
+        if not self.kind.startswith("Flux"):
             return f"*ModelSamplingSD3* with shift {shift:g}"
         return f"*ModelSamplingFlux* with max_shift and base_shift {math.log(shift):.4g}"
 

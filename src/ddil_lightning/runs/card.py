@@ -8,13 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ddil_lightning.backbones.repositories import called, pipeline_folder
 from ddil_lightning.backbones.source import Source
 from ddil_lightning.evaluation.stamps import protocols
 from ddil_lightning.evaluation.table import results_table
-from ddil_lightning.runs.calls import Calls, anonymous
+from ddil_lightning.runs.calls import Called, anonymous
 from ddil_lightning.texts import by
 
 OWN = "https://pypi.org/project/ddil-lightning/"
@@ -23,35 +21,14 @@ ADAPTERS = ("lora", "kohya", "comfy")
 
 
 @dataclass(frozen=True)
-class Card:
-    """Everything that a card is made from.
+class Card(Called):
+    """Everything that a card is made from: how its student is called (`Called`), and besides:
 
-    `about`: the student's ddil.json. `scheduler`: the student's, of diffusers. `kind`: the class of its pipeline. `size`: of its images in
-    pixels, (height, width). `files`: where each format lies, seen from the card. `told`: whether it is told its guidance. `adapter`: (rank,
-    alpha) of one. `called_with`: what calls of its family are given besides; `asked_by`: how they name the guidance, `unguided`: what they
-    are given for none, `negative`: for no negative prompt. `in_comfy`: whether ComfyUI is known to load its family. `source`: where the
-    teacher comes from, all of it; `vae`: the class of its autoencoder. `dtype`: of the files. `run`: the config and the summary of the run
-    that made it, as far as they are known. `licence`: by default the teacher's. `hub`: the repository that it goes to.
+    `run`: the config and the summary of the run that made it, as far as they are known. `licence`: by default the teacher's.
     """
 
-    about: Mapping[str, Any]
-    scheduler: Any
-    kind: str
-    size: tuple[int, int]
-    files: Mapping[str, str] = field(default_factory=lambda: {"diffusers": "."})
-    told: bool = False
-    adapter: tuple[int, float] | None = None
-    called_with: Mapping[str, Any] = field(default_factory=dict)
-    asked_by: str = "guidance_scale"
-    in_comfy: bool = True
-    unguided: float = 1.0
-    negative: str = ""
-    source: Source | None = None
-    vae: str = "AutoencoderKL"
-    dtype: torch.dtype = torch.float32
     run: Mapping[str, Any] = field(default_factory=dict)
     licence: str | None = None
-    hub: str | None = None
 
     def text(self) -> str:
         """The card in Markdown, with its header."""
@@ -61,8 +38,8 @@ class Card:
             f"# A {about['steps']}-step student of `{self.teacher}`",
             f"Distilled with {about['method']} by [ddil-lightning]({OWN}), {about['student_updates']} student updates.",
             "\n".join(("| | |", "|---|---|", *(f"| {name} | {said} |" for name, said in self._facts()))),
-            *Calls(self).in_diffusers(),
-            *Calls(self).in_comfy(),
+            *self.of_diffusers(),
+            *self.of_comfy(),
             *self._results(),
         ]
         return "\n\n".join(parts) + "\n"
@@ -118,13 +95,6 @@ class Card:
         return [*loras, *([f"the autoencoder `{anonymous(source.vae)}`"] if source.vae else [])]
 
     @property
-    def nodes(self) -> str:
-        """The times of its steps, or of a flow the sigmas, in words."""
-        if "sigmas" in self.about:
-            return "sigma " + ", ".join(f"{sigma:g}" for sigma in self.about["sigmas"])
-        return ", ".join(map(str, self.about["timesteps"]))
-
-    @property
     def _guidance(self) -> str:
         g, (low, high), name = self.about["guidance_scale"], self.about["guidance_range"], self.asked_by
         if self.told:
@@ -140,11 +110,6 @@ class Card:
             f"`{name}` {self.scale:g} is right because guidance {low:g} is part of the weights; {same}anything above "
             f"{self.scale:g} guides once more"
         )
-
-    @property
-    def scale(self) -> float:
-        """What a call is told, in the units of its pipeline."""
-        return float(self.about["guidance_scale"]) - 1 + self.unguided
 
     # How good it is ------------------------------------------------------------------------------------------------------------------
 
