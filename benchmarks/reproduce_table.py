@@ -46,6 +46,9 @@ TELLING = (
 )
 """The measures whose spread is looked into."""
 
+APART = ("frechet", "all_right", "mode_coverage", "lpips_diversity", "cas")
+"""The measures of each training by itself."""
+
 PAPER: dict[tuple[str, int], dict[str, tuple[float, float, float]]] = {
     ("pd", 4): {"base": (23.34, 0.302, 0.60), "ddil": (22.42, 0.302, 0.60)},
     ("pd", 2): {"base": (26.43, 0.288, 0.58), "ddil": (24.13, 0.291, 0.58)},
@@ -75,7 +78,10 @@ def report(cells: Sequence[dict[str, Any]], teacher: Mapping[str, Any]) -> Repor
     """A table of every method and step count, beside the paper's; and which measure tells a difference from chance."""
     found = values(cells)
     parts = [part for method in REPORTED for k in REPORTED[method] if (part := table(method, k, found, cells))]
-    telling = spread(found, values(cells, "again"))
+    again = values(cells, "again")
+    if (each := seeds_apart(found, again)) is not None:
+        parts.append(each)
+    telling = spread(found, again)
     if telling:
         parts.append(telling)
     shown: Columns = (("name", ""), *((key, HEADINGS[key]) for key in SHOWN))
@@ -129,6 +135,25 @@ def compared(found: Mapping[Any, Mapping[str, float | None]], where: tuple[str, 
     both = [(mine[s], base[s]) for s in seeds if variant != "base" and base.get(s) is not None]
     told = paired([a for a, _ in both], [b for _, b in both]) if both else None  # type: ignore[misc]
     return {"mean": mean, "se": se, "paired": told}
+
+
+def seeds_apart(found: Mapping[Any, Mapping[str, float | None]], again: Mapping[Any, Mapping[str, float | None]]) -> Part | None:
+    """Both minus base for each training by itself, and the same on the second set of prompts, noise and real images."""
+    rows = []
+    for method in REPORTED:
+        for k in REPORTED[method]:
+            for seed in sorted(s for m, n, v, s in found if (m, n, v) == (method, k, "both") and (m, n, "base", s) in found):
+                row: dict[str, Any] = {"name": f"{TITLES[method]}, seed {seed}, {k} step{'s' * (k > 1)}"}
+                for key, told, ending in ((key, told, ending) for key in APART for told, ending in ((found, ""), (again, "_again"))):
+                    mine, base = (told.get((method, k, variant, seed), {}).get(key) for variant in ("both", "base"))
+                    row[key + ending] = None if mine is None or base is None else mine - base
+                rows.append(row)
+    if not rows:
+        return None
+    shown = [
+        (key + end, HEADINGS[key] + more) for key in APART for end, more in (("", ""), ("_again", ", again")) if key + end != "cas_again"
+    ]
+    return {"title": "Both minus base, training by training", "columns": [("name", ""), *shown], "rows": rows}
 
 
 def evaluations(method: str, variant: str, cells: Sequence[Mapping[str, Any]]) -> float:
@@ -188,6 +213,7 @@ def notes(cells: Sequence[Mapping[str, Any]]) -> list[str]:
         "comparisons; evaluations: of all networks, one sample each, of one training",
         "Taught: the share of real scenes in which a small classifier that was taught by 1000 images of the sampler alone reads everything "
         "right (benchmarks/downstream.py)",
+        "again: with other prompts, noise and real images",
         "same student: between two sets of prompts, noise and real images; other seed: between trainings of one variant, of which the "
         "former is a part",
     ]

@@ -269,12 +269,13 @@ def test_reproduce(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.Captu
     options = [*places, "--methods", "lcm", "pd", "--variants", "base", "both"]
     report = run(module, tiny, tmp_path, capsys, *options)
     titles = [part["title"] for part in report["parts"]]
-    assert titles[:-1] == ["PD, 4 steps", "PD, 2 steps", "LCM, 4 steps", "LCM, 2 steps", "LCM, 1 step"] and "tell" in titles[-1]
-    for part in report["parts"][:-1]:
+    assert titles[:-2] == ["PD, 4 steps", "PD, 2 steps", "LCM, 4 steps", "LCM, 2 steps", "LCM, 1 step"] and "tell" in titles[-1]
+    for part, row in zip(report["parts"][:-2], report["parts"][-2]["rows"], strict=True):
         base, both = part["rows"]
         assert both["evaluations"] > base["evaluations"] and 0 <= both["cas"]["mean"] <= 1 and base["frechet"]["paired"] is None
         difference = both["frechet"]["paired"]["mean"]
-        assert difference == pytest.approx(both["frechet"]["mean"] - base["frechet"]["mean"])
+        assert difference == pytest.approx(both["frechet"]["mean"] - base["frechet"]["mean"]) == pytest.approx(row["frechet"])
+        assert row["name"].startswith(part["title"].split(",")[0]) and row["frechet_again"] != row["frechet"]
     assert "## LCM, 4 steps" in page.read_text() and "| 24.39 |" in page.read_text()
     monkeypatch.setattr(module, "cell", pytest.fail)  # every cell is there, and none is made again
     assert run(module, tiny, tmp_path, capsys, *options)["parts"] == report["parts"]
@@ -319,7 +320,11 @@ def test_what_the_reproduction_says_of_its_cells(script: Any) -> None:
         for (v, s), (a, b) in frechet.items()
     ]
     report = module.report(cells, {"rows": [], "downstream": {"real": {"cas": 0.9}}})
-    table, spread = report["parts"]
+    table, apart, spread = report["parts"]
+    assert [(r["frechet"], r["frechet_again"], r["cas"]) for r in apart["rows"]] == [
+        (-0.5, pytest.approx(-0.9), -0.125),
+        (-1.0, pytest.approx(-1.4), -0.25),
+    ]
     base, both = table["rows"]
     assert base["frechet"] == {"mean": 1.5, "se": pytest.approx(0.5), "paired": None} and both["cas"]["mean"] == pytest.approx(0.1875)
     # The differences are -0.5 and -1: their mean -0.75 has the standard error 0.25.

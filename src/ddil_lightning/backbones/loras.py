@@ -66,7 +66,9 @@ def by_authors(pipe: Any, file: Path) -> dict[str, Tensor] | None:
 
     network = next((network for name in DENOISERS if (network := getattr(pipe, name, None)) is not None), None)
     family = FAMILIES.get(type(network).__name__)
-    return comfy.translated(family, network, load_file(file)) if family is not None else None
+    if family is None or not family.authors:
+        return None  # diffusers has the same names, or nobody here knows theirs: its reader is the only one
+    return comfy.translated(family, network, load_file(file))
 
 
 def _file(lora: Lora) -> tuple[str, str | None]:

@@ -228,15 +228,19 @@ def _passed(through: Any, repeats: Repeats, state: dict[str, Any], leaves: list[
     return [found.get(i, x) for i, x in enumerate(leaves)]
 
 
-class _Enter(torch.autograd.Function):
-    """The inputs of a block as they are; its backward pass ends here."""
+class _Passed(torch.autograd.Function):
+    """Tensors as they are, with the state of the block that they belong to."""
 
     @staticmethod
-    def forward(ctx: Any, repeats: Repeats, state: dict[str, Any], *told: Tensor) -> Any:
+    def forward(ctx: Any, repeats: Repeats, state: dict[str, Any], *tensors: Tensor) -> Any:
         """Views of them."""
         ctx.repeats, ctx.state = repeats, state
         ctx.set_materialize_grads(False)
-        return tuple(x.view_as(x) for x in told)
+        return tuple(x.view_as(x) for x in tensors)
+
+
+class _Enter(_Passed):
+    """The inputs of a block as they are; its backward pass ends here."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -247,15 +251,8 @@ class _Enter(torch.autograd.Function):
         return (None, None, *grads)
 
 
-class _Exit(torch.autograd.Function):
+class _Exit(_Passed):
     """The outputs of a block as they are; its backward pass begins here."""
-
-    @staticmethod
-    def forward(ctx: Any, repeats: Repeats, state: dict[str, Any], *answers: Tensor) -> Any:
-        """Views of them."""
-        ctx.repeats, ctx.state = repeats, state
-        ctx.set_materialize_grads(False)
-        return tuple(x.view_as(x) for x in answers)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
