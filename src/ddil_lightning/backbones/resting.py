@@ -5,6 +5,7 @@ Those of a GPU rest on the CPU, those of the CPU in a mapped file, whose pages t
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ddil_lightning.texts import reason
+
+log = logging.getLogger(__name__)
 
 LARGE = 2**20
 """Bytes of a tensor from which on a file is worth it."""
@@ -72,7 +77,7 @@ def to_file(modules: Iterable[nn.Module], folder: Path) -> None:
     """Give the large tensors of modules that are not trained to a file in `folder`, which goes with the last of them.
 
     They are what they were, on the CPU, and take memory again when they are read, which the system may take back at any time.
-    Where the file finds no room, all stays as it is.
+    Where the file finds no room, all stays as it is, and a line says so.
     """
     every = {id(x): x for module in modules for x in (*module.parameters(), *module.buffers())}
     moved = [x for x in every.values() if x.nbytes >= LARGE and _dense(x)]
@@ -87,7 +92,8 @@ def to_file(modules: Iterable[nn.Module], folder: Path) -> None:
                 file.write(_flat(x).view(torch.uint8).numpy().data)
             file.flush()
             mapped = torch.from_file(file.name, shared=False, size=file.tell(), dtype=torch.uint8).untyped_storage()
-    except (OSError, RuntimeError):  # no room, no right, or a system that cannot map a file that it will remove
+    except (OSError, RuntimeError) as error:  # no room, no right, or a system that cannot map a file that it will remove
+        log.warning(f"weights that nobody asks stay in memory, a file in {folder} cannot hold them: {reason(error)}")
         return
     for x, start in zip(moved, starts, strict=True):
         x.data = torch.empty(0, dtype=x.dtype).set_(mapped, start // x.itemsize, x.shape, x.stride())
