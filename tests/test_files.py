@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from ddil_lightning import files
 
@@ -47,6 +49,20 @@ def test_a_full_disk_is_an_os_error_that_names_the_file(error: Exception, tmp_pa
     with pytest.raises(OSError) as raised, files.replacing(path):
         raise error
     assert raised.value.errno == errno.ENOSPC and raised.value.filename == str(path) and names(tmp_path) == set()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="rights of Unix")
+def test_who_shares_a_folder_can_read_what_is_written(tmp_path: Path) -> None:
+    """safetensors makes files for their owner alone."""
+    with files.replacing(tmp_path / "file") as part:
+        save_file({"x": torch.zeros(1)}, part)
+    with files.replacing_folder(tmp_path / "folder") as work:
+        (work / "unet").mkdir()
+        save_file({"x": torch.zeros(1)}, work / "unet" / "x.safetensors")
+        (work / "run").touch(0o755)
+    (tmp_path / "plain").touch()
+    rights = [(tmp_path / name).stat().st_mode for name in ("plain", "file", "folder/unet/x.safetensors")]
+    assert len(set(rights)) == 1 and (tmp_path / "folder" / "run").stat().st_mode & 0o100
 
 
 def test_links_stay_links(tmp_path: Path) -> None:

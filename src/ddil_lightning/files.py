@@ -11,13 +11,17 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ddil_lightning.texts import from_json
 
 PART = "ddil-part"
+_MASK = os.umask(0)
+os.umask(_MASK)
+READERS = 0o666 & ~_MASK
+"""The rights of a new file, as this process was started; safetensors' are its owner's alone, whoever shares the folder."""
 
 
 @contextmanager
@@ -41,6 +45,7 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
             target.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
+            _readable(temporary)
             if durable:
                 _sync(temporary)
             if special:
@@ -67,6 +72,8 @@ def replacing_folder(path: Path, keep: bool = True) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         try:
             yield temporary
+            for file in temporary.rglob("*"):
+                _readable(file)
             if keep and target.is_dir() and not any(target.iterdir()):
                 move_contents(temporary, target)
             elif keep:
@@ -144,6 +151,12 @@ def check_writable(path: Path) -> None:
 def _beside(target: Path, kind: str = "") -> Path:
     # The name of the process: two that write the same file at the same time must not write into each other.
     return target.with_name(f".{target.name}.{os.getpid()}{'.' + kind if kind else ''}.{PART}")
+
+
+def _readable(path: Path) -> None:
+    if path.is_file() and not path.is_symlink():
+        with suppress(OSError):  # of a file system without rights
+            path.chmod(stat.S_IMODE(path.stat().st_mode) | READERS)
 
 
 def _lives(process: int) -> bool:
