@@ -96,7 +96,7 @@ def encoded(pipeline: str, n: int | None) -> Encoded:
 
 def baseline(teacher: Teacher) -> Baseline:
     """The teacher's rows; its images in 32 steps are kept as the reference of every paired distance."""
-    trainer, method, _ = assemble("lcm.yaml", f"model.init_args.pipeline={teacher.pipeline}", "--seed", "0")
+    trainer, method, _ = assemble(teacher.config, f"model.init_args.pipeline={teacher.pipeline}", "--seed", "0")
     method = method.to(trainer.strategy.root_device).eval()
     held_out, rows, reference = suite(method.backbone.about["dataset"], teacher.n), [], None
     for steps in TEACHER_STEPS:

@@ -15,6 +15,7 @@ from ddil_lightning import Pipeline
 from ddil_lightning.commands.configs import find_config
 from ddil_lightning.evaluation.registry import keys
 
+FLOW = "builtin/flow"
 OFF, STATIC = "model.init_args.reflect=off", "model.init_args.reflect=static"
 VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "base": ("{}.yaml", (OFF,)),
@@ -35,6 +36,11 @@ class Teacher:
     weights: str
     n: int
     cache: Path
+
+    @property
+    def config(self) -> str:
+        """The config by which it is asked: a flow has no place for an embedding of the guidance."""
+        return "lcm_flow.yaml" if self.pipeline == FLOW else "lcm.yaml"
 
     @property
     def file(self) -> Path:

@@ -4,9 +4,11 @@ Every cell is a shipped config trained on the built-in pipeline with its own bud
 and noise the second time, so that the spread of the measurement can be told from that of the training; a classifier is taught by its
 images, too (downstream.py). A finished cell is a JSON file in --cells, which belongs to the repository: a run of hours is interrupted at
 will and goes on elsewhere, and what has changed since (config, options, teacher) is measured anew. docs/reproduction.md is made of them.
+The same of the built-in flow teacher, a transformer, has cells and a page of its own.
 
     python benchmarks/reproduce.py [--methods pd lcm dmd2] [--seeds 3] [--seed 100] [--jobs 2] [--json FILE] [--page docs/reproduction.md]
     python benchmarks/reproduce.py --only_page
+    python benchmarks/reproduce.py --pipeline builtin/flow [--methods lcm_flow pd_flow dmd2_flow] [...] [--page docs/flow.md]
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ import builtin
 import common
 import downstream
 import torch
-from builtin_runs import Run, Teacher, digest, fingerprint
-from reproduce_table import REPORTED, page, report
+from builtin_runs import FLOW, Run, Teacher, digest, fingerprint
+from reproduce_table import HEADS, REPORTED, page, report
 from tables import Report
 from torch import Tensor
 
@@ -42,6 +44,7 @@ from ddil_lightning.training.method import Distillation
 
 HERE = Path(__file__).parent
 CELLS = HERE / "reproduced"
+OF_FLOW = HERE / "reproduced_flow"
 LESSON = (1000, 300)
 """Images that a classifier is taught by, and its updates."""
 VARIANTS = ("base", "reflected", "ddil", "both")
@@ -72,7 +75,7 @@ def check_place(todo: Sequence[Run], cells: Path, lesson: Sequence[int]) -> None
     other = next(
         (run for run in todo if (run.teacher.n, run.captions, tuple(lesson)) != shipped or "updates=" in " ".join(run.words)), None
     )
-    if other is not None and cells.resolve() in (CELLS, HERE / "scheduled"):
+    if other is not None and cells.resolve() in (CELLS, OF_FLOW, HERE / "scheduled"):
         raise ValueError(f"{cells} holds cells of the repository, of 1000 prompts and whole runs: give these another place, by --cells")
 
 
@@ -139,7 +142,7 @@ def teacher(found: Teacher, cells: Path, lesson: tuple[int, int], threads: int) 
     told = json.loads(file.read_text()) if file.is_file() else {}
     if told.get("depends") == digest(found.weights, found.n, *lesson):
         return told
-    trainer, method, _ = builtin.assemble("lcm.yaml", f"model.init_args.pipeline={found.pipeline}", "--seed", "0")
+    trainer, method, _ = builtin.assemble(found.config, f"model.init_args.pipeline={found.pipeline}", "--seed", "0")
     method = method.to(trainer.strategy.root_device).eval()
     best = builtin.TEACHER_STEPS[0]
     sample = drawing(method, *method.baseline.sampler(best), method.eval_guidance)
@@ -166,9 +169,12 @@ def wanted(args: argparse.Namespace, found: Teacher) -> list[Run]:
 
 def measure(args: argparse.Namespace) -> Report:
     """Make the cells that are missing, and the report and the page of all that are there."""
+    args.methods = args.methods or [m for m in REPORTED if m.endswith("_flow") == (args.pipeline == FLOW)]
+    own = OF_FLOW if args.pipeline == FLOW else CELLS
     if args.quick:
         args.updates, args.n, args.seeds, args.captions, args.lesson = args.updates or 2, min(args.n, 16), 1, 64, (64, 5)
-        args.cells = args.cache / "cells" if args.cells == CELLS else args.cells
+        own = args.cache / "cells"
+    args.cells = args.cells or own
     args.cells.mkdir(parents=True, exist_ok=True)
     args.cache.mkdir(parents=True, exist_ok=True)
     pipeline = common.pipeline_at(args.pipeline)
@@ -180,7 +186,7 @@ def measure(args: argparse.Namespace) -> Report:
     told = report(fresh, json.loads((args.cells / "teacher.json").read_text()))
     told["notes"] += [f"left out, because it was made with other settings than today's: {name(c)}" for c in cells if c not in fresh]
     if args.page:
-        write_text(args.page, page(told))
+        write_text(args.page, page(told, HEADS[args.pipeline == FLOW]))
     return told
 
 
@@ -214,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
     """The command line of this benchmark."""
     parser = common.parser(__doc__)
     parser.set_defaults(seed=100)
-    parser.add_argument("--methods", nargs="+", choices=list(REPORTED), default=list(REPORTED))
+    parser.add_argument("--methods", nargs="+", choices=list(REPORTED), help="default: all of the pipeline's kind")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, default=3, help="runs of every variant, from --seed on")
     parser.add_argument("--updates", type=int, help="student updates (default: the config's)")
@@ -225,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
     parser.add_argument("--threads", type=int, default=1, help="torch threads of each")
     parser.add_argument("--captions", type=int, help="train on so many captions only (default: the whole built-in set)")
     parser.add_argument("--cache", type=Path, default=Path("runs/benchmarks/reproduce"), help="where trained students are kept")
-    parser.add_argument("--cells", type=Path, default=CELLS, help="the finished cells")
+    parser.add_argument("--cells", type=Path, help="the finished cells (default: the repository's)")
     parser.add_argument("--page", type=Path, help="write the page of all cells")
     parser.add_argument("--only_page", action="store_true", help="measure nothing, show what is there")
     return common.main(measure, parser.parse_args(argv))

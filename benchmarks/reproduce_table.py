@@ -13,9 +13,10 @@ from toy2d_table import paired
 from ddil_lightning.evaluation.columns import Column
 from ddil_lightning.evaluation.registry import columns
 
-REPORTED: dict[str, tuple[int, ...]] = {"pd": (4, 2), "lcm": (4, 2, 1), "dmd2": (4, 2)}
+ON_U_NETS: dict[str, tuple[int, ...]] = {"pd": (4, 2), "lcm": (4, 2, 1), "dmd2": (4, 2)}
+REPORTED = ON_U_NETS | {f"{name}_flow": steps for name, steps in ON_U_NETS.items()}
 """The step counts that a method's students are reported in."""
-TITLES = {"pd": "PD", "lcm": "LCM", "dmd2": "DMD2"}
+TITLES = {name: name.removesuffix("_flow").upper() for name in REPORTED}
 LABELS = {"base": "base", "reflected": "+ Reflected", "ddil": "+ DDIL", "both": "+ both"}
 CAS = Column("cas", "Taught ↑", "higher", "share of real scenes that a classifier taught by its images reads all right")
 SHOWN = (
@@ -164,10 +165,10 @@ def evaluations(method: str, variant: str, cells: Sequence[Mapping[str, Any]]) -
 
 def spread(found: Mapping[Any, Mapping[str, float | None]], again: Mapping[Any, Mapping[str, float | None]]) -> Part | None:
     """How far every measure moves with prompts and noise, of one student, and how far with the training's seed, by method."""
-    rows = []
+    rows, there = [], {method: steps for method, steps in REPORTED.items() if any(at[0] == method for at in found)}
     for key in TELLING:
         row: dict[str, Any] = {"name": HEADINGS[key]}
-        for method, steps in REPORTED.items():
+        for method, steps in there.items():
             twice = [(found[at].get(key), again[at].get(key)) for at in found if at[:2] == (method, steps[0]) and at in again]
             # What all students have in common, such as other real images, is no part of the spread between them.
             moved = [a - b for a, b in twice if a is not None and b is not None]
@@ -177,7 +178,7 @@ def spread(found: Mapping[Any, Mapping[str, float | None]], again: Mapping[Any, 
     if all(value is None for row in rows for key, value in row.items() if key != "name"):
         return None
     shown = [("name", "")]
-    for method, steps in REPORTED.items():
+    for method, steps in there.items():
         at = f"{TITLES[method]}, {steps[0]} steps"
         shown += [(f"{method}_within", f"{at}: same student"), (f"{method}_between", f"{at}: other seed")]
     return {"title": "What a measure can tell: standard deviations", "columns": shown, "rows": rows}
@@ -219,14 +220,15 @@ def notes(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def page(told: Report) -> str:
-    """docs/reproduction.md."""
+def page(told: Report, head: str) -> str:
+    """docs/reproduction.md, or docs/flow.md."""
     parts = [f"## {part['title']}\n\n{grid(part['columns'], part['rows'])}" for part in told["parts"]]
     lines = "\n".join(f"* {note}" for note in told["notes"])
-    return "\n\n".join([HEAD, grid(told["columns"], told["rows"]), *parts, lines]) + "\n"
+    return "\n\n".join([head, grid(told["columns"], told["rows"]), *parts, lines]) + "\n"
 
 
-HEAD = """# The reproduction table
+HEADS = (
+    """# The reproduction table
 
 <!-- made by benchmarks/reproduce.py: change it there -->
 
@@ -239,4 +241,19 @@ equal updates; every cell is a file in `benchmarks/reproduced/`, and what is the
 and LCM: SD1.5, DMD2: SSD-1B with a batch of 7) stand beside for their order, not for their size. What the tables show is said in
 [results](results.md#on-fresh-seeds).
 
-## The teacher"""
+## The teacher""",
+    """# A flow transformer
+
+<!-- made by benchmarks/reproduce.py: change it there -->
+
+```bash
+make reproduce ARGS="--pipeline builtin/flow --page docs/flow.md"
+```
+
+is [the reproduction](reproduction.md) once more with the other built-in teacher, a Stable Diffusion 3 in miniature, which was taught by
+flow matching: the same data, texts, autoencoder and judge, another network on another path. Its cells are in `benchmarks/reproduced_flow/`.
+What the tables show is said in [results](results.md#a-flow-transformer).
+
+## The teacher""",
+)
+"""The beginnings of the pages: of the built-in pipeline, and of its flow."""

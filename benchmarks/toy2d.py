@@ -172,6 +172,7 @@ def trained(task: Task, variant: str, config: str, words: Sequence[str]) -> Reco
     start = time.perf_counter()
     trainer.fit(method, datamodule=data)
     seconds = time.perf_counter() - start
+    deployed = method.eval().deployment
     examined = exam(PLAIN.format(task.method), ("--seed", str(task.seeds[0]), *task.group), task.n)
     return {
         "method": task.method,
@@ -180,7 +181,7 @@ def trained(task: Task, variant: str, config: str, words: Sequence[str]) -> Reco
         "seconds": seconds,
         "updates": method.student_updates,
         "evaluations": sum(method.evaluations.values()),
-        "scores": examined.score(*method.eval().deployment.sampler(STEPS)),
+        "scores": examined.score(*deployed.sampler(1 if deployed.steps == (1,) else STEPS)),
     }
 
 

@@ -22,6 +22,7 @@ class Processes:
     def __init__(self, trainer: Any = None) -> None:
         self.rank: int = trainer.global_rank if trainer is not None else 0
         self.world: int = trainer.world_size if trainer is not None else 1
+        self.nodes: int = trainer.num_nodes if trainer is not None else 1
         self._strategy = trainer.strategy if trainer is not None and self.world > 1 else None
 
     @property

@@ -253,6 +253,9 @@ def test_a_run_that_ends_within_an_update_is_saved_as_the_last_whole_one_left_it
     run = fit(build(LCM, tiny, optimizer={"accumulate": 4}), captions(tiny), Checkpoints(every=0, folder=str(tmp_path)), max_epochs=1)
     assert run.method.descent.halfway and run.method.student_updates == EPOCH // 4
     assert names(tmp_path) == [f"updates={EPOCH // 4}.ckpt"]
+    done, method = run.data.done, build(LCM, tiny, updates=EPOCH // 4 + 1, optimizer={"accumulate": 4})
+    again = fit(method, captions(tiny), ckpt=tmp_path / f"updates={EPOCH // 4}.ckpt")
+    assert again.data.done == done + 4  # its gradients are in no checkpoint: the update began anew
 
 
 def test_a_run_that_something_else_stops_is_saved(tiny: Path, tmp_path: Path) -> None:
@@ -289,7 +292,7 @@ def test_ctrl_c_waits_for_the_update_in_progress(tiny: Path, tmp_path: Path) -> 
     run = fit(build(LCM, tiny, optimizer={"accumulate": 2}), captions(tiny), Press(2), saved)  # the first half of the second update
     assert saved.signal == signal.SIGINT and run.method.student_updates == 2 and names(tmp_path) == ["updates=2.ckpt"]
     state = torch.load(tmp_path / "updates=2.ckpt", weights_only=True)
-    assert state["ddil"]["micro"] == {"loss": 0} and state["DDILDataModule"]["done"] == 4
+    assert state["DDILDataModule"]["done"] == 4
     assert signal.getsignal(signal.SIGINT) is listener
 
 
@@ -361,7 +364,7 @@ def test_the_shift_probe_is_the_energy_distance_of_the_report(tiny: Path, monkey
     walk = probe._states(policy, grid, run.method, batch, probe.seed)
     mine = {t: walk[t] for t in grid.nodes.tolist()[1:]}
     for name, reference in probe._references.items():
-        report = shift_report(mine, reference)
+        report = shift_report(mine, reference, paired=True)
         assert {f"@{t}": row["energy_distance"] for t, row in report.items()} == {
             key.removeprefix(f"shift/{name}") or "@mean": value for key, value in values.items() if key.startswith(f"shift/{name}")
         }
@@ -370,6 +373,20 @@ def test_the_shift_probe_is_the_energy_distance_of_the_report(tiny: Path, monkey
     more = probe.measure(run.method, run.data)
     assert {key: more[key] for key in values} == values and len(more) == 13
     assert all(ratio > 0 for key, ratio in more.items() if "loss_ratio" in key)
+
+
+def test_probe_and_previews_ask_a_student_without_dropout(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gates and alerts would hear of a student that nobody deploys."""
+    monkeypatch.chdir(tmp_path)
+    seen: list[bool] = []
+
+    def asked(network: Any) -> None:
+        seen.append(any(module.training for module in network.model.modules()))
+
+    monkeypatch.setattr(ShiftProbe, "measure", lambda self, method, data: asked(method.student.network) or {})
+    monkeypatch.setattr(Previews, "_row", lambda self, b, d, *_: asked(d.network) or torch.zeros(1, 3, 8, 8))
+    run = fit(build(LCM, tiny, updates=1, ema=0.0), captions(tiny), ShiftProbe(every=1, count=8), Previews(every=1, teacher_steps=[2]))
+    assert len(seen) > 3 and not any(seen) and run.method.student.network.training
 
 
 @pytest.mark.slow

@@ -77,6 +77,8 @@ def test_the_loss_by_hand(guided: float, tiny: Path) -> None:
         original = (v - (at * b.noise - st * b.real)).square().mean((1, 2, 3))
         expected += 0.5 * original * torch.tensor([1, 1, 0, 0])
     torch.testing.assert_close(got.double(), expected, rtol=2e-3, atol=1e-5)
+    kept = loss(method, b._replace(slot=torch.tensor([-1, 0, -1, -1])))  # a control's latents, whose data are not the batch's
+    torch.testing.assert_close((got - kept).double(), 0.5 * original * torch.tensor([0, 1, 0, 0]), rtol=2e-3, atol=1e-5)
 
 
 def test_the_coin_is_one_for_a_batch_and_falls_as_often_as_asked(tiny: Path) -> None:

@@ -54,14 +54,17 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("name", thinned(FIT))
-def test_fit(name: str, tiny: Path, here: Path) -> None:
+def test_fit(name: str, here: Path, request: pytest.FixtureRequest) -> None:
+    teacher = request.getfixturevalue("sd3" if "_flow" in name else "tiny")
     small = "{data: {captions: {class_path: Digits}, batch_size: 4, rollouts: {trajectories: 4}, cache: true, workers: 0}}"
-    words = ["--config", str(find_config(name)), "--config", small, f"--model.pipeline={tiny}", "--trainer.fast_dev_run=2", "--test.n=0"]
+    words = ["--config", str(find_config(name)), "--config", small, f"--model.pipeline={teacher}", "--trainer.fast_dev_run=2", "--test.n=0"]
     words += ["--previews.every=0", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--run_dir=r"]
     if name.startswith(TURNS):  # every batch is the student's, and takes two steps of Lightning's
         words += ["--model.critic.steps=1", "--trainer.fast_dev_run=4"]
     if name.startswith(("dmd.", "dmd_ddil.", "reflow")):
         words += ["--model.pairs.steps=1"]
+    if name.startswith("dmd2_flow"):
+        words += ["--model.gan.layers=[block1,block2]"]
     assert ddil_fit(words) == 0
     assert json.loads((here / "r" / "summary.json").read_text())["student_updates"] == 2
     told_s = name.startswith("ctm")  # which no pipeline of diffusers can be

@@ -115,7 +115,7 @@ def untrained(tiny: Path) -> Any:
     return build(METHODS[0], tiny)
 
 
-@pytest.mark.parametrize("key", [*WHOLE, "optimizer_states.0.state", "ddil.stage_start", "ddil.evaluations.teacher", "ddil.micro"])
+@pytest.mark.parametrize("key", [*WHOLE, "optimizer_states.0.state", "ddil.stage_start", "ddil.evaluations.teacher", "ddil.has_box"])
 def test_a_checkpoint_that_lacks_something_is_refused_by_name(key: str, finished: Path, untrained: Any) -> None:
     """Half of a state is never restored in silence."""
     path = finished / "checkpoints" / "updates=12.ckpt"

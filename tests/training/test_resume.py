@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from ddil_lightning.callbacks import Checkpoints
-from suite import ALL_AND_LORA, EPOCH, METHODS, Entry, Run, StopAt, build, captions, equal, fit, frozen, one_of, state
+from suite import ALL_AND_LORA, BY_NAME, EPOCH, METHODS, Entry, Run, StopAt, build, captions, equal, fit, frozen, one_of, state
 
 TOTAL, CUT = 9, 5
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -147,3 +147,24 @@ def test_a_finished_run_can_be_made_longer(tiny: Path, straight: Any) -> None:
     _, ckpt = straight(METHODS[0])
     more = fit(build(METHODS[0], tiny, updates=TOTAL + 2), captions(tiny), ckpt=ckpt.with_name(f"updates={TOTAL}.ckpt"))
     assert more.method.student_updates == TOTAL + 2 and [row["student_updates"] for row in more.rows] == [TOTAL + 1, TOTAL + 2]
+
+
+def test_the_optimiser_is_that_of_the_config_which_goes_on(tiny: Path, tmp_path: Path) -> None:
+    """A lower learning rate after a loss that was not finite was logged, and the old one was used."""
+    lcm, told = BY_NAME["lcm"], {"lr": 1e-6, "weight_decay": 0.5, "betas": (0.5, 0.6)}
+    fit(build(lcm, tiny, updates=2), captions(tiny), Checkpoints(every=2, folder=str(tmp_path)))
+    run = fit(build(lcm, tiny, updates=3, optimizer=told), captions(tiny), ckpt=tmp_path / "updates=2.ckpt")
+    (group,) = run.method.trainer.optimizers[0].param_groups
+    assert (group["base_lr"], group["weight_decay"], group["betas"]) == (1e-6, 0.5, (0.5, 0.6)) and group["lr"] < 1e-6 + 1e-12
+    assert run.method.trainer.optimizers[0].state  # the moments are the checkpoint's
+
+
+def test_the_box_is_that_of_the_config_which_goes_on(tiny: Path, tmp_path: Path) -> None:
+    lcm, box = BY_NAME["lcm"], [[-1.0] * 4, [2.0] * 4]
+    first = fit(build(lcm, tiny, updates=1, reflect="off"), captions(tiny), Checkpoints(every=1, folder=str(tmp_path)))
+    assert set(first.method.reflection.lo.tolist()) == {-4.5}
+    found, given = (
+        fit(build(lcm, tiny, updates=2, reflect="static", box=b), captions(tiny), ckpt=tmp_path / "updates=1.ckpt").method.reflection
+        for b in (None, box)
+    )
+    assert len(set(found.lo.tolist())) == 4 and [given.lo.tolist(), given.hi.tolist()] == box

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from ddil_lightning.backbones.pipeline import Pipeline
+from ddil_lightning.imitation.buffer import ReplayBuffer
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.imitation.rollout import collect, forward
-from ddil_lightning.records import FORWARD, TEACHER, CaptionBatch, Origin, send
+from ddil_lightning.records import FORWARD, TEACHER, CaptionBatch, Context, Origin, Rollout, send, sent
 from ddil_lightning.streams import Streams
 from options import options
 from suite import BY_NAME
@@ -52,6 +53,22 @@ def test_no_latents_have_the_host_wait(light: Path) -> None:
             forward(batch, learner, Streams(0, 1))
             collect(batch, learner, SamplingPrior(0.5, 0.0, 0.5), Streams(0, 1), method.backbone.latent_shape)
     assert watched.waits == []
+
+
+def test_losses_reach_the_buffers_priorities_without_a_wait() -> None:
+    """They are taken before anybody asks for one, in the order in which they came: as on the CPU, where they are there at once."""
+    buffers = [ReplayBuffer(64, priority=1.0) for _ in range(2)]
+    states, slots, losses = torch.tensor([999, 499, 249]), torch.arange(3), torch.tensor([1.0, 2.0, 3.0])
+    made = Rollout(torch.ones(3, 4, 2, 2), states, torch.arange(3), torch.ones_like(states), states, Context(torch.zeros(3, 2, 4)))
+    for buffer in buffers:
+        buffer.add(made, clock=0, stage=0)
+    with Watched() as watched, without_one():
+        buffers[0].update(slots, sent(losses, GPU), states)
+    assert watched.waits == [] and not torch.cat([k.states.u for k in buffers[0]._chunks]).any()
+    ((slot, _, t, arrived),) = buffers[0]._arriving
+    buffers[0]._arriving = [(slot, losses.double(), t, arrived)]  # a GPU that is not there has no values
+    buffers[1].update(slots, losses, states)
+    assert torch.equal(*(buffer.probabilities(1) for buffer in buffers)) and buffers[0]._arriving == []
 
 
 @pytest.mark.parametrize(

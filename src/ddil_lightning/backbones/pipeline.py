@@ -229,7 +229,9 @@ class Pipeline(Sized):
         return type(self.pipe.scheduler).__name__ in ("DDIMScheduler", "DPMSolverMultistepScheduler")
 
     def check_steps(self, n: int) -> None:
-        """Raises ValueError, with its scheduler's reason, for a step count that it cannot take."""
+        """Raises ValueError, with the reason, for a step count that its scheduler cannot take, or that its student is not for."""
+        if self.about.get("made_for") == [1] and n != 1:
+            raise ValueError("its student is made for one step")
         schedulers.check_steps(self.pipe.scheduler, n, self._network, self.latent_shape, self.device)
 
     @contextmanager

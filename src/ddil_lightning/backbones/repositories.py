@@ -11,7 +11,7 @@ from ddil_lightning.backbones.source import Source
 from ddil_lightning.backbones.weights import WEIGHTS, chosen_variant, keys_of, variants
 from ddil_lightning.texts import from_json, place, reason
 
-BUILTIN = {"builtin": "shapes", "builtin/shapes": "shapes", "builtin/digits": "digits"}
+BUILTIN = {"builtin": "shapes", "builtin/shapes": "shapes", "builtin/digits": "digits", "builtin/flow": "flow"}
 """Folders of `miniature/weights/` by the names that stand for them."""
 DENOISERS = ("unet", "transformer")
 """Where a pipeline keeps the network that denoises."""

@@ -65,7 +65,8 @@ def lerp_(average: nn.Module, online: nn.Module, decay: float) -> None:
     if apart:
         torch._foreach_lerp_([a for a, _ in apart], [b for _, b in apart], 1 - decay)
     for a, b in zip(copies, values, strict=True):
-        a.copy_(b)
+        if a is not b:
+            a.copy_(b)
 
 
 def _tensors(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

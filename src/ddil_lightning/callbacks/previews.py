@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ddil_lightning.backbones import sampling
 from ddil_lightning.bounds import at_least, lengths, seeds, within
+from ddil_lightning.diffusion.denoiser import evaluating
 from ddil_lightning.feed import Feed
 from ddil_lightning.files import replacing
 from ddil_lightning.runs.boards import show
@@ -90,7 +91,7 @@ class Previews(Callback):
         prompts = self.prompts or backbone.about.get("previews") or method.feed.examples(self.count)
         prompts = list(prompts)[: self.count]
         steps = list(self.student_steps or method.deployment.steps)
-        with trainer.precision_plugin.forward_context():
+        with trainer.precision_plugin.forward_context(), evaluating(method.deployment.network):
             if not self._teacher:
                 self._teacher = [self._row(method.backbone, method.baseline, n, prompts) for n in self.teacher_steps]
             student = [self._row(method.backbone, method.deployment, n, prompts) for n in steps]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddil_lightning.backbones.sampling import noise, renoising
 from ddil_lightning.bounds import at_least, seeds, within
-from ddil_lightning.diffusion.denoiser import to_w
+from ddil_lightning.diffusion.denoiser import evaluating, to_w
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.transitions import ddim
@@ -75,7 +75,7 @@ class ShiftProbe(Callback):
         if clock == self._probed or clock == 0 or clock % self.every:
             return
         self._probed = clock
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
+        with torch.no_grad(), trainer.precision_plugin.forward_context(), evaluating(pl_module.deployment.network):
             values = self.measure(pl_module, pl_module.feed)
         pl_module.measures.publish(clock, values)
 
@@ -94,7 +94,7 @@ class ShiftProbe(Callback):
         mine = self._states(policy, grid, method, batch, self.seed)
         values: dict[str, float] = {}
         for name, reference in self._references.items():
-            nodes = {f"shift/{name}@{t}": energy_distance(mine[t][:PAIRS], reference[t][:PAIRS]) for t in inner}
+            nodes = {f"shift/{name}@{t}": energy_distance(mine[t][:PAIRS], reference[t][:PAIRS], paired=True) for t in inner}
             values |= {**nodes, f"shift/{name}": sum(nodes.values()) / len(nodes)}
         theirs, own = (x[inner[-1]][:PAIRS].flatten(1) for x in (self._references["teacher"], mine))
         if len(theirs) >= DensityCoverage.least_real:

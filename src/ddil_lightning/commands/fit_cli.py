@@ -85,13 +85,15 @@ class FitCLI(Assembly):
             check_wandb()
         check_loggers(self.config)
         # Lightning's own launcher sets WORLD_SIZE too, and tells its processes the folder; torchrun's know of none.
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not self.config.run_dir and inherited() is None:
+        several = max(int(os.environ.get("WORLD_SIZE", "1")), int(self.config.trainer.num_nodes or 1)) > 1
+        if several and not self.config.run_dir and inherited() is None:
             raise Refusal("launched on several processes: give --run_dir, so that all of them write to the same folder")
 
     @staticmethod
     def _first() -> bool:
         """Whether this is the one process that takes a folder."""
-        return rank_zero_only.rank == 0 and inherited() is None  # type: ignore[attr-defined]
+        # A rank that nobody has told yet is 0 on every machine.
+        return rank_zero_only.rank == 0 and int(os.environ.get("NODE_RANK", "0")) == 0 and inherited() is None  # type: ignore[attr-defined]
 
     def _goes_on(self) -> bool:
         """Whether a resumed run goes on in its own folder; else it branches off into a new one."""

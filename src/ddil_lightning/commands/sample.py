@@ -10,7 +10,7 @@ from ddil_lightning.files import check_writable, replacing
 def sample(argv: list[str]) -> int:
     """Images of prompts from a pipeline folder."""
     parser = Parser("ddil-sample", description=sample.__doc__)
-    parser.add_argument("--pipeline", type=place, required=True, help="a pipeline folder, a hub id, builtin or builtin/digits")
+    parser.add_argument("--pipeline", type=place, required=True, help="a folder, a hub id, builtin, builtin/digits or builtin/flow")
     parser.add_argument("--prompt", required=True, nargs="+", help="one or more prompts")
     parser.add_argument("--truncate", action="store_true", help="cut prompts that are too long for the text encoder")
     parser.add_argument("--steps", type=STEPS, help="default: what the pipeline recommends, else 32")

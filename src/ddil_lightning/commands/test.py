@@ -72,7 +72,7 @@ def _parser() -> Parser:
     parser = Parser("ddil-test", description=test.__doc__)
     parser.add_argument("run", nargs="?", type=place, help="a run folder (its exported pipelines are tested)")
     parser.add_argument("--ckpt_path", type=place, help="a checkpoint file of a run, beside or below its config.yaml")
-    parser.add_argument("--pipeline", type=place, help="any pipeline folder, a hub id, builtin or builtin/digits")
+    parser.add_argument("--pipeline", type=place, help="any pipeline folder, a hub id, builtin, builtin/digits or builtin/flow")
     parser.add_argument("--steps", type=STEPS, nargs="+", help="step counts (default: those a student is made for, 32 for a teacher)")
     parser.add_argument("--guidance", type=SCALE, help="guidance g (default: what the pipeline recommends)")
     parser.add_argument("--dpm", action="store_true", help="rows with DPM-Solver++ 2M too, for students that step by DDIM")

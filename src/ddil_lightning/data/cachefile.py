@@ -32,13 +32,16 @@ def cached(
     """The encoded captions from the file `path`, which is written first if it is not there: every process encodes its share of the rows.
 
     Half precision, a safetensors file that is mapped and never read whole. Raises ValueError for a file of other captions, other pictures
-    or other encoders, whichever row it is, and for one whose prompts may be cut or whose rows were skipped where that is not allowed.
+    or other encoders, whichever row it is, for one whose prompts may be cut or whose rows were skipped where that is not allowed, and where
+    several machines would write it.
     """
     if isinstance(captions, Encoded):
         if path.is_file() and captions.file != path.resolve():
             raise ValueError(f"the data are encoded already, and the cache {path} would take their place: leave data.cache at true")
         return captions
     if not processes.by_first(path.is_file):
+        if processes.nodes > 1:  # one machine's pages of a file that both have mapped overwrite the other's
+            raise ValueError(f"the cache {path} is not there, and several machines cannot write one file: encode by ddil-cache first")
         fresh = {"truncate": str(truncate), "skipped": UNKNOWN, "sizes": "own"}
         if processes.first and _has_several(captions):
             logging.getLogger(__name__).warning(f"the cache {path} holds the first of several captions of a picture: ddil-cache keeps all")

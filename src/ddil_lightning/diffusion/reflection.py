@@ -6,6 +6,7 @@ convex box, their posterior mean does too, and projecting an estimate on the box
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -45,6 +46,10 @@ class Reflection(nn.Module):
         # Persistent: a box estimated from data belongs to the checkpoint.
         self.register_buffer("lo", low)
         self.register_buffer("hi", high)
+
+    def move(self, lo: Sequence[float], hi: Sequence[float]) -> None:
+        """Another box, a number for every channel."""
+        self.lo.copy_(torch.tensor(lo)), self.hi.copy_(torch.tensor(hi))
 
     def forward(self, x0: Tensor) -> Tensor:
         """The estimate inside the box; the shape of `x0`."""

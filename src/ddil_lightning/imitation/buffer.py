@@ -64,6 +64,7 @@ class ReplayBuffer:
         self._chunks: deque[Chunk] = deque()
         self._next = 0
         self._means: dict[int, tuple[float, int]] = {}  # per time: running mean of the loss, how many losses
+        self._arriving: list[tuple[Tensor, Tensor, Tensor, Any]] = []  # losses on their way from the device: slot, loss, t, a CUDA event
 
     def __len__(self) -> int:
         return sum(len(chunk.states.t) for chunk in self._chunks)
@@ -92,6 +93,7 @@ class ReplayBuffer:
         if self.capacity == 0:
             return slots
         self._check(made, expected)
+        self.settle()
         fine = self.storage == "float32" or bool((made.t < FINE).any())
         stored = made.x_t.to("cpu", torch.float32 if fine else torch.float16, copy=True)
         keep = sound(stored, expected)
@@ -111,12 +113,14 @@ class ReplayBuffer:
 
     def expire(self, clock: int, stage: int) -> None:
         """Drops roll-outs older than `max_age` at `clock`, or of another stage (whose running losses go too)."""
+        self.settle()
         if any(k.stage != stage for k in self._chunks):
             self._means.clear()
         self._chunks = deque(k for k in self._chunks if clock - k.clock <= self.max_age and k.stage == stage)
 
     def flush(self) -> None:
         """Drops all states and the running losses (at a stage change). Slots stay retired and the count of rejected states goes on."""
+        self.settle()
         self._chunks.clear()
         self._means.clear()
         self.answers.restore(None)  # the question of the next stage is another
@@ -147,6 +151,7 @@ class ReplayBuffer:
         """[len] float64 probability of every state of a `shape`, oldest first. One without a loss so far counts as the largest present."""
         chunks = self._of(shape)
         size = int(sizes(chunks).sum())
+        self.settle()
         if self.priority == 0 or size == 0:
             return torch.full((size,), 1 / max(size, 1), dtype=torch.float64)
         u = torch.cat([k.states.u for k in chunks])
@@ -157,10 +162,27 @@ class ReplayBuffer:
         return (1 - self.uniform) * p / p.sum() + self.uniform / size
 
     def update(self, slot: Tensor, loss: Tensor, t: Tensor) -> None:
-        """Takes per-sample losses [n] (v space) of the states `slot` [n] at times t [n]; ignores dead slots, -1 and non-finite losses."""
-        slot, loss, t = slot.detach().cpu().contiguous(), loss.detach().to("cpu", torch.float64), t.detach().cpu()
+        """Takes per-sample losses [n] (v space) of the states `slot` [n] at times t [n]; ignores dead slots, -1 and non-finite losses.
+
+        `slot` and `t` are on the CPU. Losses of a GPU are not waited for, but by the next one who asks for priorities.
+        """
         if not slot.shape == loss.shape == t.shape:
             raise ValueError(f"update needs a slot, a loss and a time per sample, got {[tuple(x.shape) for x in (slot, loss, t)]}")
+        self.settle()
+        there = loss.detach().to(torch.float64).to("cpu", non_blocking=True)
+        self._arriving.append((slot.contiguous(), there, t, torch.cuda.current_stream().record_event() if loss.is_cuda else None))
+        if not loss.is_cuda:
+            self.settle()
+
+    def settle(self) -> None:
+        """Take the losses that have arrived since."""
+        arrived, self._arriving = self._arriving, []
+        for slot, loss, t, there in arrived:
+            if there is not None:
+                there.synchronize()
+            self._prefer(slot, loss, t)
+
+    def _prefer(self, slot: Tensor, loss: Tensor, t: Tensor) -> None:
         chunk, local = self._locate(slot)
         live = (chunk >= 0) & loss.isfinite()
         for time in t[live].unique().tolist():
@@ -183,6 +205,7 @@ class ReplayBuffer:
     def state_dict(self) -> dict[str, Any]:
         """Everything but the settings, as tensors, numbers, lists and dicts of them (loads with weights_only=True)."""
         self.answers.settle()
+        self.settle()
         chunks = [
             {
                 # u is written in place later on; all other tensors never change.
@@ -203,6 +226,7 @@ class ReplayBuffer:
 
         Answers that were kept in another way than this buffer's are left out: they are asked for again.
         """
+        self._arriving = []
         alike = state.get("answers") == self.answers.storage
         own = lambda parts: {name: x.clone() for name, x in parts.items()}  # noqa: E731 (a mapped checkpoint is not held open by its latents)
         self._chunks = deque()

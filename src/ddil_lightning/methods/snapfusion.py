@@ -84,11 +84,14 @@ class SnapFusion(Distillation):
         return one_step(schedule, x_t, x_s, t, s)
 
     def original(self, out: Tensor, b: LatentBatch) -> Tensor:
-        """[B] the denoising loss in the network's own space of forward latents, whose data are `b.real`; 0 of all others."""
+        """[B] the denoising loss in the network's own space of forward latents, whose data are `b.real`; 0 of all others.
+
+        What a same-timestep control has put in the buffer is none: `real` is what the batch came with.
+        """
         assert b.real is not None
         schedule = self.student.schedule
         eps = schedule.from_x0(b.x_t, b.t, b.real).eps
-        return (b.source == FORWARD) * mse(out, schedule.target(self.student.predicts, b.real, eps, b.t))
+        return ((b.source == FORWARD) & (b.slot < 0)) * mse(out, schedule.target(self.student.predicts, b.real, eps, b.t))
 
     @property
     def streams(self) -> Streams:

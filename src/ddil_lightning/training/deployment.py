@@ -12,6 +12,8 @@ from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
 
+ONE_STEP = "the student is made for one step: further ones begin at latents that it was never told about"
+
 
 @dataclass(frozen=True, eq=False)
 class Deployment:
@@ -43,7 +45,9 @@ class Deployment:
         return self if self.scheduled is None else replace(self, policy=self.scheduled, scheduled=None)
 
     def sampler(self, steps: int) -> tuple[Policy, Grid]:
-        """The policy and its grid in `steps` steps. Raises ValueError for a count that the grid cannot take."""
+        """The policy and its grid in `steps` steps. Raises ValueError for a count that the grid, or a student of one step, cannot take."""
+        if self.steps == (1,) and steps != 1:
+            raise ValueError(ONE_STEP)
         return self.policy, self.grid(steps)
 
     def made_scheduler(self, steps: int) -> Any:

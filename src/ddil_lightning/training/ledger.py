@@ -149,8 +149,8 @@ class Precision:
         self.scaler = SimpleNamespace(get_scale=lambda: 1.0) if precision == "16-mixed" else None
 
     def forward_context(self) -> Any:
-        """Inside, networks compute in it."""
-        return nullcontext() if self.dtype is None else torch.autocast("cpu", self.dtype)
+        """Inside, networks compute in it; weights are cast at every use, as Lightning has it."""
+        return nullcontext() if self.dtype is None else torch.autocast("cpu", self.dtype, cache_enabled=False)
 
 
 class Alike(Feed):
@@ -191,7 +191,7 @@ class Planned:
         """The memory of an update of the student, with what else belongs to it."""
         method, ledger = self.method, self.ledger
         with ledger, _uncollected():
-            repeats = Repeats(ledger, self._networks())
+            Repeats(ledger, self._networks())
             weights = ledger.live
             optimizers = self._optimizers()
             for p in _trained(optimizers):
@@ -209,7 +209,6 @@ class Planned:
             for i in range(STEPS):
                 with self.precision.forward_context():
                     method.training_step(batch, i)
-                repeats.end()
                 if method.student_updates > before:
                     break
             for handle in handles:

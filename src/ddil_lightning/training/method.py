@@ -34,7 +34,7 @@ from ddil_lightning.training.options import Memory, check_precision, checked_box
 from ddil_lightning.training.question import question
 from ddil_lightning.training.randomness import Borrowed
 from ddil_lightning.training.sharding import Shards, check_strategy, find_unused
-from ddil_lightning.training.sharing import leave_out_shared, leave_to_each_process
+from ddil_lightning.training.sharing import leave_out_shared, leave_to_each_process, share_buffers
 
 
 class Distillation(Clocks, LightningModule):
@@ -97,7 +97,7 @@ class Distillation(Clocks, LightningModule):
         self.guidance = guidance_range(self.backbone.guidance if guidance is None else guidance)
         self.updates, self.lr = updates, optimizer.lr
         self.gradient_checkpointing, self.compiles, self.log_every = memory.gradient_checkpointing, memory.compile, log_every
-        self.has_box = box is not None or reflect == "off"
+        self.box, self.has_box = box, box is not None or reflect == "off"
         self.reflection = Reflection(*checked_box(box, self.backbone.latent_shape[0]), reflect)
         self.average: nn.Module | None = None
         leave_out_shared(self)
@@ -123,6 +123,7 @@ class Distillation(Clocks, LightningModule):
             average = self.averaging.start(self.student)
             self.average = None if average is None else average.network
         check_names(self)
+        share_buffers(self)
 
     @property
     def teacher(self) -> Role:
@@ -233,7 +234,7 @@ class Distillation(Clocks, LightningModule):
         """Check strategy and precision, and the prior against the method. Raises ValueError."""
         shares = any(role.shared for role in self.roles.values())
         check_strategy(self.trainer.strategy, self.trainer.precision, shares, offload=bool(self.offload.names))
-        check_precision(self.trainer.precision)
+        check_precision(self.trainer.precision, self.takes_turns and self.descent.accumulate > 1)
         if self.takes_turns:
             find_unused(self.trainer.strategy)
         if self.feed.prior is not None:
@@ -250,6 +251,8 @@ class Distillation(Clocks, LightningModule):
 
     def on_fit_start(self) -> None:
         """The box from the data, once it is encoded; then what is not needed leaves the device."""
+        if self.box is not None:
+            self.reflection.move(*self.box)  # of a run that goes on with another one
         if not self.has_box:
             fit_box(self.reflection, self.feed, self.trainer.is_global_zero)
             self.has_box = True
@@ -261,6 +264,10 @@ class Distillation(Clocks, LightningModule):
         self.shards.set_up(self, self.outgoing.network, self.trainer.strategy)
         if self.compiles:
             compile_roles(self.roles.values())
+
+    def on_train_start(self) -> None:
+        """A checkpoint's optimisers have been restored by now."""
+        self.descent.restate()
 
     def on_train_end(self) -> None:
         """What comes after training is the first process's alone, and finds everything on the device."""
@@ -292,18 +299,19 @@ class Distillation(Clocks, LightningModule):
         return [Clock()]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the clocks, the counts of evaluations and the micro-batches of an update under way."""
+        """Add the clocks and the counts of evaluations."""
         self.descent.watch.read(all_of_them=True)
-        names = ("student_updates", "stage", "stage_start", "has_box", "evaluations")
-        own = {"micro": dict(self.descent.micro), "sharded": self.shards.split, "strength": self.adapter.strength}
+        names = ("student_updates", "stage", "stage_start", "evaluations")
+        own = {"has_box": self.has_box and self.reflection.mode != "off", "sharded": self.shards.split, "strength": self.adapter.strength}
         checkpoint["ddil"] = {**{name: getattr(self, name) for name in names}, **own}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what `on_save_checkpoint` has added."""
         state = checkpoint["ddil"]
-        for name in ("student_updates", "stage", "stage_start", "has_box"):
+        for name in ("student_updates", "stage", "stage_start"):
             setattr(self, name, state[name])
-        self.descent.micro = dict(state["micro"])
+        self.has_box = self.has_box or state["has_box"]
+        self.descent.micro = {}  # the gradients of an update that was under way are in no checkpoint: it begins anew
         for name, role in self.roles.items():
             role.evaluations = state["evaluations"][name]
 
@@ -311,4 +319,5 @@ class Distillation(Clocks, LightningModule):
         super()._apply(fn, recurse)
         for part in (*self.backbone.parts(), *filter(None, [self.shards.whole])):
             part._apply(fn)
+        share_buffers(self)
         return self

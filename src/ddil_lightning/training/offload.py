@@ -49,7 +49,9 @@ class Offload:
         backbone.at = backbone.device
         self._resting = [] if method.feed.encodes else [Resting(part) for part in backbone.encoder_parts()]
         # The children, because a discriminator asks a network by another way in than its forward.
-        self._resting += [Resting(part, roles[name].shared) for name in self.names for part in roles[name].network.children()]
+        for role in map(roles.__getitem__, self.names):
+            shared = [*role.shared, *(backbone.network().buffers() if role.shared else ())]
+            self._resting += [Resting(part, shared) for part in role.network.children()]
 
     def end(self, method: Any) -> None:
         """Everything is back on the device, for the tests that follow."""

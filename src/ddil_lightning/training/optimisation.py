@@ -98,6 +98,7 @@ class Descent:
         self._sound: dict[str, Tensor] = {}  # of the micro-batches of the update under way, by the name of the loss
         self.last: Tensor | None = None
         self.batch: LatentBatch | None = None
+        self._told: list[tuple[torch.optim.Optimizer, list[dict[str, Any]]]] = []
 
     def optimizer(self, parameters: Iterable[nn.Parameter], lr: float, trainer: Any) -> torch.optim.Optimizer:
         """The optimiser over `parameters`; `base_lr` is what the clock's schedule multiplies. Raises ValueError for what it does not take.
@@ -116,7 +117,16 @@ class Descent:
         # Under a gradient scaler (16-mixed) a fused optimiser would unscale by itself, after the clipping.
         if "fused" in takes and not {"fused", "foreach"} & set(given.options) and getattr(trainer.precision_plugin, "scaler", None) is None:
             own["fused"] = True
-        return kind([{"params": list(parameters), "base_lr": lr}], lr=lr, **{**own, **given.options})  # type: ignore[call-arg]
+        made = kind([{"params": list(parameters), "base_lr": lr}], lr=lr, **{**own, **given.options})  # type: ignore[call-arg]
+        self._told.append((made, [{name: value for name, value in group.items() if name != "params"} for group in made.param_groups]))
+        return made
+
+    def restate(self) -> None:
+        """The optimisers of a training have the settings of its config again, and not those of the checkpoint that it goes on from."""
+        for optimizer, groups in self._told:
+            for group, told in zip(optimizer.param_groups, groups, strict=True):
+                group.update(told)
+        self._told = []
 
     def step(self, method: Any, optimizer: Any, loss: Tensor, name: str) -> bool:
         """One micro-batch of `loss`; True when it completed an update. A loss that is not finite ends the run (`watch`).

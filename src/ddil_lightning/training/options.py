@@ -80,14 +80,20 @@ def fit_box(reflection: Reflection, feed: Feed, tells: bool) -> None:
     """The box of a reflection from the images of `feed`, where it has any; else it stays as it is, which the process that `tells` says."""
     found = feed.box()
     if found is not None:
-        reflection.lo.copy_(torch.tensor(found[0])), reflection.hi.copy_(torch.tensor(found[1]))
+        reflection.move(*found)
     elif tells:
         said = f"reflect: {reflection.mode} without images to take the box from: it is {-BOX} to {BOX} in every channel"
         logging.getLogger(__name__).warning(f"{said}; give another by model.box: [[lo, ...], [hi, ...]], a number per channel")
 
 
-def check_precision(precision: str) -> None:
-    """Raises ValueError for a Trainer that would turn the student itself to half precision."""
+def check_precision(precision: str, apart: bool = False) -> None:
+    """Raises ValueError for a Trainer that would turn the student itself to half precision, and for a gradient scaler where the gradients
+    of one update are made at times `apart`, between which an update of another network may have changed the scale."""
+    if apart and precision == "16-mixed":
+        raise ValueError(
+            "trainer.precision 16-mixed scales the gradients of a critic's micro-batches differently: take bf16-mixed, or leave "
+            "model.optimizer.accumulate at 1"
+        )
     if precision in ("bf16-true", "16-true"):
         mixed = precision.replace("true", "mixed")
         raise ValueError(

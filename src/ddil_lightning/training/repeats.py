@@ -59,7 +59,6 @@ class Repeats:
     def __init__(self, ledger: Any, networks: Iterable[nn.Module]) -> None:
         self.ledger, self.inside = ledger, False
         self.known: dict[Any, Record] = {}
-        self.casts: dict[int, Tensor | Any] = {}
         for network in networks:
             rows: dict[Any, list[nn.Module]] = {}
             for block in network.blocks() if isinstance(network, Network) else []:
@@ -117,8 +116,6 @@ class Repeats:
             return x.detach()  # an output that is kept as it is would keep itself
 
         again = key[0][1]  # keeps all that it was told, and has hooks of its own
-        new = 0 if self.casts.get(id(block), block) is None else _casts(block)
-        self.casts[id(block)] = None  # from now on they are there
         start = self.ledger.mark()
         with self.through(), nullcontext() if again else torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             out = run(*args, **kwargs)
@@ -132,11 +129,11 @@ class Repeats:
             outputs.append(Output(x.shape, x.stride(), x.storage_offset(), x.dtype, x.requires_grad, same, cdata, size))
             if same is None:
                 fresh[cdata] = size
-        held = self.ledger.live - start[0] - sum(fresh.values()) - new
+        held = self.ledger.live - start[0] - sum(fresh.values())
         if all(one.same is None or told[one.same].shape == one.shape for one in outputs):
             rise = self.ledger.risen(start)
             stay = tuple(i for i, cdata in enumerate(storages) if again or cdata in kept)
-            record = self.known.setdefault(key, Record(outputs, out_spec, (rise[0] - new, rise[1] - new), held, stay))
+            record = self.known.setdefault(key, Record(outputs, out_spec, rise, held, stay))
             state["record"] = record
         if graded:
             answers = _passed(_Exit, self, state, answers)
@@ -146,7 +143,6 @@ class Repeats:
         """Note a backward pass before anybody comes to one: the last blocks of a row are not asked where features lie before them."""
         params = [p for p in block.parameters() if p.requires_grad]
         grads = [p.grad for p in params]
-        self.casts[id(block)] = None
         with self.ledger.aside():
             apart = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in leaves]
             args, kwargs = tree_unflatten(apart, spec)
@@ -163,16 +159,10 @@ class Repeats:
 
     def _repeat(self, record: Record, block: nn.Module, told: list[Tensor], graded: bool) -> list[Tensor]:
         """What it answers by a record."""
-        if id(block) not in self.casts:
-            self.casts[id(block)] = torch.empty(_casts(block), dtype=torch.uint8)
         if graded:
             return list(_Repeated.apply(self, record, block, *told))  # type: ignore[no-untyped-call]
         self.ledger.lift(record.forward)
         return _made(record, told)
-
-    def end(self) -> None:
-        """Autocast has ended, and with it the copies that it made of weights."""
-        self.casts.clear()
 
     @contextmanager
     def through(self) -> Iterator[None]:
@@ -197,15 +187,6 @@ class _Through:
 
 def _kind(block: nn.Module) -> Any:
     return type(block), tuple((name, tuple(p.shape), p.dtype) for name, p in block.named_parameters())
-
-
-def _casts(block: nn.Module) -> int:
-    """The bytes of the copies of trained weights that autocast makes at their first use and keeps until it ends; 0 without it."""
-    if not torch.is_autocast_enabled("cpu"):
-        return 0
-    used = [p for m in block.modules() if isinstance(m, nn.Linear | nn.Conv2d) for p in m.parameters(recurse=False)]
-    width = torch.get_autocast_dtype("cpu").itemsize
-    return sum(width * p.numel() for p in used if p.requires_grad and p.dtype == torch.float32)
 
 
 def _made(record: Record, told: Sequence[Tensor]) -> list[Tensor]:

@@ -8,6 +8,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+
+def share_buffers(method: Any) -> None:
+    """Have the roles on one base read its buffers, such as a table of positions, as they read its weights: moving a module parts them."""
+    base = method.backbone.network()
+    for network in _on_base(method):
+        known = dict(network.named_modules(remove_duplicate=False))
+        for name, buffer in base.named_buffers(remove_duplicate=False):
+            parent, _, own = name.rpartition(".")
+            mine = known[parent]._buffers.get(own) if parent in known else None
+            if mine is not None and (mine.shape, mine.dtype, mine.device) == (buffer.shape, buffer.dtype, buffer.device):
+                known[parent]._buffers[own] = buffer
 
 
 def leave_out_shared(method: Any) -> None:
@@ -17,8 +30,9 @@ def leave_out_shared(method: Any) -> None:
 
 
 def leave_to_each_process(method: Any) -> None:
-    """Have DDP leave alone what is shared: every process has read it, no gradient changes it, and it may be quantised."""
-    method._ddp_params_and_buffers_to_ignore = sorted(_shared(method))  # torch's own name
+    """Have DDP leave alone what is shared: every process has read it, no gradient changes it, and it may be quantised. And buffers of
+    networks that no step changes, which it would send around in every one; they may rest on the CPU."""
+    method._ddp_params_and_buffers_to_ignore = sorted(_shared(method) | _constant(method))  # torch's own name
 
 
 def _without_shared(method: Any, state: dict[str, Any], prefix: str, local: Any) -> None:
@@ -33,7 +47,23 @@ def _shared_are_there(method: Any, found: Any) -> None:
 
 def _shared(method: Any) -> set[str]:
     shared = {id(p) for role in method.roles.values() for p in role.shared}
-    return {name for name, p in method.named_parameters(remove_duplicate=False) if id(p) in shared}
+    shared |= {id(b) for b in method.backbone.network().buffers()} if _on_base(method) else set()
+    every = (*method.named_parameters(remove_duplicate=False), *method.named_buffers(remove_duplicate=False))
+    return {name for name, x in every if id(x) in shared}
+
+
+def _on_base(method: Any) -> list[nn.Module]:
+    """The networks that are adapters on the frozen one."""
+    roles = (*method.roles.values(), *filter(None, [method.averaging.role]))
+    return [role.network for role in roles if role.shared]
+
+
+def _constant(method: Any) -> set[str]:
+    """The names of the buffers of networks but for those of normalisations, which follow the data."""
+    roles = (*method.roles.values(), *filter(None, [method.averaging.role]))
+    inside = {id(m) for role in roles for m in role.network.modules() if not isinstance(m, _NormBase)}
+    modules = method.named_modules(remove_duplicate=False)
+    return {f"{name}.{own}" for name, module in modules if id(module) in inside for own in module._buffers}
 
 
 @contextmanager
