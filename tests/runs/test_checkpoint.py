@@ -211,7 +211,7 @@ def test_an_optimiser_that_asks_more_of_its_trainer_is_left_alone(finished: Path
 
 
 @pytest.mark.parametrize(
-    "key", [pytest.param("stage", marks=pytest.mark.slow), "micro", pytest.param("evaluations", marks=pytest.mark.slow)]
+    "key", [pytest.param("stage", marks=pytest.mark.slow), "has_box", pytest.param("evaluations", marks=pytest.mark.slow)]
 )
 def test_a_student_without_its_clock_is_refused_by_name(key: str, finished: Path, here: Path) -> None:
     """ddil-test and ddil-export said KeyError, and not of which file."""

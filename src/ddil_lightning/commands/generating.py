@@ -35,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", type=dtype, metavar="|".join(DTYPES), help="of network and text encoders (default: fp32); the autoencoder stays in fp32"
     )
-    parser.add_argument("--batch", type=number(1, 10**5), help="images at a time (default: what the pictures' size lets a device take)")
+    parser.add_argument("--batch", type=number(1, 10**5), help="images at a time (default: fewer the larger the latents are)")
     parser.add_argument(
         "--samples", type=number(1, 1000), default=1, help="images of each prompt (default: 1; GenEval and DPG-Bench ask for 4)"
     )

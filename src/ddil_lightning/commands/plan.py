@@ -161,11 +161,18 @@ def _shown(size: int) -> str:
     return "-" if size == 0 else f"{value:.1f}" if value >= 100 else f"{value:.2f}" if value >= 0.01 else "< 0.01"
 
 
+CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141)
+"""The memory of GPUs that there are, GB."""
+SPARED = 0.95
+"""The share of it that is left by driver and allocator."""
+
+
 def _verdict(size: int, setting: Setting) -> str:
     """Whether it fits the present device."""
     there = room(setting.cuda)
     if there is None:
-        return "there is no GPU here to compare with"
+        card = next((card for card in CARDS if size <= SPARED * card * 10**9), None)
+        return "there is no GPU here; " + ("more than any card has" if card is None else f"a card of {card} GB would hold it")
     memory, name = there
     return f"{name} has {gib(memory):.1f}, {'it fits' if size <= memory else 'it does not fit'}"
 

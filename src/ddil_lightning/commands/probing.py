@@ -52,7 +52,7 @@ class Contest:
         )
 
     def parts(self, n: int) -> Iterator[slice]:
-        """Batches of `n` samples that the device can take."""
+        """Batches of `n` samples, smaller the larger their latents are."""
         size = sampling.batch(self.student.latent_shape)
         return (slice(i, min(i + size, n)) for i in range(0, n, size))
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 class Source(NamedTuple):
     """A row's sampler. `evaluations`: counts those of its network so far. `about`: all that decides on its images, for their folder.
-    `chunk`: as many at a time as a device can take."""
+    `chunk`: as many at a time as it is asked for by itself."""
 
     name: str
     sample: Sampler
@@ -34,9 +34,9 @@ class Source(NamedTuple):
 class Generation:
     """What a row's images do not depend on, up to rounding.
 
-    `batch`: images that the sampler makes at a time, by default as many as a device can take; the suite looks at its own number of them at
-    a time, unless that is less. `keep`: the folder of images. `processes`: which share the images. `told`: with a bar on a terminal and a
-    line a row elsewhere. `look`: see `Suite.score`.
+    `batch`: images that the sampler makes at a time, by default fewer the larger its latents are; the suite looks at its own number of
+    them at a time, unless that is less. `keep`: the folder of images. `processes`: which share the images. `told`: with a bar on a
+    terminal and a line a row elsewhere. `look`: see `Suite.score`.
     """
 
     batch: int | None = None

@@ -44,7 +44,7 @@ def _amounts(summary: Mapping[str, Any], config: Mapping[str, Any]) -> list[tupl
         micro = table(config, "model", "init_args", "optimizer").get("accumulate", 1)
         micro = micro if number_of(micro) else 1
         each = f"{cell(batch)} a device" + (f", {micro} times before an update" if micro != 1 else "")
-        found.append(("Latents trained on, a device", cell(clock * batch * micro), f"{cell(clock)} updates of {each}"))
+        found.append(("Latents the student trained on, a device", cell(clock * batch * micro), f"{cell(clock)} updates of {each}"))
     counts = summary.get("network_evaluations")
     total = sum(v for v in counts.values() if number_of(v)) if isinstance(counts, Mapping) else 0
     if total:
