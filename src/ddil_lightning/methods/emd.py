@@ -71,6 +71,12 @@ class EMD(TwoScores):
 
     def __init__(self, *, critic: Critic = Critic(1), chain: Chain = Chain(), **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        last = self.tau[1]
+        if self.backbone.schedule.alphas[last] == 0:  # sigma / alpha there is infinite
+            raise ValueError(
+                f"scores.tau = {list(self.scores.tau)} has chains at t = {last}, which is noise alone and says nothing of a sample: end it "
+                "below 1, such as 0.98"
+            )
         self.chain = chain
         self.oppose(critic)
 

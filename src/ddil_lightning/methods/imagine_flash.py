@@ -61,7 +61,8 @@ class ImagineFlash(Distillation):
         solver_steps: the teacher's DDIM steps from t' to the clean end, one for a single estimate of x0.
         shift: the map from t to t'.
         noise_correction: the first step takes the noise itself for eps, x_s = alpha_s x0 + sigma_s x_T, in roll-outs and at inference. No
-            scheduler of diffusers does, so the exported pipeline takes DDIM's first step, and its card says so.
+            scheduler of diffusers does, so the exported pipeline takes DDIM's first step, and its card says so. Where the process ends in
+            noise alone, as a flow does, DDIM's own first step is that one.
         w_conditioned: the student is told w (a zero-initialised embedding); without it one guidance is baked in.
     """
 
@@ -89,7 +90,9 @@ class ImagineFlash(Distillation):
                 f"teacher_steps = {teacher_steps} is no multiple of steps = {steps}: the teacher must stop at the student's nodes"
             )
         self.shift, self.solver_steps = shift, solver_steps
-        self.transition: Transition = NoiseCorrected(total - 1) if noise_correction else ddim
+        # At alpha = 0 eps is x_t whatever v or a velocity says: DDIM takes that very step, and nothing is to be said of it.
+        corrected = noise_correction and float(self.backbone.schedule.alphas[total - 1]) > 0
+        self.transition: Transition = NoiseCorrected(total - 1) if corrected else ddim
         nodes = Grid.named("trailing", steps, total)
         self.grid = Grid(nodes.times.tolist(), [Grid.named("trailing", n, total) for n in rollouts], rule="trailing")
         self.cast(
