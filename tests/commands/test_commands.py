@@ -148,7 +148,7 @@ def test_a_set_of_one_s_own(tiny: Path, here: Path, monkeypatch: pytest.MonkeyPa
     )
     said = "no network 'lpisp': did you mean lpips?"
     assert said in refused(capsys, main.command("test"), *words, "set", "--network", "distance=lpisp")
-    said = "--network hps: digits has networks of its own, others are for --data CAPTIONS"
+    said = "--network hps: digits has networks of its own, others are for captions of your own"
     assert said in refused(capsys, main.command("test"), *words, "digits", "--network", "hps")
     words = ["--network", "clip=none", "distance=none", *words]
     for given, n in (([], 17), (["--n", 16], 16)):

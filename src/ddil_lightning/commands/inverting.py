@@ -77,7 +77,7 @@ def material(source: str, n: int | None, seed: int, backbone: Pipeline, networks
     if source == "builtin":
         if data not in BUILTIN:
             raise ValueError(f"{backbone.path} was not made for the built-in data: give a folder of pictures, by --images DIR")
-        from ddil_lightning.commands.probing import drawn
+        from ddil_lightning.commands.gathering import drawn
 
         images, captions = drawn(data, 16 if n is None else n, seed)
         return Material(images, [f"{data} {i}" for i in range(len(images))], captions, f"held-out images of {data}", measures)

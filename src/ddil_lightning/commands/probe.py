@@ -8,6 +8,7 @@ from typing import Any
 
 from ddil_lightning.commands.arguments import SCALE, SEED, STEPS, Parser, advising, device, is_run, number, path, pipeline_of, place
 from ddil_lightning.commands.entries import is_sampler
+from ddil_lightning.commands.protocols import add_sources
 from ddil_lightning.errors import Refusal
 from ddil_lightning.files import check_writable
 from ddil_lightning.messages import quiet
@@ -28,13 +29,15 @@ def probe(argv: list[str]) -> int:
     parser = Parser("ddil-probe", description=probe.__doc__)
     parser.add_argument("--student", type=place, required=True, help="a finished run, or the pipeline folder or hub id of any student")
     parser.add_argument("--teacher", type=place, help="any pipeline of the same latents (default: the one that the student's card names)")
-    parser.add_argument("--n", type=number(16, 10**7), help="prompts (default: 256, or all of a smaller set of your own)")
+    parser.add_argument("--n", type=number(16, 10**7), help="prompts (default: a protocol's; else 256, or all of a smaller set)")
     parser.add_argument(
         "--protocol",
         type=place,
-        help="shapes, digits (default: as the student's card says), or captions of your own, as ddil-test has them",
+        help="shapes, digits (default: as the student's card says), a packaged protocol or a YAML file as ddil-test takes them, or "
+        "captions of your own, with images or without (COCO json, jsonl, csv, txt, a folder, a data set of Hugging Face)",
     )
-    parser.add_argument("--images", type=place, help="the folder of the images that a caption file names")
+    parser.add_argument("--data", type=place, help="the folder of the files that a protocol names, or its file of captions")
+    add_sources(parser, "the captions")
     parser.add_argument("--steps", type=STEPS, help="of the student (default: what its card recommends, else 4)")
     parser.add_argument("--teacher_steps", type=STEPS, default=32, help="of the teacher alone: one student step is its share of them")
     parser.add_argument(
@@ -43,12 +46,14 @@ def probe(argv: list[str]) -> int:
     parser.add_argument("--guidance", type=SCALE, help="guidance g of the teacher, and of a student that is told it (default: by its card)")
     parser.add_argument("--student_guidance", type=SCALE, help="guidance_scale of the student (default: by its card, else none)")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="these parts alone (default: all)")
-    parser.add_argument("--seed", type=SEED, default=0, help="of prompts, noise and turns")
+    parser.add_argument("--seed", type=SEED, help="of prompts, noise and turns (default: a protocol's own, else 0)")
     parser.add_argument("--truncate", action="store_true", help="cut captions that are too long for the text encoder")
     parser.add_argument("--out", type=path, help="the JSON file, with a page beside it (default: probe.json in the run folder, else here)")
     args = parser.parse_args(argv)
     if args.images and args.protocol in (None, "shapes", "digits"):
         raise Refusal(f"--images {args.images} is the folder of a caption file's images: give that file too, by --protocol FILE")
+    if args.data and args.protocol is None:
+        raise Refusal(f"--data {args.data} holds the files of a protocol: say which, by --protocol NAME or FILE.yaml")
     out = args.out or (Path(args.student) if is_run(Path(args.student)) else Path.cwd()) / "probe.json"
     if out.suffix.lower() != ".json":
         raise Refusal(f"--out {out}: give a file's name that ends in .json; the page beside it ends in .html")
@@ -68,28 +73,34 @@ def probe(argv: list[str]) -> int:
 
 def _found(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that is measured, and by which protocol."""
-    from ddil_lightning.commands.probing import material, probed, swept
+    from ddil_lightning.commands.gathering import asked, material
+    from ddil_lightning.commands.probing import probed, swept
     from ddil_lightning.imitation.gaps import nodes
 
+    plan = asked(args) if args.protocol is not None else None  # before pipelines are loaded
     contest, said = _contest(args)
     student, teacher = contest.student, contest.teacher
     protocol = args.protocol or student.about.get("dataset") or teacher.about.get("dataset")
     if protocol is None:
-        raise Refusal(f"neither {student.path} nor {teacher.path} names a data set: say --protocol shapes, digits or CAPTIONS")
-    given = material(protocol, args.images, args.n, args.seed, teacher)
+        raise Refusal(f"neither {student.path} nor {teacher.path} names a data set: say --protocol shapes, digits, NAME or CAPTIONS")
+    args.protocol = protocol
+    given = material(args, plan or asked(args), teacher)
     if not args.truncate:
         with advising("--truncate"):
             student.check_length(given.prompts)
             teacher.check_length(given.prompts)
     sweeps = [part for part in args.only if part != "nodes"]
     suite = given.suite() if sweeps else None  # before anything is sampled: its networks may be missing
-    said |= {"n": len(given.prompts), "prompts": protocol, "seed": args.seed}
-    if given.without and "nodes" in args.only:
-        said["left_out"] = f"distances and losses against forward latents: {given.without}"
+    said |= {"n": len(given.prompts), "prompts": protocol, "seed": given.seed}
+    latents, without = None, given.without
+    if given.pictures is not None and "nodes" in args.only:
+        latents, without = contest.forward(given.pictures), given.unread()
+    if without and "nodes" in args.only:
+        said["left_out"] = f"distances and losses against forward latents: {without}"
         print(f"left out: {said['left_out']}", flush=True)
-    seen = probed(contest, given.prompts, given.images, args.seed) if "nodes" in args.only else []
+    seen = probed(contest, given.prompts, None if without else latents, given.seed) if "nodes" in args.only else []
     # The teacher's walks serve the sweeps too, where these are of the same prompts.
-    again = seen if suite is not None and list(suite.prompts) == given.prompts and suite.seed == args.seed else []
+    again = seen if suite is not None and list(suite.prompts) == given.prompts and suite.seed == given.seed else []
     found: dict[str, Any] = {"mixing": [], "switch": []} if suite is None else swept(contest, suite, sweeps, again)
     rows = nodes(seen, contest.grid) if seen else []
     return {"protocol": said if suite is None else suite.protocol | said, "nodes": rows, **found}

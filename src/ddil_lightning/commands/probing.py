@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +13,9 @@ from ddil_lightning.backbones import sampling
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.samplers import context_of
 from ddil_lightning.counting import counted
-from ddil_lightning.data.captions import Prompts
 from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policies, Policy
-from ddil_lightning.evaluation.metrics.pairs import choose, load_images, read_pairs
 from ddil_lightning.evaluation.suite import Probes, Suite
 from ddil_lightning.imitation.gaps import Seen, see
 from ddil_lightning.imitation.mixing import Actor, Actors, Bernoulli, Mixing, Switch, mix_all
@@ -28,9 +25,6 @@ SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 ASKED = 32
 """Samples of which losses and recovery are measured, for which the teacher walks from every node: means of many numbers each."""
-
-BUILTIN = ("shapes", "digits")
-COLUMNS = ("text", "caption", "prompt")
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +50,14 @@ class Contest:
         size = sampling.batch(self.student.latent_shape)
         return (slice(i, min(i + size, n)) for i in range(0, n, size))
 
+    def forward(self, pictures: Callable[[int], Iterator[Tensor]]) -> Tensor:
+        """The teacher's latents [N, C, h, w] of pictures, on the CPU. `pictures`: of a number B, [B, 3, H, W] in [-1, 1] at a time.
+
+        So many are in memory, and all are read before anything is sampled.
+        """
+        size = sampling.batch(self.student.latent_shape)
+        return torch.cat([self.teacher.encode_images(part).cpu() for part in pictures(size)])
+
     def mixed(self, prompts: Sequence[str], mixings: Sequence[Mixing], seed: int, seen: Sequence[Seen] = ()) -> Tensor:
         """Final latents [K, N, C, h, w] of K mixtures of the two, on the CPU. `seen`: by part, where the teacher has walked already."""
         parts, shape = list(self.parts(len(prompts))), self.student.latent_shape
@@ -80,14 +82,14 @@ class Contest:
 
 
 def probed(contest: Contest, prompts: Sequence[str], data: Tensor | None, seed: int) -> list[Seen]:
-    """What `gaps.nodes` makes its rows of, by parts. `data`: images [N, 3, H, W] in [-1, 1] of the prompts, for forward latents.
+    """What `gaps.nodes` makes its rows of, by parts. `data`: latents [N, C, h, w] of the prompts' pictures, for forward latents.
 
     The teacher's noise is that of the sweeps, the student's another, so that the two sets are independent.
     """
     n, shape, seen = len(prompts), contest.student.latent_shape, []
     parts = list(contest.parts(n))
     for part in counted(parts, len(parts), "nodes"):
-        latents = None if data is None else contest.teacher.encode_images(data[part])
+        latents = None if data is None else data[part].to(contest.teacher.device)
         own = part.start + seed
         asked = max(0, min(part.stop, ASKED) - part.start)
         found = see(contest.actors(prompts[part]), contest.grid, shape, (own + n, own, own + 2 * n), latents, asked)
@@ -127,88 +129,3 @@ def swept(contest: Contest, suite: Suite, parts: Sequence[str], seen: Sequence[S
         nfe = round(float(((1 - by_student) * costs[0] + by_student * costs[1]).sum()), 1)
         rows[sweep].append({**said, "nfe": nfe, "metrics": measured})
     return rows
-
-
-# Prompts and images ----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Material:
-    """Prompts of a protocol, their images [N, 3, H, W] where it has them (else `without` says why), and the suite that scores both."""
-
-    prompts: list[str]
-    images: Tensor | None
-    without: str
-    suite: Callable[[], Suite]
-
-
-def material(protocol: str, folder: str | None, n: int | None, seed: int, backbone: Pipeline) -> Material:
-    """Of the built-in data `shapes` or `digits`, or of a file or folder of captions, with or without images, in the pipeline's size.
-
-    `n`: prompts (default: 256, or all of a smaller set). Raises ValueError for fewer than 16, and as what reads the captions does.
-    """
-    if protocol in BUILTIN:
-        count = _enough(256 if n is None else n, f"--n {n}")
-        images, prompts = drawn(protocol, count, seed)
-        return Material(prompts, images, "", lambda: Suite.builtin(protocol, n=count, seed=seed).for_pipeline(backbone))
-    try:
-        pairs = read_pairs(protocol, folder)
-    except (FileNotFoundError, ValueError) as error:
-        return _texts(protocol, n, seed, backbone, error)
-    what = f"{protocol} holds {len(pairs)} images with captions" if n is None else f"--n {n}"
-    n = _enough(min(256, len(pairs)) if n is None else n, what)
-    chosen, (height, width) = choose(pairs, n, seed), backbone.size
-    captions = [pair.caption for pair in chosen]
-
-    def suite() -> Suite:
-        return Suite.from_folder(protocol, folder, n=n, seed=seed, probes=(0, 0), device=backbone.device)
-
-    if height != width:
-        return Material(captions, None, f"{backbone.path} samples no squares, as which the images of {protocol} are read", suite)
-    return Material(captions, load_images([pair.image for pair in chosen], height), "", suite)
-
-
-def _texts(protocol: str, n: int | None, seed: int, backbone: Pipeline, why: Exception) -> Material:
-    """Captions without images. Raises `why`, the reason for which they were not read with them, where that fails too."""
-    from ddil_lightning.evaluation.given import Given
-    from ddil_lightning.evaluation.networks import Networks
-    from ddil_lightning.evaluation.presence import present
-
-    lines: Prompts | None = None
-    for column in COLUMNS:
-        try:
-            lines = Prompts(protocol, column)
-            every = lines.prompts(range(len(lines)))
-            break
-        except (OSError, ValueError, KeyError):
-            lines = None
-    if lines is None:
-        raise why
-    n = _enough(min(256, len(every)) if n is None else min(n, len(every)), f"{protocol} holds {len(every)} captions")
-    prompts = every[:n]
-
-    def suite() -> Suite:
-        networks = present(Networks(clip="open_clip"), backbone.device)
-        return Suite(Path(protocol).stem, prompts, Given(networks), Probes(), seed, source=f"the first {n} of {protocol}")
-
-    return Material(prompts, None, f"{protocol} has captions without images", suite)
-
-
-def drawn(data: str, n: int, seed: int) -> tuple[Tensor, list[str]]:
-    """Held-out images of the built-in data, and prompts that say of each what is on it: those of `Suite.builtin`."""
-    from ddil_lightning.miniature import digits, shapes
-    from ddil_lightning.miniature.sources import HELD_OUT, load_source
-
-    prompts = load_source(data).prompts(n, seed)
-    if data == "shapes":
-        return shapes.render(shapes.draw_scenes(n, HELD_OUT + seed)), prompts
-    images, labels = digits.split("held_out")
-    of = {k: (labels == k).nonzero().flatten().tolist() for k in range(10)}
-    rows = [of[k][i // 10 % len(of[k])] for i, k in enumerate(digits.parse(prompt)["digit"] for prompt in prompts)]
-    return images[rows], prompts
-
-
-def _enough(n: int, what: str) -> int:
-    if n < 16:
-        raise ValueError(f"{what}: at least 16 prompts, and some hundreds for numbers that mean something")
-    return n

@@ -33,20 +33,35 @@ class Plan(NamedTuple):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of ddil-test that say what is measured by, besides --data, --images, --n and --seed."""
+    """The options of ddil-test that say what is measured by, besides --data, --n and --seed."""
     known = ", ".join(Path(name).stem for name in config_names() if name.startswith("protocols/"))
     parser.add_argument("--protocol", type=place, help=f"{known}, or a YAML file of your own: every choice that numbers depend on")
-    parser.add_argument("--reference", type=place, help="other real images: a folder, a data set, or statistics (.safetensors, .npz)")
     parser.add_argument("--save_reference", type=path, help="write the statistics of the real images (.safetensors, .npz), and no more")
-    parser.add_argument("--image_column", help="the column of images of --data (default: image); none for captions alone")
-    parser.add_argument("--caption_column", help="the column of captions of --data (default: text, caption or prompt)")
+    add_sources(parser, "--data")
+
+
+def add_sources(parser: argparse.ArgumentParser, data: str) -> None:
+    """The options that say how captions and real images are read, and the networks. `data`: the option that names the captions."""
+    parser.add_argument("--images", type=place, help="the folder of the images that a caption file names")
+    parser.add_argument("--reference", type=place, help="other real images: a folder, a data set, or statistics (.safetensors, .npz)")
+    parser.add_argument("--image_column", help=f"the column of images of {data} (default: image); none for captions alone")
+    parser.add_argument("--caption_column", help=f"the column of captions of {data} (default: text, caption or prompt)")
     parser.add_argument("--split", help="the split of a Hugging Face data set (default: train)")
     parser.add_argument("--skip_unreadable", action="store_true", help="leave out real images that cannot be read; the stamp counts them")
+    parser.add_argument(
+        "--network",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="[FOR=]NAME[:PATH], for captions of your own or a protocol: hps, features=inception:FILE, clip=none",
+    )
+    parser.add_argument("--strict", action="store_true", help="refuse a network that cannot be had, instead of leaving its metrics out")
 
 
-def planned(args: argparse.Namespace) -> Plan | None:
+def planned(args: argparse.Namespace, most: int = 1000) -> Plan | None:
     """The protocol that the arguments ask for, with its files in their places; None for the data that a pipeline names itself.
 
+    `most`: prompts of built-in data and of captions of one's own, where --n says nothing and there are so many.
     Raises Refusal for what does not go together, for files that are not there and for fewer than 16 prompts.
     """
     if args.protocol is None and args.data is None:
@@ -55,7 +70,7 @@ def planned(args: argparse.Namespace) -> Plan | None:
                 "--reference, --image_column, --caption_column, --split and --skip_unreadable are of --data or --protocol: give one"
             )
         return None
-    plan = _named(args) if args.protocol is not None else Plan(_builtin(args) if args.data in BUILTIN else _own(args), {})
+    plan = _named(args) if args.protocol is not None else Plan(_builtin(args, most) if args.data in BUILTIN else _own(args, most), {})
     given = [name for name in OF_FILES if getattr(args, name)] if plan.protocol.prompts.source in BUILTIN else []
     if given:
         raise Refusal(f"{plan.protocol.prompts.source} has its own real images: leave --{', --'.join(given)} out")
@@ -151,7 +166,7 @@ def _networks(args: argparse.Namespace, made: Protocol) -> Networks | None:
     if made.prompts.source not in BUILTIN:
         return replace(named(made, args.network), strict=args.strict)
     if args.network:
-        said = f"{made.prompts.source} has networks of its own, others are for --data CAPTIONS or a protocol of files"
+        said = f"{made.prompts.source} has networks of its own, others are for captions of your own or a protocol of files"
         raise Refusal(f"--network {' '.join(args.network)}: {said}")
     return None
 
@@ -234,18 +249,18 @@ def _check_there(made: Protocol, placed: Protocol) -> None:
         )
 
 
-def _builtin(args: argparse.Namespace) -> Protocol:
+def _builtin(args: argparse.Namespace, most: int = 1000) -> Protocol:
     """The protocol of the built-in data with so many prompts and this seed: that of its name, if nothing differs."""
     from ddil_lightning.evaluation.protocols import PromptSource, Protocol
 
     if args.images:
         raise Refusal(f"--images {args.images} is the folder of a caption file's images: give that file too, by --data FILE")
-    n, seed = 1000 if args.n is None else args.n, args.seed or 0
+    n, seed = most if args.n is None else args.n, args.seed or 0
     return Protocol(PromptSource(args.data, n=n), seed=seed, name=args.data)
 
 
-def _own(args: argparse.Namespace) -> Protocol:
-    """The protocol of the user's own captions: all of them, or 1000 of more, through the paper's networks. Raises Refusal for under 16."""
+def _own(args: argparse.Namespace, most: int) -> Protocol:
+    """The protocol of the user's own captions: all of them, or `most`, through the paper's networks. Raises Refusal for under 16."""
     from ddil_lightning.evaluation.captioned import read_set
     from ddil_lightning.evaluation.protocols import OWN, PromptSource, Protocol, ReferenceSource
 
@@ -253,7 +268,7 @@ def _own(args: argparse.Namespace) -> Protocol:
     found = read_set(prompts, there=args.reference is None)
     total, alone = len(found.captions), found.pictures is None
     benchmark = args.layout != "folder"  # which is of all its prompts
-    n = (total if benchmark else min(1000, total)) if args.n is None else args.n
+    n = (total if benchmark else min(most, total)) if args.n is None else args.n
     if n < 16:
         raise Refusal(f"{args.data} holds {total} {'captions' if alone else 'images with captions'}: {LEAST}")
     if alone and args.images:

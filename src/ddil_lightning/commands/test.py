@@ -85,16 +85,7 @@ def _parser() -> Parser:
         help="shapes, digits (default: what the pipeline names), captions of your own (COCO json, jsonl, csv, txt, a folder, a data set of "
         "Hugging Face), or the folder of the files that a protocol names",
     )
-    parser.add_argument("--images", type=place, help="the folder of the images that a caption file names")
     protocols.add_options(parser)
-    parser.add_argument(
-        "--network",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="[FOR=]NAME[:PATH], for captions of your own or a protocol: hps, features=inception:FILE, clip=none",
-    )
-    parser.add_argument("--strict", action="store_true", help="refuse a network that cannot be had, instead of leaving its metrics out")
     parser.add_argument("--out", type=path, help="the JSON file (default: metrics.json in the run folder, else here)")
     generating.add_options(parser)
     comparing.add_options(parser)
