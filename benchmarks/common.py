@@ -103,7 +103,7 @@ def synchronize(device: torch.device) -> None:
 
 def parallel(work: Callable[[T], R], todo: Sequence[T], jobs: int) -> Iterator[R]:
     """The results of `work` on all of `todo` as they become ready, by `jobs` processes (1: this one)."""
-    if jobs == 1:
+    if jobs == 1 or not todo:
         yield from map(work, todo)
         return
     context = multiprocessing.get_context("spawn")  # not forked: the parent has threads by now

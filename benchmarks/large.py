@@ -27,6 +27,7 @@ from real_size import Cell
 
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.quantising import Quantize
+from ddil_lightning.backbones.source import Source
 from ddil_lightning.runs.memory import Meter, gib
 
 T = TypeVar("T")
@@ -55,7 +56,8 @@ def one(folder: str, cell: Cell, side: int, updates: int, quantize: Quantize | N
     import transformers  # noqa: F401
 
     meter = Meter()
-    backbone = Pipeline(folder, getattr(torch, cell.dtype), quantize=quantize)
+    # Flux says no size of its own but the usual one.
+    backbone = Pipeline(Source(folder, size=side), getattr(torch, cell.dtype), quantize=quantize)
     row, method = real_size.measure(cell, backbone, side, updates, critic_steps=1)
     meter.end(torch.device("cpu"), (method, *backbone.parts()))
     row["name"] += f", base in {quantize}" if quantize else ""

@@ -211,7 +211,7 @@ def make(args: argparse.Namespace, found: Teacher) -> None:
     if todo or not (args.cells / "teacher.json").is_file():
         teacher(found, args.cells, args.lesson, args.threads * args.jobs)
     start, work = time.time(), functools.partial(cell, cells=args.cells, threads=args.threads, lesson=args.lesson)
-    for i, made in enumerate(common.parallel(work, todo, args.jobs) if todo else ()):
+    for i, made in enumerate(common.parallel(work, todo, args.jobs)):
         at = f"{i + 1}/{len(todo)}, {time.time() - start:.0f} s"
         print(f"[{at}] {name(made)}: {made['seconds']:.0f} s", flush=True)
 

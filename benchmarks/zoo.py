@@ -138,7 +138,7 @@ def train(todo: Sequence[Cell], args: argparse.Namespace) -> None:
     """Make the cells that are missing of one budget."""
     start = time.time()
     work: Callable[[Cell], dict[str, Any]] = functools.partial(make, cells=args.cells)
-    for i, made in enumerate(common.parallel(work, todo, args.jobs) if todo else ()):
+    for i, made in enumerate(common.parallel(work, todo, args.jobs)):
         at = f"{i + 1}/{len(todo)}, {time.time() - start:.0f} s"
         print(f"[{at}] {made['method']} {made['variant']}, {made['budget']}, seeds from {made['seeds'][0]}", flush=True)
 

@@ -104,7 +104,7 @@ def measure(args: argparse.Namespace) -> Report:
     if todo and not (teacher.reference.is_file() and teacher.file.is_file()):
         builtin.kept(teacher.file, lambda: builtin.baseline(teacher), args.jobs)
     start, work = time.time(), functools.partial(make, cells=args.cells)
-    for i, made in enumerate(common.parallel(work, todo, args.jobs) if todo else ()):
+    for i, made in enumerate(common.parallel(work, todo, args.jobs)):
         at = f"{i + 1}/{len(todo)}, {time.time() - start:.0f} s"
         print(f"[{at}] {made['method']} {made['variant']}, {made['budget']}, seed {made['seed']}: {made['seconds']:.0f} s", flush=True)
     found = [known for one in asked if (known := one.known(args.cells)) is not None]
