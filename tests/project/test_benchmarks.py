@@ -94,6 +94,11 @@ def test_overhead(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.Captur
     for row in (default, *others):  # lengths of 2 or 3 transitions are drawn: the count lies between the two
         if row["collect_every"]:
             assert row["formula"] * 0.8 - 1e-9 <= row["counted"] <= row["formula"] * 1.2 + 1e-9
+    (part,) = report["parts"]
+    (own,) = part["rows"]  # asked anew, the teacher has its two and the target one; roll-outs are the student's
+    assert (own["backward"], own["teacher"], own["target"]) == (2, 2, 1) and own["formula"] == pytest.approx(6 * (1 + default["formula"]))
+    assert 1 + 2 / 2 <= own["student"] <= 1 + 3 / 2 and own["sum"] == 5 + own["student"]
+    assert report["targets"][1]["value"] == own["sum"]
 
 
 def test_exponents_are_those_of_known_costs(script: Any) -> None:
