@@ -41,6 +41,7 @@ COLUMNS = (
     ("ratio_units", "with backwards / published"),
 )
 CONFIGS = ("dmd2.yaml", "dmd2_ddil.yaml")
+LIMIT = 0.62  # of the published sequence's forwards
 
 
 class Counter:
@@ -164,7 +165,7 @@ def measure(args: argparse.Namespace) -> tables.Report:
         "columns": COLUMNS,
         "rows": rows,
         "targets": [
-            tables.target(f"forwards per student update of {name}, over the published sequence's", row["ratio"], 0.75, at_most=True)
+            tables.target(f"forwards per student update of {name}, over the published sequence's", row["ratio"], LIMIT, at_most=True)
             for name, row in zip(names, rows[1:], strict=True)
         ],
         "notes": [f"{method.adversary.every} critic updates per student update, batch {size}; an encoder pass is {share:.2f} of a forward"],

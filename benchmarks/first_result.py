@@ -1,9 +1,11 @@
-"""How long a newcomer waits: ddil-fit to its first line, first update, first picture and table; ddil-sample to one picture.
+"""How long a newcomer waits: ddil-fit to its first line, first update, first picture and table; ddil-sample to one picture; and for what is
+found out of the student by ddil-test (1000 prompts, every metric of the built-in pipelines, which need nobody else's weights, at every step
+count that the student is made for) and by ddil-probe (256 prompts, node by node and both sweeps).
 
 Each command runs in a process of its own, as typed after `make` has installed; the installation is not counted. Rows of the teacher are the
 kept ones, as a newcomer has them. On an idle machine: the figures are seconds of its clock.
 
-    python benchmarks/first_result.py [--config lcm_ddil.yaml] [--json FILE]
+    python benchmarks/first_result.py [--config lcm_ddil.yaml] [--without test probe] [--json FILE]
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import common
 import tables
 
 COLUMNS = (("name", ""), ("seconds", "seconds"), ("within", "target"))
+PROMPTS = {"test": 1000, "probe": 256}
 UPDATE = re.compile(r"^[\d ]+/[\d ]+ updates")
 CALL = "import sys; from ddil_lightning.commands import main; sys.argv = sys.argv[1:]; getattr(main, sys.argv[0].removeprefix('ddil-'))()"
 
@@ -61,7 +64,16 @@ def waited(args: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
     *_, (seconds, _) = lines("ddil-sample", "--pipeline", str(run / "pipeline"), "--prompt", "a small red circle", "--out", str(out))
     within = {"ddil-fit: first line": 1, "first update": 15, "first picture": 60, "the table, and the end": 180}
     rows: list[dict[str, object]] = [{"name": name, "seconds": seen[name], "within": limit} for name, limit in within.items()]
-    return [*rows, {"name": "ddil-sample: one picture", "seconds": seconds, "within": 8}]
+    return [*rows, {"name": "ddil-sample: one picture", "seconds": seconds, "within": 8}, *looked_into(run, args)]
+
+
+def looked_into(run: Path, args: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """A row for each of the commands that measure a finished run."""
+    for name, words in {"test": [str(run)], "probe": ["--student", str(run)]}.items():
+        if name not in args.without:
+            n = 16 if args.quick else PROMPTS[name]
+            *_, (seconds, _) = lines(f"ddil-{name}", *words, "--n", str(n))
+            yield {"name": f"ddil-{name}: {n} prompts", "seconds": seconds, "within": 180}
 
 
 def measure(args: argparse.Namespace) -> tables.Report:
@@ -77,6 +89,7 @@ def main(argv: list[str] | None = None) -> tables.Report:
     """The command line of this benchmark."""
     parser = common.parser(__doc__, pipeline=False)
     parser.add_argument("--config", default="lcm_ddil.yaml")
+    parser.add_argument("--without", nargs="+", choices=tuple(PROMPTS), default=[], help="leave these commands out")
     return common.main(measure, parser.parse_args(argv))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from builtin_table import OWN
+from common import ANEW
 from tables import Columns, Part, Report, grid, mean_se
 from toy2d_table import paired
 
@@ -214,6 +215,8 @@ def notes(cells: Sequence[Mapping[str, Any]]) -> list[str]:
         "comparisons; evaluations: of all networks, one sample each, of one training",
         "Taught: the share of real scenes in which a small classifier that was taught by 1000 images of the sampler alone reads everything "
         "right (benchmarks/downstream.py)",
+        f"trained with {ANEW}: the teacher is asked whenever a state is drawn, as the algorithm is counted in the published tables; the "
+        "shipped configs keep its answers and are cheaper",
         "again: with other prompts, noise and real images",
         "same student: between two sets of prompts, noise and real images; other seed: between trainings of one variant, of which the "
         "former is a part",

@@ -41,7 +41,6 @@ class Told(TypedDict, total=False):
     each: list[dict[str, Any]]
     seconds: float
     seconds_training: dict[str, float]
-    lightning_over_bare: float
     settings: dict[str, Any]
     machine: dict[str, Any]
 

@@ -43,16 +43,16 @@ def run(module: ModuleType, tiny: Path, folder: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.slow
-def test_step_cost(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = run(script("step_cost"), tiny, tmp_path, capsys, "--threads", "1", "--cpu_time")
-    rows = {row["name"]: row for row in report["rows"]}
-    student, teacher, target = (rows[name] for name in sys.modules["step_cost"].PARTS)
-    assert (student["evaluations"], teacher["evaluations"], target["evaluations"]) == (1, 2, 1)
-    # Medians of sums are not sums of medians, but with three rounds they are not far from each other.
-    assert rows["floor"]["seconds"] == pytest.approx(student["seconds"] + teacher["seconds"] + target["seconds"], rel=0.5)
-    assert rows["Lightning step"]["ratio"] > rows["floor"]["ratio"] == 1
-    (goal,) = report["targets"]
-    assert goal["value"] == rows["Lightning step"]["ratio"] and goal["met"] is (goal["value"] <= goal["limit"])
+def test_floors(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What an LCM step asks for: the student and the target once, and the teacher at both halves of its guidance."""
+    options = ["--threads", "1", "--cpu_time", "--methods", "lcm", "tcd"]
+    report = run(script("floors"), tiny, tmp_path, capsys, *options)
+    lcm, tcd = report["rows"]
+    size = lcm["evaluations"] / 4
+    assert lcm["updates"] == 3 and size == int(size) > 1 and lcm["calls"] >= 3
+    for row, goal in zip((lcm, tcd), report["targets"], strict=True):
+        assert row["ratio"] == pytest.approx(row["seconds"] / row["floor"]) and goal["value"] == row["ratio"]
+    assert [goal["limit"] for goal in report["targets"]] == [1.05, 1.15]
 
 
 def test_generation(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,6 +94,11 @@ def test_overhead(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.Captur
     for row in (default, *others):  # lengths of 2 or 3 transitions are drawn: the count lies between the two
         if row["collect_every"]:
             assert row["formula"] * 0.8 - 1e-9 <= row["counted"] <= row["formula"] * 1.2 + 1e-9
+    (part,) = report["parts"]
+    (own,) = part["rows"]  # asked anew, the teacher has its two and the target one; roll-outs are the student's
+    assert (own["backward"], own["teacher"], own["target"]) == (2, 2, 1) and own["formula"] == pytest.approx(6 * (1 + default["formula"]))
+    assert 1 + 2 / 2 <= own["student"] <= 1 + 3 / 2 and own["sum"] == 5 + own["student"]
+    assert report["targets"][1]["value"] == own["sum"]
 
 
 def test_exponents_are_those_of_known_costs(script: Any) -> None:
@@ -592,6 +597,86 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def by_itself(module: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, Any]:
+    """The JSON of a quick run that is given no pipeline, printed as it is written."""
+    threads = torch.get_num_threads()
+    file = folder / "out.json"
+    module.main(["--quick", "--json", str(file), *more])
+    torch.set_num_threads(threads)
+    report: dict[str, Any] = json.loads(file.read_text())
+    assert capsys.readouterr().out.rstrip().endswith(sys.modules["tables"].markdown(report))
+    return report
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_first_result(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every command in a process of its own, one after the other; those that measure a run can be left out."""
+    module, small = script("first_result"), ("--set", f"model.pipeline={tiny}")
+    report = by_itself(module, tmp_path, capsys, *small)
+    waits = {row["name"]: row["seconds"] for row in report["rows"]}
+    first, update, picture, end, *commands = waits.values()
+    assert 0 < first <= update < end and picture > 0 and min(commands) > 0
+    assert list(waits)[4:] == ["ddil-sample: one picture", "ddil-test: 16 prompts", "ddil-probe: 16 prompts"]
+    assert [t["limit"] for t in report["targets"]] == [1, 15, 60, 180, 8, 180, 180]
+
+
+def test_first_result_leaves_commands_out(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, called = script("first_result"), []
+
+    def lines(*words: str) -> Any:
+        called.append(words)
+        yield 2.0, "said"
+        yield 3.0, ""
+
+    monkeypatch.setattr(module, "lines", lines)
+    found = {
+        without: list(module.looked_into(Path("run"), SimpleNamespace(quick=False, without=without)))
+        for without in ((), ("test",), ("test", "probe"))
+    }
+    assert [[row["name"] for row in rows] for rows in found.values()] == [
+        ["ddil-test: 1000 prompts", "ddil-probe: 256 prompts"], ["ddil-probe: 256 prompts"], []
+    ]  # fmt: skip
+    assert called[:2] == [("ddil-test", "run", "--n", "1000"), ("ddil-probe", "--student", "run", "--n", "256")]
+    assert {row["seconds"] for row in found[()]} == {3.0}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("evaluator")
+def test_teacher_rows(
+    script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quick run without a folder leaves alone what ships; one with a folder replaces all that is there."""
+    from ddil_lightning.evaluation import known
+
+    module, shipped = script("teacher_rows"), sorted(known.folders()[0].glob("*.json"))
+    assert shipped
+    monkeypatch.setattr(module, "CONFIGS", {str(tiny): ("lcm.yaml",)})
+    report = by_itself(module, tmp_path, capsys)
+    assert sorted(known.folders()[0].glob("*.json")) == shipped
+    assert [row["name"] for row in report["rows"]] == [f"{tiny} teacher@2", f"{tiny} teacher@1"]
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "of_before.json").write_text("{}")
+    again = by_itself(module, tmp_path, capsys, "--folder", str(folder))
+    assert len(list(folder.iterdir())) == 2 and not (folder / "of_before.json").exists()
+    assert [row["frechet"] for row in again["rows"]] == [row["frechet"] for row in report["rows"]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_large(tmp_path: Path) -> None:
+    """Each setting in a process of its own, which starts from the script: adapters alone are trained."""
+    file = tmp_path / "out.json"
+    words = [sys.executable, str(BENCHMARKS / "large.py"), "--quick", "--json", str(file)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=800)
+    assert done.returncode == 0, done.stderr
+    lcm, dmd2 = json.loads(file.read_text())["rows"]
+    assert (lcm["name"], dmd2["name"]) == ("tiny LCM, LoRA 4", "tiny DMD2, LoRA 4")
+    assert dmd2["trained"] > lcm["trained"] > 0 and min(lcm["peak"], lcm["seconds"], dmd2["peak"], dmd2["seconds"]) > 0
+    assert lcm["updates"] == dmd2["updates"] == 2
 
 
 @pytest.mark.slow
