@@ -645,9 +645,7 @@ def test_first_result_leaves_commands_out(script: Any, monkeypatch: pytest.Monke
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("evaluator")
-def test_teacher_rows(
-    script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_teacher_rows(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A quick run without a folder leaves alone what ships; one with a folder replaces all that is there."""
     from ddil_lightning.evaluation import known
 
