@@ -671,7 +671,7 @@ def test_large(tmp_path: Path) -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=800)
     assert done.returncode == 0, done.stderr
     lcm, dmd2 = json.loads(file.read_text())["rows"]
-    assert (lcm["name"], dmd2["name"]) == ("tiny LCM, LoRA 4", "tiny DMD2, LoRA 4")
+    assert (lcm["name"], dmd2["name"]) == ("tiny LCM + DDIL, LoRA 4", "tiny DMD2 + DDIL, LoRA 4")
     assert dmd2["trained"] > lcm["trained"] > 0 and min(lcm["peak"], lcm["seconds"], dmd2["peak"], dmd2["seconds"]) > 0
     assert lcm["updates"] == dmd2["updates"] == 2
 
