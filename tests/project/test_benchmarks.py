@@ -611,7 +611,7 @@ def by_itself(module: ModuleType, folder: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_first_result(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every command in a process of its own, one after the other; those that measure a run can be left out."""
     module, small = script("first_result"), ("--set", f"model.pipeline={tiny}")
