@@ -154,7 +154,7 @@ def test_settings_in_the_text_exist() -> None:
 def test_a_caption_file_of_ones_own(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(BUILTIN, "builtin", str(tiny))
-    (options,) = [code.split() for code in INLINE if code.startswith("--data")]
+    (options,) = [code.split() for code in INLINE if code.startswith("--data ")]
     code, _, err = call(["ddil-test", "--pipeline", "builtin", *options])
     assert code == 2 and "captions.json" in err and "unrecognized" not in err
 
@@ -196,9 +196,8 @@ def test_every_measured_table_has_its_command_and_its_day() -> None:
     measured = [part for part in sections(GUIDES["results.md"]) if re.search(r"^\|", part, re.M)]
     assert len(measured) >= 4
     for part in measured:
-        assert re.search(r"^```bash\n(make (fit|reproduce)|python benchmarks/|ddil-pretrain )", part, re.M) and re.search(r"20\d\d-\d\d-\d\d", part), part[
-            :60
-        ]
+        assert re.search(r"^```bash\n(make (fit|reproduce)|python benchmarks/|ddil-pretrain )", part, re.M), part[:60]
+        assert re.search(r"20\d\d-\d\d-\d\d", part), part[:60]
         assert "seed" in part.lower() and re.search(r"CPU\s+core|H100", part)
 
 
