@@ -22,7 +22,7 @@ class Processes:
     def __init__(self, trainer: Any = None) -> None:
         self.rank: int = trainer.global_rank if trainer is not None else 0
         self.world: int = trainer.world_size if trainer is not None else 1
-        self.nodes: int = trainer.num_nodes if trainer is not None else 1
+        self.nodes: int = getattr(trainer, "num_nodes", 1)  # a launcher of tests and of ddil-test has none to say
         self._strategy = trainer.strategy if trainer is not None and self.world > 1 else None
 
     @property
