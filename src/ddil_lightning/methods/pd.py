@@ -150,6 +150,7 @@ class PD(Distillation):
             self.student.follow(average)
         self.stage, self.stage_start = self.stage + 1, self.student_updates
         self._begin()
+        self.descent.restate()  # of a run that goes on at this very boundary, which would do so after the rates below are set
         for optimizer in self.trainer.optimizers:
             optimizer.state.clear()
             for group in optimizer.param_groups:

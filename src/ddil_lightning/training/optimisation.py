@@ -118,7 +118,9 @@ class Descent:
         if "fused" in takes and not {"fused", "foreach"} & set(given.options) and getattr(trainer.precision_plugin, "scaler", None) is None:
             own["fused"] = True
         made = kind([{"params": list(parameters), "base_lr": lr}], lr=lr, **{**own, **given.options})  # type: ignore[call-arg]
-        self._told.append((made, [{name: value for name, value in group.items() if name != "params"} for group in made.param_groups]))
+        # `lr` is set at every step.
+        settings = [{name: value for name, value in group.items() if name not in ("params", "lr")} for group in made.param_groups]
+        self._told.append((made, settings))
         return made
 
     def restate(self) -> None:
