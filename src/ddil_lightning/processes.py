@@ -17,12 +17,12 @@ class Elsewhere(SystemExit):
 
 
 class Processes:
-    """The processes of a Trainer's run; of this one alone where `trainer` is None."""
+    """The processes of a Trainer's run; of this one alone where `trainer` is None. `nodes`: the machines that they are on."""
 
-    def __init__(self, trainer: Any = None) -> None:
+    def __init__(self, trainer: Any = None, nodes: int = 1) -> None:
+        self.nodes = nodes
         self.rank: int = trainer.global_rank if trainer is not None else 0
         self.world: int = trainer.world_size if trainer is not None else 1
-        self.nodes: int = getattr(trainer, "num_nodes", 1)  # a launcher of tests and of ddil-test has none to say
         self._strategy = trainer.strategy if trainer is not None and self.world > 1 else None
 
     @property

@@ -18,6 +18,7 @@ from commandline import fit, refused
 from ddil_lightning.commands import fit_cli
 from ddil_lightning.commands.assembly import Assembly
 from ddil_lightning.commands.configs import FIT_SHORT, expand
+from ddil_lightning.errors import Refusal
 from ddil_lightning.methods import LCM
 from ddil_lightning.runs import loggers
 from ddil_lightning.runs.checkpoint import sorted_checkpoints
@@ -169,6 +170,18 @@ def test_a_run_goes_on_with_the_settings_it_began_with(tiny_config: Path, here: 
     )
     branched = fit(capsys, *words, "--ckpt_path", "runs/tiny/latest", "--run_dir", "branch", "--updates", "5")
     assert branched[0] == 0 and "lr: 0.001" in Path("branch/config.yaml").read_text()
+
+
+def test_machines_share_one_folder(tiny_config: Path, here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would make one of its own; those that go on with a run know it, and one that is not the first takes none."""
+    words = ["--config", str(tiny_config), "previews.every=0", "--updates", "1"]
+    assert "launched on several processes: give --run_dir" in refused(capsys, *words, "trainer.num_nodes=2")
+    assert fit(capsys, *words)[0] == 0
+    monkeypatch.setattr(fit_cli.FitCLI, "check_parts", lambda self: (_ for _ in ()).throw(Refusal("it would begin")))
+    assert "it would begin" in fit(capsys, *words, "trainer.num_nodes=2", "--ckpt_path", "last", "--updates", "2")[2]
+    assert fit_cli.FitCLI._first()
+    monkeypatch.setenv("NODE_RANK", "1")
+    assert not fit_cli.FitCLI._first()
 
 
 def test_processes_share_one_folder(tiny_config: Path, here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

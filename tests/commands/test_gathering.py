@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddil_lightning.commands import gathering, main
+from commandline import called, one_line
+from ddil_lightning.commands import gathering
 from ddil_lightning.evaluation import networks
 from ddil_lightning.evaluation.networks import Absent, Named
 
@@ -77,16 +78,11 @@ def red(material: gathering.Material, size: int = 6) -> list[int]:
 
 
 def probe(capsys: Any, *words: Any) -> tuple[int, str, str]:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main.run(main.command("probe"), "ddil-probe", [str(word) for word in words])
-    return (stop.value.code, *capsys.readouterr())
+    return called(capsys, "probe", *words)
 
 
 def refused(capsys: Any, *words: Any) -> str:
-    code, _, err = probe(capsys, *words)
-    assert code == 2 and err.count("\n") == 1, err
-    return err
+    return one_line(capsys, "probe", *words)
 
 
 def test_a_protocol_of_one_s_own(tiny: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

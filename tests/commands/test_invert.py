@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from ddil_lightning.commands import inverting, main
+from commandline import called, one_line
+from ddil_lightning.commands import inverting
 from ddil_lightning.evaluation.networks import MapDistance, Networks
 
 QUICK = ("--n", "2", "--tokens", "3", "--updates", "10", "--passes", "1", "--teacher_steps", "2", "--seeds", "2")
@@ -22,16 +23,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def invert(capsys: Any, *words: Any) -> tuple[int, str, str]:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main.run(main.command("invert"), "ddil-invert", [str(word) for word in words])
-    return (stop.value.code, *capsys.readouterr())
+    return called(capsys, "invert", *words)
 
 
 def refused(capsys: Any, *words: Any) -> str:
-    code, _, err = invert(capsys, *words)
-    assert code == 2 and err.count("\n") == 1, err
-    return err
+    return one_line(capsys, "invert", *words)
 
 
 def test_a_run_and_a_pipeline_on_built_in_images(finished: Path, tiny: Path, capsys: Any) -> None:

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddil_lightning.commands import main, protocols
+from commandline import called, one_line
+from ddil_lightning.commands import protocols
 from ddil_lightning.commands.test import _parser as parser
 from ddil_lightning.evaluation import networks
 from ddil_lightning.evaluation.networks import Named
@@ -53,16 +54,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def call(capsys: Any, *words: Any) -> tuple[int, str, str]:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main.run(main.command("test"), "ddil-test", [str(word) for word in words])
-    return (stop.value.code, *capsys.readouterr())
+    return called(capsys, "test", *words)
 
 
 def refused(capsys: Any, *words: Any) -> str:
-    code, _, err = call(capsys, *words)
-    assert code == 2 and err.count("\n") == 1, err
-    return err
+    return one_line(capsys, "test", *words)
 
 
 def scored(capsys: Any, *words: Any) -> tuple[dict[str, Any], str]:

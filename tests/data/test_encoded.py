@@ -65,6 +65,15 @@ def written(path: Path, captions: Captions, backbone: Pipeline, truncate: bool =
     return cached(path, captions, backbone, truncate, 0, notices or Notices(), Processes())
 
 
+def test_several_machines_do_not_write_one_file(backbone: Pipeline, tmp_path: Path) -> None:
+    """Each writes back whole pages of what it has mapped. What is there already is read by all."""
+    path = tmp_path / "cache.safetensors"
+    with pytest.raises(ValueError, match="is not there, and several machines cannot write one file: encode by ddil-cache first"):
+        cached(path, Few(True), backbone, False, 0, Notices(), Processes(nodes=2))
+    assert not path.exists() and len(written(path, Few(True), backbone)) == 6
+    assert len(cached(path, Few(True), backbone, False, 0, Notices(), Processes(nodes=2))) == 6
+
+
 @pytest.mark.parametrize("images", [True, False])
 def test_a_cache_file_holds_half_precision_and_is_mapped(images: bool, backbone: Pipeline, tmp_path: Path) -> None:
     path, few = tmp_path / "deep" / "cache.safetensors", Few(images)

@@ -21,6 +21,7 @@ from ddil_lightning.methods import DMD2, LADD, LCM, PCM, PD, TCD
 from ddil_lightning.methods.pd import one_step
 from ddil_lightning.records import END, Context
 from ddil_lightning.runs import export
+from ddil_lightning.runs.checkpoint import check_fits
 from ddil_lightning.runs.release import Release, release
 from ddil_lightning.training.adversary import Critic
 from ddil_lightning.training.plan import Stage
@@ -98,7 +99,12 @@ def test_adapters_share_the_table_of_positions(sd3: Path) -> None:
     roles = [method.student, method.roles["target"], method.averaging.role, method.teacher]
     assert base.ndim == 3 and all(role.network.model.pos_embed.pos_embed is base for role in roles)
     assert not any("pos_embed.pos_embed" in name for name in method.state_dict())
-    method.load_state_dict(method.state_dict())
+    before = {
+        **method.state_dict(),
+        "student.network.model.pos_embed.pos_embed": base.clone(),
+    }  # of a run that began before they were shared
+    check_fits(Path("old.ckpt"), {"state_dict": before}, method)
+    method.load_state_dict(before)
     for made in (method, build(Entry("lcm", LCM, EVEN), sd3)):
         leave_to_each_process(made)
         left = {name for name, _ in made.named_buffers()} - set(made._ddp_params_and_buffers_to_ignore)

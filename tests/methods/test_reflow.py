@@ -21,7 +21,7 @@ from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.methods import Reflow
 from ddil_lightning.methods.reflow import straight
 from ddil_lightning.records import FORWARD, MIXED, STUDENT, TEACHER, Context, LatentBatch
-from suite import Entry, build, captions, fit
+from suite import BY_NAME, Entry, build, captions, fit
 
 SD = NoiseSchedule.scaled_linear()
 A = torch.tensor([[1.3, 0.4], [0.4, 0.6]], dtype=torch.float64)  # symmetric, positive
@@ -169,5 +169,9 @@ def test_a_straight_student_is_distilled_into_one_step(tiny: Path) -> None:
         Entry("reflow", Reflow, {"guidance": 2.0, "pairs": {"steps": 2}}), tiny, nodes=1, regression={"of": "features"}, updates=2
     )
     assert method.grid.times.tolist() == [999, -1] and method.deployment.steps == (1,)
+    for made in (method, build(BY_NAME["boot"], tiny)):
+        assert made.deployment.sampler(1)[1].times.tolist() == [999, -1]
+        with pytest.raises(ValueError, match=r"^the student is made for one step: further ones begin at latents"):
+            made.deployment.sampler(4)
     run = fit(method, captions(tiny, SamplingPrior()))
     assert run.method.student_updates == 2 and all(row["loss"] > 0 for row in run.rows)

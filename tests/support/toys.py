@@ -60,7 +60,8 @@ def data(n: int = 20, images: bool = True) -> Encoded:
 
 
 def attach(made: DDILDataModule, toy: Any, rank: int = 0, world: int = 1, training: bool = True) -> DDILDataModule:
-    trainer = SimpleNamespace(lightning_module=toy, training=training, global_rank=rank, world_size=world, is_global_zero=rank == 0)
+    trainer = SimpleNamespace(lightning_module=toy, training=training, global_rank=rank, world_size=world, num_nodes=1)
+    trainer.is_global_zero = rank == 0
     trainer.precision_plugin = Precision()
     trainer.strategy = SimpleNamespace(root_device=torch.device("cpu"), reduce_boolean_decision=lambda mine: mine)
     made.trainer = trainer  # type: ignore[assignment]

@@ -159,6 +159,24 @@ def test_the_optimiser_is_that_of_the_config_which_goes_on(tiny: Path, tmp_path:
     assert run.method.trainer.optimizers[0].state  # the moments are the checkpoint's
 
 
+class Learning(torch.optim.SGD):
+    """An optimiser that keeps what it has learnt in its groups, as Prodigy does and those without a schedule."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["learnt"] = group.get("learnt", 0) + 1
+        return super().step(closure)
+
+
+def test_what_an_optimiser_has_learnt_goes_on(tiny: Path, tmp_path: Path) -> None:
+    lcm, own = BY_NAME["lcm"], {"kind": f"{__name__}.Learning", "options": {"momentum": 0.5}}
+    fit(build(lcm, tiny, updates=2, optimizer=own), captions(tiny), Checkpoints(every=2, folder=str(tmp_path)))
+    own["options"] = {"momentum": 0.25}
+    run = fit(build(lcm, tiny, updates=3, optimizer=own), captions(tiny), ckpt=tmp_path / "updates=2.ckpt")
+    (group,) = run.method.trainer.optimizers[0].param_groups
+    assert (group["learnt"], group["momentum"]) == (3, 0.25)
+
+
 def test_the_box_is_that_of_the_config_which_goes_on(tiny: Path, tmp_path: Path) -> None:
     lcm, box = BY_NAME["lcm"], [[-1.0] * 4, [2.0] * 4]
     first = fit(build(lcm, tiny, updates=1, reflect="off"), captions(tiny), Checkpoints(every=1, folder=str(tmp_path)))

@@ -85,7 +85,8 @@ class FitCLI(Assembly):
             check_wandb()
         check_loggers(self.config)
         # Lightning's own launcher sets WORLD_SIZE too, and tells its processes the folder; torchrun's know of none.
-        several = max(int(os.environ.get("WORLD_SIZE", "1")), int(self.config.trainer.num_nodes or 1)) > 1
+        # Several machines that go on with a run know its folder.
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1 or (int(self.config.trainer.num_nodes or 1) > 1 and not self._goes_on())
         if several and not self.config.run_dir and inherited() is None:
             raise Refusal("launched on several processes: give --run_dir, so that all of them write to the same folder")
 

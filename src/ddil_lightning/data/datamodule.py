@@ -120,7 +120,8 @@ class DDILDataModule(LightningDataModule, Feed):
             backbone.to(self.trainer.strategy.root_device)
         given = backbone.captions if self.captions is None else self.captions
         options = (self.cache, self.truncate, self.workers, self.on_error)
-        given, self.captions = prepared(given, backbone, *options, self.notices, Processes(self.trainer))
+        us = Processes(self.trainer, self.trainer.num_nodes if self.trainer is not None else 1)
+        given, self.captions = prepared(given, backbone, *options, self.notices, us)
         if not isinstance(given, Encoded) or isinstance(given, CacheFolder):
             self._examples = given.some(16)
         self.encodes = not (isinstance(self.captions, Encoded) and self.captions.whole)

@@ -17,7 +17,7 @@ from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.feed import Wants
 from ddil_lightning.records import END, FORWARD, Context, LatentBatch, sent
 from ddil_lightning.streams import Generators, Streams
-from ddil_lightning.training.deployment import Deployment
+from ddil_lightning.training.deployment import Deployment, one_step
 from ddil_lightning.training.method import Distillation
 
 
@@ -93,7 +93,7 @@ class BOOT(Distillation):
         """One step from noise: there the student is told the last time, and its answer is that of the end."""
         total = self.student.schedule.steps
         scheduler = partial(self.backbone.scheduler, ddim, student.predicts, "trailing", 1)
-        return Deployment(Policy(student, ddim), partial(Grid.named, "trailing", total=total), (1,), self.eval_guidance, scheduler)
+        return Deployment(Policy(student, ddim), partial(one_step, total=total), (1,), self.eval_guidance, scheduler)
 
 
 def signal(student: Denoiser, z: Tensor, t: Tensor, c: Context) -> Tensor:

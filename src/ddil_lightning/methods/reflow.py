@@ -16,7 +16,7 @@ from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.feed import Pairs, Wants
 from ddil_lightning.records import END, FORWARD, TEACHER, LatentBatch, sent, take
-from ddil_lightning.training.deployment import Deployment
+from ddil_lightning.training.deployment import Deployment, one_step
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.regression import Regression
 
@@ -124,7 +124,8 @@ class Reflow(Distillation):
         total = self.student.schedule.steps
         counts = tuple(sorted({*self.steps, *(n for n in (2, 1) if n < max(self.steps))}, reverse=True))
         scheduler = partial(self.backbone.scheduler, ddim, student.predicts, "trailing", counts[0])
-        return Deployment(Policy(student, ddim), partial(Grid.named, "trailing", total=total), counts, self.eval_guidance, scheduler)
+        grid = partial(one_step, total=total) if self.steps == (1,) else partial(Grid.named, "trailing", total=total)
+        return Deployment(Policy(student, ddim), grid, counts, self.eval_guidance, scheduler)
 
 
 def straight(schedule: NoiseSchedule, n: int) -> list[int]:

@@ -15,7 +15,8 @@ class Clock(Callback):
     """
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Nothing is left to do in a run that resumes from its end."""
+        """Nothing is left to do in a run that resumes from its end. A checkpoint's optimisers have been restored by now."""
+        pl_module.descent.restate()
         self._logged = pl_module.student_updates
         self._loggers = list(trainer.loggers)
         pl_module.measures.listen(self.write)

@@ -12,7 +12,12 @@ from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
 
-ONE_STEP = "the student is made for one step: further ones begin at latents that it was never told about"
+
+def one_step(steps: int, total: int) -> Grid:
+    """The grid of a student that is told of pure noise alone. Raises ValueError for more steps than one."""
+    if steps != 1:
+        raise ValueError("the student is made for one step: further ones begin at latents that it was never told about")
+    return Grid.named("trailing", 1, total)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +50,7 @@ class Deployment:
         return self if self.scheduled is None else replace(self, policy=self.scheduled, scheduled=None)
 
     def sampler(self, steps: int) -> tuple[Policy, Grid]:
-        """The policy and its grid in `steps` steps. Raises ValueError for a count that the grid, or a student of one step, cannot take."""
-        if self.steps == (1,) and steps != 1:
-            raise ValueError(ONE_STEP)
+        """The policy and its grid in `steps` steps. Raises ValueError for a count that the grid cannot take."""
         return self.policy, self.grid(steps)
 
     def made_scheduler(self, steps: int) -> Any:

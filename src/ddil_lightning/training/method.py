@@ -265,10 +265,6 @@ class Distillation(Clocks, LightningModule):
         if self.compiles:
             compile_roles(self.roles.values())
 
-    def on_train_start(self) -> None:
-        """A checkpoint's optimisers have been restored by now."""
-        self.descent.restate()
-
     def on_train_end(self) -> None:
         """What comes after training is the first process's alone, and finds everything on the device."""
         self.descent.watch.read(all_of_them=True)

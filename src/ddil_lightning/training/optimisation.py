@@ -118,13 +118,15 @@ class Descent:
         if "fused" in takes and not {"fused", "foreach"} & set(given.options) and getattr(trainer.precision_plugin, "scaler", None) is None:
             own["fused"] = True
         made = kind([{"params": list(parameters), "base_lr": lr}], lr=lr, **{**own, **given.options})  # type: ignore[call-arg]
-        # `lr` is set at every step.
-        settings = [{name: value for name, value in group.items() if name not in ("params", "lr")} for group in made.param_groups]
-        self._told.append((made, settings))
+        told = {"base_lr", "fused", "foreach", *own, *given.options}  # the rest may be a state, such as Prodigy's estimate of the rate
+        self._told.append((made, [{name: group[name] for name in told & group.keys()} for group in made.param_groups]))
         return made
 
     def restate(self) -> None:
-        """The optimisers of a training have the settings of its config again, and not those of the checkpoint that it goes on from."""
+        """The optimisers of a training have the settings of its config again, and not those of the checkpoint that it goes on from.
+
+        Called once the checkpoint has been restored, by the Clock.
+        """
         for optimizer, groups in self._told:
             for group, told in zip(optimizer.param_groups, groups, strict=True):
                 group.update(told)

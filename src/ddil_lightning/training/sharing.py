@@ -13,8 +13,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 def share_buffers(method: Any) -> None:
     """Have the roles on one base read its buffers, such as a table of positions, as they read its weights: moving a module parts them."""
-    base = method.backbone.network()
-    for network in _on_base(method):
+    networks = _on_base(method)
+    base = method.backbone.network() if networks else nn.Module()
+    for network in networks:
         known = dict(network.named_modules(remove_duplicate=False))
         for name, buffer in base.named_buffers(remove_duplicate=False):
             parent, _, own = name.rpartition(".")
@@ -32,20 +33,21 @@ def leave_out_shared(method: Any) -> None:
 def leave_to_each_process(method: Any) -> None:
     """Have DDP leave alone what is shared: every process has read it, no gradient changes it, and it may be quantised. And buffers of
     networks that no step changes, which it would send around in every one; they may rest on the CPU."""
-    method._ddp_params_and_buffers_to_ignore = sorted(_shared(method) | _constant(method))  # torch's own name
+    method._ddp_params_and_buffers_to_ignore = sorted(shared_names(method) | _constant(method))  # torch's own name
 
 
 def _without_shared(method: Any, state: dict[str, Any], prefix: str, local: Any) -> None:
-    for name in _shared(method):
+    for name in shared_names(method):
         state.pop(prefix + name, None)
 
 
 def _shared_are_there(method: Any, found: Any) -> None:
-    shared = _shared(method)
+    shared = shared_names(method)
     found.missing_keys[:] = [name for name in found.missing_keys if name not in shared]
 
 
-def _shared(method: Any) -> set[str]:
+def shared_names(method: Any) -> set[str]:
+    """What of a method's weights and buffers is the frozen pipeline's, by the names that a state would have for it."""
     shared = {id(p) for role in method.roles.values() for p in role.shared}
     shared |= {id(b) for b in method.backbone.network().buffers()} if _on_base(method) else set()
     every = (*method.named_parameters(remove_duplicate=False), *method.named_buffers(remove_duplicate=False))
