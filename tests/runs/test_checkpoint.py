@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,7 +74,8 @@ def test_a_reinstated_method_is_the_trained_one(entry: Any, light: Path) -> None
 
 
 def test_weights_that_do_not_fit_are_named(here: Path) -> None:
-    method = torch.nn.Linear(2, 3)
+    method: Any = torch.nn.Linear(2, 3)
+    method.roles, method.averaging = {}, SimpleNamespace(role=None)
     good = {"weight": torch.zeros(3, 2), "bias": torch.zeros(3)}
     checkpoint.check_fits(here, {"state_dict": good}, method)
     for state, said in (
