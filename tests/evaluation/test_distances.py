@@ -325,15 +325,6 @@ def test_a_suite_has_the_intervals_of_all_its_metrics() -> None:
 # The two resizes of a FID
 
 
-@pytest.mark.parametrize("side", [20, 299, 400])
-def test_clean_resizing_is_pillow_s_in_float(side: int) -> None:
-    """clean-fid calls Pillow on each channel, mode F; larger and smaller images."""
-    levels = (pictures(2, 3, side, side) * 127.5 + 127.5).round().byte()
-    channels = [[Image.fromarray(c.float().numpy()).resize((299, 299), Image.Resampling.BICUBIC) for c in x] for x in levels]
-    expected = torch.stack([torch.stack([torch.from_numpy(np.array(c)) for c in x]) for x in channels]).clip(0, 255)
-    torch.testing.assert_close(clean(levels), expected, atol=0.01, rtol=0)
-
-
 class Extractor(nn.Module):
     """Looks like torch-fidelity's: its forward takes 8 bits alone, and its parts can be called."""
 
