@@ -67,13 +67,16 @@ class Joined(TypedDict):
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, float | None]:
-    """Mean of a - b, Student's t of the pairs, two-sided p with n - 1 degrees of freedom; t and p are None for n < 2 or no spread."""
+    """Mean of a - b, Student's t of the pairs and its two-sided p with n - 1 degrees of freedom.
+
+    t and p are None where there is no spread, and for fewer than three pairs: of two, t is beyond 12 once in twenty times by chance.
+    """
     from scipy.stats import t as student
 
     d = [x - y for x, y in zip(a, b, strict=True)]
     mean = statistics.fmean(d)
     mean = 0.0 if abs(mean) < 1e-12 else mean  # what is left of differences that cancel is rounding
-    se = statistics.stdev(d) / len(d) ** 0.5 if len(d) > 1 else 0.0
+    se = statistics.stdev(d) / len(d) ** 0.5 if len(d) > 2 else 0.0
     if se == 0:
         return {"mean": mean, "t": None, "p": None}
     return {"mean": mean, "t": mean / se, "p": float(2 * student.sf(abs(mean / se), len(d) - 1))}

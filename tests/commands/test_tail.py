@@ -360,3 +360,23 @@ def test_truncate_is_said_where_a_prompt_is_too_long(finished: Path, capsys: Any
     with pytest.raises(ValueError, match="and the text encoder reads 16: shorten it, or cut it by --truncate"):
         sample(words)
     assert not Path("x.png").exists() and sample([*words, "--truncate"]) == 0 and Path("x.png").is_file()
+
+
+def test_figures_are_quoted_with_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the checkout that the package is imported from; an installed package has none."""
+    package = tmp_path / "checkout" / "src" / "ddil_lightning"
+    package.joinpath("runs").mkdir(parents=True)
+    file = package / "runs" / "finish.py"
+    file.write_text("")
+    monkeypatch.setattr(finish, "__file__", str(file))
+    assert finish.commit() is None
+    git = ["git", "-C", str(tmp_path / "checkout"), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
+    first = finish.commit()
+    assert first is not None and head.startswith(first) and len(first) == 12
+    file.write_text("changed")
+    assert finish.commit() == first + "+"
+    monkeypatch.setenv("PATH", "")
+    assert finish.commit() is None

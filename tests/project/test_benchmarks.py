@@ -530,6 +530,7 @@ def test_paired_t_against_scipy_and_a_table(script: Any) -> None:
     pair = paired([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
     assert pair["mean"] == 2 and pair["t"] == pytest.approx(12**0.5) and pair["p"] == pytest.approx(1 - (12 / 14) ** 0.5)
     assert paired([1.0, 1.0], [0.5, 0.5]) == {"mean": 0.5, "t": None, "p": None} and paired([1.0], [0.0])["p"] is None
+    assert paired([1.0, 3.0], [0.0, 0.0]) == {"mean": 2.0, "t": None, "p": None}  # one degree of freedom
 
 
 def test_a_standard_error_has_the_decimals_of_its_value(script: Any) -> None:

@@ -153,7 +153,7 @@ def _rows(method: Distillation, folder: Path, test: Test, quiet: bool = False) -
 
 
 def machine() -> dict[str, Any]:
-    """The device, the date and the versions of Python and of packages, which figures must be quoted with."""
+    """The device, the date, the versions of Python and of packages and a checkout's commit, which figures must be quoted with."""
     import platform
     from importlib import metadata
 
@@ -162,4 +162,24 @@ def machine() -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     packages = ("ddil-lightning", "torch", "lightning", "diffusers", "transformers")
     versions = {name: metadata.version(name) for name in packages}
-    return {"device": device, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"), **versions}
+    return {"device": device, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"), **versions, "commit": commit()}
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package is imported from, with + where its files have been changed since; None without one."""
+    import subprocess
+
+    here = Path(__file__).parent
+    if here.parents[2].joinpath(".git").exists():
+        try:
+            told = [
+                subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+                for words in (
+                    ["rev-parse", "--short=12", "HEAD"],
+                    ["status", "--porcelain", "--untracked-files=no", "--", str(here.parent)],
+                )
+            ]
+        except (OSError, subprocess.SubprocessError):  # no git, or a folder of somebody else's, which git does not look into
+            return None
+        return told[0] + "+" * bool(told[1])
+    return None
