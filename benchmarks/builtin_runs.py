@@ -10,6 +10,7 @@ from typing import Any
 
 import common
 import torch
+import yaml
 
 from ddil_lightning import Pipeline
 from ddil_lightning.commands.configs import find_config
@@ -71,8 +72,7 @@ class Run:
     @property
     def depends(self) -> tuple[Any, ...]:
         """All that the training depends on, but for the code."""
-        text = find_config(self.config).read_text()
-        return self.teacher.weights, self.method, self.variant, self.seed, text, self.words, self.captions
+        return self.teacher.weights, self.method, self.variant, self.seed, trains(self.config), self.words, self.captions
 
     @property
     def file(self) -> Path:
@@ -95,9 +95,15 @@ class Run:
         return f"model.init_args.pipeline={self.teacher.pipeline}", "--seed", str(self.seed), common.ANEW, *self.words
 
 
+def trains(config: str) -> dict[str, Any]:
+    """What a config says of a training: not its comments, nor what is looked at meanwhile (previews, alerts, the test)."""
+    told = yaml.safe_load(find_config(config).read_text(encoding="utf-8"))
+    return {part: told[part] for part in ("model", "data", "trainer") if part in told}
+
+
 def digest(*depends: Any) -> str:
     """A short name of all that something depends on."""
-    return hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def fingerprint(pipeline: str) -> str:

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import common
 import toy2d
 import zoo_builtin
-from builtin_runs import digest
+from builtin_runs import digest, trains
 from tables import Report, markdown
 from zoo_table import VARIANTS, page, report
 
@@ -66,7 +66,7 @@ class Cell:
     @property
     def depends(self) -> str:
         """A digest of all that it depends on but for the code and the machine, both of which it names."""
-        configs = [find_config(template.format(self.method)).read_text() for template in (toy2d.PLAIN, toy2d.DDIL)]
+        configs = [trains(template.format(self.method)) for template in (toy2d.PLAIN, toy2d.DDIL)]
         return digest(self.method, self.variant, self.seeds, self.words, self.n, self.spent, *configs)
 
     @property
