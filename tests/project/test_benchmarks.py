@@ -332,7 +332,7 @@ def test_what_the_reproduction_says_of_its_cells(script: Any) -> None:
     ]
     base, both = table["rows"]
     assert base["frechet"] == {"mean": 1.5, "se": pytest.approx(0.5), "paired": None} and both["cas"]["mean"] == pytest.approx(0.1875)
-    assert both["frechet"]["paired"] == {"mean": -0.75, "t": None, "p": None}  # the differences are -0.5 and -1: two say nothing of a spread
+    assert both["frechet"]["paired"] == {"mean": -0.75, "t": None, "p": None}  # of -0.5 and -1: two have no t
     (row,) = [r for r in spread["rows"] if r["name"].startswith("Fr")]
     # The second time differs by -0.4, 0, 0 and 0.4: the variance of a single value is half of that of the difference.
     assert row["lcm_within"] == pytest.approx((0.32 / 3 / 2) ** 0.5)
