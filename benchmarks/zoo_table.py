@@ -16,7 +16,7 @@ VARIANTS = {"base": "as published", "reflected": "+ Reflected", "ddil": "+ DDIL"
 MEASURES = ("energy_distance", "coverage", "mode_kl", "high_quality")
 PICTURES = ("frechet", "patch_frechet", "coverage", "mode_coverage", "all_right", "attribute_accuracy", "lpips_diversity")
 """The measures of the built-in pipeline's tables."""
-BUDGETS = {"updates": "at equal student updates", "evaluations": "at equal network evaluations"}
+BUDGETS = {"updates": "each at its config's updates", "evaluations": "at equal network evaluations"}
 
 
 def report(cells: Sequence[dict[str, Any]], evaluations: int) -> Report:
@@ -55,8 +55,8 @@ def built_in(cells: Sequence[dict[str, Any]], evaluations: int) -> list[Part]:
             found.setdefault(cell["method"], {}).setdefault(cell["variant"], {})[cell["seed"]] = cell
         rows = [r for method, variants in sorted(found.items()) if set(variants) >= {"base", "ddil"} for r in pictured(method, variants)]
         shown = [("name", "method"), ("seeds", "seeds"), ("updates", "updates"), ("evaluations", "evaluations")]
-        of = f"{evaluations:,} of all networks together" if budget == "evaluations" else "of each config"
-        title = f"On the built-in pipeline, 4 steps, {said} ({of})"
+        of = f" ({evaluations:,} of all networks together)" if budget == "evaluations" else ""
+        title = f"On the built-in pipeline, 4 steps, {said}{of}"
         parts += [{"title": title, "columns": [*shown, *((k, column(k).heading) for k in PICTURES)], "rows": rows}] if rows else []
     return parts
 
@@ -121,8 +121,11 @@ def page(told: Report, markdown: Callable[[Report], str]) -> str:
         "Each loss of the library on the analytic toy, without DDIL's mixture (as published), with thresholded estimates (+ Reflected), "
         "on DDIL's mixture (+ DDIL), and with both. As published, most are trained on the latents that their papers train on. Not so EMD, "
         "SiD, Diff-Instruct and DMD, whose papers make students of one step: here they have four nodes, reached by backward simulation "
-        "(DMD with half of its latents). LADD's real latents are the data here (`real: data`), its paper's are the teacher's samples. BOOT "
-        "is made for one step and scored in it, the others in four. What the tables show stands in "
+        "(DMD with half of its latents). LADD's real latents are the data here (`real: data`), its paper's are the teacher's samples. "
+        "Parts of a loss that need a discriminator of pictures are left out of DMD2, CTM (its denoising part, too) and PCM, and half of "
+        "SnapFusion's samples are guided where the paper has a tenth. BOOT is made for one step and scored in it, the others in four. "
+        "Between variants of a method the updates of the first tables are equal; between methods they are not, so those say whether DDIL "
+        "helps a loss, and the tables at equal evaluations which loss wins. What the tables show stands in "
         "[results](results.md#every-method).\n\n"
         "```bash\npython benchmarks/zoo.py --page docs/zoo.md\n```\n\n"
         f"Seeds from 2000 on, which no setting was chosen on, in groups of three; {machines}; a cell's date and versions stand in its "
