@@ -437,7 +437,7 @@ def test_the_zoo_of_the_built_in_pipeline(script: Any, tiny: Path, tmp_path: Pat
     options = ["--jobs", "1", "--cache", str(tmp_path), "--evaluations", "4000"]
     short = ["--methods", "tcd", "--set", "model.init_args.updates=40"]
     by_updates, equal = run(module, tiny, tmp_path, capsys, *options, *short)["parts"]
-    assert "at equal student updates" in by_updates["title"] and "at equal network evaluations" in equal["title"]
+    assert "each at its config's updates" in by_updates["title"] and "at equal network evaluations" in equal["title"]
     assert [(row["name"], row["seeds"], row["updates"]) for row in by_updates["rows"]] == [("tcd", 1, 40), ("+ DDIL", 1, 40)]
     assert by_updates["rows"][1]["evaluations"] > by_updates["rows"][0]["evaluations"] == 40 * 2 * 4
     plain, ddil = equal["rows"]
