@@ -118,7 +118,7 @@ def test_a_cache_that_cannot_be_written_is_told_and_gone_without(folder: Path, m
     monkeypatch.setenv("DDIL_CACHE", str(folder / "0.png"))
     with caplog.at_level(logging.WARNING):
         assert references.gathered(given(Look()), Gallery.of_folder(folder), "real").images == 9
-    assert "statistics of the real images are not kept for the next time" in caplog.text
+    assert "statistics of the reference's images are not kept for the next time" in caplog.text
 
 
 def test_images_that_cannot_be_read_are_named_or_counted(folder: Path, caplog: Any) -> None:

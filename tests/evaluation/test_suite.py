@@ -15,7 +15,7 @@ from ddil_lightning.evaluation.metrics.prdc import expected_coverage
 from ddil_lightning.evaluation.networks import Networks, lpips_distance
 from ddil_lightning.evaluation.registry import ROW, columns, keys
 from ddil_lightning.evaluation.stamps import protocols, stamp
-from ddil_lightning.evaluation.suite import Probes, Suite, make_row, paired_distance
+from ddil_lightning.evaluation.suite import Probes, Suite, make_row
 from ddil_lightning.evaluation.table import table, write_rows
 from ddil_lightning.evaluation.views import Crops
 
@@ -281,13 +281,6 @@ def test_suite_from_folder(folder):
 
 
 # rows
-
-
-def test_paired_distance():
-    a = torch.zeros(2, 3, 4, 4)
-    assert paired_distance(a, a + 0.5) == 0.25
-    with pytest.raises(ValueError, match="paired"):
-        paired_distance(a, a[:1])
 
 
 def test_rows_are_complete_json_without_nan(tmp_path):

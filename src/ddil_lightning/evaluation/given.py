@@ -17,6 +17,8 @@ from ddil_lightning.evaluation.views import Crops, tones
 
 SPACES = ("features", "embeddings", "patches", "tones")
 """Where images are points: rows of numbers that generated and real ones alike are turned into, by `Given.rows`."""
+TAUGHT = ("features", "patches")
+"""Those in which generated images are compared with a teacher's."""
 REFERRED = {
     "real": ("reference", "features"),
     "real_embeddings": ("reference", "embeddings"),
@@ -183,10 +185,10 @@ class Given:
         return chunked(nets.features, seen) if space == "features" else normalize(chunked(nets.embed, seen), dim=1)
 
     def rows_of(self, batches: Iterable[Tensor], spaces: Sequence[str] = SPACES) -> dict[str, Tensor]:
-        """The rows [N, D] of all images of `batches` in those of `spaces` that this suite has, for a `Reference`."""
+        """The rows [N, D] of all images of `batches` in those of `spaces` that this suite has, for a `Reference`; none of no batch."""
         met = self.has()
         found: dict[str, list[Tensor]] = {space: [] for space in spaces if space in met}
         for images in batches:
             for space, rows in found.items():
                 rows.append(self.rows(space, images, found["features"][-1] if space == "embeddings" and "features" in found else None))
-        return {space: torch.cat(rows) for space, rows in found.items()}
+        return {space: torch.cat(rows) for space, rows in found.items() if rows}

@@ -64,7 +64,7 @@ def _reason(gone: Sequence[str], given: Given) -> str:
         crops = own[0] == "patches" and given.networks.features is not None
         return "there is no judge" if judged else "there are no crops" if crops else f"there is no network for {MEMBER.get(own[0], own[0])}"
     if "reference" not in whose.values():
-        return "there are no images of a teacher"
+        return "there are no images of a teacher (ddil-test --teacher PIPELINE draws them)"
     reference, space = given.reference, (REFERRED | MOMENTS)[gone[0]][1]
     if reference.rows:
         return f"the statistics of {reference.about} hold no {space}"

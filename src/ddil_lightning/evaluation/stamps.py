@@ -31,8 +31,10 @@ def content(images: Tensor) -> str:
 def stamp(protocol: Mapping[str, Any]) -> str:
     """The digest of all in a protocol that a number depends on: rows with equal ones can be compared."""
     told = {key: value for key, value in protocol.items() if key not in WORDS}
-    if protocol.get("digests", {}).get("reference") and isinstance(protocol.get("reference"), Mapping):
-        told["reference"] = {key: value for key, value in protocol["reference"].items() if key != "source"}
+    if isinstance(protocol.get("reference"), Mapping):
+        digests = protocol.get("digests", {})
+        named = [key for key, digest in (("source", "reference"), ("teacher", "teacher")) if digests.get(digest)]
+        told["reference"] = {key: value for key, value in protocol["reference"].items() if key not in named}
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:LENGTH]
 
 
