@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,14 +14,13 @@ from ddil_lightning.commands import generating, protocols, teaching
 from ddil_lightning.commands.arguments import check_prompts, guidance_scale
 from ddil_lightning.commands.entries import FORM, Entry, read_entries
 from ddil_lightning.commands.launched import together
-from ddil_lightning.commands.rack import Rack, about, ready
+from ddil_lightning.commands.rack import Rack, ready
 from ddil_lightning.errors import Refusal, one_line
 from ddil_lightning.files import check_writable
 from ddil_lightning.messages import quiet
 from ddil_lightning.signals import Stopped
 
 if TYPE_CHECKING:
-    from ddil_lightning.backbones.pipeline import Pipeline
     from ddil_lightning.commands.teaching import Teacher
     from ddil_lightning.evaluation.generation import Generation
     from ddil_lightning.evaluation.suite import Suite
@@ -174,13 +171,14 @@ def _tried(args: argparse.Namespace, entry: Entry, n: int, rack: Rack, suite: Su
     ValueError for pictures that the suite cannot read, and for prompts that are too long.
     """
     from ddil_lightning.backbones import sampling
+    from ddil_lightning.evaluation.rows import provenance
 
     backbone = ready(entry, rack.take(entry.at(n)))
     suite.for_pipeline(backbone)
     check_prompts(args.truncate, suite, backbone)
     given = entry.guidance if entry.guidance is not None or backbone.baked else args.guidance
-    job = Job(entry, n, guidance_scale(backbone, given), about(entry, backbone, rack))
-    job.about["digest"] = _digest(job, backbone)
+    scale = guidance_scale(backbone, given)
+    job = Job(entry, n, scale, provenance(backbone, n, scale))
     try:
         backbone.check_steps(n)
         if not comparison.kept(job.name, suite.protocol["stamp"], job.about["digest"]):
@@ -189,15 +187,6 @@ def _tried(args: argparse.Namespace, entry: Entry, n: int, rack: Rack, suite: Su
         comparison.left_out[job.name] = one_line(why)
         return []
     return [job]
-
-
-def _digest(job: Job, backbone: Pipeline) -> str:
-    """A short digest of all that decides on a row's images besides the suite."""
-    from ddil_lightning.backbones.digests import settings
-
-    made = [job.about, settings(backbone.pipe.scheduler), job.steps, job.scale, list(backbone.size)]
-    told = {key: value for key, value in job.about.items() if key not in ("pipeline", "lora")}  # wherever the same weights lie
-    return hashlib.sha256(json.dumps([told, *made[1:]]).encode()).hexdigest()[:12]
 
 
 def _measured(
@@ -253,7 +242,6 @@ def _row(rack: Rack, suite: Suite, job: Job, how: Generation) -> tuple[dict[str,
             values.update(group_means(metric.groups, **metric.each()))  # images of one prompt are no pairs that are independent
 
     row = pipeline_row(suite, backbone, job.steps, job.scale, how=replace(how, look=look), name=job.name)
-    row["generation"] |= job.about
     return row, Seen(pictures, values)
 
 
