@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ddil_lightning.errors import one_line
 from ddil_lightning.evaluation.drawing import Cost, Pass, Sampler, Timed
 from ddil_lightning.evaluation.kept import Keep, Kept
+from ddil_lightning.evaluation.presence import as_made
 from ddil_lightning.processes import Processes
 
 if TYPE_CHECKING:
@@ -80,11 +81,15 @@ class Generation:
             self._tell(parts, source.name, now)
         return found
 
-    def said(self, suite: Suite, source: Source, network: nn.Module) -> dict[str, Any]:
-        """For a row: the precision of its network, how many images at a time, and by how many processes."""
+    def said(self, suite: Suite, source: Source, network: nn.Module, size: Sequence[int] | None) -> dict[str, Any]:
+        """For a row: the precision of its network, how many images at a time, by how many processes, and the images' `size`, height and
+        width, with the numbers that see them in it where a suite takes others (`presence.as_made`)."""
         batch = self.batch or min(suite.batch, source.chunk)
         dtype = next((str(p.dtype).removeprefix("torch.") for p in network.parameters()), None)
-        return {"dtype": dtype, "batch": batch, "processes": self.processes.world}
+        made: dict[str, Any] = {"dtype": dtype, "batch": batch, "processes": self.processes.world}
+        if size is None:
+            return made
+        return made | {"size": list(size), "as_made": [] if suite.side else as_made(suite.asked, suite.given)}
 
     @contextmanager
     def _telling(self, parts: Sequence[Pass], name: str, sample: Sampler) -> Iterator[Sampler]:

@@ -46,7 +46,7 @@ def policy_row(
 
     source = Source(name, sample, lambda: denoiser.evaluations, about, sampling.batch(backbone.latent_shape))
     metrics, cost = how.measured(suite, source)
-    said = how.said(suite, source, denoiser.network)
+    said = how.said(suite, source, denoiser.network, backbone.size)
     return make_row(name, len(grid), g, cost.nfe, cost.seconds_per_image, metrics, suite.protocol, said)
 
 
@@ -166,5 +166,5 @@ def pipeline_row(
         source = source._replace(name=name or source.name)
         metrics, cost = how.measured(suite, source)
     g = backbone.guidance if backbone.baked else guidance_scale
-    said = how.said(suite, source, backbone.network()) | provenance(backbone.with_solver(dpm), steps, guidance_scale)
+    said = how.said(suite, source, backbone.network(), backbone.size) | provenance(backbone.with_solver(dpm), steps, guidance_scale)
     return make_row(source.name, steps, g, cost.nfe, cost.seconds_per_image, metrics, suite.protocol, said)
