@@ -148,6 +148,8 @@ def notes(suite: Any) -> Iterator[str]:
     from ddil_lightning.evaluation.presence import unmet
 
     given, reference = suite.given, suite.given.reference
+    if reference.unverified:
+        yield f"left unchecked: {reference.about} does not say which network, size and resizing"
     for why, lost in unmet(suite.asked, given).items():
         if suite.asked is not None or not why.startswith(("there is no ", "there are no crops", "there are no images")):
             yield f"left out: {', '.join(metric.named() for metric in lost)}, for {why}"

@@ -82,7 +82,8 @@ class Reference:
     """Images that generated ones are compared with, as `rows` by space ([N, D] for each of SPACES that it has), and in words, `about`.
 
     `gaussians`: mean [D] and covariance [D, D] by space, where the rows are not known. `count`: of how many images these are, if anyone
-    knows. `digest`: of the images' contents. `unreadable`: how many images were left out. Raises ValueError for rows of no space.
+    knows. `digest`: of the images' contents. `unreadable`: how many images were left out. `unverified`: a
+    file of statistics does not say which network, size and resizing they are by. Raises ValueError for rows of no space.
     """
 
     rows: Mapping[str, Tensor] = field(default_factory=dict)
@@ -91,6 +92,7 @@ class Reference:
     count: int | None = None
     digest: str | None = None
     unreadable: int = 0
+    unverified: bool = False
     _moments: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -114,7 +114,7 @@ def save(path: Path, reference: Reference, given: Given) -> None:
     said_of: dict[str, Any] = {"version": VERSION, "about": reference.about, "images": reference.images, "digest": reference.digest}
     said_of |= {
         "unreadable": reference.unreadable,
-        "spaces": {space: made_with(given, space) for space in SPACES if reference.knows(space)},
+        "spaces": {space: made_with(given, space) for space in SPACES if reference.knows(space) and not reference.unverified},
     }
     if path.suffix == ".npz":
         import numpy as np
@@ -137,7 +137,7 @@ def load(path: Path, given: Given) -> Reference:
     """The reference that a file of statistics holds, in the spaces that a suite has.
 
     Raises ValueError for a file that is none, is damaged, or was made with another network, size, resizing or other crops than the suite
-    has, as far as it says so, and FileNotFoundError.
+    has, as far as it says so, and FileNotFoundError. Of what does not say so the width alone is checked, and it is `unverified`.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of statistics; make one by ddil-test --save_reference {path}")
@@ -151,7 +151,8 @@ def load(path: Path, given: Given) -> Reference:
     gaussians = {space: pair for space, pair in found.gaussians.items() if space in spaces}
     about = found.about.get("about") or path.name
     digest_of = found.about.get("digest") or digest([x.numpy().tobytes() for pair in gaussians.values() for x in pair])
-    return Reference(rows, about, gaussians, found.about.get("images"), digest_of, found.about.get("unreadable", 0))
+    unverified = any(space not in found.spaces for space in spaces)
+    return Reference(rows, about, gaussians, found.about.get("images"), digest_of, found.about.get("unreadable", 0), unverified)
 
 
 @dataclass(frozen=True)

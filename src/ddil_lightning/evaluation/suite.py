@@ -151,7 +151,7 @@ class Suite:
             "name": self.name,
             "n": len(self.prompts) * self.samples,
             "prompts": self.source,
-            "reference": referred | ({"unreadable": reference.unreadable} if reference.unreadable else {}),
+            "reference": referred | {key: value for key in ("unreadable", "unverified") if (value := getattr(reference, key))},
             "resize": ", then ".join(filter(None, [resized, resizing])) or None,
             "crops": view.crops and view.crops.about,
             "networks": given.networks.about() | given.judge.about(),
