@@ -34,8 +34,9 @@ from ddil_lightning.data.captions import builtin
 from ddil_lightning.data.encoded import Encoded, encode
 from ddil_lightning.evaluation.batches import as_saved
 from ddil_lightning.evaluation.drawing import Sampler
+from ddil_lightning.evaluation.paired import paired_distance
 from ddil_lightning.evaluation.rows import method_rows, policy_row
-from ddil_lightning.evaluation.suite import Suite, paired_distance
+from ddil_lightning.evaluation.suite import Suite
 from ddil_lightning.evaluation.table import write_rows
 from ddil_lightning.files import replacing
 from ddil_lightning.processes import Processes

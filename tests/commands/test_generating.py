@@ -50,7 +50,8 @@ def call(capsys: Any, *words: Any, n: int = 16) -> tuple[list[dict[str, Any]], s
 
 def test_kept_images_are_gone_on_with(tiny: Path, capsys: Any) -> None:
     (plain,), out = call(capsys, "--pipeline", tiny)
-    assert plain["generation"] == {"dtype": "float32", "batch": 8, "processes": 1} and "teacher@2: 24 images, " in out
+    made = plain["generation"]
+    assert (made["dtype"], made["batch"], made["processes"]) == ("float32", 8, 1) and "teacher@2: 24 images, " in out
     (first,), out = call(capsys, "--pipeline", tiny, "--keep_images", "kept")
     folder = Path("kept/teacher@2")
     assert sorted(p.name for p in folder.iterdir()) == ["generation.json", "probes", "prompts"] and "24 images, 0 s" in out.replace(
@@ -73,6 +74,24 @@ def test_kept_images_are_gone_on_with(tiny: Path, capsys: Any) -> None:
     weights["conv_out.bias"] += 0.1
     save_file(weights, other / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     assert "images of another sampler network: give another folder" in call(capsys, "--pipeline", other, "--keep_images", "kept")[1]
+
+
+def test_a_row_says_of_what_pipeline_it_is(tiny: Path, capsys: Any) -> None:
+    """Where it lies, its sampler, size and weights, as rows of --compare do; without a card of ours it is called by its folder."""
+    other = Path(shutil.copytree(tiny, "somebody-s"))
+    (other / "ddil.json").unlink()
+    (row,), _ = call(capsys, "--pipeline", other, "--data", "digits", "--guidance", 2)
+    made = {key: row["generation"][key] for key in ("pipeline", "lora", "sampler", "size", "latents")}
+    shape = {"size": [16, 16], "latents": [4, 8, 8]}
+    assert row["name"] == "somebody-s@2" and made == {"pipeline": "somebody-s", "lora": [], "sampler": "DDIMScheduler", **shape}
+    weights = load_file(other / "unet" / "diffusion_pytorch_model.safetensors")
+    weights["conv_out.bias"] += 0.1
+    save_file(weights, other / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    (first,), _ = call(capsys, "--pipeline", tiny, "--data", "digits", "--guidance", 2)
+    (second,), _ = call(capsys, "--pipeline", other, "--data", "digits", "--guidance", 2)
+    mine, same, changed = (one["generation"] for one in (row, first, second))
+    assert (mine["weights"], mine["digest"]) == (same["weights"], same["digest"])
+    assert mine["weights"] != changed["weights"] and mine["digest"] != changed["digest"]
 
 
 @pytest.mark.parametrize(("word", "name"), [("bf16", "bfloat16"), ("float16", "float16")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from commandline import called, one_line
+from ddil_lightning.backbones import sampling
+from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.commands import protocols
 from ddil_lightning.commands.test import _parser as parser
+from ddil_lightning.diffusion.gaussians import frechet_distance
 from ddil_lightning.evaluation import networks
+from ddil_lightning.evaluation.batches import as_saved
 from ddil_lightning.evaluation.networks import Named
 from ddil_lightning.evaluation.suite import Suite
 
@@ -129,6 +134,49 @@ def test_what_the_command_line_changes_is_told(tiny: Path, here: Path, capsys: A
     rows = [json.dumps({"file_name": f"{i}.png", "text": "a handwritten one " * 40}) for i in range(20)]
     (here / "set" / "captions.jsonl").write_text("\n".join(rows))
     assert "cut it by --truncate" in refused(capsys, *words)
+
+
+@pytest.mark.parametrize("told", ["by_option", "by_card"])
+def test_distances_to_the_teacher(told: str, tiny: Path, light: Path, here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a teacher that is named, or that the card names where a protocol asks: drawn from noise of its own, once for all rows."""
+    monkeypatch.setenv("DDIL_CACHE", str(here / "cache"))
+    shutil.copytree(tiny, "student")
+    card = Path("student/ddil.json")
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"teacher": str(light)}))
+    shutil.copytree("student", "other")
+    (here / "asks.yaml").write_text(MINE.replace("clip]", "clip, frechet_teacher]"))
+    words = ["--steps", 1, "--protocol", "mine.yaml", "--data", "set", "--teacher_steps", 2]
+    words += ["--teacher", light] if told == "by_option" else ["--protocol", "asks.yaml"]
+    row, out = scored(capsys, "--pipeline", "student", *words)
+    assert "the teacher: 20 images, " in out and "drawn now" not in out
+    set_apart, backbones = 20 + 2 * 3, [Pipeline(str(light)), Pipeline(str(tiny))]
+    theirs, mine = (
+        sampling.decoded(b, sampling.pipeline_latents(b, [f"a handwritten {'two' if i % 2 else 'one'}" for i in range(20)], n, 2.0, seed))
+        for b, n, seed in zip(backbones, (2, 1), (set_apart, 0), strict=True)
+    )
+    expected = frechet_distance(*(colours(as_saved(x)) for x in (mine, theirs)))
+    assert row["metrics"]["frechet_teacher"] == pytest.approx(expected, rel=1e-3)
+    about, protocol = f"{light} in 2 steps, guidance_scale 2", row["protocol"]
+    assert protocol["reference"]["teacher"] == about and protocol.get("changed") == ({"teacher": about} if told == "by_option" else None)
+    code, out, err = call(capsys, "--compare", "student", "other", *words)
+    assert code == 0 and "the teacher: 20 images, 0 of them drawn now" in out, err
+    for other in json.loads(Path("compare.json").read_text())["rows"]:
+        assert other["metrics"]["frechet_teacher"] == row["metrics"]["frechet_teacher"] and other["protocol"] == protocol
+    _, out, _ = call(capsys, "--compare", "student", "other", *words)
+    assert "has 2 of 2 rows already" in out and "the teacher: " not in out
+    again, _ = scored(capsys, "--pipeline", "student", *words, "--teacher_steps", 3)
+    assert again["protocol"]["stamp"] != protocol["stamp"]
+
+
+def test_a_teacher_that_cannot_be_had(tiny: Path, here: Path, capsys: Any) -> None:
+    (here / "asks.yaml").write_text(MINE.replace("clip]", "clip, frechet_teacher]"))
+    words = ["--pipeline", tiny, "--steps", 1, "--data", "set", "--protocol"]
+    _, out = scored(capsys, *words, "asks.yaml")
+    assert "left out: frechet_teacher, for there are no images of a teacher (ddil-test --teacher PIPELINE draws them)\n" in out
+    assert "the teacher gone/away/it: no pipeline at gone/away/it" in refused(capsys, *words, "mine.yaml", "--teacher", "gone/away/it")
+    assert "--teacher_steps is of --teacher: name" in refused(capsys, *words, "mine.yaml", "--teacher_steps", 4)
+    blind = ["--network", "features=none", "--teacher", tiny]
+    assert "a distance to the teacher is one of features, and there is no network" in refused(capsys, *words, "mine.yaml", *blind)
 
 
 def test_a_benchmark_is_of_all_its_prompts(here: Path) -> None:

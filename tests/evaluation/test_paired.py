@@ -10,7 +10,7 @@ import torch
 from ddil_lightning.evaluation.given import Given, Judge
 from ddil_lightning.evaluation.intervals import interval
 from ddil_lightning.evaluation.networks import Networks
-from ddil_lightning.evaluation.paired import against, difference
+from ddil_lightning.evaluation.paired import against, difference, paired_distance
 from ddil_lightning.evaluation.suite import Suite
 
 
@@ -64,3 +64,10 @@ def test_what_each_image_has_is_what_a_metric_is_the_mean_of() -> None:
     assert set(values) == {"clip", "hps", "saturation", "contrast", "attribute_accuracy", "all_right", "blur"}
     for key, each in values.items():
         assert len(each) == 30 and float(each.nanmean()) == pytest.approx(found[key], abs=1e-12)
+
+
+def test_paired_distance() -> None:
+    a = torch.zeros(2, 3, 4, 4)
+    assert paired_distance(a, a + 0.5) == 0.25
+    with pytest.raises(ValueError, match="paired"):
+        paired_distance(a, a[:1])

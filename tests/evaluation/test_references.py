@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ddil_lightning.commands.protocols import notes
 from ddil_lightning.evaluation import references
 from ddil_lightning.evaluation.batches import as_saved
 from ddil_lightning.evaluation.galleries import Gallery
@@ -84,6 +85,22 @@ def test_a_frechet_distance_of_mean_and_covariance_is_that_of_the_rows(folder: P
     assert theirs["kid"] is theirs["density"] is theirs["coverage"] is None
 
 
+def test_statistics_that_do_not_say_what_made_them_are_marked(folder: Path, tmp_path: Path) -> None:
+    """In the row and its stamp, also where they were written again: nobody knows more of them then."""
+    made, suites = given(Look()), {}
+    rows = references.gathered(made, Gallery.of_folder(folder), "real")
+    mean, covariance = rows.moments("features")
+    np.savez(tmp_path / "theirs.npz", mu=mean.numpy(), sigma=covariance.numpy())
+    references.save(tmp_path / "again.npz", references.load(tmp_path / "theirs.npz", made), made)
+    references.save(tmp_path / "ours.npz", rows, made)
+    for name in ("theirs", "again", "ours"):
+        suites[name] = Suite("mine", ["x"] * 12, Given(made.networks, references.load(tmp_path / f"{name}.npz", made), view=made.view))
+    told = {name: suite.protocol["reference"].get("unverified") for name, suite in suites.items()}
+    assert told == {"theirs": True, "again": True, "ours": None}
+    said = "left unchecked: theirs.npz does not say which network, size and resizing"
+    assert said in notes(suites["theirs"]) and not any("unchecked" in line for line in notes(suites["ours"]))
+
+
 def test_statistics_are_computed_once(folder: Path, cache: Path, tmp_path: Path) -> None:
     def count(look: Look, place: Path = folder, **view: Any) -> tuple[int, Reference]:
         found = references.gathered(given(look, **view), Gallery.of_folder(place), "real")
@@ -118,7 +135,7 @@ def test_a_cache_that_cannot_be_written_is_told_and_gone_without(folder: Path, m
     monkeypatch.setenv("DDIL_CACHE", str(folder / "0.png"))
     with caplog.at_level(logging.WARNING):
         assert references.gathered(given(Look()), Gallery.of_folder(folder), "real").images == 9
-    assert "statistics of the real images are not kept for the next time" in caplog.text
+    assert "statistics of the reference's images are not kept for the next time" in caplog.text
 
 
 def test_images_that_cannot_be_read_are_named_or_counted(folder: Path, caplog: Any) -> None:

@@ -2,20 +2,25 @@
 
 import json
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from ddil_lightning.backbones.pipeline import Pipeline
+from ddil_lightning.backbones.source import Source
 from ddil_lightning.evaluation.drawing import Timed
-from ddil_lightning.evaluation.given import Given, Judge, Reference
+from ddil_lightning.evaluation.given import Given, Judge, Reference, View
 from ddil_lightning.evaluation.metrics.pairs import choose, load_images, read_pairs, resize
 from ddil_lightning.evaluation.metrics.prdc import expected_coverage
 from ddil_lightning.evaluation.networks import Networks, lpips_distance
+from ddil_lightning.evaluation.presence import as_made
 from ddil_lightning.evaluation.registry import ROW, columns, keys
-from ddil_lightning.evaluation.stamps import protocols, stamp
-from ddil_lightning.evaluation.suite import Probes, Suite, make_row, paired_distance
+from ddil_lightning.evaluation.rows import pipeline_row
+from ddil_lightning.evaluation.stamps import notes, protocols, stamp
+from ddil_lightning.evaluation.suite import Probes, Suite, make_row
 from ddil_lightning.evaluation.table import table, write_rows
 from ddil_lightning.evaluation.views import Crops
 
@@ -283,11 +288,17 @@ def test_suite_from_folder(folder):
 # rows
 
 
-def test_paired_distance():
-    a = torch.zeros(2, 3, 4, 4)
-    assert paired_distance(a, a + 0.5) == 0.25
-    with pytest.raises(ValueError, match="paired"):
-        paired_distance(a, a[:1])
+def test_rows_of_different_sizes_are_told(light: Path) -> None:
+    """Where a number sees images as large as they are made; where it does not, and of one size, there is nothing to tell."""
+    made = Given(Networks(lambda x: x.mean((2, 3)), distance=lambda a, b: (a - b).square().mean((1, 2, 3))), view=View(8, Crops(8, None)))
+    mine = Suite("mine", ["a handwritten one"] * 2, made, Probes(["a handwritten one"], 2), batch=4, asked=["lpips_diversity", "contrast"])
+    small, large = (pipeline_row(mine, Pipeline(Source(str(light), size=s)), 1, 2.0, name=f"of {s}") for s in (16, 24))
+    assert (small["generation"]["size"], large["generation"]["size"]) == ([16, 16], [24, 24])
+    said = "Images as large as they are made are seen by lpips_diversity: compare these only among rows of one size. "
+    said += "16 x 16: of 16; 24 x 24: of 24."
+    assert small["protocol"]["stamp"] == large["protocol"]["stamp"] and notes([small, large]) == [said] and notes([small, small]) == []
+    assert said in table([small, large]) and as_made(["patch_frechet"], made) == ["patch_frechet", "patch_frechet_teacher"]
+    assert as_made(["contrast"], made) == [] != as_made(["contrast"], Given()) and as_made(["clip"], Given()) == []
 
 
 def test_rows_are_complete_json_without_nan(tmp_path):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ddil_lightning.backbones import architectures, autoencoder, flows, loading, quantising, saving, schedulers
 from ddil_lightning.backbones.adapters import Adapter, adapt, fill, graft, merged, sharing
 from ddil_lightning.backbones.architectures import Architecture
-from ddil_lightning.backbones.digests import digest, fingerprints
+from ddil_lightning.backbones.digests import digest, fingerprints, weights
 from ddil_lightning.backbones.families import family_of
 from ddil_lightning.backbones.family import Family
 from ddil_lightning.backbones.loading import check_weights, empty_network, load_pipeline, recommended, settled
@@ -77,6 +77,7 @@ class Pipeline(Sized):
         super().__init__(path, schedule, predicts, shape, about, dtype)
         self.bare = bare
         self._asked: Mapping[str, float] = {"eta": about["eta"]} if "eta" in about else {}
+        self._contents: list[str] = []
 
     def load(self, source: Source, dtype: torch.dtype, vae_dtype: torch.dtype, bare: bool) -> Any:
         """The pipeline of diffusers, checked; its network without memory for weights where it is `bare`. Sets `source`, all of it said."""
@@ -113,7 +114,7 @@ class Pipeline(Sized):
 
     def stands_in(self, network: nn.Module) -> None:
         """Put a student's network in the place of a `bare` pipeline's own, which has no weights."""
-        self._network = cast(Family, network)
+        self._network, self._contents = cast(Family, network), []
         setattr(self.pipe, self._network.component, self._network.model)
 
     def trainable(self, w_conditioned: bool = False, name: str = "student", s_conditioned: bool = False) -> Family:
@@ -204,7 +205,7 @@ class Pipeline(Sized):
         """The same backbone around another pipeline, such as a student's that was read again, on the same device; `asked`: see stepping."""
         other = copy.copy(self)
         other.pipe, other._asked = pipe.to(self.device), asked or {}
-        other._network = family_of(pipe, self.path)
+        other._network, other._contents = family_of(pipe, self.path), []
         return other
 
     def stepping(self, scheduler: Any, asked: Mapping[str, float] | None = None) -> Pipeline:
@@ -307,6 +308,12 @@ class Pipeline(Sized):
         """A digest of everything that makes latents and text states: weights of the encoders, the latents' scale, the vocabulary."""
         found = digest(self.pipe, self._network.component)
         return f"{found} at {by(self.size)}" if self.resized else found  # SDXL is told the size with every caption that has no image
+
+    def content(self) -> str:
+        """A digest of the weights of network and encoders. They are frozen: it is computed once, also for those that step otherwise."""
+        if not self._contents:
+            self._contents.append(f"{weights(self._network)} {digest(self.pipe, self._network.component)}")
+        return self._contents[0]
 
     def fingerprints(self) -> dict[str, str]:
         """A digest of each encoder and vocabulary by its name."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,18 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ddil_lightning.commands import generating, protocols
+from ddil_lightning.commands import generating, protocols, teaching
 from ddil_lightning.commands.arguments import check_prompts, guidance_scale
 from ddil_lightning.commands.entries import FORM, Entry, read_entries
 from ddil_lightning.commands.launched import together
-from ddil_lightning.commands.rack import Rack, about, ready
+from ddil_lightning.commands.rack import Rack, ready
 from ddil_lightning.errors import Refusal, one_line
 from ddil_lightning.files import check_writable
 from ddil_lightning.messages import quiet
 from ddil_lightning.signals import Stopped
 
 if TYPE_CHECKING:
-    from ddil_lightning.backbones.pipeline import Pipeline
+    from ddil_lightning.commands.teaching import Teacher
     from ddil_lightning.evaluation.generation import Generation
     from ddil_lightning.evaluation.suite import Suite
     from ddil_lightning.runs.comparison import Comparison
@@ -76,8 +74,9 @@ def compare(args: argparse.Namespace) -> int:
 
     comparison = Comparison(out, [entry.name for entry in entries], args.fresh)
     rack, how = Rack(where, generating.precision(args)), generating.generation(args, processes)
-    suite, jobs = _checked(args, entries, rack, comparison, how)
-    _measured(args, rack, suite, jobs, comparison, how)
+    teacher = _teacher(args, entries, rack)
+    suite, jobs = _checked(args, entries, rack, comparison, how, teacher)
+    _measured(args, rack, suite, jobs, comparison, how, teacher)
     if not processes.first:
         return 0
     print(text(comparison), end="", flush=True)
@@ -101,14 +100,22 @@ def _data(args: argparse.Namespace, entries: Sequence[Entry]) -> str | None:
     return str(found.pop())
 
 
+def _teacher(args: argparse.Namespace, entries: Sequence[Entry], rack: Rack) -> Teacher | None:
+    """Whose images of the prompts are a second reference of all rows; None for nobody's."""
+    from ddil_lightning.backbones.loading import recommended
+
+    path = teaching.named(args, args.plan and args.plan.protocol, [recommended(entry.at().path) for entry in entries])
+    return teaching.teacher_of(args, path, rack.take)
+
+
 def _checked(
-    args: argparse.Namespace, entries: Sequence[Entry], rack: Rack, comparison: Comparison, how: Generation
+    args: argparse.Namespace, entries: Sequence[Entry], rack: Rack, comparison: Comparison, how: Generation, teacher: Teacher | None
 ) -> tuple[Suite, list[Job]]:
     """The suite and every row that is to be measured, after each pipeline was loaded and drew an image in each of its step counts.
 
     They are loaded from the last to the first, which is then at hand. Raises Refusal, naming the entry, for one that cannot be measured.
     """
-    suite = _suite(args, entries[-1], rack, how)
+    suite = _suite(args, entries[-1], rack, how, teacher)
     comparison.prompts = list(suite.passes()[0].asked[:PICTURES])
     found = []
     for entry in reversed(entries):
@@ -127,11 +134,11 @@ def _checked(
     return suite, jobs
 
 
-def _suite(args: argparse.Namespace, entry: Entry, rack: Rack, how: Generation) -> Suite:
+def _suite(args: argparse.Namespace, entry: Entry, rack: Rack, how: Generation, teacher: Teacher | None) -> Suite:
     """What all are measured by. An entry's pipeline says on what device."""
     with _named(entry):
         backbone = rack.take(entry.at())
-    return protocols.suite_of(args, args.plan, backbone, how.processes)
+    return protocols.suite_of(args, args.plan, backbone, how.processes, teacher)
 
 
 @contextmanager
@@ -164,13 +171,14 @@ def _tried(args: argparse.Namespace, entry: Entry, n: int, rack: Rack, suite: Su
     ValueError for pictures that the suite cannot read, and for prompts that are too long.
     """
     from ddil_lightning.backbones import sampling
+    from ddil_lightning.evaluation.rows import provenance
 
     backbone = ready(entry, rack.take(entry.at(n)))
     suite.for_pipeline(backbone)
     check_prompts(args.truncate, suite, backbone)
     given = entry.guidance if entry.guidance is not None or backbone.baked else args.guidance
-    job = Job(entry, n, guidance_scale(backbone, given), about(entry, backbone, rack))
-    job.about["digest"] = _digest(job, backbone)
+    scale = guidance_scale(backbone, given)
+    job = Job(entry, n, scale, provenance(backbone, n, scale))
     try:
         backbone.check_steps(n)
         if not comparison.kept(job.name, suite.protocol["stamp"], job.about["digest"]):
@@ -181,16 +189,15 @@ def _tried(args: argparse.Namespace, entry: Entry, n: int, rack: Rack, suite: Su
     return [job]
 
 
-def _digest(job: Job, backbone: Pipeline) -> str:
-    """A short digest of all that decides on a row's images besides the suite."""
-    from ddil_lightning.backbones.digests import settings
-
-    made = [job.about, settings(backbone.pipe.scheduler), job.steps, job.scale, list(backbone.size)]
-    told = {key: value for key, value in job.about.items() if key not in ("pipeline", "lora")}  # wherever the same weights lie
-    return hashlib.sha256(json.dumps([told, *made[1:]]).encode()).hexdigest()[:12]
-
-
-def _measured(args: argparse.Namespace, rack: Rack, suite: Suite, jobs: Sequence[Job], comparison: Comparison, how: Generation) -> None:
+def _measured(
+    args: argparse.Namespace,
+    rack: Rack,
+    suite: Suite,
+    jobs: Sequence[Job],
+    comparison: Comparison,
+    how: Generation,
+    teacher: Teacher | None,
+) -> None:
     """Measure the rows that are not there yet, each written when it is done. One that fails is left out, and said to be."""
     processes, stamp = how.processes, suite.protocol["stamp"]
     missing = processes.by_first(lambda: [job.name for job in jobs if not comparison.kept(job.name, stamp, job.about["digest"])])
@@ -198,6 +205,7 @@ def _measured(args: argparse.Namespace, rack: Rack, suite: Suite, jobs: Sequence
     if kept and processes.first:
         print(f"{comparison.out} has {len(kept)} of {len(jobs)} rows already: {', '.join(kept)}", flush=True)
     with _going_on(args, comparison):
+        suite = teacher.taught(suite, how) if teacher and missing else suite
         for job in (job for job in jobs if job.name in missing):
             try:
                 row, seen = _row(rack, suite, job, how)
@@ -234,7 +242,6 @@ def _row(rack: Rack, suite: Suite, job: Job, how: Generation) -> tuple[dict[str,
             values.update(group_means(metric.groups, **metric.each()))  # images of one prompt are no pairs that are independent
 
     row = pipeline_row(suite, backbone, job.steps, job.scale, how=replace(how, look=look), name=job.name)
-    row["generation"] |= job.about
     return row, Seen(pictures, values)
 
 

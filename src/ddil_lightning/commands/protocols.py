@@ -15,6 +15,7 @@ from ddil_lightning.commands.generating import several
 from ddil_lightning.errors import Refusal
 
 if TYPE_CHECKING:
+    from ddil_lightning.commands.teaching import Teacher
     from ddil_lightning.evaluation.networks import Networks
     from ddil_lightning.evaluation.protocols import PromptSource, Protocol
     from ddil_lightning.processes import Processes
@@ -84,8 +85,8 @@ def planned(args: argparse.Namespace, most: int = 1000) -> Plan | None:
     return Plan(made, changed, _networks(args, made))
 
 
-def suite_of(args: argparse.Namespace, plan: Plan | None, backbone: Any, processes: Processes) -> Any:
-    """The suite of a plan, or of the data that the pipeline names; says once what it leaves out."""
+def suite_of(args: argparse.Namespace, plan: Plan | None, backbone: Any, processes: Processes, teacher: Teacher | None = None) -> Any:
+    """The suite of a plan, or of the data that the pipeline names; says once what it leaves out. It awaits the images of a `teacher`."""
     if plan is None:
         data = backbone.about.get("dataset")
         if data is None:
@@ -93,10 +94,10 @@ def suite_of(args: argparse.Namespace, plan: Plan | None, backbone: Any, process
             raise Refusal(f"the pipeline {backbone.path} names no data set: {said}")
         made_of = _builtin(argparse.Namespace(**vars(args) | {"data": data}))
         plan = Plan(made_of, {}, _networks(args, made_of))
-    return _shared(args, plan, backbone, processes)
+    return _shared(args, plan, backbone, processes, teacher)
 
 
-def _shared(args: argparse.Namespace, plan: Plan, backbone: Any, processes: Processes) -> Any:
+def _shared(args: argparse.Namespace, plan: Plan, backbone: Any, processes: Processes, teacher: Teacher | None) -> Any:
     """The suite of a plan in every process: the first looks at the real images, and the others find its statistics in the cache."""
     from ddil_lightning.evaluation.captioned import choice, read_set
     from ddil_lightning.evaluation.suite import Suite
@@ -108,6 +109,7 @@ def _shared(args: argparse.Namespace, plan: Plan, backbone: Any, processes: Proc
         suite = several(args, Suite.of(plan.protocol, plan.networks, backbone.device, plan.changed).for_pipeline(backbone))
         if len(suite.prompts) < 16:
             raise Refusal(f"{suite.name} asks for {len(suite.prompts)} prompts: {LEAST}")
+        suite = teacher.awaited(suite) if teacher else suite
         suite.measured()  # before anything is drawn
         return suite
 
@@ -125,7 +127,7 @@ def save_reference(args: argparse.Namespace, plan: Plan | None, device: Any) -> 
     from ddil_lightning.evaluation.references import check_name, save
     from ddil_lightning.evaluation.suite import Suite
 
-    if args.run or args.ckpt_path or args.pipeline:
+    if args.run or args.ckpt_path or args.pipeline or args.teacher:
         raise Refusal(
             "--save_reference makes statistics of real images alone: leave the pipeline out, and test it by --reference FILE then"
         )
@@ -146,6 +148,8 @@ def notes(suite: Any) -> Iterator[str]:
     from ddil_lightning.evaluation.presence import unmet
 
     given, reference = suite.given, suite.given.reference
+    if reference.unverified:
+        yield f"left unchecked: {reference.about} does not say which network, size and resizing"
     for why, lost in unmet(suite.asked, given).items():
         if suite.asked is not None or not why.startswith(("there is no ", "there are no crops", "there are no images")):
             yield f"left out: {', '.join(metric.named() for metric in lost)}, for {why}"

@@ -20,14 +20,13 @@ class Rack:
         self.where, self.kind = where, kind
         self._source: Source | None = None
         self._backbone: Pipeline | None = None
-        self._digest = ""
 
     def take(self, source: Source) -> Pipeline:
         """The pipeline of a source. Raises as `Pipeline` does."""
         from ddil_lightning.backbones.pipeline import Pipeline
 
         if self._backbone is None or source != self._source:
-            self._backbone, self._digest = None, ""
+            self._backbone = None
             gc.collect()  # before the next one is loaded: what is left of the last one would stand beside it
             if self.where.type == "cuda":
                 import torch
@@ -35,14 +34,6 @@ class Rack:
                 torch.cuda.empty_cache()
             self._backbone, self._source = Pipeline(source, **self.kind).to(self.where), source
         return self._backbone
-
-    def digest(self) -> str:
-        """A digest of the weights of what was taken last, by which its rows are known again."""
-        from ddil_lightning.backbones.digests import weights
-
-        if not self._digest and self._backbone is not None:
-            self._digest = f"{weights(self._backbone.network())} {self._backbone.encoders()}"
-        return self._digest
 
 
 def ready(entry: Entry, backbone: Pipeline) -> Pipeline:
@@ -56,17 +47,3 @@ def ready(entry: Entry, backbone: Pipeline) -> Pipeline:
     except Exception as error:  # whatever a scheduler of diffusers makes of another one's settings
         kind = type(backbone.pipe.scheduler).__name__
         raise ValueError(f"the sampler {entry.sampler} cannot be made of the {kind} of {backbone.path}: {one_line(error)}") from error
-
-
-def about(entry: Entry, backbone: Pipeline, rack: Rack) -> dict[str, Any]:
-    """What a row says of its entry."""
-    loras = [f"{lora.path} * {lora.scale:g}" for lora in entry.source.lora]
-    sampler = f"{type(backbone.pipe.scheduler).__name__} {backbone.remedy or ''}".strip()
-    return {
-        "pipeline": entry.source.path,
-        "lora": loras,
-        "sampler": sampler,
-        "latents": list(backbone.latent_shape),
-        "digest": rack.digest(),
-        **backbone.called_with,
-    }

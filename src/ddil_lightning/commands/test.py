@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddil_lightning.commands import comparing, generating, protocols
+from ddil_lightning.commands import comparing, generating, protocols, teaching
 from ddil_lightning.commands.arguments import (
     SCALE,
     SEED,
@@ -86,6 +87,7 @@ def _parser() -> Parser:
         "Hugging Face), or the folder of the files that a protocol names",
     )
     protocols.add_options(parser)
+    teaching.add_options(parser)
     parser.add_argument("--out", type=path, help="the JSON file (default: metrics.json in the run folder, else here)")
     generating.add_options(parser)
     comparing.add_options(parser)
@@ -104,7 +106,7 @@ def _pipeline_rows(args: argparse.Namespace, how: Generation, where: Any) -> lis
         raise Refusal(f"{args.run} holds no exported pipeline (pipeline/): give a finished run, or --ckpt_path for one that is not")
     kind = generating.precision(args)
     backbone = Pipeline(str(Path(args.run) / "pipeline") if args.run else args.pipeline, **kind).to(where)
-    suite = _suite(args, backbone, how)
+    suite, teacher = _suite(args, backbone, how, backbone.about, kind)
     check_prompts(args.truncate, suite, backbone)
     stages = stage_pipelines(Path(args.run)) if args.run else {}
     own = backbone.about.get("made_for", [4, 2, 1] if "method" in backbone.about else [32])
@@ -114,6 +116,7 @@ def _pipeline_rows(args: argparse.Namespace, how: Generation, where: Any) -> lis
     check_steps(backbone, own_counts, solvers)
     for dpm in solvers if own_counts else ():  # some schedulers fail in few steps only, which would be after all the others
         sampling.pipeline_latents(backbone.with_solver(dpm), suite.prompts[:1], min(own_counts), g)
+    suite = teacher.taught(suite, how) if teacher else suite
     for n in counts:
         tested = Pipeline(str(stages[n]), **kind).to(where) if n in stages else backbone
         rows += [pipeline_row(suite, tested, n, g, dpm, how) for dpm in _solvers(args, tested)]
@@ -130,15 +133,21 @@ def _checkpoint_rows(args: argparse.Namespace, how: Generation, where: Any) -> l
     from ddil_lightning.evaluation.rows import student_rows
 
     method = restore(args.ckpt_path).to(where)
-    suite = _suite(args, method.backbone, how)
+    suite, teacher = _suite(args, method.backbone, how, {"teacher": method.backbone.path}, {})
     check_prompts(args.truncate, suite, method.backbone)
     deployment = method.deployment
     if args.guidance is not None and not (deployment.told or deployment.guided):
         raise Refusal(baked(args.ckpt_path, deployment.quoted))
     g = deployment.quoted if args.guidance is None else args.guidance
     samplers = {n: deployment.sampler(n) for n in args.steps or deployment.steps}
+    suite = teacher.taught(suite, how) if teacher else suite
     return student_rows(suite, method.backbone, samplers, g, args.dpm, how)
 
 
-def _suite(args: argparse.Namespace, backbone: Any, how: Generation) -> Any:
-    return protocols.suite_of(args, args.plan, backbone, how.processes)
+def _suite(args: argparse.Namespace, backbone: Any, how: Generation, card: Mapping[str, Any], kind: dict[str, Any]) -> tuple[Any, Any]:
+    """What is measured by, and the teacher whose images it still awaits, loaded as `kind` says; None without one."""
+    from ddil_lightning.backbones.pipeline import Pipeline
+
+    path = teaching.named(args, args.plan and args.plan.protocol, [card])
+    teacher = teaching.teacher_of(args, path, lambda source: Pipeline(source, **kind).to(backbone.device))
+    return protocols.suite_of(args, args.plan, backbone, how.processes, teacher), teacher

@@ -43,7 +43,7 @@ class Pass(NamedTuple):
     def named(self, first: int, i: int) -> str:
         """The prompt of the image number `first` + `i`, in words."""
         k = (first + i) // self.seeds
-        what = "prompt" if self.name == "prompts" else "probe"
+        what = "probe" if self.name == "probes" else "prompt"
         return f"{what} {k} (from 0), {shorten(repr(self.asked[first + i]), 80)}"
 
 

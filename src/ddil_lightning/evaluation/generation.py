@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from ddil_lightning.errors import one_line
-from ddil_lightning.evaluation.drawing import Cost, Sampler, Timed
+from ddil_lightning.evaluation.drawing import Cost, Pass, Sampler, Timed
 from ddil_lightning.evaluation.kept import Keep, Kept
+from ddil_lightning.evaluation.presence import as_made
 from ddil_lightning.processes import Processes
 
 if TYPE_CHECKING:
@@ -54,24 +55,44 @@ class Generation:
         timed = Timed(source.sample, source.evaluations, self.batch or source.chunk)
         try:
             kept = Kept(self.keep, source.name, suite, source.about(), timed, self.processes) if self.keep else None
-            with self._telling(suite, source.name, kept or timed) as sample:
+            with self._telling(suite.passes(), source.name, kept or timed) as sample:
                 metrics = suite.score(sample, self.processes, self.look)
         except ValueError as error:
             raise ValueError(f"{source.name}: {one_line(error)}") from error
         now = sum(self.processes.gathered(timed.cost), Cost())
         cost = kept.close(now) if kept else now
         if self.told and self.processes.first:
-            self._tell(suite, source.name, now)
+            self._tell(suite.passes(), source.name, now)
         return metrics, cost
 
-    def said(self, suite: Suite, source: Source, network: nn.Module) -> dict[str, Any]:
-        """For a row: the precision of its network, how many images at a time, and by how many processes."""
+    def taught(self, suite: Suite, source: Source, about: str, digest: str) -> Suite:
+        """The suite with a teacher's images as its second reference, drawn as a row's are (`Suite.taught`).
+
+        Raises ValueError that begins with the teacher's name.
+        """
+        timed, parts = Timed(source.sample, source.evaluations, self.batch or source.chunk), [suite.part("teacher")]
+        try:
+            with self._telling(parts, source.name, timed) as sample:
+                found = suite.taught(sample, about, digest, self.processes)
+        except ValueError as error:
+            raise ValueError(f"{source.name}: {one_line(error)}") from error
+        now = sum(self.processes.gathered(timed.cost), Cost())
+        if self.told and self.processes.first:
+            self._tell(parts, source.name, now)
+        return found
+
+    def said(self, suite: Suite, source: Source, network: nn.Module, size: Sequence[int] | None) -> dict[str, Any]:
+        """For a row: the precision of its network, how many images at a time, by how many processes, and the images' `size`, height and
+        width, with the numbers that see them in it where a suite takes others (`presence.as_made`)."""
         batch = self.batch or min(suite.batch, source.chunk)
         dtype = next((str(p.dtype).removeprefix("torch.") for p in network.parameters()), None)
-        return {"dtype": dtype, "batch": batch, "processes": self.processes.world}
+        made: dict[str, Any] = {"dtype": dtype, "batch": batch, "processes": self.processes.world}
+        if size is None:
+            return made
+        return made | {"size": list(size), "as_made": [] if suite.side else as_made(suite.asked, suite.given)}
 
     @contextmanager
-    def _telling(self, suite: Suite, name: str, sample: Sampler) -> Iterator[Sampler]:
+    def _telling(self, parts: Sequence[Pass], name: str, sample: Sampler) -> Iterator[Sampler]:
         """Yields the sampler with a bar of its images on a terminal, which goes away afterwards."""
         from rich.console import Console
         from rich.progress import Progress
@@ -81,7 +102,7 @@ class Generation:
             yield sample
             return
         with Progress(*Progress.get_default_columns(), console=console, transient=True) as bar:
-            calls = [call for part in suite.passes() for call in part.calls(rank, self.processes.world)]
+            calls = [call for part in parts for call in part.calls(rank, self.processes.world)]
             task = bar.add_task(name, total=sum(map(len, calls)))
 
             def shown(prompts: list[str], seed: int) -> Tensor:
@@ -91,12 +112,12 @@ class Generation:
 
             yield shown
 
-    def _tell(self, suite: Suite, name: str, now: Cost) -> None:
+    def _tell(self, parts: Sequence[Pass], name: str, now: Cost) -> None:
         """The line of a row, where there was no bar."""
         from rich.console import Console
 
         if Console().is_terminal:
             return
-        images = sum(len(part.asked) for part in suite.passes())
+        images = sum(len(part.asked) for part in parts)
         drawn = "" if now.images == images else f", {now.images} of them drawn now"
         print(f"{name}: {images} images{drawn}, {now.seconds:.0f} s", flush=True)

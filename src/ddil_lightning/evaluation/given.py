@@ -17,6 +17,8 @@ from ddil_lightning.evaluation.views import Crops, tones
 
 SPACES = ("features", "embeddings", "patches", "tones")
 """Where images are points: rows of numbers that generated and real ones alike are turned into, by `Given.rows`."""
+TAUGHT = ("features", "patches")
+"""Those in which generated images are compared with a teacher's."""
 REFERRED = {
     "real": ("reference", "features"),
     "real_embeddings": ("reference", "embeddings"),
@@ -80,7 +82,8 @@ class Reference:
     """Images that generated ones are compared with, as `rows` by space ([N, D] for each of SPACES that it has), and in words, `about`.
 
     `gaussians`: mean [D] and covariance [D, D] by space, where the rows are not known. `count`: of how many images these are, if anyone
-    knows. `digest`: of the images' contents. `unreadable`: how many images were left out. Raises ValueError for rows of no space.
+    knows. `digest`: of the images' contents. `unreadable`: how many images were left out. `unverified`: a
+    file of statistics does not say which network, size and resizing they are by. Raises ValueError for rows of no space.
     """
 
     rows: Mapping[str, Tensor] = field(default_factory=dict)
@@ -89,6 +92,7 @@ class Reference:
     count: int | None = None
     digest: str | None = None
     unreadable: int = 0
+    unverified: bool = False
     _moments: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -183,10 +187,10 @@ class Given:
         return chunked(nets.features, seen) if space == "features" else normalize(chunked(nets.embed, seen), dim=1)
 
     def rows_of(self, batches: Iterable[Tensor], spaces: Sequence[str] = SPACES) -> dict[str, Tensor]:
-        """The rows [N, D] of all images of `batches` in those of `spaces` that this suite has, for a `Reference`."""
+        """The rows [N, D] of all images of `batches` in those of `spaces` that this suite has, for a `Reference`; none of no batch."""
         met = self.has()
         found: dict[str, list[Tensor]] = {space: [] for space in spaces if space in met}
         for images in batches:
             for space, rows in found.items():
                 rows.append(self.rows(space, images, found["features"][-1] if space == "embeddings" and "features" in found else None))
-        return {space: torch.cat(rows) for space, rows in found.items()}
+        return {space: torch.cat(rows) for space, rows in found.items() if rows}

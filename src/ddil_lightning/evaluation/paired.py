@@ -26,6 +26,13 @@ def difference(mine: Tensor, theirs: Tensor) -> dict[str, Any] | None:
     return {"mean": float(apart.mean()), "interval": interval(apart), "n": len(apart)} if len(apart) else None
 
 
+def paired_distance(a: Tensor, b: Tensor) -> float:
+    """Mean squared difference of images [N, 3, H, W] that two samplers made from the same noise. Raises ValueError for unequal shapes."""
+    if a.shape != b.shape or not len(a):
+        raise ValueError(f"paired_distance: {tuple(a.shape)} and {tuple(b.shape)}; the images must be paired")
+    return float((a.double().cpu() - b.double().cpu()).square().mean())
+
+
 def partner(row: Row, firsts: Sequence[Row]) -> Row | None:
     """The row of the first entry that another is set against: in as many steps, else in its most; None where no stamp is the same."""
     alike = [first for first in firsts if first["protocol"].get("stamp") == row["protocol"].get("stamp")]

@@ -55,6 +55,19 @@ def unmet(asked: Sequence[str] | None, given: Given) -> dict[str, list[type[Metr
     return found
 
 
+def as_made(asked: Sequence[str] | None, given: Given) -> list[str]:
+    """The keys of the numbers that see generated images as large as they are made, so that rows of different sizes do not share them.
+
+    Networks that bring every image to a size of their own, such as CLIP's, are not meant.
+    """
+    view, own = given.view, {"distance"}
+    if view.crops is not None and view.crops.at is None:
+        own.add("patches")
+    if view.size is None:
+        own |= {"features", "embeddings", "tones"}
+    return [column.key for metric in wanted(asked) if own & {*metric.needs} for column in metric.columns]
+
+
 def _reason(gone: Sequence[str], given: Given) -> str:
     """Why these needs are not met: for want of a network or a judge, which the others may follow from, else of images."""
     whose = {need: (REFERRED | MOMENTS).get(need, ("", ""))[0] for need in gone}
@@ -64,7 +77,7 @@ def _reason(gone: Sequence[str], given: Given) -> str:
         crops = own[0] == "patches" and given.networks.features is not None
         return "there is no judge" if judged else "there are no crops" if crops else f"there is no network for {MEMBER.get(own[0], own[0])}"
     if "reference" not in whose.values():
-        return "there are no images of a teacher"
+        return "there are no images of a teacher (ddil-test --teacher PIPELINE draws them)"
     reference, space = given.reference, (REFERRED | MOMENTS)[gone[0]][1]
     if reference.rows:
         return f"the statistics of {reference.about} hold no {space}"

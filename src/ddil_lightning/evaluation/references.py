@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ddil_lightning.evaluation.given import SPACES, Given, Reference
 from ddil_lightning.evaluation.networks import Named, said
 from ddil_lightning.evaluation.protocols import STATISTICS
 from ddil_lightning.files import replacing
+from ddil_lightning.processes import Processes
 from ddil_lightning.texts import from_json, reason
 
 VERSION = 1
@@ -60,7 +61,8 @@ def gathered(given: Given, gallery: Gallery, about: str) -> Reference:
     if copies:
         log.warning(f"{copies} of {len(gallery)} real images are copies of others, byte for byte: each counts")
     files = {space: _file(given, space, content) for space in spaces}
-    kept = {space: found for space, file in files.items() if file and (found := _kept(file, given, space, gallery))}
+    found_of = {space: found for space, file in files.items() if file and (found := _kept(file, given, space))}
+    kept = {space: found for space, found in found_of.items() if gallery.skip or not found[1]}
     rows = {space: found[0] for space, found in kept.items()}
     unreadable = next((found[1] for found in kept.values()), 0)
     for part, batches in (
@@ -74,6 +76,27 @@ def gathered(given: Given, gallery: Gallery, about: str) -> Reference:
             for space in part:
                 _keep(files[space], fresh[space], made_with(given, space), unreadable)
     return Reference({space: rows[space] for space in spaces}, about, digest=content, unreadable=unreadable)
+
+
+def recalled(
+    given: Given,
+    spaces: Sequence[str],
+    content: str | None,
+    draw: Callable[[Sequence[str]], dict[str, Tensor]],
+    processes: Processes,
+) -> dict[str, Tensor]:
+    """Rows [N, D] by space of images that a sampler draws: those that are kept, and of all other `spaces` what `draw` makes of them.
+
+    `content`: a digest of all that decides on the images, None where nobody knows it and nothing is kept. `draw` is for all processes.
+    """
+    files = {space: _file(given, space, content) if content else None for space in spaces}
+    kept = {space: file for space, file in files.items() if file}
+    rows = processes.by_first(lambda: {space: found[0] for space, file in kept.items() if (found := _kept(file, given, space))})
+    missing = [space for space in spaces if space not in rows]
+    fresh = draw(missing) if missing else {}
+    for space in missing if processes.first else ():
+        _keep(files[space], fresh[space], made_with(given, space), 0)
+    return {space: (rows | fresh)[space] for space in spaces}
 
 
 def check_name(path: Path) -> None:
@@ -91,7 +114,7 @@ def save(path: Path, reference: Reference, given: Given) -> None:
     said_of: dict[str, Any] = {"version": VERSION, "about": reference.about, "images": reference.images, "digest": reference.digest}
     said_of |= {
         "unreadable": reference.unreadable,
-        "spaces": {space: made_with(given, space) for space in SPACES if reference.knows(space)},
+        "spaces": {space: made_with(given, space) for space in SPACES if reference.knows(space) and not reference.unverified},
     }
     if path.suffix == ".npz":
         import numpy as np
@@ -114,7 +137,7 @@ def load(path: Path, given: Given) -> Reference:
     """The reference that a file of statistics holds, in the spaces that a suite has.
 
     Raises ValueError for a file that is none, is damaged, or was made with another network, size, resizing or other crops than the suite
-    has, as far as it says so, and FileNotFoundError.
+    has, as far as it says so, and FileNotFoundError. Of what does not say so the width alone is checked, and it is `unverified`.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of statistics; make one by ddil-test --save_reference {path}")
@@ -128,7 +151,8 @@ def load(path: Path, given: Given) -> Reference:
     gaussians = {space: pair for space, pair in found.gaussians.items() if space in spaces}
     about = found.about.get("about") or path.name
     digest_of = found.about.get("digest") or digest([x.numpy().tobytes() for pair in gaussians.values() for x in pair])
-    return Reference(rows, about, gaussians, found.about.get("images"), digest_of, found.about.get("unreadable", 0))
+    unverified = any(space not in found.spaces for space in spaces)
+    return Reference(rows, about, gaussians, found.about.get("images"), digest_of, found.about.get("unreadable", 0), unverified)
 
 
 @dataclass(frozen=True)
@@ -213,8 +237,8 @@ def _file(given: Given, space: str, content: str) -> Path | None:
     return cache_folder() / "references" / f"{space}-{key[:32]}.safetensors"
 
 
-def _kept(file: Path, given: Given, space: str, gallery: Gallery) -> tuple[Tensor, int] | None:
-    """Rows from the cache, and how many pictures they leave out; None where there are none, or not for this gallery."""
+def _kept(file: Path, given: Given, space: str) -> tuple[Tensor, int] | None:
+    """Rows from the cache, and how many pictures they leave out; None where there are none."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -222,8 +246,7 @@ def _kept(file: Path, given: Given, space: str, gallery: Gallery) -> tuple[Tenso
             about, rows = from_json(found.metadata()[ABOUT]), found.get_tensor("rows")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None  # not there, or damaged: it is made again
-    good = about["made_with"] == made_with(given, space) and (gallery.skip or not about["unreadable"])
-    return (rows, about["unreadable"]) if good else None
+    return (rows, about["unreadable"]) if about["made_with"] == made_with(given, space) else None
 
 
 def _keep(file: Path | None, rows: Tensor, made: Mapping[str, Any], unreadable: int) -> None:
@@ -236,4 +259,4 @@ def _keep(file: Path | None, rows: Tensor, made: Mapping[str, Any], unreadable: 
         with replacing(file) as part:
             save_file({"rows": rows.contiguous()}, part, {ABOUT: json.dumps({"made_with": made, "unreadable": unreadable})})
     except OSError as error:
-        log.warning(f"statistics of the real images are not kept for the next time: {file.parent}: {reason(error)}")
+        log.warning(f"statistics of the reference's images are not kept for the next time: {file.parent}: {reason(error)}")

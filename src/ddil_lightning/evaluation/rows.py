@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,14 @@ from ddil_lightning.backbones import sampling
 from ddil_lightning.backbones.digests import settings, weights
 from ddil_lightning.backbones.interface import Backbone
 from ddil_lightning.backbones.pipeline import Pipeline
+from ddil_lightning.backbones.repositories import called
 from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Multistep, Policy
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.evaluation import known
 from ddil_lightning.evaluation.generation import Generation, Source
+from ddil_lightning.evaluation.stamps import short
 from ddil_lightning.evaluation.suite import Suite, make_row
 from ddil_lightning.records import END
 
@@ -43,7 +46,7 @@ def policy_row(
 
     source = Source(name, sample, lambda: denoiser.evaluations, about, sampling.batch(backbone.latent_shape))
     metrics, cost = how.measured(suite, source)
-    said = how.said(suite, source, denoiser.network)
+    said = how.said(suite, source, denoiser.network, backbone.size)
     return make_row(name, len(grid), g, cost.nfe, cost.seconds_per_image, metrics, suite.protocol, said)
 
 
@@ -118,9 +121,11 @@ def pipeline_source(
     backbone: Pipeline, steps: int, guidance_scale: float, dpm: bool = False, batch: int | None = None, calls: Sequence[int] = (0,)
 ) -> Source:
     """A diffusers pipeline as a row's sampler, `batch` images at a time: called as its users call it, with its own scheduler or (`dpm`)
-    DPM-Solver++ 2M made from it. `calls`: where its evaluations are counted (`Pipeline.counting`)."""
+    DPM-Solver++ 2M made from it. `calls`: where its evaluations are counted (`Pipeline.counting`). One without a card, of which nobody
+    knows what it is, is named by its folder or id."""
     solved = backbone.with_solver(dpm)
-    name = f"{'student' if 'method' in backbone.about else 'teacher'}@{steps}{' dpm++' if dpm else ''}"
+    whose = "student" if "method" in backbone.about else "teacher" if backbone.about else called(backbone.path)
+    name = f"{whose}@{steps}{' dpm++' if dpm else ''}"
 
     def sample(prompts: list[str], seed: int) -> Tensor:
         return sampling.decoded(solved, sampling.pipeline_latents(solved, prompts, steps, guidance_scale, seed, batch))
@@ -134,6 +139,24 @@ def pipeline_source(
     return Source(name, sample, lambda: calls[0], about, sampling.batch(solved.latent_shape))
 
 
+def provenance(backbone: Pipeline, steps: int, guidance_scale: float) -> dict[str, Any]:
+    """What a row says of its pipeline: where it lies, its LoRAs, sampler and weights, and the size of its images.
+
+    `digest`: of all that decides on its images besides the suite, wherever the same weights lie.
+    """
+    scheduler = backbone.pipe.scheduler
+    decides = {
+        "sampler": f"{type(scheduler).__name__} {backbone.remedy or ''}".strip(),
+        "size": list(backbone.size),
+        "latents": list(backbone.latent_shape),
+        "weights": short([backbone.content()]),
+        **backbone.called_with,
+    }
+    digest = short([json.dumps([decides, settings(scheduler), steps, guidance_scale])])
+    loras = [f"{lora.path} * {lora.scale:g}" for lora in backbone.source.lora]
+    return {"pipeline": backbone.path, "lora": loras, **decides, "digest": digest}
+
+
 def pipeline_row(
     suite: Suite, backbone: Pipeline, steps: int, guidance_scale: float, dpm: bool = False, how: Generation = ALONE, name: str = ""
 ) -> dict[str, Any]:
@@ -143,5 +166,5 @@ def pipeline_row(
         source = source._replace(name=name or source.name)
         metrics, cost = how.measured(suite, source)
     g = backbone.guidance if backbone.baked else guidance_scale
-    said = how.said(suite, source, backbone.network())
+    said = how.said(suite, source, backbone.network(), backbone.size) | provenance(backbone.with_solver(dpm), steps, guidance_scale)
     return make_row(source.name, steps, g, cost.nfe, cost.seconds_per_image, metrics, suite.protocol, said)

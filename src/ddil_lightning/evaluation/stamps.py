@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ddil_lightning.backbones.sampling import to_uint8
+from ddil_lightning.texts import by
 
 LENGTH = 12
 WORDS = ("stamp", "name", "changed", "prompts", "batch", "metrics")
@@ -31,8 +32,10 @@ def content(images: Tensor) -> str:
 def stamp(protocol: Mapping[str, Any]) -> str:
     """The digest of all in a protocol that a number depends on: rows with equal ones can be compared."""
     told = {key: value for key, value in protocol.items() if key not in WORDS}
-    if protocol.get("digests", {}).get("reference") and isinstance(protocol.get("reference"), Mapping):
-        told["reference"] = {key: value for key, value in protocol["reference"].items() if key != "source"}
+    if isinstance(protocol.get("reference"), Mapping):
+        digests = protocol.get("digests", {})
+        named = [key for key, digest in (("source", "reference"), ("teacher", "teacher")) if digests.get(digest)]
+        told["reference"] = {key: value for key, value in protocol["reference"].items() if key not in named}
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:LENGTH]
 
 
@@ -81,9 +84,24 @@ def remembered(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"Measured {since} by the same weights, prompts and metrics: {', '.join(kept)} (test.fresh=true measures them now)."
 
 
+def sized(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for a table of images of several sizes, naming the numbers that see them so (`presence.as_made`); empty where none does."""
+    made: dict[str, list[str]] = {}
+    keys: dict[str, None] = {}
+    for row in rows:
+        said, found = row.get("generation") or {}, row.get("metrics") or {}
+        keys |= dict.fromkeys(key for key in said.get("as_made") or () if found.get(key) is not None)
+        if said.get("size"):
+            made.setdefault(by(said["size"]), []).append(str(row.get("name")))
+    if len(made) < 2 or not keys:
+        return ""
+    sizes = "; ".join(f"{size}: {', '.join(names)}" for size, names in made.items())
+    return f"Images as large as they are made are seen by {', '.join(keys)}: compare these only among rows of one size. {sizes}."
+
+
 def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The lines below a table of rows."""
-    return [line for line in (note(rows), remembered(rows)) if line]
+    return [line for line in (note(rows), sized(rows), remembered(rows)) if line]
 
 
 def _key(protocol: Mapping[str, Any]) -> str:

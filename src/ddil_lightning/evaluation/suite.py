@@ -21,11 +21,12 @@ from torch import Tensor
 
 from ddil_lightning.evaluation.batches import Batch, as_saved
 from ddil_lightning.evaluation.drawing import Pass, Sampler
-from ddil_lightning.evaluation.given import Given, Reference
+from ddil_lightning.evaluation.given import TAUGHT, Given, Reference
 from ddil_lightning.evaluation.material import held_out, material
 from ddil_lightning.evaluation.networks import PAPER, Networks
 from ddil_lightning.evaluation.presence import unmet
 from ddil_lightning.evaluation.protocols import BUILTIN, ProbePlan, PromptSource, Protocol
+from ddil_lightning.evaluation.references import recalled
 from ddil_lightning.evaluation.registry import PASSES, computed, wanted
 from ddil_lightning.evaluation.stamps import short, stamped
 from ddil_lightning.evaluation.views import Crops
@@ -141,6 +142,8 @@ class Suite:
         """What a number must be quoted with; two numbers can be compared where their stamps are equal (`stamps`)."""
         given, probes, reference = self.given, self.probes, self.given.reference
         several = {"per_prompt": self.samples} if self.samples > 1 else {}
+        digests = {"prompts": short(self.prompts), "probes": short(probes.prompts), "reference": (reference.digest or "")[:12] or None}
+        taught = {"teacher": given.teacher.digest[:12]} if given.teacher.digest else {}
         view, resizing = given.view, getattr(given.networks.features, "resizing", None)
         resized = None if view.size is None else f"centre crop, Lanczos {view.size}"
         referred = {"source": reference.about, "images": reference.images, "teacher": given.teacher.about}
@@ -148,16 +151,12 @@ class Suite:
             "name": self.name,
             "n": len(self.prompts) * self.samples,
             "prompts": self.source,
-            "reference": referred | ({"unreadable": reference.unreadable} if reference.unreadable else {}),
+            "reference": referred | {key: value for key in ("unreadable", "unverified") if (value := getattr(reference, key))},
             "resize": ", then ".join(filter(None, [resized, resizing])) or None,
             "crops": view.crops and view.crops.about,
             "networks": given.networks.about() | given.judge.about(),
             "seeds": {"first": self.seed, **several, "probes": len(probes.prompts), "per_probe": probes.seeds},
-            "digests": {
-                "prompts": short(self.prompts),
-                "probes": short(probes.prompts),
-                "reference": (reference.digest or "")[:12] or None,
-            },
+            "digests": digests | taught,
         }
         return stamped(told | ({"changed": dict(self.changed)} if self.changed else {}))
 
@@ -221,22 +220,39 @@ class Suite:
             look([metric for metric in made if metric.update_called])
         return together.by_first(lambda: computed(made))
 
+    def awaiting(self, about: str, digest: str) -> Suite:
+        """The suite before its teacher's images are drawn: what it can measure, refuses and is stamped with is that of the one `taught`.
+
+        Raises as that does.
+        """
+        spaces = [space for space in TAUGHT if space in self.given.has()]
+        if not spaces:
+            raise ValueError(f"suite {self.name}: a distance to the teacher is one of features, and there is no network for them")
+        promised = Reference({space: torch.empty(0, 0) for space in spaces}, about, digest=digest)
+        return replace(self, given=replace(self.given, teacher=promised))
+
     @torch.no_grad()
-    def taught(self, sample: Sampler, about: str) -> Suite:
+    def taught(self, sample: Sampler, about: str, digest: str | None = None, processes: Processes | None = None) -> Suite:
         """The suite with the teacher's images of its prompts as a second reference, for the distances to the teacher (FID-T).
 
         `sample`: the teacher in its own best step count. It is asked once for every prompt, with noise that no sampler is scored on: images
-        from the same noise would be near each other for that alone. Raises ValueError for a suite without a network for features.
+        from the same noise would be near each other for that alone. `digest`: of all that decides on them; under it their rows are kept for
+        the next time, as those of real images are. Raises ValueError for a suite without a network for features.
         """
-        rows = self.given.rows_of((batch.images for batch in self.batches(sample, self._pass("teacher"))), ("features", "patches"))
-        if not rows:
-            raise ValueError(f"suite {self.name}: a distance to the teacher is one of features, and there is no network for them")
-        return replace(self, given=replace(self.given, teacher=Reference(rows, about)))
+        together, part = processes or Processes(), self.part("teacher")
+
+        def drawn(spaces: Sequence[str]) -> dict[str, Tensor]:
+            mine = together.alike(lambda: self.given.rows_of((b.images for b in self.batches(sample, part, together)), spaces))
+            every = together.gathered(mine)
+            return {space: torch.cat([rows[space] for rows in every if space in rows]) for space in spaces}
+
+        rows = recalled(self.given, list(self.awaiting(about, "").given.teacher.rows), digest, drawn, together)
+        return replace(self, given=replace(self.given, teacher=Reference(rows, about, digest=digest)))
 
     def passes(self) -> list[Pass]:
         """What `score` asks for: the prompts in any case, for a row has the time of its images, and probes if a metric reads any."""
         read = {metric.over for metric in self._metrics()}
-        return [self._pass(over) for over in PASSES if over == "prompts" or over in read]
+        return [self.part(over) for over in PASSES if over == "prompts" or over in read]
 
     def _metrics(self) -> list[Metric]:
         made = [metric() for metric in self.measured()]
@@ -246,8 +262,8 @@ class Suite:
                 metric.groups = groups
         return made
 
-    def _pass(self, over: str) -> Pass:
-        """The probes follow the prompts. After them comes the teacher, as a reference, with the prompts once more, one image each."""
+    def part(self, over: str) -> Pass:
+        """The images over "prompts", or over "probes", which follow them; of "teacher", a reference, the prompts once more, one each."""
         first, second = len(self.prompts) * self.samples, len(self.probes.prompts) * self.probes.seeds
         asked, seeds, seed = {
             "prompts": (self.prompts, self.samples, self.seed),
@@ -266,13 +282,6 @@ class Suite:
                 raise ValueError(f"sampler: {len(images)} images for {len(prompts)} prompts")
             saved = as_saved(images, partial(part.named, call.start))
             yield Batch(saved, torch.tensor(call), part.asked, self.given, part.seeds)
-
-
-def paired_distance(a: Tensor, b: Tensor) -> float:
-    """Mean squared difference of images [N, 3, H, W] that two samplers made from the same noise. Raises ValueError for unequal shapes."""
-    if a.shape != b.shape or not len(a):
-        raise ValueError(f"paired_distance: {tuple(a.shape)} and {tuple(b.shape)}; the images must be paired")
-    return float((a.double().cpu() - b.double().cpu()).square().mean())
 
 
 def make_row(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddil_lightning.evaluation.columns import Column
 from ddil_lightning.evaluation.registry import columns
-from ddil_lightning.evaluation.stamps import called, note, protocols
+from ddil_lightning.evaluation.stamps import called, notes, protocols
 from ddil_lightning.evaluation.table import (
     END,
     NAME,
@@ -139,7 +139,7 @@ def _results(found: Comparison) -> str:
         return str(row["generation"].get(key, "–")).removesuffix("Scheduler") if key == "sampler" else shown(row, key)
 
     whole = tabulate(rows, [*COLUMNS, *headings(rows), (END[0], "s / image")], show).html(marks, [colours[name] for name in names])
-    said = "".join(f'<p class="note">{escape(line)}</p>' for line in [note(rows), *_said_besides(found)] if line)
+    said = "".join(f'<p class="note">{escape(line)}</p>' for line in [*notes(rows), *_said_besides(found)])
     meanings = "".join(f"<dt>{escape(c.heading)}</dt><dd>{escape(c.meaning)}</dd>" for c in present(rows, every=True))
     meanings += f"<dt>NFE</dt><dd>{NFE}</dd><dt>s / image</dt><dd>seconds for one image once the pipeline is warm</dd>"
     legend = f"<details><summary>What the columns mean</summary><dl>{meanings}</dl></details>"
