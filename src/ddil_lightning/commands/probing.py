@@ -16,9 +16,11 @@ from ddil_lightning.counting import counted
 from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policies, Policy
+from ddil_lightning.evaluation.paired import each
 from ddil_lightning.evaluation.suite import Probes, Suite
 from ddil_lightning.imitation.gaps import Seen, see
 from ddil_lightning.imitation.mixing import Actor, Actors, Bernoulli, Mixing, Switch, mix_all
+from ddil_lightning.runs.trends import trends
 
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 """The teacher's probabilities in the sweep."""
@@ -101,10 +103,10 @@ def _cpu(latents: dict[int, Tensor]) -> dict[int, Tensor]:
     return {t: x.cpu() for t, x in latents.items()}
 
 
-def swept(contest: Contest, suite: Suite, parts: Sequence[str], seen: Sequence[Seen] = ()) -> dict[str, list[dict[str, Any]]]:
+def swept(contest: Contest, suite: Suite, parts: Sequence[str], seen: Sequence[Seen] = ()) -> dict[str, Any]:
     """The rows of the sweeps among `parts`: `mixing` over the teacher's probability, `switch` over the inner nodes, in both orders.
 
-    `seen`: what `probed` has found of these prompts.
+    `trends` are what is said of them, by sweep. `seen`: what `probed` has found of these prompts.
     """
     suite = replace(suite, probes=Probes())  # one image a prompt, as the paper's tables have it
     asked: list[tuple[str, dict[str, Any], Mixing]] = []
@@ -115,17 +117,18 @@ def swept(contest: Contest, suite: Suite, parts: Sequence[str], seen: Sequence[S
         asked += [("switch", {"first": who, "at": t}, Switch(who, t)) for who in ("teacher", "student") for t in inner]  # type: ignore[arg-type]
     rows: dict[str, list[dict[str, Any]]] = {"mixing": [], "switch": []}
     if not asked:  # a student of one step has no node to switch at
-        return rows
+        return rows | {"trends": trends([], [])}
     latents = contest.mixed(suite.prompts, [mixing for *_, mixing in asked], suite.seed, seen)
-    costs = contest.costs(suite.prompts[0])
+    costs, values = contest.costs(suite.prompts[0]), []
     for (sweep, said, mixing), made in zip(asked, latents, strict=True):
 
         def sample(prompts: list[str], seed: int, made: Tensor = made) -> Tensor:
             start = seed - suite.seed  # the suite's seed of a batch is that of its first prompt
             return sampling.decoded(contest.teacher, made[start : start + len(prompts)].to(contest.teacher.device))
 
-        measured = {key: value for key, value in suite.score(sample).items() if value is not None}
+        found = suite.score(sample, look=lambda metrics: values.append(each(metrics)))
+        measured = {key: value for key, value in found.items() if value is not None}
         by_student = mixing.by_student(contest.grid, len(made), suite.seed).float().mean(0)
         nfe = round(float(((1 - by_student) * costs[0] + by_student * costs[1]).sum()), 1)
         rows[sweep].append({**said, "nfe": nfe, "metrics": measured})
-    return rows
+    return rows | {"trends": trends([*rows["mixing"], *rows["switch"]], values)}
