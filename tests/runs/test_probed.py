@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from ddil_lightning.runs.probed import write_probe
 from ddil_lightning.runs.trends import trends
 from hostile import EVIL, found, probe_page
 
@@ -76,3 +78,25 @@ def test_texts_are_escaped(tmp_path: Path) -> None:
     page = probe_page(tmp_path).read_text()
     assert "<script" not in page and "<img" not in page and EVIL not in page and escape(EVIL) in page
     assert all(trend["text"] in page for told in found()["trends"].values() for trend in told)
+
+
+def test_every_measure_has_a_chart_and_most_lie_in_a_fold(tmp_path: Path) -> None:
+    page = probe_page(tmp_path).read_text()
+    seen, fold = page.split("<summary>More of the nodes</summary>")
+    fold = fold.split("</details>")[0]
+    assert re.findall(r"<b>(.*?)</b>(?=<span|</fig)", fold) == [
+        "Fréchet",
+        "MMD",
+        "energy",
+        "Loss on its own latents over that on others",
+        "Recovery after one step of whom",
+    ]
+    assert seen.count("<svg") == 3 + 4 and "energy distance over time t" in seen  # and both sweeps of two metrics
+    assert fold.count("student: 0.2 at 999 time t") == 1 and "at 499" not in fold.split("Recovery")[1]  # none is left at the last node
+    made = found()
+    for row in made["nodes"]:  # a student of one step
+        row["recovery"] = {}
+    made["nodes"] = made["nodes"][:1]
+    assert write_probe(tmp_path / "one.html", made).read_text().count("<svg") == 7 + 4
+    bare = write_probe(tmp_path / "none.html", made | {"nodes": []}).read_text()
+    assert bare.count("<svg") == 4 and "More of the nodes" not in bare

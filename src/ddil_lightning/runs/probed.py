@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -124,7 +125,11 @@ def write_probe(path: Path, found: Mapping[str, Any]) -> Path:
     for part in parts(found):
         notes = "".join(f'<p class="note">{escape(note)}</p>' for note in part.notes)
         body.append(f"<h2>{escape(part.title)}</h2>{part.table.html()}{notes}")
-    body.append(f'<h2>Charts</h2><div class="charts">{"".join(_charts(found))}</div>')
+    charts, more = _node_charts(found["nodes"])
+    for column in (c for c in columns() if c.key in ("frechet", "clip", "all_right")):
+        charts += _sweep_charts(found, column.key, column.heading)
+    body.append(f'<h2>Charts</h2><div class="charts">{"".join(charts)}</div>')
+    body.append(f'<details><summary>More of the nodes</summary><div class="charts">{"".join(more)}</div></details>' if more else "")
     body.append(f'<p class="note">{escape(NOTE)}</p>' if found["mixing"] or found["switch"] else "")
     meanings = MEANING | {c.heading: c.meaning for c in columns() if c.shown}
     terms = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in meanings.items())
@@ -133,24 +138,27 @@ def write_probe(path: Path, found: Mapping[str, Any]) -> Path:
     return write_page(path, name, body)
 
 
-def _charts(found: Mapping[str, Any]) -> list[str]:
-    """Shift and losses over the nodes, and the sweeps' headline metrics."""
-    made, rows = [], sorted(found["nodes"], key=lambda row: row["t"])
+def _node_charts(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """Over the nodes: what is seen first, and what a fold holds besides."""
+    rows = sorted(rows, key=lambda row: float(row["t"]))
     times = [row["t"] for row in rows]
-    if rows:
-        for key in ("energy_distance", "auc"):
-            series = [Series(f"against {name}", times, [row["shift"][name][key] for row in rows]) for name in rows[0]["shift"]]
-            made.append(line_chart(_coloured(series), title=MEASURES[key], x_label="time t", x_ticks=times))
-        names = [name for name in rows[0]["loss"]]
-        series = [Series({"on": "student"}.get(name, name), times, [row["loss"][name] for row in rows]) for name in names]
-        made.append(line_chart(series, title="Loss on whose latents", x_label="time t", x_ticks=times, log_y=True))
-    for column in (c for c in columns() if c.key in ("frechet", "clip", "all_right")):
-        made += _sweep_charts(found, column.key, column.heading)
-    return made
 
+    def drawn(title: str, lines: Mapping[str, Sequence[float | None]], **how: Any) -> list[str]:
+        series = [Series(name, times, [math.nan if y is None else y for y in ys]) for name, ys in lines.items()]
+        seen = any(math.isfinite(y) for line in series for y in line.y)
+        return [line_chart(series, title=title, x_label="time t", x_ticks=times, **how)] if seen else []
 
-def _coloured(series: Sequence[Series]) -> list[Series]:
-    return [Series(s.name.removeprefix("against "), s.x, s.y) for s in series]
+    def under(key: str) -> dict[str, list[Any]]:
+        return {name: [row[key][name] for row in rows] for name in (rows[0][key] if rows else ())}
+
+    shift = under("shift")
+    shifts = {key: drawn(said, {name: [y[key] for y in ys] for name, ys in shift.items()}) for key, said in MEASURES.items()}
+    back = {f"step/{who}": [row["recovery"].get(key) for row in rows] for key, who in (("injected", "student"), ("plain", "teacher"))}
+    first = [*shifts.pop("energy_distance"), *shifts.pop("auc")]
+    first += drawn("Loss on whose latents", {"student" if name == "on" else name: ys for name, ys in under("loss").items()}, log_y=True)
+    more = [chart for made in shifts.values() for chart in made]
+    more += drawn("Loss on its own latents over that on others", under("ratio"), log_y=True, reference=("no more", 1.0))
+    return first, more + drawn("Recovery after one step of whom", back)
 
 
 def _sweep_charts(found: Mapping[str, Any], key: str, title: str) -> list[str]:
