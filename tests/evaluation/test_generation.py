@@ -8,6 +8,7 @@ import random
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ddil_lightning import counting
 from ddil_lightning.commands.launched import together
 from ddil_lightning.evaluation.captioned import choice, read_set
 from ddil_lightning.evaluation.drawing import Cost, Pass, Timed, runs
@@ -107,6 +109,19 @@ def test_images_depend_on_no_batch_and_several_of_a_prompt_have_seeds_in_a_row()
     assert twice.passes()[0].asked[:3] == ["caption 0", "caption 0", "caption 1"]
     assert twice.protocol["n"] == 46 and twice.protocol["seeds"]["per_prompt"] == 2 and "batch" not in twice.protocol
     assert twice.protocol != replace(twice, samples=1).protocol and suite(batch=1).protocol == suite().protocol
+
+
+def test_a_long_row_is_told_by_tenths_where_no_terminal_is(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counting, "PATIENCE", 0.0)
+    clock = map(float, range(1000))
+    monkeypatch.setattr(counting, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    over = suite(probes=Probes(), prompts=PROMPTS[:20], batch=1, given=Given())
+    Generation(told=True).measured(over, Drawer().source())
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert lines == [f"student@4, in batches: {i} of 20, about {20 - i} s left" for i in range(2, 21, 2)]
+    assert re.fullmatch(r"student@4: 20 images, \d+ s", last)
+    Generation().measured(over, Drawer().source())
+    assert capsys.readouterr().out == ""
 
 
 # kept images
