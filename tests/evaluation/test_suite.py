@@ -154,8 +154,12 @@ def test_timed():
     """An image's time is that of calls whose size has been seen: of 128, 128, 44 and 30 images, of the second alone."""
     timed = Timed(sampler())
     assert timed.seconds_per_image is None
+    timed.repeat()
     timed(["level 1"] * 3, 0)
-    assert timed.seconds_per_image == timed.cost.seconds / 3 > 0  # where there is no other, of that one
+    timed(["level 1"] * 2, 3)
+    assert timed.seconds_per_image is None  # both were cold
+    timed.repeat()
+    assert (timed.images, timed.cost.warm_images) == (5, 3) and timed.seconds_per_image == timed.cost.warm_seconds / 3 > 0
     timed = Timed(sampler())
     suite().score(timed)
     cost = timed.cost

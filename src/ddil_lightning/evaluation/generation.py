@@ -57,13 +57,20 @@ class Generation:
             kept = Kept(self.keep, source.name, suite, source.about(), timed, self.processes) if self.keep else None
             with self._telling(suite, source.name, kept or timed) as sample:
                 metrics = suite.score(sample, self.processes, self.look)
+            now, before = self._spent(timed), kept.before if kept else Cost()
+            if not (before + now).warm_images:
+                timed.repeat()
+                now = self._spent(timed)
         except ValueError as error:
             raise ValueError(f"{source.name}: {one_line(error)}") from error
-        now = sum(self.processes.gathered(timed.cost), Cost())
         cost = kept.close(now) if kept else now
         if self.told and self.processes.first:
             self._tell(suite, source.name, now)
         return metrics, cost
+
+    def _spent(self, timed: Timed) -> Cost:
+        """Of all processes, in each of them."""
+        return sum(self.processes.gathered(timed.cost), Cost())
 
     def said(self, suite: Suite, source: Source, network: nn.Module) -> dict[str, Any]:
         """For a row: the precision of its network, how many images at a time, and by how many processes."""
