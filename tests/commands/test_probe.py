@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from ddil_lightning.commands import main
+from ddil_lightning.commands.probing import Window
 from ddil_lightning.evaluation.given import Given, Judge
 from ddil_lightning.evaluation.suite import Suite
 from ddil_lightning.miniature import digits
@@ -140,3 +143,19 @@ def test_wrong_input_is_one_line(tiny: Path, sd15: Path, finished: Path, capsys:
     (tmp_path / "run").mkdir()
     shutil.copy(finished / "config.yaml", "run/config.yaml")
     assert "run holds no exported pipeline" in refused(capsys, "--student", "run")
+
+
+def test_latents_of_a_sweep_are_made_as_they_are_scored_and_forgotten() -> None:
+    """Calls of 5 on parts of 3, by three mixtures in turn: no part is made before it is asked for."""
+    made, whole = [], torch.randn(3, 12, 2)
+
+    def parts() -> Iterator[torch.Tensor]:
+        for part in whole.split(3, 1):
+            made.append(part)
+            yield part
+
+    window = Window(parts())
+    for start, n, so_far in ((0, 5, 2), (5, 5, 4), (10, 2, 4)):
+        for k in range(3):
+            assert torch.equal(window(k, start, n), whole[k, start : start + n]) and len(made) == so_far
+        assert window.held.shape[1] <= 5 + 3 - 1
