@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import TypeVar
 
 T = TypeVar("T")
 PATIENCE = 15.0  # seconds without a word
 
 
-def counted(items: Iterable[T], total: int, what: str, show: bool = True, rows: Callable[[T], int] | None = None) -> Iterator[T]:
+def counted(
+    items: Iterable[T], total: int, what: str, show: bool = True, rows: Callable[[T], int] | None = None
+) -> Generator[T, None, None]:
     """The items, with a bar on a terminal, and elsewhere a line for every tenth of what takes longer than some seconds.
 
     `rows`: how many rows an item has, for who wants to see rows a second.

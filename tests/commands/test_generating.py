@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -54,9 +55,7 @@ def test_kept_images_are_gone_on_with(tiny: Path, capsys: Any) -> None:
     assert (made["dtype"], made["batch"], made["processes"]) == ("float32", 8, 1) and "teacher@2: 24 images, " in out
     (first,), out = call(capsys, "--pipeline", tiny, "--keep_images", "kept")
     folder = Path("kept/teacher@2")
-    assert sorted(p.name for p in folder.iterdir()) == ["generation.json", "probes", "prompts"] and "24 images, 0 s" in out.replace(
-        " 1 s", " 0 s"
-    )
+    assert sorted(p.name for p in folder.iterdir()) == ["generation.json", "probes", "prompts"] and re.search(r": 24 images, \d+ s", out)
     lines = [json.loads(line) for line in (folder / "prompts" / "metadata.jsonl").read_text().splitlines()]
     assert [line["seed"] for line in lines] == list(range(16)) and [line["text"] for line in lines] == digits.prompts(16, 0)
     for file in ("prompts/00003.png", "prompts/00004.png", "probes/00002.png"):

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from ddil_lightning.commands import main
+from ddil_lightning.commands.probing import Window
 from ddil_lightning.evaluation.given import Given, Judge
 from ddil_lightning.evaluation.suite import Suite
 from ddil_lightning.miniature import digits
 from ddil_lightning.runs import export
-from ddil_lightning.runs.probed import trends
 from suite import BY_NAME, build
 
 NODES = ("--n", "16", "--teacher_steps", "8", "--only", "nodes")
@@ -60,7 +62,7 @@ def test_a_run_is_probed_in_all_parts(finished: Path, judged: None, capsys: Any)
     code, out, err = probe(capsys, "--student", finished, "--n", 16, "--teacher_steps", 8, "--out", "p.json")
     assert code == 0, err
     made = json.loads(Path("p.json").read_text())
-    assert list(made) == ["protocol", "nodes", "mixing", "switch"]
+    assert list(made) == ["protocol", "nodes", "mixing", "switch", "trends"]
     said = made["protocol"]
     assert (said["times"], said["substeps"], said["student_guidance_scale"]) == ([999, 759, 499, 259, -1], 2, 2.0)
     assert [row["t"] for row in made["nodes"]] == [999, 759, 499, 259]
@@ -73,8 +75,12 @@ def test_a_run_is_probed_in_all_parts(finished: Path, judged: None, capsys: Any)
     turns = {(row["first"], row["at"]): row["nfe"] for row in made["switch"]}
     assert turns["teacher", 759] == turns["student", 259] == 3 + 4 and turns["teacher", 259] == turns["student", 759] == 1 + 12
     assert len(turns) == 6 and all("all_right" in row["metrics"] for row in (*made["mixing"], *made["switch"]))
-    assert "paper's FID" in out and "23.14" in out and "of 5 steps up" in out
+    assert "paper's FID" in out and "23.14" in out and "Of the first 16 samples." in out
+    (trend,), share = made["trends"]["mixing"], [row["metrics"]["all_right"] for row in made["mixing"]]
+    assert trend["difference"]["mean"] == pytest.approx(share[-1] - share[0]) and trend["difference"]["n"] == 16
     page = Path("p.html").read_text()
+    for text in (out, page):  # all three say the same
+        assert all(said["text"] in text for told in made["trends"].values() for said in told)
     assert page.count("<svg") >= 5 and "Teacher first, from the time t on the student" in page and "<script" not in page
 
 
@@ -139,11 +145,17 @@ def test_wrong_input_is_one_line(tiny: Path, sd15: Path, finished: Path, capsys:
     assert "run holds no exported pipeline" in refused(capsys, "--student", "run")
 
 
-def test_trends_are_said_as_they_are() -> None:
-    rows = [{"p_teacher": p, "metrics": {"clip": 0.3 + 0.01 * p, "frechet": 5 - p}} for p in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)]
-    clip, frechet = trends(rows, "mixing")
-    assert clip.endswith("from 0.3000 to 0.3100, 5 of 5 steps up: it shows")
-    assert frechet.endswith("0 of 5 steps up: it does not show")
-    (first,) = trends([{"at": t, "metrics": {"clip": t / 1000}} for t in (749, 500, 250)], "student")
-    (other,) = trends([{"at": t, "metrics": {"clip": t / 1000}} for t in (749, 500, 250)], "teacher")
-    assert "from 0.2500 to 0.7490, 2 of 2" in first and "it shows" in first and "from 0.7490 to 0.2500, 0 of 2" in other
+def test_latents_of_a_sweep_are_made_as_they_are_scored_and_forgotten() -> None:
+    """Calls of 5 on parts of 3, by three mixtures in turn: no part is made before it is asked for."""
+    made, whole = [], torch.randn(3, 12, 2)
+
+    def parts() -> Iterator[torch.Tensor]:
+        for part in whole.split(3, 1):
+            made.append(part)
+            yield part
+
+    window = Window(parts())
+    for start, n, so_far in ((0, 5, 2), (5, 5, 4), (10, 2, 4)):
+        for k in range(3):
+            assert torch.equal(window(k, start, n), whole[k, start : start + n]) and len(made) == so_far
+        assert window.held.shape[1] <= 5 + 3 - 1

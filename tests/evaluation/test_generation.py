@@ -8,6 +8,7 @@ import random
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ddil_lightning import counting
 from ddil_lightning.commands.launched import together
+from ddil_lightning.evaluation import kept
 from ddil_lightning.evaluation.captioned import choice, read_set
 from ddil_lightning.evaluation.drawing import Cost, Pass, Timed, runs
 from ddil_lightning.evaluation.generation import Generation, Source
@@ -92,7 +95,7 @@ def test_the_time_of_a_call_counts_once_its_size_is_warm() -> None:
     timed = Timed(Drawer(), chunk=10)
     timed(PROMPTS, 0)  # 10, 10 and 3
     assert (timed.cost.images, timed.cost.warm_images) == (23, 10) and timed.seconds_per_image == timed.cost.warm_seconds / 10
-    assert Cost(4, 2.0, evaluations=32).seconds_per_image == 0.5 and Cost(4, evaluations=30).nfe == 8 and Cost().nfe is None
+    assert Cost(4, 2.0, evaluations=32).seconds_per_image is None and Cost(4, evaluations=30).nfe == 8 and Cost().nfe is None
     assert Cost(1, 2.0, 3, 4.0, 5) + Cost(1, 1.0, 1, 1.0, 1) == Cost(2, 3.0, 4, 5.0, 6)
 
 
@@ -100,13 +103,27 @@ def test_images_depend_on_no_batch_and_several_of_a_prompt_have_seeds_in_a_row()
     one, cost, seeds = measured(Generation())
     assert seeds == list(range(35)) and cost.nfe == 8 and set(keys()) <= set(one)
     for batch in (1, 3, 64):
-        found, _, same = measured(Generation(batch=batch))
-        assert same == seeds
+        found, cost, same = measured(Generation(batch=batch))
+        again = list(range(23)) if batch == 64 else []  # 23 and 12 at a time: no size came twice
+        assert same == seeds + again and (cost.images, cost.nfe) == (35, 8) and cost.seconds_per_image
         assert [found[key] for key in keys()] == pytest.approx([one[key] for key in keys()])
     twice = suite(samples=2, probes=Probes())
     assert twice.passes()[0].asked[:3] == ["caption 0", "caption 0", "caption 1"]
     assert twice.protocol["n"] == 46 and twice.protocol["seeds"]["per_prompt"] == 2 and "batch" not in twice.protocol
     assert twice.protocol != replace(twice, samples=1).protocol and suite(batch=1).protocol == suite().protocol
+
+
+def test_a_long_row_is_told_by_tenths_where_no_terminal_is(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counting, "PATIENCE", 0.0)
+    clock = map(float, range(1000))
+    monkeypatch.setattr(counting, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    over = suite(probes=Probes(), prompts=PROMPTS[:20], batch=1, given=Given())
+    Generation(told=True).measured(over, Drawer().source())
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert lines == [f"student@4, in batches: {i} of 20, about {20 - i} s left" for i in range(2, 21, 2)]
+    assert re.fullmatch(r"student@4: 20 images, \d+ s", last)
+    Generation().measured(over, Drawer().source())
+    assert capsys.readouterr().out == ""
 
 
 # kept images
@@ -151,6 +168,19 @@ def test_a_kill_between_two_calls_costs_what_was_not_drawn(tmp_path: Path) -> No
     metrics, cost, seeds = measured(how)
     assert metrics == measured(Generation())[0] and seeds == list(range(12, 35))
     assert (cost.images, cost.evaluations) == (35, 8 * 35)  # both runs together
+
+
+def test_seconds_of_another_machine_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    how = Generation(keep=Keep(tmp_path))
+    _, first, _ = measured(how)
+    _, same, seeds = measured(how)
+    assert same == first and first.seconds_per_image and seeds == []
+    monkeypatch.setattr(kept, "machine", lambda: "another")
+    _, other, seeds = measured(how)
+    assert (other.images, other.nfe, other.seconds_per_image, seeds) == (35, 8, None, [])  # what nothing here was drawn by has no time
+    (tmp_path / "student@4" / "prompts" / "00003.png").unlink()
+    _, own, seeds = measured(how)
+    assert seeds == [3, 3] and (own.images, own.warm_images) == (36, 1) and own.seconds_per_image
 
 
 def test_datasets_reads_the_plain_folder(tmp_path: Path) -> None:
@@ -292,7 +322,7 @@ def test_two_processes_equal_one(over: dict[str, Any], pair: Pair, tmp_path: Pat
     for place in (None, str(tmp_path)):
         (first, *_, mine), (second, images, nfe, its) = pair.run(shared, place, over)
         assert first == second == one and (images, nfe) == (cost.images, 8)
-        assert sorted(mine + its) == every and len(mine) >= len(its)
+        assert sorted(mine + its) == sorted(every) and len(mine) >= len(its)
     (tmp_path / "student@4" / "prompts" / "00000.png").unlink()
     assert measured(Generation(keep=Keep(tmp_path)), suite(**over))[::2] == (one, [0])
 

@@ -125,8 +125,10 @@ def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     weights.unreachable.cache_clear()
 
 
-@pytest.mark.parametrize("name", sorted(set(NETWORKS) - {"inception", "inception_clean_fid"}))  # they may lack their package first
+@pytest.mark.parametrize("name", sorted(NETWORKS))
 def test_every_network_that_cannot_be_had_says_so_at_once(name: str, nowhere: Path, caplog: pytest.LogCaptureFixture) -> None:
+    if name.startswith("inception"):
+        pytest.importorskip("torch_fidelity")  # without it, that would be what is told
     entry, start = NETWORKS[name], time.perf_counter()
     member = entry.members[0]
     with caplog.at_level(logging.WARNING, presence.__name__):
@@ -555,8 +557,9 @@ def test_lpips_from_a_file_of_its_trunk(tmp_path: Path) -> None:
     assert torch.equal(squeeze(a, a), torch.zeros(2)) and squeeze(a, b).min() > 0
 
 
-@pytest.mark.slow
-def test_inception_is_torch_fidelity_s_own_extractor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def inception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, nn.Module]:
+    """torch-fidelity's extractor with random weights, and their file, in a format that it does not read by itself."""
     module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     extractor = module.FeatureExtractorInceptionV3
     with monkeypatch.context() as without:
@@ -564,12 +567,29 @@ def test_inception_is_torch_fidelity_s_own_extractor(tmp_path: Path, monkeypatch
         without.setattr(extractor, "load_state_dict", lambda self, state: None)
         torch.manual_seed(0)
         net = extractor("inception-v3-compat", ["2048"]).eval()
-    save_file(net.state_dict(), tmp_path / "inception.safetensors")  # which torch-fidelity does not read by itself
+    for p in (p for p in net.parameters() if p.ndim == 4):  # else nothing of an image is left behind so many layers
+        nn.init.kaiming_normal_(p, nonlinearity="relu")
+    save_file(net.state_dict(), tmp_path / "inception.safetensors")
+    return tmp_path / "inception.safetensors", net
+
+
+@pytest.mark.slow
+def test_inception_is_torch_fidelity_s_own_extractor(inception: tuple[Path, nn.Module]) -> None:
+    file, net = inception
     images = pictures(1, 40)
     with torch.no_grad():
         expected = net(((images + 1) * 127.5).round().byte())[0].flatten(1)
-    torch.testing.assert_close(Networks(f"inception:{tmp_path / 'inception.safetensors'}").load().features(images), expected)
-    save_file({"a": torch.ones(1)}, tmp_path / "inception.safetensors")
+    assert expected.std() > 0.01
+    torch.testing.assert_close(Networks(f"inception:{file}").load().features(images), expected)
+    save_file({"a": torch.ones(1)}, file)
     with pytest.raises(ValueError, match=r"inception\.safetensors holds no weights of Inception-v3") as error:
-        Networks(f"inception_clean_fid:{tmp_path / 'inception.safetensors'}").load()
+        Networks(f"inception_clean_fid:{file}").load()
     assert "\n" not in str(error.value)
+
+
+def test_clean_fid_s_inception_is_the_same_network_where_nothing_is_resized(inception: tuple[Path, nn.Module]) -> None:
+    """At 299 pixels both resizes are the identity."""
+    file, _ = inception
+    own, clean = (Networks(f"{name}:{file}").load().features(pictures(1, 299)) for name in ("inception", "inception_clean_fid"))
+    assert own.shape == (1, 2048) and own.std() > 0.01
+    torch.testing.assert_close(clean, own)

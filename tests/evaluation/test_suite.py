@@ -155,12 +155,33 @@ def test_score_needs_no_gradients_and_leaves_none():
     assert all(isinstance(out[c.key], float) for c in columns() if c.shown) and weight.grad is None
 
 
+def test_several_samplers_are_scored_call_by_call_as_each_alone():
+    asked, seen = [], []
+
+    def named(name, make):
+        def sample(prompts, seed):
+            asked.append((name, seed))
+            return make(prompts, seed)
+
+        return sample
+
+    a, b = sampler(), lambda prompts, seed: -sampler()(prompts, seed)
+    both = suite().score_all([named("a", a), named("b", b)], look=lambda metrics: seen.append(len(metrics)))
+    assert both == [suite().score(a), suite().score(b)] and both[0] != both[1] and len(seen) == 2
+    seeds = [seed for name, seed in asked if name == "a"]
+    assert asked == [(name, seed) for seed in seeds for name in "ab"] and len(seeds) > 2
+
+
 def test_timed():
     """An image's time is that of calls whose size has been seen: of 128, 128, 44 and 30 images, of the second alone."""
     timed = Timed(sampler())
     assert timed.seconds_per_image is None
+    timed.repeat()
     timed(["level 1"] * 3, 0)
-    assert timed.seconds_per_image == timed.cost.seconds / 3 > 0  # where there is no other, of that one
+    timed(["level 1"] * 2, 3)
+    assert timed.seconds_per_image is None  # both were cold
+    timed.repeat()
+    assert (timed.images, timed.cost.warm_images) == (5, 3) and timed.seconds_per_image == timed.cost.warm_seconds / 3 > 0
     timed = Timed(sampler())
     suite().score(timed)
     cost = timed.cost

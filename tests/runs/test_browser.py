@@ -1,4 +1,4 @@
-"""The page of a run in a browser: on a phone, on a desk, light and dark."""
+"""The pages of a run and of a probe in a browser: on a phone, on a desk, light and dark."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from PIL import Image
 from browser import Browser, needs_chromium
 from ddil_lightning.runs.report import write_report
 from ddil_lightning.runs.sheets import labelled
+from hostile import EVIL, probe_page
 
 pytestmark = [pytest.mark.slow, needs_chromium]
-
-EVIL = "</title><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">" + "w" * 300
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +57,11 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     found.close()
 
 
+@pytest.mark.parametrize("probed", [False, True], ids=["run", "probe"])
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [390, 768, 1280])
-def test_the_page_fits_and_complains_of_nothing(width: int, dark: bool, page: Path, browser: Browser, tmp_path: Path) -> None:
-    browser.open(page, width, dark)
+def test_the_page_fits_and_complains_of_nothing(width: int, dark: bool, probed: bool, page: Path, browser: Browser, tmp_path: Path) -> None:
+    browser.open(probe_page(tmp_path) if probed else page, width, dark)
     browser.ask("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert browser.ask("document.documentElement.scrollWidth") == browser.ask("window.innerWidth") == width
     assert browser.complaints == [] and "taken" not in browser.ask("document.title")[:5]

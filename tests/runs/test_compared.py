@@ -11,8 +11,8 @@ from browser import Browser, needs_chromium
 from ddil_lightning.evaluation.suite import make_row
 from ddil_lightning.runs.compared import markdown, text, write_compared
 from ddil_lightning.runs.comparison import Comparison, Seen, small
+from hostile import EVIL
 
-EVIL = "</title><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">" + "w" * 300
 NAME = "<img src=x onerror=\"document.title='taken'\">" + "w" * 55
 
 

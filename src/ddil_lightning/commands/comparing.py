@@ -228,7 +228,7 @@ def _finish(comparison: Comparison) -> None:
 def _row(rack: Rack, suite: Suite, job: Job, how: Generation) -> tuple[dict[str, Any], Any]:
     """A row, and what is seen of its images: those of the first prompts, and every image's values."""
     from ddil_lightning.backbones import sampling
-    from ddil_lightning.evaluation.intervals import group_means
+    from ddil_lightning.evaluation.paired import each
     from ddil_lightning.evaluation.rows import pipeline_row
     from ddil_lightning.runs.comparison import Seen, small
 
@@ -236,12 +236,8 @@ def _row(rack: Rack, suite: Suite, job: Job, how: Generation) -> tuple[dict[str,
     first = list(suite.passes()[0].asked[:PICTURES])
     pictures = small(sampling.decoded(backbone, sampling.pipeline_latents(backbone, first, job.steps, job.scale, suite.seed, how.batch)))
     values: dict[str, Any] = {}
-
-    def look(metrics: Sequence[Any]) -> None:
-        for metric in (m for m in metrics if m.over == "prompts"):
-            values.update(group_means(metric.groups, **metric.each()))  # images of one prompt are no pairs that are independent
-
-    row = pipeline_row(suite, backbone, job.steps, job.scale, how=replace(how, look=look), name=job.name)
+    how = replace(how, look=lambda metrics: values.update(each(metrics)))
+    row = pipeline_row(suite, backbone, job.steps, job.scale, how=how, name=job.name)
     return row, Seen(pictures, values)
 
 

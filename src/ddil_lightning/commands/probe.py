@@ -101,7 +101,7 @@ def _found(args: argparse.Namespace) -> dict[str, Any]:
     seen = probed(contest, given.prompts, None if without else latents, given.seed) if "nodes" in args.only else []
     # The teacher's walks serve the sweeps too, where these are of the same prompts.
     again = seen if suite is not None and list(suite.prompts) == given.prompts and suite.seed == given.seed else []
-    found: dict[str, Any] = {"mixing": [], "switch": []} if suite is None else swept(contest, suite, sweeps, again)
+    found: dict[str, Any] = {"mixing": [], "switch": [], "trends": {}} if suite is None else swept(contest, suite, sweeps, again)
     rows = nodes(seen, contest.grid) if seen else []
     return {"protocol": said if suite is None else suite.protocol | said, "nodes": rows, **found}
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +18,11 @@ from ddil_lightning.counting import counted
 from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policies, Policy
+from ddil_lightning.evaluation.paired import each
 from ddil_lightning.evaluation.suite import Probes, Suite
 from ddil_lightning.imitation.gaps import Seen, see
 from ddil_lightning.imitation.mixing import Actor, Actors, Bernoulli, Mixing, Switch, mix_all
+from ddil_lightning.runs.trends import trends
 
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 """The teacher's probabilities in the sweep."""
@@ -58,14 +62,14 @@ class Contest:
         size = sampling.batch(self.student.latent_shape)
         return torch.cat([self.teacher.encode_images(part).cpu() for part in pictures(size)])
 
-    def mixed(self, prompts: Sequence[str], mixings: Sequence[Mixing], seed: int, seen: Sequence[Seen] = ()) -> Tensor:
-        """Final latents [K, N, C, h, w] of K mixtures of the two, on the CPU. `seen`: by part, where the teacher has walked already."""
+    def mixed(
+        self, prompts: Sequence[str], mixings: Sequence[Mixing], seed: int, seen: Sequence[Seen] = ()
+    ) -> Generator[Tensor, None, None]:
+        """Final latents [K, B, C, h, w] of K mixtures of the two, on the CPU, by parts. `seen`: by part, where the teacher has walked."""
         parts, shape = list(self.parts(len(prompts))), self.student.latent_shape
-        made = []
         for i, part in enumerate(counted(parts, len(parts), "sweeps")):
             walk = seen[i].teacher if seen else None
-            made.append(mix_all(self.actors(prompts[part]), mixings, self.grid, shape, seed + part.start, walk).cpu())
-        return torch.cat(made, 1)
+            yield mix_all(self.actors(prompts[part]), mixings, self.grid, shape, seed + part.start, walk).cpu()
 
     def costs(self, prompt: str) -> Tensor:
         """[2, N] network evaluations of a sample in every interval, of the teacher and of the student: counted on one."""
@@ -101,10 +105,24 @@ def _cpu(latents: dict[int, Tensor]) -> dict[int, Tensor]:
     return {t: x.cpu() for t, x in latents.items()}
 
 
-def swept(contest: Contest, suite: Suite, parts: Sequence[str], seen: Sequence[Seen] = ()) -> dict[str, list[dict[str, Any]]]:
+class Window:
+    """Latents of K mixtures that come by `parts` [K, B, ...], of which no more is held than is being asked for."""
+
+    def __init__(self, parts: Iterator[Tensor]) -> None:
+        self.parts, self.start, self.held = parts, 0, next(parts)
+
+    def __call__(self, k: int, start: int, n: int) -> Tensor:
+        """[n, ...] of the mixture `k` from number `start` on. What lies before is forgotten: the others are asked for no less."""
+        self.held, self.start = self.held[:, start - self.start :], start
+        while self.held.shape[1] < n:
+            self.held = torch.cat([self.held, next(self.parts)], 1)
+        return self.held[k, :n]
+
+
+def swept(contest: Contest, suite: Suite, parts: Sequence[str], seen: Sequence[Seen] = ()) -> dict[str, Any]:
     """The rows of the sweeps among `parts`: `mixing` over the teacher's probability, `switch` over the inner nodes, in both orders.
 
-    `seen`: what `probed` has found of these prompts.
+    `trends` are what is said of them, by sweep. `seen`: what `probed` has found of these prompts.
     """
     suite = replace(suite, probes=Probes())  # one image a prompt, as the paper's tables have it
     asked: list[tuple[str, dict[str, Any], Mixing]] = []
@@ -115,17 +133,21 @@ def swept(contest: Contest, suite: Suite, parts: Sequence[str], seen: Sequence[S
         asked += [("switch", {"first": who, "at": t}, Switch(who, t)) for who in ("teacher", "student") for t in inner]  # type: ignore[arg-type]
     rows: dict[str, list[dict[str, Any]]] = {"mixing": [], "switch": []}
     if not asked:  # a student of one step has no node to switch at
-        return rows
-    latents = contest.mixed(suite.prompts, [mixing for *_, mixing in asked], suite.seed, seen)
+        return rows | {"trends": trends([], [])}
+    values: list[dict[str, Tensor]] = []
+    with closing(contest.mixed(suite.prompts, [mixing for *_, mixing in asked], suite.seed, seen)) as latents:
+        window = Window(latents)
+
+        def sample(k: int, prompts: list[str], seed: int) -> Tensor:
+            made = window(k, seed - suite.seed, len(prompts))  # the suite's seed of a batch is that of its first prompt
+            return sampling.decoded(contest.teacher, made.to(contest.teacher.device))
+
+        samplers = [partial(sample, k) for k in range(len(asked))]
+        found = suite.score_all(samplers, look=lambda metrics: values.append(each(metrics)))
     costs = contest.costs(suite.prompts[0])
-    for (sweep, said, mixing), made in zip(asked, latents, strict=True):
-
-        def sample(prompts: list[str], seed: int, made: Tensor = made) -> Tensor:
-            start = seed - suite.seed  # the suite's seed of a batch is that of its first prompt
-            return sampling.decoded(contest.teacher, made[start : start + len(prompts)].to(contest.teacher.device))
-
-        measured = {key: value for key, value in suite.score(sample).items() if value is not None}
-        by_student = mixing.by_student(contest.grid, len(made), suite.seed).float().mean(0)
+    for (sweep, said, mixing), metrics in zip(asked, found, strict=True):
+        measured = {key: value for key, value in metrics.items() if value is not None}
+        by_student = mixing.by_student(contest.grid, len(suite.prompts), suite.seed).float().mean(0)
         nfe = round(float(((1 - by_student) * costs[0] + by_student * costs[1]).sum()), 1)
         rows[sweep].append({**said, "nfe": nfe, "metrics": measured})
-    return rows
+    return rows | {"trends": trends([*rows["mixing"], *rows["switch"]], values)}

@@ -62,10 +62,8 @@ class Cost:
 
     @property
     def seconds_per_image(self) -> float | None:
-        """Of the warm images, or of all where none was; None before the first call."""
-        if self.warm_images:
-            return self.warm_seconds / self.warm_images
-        return self.seconds / self.images if self.images else None
+        """Of the warm images; None where none was."""
+        return self.warm_seconds / self.warm_images if self.warm_images else None
 
     @property
     def nfe(self) -> int | None:
@@ -83,6 +81,7 @@ class Timed:
     def __init__(self, sample: Sampler, evaluations: Callable[[], int] = lambda: 0, chunk: int | None = None) -> None:
         self.sample, self.evaluations, self.chunk, self.cost = sample, evaluations, chunk, Cost()
         self._sizes: set[int] = set()
+        self._first: tuple[list[str], int] | None = None
 
     def __call__(self, prompts: list[str], seed: int) -> Tensor:
         """The sampler's images, whose number and time are added; a GPU is waited for."""
@@ -90,16 +89,27 @@ class Timed:
         made = [self._call(prompts[i : i + size], seed + i) for i in range(0, len(prompts), size)]
         return made[0] if len(made) == 1 else torch.cat(made)
 
+    def repeat(self) -> None:
+        """Make the first call again, which is warm now, for its time alone: where no size came twice. Nothing without a call."""
+        if self._first is not None:
+            images, seconds = self._timed(*self._first)
+            self.cost += Cost(warm_images=len(images), warm_seconds=seconds)
+
     def _call(self, prompts: list[str], seed: int) -> Tensor:
-        start, before = time.perf_counter(), self.evaluations()
-        images = self.sample(prompts, seed)
-        if images.is_cuda:
-            torch.cuda.synchronize(images.device)
-        seconds, n = time.perf_counter() - start, len(images)
+        self._first, before = self._first or (prompts, seed), self.evaluations()
+        images, seconds = self._timed(prompts, seed)
+        n = len(images)
         warm = n in self._sizes
         self._sizes.add(n)
         self.cost += Cost(n, seconds, n if warm else 0, seconds if warm else 0.0, self.evaluations() - before)
         return images
+
+    def _timed(self, prompts: list[str], seed: int) -> tuple[Tensor, float]:
+        start = time.perf_counter()
+        images = self.sample(prompts, seed)
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+        return images, time.perf_counter() - start
 
     @property
     def images(self) -> int:
@@ -108,7 +118,7 @@ class Timed:
 
     @property
     def seconds_per_image(self) -> float | None:
-        """Seconds that an image takes once the sampler is warm; None before the first call."""
+        """Seconds that an image takes once the sampler is warm; None before the second call of a size."""
         return self.cost.seconds_per_image
 
 

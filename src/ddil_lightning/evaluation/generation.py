@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ddil_lightning.counting import counted
 from ddil_lightning.errors import one_line
 from ddil_lightning.evaluation.drawing import Cost, Pass, Sampler, Timed
 from ddil_lightning.evaluation.kept import Keep, Kept
@@ -37,7 +38,7 @@ class Generation:
 
     `batch`: images that the sampler makes at a time, by default fewer the larger its latents are; the suite looks at its own number of
     them at a time, unless that is less. `keep`: the folder of images. `processes`: which share the images. `told`: with a bar on a
-    terminal and a line a row elsewhere. `look`: see `Suite.score`.
+    terminal, elsewhere with a line for every tenth of what takes long and one a row. `look`: see `Suite.score`.
     """
 
     batch: int | None = None
@@ -57,9 +58,12 @@ class Generation:
             kept = Kept(self.keep, source.name, suite, source.about(), timed, self.processes) if self.keep else None
             with self._telling(suite.passes(), source.name, kept or timed) as sample:
                 metrics = suite.score(sample, self.processes, self.look)
+            now, before = self._spent(timed), kept.before if kept else Cost()
+            if not (before + now).warm_images:
+                timed.repeat()
+                now = self._spent(timed)
         except ValueError as error:
             raise ValueError(f"{source.name}: {one_line(error)}") from error
-        now = sum(self.processes.gathered(timed.cost), Cost())
         cost = kept.close(now) if kept else now
         if self.told and self.processes.first:
             self._tell(suite.passes(), source.name, now)
@@ -76,10 +80,14 @@ class Generation:
                 found = suite.taught(sample, about, digest, self.processes)
         except ValueError as error:
             raise ValueError(f"{source.name}: {one_line(error)}") from error
-        now = sum(self.processes.gathered(timed.cost), Cost())
+        now = self._spent(timed)
         if self.told and self.processes.first:
             self._tell(parts, source.name, now)
         return found
+
+    def _spent(self, timed: Timed) -> Cost:
+        """Of all processes, in each of them."""
+        return sum(self.processes.gathered(timed.cost), Cost())
 
     def said(self, suite: Suite, source: Source, network: nn.Module, size: Sequence[int] | None) -> dict[str, Any]:
         """For a row: the precision of its network, how many images at a time, by how many processes, and the images' `size`, height and
@@ -93,23 +101,20 @@ class Generation:
 
     @contextmanager
     def _telling(self, parts: Sequence[Pass], name: str, sample: Sampler) -> Iterator[Sampler]:
-        """Yields the sampler with a bar of its images on a terminal, which goes away afterwards."""
-        from rich.console import Console
-        from rich.progress import Progress
-
-        rank, console = self.processes.rank, Console()
-        if not (self.told and self.processes.first and console.is_terminal):
+        """Yields the sampler, whose calls are `counted` in the first process: those of its own share."""
+        if not (self.told and self.processes.first):
             yield sample
             return
-        with Progress(*Progress.get_default_columns(), console=console, transient=True) as bar:
-            calls = [call for part in parts for call in part.calls(rank, self.processes.world)]
-            task = bar.add_task(name, total=sum(map(len, calls)))
+        calls = [call for part in parts for call in part.calls(self.processes.rank, self.processes.world)]
+        told = counted(calls, len(calls), f"{name}, in batches")
+        next(told)  # its clock goes from here
 
-            def shown(prompts: list[str], seed: int) -> Tensor:
-                images = sample(prompts, seed)
-                bar.advance(task, len(images))
-                return images
+        def shown(prompts: list[str], seed: int) -> Tensor:
+            images = sample(prompts, seed)
+            next(told, None)
+            return images
 
+        with closing(told):
             yield shown
 
     def _tell(self, parts: Sequence[Pass], name: str, now: Cost) -> None:

@@ -25,6 +25,7 @@ from ddil_lightning.backbones.sampling import to_uint8
 from ddil_lightning.data.pictures import read_picture
 from ddil_lightning.evaluation.batches import as_saved
 from ddil_lightning.evaluation.drawing import Cost, Pass, Timed, runs
+from ddil_lightning.evaluation.known import machine
 from ddil_lightning.evaluation.layouts import grid, laid_out, ungrid
 from ddil_lightning.files import PART, read_table, replacing, sweep, write_text
 from ddil_lightning.processes import Processes
@@ -103,9 +104,9 @@ class Kept:
         return cost
 
     def _open(self) -> dict[str, Any]:
-        """Begin the folder, or look whose it is: the cost of what it holds."""
+        """Begin the folder, or look whose it is: the cost of what it holds, without the seconds of another machine."""
         found = read_table(self.folder / STAMP)
-        cost = found.pop("cost", {})
+        cost, here = found.pop("cost", {}), found.pop("machine", None) == machine()
         if not found and self.folder.is_dir() and any(self.folder.iterdir()):
             raise ValueError(f"{self.folder} is not empty and holds no {STAMP}: give another folder for the images")
         if found:
@@ -116,11 +117,11 @@ class Kept:
                 sweep(leftover, inside=False)
         else:
             write_text(self.folder / STAMP, json.dumps(self.stamp, indent=2) + "\n")
-        return cost
+        return cost if here else {key: cost[key] for key in ("images", "evaluations") if key in cost}
 
     def _note(self, cost: Cost) -> None:
         if self.processes.first:
-            write_text(self.folder / STAMP, json.dumps({**self.stamp, "cost": asdict(cost)}, indent=2) + "\n")
+            write_text(self.folder / STAMP, json.dumps({**self.stamp, "cost": asdict(cost), "machine": machine()}, indent=2) + "\n")
 
 
 def checked(images: Tensor, part: Pass, first: int, n: int) -> Tensor:

@@ -7,11 +7,23 @@ from typing import Any
 
 from torch import Tensor
 
-from ddil_lightning.evaluation.intervals import interval
+from ddil_lightning.evaluation.intervals import group_means, interval
+from ddil_lightning.evaluation.metrics.base import Metric
 
 Row = Mapping[str, Any]
 Values = Mapping[str, Tensor]
 """A row's values of each image by the key of the number that they are of, NaN for an image of which nothing was asked."""
+
+
+def each(metrics: Sequence[Metric]) -> dict[str, Tensor]:
+    """The values [N] of each image that metrics over all prompts have, by their keys; of each group where images are of one prompt.
+
+    Images of one prompt are no pairs that are independent. For the `look` of `Suite.score`.
+    """
+    found: dict[str, Tensor] = {}
+    for metric in (m for m in metrics if m.over == "prompts"):
+        found |= group_means(metric.groups, **metric.each())
+    return found
 
 
 def difference(mine: Tensor, theirs: Tensor) -> dict[str, Any] | None:

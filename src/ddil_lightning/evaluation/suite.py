@@ -191,7 +191,6 @@ class Suite:
                 raise ValueError(f"{metric.named()}: needs at least {metric.least_real} real images, and {self.name} has {real}: give more")
         return found
 
-    @torch.no_grad()
     def score(
         self, sample: Sampler, processes: Processes | None = None, look: Callable[[Sequence[Metric]], None] | None = None
     ) -> dict[str, Any]:
@@ -199,26 +198,33 @@ class Suite:
 
         Two samplers get the same calls, so their noise is paired if it depends on the seed only. Several `processes` each draw their share,
         the first computes, and all answer what it has found; `look`, there, is given the metrics that have measured anything.
-        Raises ValueError where the sampler returns another number of images or
-        values that are not finite, for a metric that reads what it has not declared or
-        gives what it has not, and as `measured` does.
+        Raises ValueError where the sampler returns another number of images or values that are not finite, for a metric that reads what it
+        has not declared or gives what it has not, and as `measured` does.
         """
+        return self.score_all([sample], processes, look)[0]
+
+    @torch.no_grad()
+    def score_all(
+        self, samplers: Sequence[Sampler], processes: Processes | None = None, look: Callable[[Sequence[Metric]], None] | None = None
+    ) -> list[dict[str, Any]]:
+        """What `score` has of each, and `look` sees of each in turn; all are asked for the same images before any is for the next."""
         together = processes or Processes()
-        made = self._metrics()
+        made = [self._metrics() for _ in samplers]
 
         def draw() -> None:
             for part in self.passes():
-                readers = [metric for metric in made if metric.over == part.name]
-                for batch in self.batches(sample, part, together):
-                    for metric in readers:
-                        metric.update(batch.read_by(type(metric).__name__, (*metric.needs, *metric.wants)))
+                for call in part.calls(together.rank, together.world):
+                    for sample, metrics in zip(samplers, made, strict=True):
+                        batch = self._batch(sample, part, call)
+                        for metric in (metric for metric in metrics if metric.over == part.name):
+                            metric.update(batch.read_by(type(metric).__name__, (*metric.needs, *metric.wants)))
 
         together.alike(draw)
-        for metric in made if together.world > 1 else ():
+        for metric in (metric for metrics in made for metric in metrics) if together.world > 1 else ():
             metric.collect(together)
-        if look is not None and together.first:
-            look([metric for metric in made if metric.update_called])
-        return together.by_first(lambda: computed(made))
+        for metrics in made if look is not None and together.first else ():
+            look([metric for metric in metrics if metric.update_called])  # type: ignore[misc]
+        return together.by_first(lambda: [computed(metrics) for metrics in made])
 
     def awaiting(self, about: str, digest: str) -> Suite:
         """The suite before its teacher's images are drawn: what it can measure, refuses and is stamped with is that of the one `taught`.
@@ -276,12 +282,15 @@ class Suite:
         """Batches of checked images, a process's share; the seed of a batch is that of the pass plus the number of its first image."""
         together = processes or Processes()
         for call in part.calls(together.rank, together.world):
-            prompts = list(part.asked[call.start : call.stop])
-            images = sample(prompts, part.seed + call.start)
-            if len(images) != len(prompts):
-                raise ValueError(f"sampler: {len(images)} images for {len(prompts)} prompts")
-            saved = as_saved(images, partial(part.named, call.start))
-            yield Batch(saved, torch.tensor(call), part.asked, self.given, part.seeds)
+            yield self._batch(sample, part, call)
+
+    def _batch(self, sample: Sampler, part: Pass, call: range) -> Batch:
+        prompts = list(part.asked[call.start : call.stop])
+        images = sample(prompts, part.seed + call.start)
+        if len(images) != len(prompts):
+            raise ValueError(f"sampler: {len(images)} images for {len(prompts)} prompts")
+        saved = as_saved(images, partial(part.named, call.start))
+        return Batch(saved, torch.tensor(call), part.asked, self.given, part.seeds)
 
 
 def make_row(

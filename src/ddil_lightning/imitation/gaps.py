@@ -101,8 +101,8 @@ def nodes(seen: Sequence[Seen], grid: Grid) -> list[dict[str, object]]:
     """A row for every node: `shift` from the teacher's latents and from forward ones, mean `loss` by latents, its `ratio`, `recovery`.
 
     `ratio`: the loss on the student's own latents over that on the teacher's, and on forward ones. `recovery`: the root of the mean square
-    of `gaps.recovery` after a step of the student (`injected`) and of the teacher (`plain`). Without data, nothing says `forward`. Raises
-    ValueError for fewer than 4 samples.
+    of `gaps.recovery` after a step of the student (`injected`) and of the teacher (`plain`). `asked`: of so many samples are losses and
+    recovery. Without data, nothing says `forward`. Raises ValueError for fewer than 4 samples.
     """
 
     def joined(name: str) -> dict[int, Tensor]:
@@ -113,11 +113,13 @@ def nodes(seen: Sequence[Seen], grid: Grid) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for t in grid.nodes.tolist():
         told = [part.values[t] for part in seen if part.values]
-        mean = {key: float(torch.cat([values[key].cpu() for values in told]).mean()) for key in told[0]}
+        every = {key: torch.cat([values[key].cpu() for values in told]) for key in told[0]}
+        mean = {key: float(x.mean()) for key, x in every.items()}
         losses = {name: mean[name] for name in ("on", *others)}
         ratio = {name: losses["on"] / losses[name] if losses[name] > 0 else None for name in others}
         back = {key: mean[key] ** 0.5 for key in ("injected", "plain") if key in mean}
-        rows.append({"t": t, "shift": {name: found[t] for name, found in shifts.items()}, "loss": losses, "ratio": ratio, "recovery": back})
+        shift = {name: found[t] for name, found in shifts.items()}
+        rows.append({"t": t, "shift": shift, "loss": losses, "ratio": ratio, "recovery": back, "asked": len(every["on"])})
     return rows
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +24,9 @@ PAPER = {
 
 NOTE = (
     "paper: appendix E of arXiv 2410.11971, Stable Diffusion 1.5 with a 4-step DDIL student on 5 000 captions of COCO 2017, FID and CLIP "
-    "score by its networks; compare trends with it, not values. Which of its switch tables is which was inferred from CLIP. Trends are "
-    "said without an interval: another --seed tells how far one can be trusted."
+    "score by its networks; compare trends with it, not values. Which of its switch tables is which was inferred from CLIP. A trend is "
+    "judged by the two ends of its sweep, image by image, with the 95 % interval of resampled pairs: it cannot be told where that holds "
+    "0. The Fréchet distance has no value of an image, and so no interval: another --seed tells how far its trends can be trusted."
 )
 MEASURES = {"frechet": "Fréchet", "mmd": "MMD", "auc": "probe AUC", "energy_distance": "energy distance", "energy": "energy"}
 MEANING = {
@@ -61,8 +62,9 @@ def parts(found: Mapping[str, Any]) -> list[Part]:
         made.append(Part(f"The student's latents against {who}", Table(head, lines), (FIRST,) if name == "teacher" else ()))
     if rows:
         made.append(_losses(rows))
-    made += [_mixing(found["mixing"])] if found["mixing"] else []
-    made += [_switch(found["switch"], who) for who in ("teacher", "student") if found["switch"]]
+    said = {sweep: [trend["text"] for trend in told] for sweep, told in found["trends"].items()}
+    made += [_mixing(found["mixing"], said["mixing"])] if found["mixing"] else []
+    made += [_switch(found["switch"], who, said[who]) for who in ("teacher", "student") if found["switch"]]
     return made
 
 
@@ -76,21 +78,20 @@ def _losses(rows: Sequence[Row]) -> Part:
         back = row["recovery"]
         values = [*(row["loss"][name] for name in names), *(row["ratio"][name] for name in others), back.get("injected"), back.get("plain")]
         lines.append([cell(row["t"]), *(cell(v, 4) for v in values)])
-    return Part("What a step costs, and what is made good", Table(head, lines))
+    return Part("What a step costs, and what is made good", Table(head, lines), (f"Of the first {rows[0]['asked']} samples.",))
 
 
-def _mixing(rows: Sequence[Row]) -> Part:
+def _mixing(rows: Sequence[Row], said: Sequence[str]) -> Part:
     paper = [PAPER["mixing"].get(row["p_teacher"]) for row in rows]  # type: ignore[attr-defined]
     names = [f"{row['p_teacher']:g}" for row in rows]
-    return Part("Every interval the teacher's with probability p", _swept("p", names, rows, paper), trends(rows, "mixing"))
+    return Part("Every interval the teacher's with probability p", _swept("p", names, rows, paper), said)
 
 
-def _switch(rows: Sequence[Row], who: str) -> Part:
+def _switch(rows: Sequence[Row], who: str, said: Sequence[str]) -> Part:
     mine = [row for row in rows if row["first"] == who]
     paper = list(PAPER[who]) if len(mine) == 3 else [None] * len(mine)
     other = "student" if who == "teacher" else "teacher"
     title = f"{who.capitalize()} first, from the time t on the {other}"
-    said = [*trends(mine, who), *(_order(rows) if who == "student" else ())]
     return Part(title, _swept("t", [cell(row["at"]) for row in mine], mine, paper), said)
 
 
@@ -101,48 +102,6 @@ def _swept(head: str, names: Sequence[str], rows: Sequence[Row], paper: Sequence
         fid, clip = ("–", "–") if theirs is None else (f"{theirs[0]:.2f}", f"{theirs[1]:.3f}")
         lines.append([name, cell(row["nfe"]), *(shown(row, key) for key, _ in keys), fid, clip])
     return Table([head, "NFE", *(label for _, label in keys), "paper's FID", "paper's CLIP"], lines)
-
-
-# Trends ----------------------------------------------------------------------------------------------------------------------------
-
-
-def trends(rows: Sequence[Row], sweep: str) -> list[str]:
-    """What the paper's table shows as the teacher gets more, and whether it shows here, in words. Nothing is asserted of it.
-
-    `sweep`: mixing, or who acts first. A trend is there where the last value lies beyond the first and most steps go its way.
-    """
-    # Whoever acts first has more where the switch is later, at a smaller t.
-    more = sorted(rows, key=lambda row: float(row["p_teacher"] if sweep == "mixing" else -row["at"] if sweep == "teacher" else row["at"]))
-    said = [_trend(more, "clip", "the CLIP score rises in the paper")]
-    if sweep != "student":  # where the student is first, the paper's FID goes down and up
-        said.append(_trend(more, "frechet", "the Fréchet distance rises in the paper"))
-    said.append(_trend(more, "all_right", "the share that is all right, which the paper has not, would rise as its CLIP score does"))
-    return [text for text in said if text]
-
-
-def _order(rows: Sequence[Row]) -> list[str]:
-    """Who had better be first, in the paper and here."""
-    at = {(row["first"], row["at"]): values_of(row).get("frechet") for row in rows}
-    pairs = [(value, at.get(("teacher", t))) for (who, t), value in at.items() if who == "student"]
-    if not pairs or any(a is None or b is None for a, b in pairs):
-        return []
-    lower = sum(a < b for a, b in pairs)  # type: ignore[operator]
-    return [
-        "with the student first the Fréchet distance is lower in the paper, at every node, than with the teacher first; here at "
-        f"{lower} of {len(pairs)} nodes: {'it shows' if lower == len(pairs) else 'it does not show'}"
-    ]
-
-
-def _trend(rows: Sequence[Row], key: str, claim: str) -> str:
-    values = [values_of(row)[key] for row in rows if values_of(row).get(key) is not None]
-    if len(values) < 2 or len(values) < len(rows):
-        return ""
-    ups = sum(b > a for a, b in pairwise(values))
-    shows = values[-1] > values[0] and 2 * ups > len(values) - 1
-    return (
-        f"with more teacher {claim}; here it goes from {cell(values[0], 4)} to {cell(values[-1], 4)}, "
-        f"{ups} of {len(values) - 1} steps up: {'it shows' if shows else 'it does not show'}"
-    )
 
 
 # Terminal and page -----------------------------------------------------------------------------------------------------------------
@@ -166,7 +125,11 @@ def write_probe(path: Path, found: Mapping[str, Any]) -> Path:
     for part in parts(found):
         notes = "".join(f'<p class="note">{escape(note)}</p>' for note in part.notes)
         body.append(f"<h2>{escape(part.title)}</h2>{part.table.html()}{notes}")
-    body.append(f'<h2>Charts</h2><div class="charts">{"".join(_charts(found))}</div>')
+    charts, more = _node_charts(found["nodes"])
+    for column in (c for c in columns() if c.key in ("frechet", "clip", "all_right")):
+        charts += _sweep_charts(found, column.key, column.heading)
+    body.append(f'<h2>Charts</h2><div class="charts">{"".join(charts)}</div>')
+    body.append(f'<details><summary>More of the nodes</summary><div class="charts">{"".join(more)}</div></details>' if more else "")
     body.append(f'<p class="note">{escape(NOTE)}</p>' if found["mixing"] or found["switch"] else "")
     meanings = MEANING | {c.heading: c.meaning for c in columns() if c.shown}
     terms = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in meanings.items())
@@ -175,24 +138,27 @@ def write_probe(path: Path, found: Mapping[str, Any]) -> Path:
     return write_page(path, name, body)
 
 
-def _charts(found: Mapping[str, Any]) -> list[str]:
-    """Shift and losses over the nodes, and the sweeps' headline metrics."""
-    made, rows = [], sorted(found["nodes"], key=lambda row: row["t"])
+def _node_charts(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """Over the nodes: what is seen first, and what a fold holds besides."""
+    rows = sorted(rows, key=lambda row: float(row["t"]))
     times = [row["t"] for row in rows]
-    if rows:
-        for key in ("energy_distance", "auc"):
-            series = [Series(f"against {name}", times, [row["shift"][name][key] for row in rows]) for name in rows[0]["shift"]]
-            made.append(line_chart(_coloured(series), title=MEASURES[key], x_label="time t", x_ticks=times))
-        names = [name for name in rows[0]["loss"]]
-        series = [Series({"on": "student"}.get(name, name), times, [row["loss"][name] for row in rows]) for name in names]
-        made.append(line_chart(series, title="Loss on whose latents", x_label="time t", x_ticks=times, log_y=True))
-    for column in (c for c in columns() if c.key in ("frechet", "clip", "all_right")):
-        made += _sweep_charts(found, column.key, column.heading)
-    return made
 
+    def drawn(title: str, lines: Mapping[str, Sequence[float | None]], **how: Any) -> list[str]:
+        series = [Series(name, times, [math.nan if y is None else y for y in ys]) for name, ys in lines.items()]
+        seen = any(math.isfinite(y) for line in series for y in line.y)
+        return [line_chart(series, title=title, x_label="time t", x_ticks=times, **how)] if seen else []
 
-def _coloured(series: Sequence[Series]) -> list[Series]:
-    return [Series(s.name.removeprefix("against "), s.x, s.y) for s in series]
+    def under(key: str) -> dict[str, list[Any]]:
+        return {name: [row[key][name] for row in rows] for name in (rows[0][key] if rows else ())}
+
+    shift = under("shift")
+    shifts = {key: drawn(said, {name: [y[key] for y in ys] for name, ys in shift.items()}) for key, said in MEASURES.items()}
+    back = {f"step/{who}": [row["recovery"].get(key) for row in rows] for key, who in (("injected", "student"), ("plain", "teacher"))}
+    first = [*shifts.pop("energy_distance"), *shifts.pop("auc")]
+    first += drawn("Loss on whose latents", {"student" if name == "on" else name: ys for name, ys in under("loss").items()}, log_y=True)
+    more = [chart for made in shifts.values() for chart in made]
+    more += drawn("Loss on its own latents over that on others", under("ratio"), log_y=True, reference=("no more", 1.0))
+    return first, more + drawn("Recovery after one step of whom", back)
 
 
 def _sweep_charts(found: Mapping[str, Any], key: str, title: str) -> list[str]:

@@ -1,0 +1,102 @@
+"""What ddil-probe tells: which trends show, by closed forms, and a page of whatever names and protocols hold."""
+
+from __future__ import annotations
+
+import re
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddil_lightning.runs.probed import write_probe
+from ddil_lightning.runs.trends import trends
+from hostile import EVIL, found, probe_page
+
+N = 256
+
+
+def sweep(key: str, ends: tuple[float, float], noise: float = 0.0, **said: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Three mixtures whose images' values rise evenly from one end to the other, and differ by `noise` besides."""
+    rng, rows, values = torch.Generator().manual_seed(0), [], []
+    base = torch.randn(N, generator=rng)
+    for i, p in enumerate((0.0, 0.5, 1.0)):
+        own = base + noise * torch.randn(N, generator=rng)
+        own += ends[0] + (ends[1] - ends[0]) * i / 2 - own.mean()
+        rows.append({"p_teacher": p, "metrics": {key: float(own.mean())}})
+        values.append({key: own})
+    return rows, values
+
+
+@pytest.mark.parametrize(
+    ("ends", "noise", "verdict"),
+    [
+        ((0.3, 0.31), 0.01, "it shows"),
+        ((0.3, 0.29), 0.01, "it does not show"),
+        ((0.3, 0.3001), 0.01, "it cannot be told"),  # as 0.0001 of 256 prompts did, though every step goes up
+        ((0.3, 0.29), 1.0, "it cannot be told"),
+    ],
+)
+def test_a_trend_of_images_is_judged_by_the_paired_interval_of_the_ends(ends: Any, noise: float, verdict: str) -> None:
+    rows, values = sweep("clip", ends, noise)
+    (trend,) = trends(rows[::-1], values[::-1])["mixing"]  # in any order
+    assert trend["verdict"] == verdict and trend["text"].endswith(f"over {N} pairs of images: {verdict}")
+    assert f"from {ends[0]:.4f} to {ends[1]:.4f}, by {ends[1] - ends[0]:+.4f} [" in trend["text"]
+    low, high = trend["difference"]["interval"]
+    apart = values[-1]["clip"] - values[0]["clip"]
+    assert trend["difference"]["mean"] == pytest.approx(ends[1] - ends[0], abs=1e-6)
+    assert high - low == pytest.approx(2 * 1.96 * float(apart.std()) / N**0.5, rel=0.1)  # of the pairs, not of the images' own spread
+
+
+def test_images_that_are_all_alike_tell_nothing() -> None:
+    (trend,) = trends(*sweep("all_right", (0.5, 0.5)))["mixing"]
+    assert trend["verdict"] == "it cannot be told" and "by +0.0000 without an interval over" in trend["text"]
+
+
+def test_a_distance_is_judged_by_its_steps_and_has_no_interval() -> None:
+    rows = [{"p_teacher": p, "metrics": {"frechet": 5 - p}} for p in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)]
+    (trend,) = trends(rows, [{}] * 6)["mixing"]
+    assert trend["text"].endswith("from 5.0000 to 4.0000, 0 of 5 steps up: it does not show, without an interval")
+    assert trend["difference"] is None and trend["verdict"] == "it does not show"
+
+
+def test_more_teacher_is_a_later_switch_where_it_is_first() -> None:
+    rows = [{"first": who, "at": t, "metrics": {"clip": t / 1000, "frechet": t}} for who in ("student", "teacher") for t in (749, 500, 250)]
+    values = [{"clip": torch.arange(20) / 100 + row["metrics"]["clip"] + torch.arange(20) % 2 / 1000} for row in rows]
+    for i, v in enumerate(values):
+        v["clip"][i] += 0.001  # else the pairs are all alike
+    made = trends(rows, values)
+    assert "from 0.2500 to 0.7490" in made["student"][0]["text"] and made["student"][0]["verdict"] == "it shows"
+    assert "from 0.7490 to 0.2500" in made["teacher"][0]["text"] and made["teacher"][0]["verdict"] == "it does not show"
+    assert [trend["key"] for trend in made["student"]] == ["clip", "frechet"]  # the second of who had better be first
+    assert made["student"][1]["text"].endswith("here at 0 of 3 nodes: it does not show, without an interval")
+    assert made["mixing"] == []
+
+
+def test_texts_are_escaped(tmp_path: Path) -> None:
+    page = probe_page(tmp_path).read_text()
+    assert "<script" not in page and "<img" not in page and EVIL not in page and escape(EVIL) in page
+    assert all(trend["text"] in page for told in found()["trends"].values() for trend in told)
+
+
+def test_every_measure_has_a_chart_and_most_lie_in_a_fold(tmp_path: Path) -> None:
+    page = probe_page(tmp_path).read_text()
+    seen, fold = page.split("<summary>More of the nodes</summary>")
+    fold = fold.split("</details>")[0]
+    assert re.findall(r"<b>(.*?)</b>(?=<span|</fig)", fold) == [
+        "Fréchet",
+        "MMD",
+        "energy",
+        "Loss on its own latents over that on others",
+        "Recovery after one step of whom",
+    ]
+    assert seen.count("<svg") == 3 + 4 and "energy distance over time t" in seen  # and both sweeps of two metrics
+    assert fold.count("student: 0.2 at 999 time t") == 1 and "at 499" not in fold.split("Recovery")[1]  # none is left at the last node
+    made = found()
+    for row in made["nodes"]:  # a student of one step
+        row["recovery"] = {}
+    made["nodes"] = made["nodes"][:1]
+    assert write_probe(tmp_path / "one.html", made).read_text().count("<svg") == 7 + 4
+    bare = write_probe(tmp_path / "none.html", made | {"nodes": []}).read_text()
+    assert bare.count("<svg") == 4 and "More of the nodes" not in bare
