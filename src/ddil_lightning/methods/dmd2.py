@@ -70,6 +70,11 @@ class DMD2(TwoScores):
             raise ValueError(
                 f"scores.divergence = {self.divergence} weighs samples by what a discriminator says of them: set model.gan.critic_weight"
             )
+        if self.divergence != "reverse_kl" and gan.kind != "softplus":
+            raise ValueError(
+                f"scores.divergence = {self.divergence} takes the discriminator's logit for that of a density ratio, which it is of the "
+                f"logistic loss alone: set model.gan.kind to softplus, not {gan.kind}"
+            )
         self.oppose(critic, gan)
 
     def training_step(self, b: LatentBatch, i: int) -> None:
