@@ -192,7 +192,7 @@ def test_an_end_is_held_in_the_box_when_it_is_joined_and_not_where_it_is_stored(
 
 @pytest.mark.parametrize("reflects", [False, True])
 def test_the_datamodule_makes_them_for_a_method_that_asks(tmp_path: Path, reflects: bool) -> None:
-    """Without images; the pairs' own steps reach the teacher, every row keeps its pair over the epochs, and ends lie in its teacher's box."""
+    """Without images; the pairs' own steps reach the teacher, every row keeps its pair over the epochs, and ends lie in its box."""
     toy = Toy()
     box = toy.policies.teacher.denoiser.reflection = Reflection([0.4] * 2, [0.6] * 2, "static") if reflects else None  # type: ignore[union-attr]
     toy.wants = Wants(pairs=Pairs(str(tmp_path / "p"), 3))
