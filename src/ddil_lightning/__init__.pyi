@@ -22,7 +22,7 @@ from ddil_lightning.methods.dmd2 import Matching as Matching
 from ddil_lightning.methods.emd import Chain as Chain
 from ddil_lightning.training.adversary import Critic as Critic
 from ddil_lightning.training.gan import Gan as Gan
-from ddil_lightning.training.scores import Reflects as Reflects, Scores as Scores
+from ddil_lightning.training.scores import Normalised as Normalised, Reflects as Reflects, Scores as Scores
 from ddil_lightning.training.vision import BuiltinVision as BuiltinVision, Dino as Dino
 from ddil_lightning.training.options import Memory as Memory
 from ddil_lightning.training.method import Distillation as Distillation

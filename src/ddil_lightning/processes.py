@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
+
+
+def averaged(x: Tensor) -> Tensor:
+    """The mean over all processes of a statistic `x` of their own batches, without its gradient; of one process alone `x`.
+
+    Of batches of one size it is the mean over all of them, so that a step is the same on one process and on several. All ask together.
+    """
+    from torch import distributed
+
+    x = x.detach()
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return x
+    total = x.clone()
+    distributed.all_reduce(total)
+    return total / distributed.get_world_size()
 
 
 class Elsewhere(SystemExit):

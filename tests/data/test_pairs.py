@@ -15,6 +15,7 @@ from ddil_lightning.data import pairs as stored_pairs
 from ddil_lightning.data.captions import Captions
 from ddil_lightning.data.pairs import NAME, Maker, Stored
 from ddil_lightning.diffusion.analytic import Gaussian
+from ddil_lightning.diffusion.reflection import Reflection
 from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.feed import Pairs, Wants
 from ddil_lightning.imitation.prior import SamplingPrior
@@ -179,9 +180,21 @@ def test_forward_latents_are_mixed_from_the_ends_of_a_pair() -> None:
         forward(batch._replace(pair=None), toy, Streams(0, 0), Wants(pairs=Pairs()))  # type: ignore[arg-type]
 
 
-def test_the_datamodule_makes_them_for_a_method_that_asks(tmp_path: Path) -> None:
-    """Without images; the pairs' own steps reach the teacher, and every row keeps its pair over the epochs."""
+@pytest.mark.parametrize("mode", ["static", "dynamic", "off"])
+def test_an_end_is_held_in_the_box_when_it_is_joined_and_not_where_it_is_stored(mode: Any) -> None:
+    stored, rows = make(Pairs(steps=STEPS)), torch.tensor([4, 1, 9])
+    free = stored.of(rows, rows * 0)
+    stored.reflection = Reflection([0.2], [0.8], mode)
+    held = stored.joined(taken(rows)).pair
+    assert held is not None and torch.equal(held.end, stored.reflection(free.end)) and torch.equal(held.noise, free.noise)
+    assert torch.equal(held.end, free.end) is (mode == "off") and torch.equal(stored.of(rows, rows * 0).end, free.end)
+
+
+@pytest.mark.parametrize("reflects", [False, True])
+def test_the_datamodule_makes_them_for_a_method_that_asks(tmp_path: Path, reflects: bool) -> None:
+    """Without images; the pairs' own steps reach the teacher, every row keeps its pair over the epochs, and ends lie in its box."""
     toy = Toy()
+    box = toy.policies.teacher.denoiser.reflection = Reflection([0.4] * 2, [0.6] * 2, "static") if reflects else None  # type: ignore[union-attr]
     toy.wants = Wants(pairs=Pairs(str(tmp_path / "p"), 3))
     teacher = toy.policies.teacher.denoiser  # type: ignore[union-attr]
     toy.backbone = SimpleNamespace(**vars(toy.backbone), fingerprint=lambda: "t", encoders=lambda: "e", schedule=SCHEDULE)
@@ -191,8 +204,9 @@ def test_the_datamodule_makes_them_for_a_method_that_asks(tmp_path: Path) -> Non
     made.setup("fit")
     seen: dict[tuple[float, ...], set[float]] = {}
     for b in first(5, made):
-        assert isinstance(b, LatentBatch) and b.noise is not None and b.real is None
+        assert isinstance(b, LatentBatch) and b.noise is not None and b.end is not None and b.real is None
+        assert bool(((b.end >= 0.4) & (b.end <= 0.6)).all()) is reflects
         for text, noise in zip(b.c.text, b.noise, strict=True):
             seen.setdefault(tuple(text.flatten().tolist()), set()).add(float(noise.sum()))
     assert len(seen) == 8 and all(len(sums) == 1 for sums in seen.values())
-    assert made.reference(2).pair is not None
+    assert made.reference(2).pair is not None and made._stored is not None and made._stored.reflection is box

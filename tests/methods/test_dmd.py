@@ -145,3 +145,10 @@ def test_a_file_of_other_weights_is_no_trunk(tmp_path: Path) -> None:
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "vgg.pth")
     with pytest.raises(ValueError, match="holds no weights of torchvision's VGG-16|the package is missing"):
         Regression(of="lpips", trunk=str(tmp_path / "vgg.pth")).between(None)
+
+
+def test_a_student_of_one_step_is_asked_for_no_more(tiny: Path) -> None:
+    deployment = build(ENTRY, tiny).deployment
+    assert deployment.steps == (1,) and deployment.grid(1).times.tolist() == [999, -1]
+    with pytest.raises(ValueError, match=r"^the student is made for one step: further ones begin at latents"):
+        deployment.grid(4)

@@ -396,6 +396,13 @@ def test_a_gan_on_several_layers_trains(whose: str, tiny: Path) -> None:
         ({"gan": {"weight": 1e300}}, "gan.weight is 1e+300: give a number from 0 to 1000"),
         ({"gan": {"critic_weight": -1.0}}, "gan.critic_weight is -1.0: give a number from 0 to 1000"),
         ({"critic": {"steps": 0}}, "critic.steps is 0: give a number from 1 to 1e+06"),
+        ({"critic": {"lr": float("inf")}}, "critic.lr is inf: give a number from 0 to 10"),
+        ({"critic": {"lr": -1.0}}, "critic.lr is -1.0: give a number from 0 to 10"),
+        (
+            {"gan": {"kind": "hinge"}, "scores": {"divergence": "kl"}},
+            "scores.divergence = kl takes the discriminator's logit for that of a density ratio, which it is of the logistic loss alone: "
+            "set model.gan.kind to softplus, not hinge",
+        ),
         ({"teacher_steps": 4 * 10**12}, "teacher_steps is 4000000000000: give a number from 1 to 1000"),
         ({"rollouts": (4, 10**12)}, "rollouts is (4, 1000000000000): give numbers from 1 to 1000"),
         ({"scores": {"tau": (0.02, 1e300)}}, "scores.tau is (0.02, 1e+300): give numbers from 0 to 1"),

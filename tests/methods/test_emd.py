@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_lcm import Batches
 from torch import Tensor
 
 from affine import SD, Exact, noise
@@ -196,13 +197,35 @@ def test_the_scores_are_reflected_before_their_difference(tiny: Path) -> None:
 
 @pytest.mark.slow
 def test_what_a_step_costs_is_what_its_chain_asks_for(tiny: Path) -> None:
-    """K evaluations of student, guided teacher (2) and critic, one of the student for the M-step, one of the critic for its own; with a z
-    that keeps still the student is asked once."""
-    for gamma_z, students in ((1e-3, 4 + 1), (0.0, 1)):
-        method = build(ENTRY, tiny, updates=1, chain={"steps": 4, "gamma_z": gamma_z}, log_every=100)
-        run = fit(method, captions(tiny, SamplingPrior(1, 0, 0)))
-        n = run.data.batch_size
-        assert method.evaluations == {"student": students * n, "critic": (4 + 1) * n, "teacher": 2 * 4 * n}
+    """K evaluations of guided teacher (2) and critic, one of the critic for its own; one of the student and, of the rows whose z moves, one
+    for each further step and one for the M-step."""
+    for gamma_z, students in ((1e-3, 4), (0.0, 0)):
+        method, seen = build(ENTRY, tiny, updates=3, chain={"steps": 4, "gamma_z": gamma_z}, log_every=100), Batches()
+        run = fit(method, captions(tiny, SamplingPrior(1, 0, 0)), seen)
+        n, first = 3 * run.data.batch_size, sum(int((b.node == 0).sum()) for b in seen.seen)
+        assert len(seen.seen) == 3 and 0 < first < n
+        assert method.evaluations == {"student": n + students * first, "critic": (4 + 1) * n, "teacher": 2 * 4 * n}
+
+
+@pytest.mark.parametrize("cancel", ["linear", "stein"])
+@pytest.mark.parametrize("nodes", [[0, 1, 0, 3], [0, 0, 0, 0], [1, 2, 1, 3]], ids=["some", "all", "none"])
+def test_where_z_keeps_still_the_student_is_asked_once_and_nothing_else_changes(
+    cancel: str, nodes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chain, loss and gradient are those of a student that is asked for all rows at every step, as a sharded one is."""
+    b = noise(4)._replace(node=torch.tensor(nodes))
+    found = []
+    for every in (False, True):
+        method = exact(0.2, 0.8, steps=3, gamma_z=0.05, cancel=cancel)
+        monkeypatch.setattr(type(method.shards), "split", property(lambda self, every=every: every))
+        end = method.posterior(b)
+        loss = method.maximisation(end, b)
+        grads = torch.autograd.grad(loss.mean(), (method.student.network.a, method.student.network.b))
+        found.append(([end.z, end.e, end.e_hat, end.x, loss, *grads], method.evaluations["student"]))
+    (mine, calls), (theirs, all_calls) = found
+    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    later = 3 if cancel == "linear" else 4
+    assert calls == 4 + later * nodes.count(0) and all_calls == 4 + later * 4
 
 
 @pytest.mark.slow

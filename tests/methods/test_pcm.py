@@ -20,6 +20,7 @@ from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.methods import LCM, PCM
 from ddil_lightning.records import END, Context, LatentBatch
 from ddil_lightning.runs import export
+from ddil_lightning.training.gan import Gan
 from suite import FORWARD, MIXED, Entry, Gradients, build, train
 
 SD = NoiseSchedule.scaled_linear()
@@ -169,7 +170,18 @@ def test_its_real_is_the_targets_jump_noised_inside_the_phase(tiny: Path) -> Non
     loss = adversary.following(y.detach(), b, target, span)
     want = (b.weight * ((1 + logits("critic")).relu() + (1 - logits("real")).relu()).mean(1)).mean()
     torch.testing.assert_close(loss, want)
-    torch.testing.assert_close(adversary.realism(y, b, span), -logits("realism").mean(1))
+    torch.testing.assert_close(adversary.realism(y, b, span), (1 - logits("realism")).relu().mean(1))
+
+
+def test_a_student_beyond_the_margin_is_left_alone() -> None:
+    """The authors' hinge on the student's side, max(0, 1 - D), mean over the logits; of the logistic loss softplus(-D)."""
+    logits = torch.tensor([[3.0, 1.5], [0.5, -2.0]], requires_grad=True)
+    adversary = exact(PointMass(0.0, SD)).adversary
+    for kind, want in (("softplus", [0.1250, 1.3005]), ("hinge", [0.0, 1.75])):
+        adversary.gan = Gan(0.1, 1.0, "teacher", kind=kind)  # type: ignore[arg-type]
+        torch.testing.assert_close(adversary.fooling(logits), torch.tensor(want), atol=1e-4, rtol=0)
+    (slope,) = torch.autograd.grad(adversary.fooling(logits).sum(), logits)
+    assert slope.tolist() == [[0, 0], [-0.5, -0.5]]
 
 
 def test_latents_noised_since_their_edge_have_the_forward_law() -> None:

@@ -16,7 +16,7 @@ from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.schedule import NoiseSchedule
-from ddil_lightning.diffusion.transitions import ddim
+from ddil_lightning.diffusion.transitions import NoiseCorrected, ddim
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.methods import Reflow
 from ddil_lightning.methods.reflow import straight
@@ -90,15 +90,36 @@ def loss(method: Reflow, b: LatentBatch) -> Tensor:
 
 
 def test_of_a_linear_coupling_the_straight_line_error_is_0_and_every_step_count_ends_in_y() -> None:
+    """From noise, as the student is deployed and rolled out, and from a point of a line."""
     method = made()
     b = paired(method)
+    assert b.noise is not None and b.end is not None
     assert float(loss(method, b).max()) < 1e-24
-    policy = Policy(Denoiser(method.student.network, SD, "x0"), ddim)
-    one = policy.sample(b.noise, Grid.named("trailing", 1), b.c)  # type: ignore[arg-type]
-    torch.testing.assert_close(one, b.end)
-    # From a point of a line, and not from noise that stands for one, any steps along it are exact.
-    x = SD.add_noise(b.end, b.noise, torch.full((64,), 749))  # type: ignore[arg-type]
+    for n in (4, 2, 1):
+        policy, grid = method.deployment.sampler(n)
+        torch.testing.assert_close(policy.sample(b.noise, grid, b.c), b.end)
+    assert method.policies.student.transition == NoiseCorrected(999)
+    x = SD.add_noise(b.end, b.noise, torch.full((64,), 749))
     torch.testing.assert_close(policy.sample(x, Grid([749, 400, 33, -1]), b.c), b.end)
+
+
+def test_ddims_own_first_step_leaves_the_line_and_the_card_of_several_steps_says_so(tiny: Path) -> None:
+    """The exported pipeline's: of y = z it ends short of y by the share of y that DDIM takes noise to hold."""
+    method = made()
+    b = paired(method)
+    assert b.noise is not None
+    plain = method.deployment.exported
+    assert plain.policy.transition == ddim and "noise correction" in method.deployment.remark
+    short = plain.policy.sample(b.noise, plain.grid(4), b.c)
+    assert float((short - b.end).abs().max()) > 0.05  # type: ignore[operator]
+    one = Reflow(pipeline=Known(Gaussian(0.5, 0.7, SD), Matrix()), guidance=1.0, nodes=1).deployment
+    assert one.remark == "" and one.policy.transition == ddim
+
+
+def test_where_the_process_ends_in_noise_alone_ddim_is_on_the_line() -> None:
+    flow = NoiseSchedule.flow()
+    method = Reflow(pipeline=Known(PointMass(0.3, flow), PointMass(0.3, flow), flow), guidance=1.0, nodes=16)
+    assert method.policies.student.transition == method.deployment.policy.transition == ddim and method.deployment.remark == ""
 
 
 def test_of_a_point_mass_the_velocity_is_mu_minus_z() -> None:

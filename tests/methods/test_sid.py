@@ -10,6 +10,7 @@ import torch
 from affine import SD, Exact, noise
 from ddil_lightning.methods import SiD
 from ddil_lightning.records import LatentBatch
+from ddil_lightning.training.scores import Normalised
 from options import options
 from suite import Entry, backbone, build
 
@@ -75,6 +76,23 @@ def test_the_gradient_passes_through_both_networks_and_stays_out_of_them(tiny: P
         scale = (x - real).abs().mean((1, 2, 3), keepdim=True)
         held = -(real - fake) / scale / x[0].numel()
     assert float((without - held).abs().max()) > 1e-2 * float(held.abs().max())
+
+
+def test_over_the_batch_the_normaliser_is_one_mean_for_each_position() -> None:
+    """So that a sample's own two coordinates, or the members of a run, have no say in each other."""
+    losses = {}
+    for name in ("sample", "batch", "none"):
+        method = SiD(pipeline=Exact(MU, S, 0.2, 0.8), **options(SiD, {"guidance": 1.0, "scores": {"normaliser": name}}))
+        b = noise(64)
+        with torch.no_grad():
+            x = method.samples(b.x_t, b.t, b.c)
+            y, t, _ = method.adversary.diffuse(x, "matching", *method.tau)
+            distance = (x - method.estimates(y, t, b)[0]).abs()[:, 0]
+            losses[name] = method.identity(x, b)
+    torch.testing.assert_close(losses["batch"], losses["none"] / distance.mean())
+    torch.testing.assert_close(losses["sample"], losses["none"] / torch.maximum(distance, 1e-3 * x.abs()[:, 0]))
+    with pytest.raises(ValueError, match=r"^scores\.normaliser is 'rows': give sample, batch, none"):
+        Normalised(normaliser="rows")  # type: ignore[arg-type]
 
 
 def test_no_such_alpha(tiny: Path) -> None:

@@ -21,7 +21,25 @@ from ddil_lightning.diffusion.reflection import Reflection
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.imitation.options import Buffer, Rollouts
 from ddil_lightning.imitation.shift import energy_distance
-from ddil_lightning.methods import BOOT, DMD, DMD2, LCM, PD, Reflow, SnapFusion
+from ddil_lightning.methods import (
+    ADD,
+    BOOT,
+    CTM,
+    DMD,
+    DMD2,
+    EMD,
+    LADD,
+    LCM,
+    PCM,
+    PD,
+    TCD,
+    ImagineFlash,
+    MomentMatching,
+    Reflow,
+    SiD,
+    SnapFusion,
+    UFOGen,
+)
 from ddil_lightning.toy import Toy
 from ddil_lightning.toy.networks import Ensemble, Exact, Head
 from ddil_lightning.toy.problems import PROBLEMS, Problem
@@ -40,6 +58,16 @@ ENTRIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "boot": (BOOT, {"steps": 4}),
     "snapfusion": (SnapFusion, {"steps": 4, "guided": 0.5, "guidance": [1.0, 4.0]}),
     "reflow": (Reflow, {"nodes": 8, "relabel": 2, "teacher_steps": 4, "pairs": {"steps": 4}}),
+    "emd": (EMD, {"chain": {"steps": 2, "gamma_z": 0.05}, "critic": {"steps": 2}}),
+    "sid": (SiD, {"scores": {"normaliser": "batch"}, "critic": {"steps": 2}}),
+    "moments": (MomentMatching, {}),
+    "add": (ADD, {"gan": {"r1": 1e-2}}),
+    "ladd": (LADD, {"gan": {"features": "initial", "r1": 1e-2}}),
+    "ufogen": (UFOGen, {"label_steps": 1}),
+    "imagine-flash": (ImagineFlash, {}),
+    "tcd": (TCD, {"w_conditioned": False, "solver_steps": 10, "rollouts": (2, 5)}),
+    "pcm": (PCM, {"w_conditioned": False, "phases": 2, "solver_steps": 10}),
+    "ctm": (CTM, {"w_conditioned": False, "solver_steps": 4, "denoising": 0.0}),
 }
 
 
@@ -198,7 +226,7 @@ def test_bad_arguments_are_refused(toy: Toy) -> None:
 # Methods -------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ("lcm", "pd", "dmd2") else pytest.mark.slow) for n in ENTRIES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ("lcm", "pd", "dmd2", "sid") else pytest.mark.slow) for n in ENTRIES])
 def test_members_of_a_run_do_not_talk(toy: Toy, name: str) -> None:
     """Other data for member 0, the same for member 1: after updates on forward latents and roll-outs, member 1 has not noticed."""
     points = toy.captions.points

@@ -2,6 +2,7 @@
 
 DMD regresses on them (Yin et al. 2024, Section 4.2), reflow straightens them (Liu et al. 2023). A pair belongs to a row of the data set and
 to its first caption. Its noise and guidance follow from the seed, the row and its number alone, whatever the batch and the processes.
+Ends are stored as the solver makes them, and held in the box of the run that reads them, as the ends of its teacher's roll-outs are.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from ddil_lightning.data.captions import Captions
 from ddil_lightning.data.encoded import Encoded
 from ddil_lightning.data.raw import digest
 from ddil_lightning.data.shards import about_shard, read_shard, write_shard
-from ddil_lightning.diffusion.denoiser import to_w
+from ddil_lightning.diffusion.denoiser import Denoiser, to_w
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
+from ddil_lightning.diffusion.reflection import Reflection
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.feed import Pairs
 from ddil_lightning.files import read_table, sweep, write_text
@@ -50,6 +52,9 @@ OTHER = {
 class Stored:
     """Pairs by the row that they belong to. `parts`: their columns `rows`, `number`, `noise`, `end` and `w`; `rows`: of the data set."""
 
+    reflection: Reflection | None = None
+    """Of the ends, when they are joined with a batch."""
+
     def __init__(self, parts: Sequence[Mapping[str, Tensor]], rows: int, each: int) -> None:
         self._parts, self.each = list(parts), each
         self._where = torch.full((each, rows, 2), -1)
@@ -72,7 +77,8 @@ class Stored:
         if streams is not None and self.each > 1:
             number = torch.randint(self.each, (len(rows),), generator=streams.local("pair"))
         device = batch.c.text.device
-        return batch._replace(pair=Pair(*(x.to(device) for x in self.of(rows, number))))
+        pair = Pair(*(x.to(device) for x in self.of(rows, number)))
+        return batch._replace(pair=pair if self.reflection is None else pair._replace(end=self.reflection(pair.end)))
 
 
 class Part(NamedTuple):
@@ -195,7 +201,11 @@ def stored(
     if pairs is None or not pairs.each:
         return None
     with trainer.precision_plugin.forward_context():
-        return Maker(pairs, learner.backbone, learner.guidance, taken, batch, Processes(trainer)).made([g.rows for g in groups], captions)
+        made = Maker(pairs, learner.backbone, learner.guidance, taken, batch, Processes(trainer)).made([g.rows for g in groups], captions)
+    # The teacher's own, in whose box the ends of its roll-outs lie.
+    acts = () if learner.policies.teacher is None else learner.policies.teacher.modules()
+    made.reflection = next((m.reflection for m in acts if isinstance(m, Denoiser)), None)
+    return made
 
 
 def told(captions: Captions) -> str:

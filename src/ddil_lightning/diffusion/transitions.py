@@ -136,3 +136,10 @@ class TCD(Transition):
 
 
 ddim, renoise = DDIM(), Renoise()
+
+
+def noise_corrected(schedule: NoiseSchedule) -> Transition:
+    """DDIM with its step from the last time of all corrected; DDIM itself where that is noise alone, of which it takes this very step."""
+    last = schedule.steps - 1
+    # At alpha = 0 eps is x_t whatever v or a velocity says.
+    return NoiseCorrected(last) if float(schedule.alphas[last]) > 0 else ddim

@@ -16,6 +16,7 @@ from ddil_lightning.diffusion.losses import Distance, mse
 from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.diffusion.transitions import ddim
+from ddil_lightning.processes import averaged
 from ddil_lightning.records import END, FORWARD, Context, LatentBatch, Prediction, sent, take
 from ddil_lightning.training.adversary import Adversary, Critic
 from ddil_lightning.training.contest import Contest
@@ -162,13 +163,16 @@ class CTM(Contest, Distillation):
         return loss.new_zeros(len(b.t)).index_add(0, known, loss)
 
     def as_large(self, soft: Tensor, term: Tensor | float, b: LatentBatch) -> Tensor:
-        """A loss [B] times the ratio of the norms of both gradients in the student's last layer (Eq. 10, after Esser et al. 2021)."""
+        """A loss [B] times the ratio of the norms of both gradients in the student's last layer (Eq. 10, after Esser et al. 2021).
+
+        The gradients are those of the batches of all processes.
+        """
         network: Any = self.student.network
         layer, norms = network.last_layer(), []
         for loss in (soft, torch.as_tensor(term)):
             mean = (b.weight * loss).mean()
             grad = torch.autograd.grad(mean, layer, retain_graph=True, allow_unused=True)[0] if mean.requires_grad else None
-            norms.append(mean.new_zeros(()) if grad is None else grad.float().norm())
+            norms.append(averaged(torch.zeros_like(layer) if grad is None else grad).float().norm())  # all ask, who has one or not
         ratio = (norms[0] / (norms[1] + 1e-4)).clamp(max=1e4).detach()
         self.measures.record(adaptive_weight=ratio)
         return ratio * term

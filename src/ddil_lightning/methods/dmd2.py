@@ -10,34 +10,31 @@ import torch
 from torch import Tensor
 
 from ddil_lightning.diffusion.losses import mse
+from ddil_lightning.processes import averaged
 from ddil_lightning.records import LatentBatch
 from ddil_lightning.training.adversary import Critic
 from ddil_lightning.training.gan import Gan
-from ddil_lightning.training.scores import Scores, TwoScores
+from ddil_lightning.training.scores import Normalised, Normaliser, TwoScores, scale
 
-Normaliser = Literal["sample", "batch", "none"]
 Divergence = Literal["reverse_kl", "kl", "js", "hellinger", "jeffreys", "softened_reverse_kl"]
 
 
 @dataclass(frozen=True)
-class Matching(Scores):
+class Matching(Normalised):
     """The two scores as DMD compares them.
 
     Args:
-        normaliser: of the gradient, per `sample` or over the `batch`, for data of so few dimensions that a mean of one is noise; `none`
-            for Diff-Instruct (Luo et al. 2023, arXiv 2305.18455), which has no GAN either.
+        normaliser: of the gradient; `none` for Diff-Instruct (Luo et al. 2023, arXiv 2305.18455), which has no GAN either.
         divergence: of the two laws. Any but the reverse KL divergence weighs samples by the density ratio that the discriminator sees
             (f-distill, Xu et al. 2025, arXiv 2502.15681): `kl` and `jeffreys` look for modes that are missing.
     """
 
-    normaliser: Normaliser = "sample"
     divergence: Divergence = "reverse_kl"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value, known in (("normaliser", self.normaliser, Normaliser), ("divergence", self.divergence, Divergence)):
-            if value not in get_args(known):
-                raise ValueError(f"scores.{name} is {value!r}: give {', '.join(get_args(known))}")
+        if self.divergence not in get_args(Divergence):
+            raise ValueError(f"scores.divergence is {self.divergence!r}: give {', '.join(get_args(Divergence))}")
 
 
 class DMD2(TwoScores):
@@ -69,6 +66,11 @@ class DMD2(TwoScores):
         if self.divergence != "reverse_kl" and not gan.is_on:
             raise ValueError(
                 f"scores.divergence = {self.divergence} weighs samples by what a discriminator says of them: set model.gan.critic_weight"
+            )
+        if self.divergence != "reverse_kl" and gan.kind != "softplus":
+            raise ValueError(
+                f"scores.divergence = {self.divergence} takes the discriminator's logit for that of a density ratio, which it is of the "
+                f"logistic loss alone: set model.gan.kind to softplus, not {gan.kind}"
             )
         self.oppose(critic, gan)
 
@@ -102,15 +104,12 @@ class DMD2(TwoScores):
 def direction(x: Tensor, real: Tensor, fake: Tensor, normaliser: Normaliser = "sample") -> Tensor:
     """g [B, ...] = (fake - real) / mean |x - real| in float32 or wider, 0 where that is not a number (DMD, Eq. 7 and 8; METHODS 4.2).
 
-    `sample`: a mean per sample. `batch`: over batch and channels, a position for itself: for data of so few dimensions that a sample's own
-    mean is noise. The mean is at least 1e-3 rms(x), because reflection can make it tiny. `none`: fake - real.
+    The mean is `scores.scale`'s; `none`: fake - real.
     """
     x, real, fake = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (x, real, fake))
     if normaliser == "none":
         return fake - real
-    dims = tuple(range(1, x.ndim)) if normaliser == "sample" else (0, 1)
-    floor = 1e-3 * x.square().mean(dims, keepdim=True).sqrt()
-    return ((fake - real) / torch.maximum((x - real).abs().mean(dims, keepdim=True), floor)).nan_to_num(0.0, 0.0, 0.0)
+    return ((fake - real) / scale(x, real, normaliser)).nan_to_num(0.0, 0.0, 0.0)
 
 
 LOGIT = 5.0  # of the density ratio: a discriminator that is sure of one sample must not make it the only one
@@ -128,8 +127,9 @@ EMPHASIS: dict[str, Callable[[Tensor], Tensor]] = {
 def emphasis(logits: Tensor, divergence: Divergence, ndim: int) -> Tensor:
     """h(r) over its mean in the batch, [B, 1, ...] of `ndim` dimensions, from a discriminator's logits [B, ...] of samples.
 
-    Logits with as many dimensions as the samples keep theirs beyond the channels; others are averaged.
+    The mean is that of all processes' batches. Logits with as many dimensions as the samples keep theirs beyond the channels; others are
+    averaged.
     """
     logits = logits if logits.ndim == ndim else logits.flatten(1).mean(1).view(-1, *(1,) * (ndim - 1))
     h = EMPHASIS[divergence](logits.float().clamp(-LOGIT, LOGIT).exp())
-    return h / h.mean(0, keepdim=True)
+    return h / averaged(h.mean(0, keepdim=True))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddil_lightning.bounds import above, within
 from ddil_lightning.diffusion.losses import mse, per_sample
-from ddil_lightning.records import LatentBatch
+from ddil_lightning.records import LatentBatch, sent, take
 from ddil_lightning.streams import normal
 from ddil_lightning.training.adversary import Critic
 from ddil_lightning.training.scores import TwoScores
@@ -27,8 +27,8 @@ class Chain:
     Args:
         steps: K; each is an evaluation of student, teacher and critic. 1 is Diff-Instruct's gradient.
         gamma_e: step size of e.
-        gamma_z: step size of z, at the first node alone, where its law is known; 0 keeps z, and the student is asked once. How far z moves
-            decides how far from the mode-seeking reverse KL divergence one is.
+        gamma_z: step size of z, at the first node alone, where its law is known; where z keeps still, as everywhere with 0, the student is
+            asked once. How far z moves decides how far from the mode-seeking reverse KL divergence one is.
         cancel: how the noise of the chain is taken out of e_K: `linear` subtracts what is left of it, as the paper does; `stein` puts
             sigma (s_q - s_p) of the last state in its place, which long chains need; `sum` subtracts it as it was injected; `raw` keeps it.
     """
@@ -54,6 +54,7 @@ class Posterior(NamedTuple):
     e_hat: Tensor  # [B, ...] e_K without the chain's own noise
     x: Tensor  # [B, ...] the student's sample at z_0, which no step has moved
     ratio: Tensor  # [B, 1, ...] sigma_t / alpha_t at the chain's time
+    moving: list[int]  # the rows for which the student is asked again, at z_K
 
 
 class EMD(TwoScores):
@@ -102,27 +103,47 @@ class EMD(TwoScores):
         z, (alpha, sigma) = b.x_t.detach(), self.critic.schedule.at(t, e)
         gamma_z = k.gamma_z * (b.node == 0).to(z.dtype).view(-1, *(1,) * (z.ndim - 1))
         own = e if k.cancel in ("linear", "sum") else torch.zeros_like(e)             # the chain's own noise in e
-        x = fresh = self.samples(z.requires_grad_(k.gamma_z > 0), b.t, b.c)
+        moving = self.moving(b)
+        x = fresh = self.samples(z.requires_grad_(bool(moving)), b.t, b.c)
         for step in range(k.steps):
-            if step and k.gamma_z:
-                x = self.samples(z.requires_grad_(), b.t, b.c)
+            if step and moving:
+                x = self.again(fresh.detach(), z.requires_grad_(), moving, b)
             drift = self.drift(alpha * x.detach() + sigma * e, t, b)                  # sigma (s_q - s_p)
             noise = (2 * k.gamma_e) ** 0.5 * normal(e, numbers)
             e = (1 - k.gamma_e) * e + k.gamma_e * drift + noise
             own = (1 - k.gamma_e) * own + noise if k.cancel == "linear" else own + noise
             if k.gamma_z:
-                (pull,) = torch.autograd.grad(x, z, alpha / sigma * drift)            # alpha J^T (s_q - s_p)
+                kept = not step and len(moving) < len(z)                              # the M-step's gradient passes through `fresh` too
+                d = alpha / sigma * drift                                             # alpha (s_q - s_p)
+                pull = torch.autograd.grad(x, z, d, retain_graph=kept)[0] if moving else torch.zeros_like(z)  # J^T d
                 z = (z + gamma_z * (pull - z) + (2 * gamma_z).sqrt() * normal(z, numbers)).detach()
         e_hat = e - own if k.cancel in ("linear", "sum") else e
         if k.cancel == "stein":
             with torch.no_grad():
-                e_hat = self.drift(alpha * (self.samples(z, b.t, b.c) if k.gamma_z else x) + sigma * e, t, b)
-        return Posterior(z.detach(), e, e_hat, fresh, sigma / alpha)
+                e_hat = self.drift(alpha * self.again(fresh, z, moving, b) + sigma * e, t, b)
+        return Posterior(z.detach(), e, e_hat, fresh, sigma / alpha, moving)
 
     def maximisation(self, end: Posterior, b: LatentBatch) -> Tensor:
         """[B] of the M-step: half the squared distance of g(z_K) from g(z_K) + (sigma / alpha) e_hat (METHODS 5.1 with w' = 1)."""
-        x = self.samples(end.z, b.t, b.c) if self.chain.gamma_z else end.x
+        x = self.again(end.x, end.z, end.moving, b)
         return 0.5 * mse(x, (x + end.ratio * end.e_hat).detach())
+
+    def moving(self, b: LatentBatch) -> list[int]:
+        """The rows for which the student is asked again, those whose z moves; under fsdp2 all, where every process must ask as often."""
+        if not self.chain.gamma_z:
+            return []
+        if self.shards.split:
+            return list(range(len(b.t)))
+        return [row for row, node in enumerate(self.feed.origin(b).node) if node == 0]
+
+    def again(self, x: Tensor, z: Tensor, moving: list[int], b: LatentBatch) -> Tensor:
+        """The student's samples [B, ...] at z: it is asked for those of the rows `moving`; all others are `x`."""
+        if len(moving) == len(z):
+            return self.samples(z, b.t, b.c)
+        if not moving:
+            return x
+        rows = sent(torch.tensor(moving), z.device)
+        return x.index_copy(0, rows, self.samples(z[rows], b.t[rows], take(b.c, rows)))
 
     def start(self, b: LatentBatch) -> tuple[Tensor, Tensor]:
         """The time t [B] of every chain and its first noise e [B, ...]."""

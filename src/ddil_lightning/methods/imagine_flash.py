@@ -14,7 +14,7 @@ from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.losses import mse
 from ddil_lightning.diffusion.policy import Policies, Policy, solve
-from ddil_lightning.diffusion.transitions import NoiseCorrected, Transition, ddim
+from ddil_lightning.diffusion.transitions import Transition, ddim, noise_corrected
 from ddil_lightning.feed import Wants
 from ddil_lightning.records import LatentBatch
 from ddil_lightning.streams import Streams
@@ -90,9 +90,7 @@ class ImagineFlash(Distillation):
                 f"teacher_steps = {teacher_steps} is no multiple of steps = {steps}: the teacher must stop at the student's nodes"
             )
         self.shift, self.solver_steps = shift, solver_steps
-        # At alpha = 0 eps is x_t whatever v or a velocity says: DDIM takes that very step, and nothing is to be said of it.
-        corrected = noise_correction and float(self.backbone.schedule.alphas[total - 1]) > 0
-        self.transition: Transition = NoiseCorrected(total - 1) if corrected else ddim
+        self.transition: Transition = noise_corrected(self.backbone.schedule) if noise_correction else ddim
         nodes = Grid.named("trailing", steps, total)
         self.grid = Grid(nodes.times.tolist(), [Grid.named("trailing", n, total) for n in rollouts], rule="trailing")
         self.cast(
@@ -129,14 +127,5 @@ class ImagineFlash(Distillation):
         n, total = len(self.grid), self.student.schedule.steps
         counts = tuple(sorted({n, *(k for k in (4, 2, 1) if n % k == 0 and k < n)}, reverse=True))
         scheduler = partial(self.backbone.scheduler, ddim, student.predicts, "trailing", n)
-        made = Deployment(
-            Policy(student, self.transition), partial(Grid.named, "trailing", total=total), counts, self.eval_guidance, scheduler
-        )
-        return made if self.transition == ddim else made.without(Policy(student, ddim), CORRECTED)
-
-
-CORRECTED = (
-    "DDIM, as its scheduler steps. It was trained and measured with noise correction, which takes the initial noise for the predicted one "
-    "in the first step (Kohler et al. 2024) and which no scheduler of diffusers has"
-)
-"""What the card of an exported student says of its sampler."""
+        grid = partial(Grid.named, "trailing", total=total)
+        return Deployment(Policy(student, self.transition), grid, counts, self.eval_guidance, scheduler).by_ddim()

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from ddil_lightning.feed import Wants
+from ddil_lightning.processes import averaged
 from ddil_lightning.records import TEACHER, LatentBatch
 from ddil_lightning.training.adversarial import Adversarial
 from ddil_lightning.training.adversary import Adversary, Critic, Real
@@ -18,10 +19,10 @@ class Ends(Adversary):
     """A discriminator whose real samples are what the teacher made: the ends of its roll-outs, and of no other latents."""
 
     def real(self, b: LatentBatch) -> Real | None:
-        """All ends, of which those of the teacher's trajectories have a weight, one on average, and the student's never any."""
+        """All ends, of which those of the teacher's trajectories have a weight, one on average of all processes, others never any."""
         assert b.end is not None
         ours = (b.source == TEACHER).to(b.weight)
-        return b.end, b.c, ours * len(ours) / ours.sum().clamp(min=1)
+        return b.end, b.c, ours / averaged(ours.mean()).clamp(min=1e-6)  # 0 where nobody has any
 
 
 class LADD(Adversarial):

@@ -23,6 +23,14 @@ from ddil_lightning.training.gan import Gan
 from ddil_lightning.training.method import Distillation
 
 
+class Jumps(Adversary):
+    """A discriminator of jumps, which the student is to fool by the margin of the hinge loss and no further, as its authors have it."""
+
+    def fooling(self, logits: Tensor) -> Tensor:
+        """[B] the student's side on the logits D [B, ...] of its jumps: max(0, 1 - D), or softplus(-D)."""
+        return self.gan.real(logits)
+
+
 class PCM(Contest, Distillation):
     """In each of M phases the jump to the phase's edge e should end where the jump ends that begins after one guided teacher step.
 
@@ -76,7 +84,7 @@ class PCM(Contest, Distillation):
         self.critic_lr = self.lr if critic.lr is None else critic.lr
         more = self.discriminator(gan)
         self.cast(student=student, target=student.copied("target"), **more, teacher=self.role("teacher", reflection=self.reflection))
-        self.adversary = Adversary(self, None, self.head, critic.steps if gan.is_on else 1, gan)
+        self.adversary = Jumps(self, None, self.head, critic.steps if gan.is_on else 1, gan)
         self.policies = Policies(Policy(self.student, ddim), Policy(self.teacher, ddim, fine=self.grid))
 
     def training_step(self, b: LatentBatch, i: int) -> None:

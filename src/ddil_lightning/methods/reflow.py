@@ -13,7 +13,7 @@ from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.schedule import NoiseSchedule
-from ddil_lightning.diffusion.transitions import ddim
+from ddil_lightning.diffusion.transitions import Transition, ddim, noise_corrected
 from ddil_lightning.feed import Pairs, Wants
 from ddil_lightning.records import END, FORWARD, TEACHER, LatentBatch, sent, take
 from ddil_lightning.training.deployment import Deployment, one_step
@@ -26,7 +26,10 @@ class Reflow(Distillation):
 
     The line is walked in the teacher's own times. At r = alpha / (alpha + sigma) its point is, up to a factor, alpha y + sigma z, so that a
     network of a variance-preserving process is told what it was trained for, begins as the teacher's flow, and needs no scheduler of its
-    own: a DDIM step is the Euler step along the line. |v - (y - z)| is (alpha + sigma) / sigma |x0 - y| there.
+    own: a DDIM step is the Euler step along the line. |v - (y - z)| is (alpha + sigma) / sigma |x0 - y| there. The first node is z itself,
+    from which the step along the line is alpha_s y + sigma_s z, DDIM's with noise correction: DDIM would read alpha y + sigma eps there,
+    and leave the line where alpha is not 0. No scheduler of diffusers corrects it, so the exported pipeline of several steps takes DDIM's
+    first step, and its card says so.
 
     Forward latents lie on the line of a stored pair, those of the teacher's own trajectories on the line of their ends. A student's own
     latent has no z: with `relabel` the teacher's flow is solved from where it is, which makes y an answer to it (METHODS 1.4, class A).
@@ -72,7 +75,9 @@ class Reflow(Distillation):
         self.wants = Wants(pure_noise=True, ends=True, pairs=pairs)
         student = self.role("student", w_conditioned=w_conditioned)
         self.cast(student=student, teacher=self.role("teacher", reflection=self.reflection))
-        self.policies = Policies(Policy(self.student, ddim), Policy(self.teacher, ddim, fine=fine))
+        # A single step ends at x0, corrected or not, and nothing is to be said of it.
+        self.transition: Transition = ddim if nodes == 1 else noise_corrected(schedule)
+        self.policies = Policies(Policy(self.student, self.transition), Policy(self.teacher, ddim, fine=fine))
 
     def training_step(self, b: LatentBatch, i: int) -> None:
         """One update: x0 at a point of the line answers y, that is, the velocity there is y - z."""
@@ -120,12 +125,12 @@ class Reflow(Distillation):
             )
 
     def deploy(self, student: Denoiser) -> Deployment:
-        """Euler steps along the line, which are DDIM's, on trailing nodes."""
+        """Euler steps along the line, on trailing nodes: DDIM's, of which the first is corrected; the pipeline's is DDIM's own."""
         total = self.student.schedule.steps
         counts = tuple(sorted({*self.steps, *(n for n in (2, 1) if n < max(self.steps))}, reverse=True))
         scheduler = partial(self.backbone.scheduler, ddim, student.predicts, "trailing", counts[0])
         grid = partial(one_step, total=total) if self.steps == (1,) else partial(Grid.named, "trailing", total=total)
-        return Deployment(Policy(student, ddim), grid, counts, self.eval_guidance, scheduler)
+        return Deployment(Policy(student, self.transition), grid, counts, self.eval_guidance, scheduler).by_ddim()
 
 
 def straight(schedule: NoiseSchedule, n: int) -> list[int]:

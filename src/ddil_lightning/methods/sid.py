@@ -11,7 +11,7 @@ from ddil_lightning.bounds import within
 from ddil_lightning.diffusion.losses import per_sample
 from ddil_lightning.records import LatentBatch
 from ddil_lightning.training.adversary import Critic
-from ddil_lightning.training.scores import TwoScores
+from ddil_lightning.training.scores import Normalised, TwoScores, scale
 
 
 class SiD(TwoScores):
@@ -22,13 +22,15 @@ class SiD(TwoScores):
 
     Args:
         critic: the critic's time scale.
+        scores: the two scores, and what the loss is divided by.
         alpha: how much of the divergence's first, biased form is subtracted; 1 and 1.2 are the paper's.
     """
 
-    def __init__(self, *, critic: Critic = Critic(1), alpha: float = 1.0, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, *, critic: Critic = Critic(1), scores: Normalised = Normalised(), alpha: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(scores=scores, **kwargs)
         within(-10, 10, alpha=alpha)
         self.alpha = alpha
+        self.normaliser = scores.normaliser if isinstance(scores, Normalised) else "sample"  # plain Scores say the same
         self.oppose(critic)
 
     def training_step(self, b: LatentBatch, i: int) -> None:
@@ -49,7 +51,4 @@ class SiD(TwoScores):
         y, t, _ = self.adversary.diffuse(x, "matching", *self.tau)
         real, fake = self.estimates(y, t, b)
         gap = real - fake
-        with torch.no_grad():
-            scale = per_sample((x - real).abs())
-            floor = 1e-3 * per_sample(x.square()).sqrt()                              # reflection can make the mean tiny
-        return per_sample(gap * (real - x - self.alpha * gap)) / torch.maximum(scale, floor)
+        return per_sample(gap * (real - x - self.alpha * gap) / scale(x, real, self.normaliser))

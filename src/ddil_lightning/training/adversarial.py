@@ -15,7 +15,7 @@ from ddil_lightning.diffusion.transitions import ddim, renoise
 from ddil_lightning.feed import Wants
 from ddil_lightning.training.adversary import Adversary, Critic
 from ddil_lightning.training.contest import Contest
-from ddil_lightning.training.deployment import Deployment
+from ddil_lightning.training.deployment import Deployment, one_step
 from ddil_lightning.training.method import Distillation
 
 
@@ -82,5 +82,5 @@ class Adversarial(Contest, Distillation):
         # Backbones of others need not know what no student of theirs asks for.
         fewer = {"times": self.times} if self.times < student.schedule.steps else {}
         scheduler = partial(self.backbone.scheduler, renoise, student.predicts, "lcm", n, **fewer)  # type: ignore[arg-type]
-        grid = partial(Grid.named, "lcm", total=self.times, solver_steps=n)
+        grid = partial(one_step, total=self.times) if n == 1 else partial(Grid.named, "lcm", total=self.times, solver_steps=n)
         return Deployment(Policy(student, renoise), grid, steps, self.eval_guidance, scheduler)

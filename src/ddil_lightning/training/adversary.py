@@ -41,6 +41,7 @@ class Critic:
 
     def __post_init__(self) -> None:
         within(1, 10**6, **{"critic.steps": self.steps})
+        within(0, 10, **{"critic.lr": self.lr})
         within(0, 1, **{"critic.pull": self.pull})
 
     def check_pull(self, student: Role, critic: Role | None) -> None:
@@ -52,7 +53,6 @@ class Critic:
         mine, theirs = ({name: p.shape for name, p in role.network.named_parameters()} for role in (student, critic))
         if student.predicts != critic.predicts or mine != theirs:
             raise ValueError("critic.pull needs a critic of the student's architecture, both whole or both adapters: set it to 0")
-        within(0, 10, **{"critic.lr": self.lr})
 
 
 class Span(NamedTuple):
@@ -109,10 +109,10 @@ class Adversary:
     # Losses --------------------------------------------------------------------------------------------------------------------------
 
     def realism(self, x: Tensor, b: LatentBatch, span: Span = CLEAN) -> Tensor | float:
-        """[B] the student's side of the GAN on its samples x [B, C, H, W]: softplus(-D) or, of the hinge loss, -D."""
+        """[B] the student's side of the GAN on its samples x [B, C, H, W]."""
         if not self.gan.weight:
             return 0.0
-        return self.gan.fooling(self._logits(self.view(x, b, b.c, "realism", span=span)))
+        return self.fooling(self._logits(self.view(x, b, b.c, "realism", span=span)))
 
     def descend(self, optimizer: Any, x: Tensor, b: LatentBatch, real: Tensor | None = None, span: Span = CLEAN) -> None:
         """Follow the student: one micro-batch of `following` on its samples x, detached."""
@@ -177,7 +177,11 @@ class Adversary:
         with kept(self.head):
             return slope(logits, features[: len(features) - self.conditions])
 
-    # What the discriminator sees, which a method may have otherwise ------------------------------------------------------------------
+    # What a method may have otherwise: what the discriminator sees, and what the student is to make of it ------------------------------
+
+    def fooling(self, logits: Tensor) -> Tensor:
+        """[B] the student's side on the logits D [B, ...] of its samples: softplus(-D) or, of the hinge loss, -D."""
+        return self.gan.fooling(logits)
 
     def real(self, b: LatentBatch) -> Real | None:
         """What counts as real: the data, if the batch has some; a network that is told its guidance is told the same of both sides."""

@@ -11,6 +11,13 @@ from torch import nn
 from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
+from ddil_lightning.diffusion.transitions import NoiseCorrected, ddim
+
+CORRECTED = (
+    "DDIM, as its scheduler steps. It was trained and measured with noise correction, which takes the initial noise for the predicted one "
+    "in the first step (Kohler et al. 2024) and which no scheduler of diffusers has"
+)
+"""What the card of a student says of its sampler where the first step is corrected."""
 
 
 def one_step(steps: int, total: int) -> Grid:
@@ -43,6 +50,11 @@ class Deployment:
     def without(self, scheduled: Policy, remark: str) -> Deployment:
         """The same, whose exported pipeline samples by another policy, `scheduled`; its card says so in the words of `remark`."""
         return replace(self, scheduled=scheduled, remark=remark)
+
+    def by_ddim(self) -> Deployment:
+        """The same, whose exported pipeline takes DDIM's own first step where this policy takes a corrected one."""
+        corrects = isinstance(self.policy.transition, NoiseCorrected)
+        return self.without(Policy(self.policy.denoiser, ddim), CORRECTED) if corrects else self
 
     @property
     def exported(self) -> Deployment:

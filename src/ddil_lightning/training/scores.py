@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from ddil_lightning.backbones.roles import Role
 from ddil_lightning.bounds import lengths, within
 from ddil_lightning.diffusion.denoiser import Denoiser, to_w
+from ddil_lightning.processes import averaged
 from ddil_lightning.records import Context, LatentBatch
 from ddil_lightning.training.adversarial import Adversarial
 from ddil_lightning.training.adversary import Adversary, Critic
 from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.gan import Gan
+
+Normaliser = Literal["sample", "batch", "none"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,39 @@ class Scores:
         if self.guidance is None:
             return c
         return c.guided(None if self.guidance == 1 and not told else to_w(self.guidance))
+
+
+@dataclass(frozen=True)
+class Normalised(Scores):
+    """The two scores where what moves a sample is taken relative to its distance from the real score's answer.
+
+    Args:
+        normaliser: of that distance, per `sample` or over the `batch`, for data of so few dimensions that a mean of one is noise; `none`
+            leaves it out.
+    """
+
+    normaliser: Normaliser = "sample"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.normaliser not in get_args(Normaliser):
+            raise ValueError(f"scores.normaliser is {self.normaliser!r}: give {', '.join(get_args(Normaliser))}")
+
+
+def scale(x: Tensor, real: Tensor, normaliser: Normaliser) -> Tensor:
+    """mean |x - real| of samples x [B, C, ...] and the real score's x0, without gradient: [B, 1, ...] or [1, 1, ...], or 1 for `none`.
+
+    `sample`: a mean per sample. `batch`: over batch and channels, of all processes, a position for itself. The mean is at least 1e-3
+    rms(x), because reflection can make it tiny (DMD, Eq. 8; METHODS 4.2).
+    """
+    x, real = x.detach(), real.detach()
+    if normaliser == "none":
+        return x.new_ones(())
+    dims = tuple(range(1, x.ndim)) if normaliser == "sample" else (0, 1)
+    distance, square = (x - real).abs().mean(dims, keepdim=True), x.square().mean(dims, keepdim=True)
+    if normaliser == "batch":
+        distance, square = averaged(distance), averaged(square)
+    return torch.maximum(distance, 1e-3 * square.sqrt())
 
 
 @dataclass(frozen=True)
