@@ -631,6 +631,14 @@ def test_first_result(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.Ca
     assert [t["limit"] for t in report["targets"]] == [1, 15, 60, 180, 8, 180, 180]
 
 
+def test_first_result_reads_the_first_update_and_the_first_sheet_of_a_trained_student(script: Any, tmp_path: Path) -> None:
+    module = script("first_result")
+    for name in ("000000.png", "000100.png", "000020.png"):
+        (tmp_path / name).touch()
+    assert module.first_trained(tmp_path).name == "000020.png"
+    assert module.UPDATE.match("1/720 updates, loss 0.08") and not module.UPDATE.match("3 updates, 12 s; report x")
+
+
 def test_first_result_leaves_commands_out(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     module, called = script("first_result"), []
 
