@@ -16,6 +16,7 @@ from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.losses import Distance
 from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.transitions import ddim, renoise
+from ddil_lightning.feed import Wants
 from ddil_lightning.records import LatentBatch
 from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.identity import identity_but
@@ -40,6 +41,7 @@ class LCM(Distillation):
     """
 
     target: Role
+    wants = Wants(real=False)
 
     def __init__(
         self,
