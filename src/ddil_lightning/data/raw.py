@@ -30,7 +30,7 @@ class RawBatch(NamedTuple):
 
     def first(self, n: int) -> RawBatch:
         """The first `n` rows, one caption each."""
-        parts = {name: getattr(self, name) for name in ("pixels", "prompts", "rows", "sizes", "latent")}
+        parts: dict[str, Any] = {name: getattr(self, name) for name in ("pixels", "prompts", "rows", "sizes", "latent")}
         return self._replace(**{name: part if part is None else part[:n] for name, part in parts.items()})
 
 
