@@ -7,6 +7,8 @@ student's share of the roll-outs and g = 2 for a guided teacher: the last state 
 trajectory stops at a random node: c = (N - 1) / 2 (p_S + g (1 - p_S)). A teacher that walks nodes between those of the roll-out (LCM's on
 a grid of 50) costs as many times more; on the built-in config's 4 nodes there are none. Where the teacher's answers to states are kept,
 what is not asked again is taken off: q (c / u - g k) / C, k = 1 - (1 - exp(-u)) / u being the share of draws of states drawn before.
+A target is not asked where the teacher's step ends at s = 0: C is 6 - e, e the share of a forward latent's nodes with such an end, and as
+many of the roll-outs' states as have one are taken off, e_r: q (c / u - g k + e - e_r) / C.
 
 What a trained sample of the config asks for, by role, is counted in a run of its own that nothing is changed in, from its middle on: there
 the buffer is full, and as many states go as come.
@@ -33,7 +35,7 @@ from ddil_lightning.data.encoded import encode
 from ddil_lightning.imitation.buffer import ReplayBuffer
 from ddil_lightning.imitation.prior import SamplingPrior
 
-PLAIN_COST = 6  # forwards of one sample in a plain LCM step; a backward counts as two
+PLAIN_COST = 6  # forwards of one sample in a plain LCM step whose target is asked everywhere; a backward counts as two
 GUIDED = 2
 SLOWER, ASKED = 0.15, 5.45  # targets: overhead in seconds, forwards of a trained sample
 COLUMNS = (
@@ -137,7 +139,8 @@ def by_role(args: argparse.Namespace, words: Sequence[str], updates: int) -> dic
     samples = (method.student_updates - later.updates) * data.batch_size
     asked = {role: (n - later.before[role]) / samples for role, n in method.evaluations.items()} | {"backward": 2.0}
     own = Setting("", data.prior, data.collect_every, data.buffer)
-    formula = PLAIN_COST * (1 + predicted(own, data.batch_size, data.trajectories, nodes(method))[1])
+    spared = ends(method)
+    formula = (PLAIN_COST - spared[0]) * (1 + predicted(own, data.batch_size, data.trajectories, nodes(method), spared)[1])
     return {"name": args.config.removesuffix(".yaml"), **asked, "sum": sum(asked.values()), "formula": formula}
 
 
@@ -147,21 +150,29 @@ def nodes(method: Distillation) -> float:
     return sum(map(len, walks)) / len(walks)
 
 
+def ends(method: Distillation) -> tuple[float, float]:
+    """The shares of forward latents and of roll-outs' states whose step ends at s = 0, where the target is not asked."""
+    states = [t for walk in method.grid.rollouts for t in walk.nodes.tolist()]
+    last = int(method.grid.nodes[-1])
+    return 1 / len(method.grid), states.count(last) / len(states)
+
+
 def weighted(method: Distillation, data: DDILDataModule) -> float:
     """Forwards of one sample so far; the student's backward in every update counts as two more."""
     return sum(method.evaluations.values()) + 2 * method.student_updates * data.batch_size
 
 
-def predicted(s: Setting, batch: int, trajectories: int, nodes: float) -> tuple[float, float]:
-    """(uses of a stored state, overhead by the formula)."""
+def predicted(s: Setting, batch: int, trajectories: int, nodes: float, ends: tuple[float, float] = (0.0, 0.0)) -> tuple[float, float]:
+    """(uses of a stored state, overhead by the formula). `ends`: as the function of this name says."""
     q, per_transition = s.prior.rollouts, s.prior.p_student + GUIDED * (1 - s.prior.p_student)
+    plain, asked = PLAIN_COST - ends[0], ends[0] - ends[1]
     if q == 0:
         return 0.0, 0.0
     if s.buffer is None:
-        return 1.0, q * (nodes - 1) / 2 * per_transition / PLAIN_COST
+        return 1.0, q * ((nodes - 1) / 2 * per_transition + asked) / plain
     uses = q * batch * s.every / (nodes * trajectories)
     spared = 0.0 if s.buffer.answers.storage == "none" else GUIDED * known(uses)
-    return uses, q * ((nodes - 1) / nodes * per_transition / uses - spared) / PLAIN_COST
+    return uses, q * ((nodes - 1) / nodes * per_transition / uses - spared + asked) / plain
 
 
 def known(uses: float) -> float:
@@ -180,7 +191,7 @@ def measure(args: argparse.Namespace) -> tables.Report:
     trainer, method, data = assemble(args.config, *words, f"model.init_args.updates={blocks.updates}", callbacks=[blocks])
     data.captions = encode(common.few_captions(method, 64 if args.quick else 512), method.backbone)
     trainer.fit(method, datamodule=data)
-    made = report(cases, data, nodes(method), blocks.block)
+    made = report(cases, data, nodes(method), ends(method), blocks.block)
     updates = min(args.count, 8) if args.quick else args.count
     if updates:
         own = by_role(args, words, updates)
@@ -190,12 +201,12 @@ def measure(args: argparse.Namespace) -> tables.Report:
     return made
 
 
-def report(cases: list[Setting], data: DDILDataModule, length: float, block: int) -> tables.Report:
+def report(cases: list[Setting], data: DDILDataModule, length: float, spared: tuple[float, float], block: int) -> tables.Report:
     """Ratios to the plain block of the same round, median over the rounds; counts are means."""
     plain = cases[0]
     rows: list[dict[str, Any]] = []
     for s in cases:
-        uses, formula = predicted(s, data.batch_size, data.trajectories, length)
+        uses, formula = predicted(s, data.batch_size, data.trajectories, length, spared)
         ratios = [a / b for a, b in zip(s.seconds, plain.seconds, strict=True)]
         rows.append(
             {

@@ -83,6 +83,44 @@ def test_heavy_libraries_are_imported_inside_functions(path: Path) -> None:
     assert not found & HEAVY
 
 
+def loaded(*modules: str) -> tuple[set[str], set[str]]:
+    """What comes with `modules`, or with names of theirs, when they are imported: modules of ours, and packages of others."""
+    ours: set[str] = set()
+    others: set[str] = set()
+    todo = [*modules]
+    while todo:
+        module = todo.pop()
+        todo += [module.rpartition(".")[0]] if "." in module else []  # a package before what is in it
+        place = ROOT.joinpath(*module.split("."))
+        path = next((p for p in (place.with_suffix(".py"), place / "__init__.py") if p.is_file()), None)
+        if path is None or module in ours:  # None: a name in a module
+            continue
+        ours.add(module)
+        for name in imported(path, at_import_time(ast.parse(path.read_text()))):
+            first, _, rest = name.partition(".")
+            if first == "ddil_lightning":
+                todo.append(rest)
+            else:
+                others.add(first)
+    return ours, others
+
+
+def test_what_is_needed_later_or_never_is_not_loaded_before_the_first_update() -> None:
+    """Metrics and the table's suite, a page, a memory plan on fake tensors. A class that a config may name is loaded with the command."""
+    ours, _ = loaded("commands.fit", "commands.fitting")
+    assert {"commands.fit_cli", "callbacks.shift_probe", "methods.lcm", "data.datamodule"} <= ours
+    late = {"evaluation.suite", "evaluation.rows", "runs.report", "commands.plan", "training.ledger", "training.footprint", "toy.scores"}
+    assert not {name for name in ours if name in late or name.startswith("evaluation.metrics.")}
+
+
+def test_a_picture_needs_nothing_that_trains_or_measures() -> None:
+    path = ROOT / "commands" / "sample.py"
+    ours, others = loaded("commands.sample", *own(path))
+    assert {"backbones.pipeline", "backbones.sampling"} <= ours and "torch" in others
+    assert {package(name) for name in ours} <= {"ground", "commands", "backbones", "diffusion", "miniature"}
+    assert not others & (HEAVY | {"lightning", "torchmetrics", "jsonargparse", "torchvision"})
+
+
 def test_the_reader_of_imports_sees_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     path = tmp_path / "methods" / "x.py"

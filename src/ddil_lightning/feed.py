@@ -55,12 +55,15 @@ class Wants:
             every node: for a method without data (BOOT).
         pairs: forward latents are mixed from the two ends of a stored pair made as these say, noise and what the teacher's deterministic
             sampler makes of it, in the place of data and independent noise; `LatentBatch.noise` and `end` are these ends.
+        real: the data's own latents come with every batch, `LatentBatch.real` and `real_c` (a GAN, a denoising loss). Of data that are
+            encoded on the fly a method that reads none of them spares the images of rows which roll-outs take the place of.
     """
 
     pure_noise: bool = False
     ends: bool = False
     noise: bool = False
     pairs: Pairs | None = None
+    real: bool = True
 
     def images(self, nodes: int) -> bool:
         """Whether forward latents on a grid of so many nodes need images."""

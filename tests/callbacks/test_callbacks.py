@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from PIL import Image
 
 from ddil_lightning.callbacks import AnnealPrior, Cadence, Checkpoints, FlushBuffer, Previews, Progress, ShiftProbe, annealing
 from ddil_lightning.callbacks.checkpoints import AGREE, finite
+from ddil_lightning.commands.fit_cli import FitCLI
 from ddil_lightning.data.encoded import Encoded
 from ddil_lightning.feed import Feed
 from ddil_lightning.imitation.prior import Constant, Gated, GatedBy, Linear, Piecewise, SamplingPrior
@@ -461,8 +463,27 @@ def test_previews_are_off_at_0_and_go_to_loggers_that_take_pictures(tiny: Path, 
 def test_progress_without_a_terminal_is_a_few_lines(tiny: Path, capsys: Any) -> None:
     fit(build(LCM, tiny, updates=7, log_every=50), captions(tiny), Progress(lines=3), enable_progress_bar=True)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" updates, loss ")[0] for line in lines] == ["3/7", "5/7", "7/7"]
+    assert [line.split(" updates, loss ")[0] for line in lines] == ["1/7", "3/7", "5/7", "7/7"]
     assert all(0 < float(line.split("loss ")[1].split(",")[0]) < 10 for line in lines)
+
+
+def test_the_first_update_is_told_before_the_teacher_s_pictures_are_drawn(
+    tiny: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the first sheet of a trained student lies is printed; that of the untrained one has its rows of before the first update."""
+    row: Any = Previews._row
+
+    def told(self: Any, backbone: Any, deployment: Any, steps: int, prompts: list[str]) -> Any:
+        print(f"{'teacher' if deployment.steps == (32,) else 'student'}@{steps}")
+        return row(self, backbone, deployment, steps, prompts)
+
+    monkeypatch.setattr(Previews, "_row", told)
+    shown = Previews(every=100, first=2, prompts=["a"], teacher_steps=[2], student_steps=[1])
+    fit(build(LCM, tiny, updates=3), captions(tiny), Progress(lines=1), shown, default_root_dir=tmp_path, enable_progress_bar=True)
+    found = [re.sub(r",.*|: .*", "", line) for line in capsys.readouterr().out.splitlines()]
+    drawn = ["student@1", "1/3 updates", "teacher@2", "student@1", "pictures of the student after 2 updates", "3/3 updates", "student@1"]
+    assert found == drawn and names(tmp_path / "samples") == ["000000.png", "000002.png", "000003.png"]
+    assert FitCLI.acting.index("progress") < FitCLI.acting.index("previews")
 
 
 def test_progress_on_a_terminal_is_a_bar(tiny: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

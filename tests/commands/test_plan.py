@@ -14,7 +14,7 @@ from PIL import Image
 
 from ddil_lightning.backbones.outline import Outline
 from ddil_lightning.backbones.pipeline import Pipeline
-from ddil_lightning.commands import fitting, main
+from ddil_lightning.commands import fitting, main, plan
 from ddil_lightning.commands.configs import FIT_SHORT, expand
 from ddil_lightning.commands.fit import fit
 from ddil_lightning.commands.plan import PlanCLI, held, setting_of
@@ -143,14 +143,14 @@ def test_a_run_tells_its_peak(finished: Path) -> None:
 
 def test_a_longer_run_tells_its_plan_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     cli: Any = SimpleNamespace(meter=SimpleNamespace(peak=3 * 2**30), model=None, datamodule=None, trainer=None)
-    monkeypatch.setattr(fitting, "expected", lambda *parts: 2**31)
-    assert fitting.peak(cli, 59) == {"peak_memory_gib": 3.0}
-    assert fitting.peak(cli, 61) == {"peak_memory_gib": 3.0, "planned_memory_gib": 2.0}
-    assert fitting.told_of_memory(fitting.peak(cli, 61)) == "peak memory of the training 3.00 GiB, planned 2.00\n"
-    monkeypatch.setattr(fitting, "expected", lambda *parts: 1 / 0)
-    assert fitting.peak(cli, 61) == {"peak_memory_gib": 3.0}
+    monkeypatch.setattr(plan, "expected", lambda *parts: 2**31)
+    assert fitting.peak(cli, 599) == {"peak_memory_gib": 3.0}
+    assert fitting.peak(cli, 601) == {"peak_memory_gib": 3.0, "planned_memory_gib": 2.0}
+    assert fitting.told_of_memory(fitting.peak(cli, 601)) == "peak memory of the training 3.00 GiB, planned 2.00\n"
+    monkeypatch.setattr(plan, "expected", lambda *parts: 1 / 0)
+    assert fitting.peak(cli, 601) == {"peak_memory_gib": 3.0}
     cli.meter.peak = None
-    assert fitting.peak(cli, 61) == {} and fitting.told_of_memory({}) == ""
+    assert fitting.peak(cli, 601) == {} and fitting.told_of_memory({}) == ""
 
 
 def test_the_meter_measures_what_is_held_and_mapped(tmp_path: Path) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from itertools import islice
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from torch import nn
+from torch import Tensor, nn
 
+from ddil_lightning.data.captions import Captions
 from ddil_lightning.data.datamodule import evaluating
 from ddil_lightning.data.sampler import CounterSampler
+from ddil_lightning.feed import Wants
 from ddil_lightning.imitation.options import Rollouts
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.imitation.rollout import forward
-from ddil_lightning.records import FORWARD, STUDENT, TEACHER, Origin
+from ddil_lightning.records import FORWARD, STUDENT, TEACHER, Context, LatentBatch, Origin
 from ddil_lightning.streams import Streams
 from toys import FORWARD_ONLY, STUDENT_ONLY, Toy, batches, data, equal, first, module
 
@@ -177,6 +181,48 @@ def test_roll_outs_that_are_all_rejected_show(caplog: pytest.LogCaptureFixture) 
     (said,) = [r.getMessage() for r in caplog.records if r.name.startswith("ddil_lightning")]
     assert said.startswith("all 16 states of a roll-out were rejected: ") and "\n" not in said
     assert module(FORWARD_ONLY).statistics() == {"prior/forward": 1.0, "prior/student": 0.0, "prior/teacher": 0.0}
+
+
+class Pictures(Captions):
+    """Twenty pictures, each of one colour, whose captions are their numbers."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def prompts(self, index: Any) -> list[str]:
+        return [str(i) for i in index]
+
+    def pixels(self, index: Any) -> Tensor:
+        return torch.tensor(list(index)).view(-1, 1, 1, 1).expand(-1, 3, 8, 8) / 20
+
+
+def encoding(real: bool, control: bool = False) -> tuple[list[LatentBatch], list[int]]:
+    """Seven batches of data that are encoded on the fly, and how many images were encoded for each."""
+    toy, asked = Toy(), []
+
+    def images(pixels: Tensor) -> Tensor:
+        asked.append(len(pixels))
+        return pixels[:, :2, ::2, ::2] + 0.0
+
+    def texts(prompts: Any, truncate: bool, sizes: Any) -> Context:
+        return Context(torch.tensor([[[float(p)]] for p in prompts]))
+
+    more = {"device": torch.device("cpu"), "encode_images": images, "encode_text": texts}
+    toy.backbone, toy.wants = SimpleNamespace(**vars(toy.backbone), **more), Wants(real=real)
+    made = module(captions=Pictures(), toy=toy, cache=False, rollouts={"every": 3, "trajectories": 3, "control": control})
+    made.reference(1)  # `setup` asks for a row of every shape
+    asked.clear()
+    return first(7, made), asked
+
+
+@pytest.mark.parametrize("control", [False, True])
+def test_only_rows_that_are_noised_or_rolled_out_are_encoded(control: bool) -> None:
+    """Half of each batch are roll-outs, made of three captions at every third; a method that reads the data's latents has them all."""
+    (whole, all_of_them), (spared, few) = encoding(True, control), encoding(False, control)
+    assert all_of_them == [4] * 7 and few == [4, 2, 2, 3, 2, 2, 3]
+    for a, b in zip(whole, spared, strict=True):
+        assert equal(a._replace(real=None, real_c=None), b._replace(real=None, real_c=None))
+        assert a.real is not None and a.real.shape == a.x_t.shape and b.real is None
 
 
 def test_captions_alone_train_on_rollouts() -> None:

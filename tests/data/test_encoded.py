@@ -55,6 +55,43 @@ def test_encoding_at_once_is_encoding_batch_by_batch(backbone: Pipeline, monkeyp
     assert batch.rows.tolist() == direct.rows.tolist() == rows
 
 
+class Equal(Few):
+    """Three captions, each of two pictures, whose own sizes may differ."""
+
+    def __init__(self, sizes: list[list[int]] | None = None) -> None:
+        super().__init__()
+        self._sizes = None if sizes is None else torch.tensor(sizes)
+
+    def prompts(self, index: Any) -> list[str]:
+        return [f"a {('red', 'blue', 'small')[i % 3]} circle" for i in index]
+
+    def _raw_batch(self, rows: Any) -> RawBatch:
+        raw = super()._raw_batch(rows)
+        return raw if self._sizes is None else raw._replace(sizes=self._sizes[list(rows)])
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_equal_captions_are_encoded_once_unless_a_network_may_be_told_them_with_another_size(
+    own: bool, backbone: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, other = [16, 16, 0, 0, 16, 16], [32, 16, 0, 0, 16, 16]
+    few = Equal([here, here, here, here, here, other] if own else None)
+    direct = [encode_batch(few[[i]], backbone).c.text[0] for i in range(6)]
+    asked: list[list[str]] = []
+    text = backbone.encode_text
+    monkeypatch.setattr(backbone, "encode_text", lambda p, *args, **kwargs: asked.append(list(p)) or text(p, *args, **kwargs))
+    monkeypatch.setattr(encoded, "CHUNK", 4)
+    whole = encode(few, backbone)
+    once = few.prompts([0, 1, 2])
+    assert asked == [once, [once[2]]] if own else asked == [once]
+    batch = whole[[5, 0, 3, 1]]
+    for got, row in zip(batch.c.text, (5, 0, 3, 1), strict=True):
+        torch.testing.assert_close(got, direct[row], rtol=0, atol=1e-5)
+    asked.clear()
+    torch.testing.assert_close(encode_batch(few[[3, 0, 4]], backbone).c.text, whole[[3, 0, 4]].c.text, rtol=0, atol=1e-5)
+    assert asked == [once[:2]]
+
+
 def test_captions_alone_have_no_latents(backbone: Pipeline) -> None:
     whole = encode(Few(images=False), backbone)
     assert whole.latents is None and whole[[1, 2]].latent is None
@@ -175,7 +212,7 @@ def test_pictures_that_were_copied_are_the_same_pictures(backbone: Pipeline, tmp
 def test_a_full_disk_is_known_before_anything_is_encoded(backbone: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole file takes its room first; here files may not grow, as on a full disk."""
     resource = pytest.importorskip("resource")
-    monkeypatch.setattr(cachefile, "encoded_batches", lambda *args: pytest.fail("encoded"))
+    monkeypatch.setattr(cachefile, "raw_batches", lambda *args: pytest.fail("encoded"))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:

@@ -213,6 +213,11 @@ def test_estimated_box_reads_a_sample_of_large_latents_and_points():
     (lo, _), (few, _) = (box[0] for box in (estimate_box(x), estimate_box(x, entries=500)))
     assert few == pytest.approx(lo, abs=0.01) and estimate_box(x, entries=500) == estimate_box(x, entries=500)
     assert estimate_box(torch.tensor([[0.0, 5.0], [2.0, 7.0]]), widen=0.0) == ([0.0, 5.0], [2.0, 7.0])
+    # Each side is one of the entries, by its place among all of them, ties and a broken one included.
+    values = torch.cat([x[:, :1].flatten(), x[:9, :1].flatten(), torch.tensor([float("nan")])])[None]
+    ordered, last = values.sort(dim=1).values[0], values.shape[1] - 1
+    exact = [float(ordered[round(share * last)]) for share in (0.0005, 0.9995)]
+    assert [side[0] for side in estimate_box(values[None], widen=0.0, entries=values.shape[1])] == exact
     for empty in (torch.zeros(0, 4, 2, 2), torch.zeros(4)):
         with pytest.raises(ValueError, match=r"latents \[N, C, \.\.\.\], got shape"):
             estimate_box(empty)

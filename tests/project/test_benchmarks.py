@@ -86,18 +86,22 @@ def test_overhead(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.Captur
     report = run(script("overhead"), tiny, tmp_path, capsys, "--threads", "1", *more)
     plain, default, *others = report["rows"]
     assert plain["formula"] == plain["counted"] == 0 and plain["prior"] == [1, 0, 0]
-    # q c / (u C) with 3.5 nodes on average: 2.5 transitions of 8 trajectories every 2 updates, over 6 forwards of 8 samples.
-    assert default["formula"] == pytest.approx(2.5 / (2 * 6)) and default["uses"] == pytest.approx(0.7 * 8 * 2 / (3.5 * 8))
+    # q c / (u C) with 3.5 nodes on average: 2.5 transitions of 8 trajectories every 2 updates, over forwards of 8 samples: 6, less one for
+    # the quarter of forward latents, and the seventh of the roll-outs' states, whose step ends at 0.
+    plain_cost, asked = 6 - 1 / 4, 1 / 4 - 1 / 7
+    assert default["formula"] == pytest.approx((2.5 / 2 + 0.7 * asked) / plain_cost)
+    assert default["uses"] == pytest.approx(0.7 * 8 * 2 / (3.5 * 8))
     by_name = {row["name"]: row for row in others}
-    assert by_name["0.25 teacher, every 2"]["formula"] == pytest.approx(2 * default["formula"])
-    assert by_name["0.7 student, no buffer"]["formula"] == pytest.approx(0.7 * 1.25 / 6)
+    assert by_name["0.25 teacher, every 2"]["formula"] == pytest.approx((2 * 2.5 / 2 + 0.25 * asked) / plain_cost)
+    assert by_name["0.7 student, no buffer"]["formula"] == pytest.approx(0.7 * (1.25 + asked) / plain_cost)
     for row in (default, *others):  # lengths of 2 or 3 transitions are drawn: the count lies between the two
         if row["collect_every"]:
             assert row["formula"] * 0.8 - 1e-9 <= row["counted"] <= row["formula"] * 1.2 + 1e-9
     (part,) = report["parts"]
-    (own,) = part["rows"]  # asked anew, the teacher has its two and the target one; roll-outs are the student's
-    assert (own["backward"], own["teacher"], own["target"]) == (2, 2, 1) and own["formula"] == pytest.approx(6 * (1 + default["formula"]))
-    assert 1 + 2 / 2 <= own["student"] <= 1 + 3 / 2 and own["sum"] == 5 + own["student"]
+    (own,) = part["rows"]  # asked anew, the teacher has its two and the target one, but at the end; roll-outs are the student's
+    assert (own["backward"], own["teacher"]) == (2, 2) and 0.5 < own["target"] < 1
+    assert own["formula"] == pytest.approx(plain_cost * (1 + default["formula"]))
+    assert 1 + 2 / 2 <= own["student"] <= 1 + 3 / 2 and own["sum"] == pytest.approx(4 + own["target"] + own["student"])
     assert report["targets"][1]["value"] == own["sum"]
 
 
@@ -139,6 +143,9 @@ def test_overhead_formula_is_the_one_of_the_methods(script: Any) -> None:
     assert found["none"] == pytest.approx(0.5 * (3 / 4) * (2 - 0.3) / (6 * uses))
     # Drawn once on average, a state is not drawn at all with 1 / e: of the draws, as many were of a state that was drawn before.
     assert found["none"] - found["float32"] == pytest.approx(0.5 * 2 * math.exp(-1) / 6)
+    # A quarter of forward latents need no target, and of roll-outs' states an eighth.
+    spared = module.predicted(setting, batch=40, trajectories=5, nodes=4, ends=(1 / 4, 1 / 8))[1]
+    assert spared == pytest.approx((6 * found["float32"] + 0.5 / 8) / (6 - 1 / 4))
 
 
 @pytest.fixture
@@ -621,6 +628,14 @@ def test_first_result(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.Ca
     assert 0 < first <= update < end and picture > 0 and min(commands) > 0
     assert list(waits)[4:] == ["ddil-sample: one picture", "ddil-test: 16 prompts", "ddil-probe: 16 prompts"]
     assert [t["limit"] for t in report["targets"]] == [1, 15, 60, 180, 8, 180, 180]
+
+
+def test_first_result_reads_the_first_update_and_the_first_sheet_of_a_trained_student(script: Any, tmp_path: Path) -> None:
+    module = script("first_result")
+    for name in ("000000.png", "000100.png", "000020.png"):
+        (tmp_path / name).touch()
+    assert module.first_trained(tmp_path).name == "000020.png"
+    assert module.UPDATE.match("1/720 updates, loss 0.08") and not module.UPDATE.match("3 updates, 12 s; report x")
 
 
 def test_first_result_leaves_commands_out(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ class Progress(ProgressBar):
     """A Rich bar over student updates with the loss and an estimate of the time left; plain lines where there is no terminal.
 
     Args:
-        lines: about how many plain lines a run prints.
+        lines: about how many plain lines a run prints, besides that of its first update.
     """
 
     def __init__(self, lines: int = 10) -> None:
@@ -45,12 +45,12 @@ class Progress(ProgressBar):
             *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self._console, refresh_per_second=2
         )
         self._task = self._bar.add_task(type(pl_module).__name__, total=pl_module.updates, completed=pl_module.student_updates, loss="")
-        self._printed = self._part(pl_module)
+        self._begun, self._printed = pl_module.student_updates, -1
         if self._console.is_terminal:
             self._bar.start()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Move the bar; without a terminal print a line for each of `lines` parts of the run."""
+        """Move the bar; without a terminal print a line after the first update and for each of `lines` parts of the run."""
         if self._bar is None:
             return
         clock, part = pl_module.student_updates, self._part(pl_module)
@@ -58,7 +58,7 @@ class Progress(ProgressBar):
         if self._console.is_terminal:
             if clock % pl_module.log_every == 0:  # reading the loss waits for the device
                 self._bar.update(self._task, loss=self._loss(pl_module))
-        elif part != self._printed:
+        elif part != self._printed and clock > self._begun:
             self._printed = part
             remaining = self._bar.tasks[0].time_remaining
             left = f", about {remaining:.0f} s left" if remaining else ""

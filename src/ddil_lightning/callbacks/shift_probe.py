@@ -14,7 +14,6 @@ from ddil_lightning.diffusion.denoiser import evaluating, to_w
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.transitions import ddim
-from ddil_lightning.evaluation.metrics.prdc import DensityCoverage, density_coverage
 from ddil_lightning.imitation.gaps import loss, states
 from ddil_lightning.imitation.mixing import Actor, Actors
 from ddil_lightning.imitation.shift import energy_distance
@@ -81,6 +80,11 @@ class ShiftProbe(Callback):
 
     def measure(self, method: Any, data: Any) -> dict[str, float]:
         """The energy distances at the present weights, by the names in the class's docstring; the references are sampled once."""
+        from ddil_lightning.evaluation.metrics.prdc import (
+            DensityCoverage,
+            density_coverage,
+        )  # metrics, which few runs need while they train
+
         batch = data.reference(self.count)
         policy, grid = method.deployment.sampler(self.steps)
         inner = grid.nodes.tolist()[1:]

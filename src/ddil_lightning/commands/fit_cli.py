@@ -34,7 +34,7 @@ class FitCLI(Assembly):
     Nothing is written before training starts, so that no error of the config, the data or a checkpoint leaves half a run behind.
     """
 
-    acting = ("alerts", "checkpoints", "previews", "profile", "progress", "stages")
+    acting = ("alerts", "checkpoints", "progress", "previews", "profile", "stages")
 
     def __init__(self, words: Sequence[str], meter: Meter | None = None) -> None:
         self.folder, self.started = Path(), False

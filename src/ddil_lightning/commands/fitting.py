@@ -16,7 +16,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from ddil_lightning import plugins
 from ddil_lightning.callbacks import Checkpoints, Stages
 from ddil_lightning.commands.fit_cli import FitCLI, launched_by
-from ddil_lightning.commands.plan import expected
 from ddil_lightning.commands.watch import Watch, is_lost
 from ddil_lightning.errors import EXPECTED, Refusal, one_line
 from ddil_lightning.messages import quiet
@@ -26,7 +25,7 @@ from ddil_lightning.runs.folder import is_complete
 from ddil_lightning.runs.memory import Meter, gib
 from ddil_lightning.signals import Stopped
 
-PLANNED_AFTER = 60.0
+PLANNED_AFTER = 600.0
 """Seconds of training from which on the plan, which takes some itself, is made for comparison."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -193,6 +192,8 @@ def peak(cli: FitCLI, seconds: float) -> dict[str, float]:
     found = {"peak_memory_gib": round(gib(measured), 3)}
     if seconds >= PLANNED_AFTER:
         with trying("plan", {}):  # an estimate is no reason to call a run failed
+            from ddil_lightning.commands.plan import expected  # and fake tensors with it, which few runs need
+
             found["planned_memory_gib"] = round(gib(expected(cli.model, cli.datamodule, cli.trainer)), 3)
     return found
 

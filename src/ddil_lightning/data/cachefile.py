@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ddil_lightning.backbones.interface import Backbone
 from ddil_lightning.data.captions import Captions
-from ddil_lightning.data.encoded import DAMAGED, Encoded, Notices, encode_batch, encoded_batches
+from ddil_lightning.data.encoded import DAMAGED, Encoded, Notices, encode_batch, raw_batches
 from ddil_lightning.files import replacing
 from ddil_lightning.processes import Processes
 from ddil_lightning.records import CaptionBatch
@@ -118,9 +118,9 @@ def _write(
 
     def share(temporary: Path) -> None:
         columns = _mapped(temporary)
-        for group, done, batch, _ in encoded_batches(captions, mine, backbone, truncate, workers, notices, processes.first):
+        for group, done, raw in raw_batches(captions, mine, workers, notices, processes.first):
             first = starts[group] + done
-            for name, value in columns_of(batch).items():
+            for name, value in columns_of(encode_batch(raw, backbone, truncate)).items():
                 if value.is_floating_point() and not bool(value.isfinite().all()):
                     where = f"rows {groups[group][first]} to {groups[group][first + len(value) - 1]}"
                     raise ValueError(f"the {name} of {where} are too large for half precision: set data.cache to true")

@@ -25,7 +25,7 @@ from ddil_lightning.imitation.buffer import ReplayBuffer
 from ddil_lightning.imitation.learner import Learner, check_learner
 from ddil_lightning.imitation.options import Buffer, Rollouts
 from ddil_lightning.imitation.prior import SamplingPrior
-from ddil_lightning.imitation.rollout import REJECTED, check_finite, collect, drawn
+from ddil_lightning.imitation.rollout import REJECTED, check_finite, collect, counts, drawn
 from ddil_lightning.processes import Processes
 from ddil_lightning.records import CaptionBatch, LatentBatch, Origin, home, send, take
 from ddil_lightning.streams import Streams
@@ -81,6 +81,7 @@ class DDILDataModule(LightningDataModule, Feed):
         self._collected: set[tuple[int, ...]] = set()
         self._first: Tensor | None = None
         self._names: dict[int, str] = {}
+        self._shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # of latents, by `RawBatch.shape`: `setup` asks for each
         self._warned = False
         self._drawn: tuple[LatentBatch, Origin] | None = None
 
@@ -162,6 +163,8 @@ class DDILDataModule(LightningDataModule, Feed):
         batch: Any = self.captions[rows.tolist()]  # type: ignore[index]
         backbone = self.learner.backbone
         made = encode_batch(batch, backbone, self.truncate) if isinstance(batch, RawBatch) else send(batch, backbone.device)
+        if isinstance(batch, RawBatch):
+            self._shapes[batch.shape] = tuple(backbone.latent_shape if made.latent is None else made.latent.shape[1:])
         return made if self._stored is None else self._stored.joined(made)
 
     def box(self) -> tuple[list[float], list[float]] | None:
@@ -193,7 +196,7 @@ class DDILDataModule(LightningDataModule, Feed):
             return batch
         learner = self.learner
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            encoded = self._encoded(batch)
+            size, encoded = len(batch.rows), self._encoded(batch)
             shape = tuple(learner.backbone.latent_shape if encoded.latent is None else encoded.latent.shape[1:])
             rolls, streams = self._rolls(shape), self.streams
             self.dropout = streams.number("dropout")
@@ -201,15 +204,29 @@ class DDILDataModule(LightningDataModule, Feed):
             with evaluating(learner.policies.student) if rolls else nullcontext():
                 if rolls and self.buffer is not None:
                     self._collect(encoded, shape, self.buffer)
-                self._drawn = drawn(encoded, learner, self.prior, streams, shape=shape, buffer=self.buffer, rollouts=self.rollouts)
+                if len(encoded.rows) < size and self.buffer is not None and not self.buffer.held(shape):  # all states were rejected
+                    encoded = encode_batch(batch, learner.backbone, self.truncate)
+                self._drawn = drawn(
+                    encoded, learner, self.prior, streams, shape=shape, buffer=self.buffer, rollouts=self.rollouts, size=size
+                )
                 return self._drawn[0]
 
     def _encoded(self, batch: Any) -> CaptionBatch:
-        """A batch of a loader after the frozen encoders."""
+        """A batch of a loader after the frozen encoders; of a raw one its first rows, as many as are needed."""
         if isinstance(batch, RawBatch):
             self.notices.hear(batch, len(self.captions or ()))
-            batch = encode_batch(batch, self.learner.backbone, self.truncate)
+            batch = encode_batch(batch.first(self._needed(batch)), self.learner.backbone, self.truncate)
         return batch if self._stored is None else self._stored.joined(batch, self.streams)
+
+    def _needed(self, raw: RawBatch) -> int:
+        """How many rows of a raw batch, the first ones, are noised or rolled out and must be encoded. All of them for a method that reads
+        the data's latents, and where there is no state in the place of the others."""
+        size, learner, buffer = len(raw.rows), self.learner, self.buffer
+        shape = self._shapes.get(raw.shape)
+        if shape is None or learner.wants.real or self._stored is not None or buffer is None or not buffer.held(shape):
+            return size
+        k = counts(self.prior, size, self.rollouts.granularity, self.streams.shared("source"))
+        return max(size - k, self.trajectories if self._rolls(shape) else 1)
 
     def _rolls(self, shape: tuple[int, ...]) -> bool:
         """Whether the next batch needs a roll-out: at the buffer's cadence and for a shape that it lacks, or always without one."""

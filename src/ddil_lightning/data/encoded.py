@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -179,34 +179,73 @@ def check_lengths(rows: Sequence[int], texts: Sequence[Sequence[str]], backbone:
         raise
 
 
+class Texts:
+    """The text states of captions on `device`, the backbone's by default: those of equal captions of images of equal sizes are made once.
+
+    A size is what a network may be told with a caption (SDXL), so it tells captions apart.
+    """
+
+    def __init__(self, backbone: Backbone, truncate: bool = False, device: torch.device | None = None) -> None:
+        self.backbone, self.truncate, self.device = backbone, truncate, backbone.device if device is None else device
+        self._known: dict[tuple[str, tuple[int, ...]], int] = {}
+        self._parts: list[Context] = []
+
+    def which(self, raw: RawBatch) -> Tensor:
+        """[T] the rows of `every` that are the captions of `raw`. Raises ValueError for one that is too long without `truncate`."""
+        sizes = raw.sizes
+        if sizes is None and raw.pixels is not None and raw.pixels.ndim == 4:  # the toy's are points
+            sizes = whole((raw.pixels.shape[2], raw.pixels.shape[3]), len(raw.rows))
+        if sizes is not None and raw.counts is not None:
+            sizes = sizes.repeat_interleave(raw.counts, 0)
+        told: list[tuple[int, ...]] = [()] * len(raw.prompts) if sizes is None else [tuple(size) for size in sizes.tolist()]
+        keys = list(zip(raw.prompts, told, strict=True))
+        first = {key: row for row, key in reversed(list(enumerate(keys))) if key not in self._known}
+        rows = sorted(first.values())
+        if rows:
+            some = None if sizes is None else sizes[rows]
+            made = self.backbone.encode_text([raw.prompts[row] for row in rows], self.truncate, sizes=some)
+            self._parts.append(to(made, self.device))
+            self._known |= {keys[row]: len(self._known) + i for i, row in enumerate(rows)}
+        return torch.tensor([self._known[key] for key in keys])
+
+    @property
+    def every(self) -> Context:
+        """The states of all captions so far, each once."""
+        return cat(self._parts)
+
+
 def encode_batch(raw: RawBatch, backbone: Backbone, truncate: bool = False) -> CaptionBatch:
     """One raw batch on the backbone's device."""
-    latent = None if raw.latent is None else raw.latent.to(backbone.device, torch.float32)
-    latent = latent if raw.pixels is None else backbone.encode_images(raw.pixels)
-    sizes = raw.sizes
-    if sizes is None and raw.pixels is not None and raw.pixels.ndim == 4:  # the toy's are points
-        sizes = whole((raw.pixels.shape[2], raw.pixels.shape[3]), len(raw.rows))
-    if sizes is not None and raw.counts is not None:
-        sizes = sizes.repeat_interleave(raw.counts, 0)
-    return CaptionBatch(latent, backbone.encode_text(raw.prompts, truncate, sizes=sizes), raw.rows.to(backbone.device))
+    texts = Texts(backbone, truncate)
+    which, every = texts.which(raw), texts.every
+    c = every if len(every.text) == len(which) else take(every, which.to(backbone.device))
+    return CaptionBatch(latents_of(raw, backbone), c, raw.rows.to(backbone.device))
+
+
+def latents_of(raw: RawBatch, backbone: Backbone) -> Tensor | None:
+    """[B, C, h, w] of the images of a raw batch, on the backbone's device; None without images."""
+    if raw.pixels is not None:
+        return backbone.encode_images(raw.pixels)
+    return None if raw.latent is None else raw.latent.to(backbone.device, torch.float32)
 
 
 @torch.no_grad()
 def encode(
     captions: Captions, backbone: Backbone, truncate: bool = False, workers: int = 0, notices: Notices | None = None, show: bool = False
 ) -> Encoded:
-    """Every caption and image through the frozen encoders once: an image's VAE costs more than a training step's U-Net forward."""
+    """Every image and every different caption through the frozen encoders once: an image's VAE costs more than a step's U-Net forward."""
     groups = [group.rows.tolist() for group in captions.groups()]
-    made: list[list[tuple[CaptionBatch, Tensor | None]]] = [[] for _ in groups]
-    for i, _, batch, counts in encoded_batches(captions, groups, backbone, truncate, workers, notices or Notices(), show, every=True):
-        made[i].append((batch, counts))
-    tables = []
-    for rows, batches in zip(groups, made, strict=True):
-        latents = [batch.latent for batch, _ in batches if batch.latent is not None]
-        several = torch.cat([torch.ones(len(batch.rows)).long() if counts is None else counts for batch, counts in batches])
-        wording = Wording.of(several) if bool((several != 1).any()) else None
-        c = cat([batch.c for batch, _ in batches])
-        tables.append(Table(torch.cat(latents) if latents else None, c, torch.tensor(rows), wording))
+    texts = Texts(backbone, truncate, torch.device("cpu"))
+    made: list[tuple[list[Any], ...]] = [([], [], []) for _ in groups]
+    for i, _, raw in raw_batches(captions, groups, workers, notices or Notices(), show, every=True):
+        latent = latents_of(raw, backbone)
+        found = (latent, torch.ones(len(raw.rows)).long() if raw.counts is None else raw.counts, texts.which(raw))
+        for column, value in zip(made[i], found, strict=True):
+            column.append(None if value is None else value.cpu())
+    c, tables = texts.every, []
+    for rows, (latents, counts, which) in zip(groups, made, strict=True):
+        wording = Wording.of(torch.cat(counts), torch.cat(which))
+        tables.append(Table(None if latents[0] is None else torch.cat(latents), c, torch.tensor(rows), wording))
     return Encoded.of(tables)
 
 
@@ -216,18 +255,16 @@ def chunk_rows(captions: Captions, rows: Sequence[int]) -> int:
     return CHUNK if pixels is None else max(1, min(CHUNK, LOADED // math.prod(pixels.shape[2:])))
 
 
-def encoded_batches(
+def raw_batches(
     captions: Captions,
     groups: Sequence[Sequence[int]],
-    backbone: Backbone,
-    truncate: bool,
     workers: int,
     notices: Notices,
     show: bool,
     every: bool = False,
-) -> Iterator[tuple[int, int, CaptionBatch, Tensor | None]]:
-    """Batches of the groups in order, on the CPU: which group, how many of its rows are done before, the rows; and with `every`, for which
-    the context is that of all captions of the rows, how many each has.
+) -> Iterator[tuple[int, int, RawBatch]]:
+    """Batches of the groups in order, to be encoded: which group, how many of its rows are done before, the rows; with `every`, with all
+    captions of each.
 
     Pictures are loaded by as many workers, a bounded number of pixels at a time.
     """
@@ -238,6 +275,4 @@ def encoded_batches(
     loader = DataLoader(captions, batch_size=None, sampler=[rows for *_, rows in parts], num_workers=workers)  # type: ignore[arg-type]
     for (group, done, _), raw in zip(parts, counted(loader, len(parts), "encoding the data", show), strict=True):
         notices.hear(raw, len(captions))
-        batch = encode_batch(raw, backbone, truncate)
-        latent = None if batch.latent is None else batch.latent.cpu()
-        yield group, done, CaptionBatch(latent, to(batch.c, "cpu"), batch.rows.cpu()), raw.counts
+        yield group, done, raw

@@ -18,9 +18,10 @@ from torch import Tensor
 from ddil_lightning.counting import counted
 from ddil_lightning.data.buckets import Group
 from ddil_lightning.data.captions import Captions
-from ddil_lightning.data.encoded import Encoded
+from ddil_lightning.data.encoded import Encoded, Table
 from ddil_lightning.data.raw import digest
 from ddil_lightning.data.shards import about_shard, read_shard, write_shard
+from ddil_lightning.data.visits import Visit
 from ddil_lightning.diffusion.denoiser import Denoiser, to_w
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
@@ -214,7 +215,13 @@ def told(captions: Captions) -> str:
         return digest(text for start in range(0, len(captions), PART) for text in _texts(captions, start))
     except TypeError:
         tables = captions.tables if isinstance(captions, Encoded) else []
-        return digest(x.float().contiguous().numpy().tobytes() for table in tables for x in table.c.text.split(PART))
+        parts = ((table, places) for table in tables for places in torch.arange(len(table.rows)).split(PART))
+        return digest(_states(table, places) for table, places in parts)
+
+
+def _states(table: Table, places: Tensor) -> bytes:
+    """The text states of the first caption at each of `places`."""
+    return table.context(places, Visit(table.rows[places].tolist())).text.float().contiguous().numpy().tobytes()
 
 
 def _texts(captions: Captions, start: int) -> list[str]:

@@ -22,6 +22,17 @@ class RawBatch(NamedTuple):
     counts: Tensor | None = None  # [B] how many of the prompts each row has, where all of them were asked for (`Visit.every`)
     latent: Tensor | None = None  # [B, C, h, w] in the place of `pixels`, where the images are encoded and the captions are not
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one image, encoded or not; () without images."""
+        images = self.pixels if self.latent is None else self.latent
+        return () if images is None else tuple(images.shape[1:])
+
+    def first(self, n: int) -> RawBatch:
+        """The first `n` rows, one caption each."""
+        parts: dict[str, Any] = {name: getattr(self, name) for name in ("pixels", "prompts", "rows", "sizes", "latent")}
+        return self._replace(**{name: part if part is None else part[:n] for name, part in parts.items()})
+
 
 def joined(batches: Sequence[RawBatch]) -> RawBatch:
     """Batches one after the other as one."""

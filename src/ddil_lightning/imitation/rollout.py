@@ -276,9 +276,13 @@ def drawn(
     shape: Sequence[int],
     buffer: ReplayBuffer | None = None,
     rollouts: Rollouts = Rollouts(),
+    size: int | None = None,
 ) -> tuple[LatentBatch, Origin]:
-    """The batch of `draw`, and where its rows come from, which would have to be read back from the device."""
-    size, wants = len(batch.rows), rollouts.wanted(learner.wants)
+    """The batch of `draw`, and where its rows come from, which would have to be read back from the device.
+
+    `size`: of what is drawn, where `batch` has its first rows alone: as many as are noised, for a method that reads no `real`.
+    """
+    size, wants = len(batch.rows) if size is None else size, rollouts.wanted(learner.wants)
     k = counts(prior, size, rollouts.granularity, streams.shared("source"))
     shape = shape if batch.latent is None else batch.latent.shape[1:]
     if k > 0 and buffer is not None and buffer.held(shape) == 0:
@@ -297,4 +301,4 @@ def drawn(
     if k < size:
         noised, known = _forward(take(batch, slice(size - k)), learner, streams, wants, shape)
         origin, rolled = known.before(origin), cat([noised._replace(real=None, real_c=None), rolled])
-    return rolled._replace(real=batch.latent, real_c=batch.c), origin
+    return (rolled._replace(real=batch.latent, real_c=batch.c) if wants.real else rolled), origin

@@ -16,8 +16,10 @@ from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.losses import Distance
 from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.transitions import ddim, renoise
+from ddil_lightning.feed import Wants
 from ddil_lightning.records import LatentBatch
 from ddil_lightning.training.deployment import Deployment
+from ddil_lightning.training.identity import identity_but
 from ddil_lightning.training.method import Distillation
 
 
@@ -39,6 +41,7 @@ class LCM(Distillation):
     """
 
     target: Role
+    wants = Wants(real=False)
 
     def __init__(
         self,
@@ -71,7 +74,7 @@ class LCM(Distillation):
         """One update: the student at (x_t, t) answers as the target at the point to which the teacher steps, (x_s, s)."""
         with torch.no_grad():
             x_s = self.feed.answered(b, self.answer)
-            target = self.f(self.target, x_s, b.s, b, reflect=True)
+            target = identity_but(self.inside(b), x_s, b, self.f_target, self.shards.split)
 
         # The student comes last: its activations do not lie in memory, and out of the cache, while the other two work.
         y = self.f(self.student, b.x_t, b.t, b)
@@ -84,6 +87,15 @@ class LCM(Distillation):
         """x_s [B, C, H, W]: the guided teacher's one step from x_t, which the buffer keeps beside it."""
         p = self.teacher(b.x_t, b.t, b.c)                                       # CFG, then reflection
         return ddim(self.teacher.schedule, b.x_t, p, b.t, b.s)                  # t -> s along the guided flow
+
+    def f_target(self, x_s: Tensor, b: LatentBatch) -> Tensor:
+        """The target's value [B, C, H, W] at (x_s, s)."""
+        return self.f(self.target, x_s, b.s, b, reflect=True)
+
+    def inside(self, b: LatentBatch) -> list[int]:
+        """The rows whose step does not end at s = 0, where the boundary conditions leave x_s, whatever a network answers."""
+        last = len(self.grid) - (0 if self.boundary is None else 1)
+        return [row for row, node in enumerate(self.feed.origin(b).node) if node < last]
 
     def f(self, denoiser: Denoiser, x: Tensor, t: Tensor, b: LatentBatch, reflect: bool = False) -> Tensor:
         """The consistency function's value [B, C, H, W]: c_skip x + c_out x0, with x0 reflected on the target's side."""

@@ -20,6 +20,7 @@ from ddil_lightning.training.adversary import Adversary, Critic, Span
 from ddil_lightning.training.contest import Contest
 from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.gan import Gan
+from ddil_lightning.training.identity import identity_but
 from ddil_lightning.training.method import Distillation
 
 
@@ -105,17 +106,26 @@ class PCM(Contest, Distillation):
 
     def ends(self, b: LatentBatch) -> tuple[Tensor, Tensor]:
         """Where the student's jump t -> e ends, and the target's u -> e from the point to which the teacher steps: [B, C, H, W] each."""
-        t, u, e = b.t, b.s, self.edge(b)
+        e = self.edge(b)
         with torch.no_grad():
             x_u = self.feed.answered(b, self.answer)
-            target = self.f(self.target, x_u, u, e, b, reflect=True)
+            target = identity_but(self.inside(b), x_u, b, self.f_target, self.shards.split)
         # The student comes last: its activations do not lie in memory, and out of the cache, while the other two work.
-        return self.f(self.student, b.x_t, t, e, b), target
+        return self.f(self.student, b.x_t, b.t, e, b), target
 
     def answer(self, b: LatentBatch) -> Tensor:
         """x_u [B, C, H, W]: the guided teacher's one step from x_t, which the buffer keeps beside it."""
         p = self.teacher(b.x_t, b.t, b.c)                                       # CFG, then reflection
         return ddim(self.teacher.schedule, b.x_t, p, b.t, b.s)                  # t -> u along the guided flow
+
+    def f_target(self, x_u: Tensor, b: LatentBatch) -> Tensor:
+        """Where the target's jump from (x_u, u) to the edge ends [B, C, H, W]."""
+        return self.f(self.target, x_u, b.s, self.edge(b), b, reflect=True)
+
+    def inside(self, b: LatentBatch) -> list[int]:
+        """The rows whose teacher's step does not end at the edge, where the target's jump is none."""
+        each = len(self.grid) // self.phases
+        return [row for row, node in enumerate(self.feed.origin(b).node) if (node + 1) % each]
 
     def f(self, denoiser: Denoiser, x: Tensor, t: Tensor, e: Tensor, b: LatentBatch, reflect: bool = False) -> Tensor:
         """The jump to the edge [B, C, H, W], x0 reflected on the target's side. At the edge, END too, it is x whatever is predicted."""

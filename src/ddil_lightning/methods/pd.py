@@ -16,6 +16,7 @@ from ddil_lightning.diffusion.losses import Distance
 from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.diffusion.transitions import ddim
+from ddil_lightning.feed import Wants
 from ddil_lightning.records import END, LatentBatch
 from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.method import Distillation
@@ -48,6 +49,7 @@ class PD(Distillation):
 
     former: Role | None
     """The former student; None while the plan never needs one."""
+    wants = Wants(real=False)
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ from ddil_lightning.diffusion.losses import Distance
 from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.transitions import TCD as Strategic
 from ddil_lightning.diffusion.transitions import ddim
+from ddil_lightning.feed import Wants
 from ddil_lightning.records import LatentBatch
 from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.method import Distillation
@@ -42,6 +43,7 @@ class TCD(Distillation):
     """
 
     target: Role
+    wants = Wants(real=False)
 
     def __init__(
         self,
