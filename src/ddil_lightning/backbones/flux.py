@@ -27,7 +27,8 @@ _DOUBLE, _SINGLE = partial(_in_blocks, "transformer_blocks"), partial(_in_blocks
 class Flux(Packed):
     """A FluxTransformer2DModel as a network `(x_t, t, c) -> eps - x0` of latents [B, C, H, W], which it packs in patches of 2 x 2.
 
-    Its time is sigma, (sigma 1000) / 1000 in the type of the latents, as FluxPipeline rounds it.
+    Its time is sigma, (sigma 1000) / 1000 in its own type, as FluxPipeline rounds it in that of the latents: every role is told what the
+    pipeline that it is loaded into in its precision would tell it.
 
     Dev (`guidance_embeds`) is told g = 1 + w of its context by its own embedding, as its pipeline tells it guidance_scale. So it is told
     the guidance as a teacher already: it is asked once, not twice, nothing is guided by the empty prompt, and whatever is made of it (a
