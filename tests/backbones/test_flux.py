@@ -67,6 +67,16 @@ def test_texts_are_the_pipelines(dev: Pipeline) -> None:
         dev.encode_text(["a small red circle " * 130])
 
 
+def test_what_clip_cuts_is_told_once(flux: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a text that T5 reads to its end."""
+    made = Pipeline(str(flux))
+    made.encode_text(["a small red circle " * 3])
+    for _ in range(2):
+        made.encode_text(["a small red circle " * 4])
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("ddil_lightning")]
+    assert "'a small red circle a small" in line and "has 18 tokens and CLIP reads 16 of a text: the rest is told by T5 alone" in line
+
+
 def test_latents_are_scaled_and_shifted(dev: Pipeline) -> None:
     pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     z, mean = dev.encode_images(pixels), dev.pipe.vae.encode(pixels).latent_dist.mode()
@@ -218,6 +228,8 @@ def test_what_it_is_not_told_is_refused_in_one_line(dev: Pipeline, schnell: Pipe
         dev.network()(x, t, c._replace(pooled=None))
     with pytest.raises(ValueError, match=r"^this Flux has no embedding of the guidance .*: set model.w_conditioned to false$"):
         build(Entry("lcm", LCM, {"solver_steps": 40, "rollouts": (4,)}), Path(schnell.path), pipeline=schnell)
+    with pytest.raises(ValueError, match=r"is told its guidance, and its student cannot be without: leave model.w_conditioned = false out$"):
+        build(Entry("lcm", LCM, {"w_conditioned": False, "solver_steps": 40, "rollouts": (4,)}), Path(dev.path), pipeline=dev)
     with pytest.raises(ValueError, match="DMD2's student is not told the guidance: give one number, not 1.0 to 4.0"):
         build(Entry("dmd2", DMD2), Path(schnell.path), pipeline=schnell)
     with pytest.raises(ValueError, match="is told its guidance, and is not guided by the empty prompt besides: take another method"):

@@ -96,8 +96,13 @@ class Flux(Packed):
 
     @staticmethod
     def tokens(pipe: Any, prompts: Sequence[str]) -> tuple[list[int], int]:
-        """By T5, of which its pipeline reads 512; CLIP's pooled text is of as many tokens as CLIP has, whatever the prompt."""
+        """By T5, of which its pipeline reads 512."""
         return [len(ids) for ids in pipe.tokenizer_2(list(prompts)).input_ids], T5_TOKENS
+
+    @staticmethod
+    def cut_tokens(pipe: Any, prompts: Sequence[str]) -> tuple[list[int], int]:
+        """By CLIP, whose pooled text is of as many tokens as it has, whatever the prompt."""
+        return [len(ids) for ids in pipe.tokenizer(list(prompts)).input_ids], pipe.tokenizer_max_length
 
     @staticmethod
     def context(pipe: Any, prompts: Sequence[str], device: torch.device, sizes: Tensor) -> Context:
