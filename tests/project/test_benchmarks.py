@@ -696,6 +696,19 @@ def test_large(tmp_path: Path) -> None:
     assert lcm["updates"] == dmd2["updates"] == 2
 
 
+def test_the_peak_of_a_flow_has_a_limit(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    module = script("large")
+    monkeypatch.setattr(module, "apart", lambda work, *given: None if work is not module.one else made(given[1]))
+
+    def made(cell: Any) -> dict[str, Any]:
+        flow = cell.model != "SDXL"
+        return {"name": cell.name, "trained": 1.0, "updates": 2, "seconds": 1.0, "peak": 8.5 if cell.method == "DMD2" else 8.0, "flow": flow}
+
+    report = module.main(["--models", "sdxl", "sd35", "--folder", str(tmp_path)])
+    capsys.readouterr()
+    assert len(report["rows"]) == 3 and [(goal["limit"], goal["met"]) for goal in report["targets"]] == [(8.0, True), (8.0, False)]
+
+
 @pytest.mark.slow
 def test_real_sizes(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The settings of the GPU's table on a random miniature: whole copies train all weights, adapters few; all operations are counted."""
