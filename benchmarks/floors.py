@@ -6,7 +6,7 @@ those of the roles, discriminators' heads, networks of images and the decoder; r
 
 The targets are of CPU time (--threads 1 --cpu_time): 1.05 for LCM, PD and DMD2, 1.15 for the others.
 
-    python benchmarks/floors.py [--methods lcm emd ...] [--pipeline builtin/flow] [--variant plain|ddil] [--updates 12] [--threads 1 --cpu_time] [--json FILE]
+    python benchmarks/floors.py [--methods lcm emd ...] [--variant plain|ddil] [--updates 12] [--threads 1 --cpu_time] [--json FILE]
 """
 
 from __future__ import annotations
@@ -226,7 +226,8 @@ def row(name: str, config: str, own: Sequence[str], updates: int, args: argparse
     """One method's step and floor."""
     replay = Replay(now, warmup=2)
     with tempfile.TemporaryDirectory() as folder:
-        trainer, method, data = assemble(config, *words(config, own, updates, args), f"trainer.default_root_dir={folder}", callbacks=[replay])
+        said = (*words(config, own, updates, args), f"trainer.default_root_dir={folder}")
+        trainer, method, data = assemble(config, *said, callbacks=[replay])
         data.captions = encode(common.few_captions(method, 64 if args.quick else 512), method.backbone)
         trainer.fit(method, datamodule=data)
     (first, spent), (last, all_spent) = replay.counts[0], replay.counts[-1]

@@ -178,7 +178,7 @@ def test_a_repository_that_is_online_is_fetched_by_what_it_has(half: Path, monke
     ("listing", "line"),
     [
         ({"unet": ["diffusers", "UNetMotionModel"]}, r"^the pipeline owner/name denoises with a UNetMotionModel: known are UNet2D.*, SD3"),
-        ({"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}, "has the scheduler FlowMatch.*, and its UNet is no flow, so give"),
+        ({"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}, "has the scheduler FlowMatch.*, and its UNet is no flow, so"),
         (
             {"unet": [None, None], "transformer": ["diffusers", "SD3Transformer2DModel"], "scheduler": ["diffusers", "DDIMScheduler"]},
             r"^the pipeline owner/name has the scheduler DDIMScheduler, and its SD3 is a flow, so give it FlowMatchEulerDiscrete",

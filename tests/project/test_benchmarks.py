@@ -701,8 +701,8 @@ def test_the_peak_of_a_flow_has_a_limit(script: Any, tmp_path: Path, monkeypatch
     monkeypatch.setattr(module, "apart", lambda work, *given: None if work is not module.one else made(given[1]))
 
     def made(cell: Any) -> dict[str, Any]:
-        flow = cell.model != "SDXL"
-        return {"name": cell.name, "trained": 1.0, "updates": 2, "seconds": 1.0, "peak": 8.5 if cell.method == "DMD2" else 8.0, "flow": flow}
+        peak = 8.5 if cell.method == "DMD2" else 8.0
+        return {"name": cell.name, "trained": 1, "updates": 2, "seconds": 1.0, "peak": peak, "flow": cell.model != "SDXL"}
 
     report = module.main(["--models", "sdxl", "sd35", "--folder", str(tmp_path)])
     capsys.readouterr()

@@ -336,8 +336,8 @@ class Pipeline(Sized):
             if count > limit:
                 self._told_of.append(prompt)
                 logging.getLogger(__name__).warning(
-                    f"the prompt {shortened(prompt)!r} has {count} tokens and CLIP reads {limit} of a text: the rest is told by T5 alone, here "
-                    "and in longer prompts to come"
+                    f"the prompt {shortened(prompt)!r} has {count} tokens and CLIP reads {limit} of a text: the rest is told by T5 alone, "
+                    "here and in longer prompts to come"
                 )
                 return
 

@@ -16,7 +16,6 @@ from ddil_lightning.files import replacing_folder
 from ddil_lightning.miniature.flow import called
 from ddil_lightning.miniature.sources import load_source
 
-
 FLOW_NODES = """ Few steps of
 the flow are one fewer than they say: the last node of its pipeline's plain call lies next to the end of the path."""
 """What a card says of a transformer's figures: FlowMatchEulerDiscreteScheduler goes down to sigma_min, which it shifts twice."""

@@ -197,7 +197,7 @@ class Distillation(Clocks, LightningModule):
         option = inspect.signature(type(self)).parameters.get(switch)
         if self.backbone.told and not told and option is not None and option.default is True:
             raise ValueError(
-                f"the network of {self.backbone.path} is told its guidance, and its student cannot be without: leave model.{switch} = false out"
+                f"the network of {self.backbone.path} is told its guidance, and so is its student: leave model.{switch} = false out"
             )
         if low != high and not (told or self.backbone.told):
             other = f", or set model.{switch} to true" if switch else ""
