@@ -9,10 +9,10 @@ READY := .venv/.ready
 DOCS_READY := .venv/.docs-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help fit test lint docs reproduce format clean
+.PHONY: help fit test test-floor lint docs reproduce format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  Options: make fit CONFIG=lcm.yaml ARGS='--updates 100 --seed 1';  make test JOBS=0 ARGS='tests/test_report.py -x --pdb'"
 
@@ -21,6 +21,11 @@ fit: $(READY) ## install, then train a few-step student of the built-in pipeline
 
 test: $(READY) ## install, then run the tests, JOBS files at a time (ARGS, JOBS)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-floor: ## install the oldest diffusers that pyproject.toml allows in .venv-floor (7 GB), then run the tests of families and flows
+	@test -x .venv-floor/bin/python || $(PYTHON) -m venv .venv-floor
+	@.venv-floor/bin/python -m pip install --quiet --editable '.[dev]' 'diffusers==0.40.*'
+	.venv-floor/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder tests/backbones tests/methods/test_on_flows.py $(ARGS)
 
 lint: $(READY) ## check style and types
 	$(BIN)/python -m ruff check

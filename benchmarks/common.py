@@ -35,13 +35,15 @@ ANEW = "data.buffer.answers=none"
 tables. Losses and weights are those of a run that keeps the answers, which is cheaper than they say."""
 
 
-def parser(doc: str | None, pipeline: bool = True) -> argparse.ArgumentParser:
-    """The options of every benchmark; `pipeline`: whether it can be given one."""
+def parser(doc: str | None, pipeline: bool = True, own: bool = False) -> argparse.ArgumentParser:
+    """The options of every benchmark; `pipeline`: whether it can be given one, and `own`: its configs' own where it is not."""
     made = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     made.add_argument("--quick", action="store_true", help="a few steps only: shows that it runs, the numbers mean nothing")
     made.add_argument("--json", type=Path, help="write the table as JSON")
     if pipeline:
-        made.add_argument("--pipeline", default="builtin", help="a pipeline folder, hub id, builtin, or `random`: untrained")
+        default = "the configs' own" if own else "builtin"
+        words = f"a pipeline folder, hub id, built-in name, or `random`: untrained (default: {default})"
+        made.add_argument("--pipeline", default=None if own else "builtin", help=words)
     made.add_argument("--seed", type=int, default=0)
     made.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the config, as on ddil-fit's command line"
@@ -49,9 +51,9 @@ def parser(doc: str | None, pipeline: bool = True) -> argparse.ArgumentParser:
     return made
 
 
-def speed_parser(doc: str | None, config: str) -> argparse.ArgumentParser:
+def speed_parser(doc: str | None, config: str, own: bool = False) -> argparse.ArgumentParser:
     """The options of a benchmark of speed."""
-    made = parser(doc)
+    made = parser(doc, own=own)
     made.add_argument("--config", default=config)
     made.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     made.add_argument("--cpu_time", action="store_true", help="read the CPU clock of this process: for a busy machine, with --threads 1")
@@ -76,6 +78,11 @@ def quiet() -> None:
 def pipeline_at(name: str) -> str:
     """`name`, or the folder of a fresh random pipeline for `random`."""
     return str(random_pipeline(Path(tempfile.mkdtemp()) / "random")) if name == "random" else name
+
+
+def instead(pipeline: str | None) -> list[str]:
+    """The override that puts a pipeline in the place of a config's own, whose smaller networks stay; none for None."""
+    return [] if pipeline is None else [f"model.pipeline.path={pipeline}"]
 
 
 def random_pipeline(folder: Path) -> Path:

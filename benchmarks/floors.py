@@ -200,10 +200,10 @@ class Replay(Callback):
 def measure(args: argparse.Namespace) -> Report:
     """A row for each method."""
     now, rows = common.clock(args), []
-    pipeline = common.pipeline_at(args.pipeline)
+    own = common.instead(args.pipeline and common.pipeline_at(args.pipeline))
     updates = 3 if args.quick else args.updates
     for name in args.methods:
-        rows.append(row(name, f"{name}{'_ddil' * (args.variant == 'ddil')}.yaml", pipeline, updates, args, now))
+        rows.append(row(name, f"{name}{'_ddil' * (args.variant == 'ddil')}.yaml", own, updates, args, now))
         print(f"{name}: {rows[-1]['ratio']:.3f}", flush=True)
     return {
         "benchmark": "floors",
@@ -217,13 +217,17 @@ def measure(args: argparse.Namespace) -> Report:
     }
 
 
-def row(name: str, config: str, pipeline: str, updates: int, args: argparse.Namespace, now: Callable[[], float]) -> dict[str, Any]:
+def words(config: str, own: Sequence[str], updates: int, args: argparse.Namespace) -> tuple[str, ...]:
+    """The overrides of a config. `own`: those that give it another pipeline."""
+    return (*own, "--seed", str(args.seed), f"model.init_args.{shortened(config, updates + 2)}", *args.set)
+
+
+def row(name: str, config: str, own: Sequence[str], updates: int, args: argparse.Namespace, now: Callable[[], float]) -> dict[str, Any]:
     """One method's step and floor."""
-    short = [f"model.init_args.{shortened(config, updates + 2)}"]
-    words = (f"model.init_args.pipeline={pipeline}", "--seed", str(args.seed), *short, *args.set)
     replay = Replay(now, warmup=2)
     with tempfile.TemporaryDirectory() as folder:
-        trainer, method, data = assemble(config, *words, f"trainer.default_root_dir={folder}", callbacks=[replay])
+        said = (*words(config, own, updates, args), f"trainer.default_root_dir={folder}")
+        trainer, method, data = assemble(config, *said, callbacks=[replay])
         data.captions = encode(common.few_captions(method, 64 if args.quick else 512), method.backbone)
         trainer.fit(method, datamodule=data)
     (first, spent), (last, all_spent) = replay.counts[0], replay.counts[-1]
@@ -255,7 +259,7 @@ def methods() -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> Report:
     """The command line of this benchmark."""
-    parser = common.speed_parser(__doc__, "")
+    parser = common.speed_parser(__doc__, "", own=True)
     parser.add_argument("--methods", nargs="+", choices=methods(), default=methods())
     parser.add_argument("--variant", choices=("plain", "ddil"), default="plain", help="which config of the pair")
     parser.add_argument("--updates", type=int, default=12, help="student updates that are timed")

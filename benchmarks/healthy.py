@@ -96,7 +96,7 @@ def words_of(case: Case, args: argparse.Namespace) -> tuple[str, ...]:
     """What ddil-fit would be told beside the config."""
     settings = yaml.safe_load(find_config(case.config).read_text(encoding="utf-8"))["model"]["init_args"]
     share = 0.005 if args.quick else args.share if case.short else 1.0
-    own = [f"model.pipeline={args.pipeline}"] if case.short else []
+    own = common.instead(args.pipeline) if case.short else []
     return ("--seed", str(args.seed), *own, *(scaled(settings, share) if share < 1 else ()), *case.words, *args.set)
 
 
@@ -167,7 +167,7 @@ def measure(args: argparse.Namespace) -> Report:
     torch.set_num_threads(args.threads)
     if args.quick:
         args.n, args.count = 16, 8
-    args.pipeline = common.pipeline_at(args.pipeline)
+    args.pipeline = args.pipeline and common.pipeline_at(args.pipeline)
     records = []
     for name in args.cases:
         records.append(kept(name, args))
@@ -179,7 +179,7 @@ def measure(args: argparse.Namespace) -> Report:
 
 def main(argv: list[str] | None = None) -> Report:
     """The command line of this benchmark."""
-    parser = common.parser(__doc__)
+    parser = common.parser(__doc__, own=True)
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
     parser.add_argument("--share", type=float, default=0.25, help="of the updates of the configs of the built-in pipeline")
     parser.add_argument("--n", type=int, default=256, help="prompts of the test")

@@ -31,6 +31,7 @@ LONG = (
     *PAIRED, "test_readme", "test_methods", "test_tail", "test_fit_cli", "test_stages", "test_bad_input", "test_configs", "test_resume",
     "test_contributing", "test_release", "test_fuzz", "test_older_runs", "test_commands", "test_assembly", "test_callbacks", "test_lcm",
     "test_checkpoint", "test_schedulers", "test_plan", "test_quantising", "test_comparing", "test_notebooks", "test_benchmarks",
+    "test_flux_students", "test_zimage", "test_sana", "test_qwenimage",
 )  # fmt: skip
 """Files of ten seconds and more, the longest first."""
 

@@ -109,6 +109,11 @@ def file_text(value: Any) -> str:
     return value
 
 
+def shortened(prompt: str) -> str:
+    """A prompt as a line quotes it."""
+    return prompt if len(prompt) < 80 else prompt[:77] + "..."
+
+
 def by(size: Sequence[int]) -> str:
     """Height and width as a message says them: 512 x 704."""
     return " x ".join(map(str, size))

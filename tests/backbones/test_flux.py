@@ -15,6 +15,7 @@ from ddil_lightning.backbones.outline import Outline
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.samplers import context_of, exactly, named
 from ddil_lightning.backbones.source import Source
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.methods import DMD2, LCM, SnapFusion
 from fluxes import make_flux
 from sd3 import rescheduled
@@ -64,6 +65,16 @@ def test_texts_are_the_pipelines(dev: Pipeline) -> None:
     dev.check_length(["a small red circle " * 127])
     with pytest.raises(ValueError, match=r"has 521 tokens and the text encoder reads 512: shorten it"):
         dev.encode_text(["a small red circle " * 130])
+
+
+def test_what_clip_cuts_is_told_once(flux: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a text that T5 reads to its end."""
+    made = Pipeline(str(flux))
+    made.encode_text(["a small red circle " * 3])
+    for _ in range(2):
+        made.encode_text(["a small red circle " * 4])
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("ddil_lightning")]
+    assert "'a small red circle a small" in line and "has 18 tokens and CLIP reads 16 of a text: the rest is told by T5 alone" in line
 
 
 def test_latents_are_scaled_and_shifted(dev: Pipeline) -> None:
@@ -135,11 +146,27 @@ def test_the_network_is_told_the_same_in_training_and_in_the_pipeline(dtype: tor
     policy, grid = exactly(made, 7, 3.5)
     sampling.latents(made, policy, grid, PROMPTS, 3.5)
     handle.remove()
-    assert len(told) == len(theirs) == 7 and (float(told[1]["timestep"][0]) == float(grid.nodes[1])) is False
+    exact = float(policy.schedule.time(grid.nodes[1]) / 1000)
+    assert len(told) == len(theirs) == 7 and (float(told[1]["timestep"][0]) != exact) is (dtype == torch.bfloat16)
     for mine, other in zip(told, theirs, strict=True):
         for name in ("timestep", "guidance", "pooled_projections", "encoder_hidden_states", "img_ids", "txt_ids"):
             assert mine[name].dtype == other[name].dtype and torch.equal(mine[name], other[name]), name
         assert mine["hidden_states"].dtype == dtype and mine["timestep"].dtype == dtype and mine["guidance"].dtype == torch.float32
+
+
+@torch.no_grad()
+def test_a_rounded_time_is_of_the_size_of_half_precision() -> None:
+    """A whole copy is trained in float32 and told exact times, which its pipeline rounds once it is loaded in bfloat16: of a trained flow
+    that changes the answers on a student's nodes about as much as the rest of bfloat16 does."""
+    whole, half = (Pipeline("builtin/flow", dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    nodes = Grid.named("trailing", 20).nodes
+    x_0, noise = sampling.pipeline_latents(whole, PROMPTS[1:], 4, 3.0), sampling.noise(20, whole.latent_shape, 1)
+    sigma, time, c = whole.schedule.at(nodes, x_0)[1], whole.schedule.time(nodes), whole.encode_text(PROMPTS[1:]).expand(20)
+    x_t, rounded = (1 - sigma) * x_0 + sigma * noise, (time.bfloat16() / 1000).float() * 1000
+    exact = whole.network()(x_t, time, c)
+    others = whole.network()(x_t, rounded, c), half.network()(x_t, time, c).float()
+    by_time, by_the_rest = (float((other - exact).square().mean() / exact.square().mean()) ** 0.5 for other in others)
+    assert 0 < by_time < 2 * by_the_rest < 0.03
 
 
 def test_another_sampler_by_name(dev: Pipeline) -> None:
@@ -201,6 +228,8 @@ def test_what_it_is_not_told_is_refused_in_one_line(dev: Pipeline, schnell: Pipe
         dev.network()(x, t, c._replace(pooled=None))
     with pytest.raises(ValueError, match=r"^this Flux has no embedding of the guidance .*: set model.w_conditioned to false$"):
         build(Entry("lcm", LCM, {"solver_steps": 40, "rollouts": (4,)}), Path(schnell.path), pipeline=schnell)
+    with pytest.raises(ValueError, match="is told its guidance, and so is its student: leave model.w_conditioned = false out$"):
+        build(Entry("lcm", LCM, {"w_conditioned": False, "solver_steps": 40, "rollouts": (4,)}), Path(dev.path), pipeline=dev)
     with pytest.raises(ValueError, match="DMD2's student is not told the guidance: give one number, not 1.0 to 4.0"):
         build(Entry("dmd2", DMD2), Path(schnell.path), pipeline=schnell)
     with pytest.raises(ValueError, match="is told its guidance, and is not guided by the empty prompt besides: take another method"):

@@ -216,7 +216,6 @@ ENTRIES = entries(4.5)
 LCM, DMD2, LORA = (ENTRIES[name] for name in ("lcm", "dmd2", "lcm-lora"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("entry", each(ENTRIES))
 def test_methods_distil_it_and_diffusers_loads_the_student(entry: suite.Entry, sana: Path, tmp_path: Path) -> None:
     """With roll-outs of both; resumed exactly; the export samples as the trainer does on the trained nodes, called by diffusers alone."""

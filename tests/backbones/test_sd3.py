@@ -88,6 +88,8 @@ def test_a_text_is_too_long_for_t5_or_where_there_is_none_for_clip(backbone: Pip
         backbone.encode_text(["a small red circle " * 70])
     with pytest.raises(ValueError, match=r"has 22 tokens and the text encoder reads 16: shorten it"):
         without_t5.encode_text(["a small red circle " * 5])
+    counts = [made.network().cut_tokens(made.pipe, ["a small red circle " * 5]) for made in (backbone, without_t5)]
+    assert counts == [([22], 16), ([], 0)]  # CLIP cuts beside T5; alone it counts itself
 
 
 def test_latents_are_scaled_and_shifted(backbone: Pipeline) -> None:

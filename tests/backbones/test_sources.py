@@ -174,6 +174,39 @@ def test_a_repository_that_is_online_is_fetched_by_what_it_has(half: Path, monke
     assert asked["variant"] == "fp16" and asked["safety_checker"] is None and asked["use_safetensors"]
 
 
+@pytest.mark.parametrize(
+    ("listing", "line"),
+    [
+        ({"unet": ["diffusers", "UNetMotionModel"]}, r"^the pipeline owner/name denoises with a UNetMotionModel: known are UNet2D.*, SD3"),
+        ({"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}, "has the scheduler FlowMatch.*, and its UNet is no flow, so"),
+        (
+            {"unet": [None, None], "transformer": ["diffusers", "SD3Transformer2DModel"], "scheduler": ["diffusers", "DDIMScheduler"]},
+            r"^the pipeline owner/name has the scheduler DDIMScheduler, and its SD3 is a flow, so give it FlowMatchEulerDiscrete",
+        ),
+    ],
+    ids=["family", "scheduler", "flow"],
+)
+def test_what_is_not_distilled_is_refused_before_its_weights_are_fetched(
+    listing: dict[str, Any], line: str, tiny: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """By its model_index.json, which alone is fetched."""
+    index = json.loads((tiny / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, **listing}))
+
+    def fetched(name: str, file: str, **kwargs: Any) -> str:
+        assert (name, file) == ("owner/name", "model_index.json")
+        return str(tmp_path / file)
+
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("nothing else is asked for")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetched)
+    monkeypatch.setattr(repositories, "fetched", never)
+    monkeypatch.setattr("ddil_lightning.backbones.loading.fetched", never)
+    with pytest.raises(ValueError, match=line):
+        Pipeline("owner/name")
+
+
 # Single files -----------------------------------------------------------------------------------------------------------------------------
 
 

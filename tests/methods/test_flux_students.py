@@ -20,6 +20,7 @@ from ddil_lightning.records import STUDENT, TEACHER
 from ddil_lightning.runs import export
 from ddil_lightning.runs.release import Release, release
 from ddil_lightning.training.plan import Stage
+from distilled import each
 from fluxes import make_flux
 from options import options
 from suite import LORA, MIXED, Entry, build, captions, equal, fit, state
@@ -35,7 +36,7 @@ RANGE = {"guidance": [2.0, 5.0]}
 ENTRIES = [
     Entry("lcm", LCM, {**EVEN, **RANGE}),
     Entry("lcm-lora", LCM, {**EVEN, **RANGE, "adapter": LORA}),
-    Entry("pd", PD, {**HALVING, "guidance": 3.5, "w_conditioned": False}),
+    Entry("pd", PD, {**HALVING, "guidance": 3.5}),
     Entry("dmd2", DMD2, {**MATCHING, **RANGE}),
     Entry("dmd2-lora", DMD2, {**MATCHING, "guidance": 3.5, "adapter": LORA, "scores": {"guidance": 1.0}}),
 ]
@@ -54,8 +55,7 @@ def nodes_at(pipe: Any, size: tuple[int, int], **guidance: Any) -> torch.Tensor:
     return pipe.scheduler.sigmas  # type: ignore[no-any-return]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("entry", [pytest.param(entry, id=entry.name) for entry in ENTRIES])
+@pytest.mark.parametrize("entry", each({entry.name: entry for entry in ENTRIES}))
 def test_a_student_of_dev_resumes_exactly_and_is_exported_as_it_samples(entry: Entry, flux: Path, tmp_path: Path) -> None:
     """Told its guidance, whatever the method; trained nodes at every size, though its pipeline hands sigmas and mu to the scheduler."""
     run = fit(build(entry, flux, updates=4), captions(flux, MIXED), Checkpoints(every=2, keep=9, folder=str(tmp_path)))
@@ -97,7 +97,7 @@ def test_the_teacher_is_asked_once(flux: Path, schnell: Path) -> None:
     """Half of what classifier-free guidance takes, on the same draws."""
     asked = {}
     for folder in (flux, schnell):
-        method = build(Entry("lcm", LCM, {**EVEN, "w_conditioned": False, "guidance": 3.5}), folder, updates=4)
+        method = build(Entry("lcm", LCM, {**EVEN, "w_conditioned": folder == flux, "guidance": 3.5}), folder, updates=4)
         asked[folder] = fit(method, captions(folder, MIXED)).method.evaluations
     assert asked[schnell]["teacher"] == 2 * asked[flux]["teacher"] > 0 and asked[schnell]["student"] == asked[flux]["student"]
 

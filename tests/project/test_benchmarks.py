@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+from ddil_lightning import assemble
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -53,6 +55,22 @@ def test_floors(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureF
     for row, goal in zip((lcm, tcd), report["targets"], strict=True):
         assert row["ratio"] == pytest.approx(row["seconds"] / row["floor"]) and goal["value"] == row["ratio"]
     assert [goal["limit"] for goal in report["targets"]] == [1.05, 1.15]
+
+
+OWN = ("lcm_flow", "pd_flow", "dmd2_flow", "snapfusion")
+
+
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["with another network", "every one"])
+def test_the_methods_with_a_floor_are_built_on_their_configs_pipelines(every: bool, script: Any, tiny: Path) -> None:
+    """A flow's, whose GAN has layers of its own, and a smaller student's, which it is on another path as well."""
+    module = script("floors")
+    names, args = module.methods(), module.common.speed_parser("one", "", own=True).parse_args([])
+    assert set(OWN) < set(names)
+    for name in names if every else OWN:
+        backbone = assemble(f"{name}.yaml", *module.words(f"{name}.yaml", (), 1, args))[1].backbone
+        assert backbone.path == ("builtin/flow" if name.endswith("_flow") else "builtin")
+    backbone = assemble("snapfusion.yaml", *module.words("snapfusion.yaml", module.common.instead(str(tiny)), 1, args))[1].backbone
+    assert backbone.path == str(tiny) and backbone.source.networks == {"student": {"mid_block_type": None}}
 
 
 def test_generation(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -692,6 +710,19 @@ def test_large(tmp_path: Path) -> None:
     assert lcm["updates"] == dmd2["updates"] == 2
 
 
+def test_the_peak_of_a_flow_has_a_limit(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    module = script("large")
+    monkeypatch.setattr(module, "apart", lambda work, *given: None if work is not module.one else made(given[1]))
+
+    def made(cell: Any) -> dict[str, Any]:
+        peak = 8.5 if cell.method == "DMD2" else 8.0
+        return {"name": cell.name, "trained": 1, "updates": 2, "seconds": 1.0, "peak": peak, "flow": cell.model != "SDXL"}
+
+    report = module.main(["--models", "sdxl", "sd35", "--folder", str(tmp_path)])
+    capsys.readouterr()
+    assert len(report["rows"]) == 3 and [(goal["limit"], goal["met"]) for goal in report["targets"]] == [(8.0, True), (8.0, False)]
+
+
 @pytest.mark.slow
 def test_real_sizes(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The settings of the GPU's table on a random miniature: whole copies train all weights, adapters few; all operations are counted."""
@@ -721,7 +752,7 @@ def test_healthy(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.Capture
     options = ["--cache", str(tmp_path / "cache"), "--set", "data.batch_size=8", "--cases", "dmd2_ddil"]
     report = run(script("healthy"), tiny, tmp_path, capsys, *options)
     (line,) = report["rows"]
-    assert line["updates"] == 4 and f"model.pipeline={tiny}" in line["command"] and "model.updates=4" in line["command"]
+    assert line["updates"] == 4 and f"model.pipeline.path={tiny}" in line["command"] and "model.updates=4" in line["command"]
     (drawn,) = [row for part in report["parts"] for row in part["rows"]]
     (kept,) = [json.loads(p.read_text()) for p in (tmp_path / "cache").glob("*.json")]
     clocks, values = kept["curves"]["denoising"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -44,6 +45,12 @@ def test_commands_of_the_wheel_exist(wheel: zipfile.ZipFile) -> None:
     for target in commands.values():
         module, function = target.split(":")
         assert module == "ddil_lightning.commands.main" and function in functions
+
+
+def test_the_floor_of_diffusers_is_the_one_that_is_tested() -> None:
+    """`make test-floor` installs what pyproject.toml allows at least."""
+    (floor,) = re.findall(r'"diffusers>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert f"'diffusers=={floor}.*'" in (ROOT / "Makefile").read_text()
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a copy without its history, which cannot tell what belongs to it")

@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_resume import CUT, same
+from torch import Tensor
 
 import suite
+from ddil_lightning.backbones.family import Family
 from ddil_lightning.callbacks import Checkpoints
+from ddil_lightning.diffusion import transitions
+from ddil_lightning.records import Context
 from ddil_lightning.runs.export import export, verify
 from ddil_lightning.training.plan import Stage
 
@@ -47,3 +52,18 @@ def distilled(objects: Callable[[], tuple[Any, Any]], tmp_path: Path, prompts: S
     folder = export(run.method, tmp_path / "student", steps)
     assert verify(run.method, folder, list(prompts), steps) < 1e-4
     return run, folder
+
+
+def drawn(method: Any, x_T: Tensor, c: Context) -> Tensor:
+    """Latents of a student in 4 steps, whose noise is torch's own numbers from seed 0, in the order in which a pipeline that hands its
+    scheduler no generator draws them: packed, where it packs latents."""
+    policy, grid = method.deployment.sampler(4)
+    family: Family = method.backbone.network()
+
+    def numbers(like: Tensor, generator: Any) -> Tensor:
+        return family.unpacked(torch.randn(family.packed(like).shape), like.shape[1:])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transitions, "normal", numbers)
+        torch.manual_seed(0)
+        return policy.sample(x_T, grid, c)

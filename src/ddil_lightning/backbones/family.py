@@ -202,6 +202,11 @@ class Family(Network):
         return [len(ids) for ids in pipe.tokenizer(list(prompts)).input_ids], pipe.tokenizer.model_max_length
 
     @staticmethod
+    def cut_tokens(pipe: Any, prompts: Sequence[str]) -> tuple[list[int], int]:
+        """Likewise of an encoder that reads less than that one and cuts the rest, which is told and not refused; none where none is."""
+        return [], 0
+
+    @staticmethod
     def context(pipe: Any, prompts: Sequence[str], device: torch.device, sizes: Tensor) -> Context:
         """What the network is told of `prompts`, unguided; texts of any batch are of one length.
 

@@ -27,7 +27,8 @@ _DOUBLE, _SINGLE = partial(_in_blocks, "transformer_blocks"), partial(_in_blocks
 class Flux(Packed):
     """A FluxTransformer2DModel as a network `(x_t, t, c) -> eps - x0` of latents [B, C, H, W], which it packs in patches of 2 x 2.
 
-    Its time is sigma, (sigma 1000) / 1000 in the type of the latents, as FluxPipeline rounds it.
+    Its time is sigma, (sigma 1000) / 1000 in its own type, as FluxPipeline rounds it in that of the latents: every role is told what the
+    pipeline that it is loaded into in its precision would tell it.
 
     Dev (`guidance_embeds`) is told g = 1 + w of its context by its own embedding, as its pipeline tells it guidance_scale. So it is told
     the guidance as a teacher already: it is asked once, not twice, nothing is guided by the empty prompt, and whatever is made of it (a
@@ -95,8 +96,13 @@ class Flux(Packed):
 
     @staticmethod
     def tokens(pipe: Any, prompts: Sequence[str]) -> tuple[list[int], int]:
-        """By T5, of which its pipeline reads 512; CLIP's pooled text is of as many tokens as CLIP has, whatever the prompt."""
+        """By T5, of which its pipeline reads 512."""
         return [len(ids) for ids in pipe.tokenizer_2(list(prompts)).input_ids], T5_TOKENS
+
+    @staticmethod
+    def cut_tokens(pipe: Any, prompts: Sequence[str]) -> tuple[list[int], int]:
+        """By CLIP, whose pooled text is of as many tokens as it has, whatever the prompt."""
+        return [len(ids) for ids in pipe.tokenizer(list(prompts)).input_ids], pipe.tokenizer_max_length
 
     @staticmethod
     def context(pipe: Any, prompts: Sequence[str], device: torch.device, sizes: Tensor) -> Context:

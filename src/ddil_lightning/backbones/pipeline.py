@@ -6,6 +6,7 @@ The built-in miniatures, a local folder and a hub id all come through `Pipeline`
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,7 +19,7 @@ from ddil_lightning.backbones import architectures, autoencoder, flows, loading,
 from ddil_lightning.backbones.adapters import Adapter, adapt, fill, graft, merged, sharing
 from ddil_lightning.backbones.architectures import Architecture
 from ddil_lightning.backbones.digests import digest, fingerprints, weights
-from ddil_lightning.backbones.families import family_of
+from ddil_lightning.backbones.families import check_listed, family_of
 from ddil_lightning.backbones.family import Family
 from ddil_lightning.backbones.loading import check_weights, empty_network, load_pipeline, recommended, settled
 from ddil_lightning.backbones.quantising import Quantize
@@ -31,7 +32,7 @@ from ddil_lightning.diffusion.remedies import Remedy
 from ddil_lightning.diffusion.schedule import Predicts
 from ddil_lightning.diffusion.transitions import Transition
 from ddil_lightning.records import Context
-from ddil_lightning.texts import by, check_prompts
+from ddil_lightning.texts import by, check_prompts, shortened
 
 
 class Pipeline(Sized):
@@ -62,6 +63,7 @@ class Pipeline(Sized):
         path, self.quantize = source.path, quantize
         about = recommended(path)
         self._others: dict[str, Architecture] = {}
+        self._told_of: list[str] = []
         self.pipe: Any = self.load(source, dtype, vae_dtype, bare)
         self._network = family_of(self.pipe, path)
         for part in self.parts():
@@ -81,6 +83,7 @@ class Pipeline(Sized):
 
     def load(self, source: Source, dtype: torch.dtype, vae_dtype: torch.dtype, bare: bool) -> Any:
         """The pipeline of diffusers, checked; its network without memory for weights where it is `bare`. Sets `source`, all of it said."""
+        check_listed(source.path)
         self.source = settled(source, DENOISERS if bare else ())
         empty = empty_network(self.source) if bare else {}
         pipe = load_pipeline(self.source, {"default": dtype, "vae": vae_dtype}, quantize=None if bare else self.quantize, **empty)
@@ -300,6 +303,7 @@ class Pipeline(Sized):
         check_prompts(prompts)
         if not truncate:
             self.check_length(prompts)
+        self._tell_cut(prompts)
         if sizes is None:
             sizes = whole(self.size, len(prompts))
         return self._network.context(self.pipe, prompts, self.device, sizes)
@@ -325,10 +329,24 @@ class Pipeline(Sized):
         counts, limit = self._network.tokens(self.pipe, prompts)
         for prompt, count in zip(prompts, counts, strict=True):
             if count > limit:
-                shown = prompt if len(prompt) < 80 else prompt[:77] + "..."
                 raise ValueError(
-                    f"the prompt {shown!r} has {count} tokens and the text encoder reads {limit}: shorten it, or allow truncation"
+                    f"the prompt {shortened(prompt)!r} has {count} tokens and the text encoder reads {limit}: shorten it, or allow "
+                    "truncation"
                 )
+
+    def _tell_cut(self, prompts: Sequence[str]) -> None:
+        """A notice, once, of a prompt that one of several text encoders cuts."""
+        if self._told_of:
+            return
+        counts, limit = self._network.cut_tokens(self.pipe, prompts)
+        for prompt, count in zip(prompts, counts, strict=False):
+            if count > limit:
+                self._told_of.append(prompt)
+                logging.getLogger(__name__).warning(
+                    f"the prompt {shortened(prompt)!r} has {count} tokens and CLIP reads {limit} of a text: the rest is told by T5 alone, "
+                    "here and in longer prompts to come"
+                )
+                return
 
     @torch.no_grad()
     def null(self) -> Context:

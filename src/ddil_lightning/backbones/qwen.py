@@ -21,8 +21,9 @@ OTHERS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3
 class QwenImage(Packed):
     """A QwenImageTransformer2DModel as a network `(x_t, t, c) -> eps - x0` of latents [B, C, H, W], which it packs in patches of 2 x 2.
 
-    Its time is sigma, (sigma 1000) / 1000 in the type of the latents, as QwenImagePipeline rounds it. Guidance takes two evaluations, the
-    second told " ", and what it makes of them has the norm of the conditional answer in every patch: true_cfg_scale of its pipeline.
+    Its time is sigma, (sigma 1000) / 1000 in its own type, as QwenImagePipeline rounds it in that of the latents. Guidance takes two
+    evaluations, the second told " ", and what it makes of them has the norm of the conditional answer in every patch: true_cfg_scale of
+    its pipeline.
     """
 
     negative = " "

@@ -82,6 +82,24 @@ def pipeline_folder(path: str | Path) -> Path | None:
     return folder
 
 
+def listed(path: str) -> dict[str, Any]:
+    """The content of a pipeline's model_index.json, which is all that is fetched of a hub id.
+
+    Empty for a single file, and where it cannot be had, which is told when the rest is asked for. Raises ValueError for a damaged one.
+    """
+    from huggingface_hub import hf_hub_download
+
+    if single_file(path) is not None:
+        return {}
+    folder = pipeline_folder(path)
+    try:
+        file = Path(hf_hub_download(path, "model_index.json")) if folder is None else folder / "model_index.json"
+    except Exception:  # whatever the hub's client raises
+        return {}
+    libraries(index := read_json(file), file)
+    return {name: value for name, value in index.items() if isinstance(value, list)}
+
+
 def local_folder(path: str | Path, kind: str = "pipeline") -> Path | None:
     """The folder of a built-in name or a local path; None where it can only be a hub id. Raises ValueError for a file and for no path."""
     if str(path) in BUILTIN:

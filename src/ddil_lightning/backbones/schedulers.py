@@ -32,8 +32,7 @@ def process(
     """
     name, network = type(scheduler).__name__, type(family).__name__
     if family.flow != is_flow(scheduler):
-        which = "a flow, so give it FlowMatchEulerDiscreteScheduler" if family.flow else "no flow, so give it that of its forward process"
-        raise ValueError(f"the pipeline {path} has the scheduler {name}, and its {network} is {which}")
+        raise unfit(name, path, type(family))
     if family.flow:
         if scheduler.config.get("invert_sigmas"):
             raise ValueError(f"the {name} of {path} has invert_sigmas set, whose times run the other way: set it to false")
@@ -50,6 +49,22 @@ def process(
             "image: such checkpoints predict v, so set prediction_type in its scheduler_config.json, or rescale_betas_zero_snr to false"
         )
     return schedule, PREDICTS[kind], None
+
+
+def unfit(name: str, path: str, family: type[Family]) -> ValueError:
+    """The refusal of a pipeline whose scheduler, of the class `name`, is for another forward process than its network's `family`."""
+    which = "a flow, so give it FlowMatchEulerDiscreteScheduler" if family.flow else "no flow, so give it that of its forward process"
+    return ValueError(f"the pipeline {path} has the scheduler {name}, and its {family.__name__} is {which}")
+
+
+def may_be_flow(name: str) -> bool | None:
+    """Whether schedulers of the class `name` are for flows; None where that depends on their settings, or nobody knows the class."""
+    import diffusers
+
+    kind = getattr(diffusers, name, None)
+    if "Flow" in name or kind is None:
+        return True if "Flow" in name else None
+    return None if "use_flow_sigmas" in inspect.signature(kind).parameters else False
 
 
 def student(

@@ -70,6 +70,13 @@ class SD3(Transformer):
         return [len(ids) for ids in pipe.tokenizer_3(list(prompts)).input_ids], T5_TOKENS
 
     @staticmethod
+    def cut_tokens(pipe: Any, prompts: Sequence[str]) -> tuple[list[int], int]:
+        """By both CLIPs, beside T5."""
+        if silent(pipe):
+            return [], 0
+        return [len(ids) for ids in pipe.tokenizer(list(prompts)).input_ids], pipe.tokenizer_max_length
+
+    @staticmethod
     def context(pipe: Any, prompts: Sequence[str], device: torch.device, sizes: Tensor) -> Context:
         """The states of both CLIPs side by side, padded to T5's width and followed by T5's; the pooled ones of the CLIPs. No mask.
 

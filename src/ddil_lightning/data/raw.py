@@ -30,8 +30,8 @@ class RawBatch(NamedTuple):
 
     def first(self, n: int) -> RawBatch:
         """The first `n` rows, one caption each."""
-        parts: dict[str, Any] = {name: getattr(self, name) for name in ("pixels", "prompts", "rows", "sizes", "latent")}
-        return self._replace(**{name: part if part is None else part[:n] for name, part in parts.items()})
+        pixels, sizes, latent = (None if part is None else part[:n] for part in (self.pixels, self.sizes, self.latent))
+        return self._replace(pixels=pixels, prompts=self.prompts[:n], rows=self.rows[:n], sizes=sizes, latent=latent)
 
 
 def joined(batches: Sequence[RawBatch]) -> RawBatch:

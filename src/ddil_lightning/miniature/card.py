@@ -16,6 +16,10 @@ from ddil_lightning.files import replacing_folder
 from ddil_lightning.miniature.flow import called
 from ddil_lightning.miniature.sources import load_source
 
+FLOW_NODES = """ Few steps of
+the flow are one fewer than they say: the last node of its pipeline's plain call lies next to the end of the path."""
+"""What a card says of a transformer's figures: FlowMatchEulerDiscreteScheduler goes down to sigma_min, which it shifts twice."""
+
 
 @torch.no_grad()
 def sample(pipeline: Any, prompts: list[str], *, steps: int, guidance: float, seed: int, batch_size: int = 128) -> Tensor:
@@ -75,6 +79,7 @@ def card(facts: dict[str, Any], table: dict[int, dict[str, float]]) -> str:
     """The model card of a built-in teacher in Markdown: `facts` are those of ddil.json, `table` the judge's figures by step count."""
     names = list(next(iter(table.values())))
     rows = "\n".join(f"| {steps} | " + " | ".join(f"{row[name]:.3f}" for name in names) + " |" for steps, row in table.items())
+    nodes = FLOW_NODES if any(key.startswith("transformer.") for key in facts["settings"]) else ""
     return f"""---
 library_name: diffusers
 tags: [ddil-lightning, miniature]
@@ -88,7 +93,7 @@ A {facts["kind"]}, trained on the data set that
 |---|{"---|" * len(names)}
 {rows}
 
-Means over held-out prompts, by the exact judge of the {facts["dataset"]} (ddil_lightning.miniature).
+Means over held-out prompts, by the exact judge of the {facts["dataset"]} (ddil_lightning.miniature).{nodes}
 
 - command: `ddil-pretrain {" ".join(f"--{key} {value}" for key, value in facts["settings"].items())}`
 - images seen by the network: {facts["images"]}{", those of the resumed run included" if facts["resumed"] else ", in one run"}

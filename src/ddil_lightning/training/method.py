@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -190,9 +191,14 @@ class Distillation(Clocks, LightningModule):
     def check_guidance(self, told: bool, switch: str = "") -> None:
         """Raises ValueError for a range of guidance and a student that is not `told` its w; `switch`: the option that would tell it.
 
-        The student of a network that is told it already is told it as well.
+        The student of a network that is told it already is told it as well, so that an option that is true unless said is not said in vain.
         """
         low, high = self.guidance
+        option = inspect.signature(type(self)).parameters.get(switch)
+        if self.backbone.told and not told and option is not None and option.default is True:
+            raise ValueError(
+                f"the network of {self.backbone.path} is told its guidance, and so is its student: leave model.{switch} = false out"
+            )
         if low != high and not (told or self.backbone.told):
             other = f", or set model.{switch} to true" if switch else ""
             raise ValueError(f"{type(self).__name__}'s student is not told the guidance: give one number, not {low} to {high}{other}")
