@@ -20,7 +20,7 @@ SAMPLERS = ("lcm", "tcd", "ddim", "euler")
 def _sampler(name: str) -> str:
     """A sampler's name. Raises argparse's ArgumentTypeError for none."""
     if not is_sampler(name) or name.partition("-")[0] not in SAMPLERS:
-        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(SAMPLERS)}, with -ts20 or -es1.01 behind it or without")
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(SAMPLERS)}, with -ts20-tv1.0 or -es1.01 behind it or without")
     return name
 
 
@@ -41,7 +41,7 @@ def probe(argv: list[str]) -> int:
     parser.add_argument("--steps", type=STEPS, help="of the student (default: what its card recommends, else 4)")
     parser.add_argument("--teacher_steps", type=STEPS, default=32, help="of the teacher alone: one student step is its share of them")
     parser.add_argument(
-        "--sampler", type=_sampler, help=f"the student's by name, {', '.join(SAMPLERS)}, also as ddim-ts20-es1.01 (default: its own)"
+        "--sampler", type=_sampler, help=f"the student's by name, {', '.join(SAMPLERS)}, also as ddim-ts20-tv1.0-es1.01 (default: its own)"
     )
     parser.add_argument("--guidance", type=SCALE, help="guidance g of the teacher, and of a student that is told it (default: by its card)")
     parser.add_argument("--student_guidance", type=SCALE, help="guidance_scale of the student (default: by its card, else none)")

@@ -6,6 +6,7 @@ cost, and are what it has to be compared with.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ class Remedy:
         cutoff: the time up to which nothing is shifted.
         variance: what of a sample's variance is its data's. Its authors leave it out (0), which is right for dark or narrow images alone:
             of latents of variance 1 every x_t has variance 1, which tells nothing of its time, and without it all are shifted upwards.
+            It is that within one latent, over its channels and places, and is measured on data (1.0 for what an autoencoder scales so).
         scale: lambda, by which eps is divided; above 1 for a network whose eps is too large in its own roll-outs.
     """
 
@@ -40,7 +42,16 @@ class Remedy:
         within(0.5, 2, scale=self.scale)
 
     def __str__(self) -> str:
-        return "-".join([f"ts{self.window}"] * (self.window > 0) + [f"es{self.scale:g}"] * (self.scale != 1))
+        """As the name of a sampler has it behind the sampler's own."""
+        said = {"ts": self.window, "tv": self.variance, "tc": self.cutoff} if self.window else {}
+        said |= {"es": self.scale} if self.scale != 1 else {}
+        return "-".join(f"{word}{number:g}" for word, number in said.items() if number)
+
+    @classmethod
+    def named(cls, words: Sequence[str]) -> Remedy:
+        """The remedy that the words behind a sampler's name say: `ts20`, a window, `tv1.0`, a variance, `tc100`, a cutoff, `es1.01`, a scale."""
+        said = {word[:2]: word[2:] for word in words}
+        return cls(int(said.get("ts", 0)), int(said.get("tc", 0)), float(said.get("tv", 0)), float(said.get("es", 1)))
 
     def on(self, policy: Policy) -> Policy:
         """The same policy, sampled so; nothing is trained, and none of its network's evaluations is added."""
