@@ -101,6 +101,18 @@ def test_a_remedy_that_changes_nothing_is_the_pipelines_own_sampler(tiny: Path) 
     assert float((plain - same).abs().max()) < 2e-5 * float(plain.abs().max())
 
 
+def test_correction_is_of_ddims_first_step_alone() -> None:
+    """Also beneath a shift and a scale, neither of which touches x_T."""
+    policy = Policy(Denoiser(Curved(), SD, "eps"), ddim)
+    for remedy in (Remedy(corrected=True), Remedy(20, scale=1.02, corrected=True)):
+        made = remedy.on(policy)
+        x0 = made.denoiser(noise(), torch.full((3,), 999), C).x0
+        torch.testing.assert_close(made(noise(), 999, 749, C), SD.add_noise(x0, noise(), 749))
+        assert Remedy.named(str(remedy).split("-")) == remedy
+    with pytest.raises(ValueError, match="noise correction is of DDIM's first step, and the policy steps by Renoise"):
+        Remedy(corrected=True).on(Policy(policy.denoiser, renoise))
+
+
 def test_an_entry_of_a_comparison_names_it(tiny: Path) -> None:
     entry = parsed(f"{tiny}:ddim-ts30-es1.02")
     pipe = ready(entry, backbone(tiny))
@@ -133,6 +145,9 @@ def test_the_name_says_the_variance_and_the_cutoff(tiny: Path) -> None:
         ("lcm-es0.98", True),
         ("ddim-ts20-tv1.0", True),
         ("ddim-ts20-tv1-tc100-es1.01", True),
+        ("ddim-nc", True),
+        ("ddim-nc-ts20-es1.01", True),
+        ("lcm-nc", False),  # it is DDIM's step that is corrected
         ("dpm-ts20", False),
         ("ddim-", False),
         ("ddim-ts0", False),

@@ -33,7 +33,8 @@ def named(backbone: Pipeline, name: str) -> Pipeline:
     """The pipeline with the sampler of NAMES in the place of its own, on trailing nodes where it has a choice.
 
     `ddim-ts20`, `ddim-es1.01`, `ddim-ts20-es1.01`: with shifted times in a window of 20, with eps divided by 1.01 (`diffusion.remedies`);
-    `ddim-ts20-tv1.0-tc100`: of data whose variance is 1, and at times above 100 alone.
+    `ddim-ts20-tv1.0-tc100`: of data whose variance is 1, and at times above 100 alone. `ddim-nc`: with noise correction, as Imagine Flash
+    samples, these behind it or not.
     """
     import diffusers
 

@@ -6,20 +6,21 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ddil_lightning.commands import entries
 from ddil_lightning.commands.arguments import SCALE, SEED, STEPS, Parser, advising, device, is_run, number, path, pipeline_of, place
-from ddil_lightning.commands.entries import is_sampler
 from ddil_lightning.commands.protocols import add_sources
 from ddil_lightning.errors import Refusal
 from ddil_lightning.files import check_writable
 from ddil_lightning.messages import quiet
 
 PARTS = ("nodes", "mixing", "switch")
-SAMPLERS = ("lcm", "tcd", "ddim", "euler")
+SAMPLERS = tuple(name for name in entries.SAMPLERS if name != "dpm")
+"""Those whose steps are a policy's: DPM-Solver++ 2M remembers."""
 
 
 def _sampler(name: str) -> str:
     """A sampler's name. Raises argparse's ArgumentTypeError for none."""
-    if not is_sampler(name) or name.partition("-")[0] not in SAMPLERS:
+    if not entries.is_sampler(name) or name == "dpm":
         raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(SAMPLERS)}, with -ts20-tv1.0 or -es1.01 behind it or without")
     return name
 

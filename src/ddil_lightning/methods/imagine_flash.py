@@ -61,8 +61,8 @@ class ImagineFlash(Distillation):
         solver_steps: the teacher's DDIM steps from t' to the clean end, one for a single estimate of x0.
         shift: the map from t to t'.
         noise_correction: the first step takes the noise itself for eps, x_s = alpha_s x0 + sigma_s x_T, in roll-outs and at inference. No
-            scheduler of diffusers does, so the exported pipeline takes DDIM's first step, and its card says so. Where the process ends in
-            noise alone, as a flow does, DDIM's own first step is that one.
+            scheduler of diffusers does, so the exported pipeline takes DDIM's first step, and its card says so; here it samples so by the
+            name `ddim-nc`. Where the process ends in noise alone, as a flow does, DDIM's own first step is that one.
         w_conditioned: the student is told w (a zero-initialised embedding); without it one guidance is baked in.
     """
 
@@ -137,6 +137,6 @@ class ImagineFlash(Distillation):
 
 CORRECTED = (
     "DDIM, as its scheduler steps. It was trained and measured with noise correction, which takes the initial noise for the predicted one "
-    "in the first step (Kohler et al. 2024) and which no scheduler of diffusers has"
+    "in the first step (Kohler et al. 2024) and which no scheduler of diffusers has: ddil-test --compare and ddil-probe do so by ddim-nc"
 )
 """What the card of an exported student says of its sampler."""
