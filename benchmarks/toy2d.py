@@ -17,7 +17,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +30,7 @@ from toy2d_table import Record, plot, report
 from ddil_lightning import assemble
 from ddil_lightning.callbacks.stages import staged
 from ddil_lightning.commands.configs import find_config
+from ddil_lightning.diffusion.remedies import Remedy
 from ddil_lightning.evaluation.table import write_rows
 from ddil_lightning.toy import Toy
 from ddil_lightning.toy.scores import Exam
@@ -166,23 +167,33 @@ def train(task: Task) -> list[Record]:
     return records
 
 
-def trained(task: Task, variant: str, config: str, words: Sequence[str]) -> Record:
-    """The record of one variant: trained, and scored for every seed of the group."""
+def trained(task: Task, variant: str, config: str, words: Sequence[str], remedies: Sequence[str] = ()) -> Record:
+    """The record of one variant: trained, and scored for every seed of the group.
+
+    `remedies`: what is done to its sampler without training, by the names of `diffusion.remedies`, each scored as well; a shift is told the
+    variance of the data.
+    """
     trainer, method, data = assemble(config, *words)
     start = time.perf_counter()
     trainer.fit(method, datamodule=data)
     seconds = time.perf_counter() - start
     deployed = method.eval().deployment
     examined = exam(PLAIN.format(task.method), ("--seed", str(task.seeds[0]), *task.group), task.n)
-    return {
+    policy, grid = deployed.sampler(1 if deployed.steps == (1,) else STEPS)
+    record: Record = {
         "method": task.method,
         "variant": variant,
         "seeds": list(task.seeds),
         "seconds": seconds,
         "updates": method.student_updates,
         "evaluations": sum(method.evaluations.values()),
-        "scores": examined.score(*deployed.sampler(1 if deployed.steps == (1,) else STEPS)),
+        "scores": examined.score(policy, grid),
     }
+    if remedies:
+        variance = float(examined.real.flatten(1).var(1).mean())
+        made = {name: replace(Remedy.named(name.split("-")), variance=variance) for name in remedies}
+        record["remedied"] = {name: examined.score(remedy.on(policy), grid) for name, remedy in made.items()}
+    return record
 
 
 def tasks(args: argparse.Namespace) -> list[Task]:

@@ -44,7 +44,13 @@ TARGETS = (
 NAMES = {"pd": "Progressive distillation", "lcm": "LCM", "dmd2": "DMD2"}
 
 
-class Record(TypedDict):
+class Remedied(TypedDict, total=False):
+    """What some records hold besides: `scores` of their student, sampled with a remedy, by its name."""
+
+    remedied: dict[str, dict[str, list[float]]]
+
+
+class Record(Remedied):
     """One variant of a method for one group of seeds; `scores` has a value per seed of every measure."""
 
     method: str

@@ -4,7 +4,8 @@ Every method with a pair of shipped configs toy2d/NAME.yaml and toy2d/NAME_ddil.
 was chosen on, with two budgets: its config's student updates, the same for all variants of a method, and --evaluations of all networks
 together, the same for everybody. A finished cell (method, variant, budget, three seeds) is a JSON file in --cells, which belongs to the
 repository: hours of work are interrupted at will and go on elsewhere, and a cell is made anew where its config has changed. docs/zoo.md is
-made of them and of zoo_builtin.py's, some methods on the built-in pipeline.
+made of them and of zoo_builtin.py's, some methods on the built-in pipeline. Of two methods the published student is also sampled with
+what can be done without training (diffusion/remedies.py), so that what DDIL trains away stands beside what costs nothing.
 
     python benchmarks/zoo.py [--methods emd dmd2 ...] [--seeds 12] [--seed 2000] [--jobs 2] [--page docs/zoo.md]
     python benchmarks/zoo.py --only_page --page docs/zoo.md
@@ -26,7 +27,7 @@ import toy2d
 import zoo_builtin
 from builtin_runs import digest, trains
 from tables import Report, markdown
-from zoo_table import VARIANTS, page, report
+from zoo_table import REMEDIED, REMEDIES, VARIANTS, page, report
 
 from ddil_lightning import assemble
 from ddil_lightning.commands.configs import find_config
@@ -40,11 +41,16 @@ PROBLEM = {"scale": 2.0, "guidance": 2.0, "width": 48}
 """One problem and one size of network for all methods, whatever their configs have; everything else is their config's."""
 EVALUATIONS = 200_000
 """Of all networks, a sample each: what LCM's config spends."""
+SAMPLED_ANEW = ("pd", "lcm")
+"""The methods whose published students are sampled with REMEDIES, at the updates of their configs."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One variant of a method for one group of seeds. `spent`: the evaluations that it is given; None for the updates of its config."""
+    """One variant of a method for one group of seeds, or its base with REMEDIES.
+
+    `spent`: the evaluations that it is given; None for the updates of its config.
+    """
 
     method: str
     variant: str
@@ -67,12 +73,22 @@ class Cell:
     def depends(self) -> str:
         """A digest of all that it depends on but for the code and the machine, both of which it names."""
         configs = [trains(template.format(self.method)) for template in (toy2d.PLAIN, toy2d.DDIL)]
-        return digest(self.method, self.variant, self.seeds, self.words, self.n, self.spent, *configs)
+        return digest(self.method, self.variant, self.seeds, self.words, self.n, self.spent, *configs, *self.remedies)
+
+    @property
+    def remedies(self) -> tuple[str, ...]:
+        """What its sampler is scored with besides."""
+        return REMEDIES if self.variant == REMEDIED else ()
+
+    @property
+    def trained(self) -> str:
+        """The variant that is trained for it."""
+        return "base" if self.variant == REMEDIED else self.variant
 
     @property
     def task(self) -> toy2d.Task:
         """The same as benchmarks/toy2d.py asks for it."""
-        return toy2d.Task(self.method, (self.variant,), self.seeds, self.words, self.n, None)
+        return toy2d.Task(self.method, (self.trained,), self.seeds, self.words, self.n, None)
 
     def known(self, cells: Path) -> dict[str, Any] | None:
         """The finished cell, None where there is none or it was made with other settings."""
@@ -92,12 +108,12 @@ def make(cell: Cell, cells: Path) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     common.quiet()
-    config, words = cell.task.said(cell.variant)
+    config, words = cell.task.said(cell.trained)
     if cell.spent is not None:
         usual = Cell(cell.method, cell.variant, cell.seeds, cell.words, cell.n).known(cells)
         assert usual is not None, "cells of equal updates come first"
         words = *words, toy2d.longer(assemble(config, *words).method, cell.spent / usual["evaluations"])
-    record = toy2d.trained(cell.task, cell.variant, config, words)
+    record = toy2d.trained(cell.task, cell.variant, config, words, cell.remedies)
     made = {**record, "budget": cell.budget, "depends": cell.depends, "config": config, "told": list(words), "machine": machine()}
     write_rows(cells / cell.file, made)  # type: ignore[arg-type]
     return made
@@ -112,7 +128,8 @@ def wanted(args: argparse.Namespace, spent: int | None) -> list[Cell]:
         for method in args.methods:
             problem = [f"model.init_args.pipeline.init_args.{key}={value}" for key, value in PROBLEM.items()]
             words = (*problem, *(toy2d.quick(method) if args.quick else ()), *args.set)
-            every += [Cell(method, variant, group, words, args.n, spent) for variant in VARIANTS]
+            variants = [*VARIANTS, *([REMEDIED] if spent is None and method in SAMPLED_ANEW else [])]
+            every += [Cell(method, variant, group, words, args.n, spent) for variant in variants]
     return every
 
 

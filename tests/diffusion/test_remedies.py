@@ -101,6 +101,18 @@ def test_a_remedy_that_changes_nothing_is_the_pipelines_own_sampler(tiny: Path) 
     assert float((plain - same).abs().max()) < 2e-5 * float(plain.abs().max())
 
 
+def test_correction_is_of_ddims_first_step_alone() -> None:
+    """Also beneath a shift and a scale, neither of which touches x_T."""
+    policy = Policy(Denoiser(Curved(), SD, "eps"), ddim)
+    for remedy in (Remedy(corrected=True), Remedy(20, scale=1.02, corrected=True)):
+        made = remedy.on(policy)
+        x0 = made.denoiser(noise(), torch.full((3,), 999), C).x0
+        torch.testing.assert_close(made(noise(), 999, 749, C), SD.add_noise(x0, noise(), 749))
+        assert Remedy.named(str(remedy).split("-")) == remedy
+    with pytest.raises(ValueError, match="noise correction is of DDIM's first step, and the policy steps by Renoise"):
+        Remedy(corrected=True).on(Policy(policy.denoiser, renoise))
+
+
 def test_an_entry_of_a_comparison_names_it(tiny: Path) -> None:
     entry = parsed(f"{tiny}:ddim-ts30-es1.02")
     pipe = ready(entry, backbone(tiny))
@@ -114,7 +126,36 @@ def test_an_entry_of_a_comparison_names_it(tiny: Path) -> None:
     assert policy.asked(torch.zeros(1, 4, 8, 8), 499, 249).tolist() == [484] and grid_of(pipe, 4).nodes.tolist() == [999, 749, 499, 249]
 
 
-@pytest.mark.parametrize(("name", "is_one"), [("lcm-es0.98", True), ("dpm-ts20", False), ("ddim-", False), ("ddim-ts0", False)])
+def test_the_name_says_the_variance_and_the_cutoff(tiny: Path) -> None:
+    """Latents of data of variance 1 look like noise at every time: without `tv` all were asked as late as the window goes."""
+    pipe, plain = (ready(parsed(f"{tiny}:ddim-{name}"), backbone(tiny)) for name in ("ts20-tv1.0-tc250-es1.01", "ts20"))
+    assert pipe.remedy == Remedy(20, cutoff=250, variance=1.0, scale=1.01) and str(pipe.remedy) == "ts20-tv1-tc250-es1.01"
+    assert Remedy.named(str(pipe.remedy).split("-")) == pipe.remedy and str(Remedy(0, 250, 1.0)) == ""
+    x = torch.cat([torch.full((1, 1, 8), s) for s in (-1.0, 1.0)], 1).repeat(1, 1, 32)[:, None] * (511 / 512) ** 0.5  # variance 1
+    assert policy_of(plain, 1.0).asked(x, 499, 249).tolist() == [509]
+    assert policy_of(pipe, 1.0).asked(x, 249, -1).tolist() == [249]
+    narrow = ready(parsed(f"{tiny}:ddim-ts20-tv0.5"), backbone(tiny))
+    half = x * float((0.5 * SD.alphas[493].square() + SD.sigmas[493].square()).sqrt())
+    assert policy_of(narrow, 1.0).asked(half, 499, 249).tolist() == [493]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [
+        ("lcm-es0.98", True),
+        ("ddim-ts20-tv1.0", True),
+        ("ddim-ts20-tv1-tc100-es1.01", True),
+        ("ddim-nc", True),
+        ("ddim-nc-ts20-es1.01", True),
+        ("lcm-nc", False),  # it is DDIM's step that is corrected
+        ("dpm-ts20", False),
+        ("ddim-", False),
+        ("ddim-ts0", False),
+        ("ddim-tv1.0", False),  # of no window
+        ("ddim-ts20-tc100-tv1.0", False),
+        ("ddim-ts20-tv", False),
+    ],
+)
 def test_names_of_samplers(name: str, is_one: bool) -> None:
     assert is_sampler(name) is is_one
     if not is_one:

@@ -135,6 +135,30 @@ def test_images_are_compared_by_what_the_evaluator_sees(tiny: Path) -> None:
     torch.testing.assert_close(map_distance([torch.ones(1, 2, 2, 2)], [torch.zeros(1, 2, 2, 2)]), torch.tensor([2.0]))
 
 
+def test_lpips_is_the_packages_own_of_decodes_in_minus_one_to_one(tiny: Path, tmp_path: Path) -> None:
+    """By a trunk as torchvision publishes it; of images in [0, 1], which LPIPS does not take, it would be another number."""
+    from lpips import LPIPS
+    from torchvision.models.vgg import cfgs, make_layers
+
+    torch.manual_seed(0)
+    layers, file = make_layers(cfgs["D"], batch_norm=False), tmp_path / "vgg16.pth"
+    stored = {f"features.{key}": value for key, value in layers.state_dict().items()}
+    torch.save({**stored, "classifier.6.bias": torch.zeros(1000)}, file)
+    theirs = LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
+    with torch.no_grad():
+        for mine, own in zip(theirs.net.parameters(), layers.parameters(), strict=True):
+            mine.copy_(own)
+    pipe, (x, y) = backbone(tiny), torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = Regression(of="lpips", trunk=str(file)).between(pipe)(x.requires_grad_(), y.requires_grad_())
+    with torch.no_grad():
+        a, b = pipe.decode(x, gradients=True), pipe.decode(y)
+        assert float(b.min()) < -0.1 and float(b.max()) > 0.1
+        torch.testing.assert_close(found.detach(), theirs(a, b).flatten())
+        assert float((found - theirs((a + 1) / 2, (b + 1) / 2).flatten()).abs().min()) > 1e-2 * float(found.min())
+    found.sum().backward()
+    assert x.grad is not None and float(x.grad.abs().max()) > 0 and y.grad is None
+
+
 def test_lpips_needs_its_weights() -> None:
     with pytest.raises(ValueError, match=r"regression\.of is lpips and regression\.trunk is None: give the file of torchvision's VGG-16"):
         Regression(of="lpips")

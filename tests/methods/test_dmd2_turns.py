@@ -10,7 +10,6 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, nn
 
 from commandline import refused
@@ -24,7 +23,7 @@ from ddil_lightning.methods import DMD2
 from ddil_lightning.records import FORWARD, SOURCES, Context, LatentBatch
 from ddil_lightning.runs import export
 from ddil_lightning.training.adversary import Adversary
-from suite import MIXED, Entry, backbone, build, captions, equal, fit, pictures, state, train
+from suite import MIXED, Entry, StopInside, backbone, build, captions, equal, fit, pictures, state, train
 
 SD = NoiseSchedule.scaled_linear()
 ENTRY = Entry("dmd2", DMD2, {"guidance": 2.0, "critic": {"steps": 3}, "ema": 0.0})
@@ -141,18 +140,6 @@ def test_the_first_rung_is_pure_noise_and_real_keeps_its_captions(tiny: Path) ->
 
 
 # Resuming -----------------------------------------------------------------------------------------------------------------------------
-
-
-class StopInside(Checkpoint):
-    """A checkpoint after so many critic updates, and the end of the run."""
-
-    def __init__(self, updates: int, file: Path) -> None:
-        self.updates, self.file = updates, file
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        if pl_module.adversary.updates == self.updates and not pl_module.descent.halfway:
-            trainer.save_checkpoint(self.file)
-            trainer.should_stop = True
 
 
 @pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])

@@ -10,6 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddil_lightning.backbones import sampling
+from ddil_lightning.backbones.pipeline import Pipeline
+from ddil_lightning.commands.entries import parsed
+from ddil_lightning.commands.rack import ready
 from ddil_lightning.diffusion.analytic import Corrupted, Gaussian, PointMass
 from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.transitions import NoiseCorrected, ddim
@@ -135,11 +139,19 @@ def test_the_export_samples_as_ddim_and_its_card_says_so(tiny: Path, tmp_path: P
     method = build(ENTRY, tiny).eval()
     assert export.deliver(method, tmp_path / "p", ["a red circle"], 4) < 1e-3
     assert json.loads((tmp_path / "p" / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == "DDIMScheduler"
+    assert "by ddim-nc" in json.loads((tmp_path / "p" / "ddil.json").read_text())["sampler"]
     card = (tmp_path / "p" / "README.md").read_text()
     assert "| sampler | DDIM, as its scheduler steps. It was trained and measured with noise correction" in card
     c, x = method.backbone.encode_text(["a red circle"]).guided(1.0), torch.randn(1, 4, 8, 8)
     corrected = method.deployment.policy.sample(x, method.grid, c)
     assert float((corrected - Policy(method.deployment.denoiser, ddim).sample(x, method.grid, c)).abs().max()) > 1e-3
+    # By its name the export samples as the trainer does.
+    entry = parsed(f"{tmp_path / 'p'}:ddim-nc#4")
+    pipe = ready(entry, Pipeline(entry.at()))
+    made = sampling.pipeline_latents(pipe, ["a red circle"], 4, 1.0, seed=3)
+    own = sampling.latents(method.backbone, *method.deployment.sampler(4), ["a red circle"], 1.0, seed=3)
+    torch.testing.assert_close(made, own, rtol=0, atol=1e-4)
+    assert str(pipe.remedy) == "nc" and "DDIMScheduler" in type(pipe.pipe.scheduler).__name__
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ddil_lightning.backbones.network import Network
 from ddil_lightning.diffusion.analytic import Gaussian
+from ddil_lightning.diffusion.denoiser import s_embedding
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.methods import LADD
-from ddil_lightning.records import STUDENT, TEACHER, LatentBatch
+from ddil_lightning.records import STUDENT, TEACHER, Context, LatentBatch
 from ddil_lightning.training.gan import Gan, LogitNormal, leaves, slope
+from ddil_lightning.training.vision import ToldHeads, embedding
 from known import SD, Affine, Known, latents, noise
 from options import options
-from suite import Entry, build, train
+from suite import Entry, backbone, build, train
 
 ENTRY = Entry("ladd", LADD, {"guidance": 2.0})
 
@@ -49,6 +52,11 @@ class Linear(nn.Module):
 
 def exact(w: float = 0.5, **kwargs: Any) -> LADD:
     return LADD(pipeline=Known(Seen(), student=Affine(0.2, 0.8), head=Linear(w)), **options(LADD, {"guidance": 1.0}, kwargs))
+
+
+def captions_of(method: LADD, x: Tensor, c: Context) -> LatentBatch:
+    """Latents x that are data as well, of captions c."""
+    return latents(x, 999, real=x.flip(0), c=c.guided(0.0), real_c=c)
 
 
 def batch(n: int = 64, **kwargs: Any) -> LatentBatch:
@@ -178,6 +186,27 @@ def test_a_run_on_the_teachers_samples_needs_no_images(tiny: Path) -> None:
     assert len(run.method.head) == len(start.student.network.layers)
 
 
+def test_heads_are_told_the_pooled_text_and_tau(tiny: Path) -> None:
+    """Of the same features another caption or another tau has another verdict, and the slope of R1 is in the features alone."""
+    method = build(ENTRY, tiny, gan={"r1": 1.0})
+    adversary, n = method.adversary, 2
+    c = method.backbone.encode_text(["a red circle", "a handwritten one"])
+    x, t = torch.randn(n, *method.backbone.latent_shape), torch.tensor([700, 100])
+    *features, told = adversary._features(x, t, c)
+    network = method.teacher.network
+    assert tuple(f.shape[1] for f in features) == network.widths(network.layers) and adversary.conditions == 1
+    torch.testing.assert_close(told, torch.cat([embedding(c), s_embedding(t)], 1))
+    verdict = method.head(*features, told)
+    for other in (torch.cat([embedding(c).flip(0), s_embedding(t)], 1), torch.cat([embedding(c), s_embedding(t.flip(0))], 1)):
+        assert float((method.head(*features, other) - verdict).abs().max()) > 1e-4
+    b = captions_of(method, x, c)
+    loss: Any = adversary.telling(x, b)
+    loss.mean().backward()
+    assert all(p.grad is not None and float(p.grad.abs().max()) > 0 for head in method.head for p in (head.v.weight, head.psi.weight))
+    # Samples that are no images have no such heads: the toy's members have one each.
+    assert not isinstance(exact().head, ToldHeads) and exact().adversary.conditions == 0
+
+
 @pytest.mark.parametrize(
     ("prior", "says"),
     [
@@ -215,6 +244,14 @@ def test_data_visit_the_nodes_by_their_shares() -> None:
 def test_bad_options_are_refused_in_a_line(kwargs: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says) as refused:
         exact(**kwargs)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_network_that_says_no_widths_is_refused_in_a_line(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(backbone(tiny).network()), "widths", Network.widths)
+    says = "^UNet says no widths of its features, for which LADD makes heads: write widths"
+    with pytest.raises(NotImplementedError, match=says) as refused:
+        build(ENTRY, tiny)
     assert "\n" not in str(refused.value)
 
 

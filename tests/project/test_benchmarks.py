@@ -432,6 +432,31 @@ def test_schedules(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.Captu
     assert report["rows"][0]["coverage"]["paired"] is None and report["rows"][1]["coverage"]["paired"] is not None
 
 
+def test_cells_of_the_zoo_and_what_costs_nothing_beside_them(script: Any, tmp_path: Path) -> None:
+    """Two updates of one method: the student that is sampled anew is the published one, and the page sets it beside DDIL's."""
+    module, threads = script("zoo"), torch.get_num_threads()
+    args = SimpleNamespace(seed=2000, seeds=2, members=2, methods=["lcm"], quick=True, set=["model.init_args.updates=2"], n=64)
+    cells = module.wanted(args, None)
+    assert [c.variant for c in cells] == ["base", "reflected", "ddil", "both", "remedied"] and len({c.depends for c in cells}) == 5
+    assert [c.variant for c in module.wanted(args, 1000)] == ["base", "reflected", "ddil", "both"]
+    made = {c.variant: module.make(c, tmp_path) for c in cells if c.variant in ("base", "ddil", "remedied")}
+    torch.set_num_threads(threads)
+    assert all(c.known(tmp_path) == json.loads((tmp_path / c.file).read_text()) for c in cells if c.variant in made)
+    base, anew = made["base"], made["remedied"]
+    assert base["updates"] == anew["updates"] == 2 and anew["scores"] == base["scores"] and "remedied" not in base
+    assert all(scores.keys() == base["scores"].keys() and scores != base["scores"] for scores in anew["remedied"].values())
+    others = [{**made["ddil"], "variant": variant} for variant in ("reflected", "both")]
+    told = module.report([*made.values(), *others], 1000)
+    (row,), (first, *_) = told["rows"], [part for part in told["parts"] if part["title"] == "Energy distance ↓, without training"]
+    (free,) = first["rows"]
+    assert free["ddil"] == row["energy_distance/ddil"] and free["base"] == row["energy_distance/base"]
+    mine = [x - y for x, y in zip(*(s["energy_distance"] for s in (anew["remedied"]["es1.05"], base["scores"])), strict=True)]
+    assert free["es1.05"]["mean"] == pytest.approx(sum(mine) / 2) and free["es1.05"]["mean"]
+    assert "without training: the published student" in told["notes"][-1]
+    plain = module.report([base, made["ddil"], *others], 1000)
+    assert not any("without training" in part["title"] for part in plain["parts"]) and len(plain["notes"]) == 3
+
+
 @pytest.mark.slow
 def test_the_zoo_is_made_cell_by_cell(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module, threads = script("zoo"), torch.get_num_threads()
@@ -442,7 +467,7 @@ def test_the_zoo_is_made_cell_by_cell(script: Any, tmp_path: Path, capsys: pytes
         (m, b, 2) for m in ("sid", "pd") for b in ("updates", "evaluations")
     }
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "cells").iterdir()}
-    assert len(files) == 2 * 2 * 4
+    assert len(files) == 2 * 2 * 4 + 1  # and PD's published student, sampled anew
     for file in files:  # of the equal budget nobody is given more than a step beyond it, and PD's stages are as long as that allows
         cell = json.loads(file.read_text())
         assert cell["budget"] == "updates" or 0.5 * 20_000 < cell["evaluations"] < 2 * 20_000

@@ -71,6 +71,14 @@ METHODS = [
     Entry("emd", EMD, {"guidance": 2.0, "chain": {"steps": 2}}, falls="critic_loss", unused=True, brief=True),
     Entry("sid", SiD, {"guidance": 2.0, "critic": {"steps": 2}}, falls="critic_loss", unused=True, brief=True),
     Entry("f-distill", DMD2, {"guidance": 2.0, "scores": {"divergence": "js"}}, falls="critic_loss", unused=True, slow=True),
+    Entry(
+        "diff-instruct",
+        DMD2,
+        {"guidance": 2.0, "critic": {"steps": 2}, "scores": {"normaliser": "none"}, "gan": {"weight": 0.0, "critic_weight": 0.0}},
+        falls="critic_loss",
+        unused=True,
+        brief=True,
+    ),
     Entry("dmd", DMD, {"guidance": 2.0, "steps": 4, "pairs": {"steps": 2}}, falls="critic_loss", unused=True, brief=True),
     Entry("reflow", Reflow, {"guidance": 2.0, "nodes": 8, "relabel": 2, "teacher_steps": 4, "pairs": {"steps": 2}}, brief=True),
     Entry("boot", BOOT, {"guidance": 2.0, "steps": 4}, brief=True),
@@ -174,6 +182,18 @@ class StopAt(Checkpoint):
         if pl_module.student_updates >= self.updates and not trainer.should_stop:
             if self.file is not None:
                 trainer.save_checkpoint(self.file)
+            trainer.should_stop = True
+
+
+class StopInside(Checkpoint):
+    """A checkpoint after so many critic updates, and the end of the run."""
+
+    def __init__(self, updates: int, file: Path) -> None:
+        self.updates, self.file = updates, file
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if pl_module.adversary.updates == self.updates and not pl_module.descent.halfway:
+            trainer.save_checkpoint(self.file)
             trainer.should_stop = True
 
 

@@ -12,7 +12,8 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from ddil_lightning.callbacks import Checkpoints
-from suite import ALL_AND_LORA, BY_NAME, EPOCH, METHODS, Entry, Run, StopAt, build, captions, equal, fit, frozen, one_of, state
+from ddil_lightning.training.contest import Contest
+from suite import ALL_AND_LORA, BY_NAME, EPOCH, METHODS, Entry, Run, StopAt, StopInside, build, captions, equal, fit, frozen, one_of, state
 
 TOTAL, CUT = 9, 5
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -109,6 +110,29 @@ def test_a_run_that_was_stopped_goes_on(entry: Entry, tiny: Path, tmp_path: Path
     assert stopped.method.student_updates == CUT
     stopped.trainer.save_checkpoint(tmp_path / "after.ckpt")
     same(straight(entry)[0], fit(*objects(entry, tiny, "buffer"), ckpt=tmp_path / "after.ckpt"))
+
+
+# PCM and CTM have no discriminator but where one is asked for.
+TURNS = [entry for entry in METHODS if issubclass(entry.method, Contest) and entry.name not in ("pcm", "ctm", "ctm-denoising")]
+
+
+@pytest.mark.parametrize("entry", [pytest.param(e, id=e.name, marks=() if e.name == "dmd2" else pytest.mark.slow) for e in TURNS])
+def test_resuming_in_the_middle_of_a_critics_cycle_is_exact(entry: Entry, tiny: Path, tmp_path: Path) -> None:
+    """All other cuts here are after a student's update, which ends the cycle."""
+
+    def parts() -> tuple[Any, Any]:
+        return build(entry, tiny, updates=3, critic={"steps": 2}), captions(tiny)
+
+    run, file = fit(*parts()), tmp_path / "inside.ckpt"
+    cut = fit(*parts(), StopInside(3, file))
+    assert (cut.method.adversary.updates, cut.method.student_updates) == (3, 1) and cut.method.adversary.every == 2
+    resumed = fit(*parts(), ckpt=file)
+    mine, theirs = state(run), state(resumed)
+    for part in mine:
+        assert equal(mine[part], theirs[part]), part
+    assert resumed.method.adversary.updates == run.method.adversary.updates == 6
+    rows = [[(row["student_updates"], row["loss"]) for row in one.rows] for one in (run, resumed)]
+    assert len(rows[0]) == 3 and rows[1] == rows[0][1:]
 
 
 @pytest.mark.parametrize("entry", **ALL_AND_LORA)

@@ -58,6 +58,10 @@ class Network(nn.Module, ABC):
         """A new discriminator's head: called with the features of `layers`, an argument each, it answers with logits [B, ...]."""
         raise NotImplementedError(f"{type(self).__name__} has no discriminator's head: set the discriminator's weights to 0")
 
+    def widths(self, layers: Sequence[str] = ()) -> tuple[int, ...]:
+        """The number F of channels of the features of each of `layers`, for a method that makes heads of its own."""
+        raise NotImplementedError(f"{type(self).__name__} says no widths of its features, for which LADD makes heads: write widths(layers)")
+
     def blocks(self) -> Sequence[nn.Module]:
         """Parts that are gathered one at a time where weights are sharded: memory then holds one of them, not the whole network."""
         return ()

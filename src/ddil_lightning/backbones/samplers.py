@@ -32,15 +32,16 @@ OFF = 2
 def named(backbone: Pipeline, name: str) -> Pipeline:
     """The pipeline with the sampler of NAMES in the place of its own, on trailing nodes where it has a choice.
 
-    `ddim-ts20`, `ddim-es1.01`, `ddim-ts20-es1.01`: with shifted times in a window of 20, with eps divided by 1.01 (`diffusion.remedies`).
+    `ddim-ts20`, `ddim-es1.01`, `ddim-ts20-es1.01`: with shifted times in a window of 20, with eps divided by 1.01 (`diffusion.remedies`);
+    `ddim-ts20-tv1.0-tc100`: of data whose variance is 1, and at times above 100 alone. `ddim-nc`: with noise correction, as Imagine Flash
+    samples, these behind it or not.
     """
     import diffusers
 
     name, *remedies = name.split("-")
-    said = {word[:2]: word[2:] for word in remedies}
     if backbone.network().flow:
         return _flowing(backbone, name, remedies)
-    remedy = Remedy(int(said.get("ts", 0)), scale=float(said.get("es", 1))) if remedies else None
+    remedy = Remedy.named(remedies) if remedies else None
     kind, config = getattr(diffusers, NAMES[name]), backbone.pipe.scheduler.config
     own = {} if name in ("lcm", "tcd") else {"timestep_spacing": "trailing"}
     clips: dict[str, Any] = {} if name == "euler" else {"clip_sample": False}

@@ -84,6 +84,10 @@ class Transformer(Family):
         made = [convolutions(self.width, side, groups, inner) for _ in self._asked(layers)]
         return made[0] if len(made) == 1 else Heads(made)
 
+    def widths(self, layers: Sequence[str] = ()) -> tuple[int, ...]:
+        """The same of each block."""
+        return (self.width,) * len(self._asked(layers))
+
     def features(self, x_t: Tensor, t: Tensor, c: Context, layers: Sequence[str] = ()) -> tuple[Tensor, ...]:
         """The features [B, F, h, w] that leave the blocks `layers`, by default the middle one; what comes after the last is not run."""
         return self._watched(x_t, t, c, layers, no_further=True)[1]

@@ -131,6 +131,10 @@ class UNet(Family):
         made = [convolutions(*self._size(name), groups) for name in self._asked(layers)]
         return made[0] if len(made) == 1 else Heads(made)
 
+    def widths(self, layers: Sequence[str] = ()) -> tuple[int, ...]:
+        """The channels of what leaves the blocks `layers`."""
+        return tuple(self._size(name)[0] for name in self._asked(layers))
+
     def _size(self, layer: str) -> tuple[int, int]:
         """(channels, side) of what leaves a block; every block but the last of its way halves or doubles the side."""
         widths, side = self.model.config.block_out_channels, min(self.latent_shape[1:])

@@ -13,10 +13,11 @@ from ddil_lightning.errors import Refusal, one_line
 from ddil_lightning.texts import place, read_text
 
 FORM = "[NAME=]PATH[+LORA[*SCALE]][:SAMPLER][@GUIDANCE][#STEPS]"
-SAMPLERS = ("lcm", "tcd", "ddim", "euler", "dpm")
+SAMPLERS = ("lcm", "tcd", "ddim", "ddim-nc", "euler", "dpm")
 """Samplers that an entry can name in the place of its pipeline's own: those of `backbones.samplers`, and DPM-Solver++ 2M."""
-REMEDIES = re.compile(r"(-ts[1-9]\d{0,2})?(-es[01]\.\d+)?")
-"""What the name of a sampler, but of the last, may end in: `-ts20`, shifted times, and `-es1.01`, scaled eps (`diffusion.remedies`)."""
+REMEDIES = r"(-ts[1-9]\d{0,2}(-tv\d+(\.\d+)?)?(-tc[1-9]\d{0,2})?)?(-es[01]\.\d+)?"
+"""What the name of a sampler, but of the last, may end in: `-ts20`, shifted times, behind it `-tv1.0`, the variance of the data, and
+`-tc100`, the time up to which nothing is shifted; `-es1.01`, scaled eps (`diffusion.remedies`)."""
 OF_SOURCE = ("path", "variant", "config", "vae", "lora", "size")
 KEYS = ("name", *OF_SOURCE, "sampler", "guidance", "steps")
 """What an entry of a YAML file may say."""
@@ -26,9 +27,8 @@ SHOWN = re.compile(r"[^\w.+ :=-]+")
 
 def is_sampler(name: Any) -> bool:
     """Whether it is one of SAMPLERS, with one of REMEDIES or without."""
-    base = str(name).partition("-")[0]
-    more = str(name).removeprefix(base)
-    return base in SAMPLERS and (not more or (base != "dpm" and REMEDIES.fullmatch(more) is not None))
+    *remedied, plain = SAMPLERS
+    return name == plain or re.fullmatch(f"({'|'.join(remedied)}){REMEDIES}", str(name)) is not None
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _entry(said: Mapping[str, Any], where: str) -> Entry:
         raise Refusal(f"{where}: {f'no key {wrong[0]!r}' if wrong else 'no path'}: an entry says path, and may say {', '.join(KEYS)}")
     sampler, guidance, steps = said.get("sampler"), said.get("guidance"), said.get("steps")
     if sampler is not None and not is_sampler(sampler):
-        known = f"known are {', '.join(SAMPLERS)}, and -ts20 or -es1.01 behind one but dpm"
+        known = f"known are {', '.join(SAMPLERS)}, and -ts20 (-ts20-tv1.0-tc100) or -es1.01 behind one but dpm"
         raise Refusal(f"{where}: no sampler {sampler!r}: {known}; without one it is the pipeline's own")
     if guidance is not None:
         guidance = _number(guidance, f"{where}: guidance", 0.0)

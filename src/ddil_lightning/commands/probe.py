@@ -6,21 +6,22 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ddil_lightning.commands import entries
 from ddil_lightning.commands.arguments import SCALE, SEED, STEPS, Parser, advising, device, is_run, number, path, pipeline_of, place
-from ddil_lightning.commands.entries import is_sampler
 from ddil_lightning.commands.protocols import add_sources
 from ddil_lightning.errors import Refusal
 from ddil_lightning.files import check_writable
 from ddil_lightning.messages import quiet
 
 PARTS = ("nodes", "mixing", "switch")
-SAMPLERS = ("lcm", "tcd", "ddim", "euler")
+SAMPLERS = tuple(name for name in entries.SAMPLERS if name != "dpm")
+"""Those whose steps are a policy's: DPM-Solver++ 2M remembers."""
 
 
 def _sampler(name: str) -> str:
     """A sampler's name. Raises argparse's ArgumentTypeError for none."""
-    if not is_sampler(name) or name.partition("-")[0] not in SAMPLERS:
-        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(SAMPLERS)}, with -ts20 or -es1.01 behind it or without")
+    if not entries.is_sampler(name) or name == "dpm":
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(SAMPLERS)}, with -ts20-tv1.0 or -es1.01 behind it or without")
     return name
 
 
@@ -41,7 +42,7 @@ def probe(argv: list[str]) -> int:
     parser.add_argument("--steps", type=STEPS, help="of the student (default: what its card recommends, else 4)")
     parser.add_argument("--teacher_steps", type=STEPS, default=32, help="of the teacher alone: one student step is its share of them")
     parser.add_argument(
-        "--sampler", type=_sampler, help=f"the student's by name, {', '.join(SAMPLERS)}, also as ddim-ts20-es1.01 (default: its own)"
+        "--sampler", type=_sampler, help=f"the student's by name, {', '.join(SAMPLERS)}, also as ddim-ts20-tv1.0-es1.01 (default: its own)"
     )
     parser.add_argument("--guidance", type=SCALE, help="guidance g of the teacher, and of a student that is told it (default: by its card)")
     parser.add_argument("--student_guidance", type=SCALE, help="guidance_scale of the student (default: by its card, else none)")

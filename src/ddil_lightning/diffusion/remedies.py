@@ -1,11 +1,12 @@
 """What can be done against exposure bias without training: asking at another time, and scaling what is predicted.
 
 A few-step student's latents have another law than those it was trained on. DDIL trains that away; these two change the sampler alone, at no
-cost, and are what it has to be compared with.
+cost, and are what it has to be compared with. So does noise correction, which mends the first step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,25 +15,30 @@ from torch import Tensor, nn
 from ddil_lightning.bounds import at_least, within
 from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.schedule import NoiseSchedule
+from ddil_lightning.diffusion.transitions import NoiseCorrected, ddim
 from ddil_lightning.records import Context, Prediction
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """Shifted time steps (Li et al. 2024, arXiv 2305.15583, Alg. 3) and scaled eps (Ning et al. 2024, arXiv 2308.15321, Sec. 5), or either.
+    """Shifted time steps (Li et al. 2024, arXiv 2305.15583, Alg. 3), scaled eps (Ning et al. 2024, arXiv 2308.15321, Sec. 5), and noise
+    correction (Kohler et al. 2024, arXiv 2405.05224), or any of them.
 
     Args:
         window: of times, centred at t, of which the one is asked whose noise has the variance that x_t has; 0 for no shift.
         cutoff: the time up to which nothing is shifted.
         variance: what of a sample's variance is its data's. Its authors leave it out (0), which is right for dark or narrow images alone:
             of latents of variance 1 every x_t has variance 1, which tells nothing of its time, and without it all are shifted upwards.
+            It is that within one latent, over its channels and places, and is measured on data (1.0 for what an autoencoder scales so).
         scale: lambda, by which eps is divided; above 1 for a network whose eps is too large in its own roll-outs.
+        corrected: DDIM's first step takes the noise itself for eps (`NoiseCorrected`).
     """
 
     window: int = 0
     cutoff: int = 0
     variance: float = 0.0
     scale: float = 1.0
+    corrected: bool = False
 
     def __post_init__(self) -> None:
         within(0, 1000, window=self.window)
@@ -40,14 +46,30 @@ class Remedy:
         within(0.5, 2, scale=self.scale)
 
     def __str__(self) -> str:
-        return "-".join([f"ts{self.window}"] * (self.window > 0) + [f"es{self.scale:g}"] * (self.scale != 1))
+        """As the name of a sampler has it behind the sampler's own."""
+        said = {"ts": self.window, "tv": self.variance, "tc": self.cutoff} if self.window else {}
+        said |= {"es": self.scale} if self.scale != 1 else {}
+        return "-".join(["nc"] * self.corrected + [f"{word}{number:g}" for word, number in said.items() if number])
+
+    @classmethod
+    def named(cls, words: Sequence[str]) -> Remedy:
+        """The remedy that words behind a sampler's name say: `nc`, corrected; `ts20`, a window, `tv1.0`, a variance, `tc100`, a cutoff;
+        `es1.01`, a scale."""
+        said = {word[:2]: word[2:] for word in words}
+        return cls(int(said.get("ts", 0)), int(said.get("tc", 0)), float(said.get("tv", 0)), float(said.get("es", 1)), "nc" in said)
 
     def on(self, policy: Policy) -> Policy:
-        """The same policy, sampled so; nothing is trained, and none of its network's evaluations is added."""
+        """The same policy, sampled so; nothing is trained, and none of its network's evaluations is added.
+
+        Raises ValueError where the noise of other steps than DDIM's is to be corrected.
+        """
+        if self.corrected and policy.transition != ddim:
+            raise ValueError(f"noise correction is of DDIM's first step, and the policy steps by {policy.transition}")
+        transition = NoiseCorrected(policy.schedule.steps - 1) if self.corrected else policy.transition
         denoiser = policy.denoiser if self.scale == 1 else Scaled(policy.denoiser, self.scale)
         if not self.window:
-            return Policy(denoiser, policy.transition, policy.substeps, policy.fine)
-        return Shifted(denoiser, policy.transition, policy.substeps, policy.fine, remedy=self)
+            return Policy(denoiser, transition, policy.substeps, policy.fine)
+        return Shifted(denoiser, transition, policy.substeps, policy.fine, remedy=self)
 
     def shifted(self, schedule: NoiseSchedule, x_t: Tensor, t: int, s: int) -> Tensor:
         """[B] the times in the window around t, above s, whose variance alpha^2 `variance` + sigma^2 is nearest to that of each x_t."""

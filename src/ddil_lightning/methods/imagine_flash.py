@@ -61,8 +61,8 @@ class ImagineFlash(Distillation):
         solver_steps: the teacher's DDIM steps from t' to the clean end, one for a single estimate of x0.
         shift: the map from t to t'.
         noise_correction: the first step takes the noise itself for eps, x_s = alpha_s x0 + sigma_s x_T, in roll-outs and at inference. No
-            scheduler of diffusers does, so the exported pipeline takes DDIM's first step, and its card says so. Where the process ends in
-            noise alone, as a flow does, DDIM's own first step is that one.
+            scheduler of diffusers does, so the exported pipeline takes DDIM's first step, and its card says so; here it samples so by the
+            name `ddim-nc`. Where the process ends in noise alone, as a flow does, DDIM's own first step is that one.
         w_conditioned: the student is told w (a zero-initialised embedding); without it one guidance is baked in.
     """
 

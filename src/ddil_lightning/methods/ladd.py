@@ -6,16 +6,35 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
+from ddil_lightning.diffusion.denoiser import S_EMBEDDING, s_embedding
 from ddil_lightning.feed import Wants
 from ddil_lightning.processes import averaged
-from ddil_lightning.records import TEACHER, LatentBatch
+from ddil_lightning.records import TEACHER, Context, LatentBatch
 from ddil_lightning.training.adversarial import Adversarial
 from ddil_lightning.training.adversary import Adversary, Critic, Real
 from ddil_lightning.training.gan import Gan, LogitNormal
+from ddil_lightning.training.vision import ToldHeads, embedding
 
 
-class Ends(Adversary):
+class Told(Adversary):
+    """A discriminator whose heads are told the caption and tau beside the features, where they are made for it (`ToldHeads`)."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.conditions = int(isinstance(self.head, ToldHeads))
+
+    def _features(self, x: Tensor, t: Tensor, c: Context) -> tuple[Tensor, ...]:
+        """The features of x at tau and, [B, D + S_EMBEDDING], what the heads are told: the pooled text and sinusoids of tau."""
+        features = super()._features(x, t, c)
+        if not self.conditions:
+            return features
+        tau = self.method.student.schedule.time(t)  # as networks are told it
+        return (*features, torch.cat([embedding(c), s_embedding(tau)], 1))
+
+
+class Ends(Told):
     """A discriminator whose real samples are what the teacher made: the ends of its roll-outs, and of no other latents."""
 
     def real(self, b: LatentBatch) -> Real | None:
@@ -30,9 +49,10 @@ class LADD(Adversarial):
 
     L_student = -D(teacher's features of alpha_tau xS + sigma_tau eps, caption), tau logit-normal; the heads learn by the hinge loss, with
     independent (tau, eps) for real and fake. Nothing is decoded and no target is regressed on, so every source is legal; it decides which
-    outputs must look real. The heads are told the caption and tau by the features, which the teacher computes under them. Real are the
-    data or, as in the paper, the guided teacher's own samples: the ends of its roll-outs, of which the prior then has to have some, and
-    with (0, 0, 1) no image is needed. Reflection acts on the student's samples, straight-through.
+    outputs must look real. The heads are told the pooled text and tau (projection, as ADD's), which the teacher computes their features
+    under as well; only where samples are no images they have the features alone. Real are the data or, as in the paper, the guided
+    teacher's own samples: the ends of its roll-outs, of which the prior then has to have some, and with (0, 0, 1) no image is needed.
+    Reflection acts on the student's samples, straight-through.
 
     Args:
         steps: nodes of the grid (4: 999, 749, 499, 249), a divisor of the schedule's times.
@@ -70,8 +90,11 @@ class LADD(Adversarial):
         student, teacher = self.role("student"), self.role("teacher", reflection=self.reflection)
         read: Any = teacher.network if gan.features == "teacher" else student.network
         gan = replace(gan, layers=gan.layers or tuple(read.layers))
-        self.cast(student=student, **self.discriminator(gan), teacher=teacher)
-        kind = Adversary if real == "data" else Ends
+        heads = None
+        if self.backbone.size is not None:
+            heads = ToldHeads(read.widths(gan.layers), embedding(self.backbone.null()).shape[1] + S_EMBEDDING)
+        self.cast(student=student, **self.discriminator(gan, heads), teacher=teacher)
+        kind = Told if real == "data" else Ends
         self.against(kind(self, None, self.head, critic.steps, gan, times), critic, fine)
 
     def training_step(self, b: LatentBatch, i: int) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from ddil_lightning.training.adversary import Adversary
 from ddil_lightning.training.gan import Gan
 
@@ -24,14 +26,14 @@ class Contest(Base):
         """Whether there is somebody to descend beside the student."""
         return self.adversary.critic is not None or self.adversary.head is not None
 
-    def discriminator(self, gan: Gan) -> dict[str, Any]:
+    def discriminator(self, gan: Gan, head: nn.Module | None = None) -> dict[str, Any]:
         """What is cast for a discriminator, if there is one: its head, and a frozen network whose features it reads where the method has
-        none that does (`initial`)."""
+        none that does (`initial`). `head`: the method's own, by default the backbone's."""
         if not gan.is_on:
             return {}
         initial = gan.features == "initial"
         read = {"initial": self.role("student").copied("initial")} if initial else {}
-        return {**read, "head": self.backbone.head(gan.layers, "student" if initial else gan.features)}
+        return {**read, "head": self.backbone.head(gan.layers, "student" if initial else gan.features) if head is None else head}
 
     def both(self) -> tuple[Any, Any]:
         """The optimisers of student and adversary; None for one that is not there."""

@@ -15,7 +15,7 @@ from ddil_lightning.diffusion.transitions import NoiseCorrected, ddim
 
 CORRECTED = (
     "DDIM, as its scheduler steps. It was trained and measured with noise correction, which takes the initial noise for the predicted one "
-    "in the first step (Kohler et al. 2024) and which no scheduler of diffusers has"
+    "in the first step (Kohler et al. 2024) and which no scheduler of diffusers has: ddil-test --compare and ddil-probe do so by ddim-nc"
 )
 """What the card of a student says of its sampler where the first step is corrected."""
 
