@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
+from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.training.optimisation import Optimizer
 from pair import Pair, ddp
 from suite import BY_NAME, METHODS, MIXED, Entry, Run, build, captions, equal, fit
@@ -64,6 +66,24 @@ def test_losses_and_weights_are_the_same_bits(entry: Entry, tiny: Path) -> None:
     assert asked(kept) < asked(again)
     rest = ({k: v for k, v in made.method.evaluations.items() if k not in ("teacher", "former")} for made in (kept, again))
     assert len({str(one) for one in rest}) == 1
+
+
+def test_other_weights_at_the_same_path_are_asked_anew(tiny: Path, tmp_path: Path) -> None:
+    """A pipeline that was trained on and saved where it was, or is held in another precision, has not answered what was kept."""
+    entry, folder = BY_NAME["lcm"], tmp_path / "pipeline"
+
+    def question(**kwargs: Any) -> str:
+        made = build(entry, folder, pipeline=Pipeline(str(folder), **kwargs), box=BOX)
+        assert made.question == made.question
+        return str(made.question)
+
+    shutil.copytree(tiny, folder)
+    first, same, half = question(), question(), question(dtype=torch.bfloat16)
+    other = Pipeline(str(folder))
+    with torch.no_grad():
+        next(other.network().parameters())[0].add_(1e-3)
+    other.pipe.save_pretrained(folder)
+    assert first == same and len({first, half, question()}) == 3
 
 
 @pytest.mark.slow
