@@ -291,7 +291,7 @@ def test_the_critics_loss_by_hand(whose: str, layers: tuple[str, ...], tiny: Pat
 
 @pytest.mark.parametrize("whose", ["critic", "teacher"])
 def test_an_answer_of_the_critic_serves_both_losses_of_a_turn(whose: str, tiny: Path) -> None:
-    """The student's gradient to the bit, and the critic's loss by hand, where matching looked, with real samples at times of the same span."""
+    """The student's gradient to the bit, and the critic's loss by hand, where matching looked; real samples are at times of that span."""
     method, b, x = with_data(tiny, gan={"features": whose, "critic_weight": 0.3}, scores={"tau": (0.4, 0.6), "share": True})
     critic, span = method.critic, Span(low=400, high=600)
     heard, gradients = method.adversary.hear(x, b, "matching", span), []

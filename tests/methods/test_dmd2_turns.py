@@ -218,7 +218,7 @@ WRONG = {
     "tau": ({"scores": {"tau": (0.9, 0.1)}}, "0 <= tau"),
     "weights": ({"gan": {"critic_weight": 0.0}}, "needs a discriminator that learns"),
     "pull": ({"scores": {"share": True}, "critic": {"pull": 0.1}}, "scores.share keeps an answer of the critic, which critic.pull"),
-    "share": ({"scores": {"share": True}, "critic": {"steps": 1}}, "at times of scores.tau alone: set critic.steps from 2 on"),
+    "share": ({"scores": {"share": True}, "critic": {"steps": 1}}, "at times of scores.tau alone: set it to false, or"),
     "rollouts": ({"rollouts": (8,)}, "8 steps does not fit on the 4 nodes"),
 }
 

@@ -74,9 +74,9 @@ class DMD2(TwoScores):
                 f"scores.divergence = {self.divergence} weighs samples by what a discriminator says of them: set model.gan.critic_weight"
             )
         if self.share and critic.pull:
-            raise ValueError("scores.share keeps an answer of the critic, which critic.pull moves on before its own step: leave one out")
+            raise ValueError("scores.share keeps an answer of the critic, which critic.pull moves on before its own step: give one of them")
         if self.share and critic.steps == 1 and gan.is_on:
-            raise ValueError("scores.share would have the discriminator learn at times of scores.tau alone: set critic.steps from 2 on")
+            raise ValueError("scores.share has the discriminator learn at times of scores.tau alone: set it to false, or critic.steps to 2")
         self.oppose(critic, gan)
 
     def training_step(self, b: LatentBatch, i: int) -> None:
