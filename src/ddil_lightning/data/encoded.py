@@ -18,7 +18,7 @@ from ddil_lightning.counting import counted
 from ddil_lightning.data.buckets import Group
 from ddil_lightning.data.captions import Captions, RawBatch
 from ddil_lightning.data.visits import Visit, Wording
-from ddil_lightning.records import CaptionBatch, Context, cat, take, to
+from ddil_lightning.records import CaptionBatch, Context, cat, sent, take, to
 from ddil_lightning.texts import by
 
 CHUNK, LOADED = 256, 2**24
@@ -181,14 +181,14 @@ def check_lengths(rows: Sequence[int], texts: Sequence[Sequence[str]], backbone:
 
 def encode_batch(raw: RawBatch, backbone: Backbone, truncate: bool = False) -> CaptionBatch:
     """One raw batch on the backbone's device."""
-    latent = None if raw.latent is None else raw.latent.to(backbone.device, torch.float32)
+    latent = None if raw.latent is None else sent(raw.latent, backbone.device).to(torch.float32)
     latent = latent if raw.pixels is None else backbone.encode_images(raw.pixels)
     sizes = raw.sizes
     if sizes is None and raw.pixels is not None and raw.pixels.ndim == 4:  # the toy's are points
         sizes = whole((raw.pixels.shape[2], raw.pixels.shape[3]), len(raw.rows))
     if sizes is not None and raw.counts is not None:
         sizes = sizes.repeat_interleave(raw.counts, 0)
-    return CaptionBatch(latent, backbone.encode_text(raw.prompts, truncate, sizes=sizes), raw.rows.to(backbone.device))
+    return CaptionBatch(latent, backbone.encode_text(raw.prompts, truncate, sizes=sizes), sent(raw.rows, backbone.device))
 
 
 @torch.no_grad()
