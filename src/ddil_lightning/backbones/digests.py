@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ddil_lightning.backbones.autoencoder import scale
 
@@ -58,7 +58,7 @@ def _read(digest: Any, module: nn.Module) -> None:
             digest.update(f"{key} {part.dtype} {tuple(part.shape)}".encode() + memoryview(data.numpy()))
 
 
-def _held(x: Any) -> Iterator[Tensor]:
+def _held(x: Any) -> Iterator[Any]:
     """The tensors that hold the numbers of one: itself or, of a quantised one, its codes and their scales."""
     if not hasattr(x, "__tensor_flatten__"):
         yield x
