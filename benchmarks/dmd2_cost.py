@@ -3,7 +3,8 @@
 Both are counted on the networks themselves, not by a formula. The published sequence, per iteration: backward simulation to a random node
 (0 to 3 student calls), the generator; critic with gradient for the denoising loss; discriminator on the fake and on the real side, each an
 encoder pass with gradient. Once in `critic.steps` iterations also the critic, the guided teacher (2 B) and the discriminator on the
-generator's output. Here roll-outs are reused through the buffer, and the denoising loss and the fake logit share one critic forward.
+generator's output. Here roll-outs are reused through the buffer, and the denoising loss and the fake logit share one critic forward; with
+`scores.share` it is the one of the matching loss too.
 A pass of the encoder alone counts as its share of a forward's floating-point operations, a backward as two forwards, one where only the
 input needs a gradient. The unit is one forward at batch B.
 
@@ -123,7 +124,7 @@ def encoder_share(method: DMD2, b: LatentBatch) -> float:
 
 def ours(config: str, args: argparse.Namespace, pipeline: str, updates: int) -> tuple[Counter, DMD2, LatentBatch]:
     """A run of `config`, counted, with its method and its last batch."""
-    guided = "model.init_args.scores={guidance: null}"  # as the published sequence, where the shipped configs need half the teacher's calls
+    guided = "model.init_args.scores.guidance=null"  # as the published sequence, where the shipped configs need half the teacher's calls
     words = (f"model.init_args.pipeline={pipeline}", "--seed", str(args.seed), f"model.init_args.updates={updates}", guided, *args.set)
     kept = Keep()
     trainer, method, data = assemble(config, *words, callbacks=[kept])

@@ -60,11 +60,19 @@ def test_the_toy_trains_and_is_tested_on_the_gpu(name: str, tmp_path: Path) -> N
 
 
 class NoWaits(Callback):
-    """From the third update on, a step in which the host waits for the device fails (tests/training/test_waits.py says it without one)."""
+    """From the third update on, a step in which the host waits for the device fails (tests/training/test_waits.py says it without one):
+    from before its batch is sent, which is before Lightning's first hook of a step, to its end, where what is logged is read."""
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if pl_module.student_updates >= 2:
-            torch.cuda.set_sync_debug_mode("error")
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        data = trainer.datamodule
+        send = data.transfer_batch_to_device
+
+        def watched(*args: Any) -> Any:
+            if pl_module.student_updates >= 2:
+                torch.cuda.set_sync_debug_mode("error")
+            return send(*args)
+
+        data.transfer_batch_to_device = watched
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         torch.cuda.set_sync_debug_mode("default")

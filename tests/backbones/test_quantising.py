@@ -107,6 +107,16 @@ def test_gradients_are_those_of_a_network_of_its_values(recompute: bool, small: 
 
 
 @needs_torchao
+def test_its_digest_is_of_the_numbers_that_it_holds(small: Pipeline) -> None:
+    before = small.fingerprint()
+    codes = next(p for p in small.network().parameters() if hasattr(p, "qdata")).qdata
+    codes[0, 0] ^= 1
+    changed = small.fingerprint()
+    codes[0, 0] ^= 1
+    assert changed != before == small.fingerprint()
+
+
+@needs_torchao
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lcm-lora", "lcm", "pd-lora", "dmd2-lora", "dmd2"])
 def test_methods_train_on_it_and_change_none_of_it(name: str, small: Pipeline, tiny: Path) -> None:

@@ -54,7 +54,7 @@ data: {DATA}
 
 
 NEW = {
-    *("scores.divergence", "critic.pull", "rollouts.reuse", "buffer.answers"),
+    *("scores.divergence", "scores.share", "critic.pull", "rollouts.reuse", "buffer.answers"),
     *(f"gan.{name}" for name in ("layers", "kind", "r1", "r1_noise")),
     *(f"adapter.{name}" for name in ("rank", "alpha", "dropout", "targets", "full", "whole")),
     *("memory.compile", "memory.offload", "memory.quantize", "optimizer.kind", "optimizer.options"),

@@ -17,11 +17,11 @@ from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.methods import DMD2
 from ddil_lightning.methods.dmd2 import direction, emphasis
 from ddil_lightning.records import Context, LatentBatch
-from ddil_lightning.training.adversary import untouched
+from ddil_lightning.training.adversary import Span, untouched
 from ddil_lightning.training.gan import Gan
 from ddil_lightning.training.scores import Scores
 from options import options
-from suite import Entry, backbone, build, captions, fit
+from suite import Entry, backbone, build, captions, equal, fit
 
 SD = NoiseSchedule.scaled_linear()
 ENTRY = Entry("dmd2", DMD2, {"guidance": 2.0})
@@ -287,6 +287,36 @@ def test_the_critics_loss_by_hand(whose: str, layers: tuple[str, ...], tiny: Pat
         expected = (b.weight * (denoising + 0.3 * softplus(fake).mean(1)) + 0.3 * softplus(-real).mean(1)).mean()
     assert loss == pytest.approx(float(expected), rel=1e-5)
     assert not torch.equal(t, t_real) and int(t.max()) <= 999 and method.tau == (20, 980)
+
+
+@pytest.mark.parametrize("whose", ["critic", "teacher"])
+def test_an_answer_of_the_critic_serves_both_losses_of_a_turn(whose: str, tiny: Path) -> None:
+    """The student's gradient to the bit, and the critic's loss by hand, where matching looked; real samples are at times of that span."""
+    method, b, x = with_data(tiny, gan={"features": whose, "critic_weight": 0.3}, scores={"tau": (0.4, 0.6), "share": True})
+    critic, span = method.critic, Span(low=400, high=600)
+    heard, gradients = method.adversary.hear(x, b, "matching", span), []
+    for given in (heard, None):
+        leaf = x.clone().requires_grad_()
+        method.matching(leaf, b, given).sum().backward()
+        gradients.append(leaf.grad)
+    assert equal(*gradients) and float(gradients[0].abs().max()) > 0  # type: ignore[union-attr]
+    (y, t, eps), (z, t_real, _) = (method.adversary.diffuse(u, name, 400, 600) for u, name in ((x, "matching"), (b.real, "real")))
+    before, loss = critic.evaluations, method.adversary.following(x, b, heard=heard)
+    assert critic.evaluations == before + (2 if whose == "critic" else 0) and all(400 <= u <= 600 for u in (*t.tolist(), *t_real.tolist()))
+    alpha, sigma = SD.at(t, x)
+    net = critic.network if whose == "critic" else method.teacher.network
+    with torch.no_grad():
+        if whose == "teacher":  # whose features nobody has asked for yet
+            y_fake, t_fake, _ = method.adversary.diffuse(x, "critic", 400, 600)
+        else:
+            y_fake, t_fake = y, t
+        denoising = (critic.network(y, t, b.c) - (alpha * eps - sigma * x)).square().mean((1, 2, 3))
+        fake, real = (method.head(*net.features(*args)).flatten(1) for args in ((y_fake, t_fake, b.c), (z, t_real, b.real_c)))
+        expected = (b.weight * (denoising + 0.3 * softplus(fake).mean(1)) + 0.3 * softplus(-real).mean(1)).mean()
+    assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-5)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in method.head.parameters())
+    assert all(p.grad is not None for p in critic.parameters())
 
 
 def test_features_are_the_critics_and_the_students_side_of_the_gan(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

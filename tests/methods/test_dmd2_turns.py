@@ -74,6 +74,18 @@ def test_every_third_batch_updates_the_student_and_every_batch_the_critic(tiny: 
     assert len({row["lr"] for row in run.rows}) == 3 and run.rows[0]["critic_loss"] > 0
 
 
+def test_a_critic_that_is_asked_once_on_the_students_turn_is_asked_for_a_forward_less(tiny: Path) -> None:
+    """Of three turns' 3 forwards and 3 encoder passes over real images, one more forward for matching and one encoder pass for realism; the
+    first student update is the same, the critic's step on its batch another one."""
+    seen = Turns(), Turns()
+    once, twice = (train(ENTRY, tiny, turns, updates=2, scores={"share": share}) for turns, share in zip(seen, (True, False), strict=True))
+    size = len(seen[0].batches[0][1].t)
+    asked = [run.method.evaluations["critic"] / size for run in (once, twice)]
+    assert asked == [2 * 7, 2 * 8] and seen[0].steps == seen[1].steps
+    (mine, critics), (theirs, others) = (turns.before[3] for turns in seen)
+    assert equal(mine, theirs) and not equal(critics, others) and equal(seen[0].before[2][1], seen[1].before[2][1])
+
+
 def nothing(self: Adversary, x: Tensor, b: LatentBatch, *judged: Any) -> Tensor:
     """A loss of the critic with a gradient of zero, so that its optimiser moves nothing that has no other gradient."""
     assert not x.requires_grad
@@ -89,7 +101,7 @@ def test_the_students_turn_moves_no_weight_of_critic_and_head(tiny: Path, monkey
 
 
 def test_the_critics_turn_moves_no_weight_of_the_student(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DMD2, "matching", lambda self, x, b: 0 * x.flatten(1).mean(1))
+    monkeypatch.setattr(DMD2, "matching", lambda self, x, b, *heard: 0 * x.flatten(1).mean(1))
     start = build(ENTRY, tiny)
     run = train(ENTRY, tiny, updates=2, gan={"weight": 0.0})
     assert equal(weights(run.method.student), weights(start.student))
@@ -142,11 +154,12 @@ def test_the_first_rung_is_pure_noise_and_real_keeps_its_captions(tiny: Path) ->
 # Resuming -----------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize(("accumulate", "share"), [(1, False), (2, False), (2, True)])
 @pytest.mark.slow
-def test_resuming_inside_a_cycle_is_exact(accumulate: int, tiny: Path, tmp_path: Path) -> None:
+def test_resuming_inside_a_cycle_is_exact(accumulate: int, share: bool, tiny: Path, tmp_path: Path) -> None:
     def parts(seed: int) -> tuple[Any, Any]:
-        return build(ENTRY, tiny, seed, updates=4, optimizer={"accumulate": accumulate}, ema=0.9), captions(tiny, MIXED)
+        own = {"updates": 4, "optimizer": {"accumulate": accumulate}, "ema": 0.9, "scores": {"share": share}}
+        return build(ENTRY, tiny, seed, **own), captions(tiny, MIXED)
 
     straight = fit(*parts(0))
     for done in (4, 5)[: 3 - accumulate]:
@@ -191,6 +204,8 @@ WRONG = {
     "critic": ({"critic": {"steps": 0}}, "critic.steps is 0: give a number from 1"),
     "tau": ({"scores": {"tau": (0.9, 0.1)}}, "0 <= tau"),
     "weights": ({"gan": {"critic_weight": 0.0}}, "needs a discriminator that learns"),
+    "pull": ({"scores": {"share": True}, "critic": {"pull": 0.1}}, "scores.share keeps an answer of the critic, which critic.pull"),
+    "share": ({"scores": {"share": True}, "critic": {"steps": 1}}, "at times of scores.tau alone: set it to false, or"),
     "rollouts": ({"rollouts": (8,)}, "8 steps does not fit on the 4 nodes"),
 }
 

@@ -67,7 +67,7 @@ METHODS = [
     Entry("lcm-fixed-guidance", LCM, {"w_conditioned": False, "guidance": 2.0}, slow=True),
     Entry("lcm-online-target", LCM, {"target_decay": 0.0, "ema": 0.0, "distance": {"kind": "mse"}}, slow=True),
     Entry("pd", PD, {"stages": PLAN, "teacher_steps": 16}),
-    Entry("dmd2", DMD2, {"guidance": 2.0, "critic": {"steps": 2}}, falls="critic_loss", unused=True),
+    Entry("dmd2", DMD2, {"guidance": 2.0, "critic": {"steps": 2}, "scores": {"share": True}}, falls="critic_loss", unused=True),
     Entry("emd", EMD, {"guidance": 2.0, "chain": {"steps": 2}}, falls="critic_loss", unused=True, brief=True),
     Entry("sid", SiD, {"guidance": 2.0, "critic": {"steps": 2}}, falls="critic_loss", unused=True, brief=True),
     Entry("f-distill", DMD2, {"guidance": 2.0, "scores": {"divergence": "js"}}, falls="critic_loss", unused=True, slow=True),

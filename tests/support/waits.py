@@ -79,6 +79,17 @@ class Watched(Ledger):
             self.waits.append(f"{what} in {ours[-1] if ours else 'none of ours'}")
 
 
+class Beside(Watched):
+    """The same, with a host that computes: what is of the CPU alone has values, so that a buffer can be drawn from."""
+
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        pinning = func in (torch.ops.aten.is_pinned.default, torch.ops.aten._pin_memory.default)
+        fake = any(isinstance(x, FakeTensor) for x in tree_leaves((args, kwargs or {})))
+        if pinning or fake or (kwargs or {}).get("device") == GPU:
+            return super().dispatch(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
+
+
 class Told(Feed):
     """A feed whose batches come from where it was told."""
 

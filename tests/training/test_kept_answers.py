@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback
 
+from ddil_lightning.backbones.pipeline import Pipeline
+from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.training.optimisation import Optimizer
 from pair import Pair, ddp
 from suite import BY_NAME, METHODS, MIXED, Entry, Run, build, captions, equal, fit
@@ -64,6 +68,45 @@ def test_losses_and_weights_are_the_same_bits(entry: Entry, tiny: Path) -> None:
     assert asked(kept) < asked(again)
     rest = ({k: v for k, v in made.method.evaluations.items() if k not in ("teacher", "former")} for made in (kept, again))
     assert len({str(one) for one in rest}) == 1
+
+
+def test_with_the_shipped_shares_and_two_threads(tiny: Path) -> None:
+    """LCM as lcm_ddil.yaml has it, where a batch asks for few rows and its kernels may round otherwise than for all: the same to that."""
+    from ddil_lightning.commands.configs import find_config
+
+    shipped = yaml.safe_load(find_config("lcm_ddil.yaml").read_text())
+    options = {name: shipped["model"]["init_args"][name] for name in ("guidance", "solver_steps", "rollouts", "distance", "reflect")}
+    threads, found = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        for answers in ("float32", "none"):
+            losses = Losses()
+            prior, own = SamplingPrior(**shipped["data"]["prior"]), {"rollouts": {"every": 4}, "buffer": {"answers": answers}}
+            data = captions(tiny, prior, batch_size=BATCH, **own)
+            found.append((fit(build(BY_NAME["lcm"], tiny, updates=4, **options), data, losses), losses.seen))
+    finally:
+        torch.set_num_threads(threads)
+    (kept, losses), (again, theirs) = found
+    torch.testing.assert_close(torch.cat(losses), torch.cat(theirs), rtol=1e-3, atol=1e-5)
+    assert asked(kept) < asked(again)
+
+
+def test_other_weights_at_the_same_path_are_asked_anew(tiny: Path, tmp_path: Path) -> None:
+    """A pipeline that was trained on and saved where it was, or is held in another precision, has not answered what was kept."""
+    entry, folder = BY_NAME["lcm"], tmp_path / "pipeline"
+
+    def question(**kwargs: Any) -> str:
+        made = build(entry, folder, pipeline=Pipeline(str(folder), **kwargs), box=BOX)
+        assert made.question == made.question
+        return str(made.question)
+
+    shutil.copytree(tiny, folder)
+    first, same, half = question(), question(), question(dtype=torch.bfloat16)
+    other = Pipeline(str(folder))
+    with torch.no_grad():
+        next(other.network().parameters())[0].add_(1e-3)
+    other.pipe.save_pretrained(folder)
+    assert first == same and len({first, half, question()}) == 3
 
 
 @pytest.mark.slow

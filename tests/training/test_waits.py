@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,15 +11,21 @@ from typing import Any
 import pytest
 import torch
 
+import toys
 from ddil_lightning.backbones.pipeline import Pipeline
+from ddil_lightning.callbacks.checkpoints import finite
+from ddil_lightning.data import datamodule
+from ddil_lightning.data.encoded import encode_batch
+from ddil_lightning.data.pairs import Stored
+from ddil_lightning.data.raw import RawBatch
 from ddil_lightning.imitation.buffer import ReplayBuffer
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.imitation.rollout import collect, forward
-from ddil_lightning.records import FORWARD, TEACHER, CaptionBatch, Context, Origin, Rollout, send, sent
+from ddil_lightning.records import FORWARD, TEACHER, CaptionBatch, Context, LatentBatch, Origin, Rollout, send, sent
 from ddil_lightning.streams import Streams
 from options import options
 from suite import BY_NAME
-from waits import GPU, Watched, waits, without_one
+from waits import GPU, Beside, Watched, waits, without_one
 
 NAMES = [pytest.param(n, marks=() if n == "lcm" else pytest.mark.slow) for n in BY_NAME]
 
@@ -53,6 +60,78 @@ def test_no_latents_have_the_host_wait(light: Path) -> None:
             forward(batch, learner, Streams(0, 1))
             collect(batch, learner, SamplingPrior(0.5, 0.0, 0.5), Streams(0, 1), method.backbone.latent_shape)
     assert watched.waits == []
+
+
+def test_no_batch_of_the_data_module_has_the_host_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the loader's batch to drawn latents and kept answers: a roll-out is waited for, once, where the buffer is to have it."""
+    homes = []
+
+    def home(made: Rollout) -> Rollout:
+        homes.append(made.x_t.device)
+        values = torch.randn(made.x_t.shape, generator=torch.Generator().manual_seed(len(homes)))
+        return made._replace(x_t=values, c=made.c._replace(text=torch.zeros(made.c.text.shape), w=torch.ones(len(made.c.text))))
+
+    monkeypatch.setattr(datamodule, "home", home)
+    feed = toys.module(toys.HALF, rollouts={"every": 3})
+    asked: list[int] = []
+
+    def ask(b: LatentBatch) -> torch.Tensor:
+        asked.append(len(b.t))
+        return b.x_t * 2
+
+    with Beside() as watched, without_one():
+        for update in range(8):
+            for raw in islice(feed.train_dataloader(), 1):
+                batch = feed.on_after_batch_transfer(feed.transfer_batch_to_device(raw, GPU, 0), 0)
+            assert isinstance(batch, LatentBatch) and batch.x_t.device == GPU
+            feed.answered(batch, ask)
+            feed.learner.stage_updates += 1  # type: ignore[misc]
+            feed.commit()
+            if update == 0:  # in which tables are copied
+                watched.waits.clear()
+    assert watched.waits == [] and homes == [GPU] * 3
+    assert asked[0] == 4 and min(asked) < 4  # some of a batch were known
+
+
+def test_no_answer_that_is_kept_has_the_host_wait() -> None:
+    """With none, some and all of the states known, and with a network that waits for every process."""
+    states, c = torch.arange(6), Context(torch.zeros(6, 2, 4))
+    made = Rollout(torch.ones(6, 4, 2, 2), states + 500, states, torch.ones_like(states), states, c)
+    buffer, asked = ReplayBuffer(64), []
+    buffer.add(made, clock=0, stage=0)
+
+    def ask(b: LatentBatch) -> torch.Tensor:
+        asked.append(len(b.t))
+        return b.x_t * 2
+
+    with Beside() as watched, without_one():
+        for slots, alone in (([0, 1, -1], True), ([0, 1, 2], True), ([2, 0, 1], True), ([1, 2, 0], False)):
+            slot, t = torch.tensor(slots), torch.ones(3, dtype=torch.long, device=GPU)
+            x = torch.ones(3, 4, 2, 2, device=GPU)
+            b = LatentBatch(x, t, t, t, Context(torch.zeros(3, 2, 4, device=GPU)), None, t, torch.ones(3, device=GPU), t)
+            assert buffer.answers.of(b, slot, ask, alone).device == GPU
+    assert watched.waits == [] and asked == [3, 1, 1]
+
+
+def test_pairs_and_what_is_encoded_on_the_way_have_the_host_wait_for_nothing() -> None:
+    """Rows are known where a batch is still on the host; raw latents are sent as they are stored, and widened on the device."""
+    columns = {"rows": torch.arange(4), "number": torch.zeros(4, dtype=torch.long), "w": torch.ones(4)}
+    stored = Stored([{**columns, "noise": torch.ones(4, 4, 2, 2).half(), "end": torch.ones(4, 4, 2, 2).half()}], 4, 1)
+    there = SimpleNamespace(device=GPU, encode_text=lambda prompts, *_, **__: Context(torch.zeros(len(prompts), 2, 4, device=GPU)))
+    with Beside() as watched, without_one():
+        raw = RawBatch(None, ["a"] * 3, torch.tensor([2, 0, 1]), latent=torch.ones(3, 4, 2, 2).half())
+        batch = stored.joined(encode_batch(raw, there), rows=raw.rows)  # type: ignore[arg-type]
+    assert watched.waits == [] and batch.pair is not None and {x.device for x in (*batch.pair, batch.rows, batch.latent)} == {GPU}
+    assert batch.latent.dtype == torch.float32  # type: ignore[union-attr]
+
+
+def test_all_weights_are_found_finite_in_one_wait(light: Path) -> None:
+    method = made("lcm", Pipeline(str(light)))
+    with Watched() as watched:
+        parameters = [torch.nn.Parameter(p.detach().to(GPU)) for p in method.parameters()]
+        watched.waits.clear()
+        finite(SimpleNamespace(parameters=lambda: parameters, roles=method.roles, device=GPU))
+    assert len(parameters) > 100 and len(watched.waits) == 1
 
 
 def test_losses_reach_the_buffers_priorities_without_a_wait() -> None:

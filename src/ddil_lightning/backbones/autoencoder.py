@@ -43,7 +43,7 @@ def encode(vae: Any, pixels: Tensor, device: torch.device) -> Tensor:
             f"images are [B, 3, H, W] in [-1, 1], not {tuple(pixels.shape)}: latents, packed or not, are decoded to images first"
         )
     with _working(vae, device, pixels.shape[2] * pixels.shape[3]) as chunk:
-        parts = [_answer(vae, part.to(device, vae.dtype)).float() for part in pixels.split(chunk)]
+        parts = [_answer(vae, sent(part, device).to(vae.dtype)).float() for part in pixels.split(chunk)]
     z = torch.cat(parts)
     times, shift = _affine(vae, z)
     return ((z - shift) * times).contiguous()
@@ -71,7 +71,7 @@ def decode(vae: Any, latents: Tensor, device: torch.device, factor: int, gradien
     made = []
     with torch.set_grad_enabled(gradients), _working(vae, device, latents.shape[2] * latents.shape[3] * factor**2) as chunk:
         for part in latents.split(chunk):
-            z = part.to(device, vae.dtype)
+            z = sent(part, device).to(vae.dtype)
             times, shift = _affine(vae, z)
             z = z / times + shift
             image = vae.decode(z.unsqueeze(2) if _of_frames(vae) else z, return_dict=False)[0].float()

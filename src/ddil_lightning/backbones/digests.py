@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -52,5 +53,15 @@ def settings(part: Any) -> str:
 
 def _read(digest: Any, module: nn.Module) -> None:
     for key, value in sorted(module.state_dict().items()):
-        data = value.detach().cpu().flatten().contiguous().view(torch.uint8)
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode() + memoryview(data.numpy()))
+        for part in _held(value.detach()):
+            data = part.cpu().flatten().contiguous().view(torch.uint8)
+            digest.update(f"{key} {part.dtype} {tuple(part.shape)}".encode() + memoryview(data.numpy()))
+
+
+def _held(x: Any) -> Iterator[Any]:
+    """The tensors that hold the numbers of one: itself or, of a quantised one, its codes and their scales."""
+    if not hasattr(x, "__tensor_flatten__"):
+        yield x
+        return
+    for name in x.__tensor_flatten__()[0]:
+        yield from _held(getattr(x, name))

@@ -14,6 +14,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from ddil_lightning.bounds import at_least
 from ddil_lightning.files import replacing
+from ddil_lightning.records import sent
 from ddil_lightning.runs.checkpoint import clock_of, sorted_checkpoints
 from ddil_lightning.signals import Stopped, listen, unlisten
 from ddil_lightning.training.sharding import share
@@ -185,5 +186,5 @@ class Mapped(TorchCheckpointIO):
 def finite(method: Any) -> bool:
     """Whether all that a method trains and averages is finite (of a sharded one, that of this process): what roles share never changes."""
     shared = {id(p) for role in method.roles.values() for p in role.shared}
-    local = (share(p) for p in method.parameters() if id(p) not in shared)
-    return all(bool(p.isfinite().all()) for p in local)
+    sound = [share(p).isfinite().all() for p in method.parameters() if id(p) not in shared]
+    return bool(torch.stack([sent(x, method.device) for x in sound]).all())  # one wait for all: there are hundreds of them

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -179,13 +180,18 @@ class DDILDataModule(LightningDataModule, Feed):
         sampler = CounterSampler(len(self.captions), self.batch_size, self.seed, us.world, us.rank, lambda: self.done, rows, alone)
         if us.first:
             sampler.say_left_out([self._names.get(int(group.rows[0]), group.name) for group in groups])
-        return DataLoader(self.captions, batch_size=None, sampler=sampler, num_workers=self.workers)
+        pinned = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return DataLoader(self.captions, batch_size=None, sampler=sampler, num_workers=self.workers, pin_memory=pinned)
 
     # Algorithm 1 -----------------------------------------------------------------------------------------------------------------
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Encoded batches on the device, so that the host goes on meanwhile (`records.sent`); raw ones are moved where they are encoded."""
-        return send(batch, device) if isinstance(batch, CaptionBatch) else super().transfer_batch_to_device(batch, device, dataloader_idx)
+        """Encoded batches on the device, so that the host goes on meanwhile (`records.sent`), with the pairs of their rows, which the host
+        still knows; raw ones are sent where they are encoded."""
+        if isinstance(batch, CaptionBatch):
+            rows, batch = batch.rows, send(batch, device)
+            return batch if self._stored is None else self._stored.joined(batch, self.streams, rows)
+        return batch if isinstance(batch, RawBatch) else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> CaptionBatch | LatentBatch:
         """Captions to latents, on the device, with the student as it is now.
@@ -213,10 +219,11 @@ class DDILDataModule(LightningDataModule, Feed):
 
     def _encoded(self, batch: Any) -> CaptionBatch:
         """A batch of a loader after the frozen encoders; of a raw one its first rows, as many as are needed."""
+        rows = batch.rows
         if isinstance(batch, RawBatch):
             self.notices.hear(batch, len(self.captions or ()))
             batch = encode_batch(batch.first(self._needed(batch)), self.learner.backbone, self.truncate)
-        return batch if self._stored is None else self._stored.joined(batch, self.streams)
+        return batch if self._stored is None or batch.pair is not None else self._stored.joined(batch, self.streams, rows)
 
     def _needed(self, raw: RawBatch) -> int:
         """How many rows of a raw batch, the first ones, are noised or rolled out and must be encoded. All of them for a method that reads
@@ -280,7 +287,8 @@ class DDILDataModule(LightningDataModule, Feed):
         if self.buffer is None:
             return ask(batch)
         places = torch.tensor(self.origin(batch).slot if slot is None else slot)
-        return self.buffer.answers.of(batch, places, ask, Processes(self.trainer).world == 1, lambda: self.learner.question)
+        split = self.trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
+        return self.buffer.answers.of(batch, places, ask, not split, lambda: self.learner.question)
 
     def observe(self, batch: LatentBatch, loss: Tensor) -> None:
         """Per-sample losses [B] of a batch: the buffer's priorities."""

@@ -18,7 +18,7 @@ from ddil_lightning.counting import counted
 from ddil_lightning.data.buckets import Group
 from ddil_lightning.data.captions import Captions, RawBatch
 from ddil_lightning.data.visits import Visit, Wording
-from ddil_lightning.records import CaptionBatch, Context, cat, take, to
+from ddil_lightning.records import CaptionBatch, Context, cat, sent, take, to
 from ddil_lightning.texts import by
 
 CHUNK, LOADED = 256, 2**24
@@ -218,15 +218,15 @@ def encode_batch(raw: RawBatch, backbone: Backbone, truncate: bool = False) -> C
     """One raw batch on the backbone's device."""
     texts = Texts(backbone, truncate)
     which, every = texts.which(raw), texts.every
-    c = every if len(every.text) == len(which) else take(every, which.to(backbone.device))
-    return CaptionBatch(latents_of(raw, backbone), c, raw.rows.to(backbone.device))
+    c = every if len(every.text) == len(which) else take(every, sent(which, backbone.device))
+    return CaptionBatch(latents_of(raw, backbone), c, sent(raw.rows, backbone.device))
 
 
 def latents_of(raw: RawBatch, backbone: Backbone) -> Tensor | None:
     """[B, C, h, w] of the images of a raw batch, on the backbone's device; None without images."""
     if raw.pixels is not None:
         return backbone.encode_images(raw.pixels)
-    return None if raw.latent is None else raw.latent.to(backbone.device, torch.float32)
+    return None if raw.latent is None else sent(raw.latent, backbone.device).to(torch.float32)
 
 
 @torch.no_grad()

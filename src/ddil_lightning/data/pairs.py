@@ -31,7 +31,7 @@ from ddil_lightning.feed import Pairs
 from ddil_lightning.files import read_table, sweep, write_text
 from ddil_lightning.imitation.learner import Learner
 from ddil_lightning.processes import Processes
-from ddil_lightning.records import CaptionBatch, Pair
+from ddil_lightning.records import CaptionBatch, Pair, sent
 from ddil_lightning.streams import Streams
 
 PART = 256
@@ -71,14 +71,17 @@ class Stored:
         found = [{name: self._parts[i][name][place].float() for name in Pair._fields} for i, place in where.tolist()]
         return Pair(**{name: torch.stack([one[name] for one in found]) for name in Pair._fields})
 
-    def joined(self, batch: CaptionBatch, streams: Streams | None = None) -> CaptionBatch:
-        """The batch with a pair of each of its rows: one by chance of several, the first without `streams`."""
-        rows = batch.rows.cpu()
+    def joined(self, batch: CaptionBatch, streams: Streams | None = None, rows: Tensor | None = None) -> CaptionBatch:
+        """The batch with a pair of each of its rows: one by chance of several, the first without `streams`.
+
+        `rows` [B]: its rows on the CPU, for a batch that is on its way to a device already, which would have to be waited for.
+        """
+        rows = batch.rows.cpu() if rows is None else rows
         number = torch.zeros_like(rows)
         if streams is not None and self.each > 1:
             number = torch.randint(self.each, (len(rows),), generator=streams.local("pair"))
         device = batch.c.text.device
-        pair = Pair(*(x.to(device) for x in self.of(rows, number)))
+        pair = Pair(*(sent(x, device) for x in self.of(rows, number)))
         return batch._replace(pair=pair if self.reflection is None else pair._replace(end=self.reflection(pair.end)))
 
 

@@ -2,6 +2,7 @@
 
 An answer is a function of the state alone, (x_t, t, s, c, w), as long as the network and the grid are: within a stage. So it goes with its
 state, by age, by eviction and at the end of a stage (METHODS 1.6), and all of them go where a run goes on with another `Learner.question`.
+A step that the teacher took in a roll-out is no answer: its x_t was not rounded yet as the state is.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class Answers:
         """`ask(batch)`, which asks for the rows alone that are not known and keeps what is answered to states of the buffer.
 
         `slot` [B], on the CPU: which states the rows are, -1 for none. `question`: what is asked besides the state, read once in a run;
-        what was kept of another is forgotten. Unless this process is `alone`, at least one row is asked for: a network that is split over
-        all of them waits for every one.
+        what was kept of another is forgotten. Unless this process may be `alone` in asking, at least one row is asked for: a network that
+        is split over all of them waits for every one.
         """
         if self.storage == "none":
             return ask(batch)
@@ -62,7 +63,7 @@ class Answers:
         asked, place = missing(slot, known)
         if not len(asked):
             if not alone:
-                ask(take(batch, [0]))
+                ask(take(batch, slice(1)))
             fields = tuple(sent(x, batch.t.device) for x in kept)
             return fields if len(fields) > 1 else fields[0]
         found = ask(batch if len(asked) == len(slot) else take(batch, sent(asked, batch.t.device)))

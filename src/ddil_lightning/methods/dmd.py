@@ -10,7 +10,7 @@ from torch import Tensor
 from ddil_lightning.feed import Pairs, Wants
 from ddil_lightning.methods.dmd2 import DMD2
 from ddil_lightning.records import FORWARD, TEACHER, LatentBatch, Origin, sent
-from ddil_lightning.training.adversary import Critic
+from ddil_lightning.training.adversary import Critic, Heard
 from ddil_lightning.training.gan import Gan
 from ddil_lightning.training.regression import Regression
 
@@ -45,9 +45,9 @@ class DMD(DMD2):
         if regression.weight:
             self.wants = Wants(pure_noise=True, ends=True, pairs=pairs)
 
-    def loss(self, x: Tensor, b: LatentBatch) -> Tensor:
+    def loss(self, x: Tensor, b: LatentBatch, heard: Heard | None = None) -> Tensor:
         """[B] matching, and the regression where there is an answer of the teacher's."""
-        loss = self.matching(x, b)
+        loss = self.matching(x, b, heard)
         if not self.regression.weight or b.end is None or b.whole is None:
             return loss
         rows = answered(self.feed.origin(b))

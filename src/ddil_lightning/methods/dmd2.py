@@ -12,7 +12,7 @@ from torch import Tensor
 from ddil_lightning.diffusion.losses import mse
 from ddil_lightning.processes import averaged
 from ddil_lightning.records import LatentBatch
-from ddil_lightning.training.adversary import Critic
+from ddil_lightning.training.adversary import Critic, Heard, Span
 from ddil_lightning.training.gan import Gan
 from ddil_lightning.training.scores import Normalised, Normaliser, TwoScores, scale
 
@@ -27,9 +27,12 @@ class Matching(Normalised):
         normaliser: of the gradient; `none` for Diff-Instruct (Luo et al. 2023, arXiv 2305.18455), which has no GAN either.
         divergence: of the two laws. Any but the reverse KL divergence weighs samples by the density ratio that the discriminator sees
             (f-distill, Xu et al. 2025, arXiv 2502.15681): `kl` and `jeffreys` look for modes that are missing.
+        share: on the student's turn the critic is asked once, for the student's loss and for its own, at times of `tau` (METHODS 4.4):
+            one of its forwards less in `critic.steps`, and memory for its activations beside the student's.
     """
 
     divergence: Divergence = "reverse_kl"
+    share: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,7 +65,7 @@ class DMD2(TwoScores):
         super().__init__(scores=scores, **kwargs)
         if not isinstance(scores, Matching):  # the other methods' own, which is a way to say the same
             scores = Matching(scores.guidance, scores.tau)
-        self.normaliser, self.divergence = scores.normaliser, scores.divergence
+        self.normaliser, self.divergence, self.share = scores.normaliser, scores.divergence, scores.share
         if self.divergence != "reverse_kl" and not gan.is_on:
             raise ValueError(
                 f"scores.divergence = {self.divergence} weighs samples by what a discriminator says of them: set model.gan.critic_weight"
@@ -72,6 +75,10 @@ class DMD2(TwoScores):
                 f"scores.divergence = {self.divergence} takes the discriminator's logit for that of a density ratio, which it is of the "
                 f"logistic loss alone: set model.gan.kind to softplus, not {gan.kind}"
             )
+        if self.share and critic.pull:
+            raise ValueError("scores.share keeps an answer of the critic, which critic.pull moves on before its own step: give one of them")
+        if self.share and critic.steps == 1 and gan.is_on:
+            raise ValueError("scores.share has the discriminator learn at times of scores.tau alone: set it to false, or critic.steps to 2")
         self.oppose(critic, gan)
 
     def training_step(self, b: LatentBatch, i: int) -> None:
@@ -80,22 +87,25 @@ class DMD2(TwoScores):
         with torch.set_grad_enabled(self.adversary.student_turn):
             x = self.samples(b.x_t, b.t, b.c)
 
+        heard = None
         if self.adversary.student_turn:
+            if self.share:
+                heard = self.adversary.hear(x.detach(), b, "matching", Span(low=self.tau[0], high=self.tau[1]))
             with self.adversary.still():
-                if self.descend(student, self.feedback(b, self.loss(x, b))):
+                if self.descend(student, self.feedback(b, self.loss(x, b, heard))):
                     self.advance()
 
-        self.adversary.descend(critic, x.detach(), b)
+        self.adversary.descend(critic, x.detach(), b, heard=heard)
 
-    def loss(self, x: Tensor, b: LatentBatch) -> Tensor:
+    def loss(self, x: Tensor, b: LatentBatch, heard: Heard | None = None) -> Tensor:
         """[B] what moves the student: the two scores, and the discriminator."""
-        return self.matching(x, b) + self.adversary.gan.weight * self.adversary.realism(x, b)
+        return self.matching(x, b, heard) + self.adversary.gan.weight * self.adversary.realism(x, b)
 
-    def matching(self, x: Tensor, b: LatentBatch) -> Tensor:
-        """[B] pseudo-loss whose gradient in x is `direction` / numel."""
-        y, t, _ = self.adversary.diffuse(x.detach(), "matching", *self.tau)
+    def matching(self, x: Tensor, b: LatentBatch, heard: Heard | None = None) -> Tensor:
+        """[B] pseudo-loss whose gradient in x is `direction` / numel. `heard`: the critic's answer, where it was asked before."""
+        y, t, _ = self.adversary.diffuse(x.detach(), "matching", *self.tau) if heard is None else heard[:3]
         with torch.no_grad():
-            d = direction(x, *self.estimates(y, t, b), self.normaliser)
+            d = direction(x, *self.estimates(y, t, b, None if heard is None else heard.p.x0), self.normaliser)
             if self.divergence != "reverse_kl":
                 d = d * emphasis(self.adversary.verdict(y, t, b.c), self.divergence, d.ndim)
         return 0.5 * mse(x, (x - d).detach())

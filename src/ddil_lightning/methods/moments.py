@@ -18,7 +18,7 @@ from ddil_lightning.diffusion.transitions import Posterior
 from ddil_lightning.feed import Wants
 from ddil_lightning.records import LatentBatch
 from ddil_lightning.training.adversarial import Adversarial
-from ddil_lightning.training.adversary import CLEAN, Adversary, Critic, Span
+from ddil_lightning.training.adversary import CLEAN, Adversary, Critic, Heard, Span
 from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.gan import Gan
 from ddil_lightning.training.scores import Reflects
@@ -27,7 +27,9 @@ from ddil_lightning.training.scores import Reflects
 class Auxiliary(Adversary):
     """The auxiliary denoiser's turns: it learns the mean of student and teacher, E[x | z_s] and E_T[x | z_s], on the student's own z_s."""
 
-    def following(self, x: Tensor, b: LatentBatch, real: Tensor | None = None, span: Span = CLEAN) -> Tensor:
+    def following(
+        self, x: Tensor, b: LatentBatch, real: Tensor | None = None, span: Span = CLEAN, heard: Heard | None = None
+    ) -> Tensor:
         """w(s) (|x - h_phi(z_s)|^2 + |h_T(z_s) - h_phi(z_s)|^2) of the student's samples x."""
         method = self.method
         z, s = method.earlier(x, b, "critic")

@@ -14,7 +14,7 @@ from ddil_lightning.diffusion.policy import solve
 from ddil_lightning.feed import Wants
 from ddil_lightning.records import Context, LatentBatch, sent, take
 from ddil_lightning.training.adversarial import Adversarial
-from ddil_lightning.training.adversary import CLEAN, Adversary, Critic, Span
+from ddil_lightning.training.adversary import CLEAN, Adversary, Critic, Heard, Span
 from ddil_lightning.training.gan import Gan
 
 
@@ -29,7 +29,9 @@ class Pairs(Adversary):
         eps = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         return self._features(self.jittered(self.method.student.schedule.add_noise(x, eps, s), jitter), s, c)
 
-    def following(self, x: Tensor, b: LatentBatch, real: Tensor | None = None, span: Span = CLEAN) -> Tensor:
+    def following(
+        self, x: Tensor, b: LatentBatch, real: Tensor | None = None, span: Span = CLEAN, heard: Heard | None = None
+    ) -> Tensor:
         """Telling real from fake, and nothing else: the discriminator starts as a denoiser and need not remain one."""
         told = self.telling(x, b)
         # Layers above those that the head reads get a gradient of zero, so that all parameters have one.

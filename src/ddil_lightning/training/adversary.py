@@ -18,7 +18,7 @@ from ddil_lightning.backbones.roles import Role
 from ddil_lightning.bounds import within
 from ddil_lightning.diffusion.losses import mse
 from ddil_lightning.diffusion.schedule import NoiseSchedule
-from ddil_lightning.records import END, Context, LatentBatch
+from ddil_lightning.records import END, Context, LatentBatch, Prediction
 from ddil_lightning.streams import Streams
 from ddil_lightning.training.gan import Gan, leaves, slope
 from ddil_lightning.training.sharding import kept, share
@@ -64,6 +64,18 @@ class Span(NamedTuple):
 
 
 CLEAN = Span()
+
+
+class Heard(NamedTuple):
+    """What a critic has answered to noised samples, with its graph, for all who ask it the same."""
+
+    y: Tensor  # [B, C, H, W] the samples, noised
+    t: Tensor  # [B] to these times
+    eps: Tensor  # [B, C, H, W] with this noise
+    p: Prediction
+    features: tuple[Tensor, ...] | None  # [B, F, ...] a layer each, where the discriminator reads the critic's
+    span: Span  # that the times were drawn from
+
 
 Times = Callable[[int, int, torch.Generator], Tensor]
 """[n] times below `total`, by a generator on the device: the law under which a discriminator is asked (`gan.LogitNormal`)."""
@@ -114,29 +126,38 @@ class Adversary:
             return 0.0
         return self.fooling(self._logits(self.view(x, b, b.c, "realism", span=span)))
 
-    def descend(self, optimizer: Any, x: Tensor, b: LatentBatch, real: Tensor | None = None, span: Span = CLEAN) -> None:
+    def descend(
+        self, optimizer: Any, x: Tensor, b: LatentBatch, real: Tensor | None = None, span: Span = CLEAN, heard: Heard | None = None
+    ) -> None:
         """Follow the student: one micro-batch of `following` on its samples x, detached."""
         if self.critic is None and self.head is None:
             return
-        if self.method.descend(optimizer, self.following(x, b, real, span), "critic_loss"):
+        if self.method.descend(optimizer, self.following(x, b, real, span, heard), "critic_loss"):
             self.updates += 1
 
-    def following(self, x: Tensor, b: LatentBatch, real: Tensor | None = None, span: Span = CLEAN) -> Tensor:
+    def following(self, x: Tensor, b: LatentBatch, real: Tensor | None = None, span: Span = CLEAN, heard: Heard | None = None) -> Tensor:
         """The critic's denoising loss on samples x in the network's own space, and the other side of the GAN, from one forward of both.
 
         `real`: what the GAN compares x with, sample by sample, for a method whose "real" is another network's answer; by default `real()`.
+        `heard`: the critic's answer to x, where it was asked before; real samples are then noised to times of the same span.
         """
         if self.critic is None:
             told = self.telling(x, b, None, real, span)
             # Heads that have nothing to compare with still get a gradient, of zero: all processes make the same step.
             return self.nothing(x) if told is None else self.gan.critic_weight * told.mean()
-        y, t, eps = self.diffuse(x, "critic")
-        together = self.gan.critic_weight and self.gan.features == "critic"
-        p, features = self.critic.with_features(y, t, b.c, self.gan.layers) if together else (self.critic(y, t, b.c), None)
+        _, t, eps, p, features, _ = self.hear(x, b, "critic") if heard is None else heard
         loss = mse(self.critic.output(p), self.critic.schedule.target(self.critic.predicts, x, eps, t))
         self.method.measures.record(denoising=loss)
-        told = self.telling(x, b, features, real, span) if self.gan.critic_weight else None
+        told = self.telling(x, b, features, real, span if heard is None else heard.span) if self.gan.critic_weight else None
         return (b.weight * loss).mean() if told is None else (b.weight * loss + self.gan.critic_weight * told).mean()
+
+    def hear(self, x: Tensor, b: LatentBatch, purpose: str, span: Span = CLEAN) -> Heard:
+        """What the critic answers to samples x, noised to times of a span; with its features where the discriminator reads them."""
+        assert self.critic is not None
+        y, t, eps = self.diffuse(x, purpose, span.low, span.high, span.since)
+        together = self.gan.critic_weight and self.gan.features == "critic"
+        p, features = self.critic.with_features(y, t, b.c, self.gan.layers) if together else (self.critic(y, t, b.c), None)
+        return Heard(y, t, eps, p, features, span)
 
     def nothing(self, like: Tensor) -> Tensor:
         """0, in which every weight has a part: each gets a gradient."""
@@ -162,14 +183,14 @@ class Adversary:
         self.method.measures.record(gan=gan)
         if not self.gan.r1:
             return gan
-        r1 = self.slope(real, b, c, reals, true)
+        r1 = self.slope(real, b, c, reals, true, span)
         self.method.measures.record(r1=r1)
         return gan + self.gan.r1 * weight * r1
 
-    def slope(self, real: Tensor, b: LatentBatch, c: Context, features: Sequence[Tensor], logits: Tensor) -> Tensor:
+    def slope(self, real: Tensor, b: LatentBatch, c: Context, features: Sequence[Tensor], logits: Tensor, span: Span = CLEAN) -> Tensor:
         """[B] how steep the discriminator is at real samples: R1 at the head's inputs or, by noise, the squared change of its logits."""
         if self.gan.r1_noise:
-            return mse(self._logits(self.view(real, b, c, "real", self.gan.r1_noise)), logits)
+            return mse(self._logits(self.view(real, b, c, "real", self.gan.r1_noise, span)), logits)
         if not all(x.is_leaf for x in features):  # a critic's, which learns by its loss and not by its slope
             features = leaves(features)
             logits = self._logits(features)

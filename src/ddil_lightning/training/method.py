@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -187,6 +188,11 @@ class Distillation(Clocks, LightningModule):
     def question(self) -> str:
         """See `question.question`."""
         return question(self)
+
+    @cached_property
+    def taught(self) -> str:
+        """`Backbone.fingerprint`, for which every weight is read: once, for nothing changes a frozen network."""
+        return self.backbone.fingerprint()
 
     def check_guidance(self, told: bool, switch: str = "") -> None:
         """Raises ValueError for a range of guidance and a student that is not `told` its w; `switch`: the option that would tell it.

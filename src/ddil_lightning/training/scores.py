@@ -150,9 +150,10 @@ class TwoScores(Adversarial):
         x = self.student(x_t, t, c).x0
         return self.reflection.through(x) if self.reflects.student else x
 
-    def estimates(self, y: Tensor, t: Tensor, b: LatentBatch) -> tuple[Tensor, Tensor]:
-        """x0 [B, ...] at y by the real score and by the fake one, reflected as `reflects` says."""
-        real, fake = self.teacher(y, t, self.scores.asked(b.c, self.backbone.told)).x0, self.critic(y, t, b.c).x0
+    def estimates(self, y: Tensor, t: Tensor, b: LatentBatch, fake: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x0 [B, ...] at y by the real score and by the fake one, reflected as `reflects` says. `fake`: what the critic has said before."""
+        real = self.teacher(y, t, self.scores.asked(b.c, self.backbone.told)).x0
+        fake = self.critic(y, t, b.c).x0 if fake is None else fake
         return real, self.reflection(fake) if self.reflects.critic else fake
 
     def setup(self, stage: str) -> None:
