@@ -22,7 +22,7 @@ from ddil_lightning.data.encoded import Encoded
 from ddil_lightning.feed import Feed
 from ddil_lightning.imitation.prior import Constant, Gated, GatedBy, Linear, Piecewise, SamplingPrior
 from ddil_lightning.imitation.shift import shift_report
-from ddil_lightning.records import FORWARD, STUDENT, take
+from ddil_lightning.records import FORWARD, STUDENT
 from ddil_lightning.runs.checkpoint import clock_of, sorted_checkpoints
 from ddil_lightning.training.measures import Measures
 from ddil_lightning.training.method import Distillation
@@ -410,8 +410,8 @@ def test_a_resumed_run_does_not_measure_the_same_probe_again(tiny: Path, tmp_pat
 def test_the_shift_probe_on_a_few_captions(n: int, tiny: Path) -> None:
     """Fewer than 4 are refused before the run; a coverage by the fifth neighbour needs 6."""
     data, sources = captions(tiny), Sources()
-    some = pictures(tiny)
-    data.captions = Encoded(some.latents[:n], take(some.c, slice(n)))
+    some = pictures(tiny)[list(range(n))]
+    data.captions = Encoded(some.latent, some.c)
     data.batch_size = 2
     method, probe = build(LCM, tiny, updates=1), ShiftProbe(every=1, count=8, steps=2, teacher_steps=4)
     if n < 4:

@@ -172,7 +172,7 @@ def test_bad_input_ends_in_a_line_before_anything_is_sampled(capsys: Any, monkey
         (["base", "base"], "base and base are both called base: name them, by NAME=base"),
         (["base", "gone/away/it"], "it: no pipeline at gone/away/it"),
         (["base", "base+gone/away/it"], "base+it: no LoRA at gone/away/it"),
-        (["base", "base:ddpm"], "no sampler 'ddpm': known are lcm, tcd, ddim, euler, dpm"),
+        (["base", "base:ddpm"], "no sampler 'ddpm': known are lcm, tcd, ddim, ddim-nc, euler, dpm"),
         (["base", "base@much"], "the guidance after @ is 'much': give a number"),
         (["base", "w" * 101 + "=base"], "a name has 1 to 100 letters, for files are named by it"),
         (["base", "base#0"], "the steps after # are '0': give whole numbers from 1 to 1000"),

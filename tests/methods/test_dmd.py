@@ -86,7 +86,7 @@ def test_the_generator_that_the_regression_asks_for_is_the_teachers_map() -> Non
 
     def gradient(a: float, b: float) -> list[float]:
         method = DMD(pipeline=Exact(0.5, 0.7, a, b), guidance=1.0, regression=Regression(1.0))
-        method.matching = lambda x, b: 0 * x.flatten(1).mean(1)  # type: ignore[method-assign]
+        method.matching = lambda x, b, *heard: 0 * x.flatten(1).mean(1)  # type: ignore[method-assign]
         t = torch.full((256,), 999)
         one = LatentBatch(
             z, t, t * 0 - 1, t * 0, Context(torch.zeros(256, 1, 1)), None, t * 0, torch.ones(256), t * 0 - 1, None, z, y, t * 0

@@ -147,7 +147,7 @@ def test_the_first_rung_is_pure_noise_and_real_keeps_its_captions(tiny: Path) ->
     data = pictures(tiny)
     for _, b in seen.batches:
         rows = [int((data.latents - x).abs().flatten(1).sum(1).argmin()) for x in b.real]
-        assert torch.equal(data.c.text[rows], b.real_c.text) and b.real_c.w is None
+        assert torch.equal(data[rows].c.text, b.real_c.text) and b.real_c.w is None
     assert any(not torch.equal(b.c.text, b.real_c.text) for _, b in seen.batches)  # roll-outs of the buffer have captions of their own
 
 

@@ -91,4 +91,4 @@ def test_a_generator_of_one_node_trains_on_captions_alone(tiny: Path) -> None:
 def test_dmd2_asks_for_noise_at_its_first_node(tiny: Path) -> None:
     from ddil_lightning.methods import DMD2, LCM, PD
 
-    assert DMD2.wants == Wants(pure_noise=True) and LCM.wants == PD.wants == Wants()
+    assert DMD2.wants == Wants(pure_noise=True) and LCM.wants == PD.wants == Wants(real=False)

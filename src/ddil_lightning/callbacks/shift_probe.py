@@ -80,10 +80,7 @@ class ShiftProbe(Callback):
 
     def measure(self, method: Any, data: Any) -> dict[str, float]:
         """The energy distances at the present weights, by the names in the class's docstring; the references are sampled once."""
-        from ddil_lightning.evaluation.metrics.prdc import (
-            DensityCoverage,
-            density_coverage,
-        )  # metrics, which few runs need while they train
+        from ddil_lightning.evaluation.metrics.prdc import DensityCoverage, density_coverage  # which few runs need
 
         batch = data.reference(self.count)
         policy, grid = method.deployment.sampler(self.steps)
