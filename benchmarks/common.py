@@ -23,7 +23,7 @@ from ddil_lightning.data.captions import Captions, Shapes, builtin
 from ddil_lightning.evaluation.table import write_rows
 from ddil_lightning.messages import quiet as silence
 from ddil_lightning.miniature import networks, shapes
-from ddil_lightning.runs.finish import machine
+from ddil_lightning.runs.finish import commit, machine
 from ddil_lightning.training.method import Distillation
 
 T = TypeVar("T")
@@ -68,8 +68,9 @@ def clock(args: argparse.Namespace) -> Callable[[], float]:
 
 
 def quiet() -> None:
-    """Silence warnings and logs, so that only the benchmark speaks."""
+    """Silence warnings and logs, so that only the benchmark speaks; and ask now which code this is, for the cell that is made of it."""
     silence()
+    commit()
     warnings.filterwarnings("ignore", module="lightning")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -151,7 +151,9 @@ def nodes(method: Distillation) -> float:
 
 
 def ends(method: Distillation) -> tuple[float, float]:
-    """The shares of forward latents and of roll-outs' states whose step ends at s = 0, where the target is not asked."""
+    """The shares of forward latents and of roll-outs' states whose step ends at s = 0, where a target with a boundary is not asked."""
+    if getattr(method, "boundary", None) is None:
+        return 0.0, 0.0
     states = [t for walk in method.grid.rollouts for t in walk.nodes.tolist()]
     last = int(method.grid.nodes[-1])
     return 1 / len(method.grid), states.count(last) / len(states)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,6 +76,21 @@ class Source:
         made = _record(cls, value, "model.pipeline")
         loras = tuple(one if isinstance(one, Lora) else _record(Lora, one, "model.pipeline.lora") for one in made.lora)
         return cls(**{**{one.name: getattr(made, one.name) for one in fields(cls)}, "lora": loras})
+
+    @classmethod
+    def of_card(cls, card: Mapping[str, Any]) -> Source | None:
+        """The teacher that a student's card (`ddil.json`) names, as it was distilled; None where it names none."""
+        path, told = card.get("teacher"), dict(card.get("teacher_options") or {})
+        if isinstance(told.get("size"), list):
+            told["size"] = tuple(told["size"])
+        return cls.of({**told, "path": str(path)}) if path else None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is said of the teacher besides its path, as a card holds it."""
+        own = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("path", "networks")}
+        said = {name: value for name, value in own.items() if value not in (None, ())}
+        return {name: [asdict(lora) for lora in value] if name == "lora" else value for name, value in said.items()}
 
 
 def _record(cls: type[Record], value: Any, name: str) -> Record:

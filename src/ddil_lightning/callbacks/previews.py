@@ -55,7 +55,7 @@ class Previews(Callback):
         self.teacher_steps, self.student_steps = list(teacher_steps), student_steps
         self._teacher: list[Tensor] = []
         self._drawn: int | None = None
-        self._waiting: tuple[int, list[Tensor]] | None = None  # of a sheet that lacks the teacher's rows: its update, the student's rows
+        self._waiting: tuple[int, dict[int, Tensor]] | None = None  # of a sheet that lacks the teacher's rows: its update, the student's
         self._told = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -98,23 +98,23 @@ class Previews(Callback):
         """
         self._write(trainer, method, method.student_updates, self._students(trainer, method))
 
-    def _students(self, trainer: Any, method: Any) -> list[Tensor]:
-        """The student's rows at the present clock."""
+    def _students(self, trainer: Any, method: Any) -> dict[int, Tensor]:
+        """The student's rows at the present clock, by their steps."""
         self._drawn = method.student_updates
         with trainer.precision_plugin.forward_context(), evaluating(method.deployment.network):
-            return [self._row(method.backbone, method.deployment, n, self._prompts(method)) for n in self._steps(method)]
+            return {n: self._row(method.backbone, method.deployment, n, self._prompts(method)) for n in self._steps(method)}
 
-    def _write(self, trainer: Any, method: Any, clock: int, student: list[Tensor]) -> None:
-        """The sheet of the update `clock`: the teacher's rows, and those of the student."""
-        prompts, steps = self._prompts(method), self._steps(method)
+    def _write(self, trainer: Any, method: Any, clock: int, student: dict[int, Tensor]) -> None:
+        """The sheet of the update `clock`: the teacher's rows, and those of the student as it was then, maybe of another stage."""
+        prompts, steps, rows = self._prompts(method), list(student), list(student.values())
         if not self._teacher:
             with trainer.precision_plugin.forward_context(), evaluating(method.deployment.network):
                 self._teacher = [self._row(method.backbone, method.baseline, n, prompts) for n in self.teacher_steps]
         if not trainer.is_global_zero:
             return
         labels = [f"teacher@{n}" for n in self.teacher_steps] + [f"student@{n}" for n in steps]
-        scale = max(1, 96 // student[0].shape[-1])
-        picture = sampling.sheet([*self._teacher, *student], labels, prompts, scale=scale)
+        scale = max(1, 96 // rows[0].shape[-1])
+        picture = sampling.sheet([*self._teacher, *rows], labels, prompts, scale=scale)
         path = Path(trainer.default_root_dir) / "samples" / f"{clock:06d}.png"
         with replacing(path) as temporary:
             picture.save(temporary, format="PNG", pnginfo=labelled(labels, prompts))
@@ -123,7 +123,7 @@ class Previews(Callback):
             print(f"pictures of the student after {clock} updates: {path}", flush=True)
         said = f"rows: {', '.join(labels)}; columns: {'; '.join(prompts)}"
         show(trainer.loggers, "previews/sheet", [picture], [said], clock)
-        single = [sampling.tiles(image[None], scale, 1) for image in student[0]]
+        single = [sampling.tiles(image[None], scale, 1) for image in rows[0]]
         show(trainer.loggers, f"previews/student_{steps[0]}", single, prompts, clock)
 
     def _prompts(self, method: Any) -> list[str]:

@@ -104,8 +104,8 @@ def _teacher(args: argparse.Namespace, entries: Sequence[Entry], rack: Rack) -> 
     """Whose images of the prompts are a second reference of all rows; None for nobody's."""
     from ddil_lightning.backbones.loading import recommended
 
-    path = teaching.named(args, args.plan and args.plan.protocol, [recommended(entry.at().path) for entry in entries])
-    return teaching.teacher_of(args, path, rack.take)
+    asked = teaching.named(args, args.plan and args.plan.protocol, [recommended(entry.at().path) for entry in entries])
+    return teaching.teacher_of(args, asked, rack.take)
 
 
 def _checked(

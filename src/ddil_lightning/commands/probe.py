@@ -111,12 +111,13 @@ def _contest(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """Student and teacher, loaded and checked, and what they are in words."""
     from ddil_lightning.backbones.pipeline import Pipeline
     from ddil_lightning.backbones.samplers import check_alike, grid_of, named, policy_of, scale_of
+    from ddil_lightning.backbones.source import Source
     from ddil_lightning.commands.probing import Contest
     from ddil_lightning.diffusion.policy import Policies
     from ddil_lightning.diffusion.transitions import ddim
 
     student = Pipeline(pipeline_of(args.student, args.steps, "to probe: ShiftProbe measures it in training")).to(device())
-    source = args.teacher or student.about.get("teacher")
+    source = args.teacher or Source.of_card(student.about)
     if source is None:
         raise Refusal(f"{student.path} has no card that names its teacher: give it, by --teacher")
     teacher = Pipeline(source).to(device())

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ddil_lightning.commands.arguments import STEPS, check_prompts, guidance_scale, place
+from ddil_lightning.commands.arguments import SCALE, STEPS, check_prompts, guidance_scale, place
 from ddil_lightning.errors import Refusal, one_line
 
 if TYPE_CHECKING:
@@ -24,7 +24,16 @@ FULL = 32
 """The teacher's own step count where nothing is said of it."""
 
 Take = Callable[["Source"], "Pipeline"]
-"""Loads a pipeline; nobody keeps it, for two large ones may not fit beside each other."""
+"""Loads a pipeline, which is let go of when its images are drawn."""
+
+
+class Asked(NamedTuple):
+    """Which teacher is asked for. `guidance`: g at which the students were distilled, None where that is not one number; `spare`: whether
+    the distances to it are left out where it cannot be had, as one that a card names, and not the user."""
+
+    source: Source
+    guidance: float | None
+    spare: bool
 
 
 class Teacher(NamedTuple):
@@ -72,38 +81,60 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "the student's card names, where the protocol's metrics ask for it)",
     )
     parser.add_argument("--teacher_steps", type=STEPS, help=f"of the teacher (default: {FULL})")
+    parser.add_argument(
+        "--teacher_guidance",
+        type=SCALE,
+        help="guidance g of the teacher (default: --guidance, else what the student was distilled at, else what the teacher recommends)",
+    )
 
 
-def named(args: argparse.Namespace, protocol: Protocol | None, cards: Sequence[Mapping[str, Any]]) -> str | None:
+def named(args: argparse.Namespace, protocol: Protocol | None, cards: Sequence[Mapping[str, Any]]) -> Asked | None:
     """The pipeline that is the teacher: --teacher, or that of the students' `cards` where a protocol asks for distances to it; else None.
 
-    Raises Refusal for cards that name several, and for --teacher_steps where there is none.
+    Raises Refusal for cards that name several, and for the teacher's options where there is none.
     """
-    found = list(dict.fromkeys(str(card["teacher"]) for card in cards if card.get("teacher")))
-    if args.teacher is not None or protocol is None or not {*NUMBERS} & {*(protocol.metrics or ())}:
-        found = []
-    if len(found) > 1:
-        raise Refusal(f"the cards name several teachers, {', '.join(found)}: say which, by --teacher")
-    teacher = args.teacher or next(iter(found), None)
-    if teacher is None and args.teacher_steps is not None:
-        raise Refusal("--teacher_steps is of --teacher: name the pipeline by it")
-    return teacher
-
-
-def teacher_of(args: argparse.Namespace, path: str | None, take: Take) -> Teacher | None:
-    """The teacher at `path`, loaded once to see what it is; None for none. Raises Refusal, naming it, for what cannot be sampled."""
     from ddil_lightning.backbones.source import Source
+
+    found: list[Source] = []
+    for source in map(Source.of_card, cards):
+        found += [source] if source is not None and source not in found else []
+    at = {float(card["guidance"]) for card in cards if "method" in card and "guidance" in card}
+    guidance = at.pop() if len(at) == 1 else None
+    if args.teacher is not None:
+        return Asked(Source(args.teacher), guidance, False)
+    if found and protocol is not None and {*NUMBERS} & {*(protocol.metrics or ())}:
+        if len(found) > 1:
+            raise Refusal(f"the cards name several teachers, {', '.join(source.path for source in found)}: say which, by --teacher")
+        return Asked(found[0], guidance, not args.strict)
+    for option in ("teacher_steps", "teacher_guidance"):
+        if getattr(args, option) is not None:
+            raise Refusal(f"--{option} is of --teacher: name the pipeline by it")
+    return None
+
+
+def teacher_of(args: argparse.Namespace, asked: Asked | None, take: Take) -> Teacher | None:
+    """The teacher that is asked for, loaded once to see what it is; None for none, and for one that is spared.
+
+    Raises Refusal, naming it, for what cannot be sampled.
+    """
+    from ddil_lightning.evaluation.known import VERSION
     from ddil_lightning.evaluation.rows import pipeline_source
 
-    if path is None:
+    if asked is None:
         return None
+    source, steps = asked.source, args.teacher_steps or FULL
     try:
-        steps, backbone = args.teacher_steps or FULL, take(Source(path))
+        backbone = take(source)
         backbone.check_steps(steps)
-        scale = guidance_scale(backbone, None if backbone.baked else args.guidance)
+        said = next((g for g in (args.teacher_guidance, args.guidance, asked.guidance) if g is not None), None)
+        scale = guidance_scale(backbone, args.teacher_guidance if backbone.baked else said)
         decides = {key: value for key, value in pipeline_source(backbone, steps, scale).about().items() if key != "name"}
     except (ValueError, OSError) as error:
-        raise Refusal(f"the teacher {path}: {one_line(error)}; give another by --teacher, or other --teacher_steps") from error
-    digest = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
-    about = f"{path} in {steps} steps, guidance_scale {scale:g}"
-    return Teacher(lambda: take(Source(path)), steps, scale, about, digest, args.truncate)
+        if asked.spare:
+            print(f"left out: the distances to the teacher {source.path}, for {one_line(error)}; give one by --teacher", flush=True)
+            return None
+        raise Refusal(f"the teacher {source.path}: {one_line(error)}; give another by --teacher, or other --teacher_steps") from error
+    digest = hashlib.sha256(json.dumps([VERSION, decides], sort_keys=True, default=str).encode()).hexdigest()
+    told = "".join(f", {name} {value}" for name, value in sorted(source.options.items()))
+    about = f"{source.path}{told} in {steps} steps, guidance_scale {scale:g}"
+    return Teacher(lambda: take(source), steps, scale, about, digest, args.truncate)

@@ -131,11 +131,12 @@ def _solvers(args: argparse.Namespace, backbone: Any) -> list[bool]:
 def _checkpoint_rows(args: argparse.Namespace, how: Generation, where: Any) -> list[dict[str, Any]]:
     from ddil_lightning.commands.restore import restore
     from ddil_lightning.evaluation.rows import student_rows
+    from ddil_lightning.runs.export import about_student
 
     method = restore(args.ckpt_path).to(where)
-    suite, teacher = _suite(args, method.backbone, how, {"teacher": method.backbone.path}, {})
-    check_prompts(args.truncate, suite, method.backbone)
     deployment = method.deployment
+    suite, teacher = _suite(args, method.backbone, how, about_student(method, deployment.steps[0]), {"dtype": method.backbone.dtype})
+    check_prompts(args.truncate, suite, method.backbone)
     if args.guidance is not None and not (deployment.told or deployment.guided):
         raise Refusal(baked(args.ckpt_path, deployment.quoted))
     g = deployment.quoted if args.guidance is None else args.guidance
@@ -148,6 +149,6 @@ def _suite(args: argparse.Namespace, backbone: Any, how: Generation, card: Mappi
     """What is measured by, and the teacher whose images it still awaits, loaded as `kind` says; None without one."""
     from ddil_lightning.backbones.pipeline import Pipeline
 
-    path = teaching.named(args, args.plan and args.plan.protocol, [card])
-    teacher = teaching.teacher_of(args, path, lambda source: Pipeline(source, **kind).to(backbone.device))
+    asked = teaching.named(args, args.plan and args.plan.protocol, [card])
+    teacher = teaching.teacher_of(args, asked, lambda source: Pipeline(source, **kind).to(backbone.device))
     return protocols.suite_of(args, args.plan, backbone, how.processes, teacher), teacher

@@ -135,6 +135,8 @@ class DDILDataModule(LightningDataModule, Feed):
         self._stored = None  # of another method, before a second fit
         self._first = check_latents(self.captions, backbone, given.sizes is None, lambda rows: self._taken(rows).latent)
         self._stored = stored(self.learner, given, self.captions.groups(), self._taken, self.batch_size, self.trainer)
+        if self._stored is not None and self._stored.reflection is not None:
+            self._stored.reflection.to(backbone.device)  # before Lightning moves the method: its own setup looks at the data
 
     def teardown(self, stage: str) -> None:
         """Say what of the data was not as it should be."""

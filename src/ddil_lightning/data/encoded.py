@@ -42,7 +42,8 @@ class Table(NamedTuple):
 
 
 class Encoded(Captions):
-    """Latents [N, C, h, w] (None without images) and a context of N captions. Rows are float32 when they are taken.
+    """Latents [N, C, h, w] (None without images) and the context of their captions, those that are equal once. Rows are float32 when they
+    are taken, by `[rows]`: places of `c` are no rows.
 
     Pictures of several shapes are a table a shape (`of`), whose rows are numbered over all. In a file the columns of a table are called
     `latents`, `text`, `mask`, `pooled`, `ids`; of several tables `0/latents`, `0/text`, `0/rows`, `1/latents` and so on.
@@ -75,7 +76,7 @@ class Encoded(Captions):
 
     @property
     def c(self) -> Context:
-        """The captions of the first table."""
+        """The captions of the first table, each once, in the order in which they came up first."""
         return self.tables[0].c
 
     def some_latents(self, n: int) -> list[Tensor]:

@@ -60,7 +60,7 @@ class Generation:
                 metrics = suite.score(sample, self.processes, self.look)
             now, before = self._spent(timed), kept.before if kept else Cost()
             if not (before + now).warm_images:
-                timed.repeat()
+                self.processes.alike(timed.repeat)
                 now = self._spent(timed)
         except ValueError as error:
             raise ValueError(f"{source.name}: {one_line(error)}") from error

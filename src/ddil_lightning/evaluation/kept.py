@@ -63,7 +63,8 @@ class Kept:
         probes = suite.probes
         asked = hashlib.sha256(json.dumps([list(suite.prompts), list(probes.prompts)]).encode()).hexdigest()
         counts = {"prompts": [len(suite.prompts), suite.samples], "probes": [len(probes.prompts), probes.seeds]}
-        stamp = {"sampler": about, "layout": keep.layout, "seed": suite.seed, "images": counts, "prompts": asked}
+        sampler = {key: value for key, value in about.items() if key != "name"}  # whose folder this is, and no part of the images
+        stamp = {"sampler": sampler, "layout": keep.layout, "seed": suite.seed, "images": counts, "prompts": asked}
         self.stamp: dict[str, Any] = json.loads(json.dumps(stamp))
         self.before = Cost(**processes.by_first(self._open))
 
@@ -110,6 +111,7 @@ class Kept:
         if not found and self.folder.is_dir() and any(self.folder.iterdir()):
             raise ValueError(f"{self.folder} is not empty and holds no {STAMP}: give another folder for the images")
         if found:
+            found["sampler"] = {key: value for key, value in dict(found.get("sampler") or {}).items() if key != "name"}
             other = next(differences(found, self.stamp), None)
             if other is not None:
                 raise ValueError(f"{self.folder} holds images of another {other}: give another folder, or delete it")

@@ -133,7 +133,7 @@ def pipeline_source(
     def about() -> dict[str, Any]:
         scheduler = solved.pipe.scheduler
         made = {"scheduler": type(scheduler).__name__, "config": settings(scheduler), "steps": steps, "guidance_scale": guidance_scale}
-        made |= solved.called_with
+        made |= {**solved.called_with, **({"remedy": str(solved.remedy)} if solved.remedy else {})}
         return {"name": name, "network": weights(solved.network()), "encoders": solved.encoders(), **made, "size": list(solved.size)}
 
     return Source(name, sample, lambda: calls[0], about, sampling.batch(solved.latent_shape))

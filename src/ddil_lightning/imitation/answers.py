@@ -55,7 +55,7 @@ class Answers:
         """
         if self.storage == "none":
             return ask(batch)
-        if not self._confirmed:
+        if not self._confirmed and bool((slot >= 0).any()):  # else nothing is known or kept, and the weights need not be read for it
             self._confirm(question())
         self.settle()
         kind = "unguided" if batch.c.w is None else "guided"

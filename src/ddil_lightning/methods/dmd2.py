@@ -64,7 +64,7 @@ class DMD2(TwoScores):
     ) -> None:
         super().__init__(scores=scores, **kwargs)
         if not isinstance(scores, Matching):  # the other methods' own, which is a way to say the same
-            scores = Matching(scores.guidance, scores.tau)
+            scores = Matching(**vars(scores))
         self.normaliser, self.divergence, self.share = scores.normaliser, scores.divergence, scores.share
         if self.divergence != "reverse_kl" and not gan.is_on:
             raise ValueError(

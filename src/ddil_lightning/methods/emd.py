@@ -52,7 +52,8 @@ class Posterior(NamedTuple):
     z: Tensor  # [B, ...] the student's input z_K
     e: Tensor  # [B, ...] the noise e_K
     e_hat: Tensor  # [B, ...] e_K without the chain's own noise
-    x: Tensor  # [B, ...] the student's sample at z_0, which no step has moved
+    x: Tensor  # [B, ...] the student's samples at z_0, which no step has moved, without their graph
+    still: Tensor  # [B, ...] those of rows whose z no step moves, with the graph that the M-step's gradient takes; 0 for the others
     ratio: Tensor  # [B, 1, ...] sigma_t / alpha_t at the chain's time
     moving: list[int]  # the rows for which the student is asked again, at z_K
 
@@ -104,28 +105,29 @@ class EMD(TwoScores):
         gamma_z = k.gamma_z * (b.node == 0).to(z.dtype).view(-1, *(1,) * (z.ndim - 1))
         own = e if k.cancel in ("linear", "sum") else torch.zeros_like(e)             # the chain's own noise in e
         moving = self.moving(b)
-        x = fresh = self.samples(z.requires_grad_(bool(moving)), b.t, b.c)
+        rest = [row for row in range(len(z)) if row not in moving]
+        still = self.again(torch.zeros_like(z), z, rest, b)                           # the M-step's gradient passes through these
+        begin = x = self.again(still.detach(), z.requires_grad_(bool(moving)), moving, b)
         for step in range(k.steps):
-            if step and moving:
-                x = self.again(fresh.detach(), z.requires_grad_(), moving, b)
+            if step:
+                x = self.again(still.detach(), z.requires_grad_(bool(moving)), moving, b)
             drift = self.drift(alpha * x.detach() + sigma * e, t, b)                  # sigma (s_q - s_p)
             noise = (2 * k.gamma_e) ** 0.5 * normal(e, numbers)
             e = (1 - k.gamma_e) * e + k.gamma_e * drift + noise
             own = (1 - k.gamma_e) * own + noise if k.cancel == "linear" else own + noise
             if k.gamma_z:
-                kept = not step and len(moving) < len(z)                              # the M-step's gradient passes through `fresh` too
                 d = alpha / sigma * drift                                             # alpha (s_q - s_p)
-                pull = torch.autograd.grad(x, z, d, retain_graph=kept)[0] if moving else torch.zeros_like(z)  # J^T d
+                pull = torch.autograd.grad(x, z, d)[0] if moving else torch.zeros_like(z)  # J^T d
                 z = (z + gamma_z * (pull - z) + (2 * gamma_z).sqrt() * normal(z, numbers)).detach()
         e_hat = e - own if k.cancel in ("linear", "sum") else e
         if k.cancel == "stein":
             with torch.no_grad():
-                e_hat = self.drift(alpha * self.again(fresh, z, moving, b) + sigma * e, t, b)
-        return Posterior(z.detach(), e, e_hat, fresh, sigma / alpha, moving)
+                e_hat = self.drift(alpha * self.again(still, z, moving, b) + sigma * e, t, b)
+        return Posterior(z.detach(), e, e_hat, begin.detach(), still, sigma / alpha, moving)
 
     def maximisation(self, end: Posterior, b: LatentBatch) -> Tensor:
         """[B] of the M-step: half the squared distance of g(z_K) from g(z_K) + (sigma / alpha) e_hat (METHODS 5.1 with w' = 1)."""
-        x = self.again(end.x, end.z, end.moving, b)
+        x = self.again(end.still, end.z, end.moving, b)
         return 0.5 * mse(x, (x + end.ratio * end.e_hat).detach())
 
     def moving(self, b: LatentBatch) -> list[int]:
@@ -143,7 +145,8 @@ class EMD(TwoScores):
         if not moving:
             return x
         rows = sent(torch.tensor(moving), z.device)
-        return x.index_copy(0, rows, self.samples(z[rows], b.t[rows], take(b.c, rows)))
+        found = self.samples(z[rows], b.t[rows], take(b.c, rows))
+        return x.to(found.dtype).index_copy(0, rows, found)
 
     def start(self, b: LatentBatch) -> tuple[Tensor, Tensor]:
         """The time t [B] of every chain and its first noise e [B, ...]."""

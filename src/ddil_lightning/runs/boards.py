@@ -126,9 +126,20 @@ def show(loggers: Iterable[Any], name: str, pictures: Sequence[Any], captions: S
             for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
                 _captioned(logger.experiment, name if len(pictures) == 1 else f"{name}/{i}", picture, caption, clock)
         elif isinstance(logger, WandbLogger):
-            logger.log_image(name, list(pictures), step=clock, caption=list(captions))
+            _pictured(logger, name, pictures, captions, clock)
         elif hasattr(logger, "log_image"):
             logger.log_image(name, list(pictures), step=clock)
+
+
+def _pictured(logger: WandbLogger, name: str, pictures: Sequence[Any], captions: Sequence[str], clock: int) -> None:
+    """Pictures of the update `clock`, which may be past: by ours under their own clock, by another W&B logger as Lightning has it."""
+    import wandb
+
+    if isinstance(logger, Wandb):
+        shown = [wandb.Image(picture, caption=caption) for picture, caption in zip(pictures, captions, strict=True)]
+        logger.log_metrics({CLOCK: clock, name: shown})
+    else:
+        logger.log_image(name, list(pictures), step=clock, caption=list(captions))
 
 
 def _captioned(writer: Any, name: str, picture: Any, caption: str, clock: int) -> None:

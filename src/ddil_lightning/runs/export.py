@@ -82,6 +82,7 @@ def about_student(method: Distillation, steps: int) -> dict[str, Any]:
         **(flow_nodes(method.backbone, deployment.grid(steps)) if deployment.is_flow else {}),
         "dataset": method.backbone.about.get("dataset"),
         "teacher": method.backbone.path,
+        **({"teacher_options": options} if (options := cast("Pipeline", method.backbone).source.options) else {}),
         **({"size": list(method.backbone.size or ())} if method.backbone.says_size else {}),
         **({"sampler": deployment.remark} if deployment.remark else {}),
     }

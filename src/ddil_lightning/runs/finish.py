@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 import traceback
@@ -165,21 +166,23 @@ def machine() -> dict[str, Any]:
     return {"device": device, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"), **versions, "commit": commit()}
 
 
+@functools.cache
 def commit() -> str | None:
-    """The commit of the checkout that this package is imported from, with + where its files have been changed since; None without one."""
+    """The commit of the checkout that this package is imported from, with + where its files have been changed since; None without one.
+
+    It is asked once, by the rehearsal of a run's end: when the run does end, another one may be checked out.
+    """
     import subprocess
 
-    here = Path(__file__).parent
-    if here.parents[2].joinpath(".git").exists():
-        try:
-            told = [
-                subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-                for words in (
-                    ["rev-parse", "--short=12", "HEAD"],
-                    ["status", "--porcelain", "--untracked-files=no", "--", str(here.parent)],
-                )
-            ]
-        except (OSError, subprocess.SubprocessError):  # no git, or a folder of somebody else's, which git does not look into
-            return None
-        return told[0] + "+" * bool(told[1])
-    return None
+    package = Path(__file__).parents[1]
+    if not package.parents[1].joinpath(".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        call = ["git", "--no-optional-locks", "-C", str(package), *words]
+        return subprocess.run(call, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + "+" * bool(git("status", "--porcelain", "--", "."))
+    except (OSError, subprocess.SubprocessError):  # no git, or a folder of somebody else's, which git does not look into
+        return None

@@ -239,7 +239,17 @@ def _anonymise(out: Path) -> None:
     """Take the places of folders on this machine out of a release's JSON files."""
     for file in out.rglob("*.json"):
         table = from_json(file.read_text(encoding="utf-8"))
-        named = [key for key in ("_name_or_path", "teacher") if isinstance(table, dict) and isinstance(table.get(key), str)]
-        local = {key: Path(table[key]).name for key in named if os.path.exists(table[key]) or table[key].startswith(("/", "."))}
-        if local:
+        named = [key for key in ("_name_or_path", "teacher", "teacher_options") if isinstance(table, dict) and key in table]
+        local = {key: _called(table[key]) for key in named}
+        if any(table[key] != value for key, value in local.items()):
             write_text(file, json.dumps({**table, **local}, indent=2) + "\n")
+
+
+def _called(value: Any) -> Any:
+    """A value of a table whose places on this machine, at any depth, are their last names."""
+    if isinstance(value, dict):
+        return {key: _called(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_called(inner) for inner in value]
+    is_place = isinstance(value, str) and (os.path.exists(value) or value.startswith(("/", ".")))
+    return Path(value).name if is_place else value

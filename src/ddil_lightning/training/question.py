@@ -20,10 +20,11 @@ def question(method: Any) -> str:
     """
     own = {name: value for name, value in vars(method).items() if not name.startswith("_") and name not in ELSEWHERE}
     plain = {name: value for name, value in own.items() if isinstance(value, PLAIN) or _plain(value)}
-    box = method.reflection
-    backbone = method.backbone
+    box, backbone = method.reflection, method.backbone
+    null = getattr(getattr(method, "teacher", None), "null", None)  # what guidance is taken away from, by encoders of their own
     said = [type(method).__qualname__, method.taught, sorted(plain.items(), key=lambda item: item[0])]
     said += [str(backbone.dtype), getattr(backbone, "quantize", None)]
+    said += [None if x is None else hashlib.sha256(x.detach().float().cpu().numpy().tobytes()).hexdigest() for x in null or ()]
     said += [box.mode, box.quantile, box.lo.tolist(), box.hi.tolist(), method.grid.times.tolist(), backbone.schedule.sigmas.tolist()]
     return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 
