@@ -373,6 +373,14 @@ def test_a_pipeline_takes_what_a_path_says() -> None:
         Source.of({"path": "a", "varant": "b"})
 
 
+def test_a_card_tells_the_teacher_as_it_was_distilled() -> None:
+    """With its LoRAs, autoencoder, size and shift, and without the students' architectures."""
+    whole = Source("a", vae="v", lora=(Lora("l", scale=0.5),), size=(64, 32), shift=3.0, networks={"student": "small"})
+    card = json.loads(json.dumps({"teacher": whole.path, "teacher_options": whole.options}))
+    assert Source.of_card(card) == Source("a", vae="v", lora=(Lora("l", scale=0.5),), size=(64, 32), shift=3.0)
+    assert Source("a").options == {} and Source.of_card({"teacher": "a"}) == Source("a") and Source.of_card({}) is None
+
+
 @pytest.mark.slow
 def test_students_of_a_half_precision_folder_train(half: Path) -> None:
     run = suite.train(suite.METHODS[0], half, updates=2)

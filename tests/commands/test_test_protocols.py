@@ -166,6 +166,10 @@ def test_distances_to_the_teacher(told: str, tiny: Path, light: Path, here: Path
     assert "has 2 of 2 rows already" in out and "the teacher: " not in out
     again, _ = scored(capsys, "--pipeline", "student", *words, "--teacher_steps", 3)
     assert again["protocol"]["stamp"] != protocol["stamp"]
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"method": "LCM", "guidance": 1.5}))  # as the student was distilled
+    for more, g in (([], "1.5"), (["--teacher_guidance", 3], "3")):
+        again, _ = scored(capsys, "--pipeline", "student", *words, *more)
+        assert again["protocol"]["reference"]["teacher"] == f"{light} in 2 steps, guidance_scale {g}"
 
 
 def test_a_teacher_that_cannot_be_had(tiny: Path, here: Path, capsys: Any) -> None:
@@ -174,6 +178,14 @@ def test_a_teacher_that_cannot_be_had(tiny: Path, here: Path, capsys: Any) -> No
     _, out = scored(capsys, *words, "asks.yaml")
     assert "left out: frechet_teacher, for there are no images of a teacher (ddil-test --teacher PIPELINE draws them)\n" in out
     assert "the teacher gone/away/it: no pipeline at gone/away/it" in refused(capsys, *words, "mine.yaml", "--teacher", "gone/away/it")
+    shutil.copytree(tiny, "student")
+    card = Path("student/ddil.json")
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"teacher": "sd15"}))  # a released student's: its teacher's place is not told
+    words[1] = "student"
+    _, out = scored(capsys, *words, "asks.yaml")
+    assert "left out: the distances to the teacher sd15, for no pipeline at sd15" in out
+    assert "the teacher sd15: no pipeline at sd15" in refused(capsys, *words, "asks.yaml", "--strict")
+    words[1] = str(tiny)
     assert "--teacher_steps is of --teacher: name" in refused(capsys, *words, "mine.yaml", "--teacher_steps", 4)
     blind = ["--network", "features=none", "--teacher", tiny]
     assert "a distance to the teacher is one of features, and there is no network" in refused(capsys, *words, "mine.yaml", *blind)

@@ -139,6 +139,10 @@ def test_a_row_goes_on_with_what_is_there(layout: str, tmp_path: Path) -> None:
     assert first == whole and seeds == every and (own.images, own.evaluations) == (cost.images, cost.evaluations) == (104, 832)
     again, own, seeds = measured(how, over)
     assert again == whole and seeds == [] and own.nfe == 8 and own.seconds_per_image
+    stamp = tmp_path / "student@4" / "generation.json"
+    told = json.loads(stamp.read_text())
+    stamp.write_text(json.dumps({**told, "sampler": {**told["sampler"], "name": "teacher@4"}}))  # as folders of before have it
+    assert measured(how, over)[2] == []
     files = sorted((tmp_path / "student@4").rglob("*.png"))
     assert len(files) == {"folder": 104, "geneval": 104, "dpg": 35}[layout]
     lost = [*files[:2], files[7], files[-1]]

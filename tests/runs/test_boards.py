@@ -41,7 +41,8 @@ def test_wandb_has_everything_over_student_updates_and_goes_on(tmp_path: Path, s
     made = boards.boards(folder, "lcm", lambda: now, config)
     (board,) = made
     assert not (folder / "wandb" / "latest-run").exists()  # it begins when it is first asked for
-    boards.show(made, "previews/sheet", [PICTURE], ["rows <b>"], 0)
+    now = 1
+    boards.show(made, "previews/sheet", [PICTURE], ["rows <b>"], 0)  # of an update that is past, as the first sheet is
     board.log_metrics({"student_updates": 10, "loss": 0.5, "shift/teacher@749": 0.25}, step=10)
     now = 15
     board.log_metrics({"lr-AdamW": 0.125}, step=70)  # of a callback of Lightning's, which counts batches
