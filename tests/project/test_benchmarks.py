@@ -327,10 +327,11 @@ def test_reproduce(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.Captu
     assert again["notes"][-1] == "left out, because it was made with other settings than today's: lcm both seed 100"
 
 
-def test_the_page_of_the_reproduction_is_made_of_the_cells(script: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("page", "words"), [("reproduction.md", []), ("flow.md", ["--pipeline", "builtin/flow"])])
+def test_the_page_of_the_reproduction_is_made_of_the_cells(page: str, words: list[str], script: Any, tmp_path: Path) -> None:
     """And every cell was made with the settings that are shipped."""
-    report = script("reproduce").main(["--only_page", "--page", str(tmp_path / "page.md"), "--cache", str(tmp_path)])
-    assert (tmp_path / "page.md").read_text() == (BENCHMARKS.parent / "docs" / "reproduction.md").read_text()
+    report = script("reproduce").main(["--only_page", "--page", str(tmp_path / "page.md"), "--cache", str(tmp_path), *words])
+    assert (tmp_path / "page.md").read_text() == (BENCHMARKS.parent / "docs" / page).read_text()
     assert not [note for note in report["notes"] if "left out" in note]
 
 
