@@ -37,9 +37,9 @@ DOUBLE = tuple(f"transformer_blocks.{i}.{layer}" for i in (0, 1) for layer in ("
 """Of Flux; of its other blocks diffusers' converter counts on 3072 channels."""
 
 
-def trained(folder: Path, told: bool = False, **adapter: Any) -> Any:
-    """A student of adapters of rank 4 and alpha 6 that is no longer its teacher. `told`: its guidance, as the network is."""
-    method = suite.build(entries(3.0)["lcm-lora"], folder, w_conditioned=told, adapter={"rank": 4, "alpha": 6.0, **adapter}).eval()
+def trained(folder: Path, **adapter: Any) -> Any:
+    """A student of adapters of rank 4 and alpha 6 that is no longer its teacher."""
+    method = suite.build(entries(3.0)["lcm-lora"], folder, adapter={"rank": 4, "alpha": 6.0, **adapter}).eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for p in lora.parameters(method.outgoing.network):
@@ -79,7 +79,7 @@ def test_a_release_is_read_back_and_answers_as_the_student(name: str, tmp_path: 
 
 def test_diffusers_reads_the_file_of_flux(tmp_path: Path) -> None:
     folder = make_flux(tmp_path / "p")
-    method = trained(folder, told=True, targets=DOUBLE)
+    method = trained(folder, targets=DOUBLE)
     lora.write_comfy(tmp_path / "x.safetensors", method.outgoing.network, torch.float32)
     pipe = DiffusionPipeline.from_pretrained(folder)
     assert apart(method, pipe) > 1e-2

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from commandline import called, one_line
 from ddil_lightning.commands import gathering
 from ddil_lightning.evaluation import networks
 from ddil_lightning.evaluation.networks import Absent, Named
+from pictured import captioned_set
 
 MINE = """
 prompts: {source: captions.jsonl, images: pictures}
@@ -37,11 +37,7 @@ def absent(*_: Any, **__: Any) -> Any:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Twenty captioned pictures in `set`, a protocol of them, small networks by the names of large ones, and no LPIPS."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "set" / "pictures").mkdir(parents=True)
-    rows = [{"file_name": f"{i}.png", "text": f"a handwritten {'two' if i % 2 else 'one'}"} for i in range(20)]
-    for i in range(20):
-        Image.new("RGB", (18, 16), (12 * i, 5 * i, 0)).save(tmp_path / "set" / "pictures" / f"{i}.png")
-    (tmp_path / "set" / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    captioned_set(tmp_path / "set")
     (tmp_path / "mine.yaml").write_text(MINE)
 
     def colours(images: Tensor) -> Tensor:

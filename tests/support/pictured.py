@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,15 @@ def png(level: int) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (8, 8), (level, 0, 0)).save(file, "PNG")
     return file.getvalue()
+
+
+def captioned_set(folder: Path) -> None:
+    """Twenty pictures of colours of their own in `pictures`, and captions.jsonl, in which every second one is a two."""
+    (folder / "pictures").mkdir(parents=True)
+    rows = [{"file_name": f"{i}.png", "text": f"a handwritten {'two' if i % 2 else 'one'}"} for i in range(20)]
+    for i in range(20):
+        Image.new("RGB", (18, 16), (12 * i, 5 * i, 0)).save(folder / "pictures" / f"{i}.png")
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
 def parquet(folder: Path, parts: int = 2, rows: int = 10, **more: Any) -> Path:

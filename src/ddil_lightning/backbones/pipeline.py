@@ -6,7 +6,6 @@ The built-in miniatures, a local folder and a hub id all come through `Pipeline`
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -22,20 +21,20 @@ from ddil_lightning.backbones.digests import digest, fingerprints, weights
 from ddil_lightning.backbones.families import check_listed, family_of
 from ddil_lightning.backbones.family import Family
 from ddil_lightning.backbones.loading import check_weights, empty_network, load_pipeline, recommended, settled
+from ddil_lightning.backbones.prompts import Prompted
 from ddil_lightning.backbones.quantising import Quantize
 from ddil_lightning.backbones.repositories import DENOISERS
-from ddil_lightning.backbones.sizes import Sized, shaped, whole
+from ddil_lightning.backbones.sizes import shaped
 from ddil_lightning.backbones.source import Source
 from ddil_lightning.backbones.weights import Weights
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.remedies import Remedy
 from ddil_lightning.diffusion.schedule import Predicts
 from ddil_lightning.diffusion.transitions import Transition
-from ddil_lightning.records import Context
-from ddil_lightning.texts import by, check_prompts, shortened
+from ddil_lightning.texts import by
 
 
-class Pipeline(Sized):
+class Pipeline(Prompted):
     """A teacher pipeline of diffusers.
 
     Args:
@@ -63,7 +62,6 @@ class Pipeline(Sized):
         path, self.quantize = source.path, quantize
         about = recommended(path)
         self._others: dict[str, Architecture] = {}
-        self._told_of: list[str] = []
         self.pipe: Any = self.load(source, dtype, vae_dtype, bare)
         self._network = family_of(self.pipe, path)
         for part in self.parts():
@@ -297,17 +295,6 @@ class Pipeline(Sized):
 
     # Encoders ------------------------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def encode_text(self, prompts: Sequence[str], truncate: bool = False, sizes: Tensor | None = None) -> Context:
-        """The text states of `prompts`, unguided. Raises ValueError for one that no tokenizer takes, or is too long without `truncate`."""
-        check_prompts(prompts)
-        if not truncate:
-            self.check_length(prompts)
-        self._tell_cut(prompts)
-        if sizes is None:
-            sizes = whole(self.size, len(prompts))
-        return self._network.context(self.pipe, prompts, self.device, sizes)
-
     def encoders(self) -> str:
         """A digest of everything that makes latents and text states: weights of the encoders, the latents' scale, the vocabulary."""
         found = digest(self.pipe, self._network.component)
@@ -322,36 +309,6 @@ class Pipeline(Sized):
     def fingerprints(self) -> dict[str, str]:
         """A digest of each encoder and vocabulary by its name."""
         return fingerprints(self.pipe, self._network.component)
-
-    def check_length(self, prompts: Sequence[str]) -> None:
-        """Raises ValueError, naming the first prompt that the tokenizer would cut or does not take."""
-        check_prompts(prompts)
-        counts, limit = self._network.tokens(self.pipe, prompts)
-        for prompt, count in zip(prompts, counts, strict=True):
-            if count > limit:
-                raise ValueError(
-                    f"the prompt {shortened(prompt)!r} has {count} tokens and the text encoder reads {limit}: shorten it, or allow "
-                    "truncation"
-                )
-
-    def _tell_cut(self, prompts: Sequence[str]) -> None:
-        """A notice, once, of a prompt that one of several text encoders cuts."""
-        if self._told_of:
-            return
-        counts, limit = self._network.cut_tokens(self.pipe, prompts)
-        for prompt, count in zip(prompts, counts, strict=False):
-            if count > limit:
-                self._told_of.append(prompt)
-                logging.getLogger(__name__).warning(
-                    f"the prompt {shortened(prompt)!r} has {count} tokens and CLIP reads {limit} of a text: the rest is told by T5 alone, "
-                    "here and in longer prompts to come"
-                )
-                return
-
-    @torch.no_grad()
-    def null(self) -> Context:
-        """The unconditional branch of guidance, one sample, as its family has it: mostly the context of the empty prompt."""
-        return self._network.unconditional(self.pipe, self.device, whole(self.size, 1))
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Scaled latents [B, C, h, w] of images [B, 3, H, W] in [-1, 1]: the VAE's posterior mean, so that a cache is reproducible."""
