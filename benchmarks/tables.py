@@ -70,8 +70,10 @@ def target(name: str, value: float | None, limit: float, at_most: bool = False) 
 def cell(value: Any, se: float | None = None) -> str:
     """A value of a table, with its standard error if it has one."""
     if isinstance(value, Mapping):  # a measured mean, or a paired difference: {mean, se, paired: {mean, t, p}}
-        t = (value.get("paired") or value).get("t")
-        return cell(value["mean"], value.get("se")) + ("" if t is None else f" [{t:+.1f}]")
+        t, mean = (value.get("paired") or value).get("t"), value["mean"]
+        # a paired difference near nothing: as many decimals as the others have, not -9.446e-08
+        text = f"{round(mean, 4) + 0.0:.4f}" if "t" in value and mean is not None and abs(mean) < 0.01 else cell(mean, value.get("se"))
+        return text + ("" if t is None else f" [{t:+.1f}]")
     text = plain(value)
     if value is None or se is None:
         return text

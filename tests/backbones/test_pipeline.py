@@ -162,6 +162,17 @@ def test_long_prompts_are_refused_by_name_or_cut(backbone: Pipeline) -> None:
     assert torch.equal(backbone.encode_text([LONG], truncate=True).text, backbone.encode_text([" ".join(["red"] * 14)]).text)
 
 
+def test_what_is_cut_as_asked_is_not_told_of_every_batch(backbone: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two lines of every batch, of a run on captions from the web, would bury all others."""
+    told: list[str] = []
+    monkeypatch.setattr("logging.Logger.handle", lambda self, record: told.append(record.getMessage()))
+    backbone.pipe.encode_prompt([LONG], "cpu", 1, False)
+    assert any("was truncated because CLIP" in line for line in told)
+    told.clear()
+    backbone.encode_text([LONG], truncate=True)
+    assert not any("truncated" in line for line in told)
+
+
 def test_half_a_character_is_refused_cut_or_not(backbone: Pipeline) -> None:
     for ask in (backbone.encode_text, backbone.check_length, lambda prompts: backbone.encode_text(prompts, truncate=True)):
         with pytest.raises(ValueError, match=r"the prompt '\\ud800' is a text with \\ud800, half a character that no tokenizer takes"):
@@ -183,6 +194,7 @@ def test_images_go_in_and_out_in_shape_and_scale(backbone: Pipeline) -> None:
 
 def test_text_of_an_sdxl_pipeline(xl: Path) -> None:
     made = Pipeline(str(xl))
+    assert made.guidance == 5.0  # a plain call's
     c = made.encode_text(PROMPTS)
     assert c.text.shape == (3, 16, 40) and c.pooled is not None and c.pooled.shape == (3, 20)
     assert c.ids is not None and c.ids.tolist() == [[16, 16, 0, 0, 16, 16]] * 3

@@ -150,6 +150,7 @@ def test_its_samples_are_the_pipelines_own(which: str, steps: int, size: tuple[i
 
 def test_it_is_told_the_size_of_every_image(alpha: Path) -> None:
     backbone = Pipeline(Source(str(alpha), size=(16, 24)))
+    assert backbone.guidance == 4.5
     sizes = torch.tensor([[30, 20, 4, 0, 16, 24], [24, 40, 0, 3, 24, 24]])
     c, x_t, t = backbone.encode_text(PROMPTS, sizes=sizes), noise(2, 4, 8, 12), torch.tensor([20, 999])
     told = {"resolution": sizes[:, 4:].float(), "aspect_ratio": torch.tensor([[16 / 24], [1.0]])}

@@ -17,7 +17,8 @@ from ddil_lightning.backbones import sampling
 from ddil_lightning.backbones.adapters import Adapter
 from ddil_lightning.backbones.outline import Outline
 from ddil_lightning.backbones.pipeline import Pipeline
-from ddil_lightning.backbones.samplers import exactly
+from ddil_lightning.backbones.flows import nodes
+from ddil_lightning.backbones.samplers import exactly, named
 from ddil_lightning.backbones.sana import Sana
 from ddil_lightning.backbones.source import Source
 from ddil_lightning.backbones.vocabulary import Vocabulary
@@ -62,7 +63,21 @@ def test_it_is_a_flow_by_its_own_settings(sana: Path) -> None:
     network = backbone.network()
     assert type(backbone.pipe.scheduler).__name__ == "DPMSolverMultistepScheduler" and isinstance(network, Sana)
     assert (backbone.predicts, backbone.shift, backbone.schedule.steps) == ("flow", 3.0, 1000)
+    assert backbone.guidance == 4.5
     assert (backbone.latent_shape, backbone.size, network.divisor, network.largest) == ((4, 8, 8), (32, 32), 1, None)
+
+
+@pytest.mark.parametrize("name", ["euler", "ddim", "lcm"])
+def test_another_sampler_walks_its_own_nodes(sana: Path, name: str) -> None:
+    """Shifted by 3, with no last step from next to the data: the settings of DPM-Solver++ have names that flow schedulers do not read."""
+    backbone = Pipeline(str(sana))
+    sigmas = torch.tensor([1.0, 0.9, 0.75, 0.5], dtype=torch.float64)
+    made = named(backbone, name)
+    assert torch.allclose(nodes(made.pipe.scheduler, 4, made.network(), made.latent_shape), sigmas, atol=1e-6)
+    assert torch.allclose(nodes(backbone.pipe.scheduler, 4, backbone.network(), backbone.latent_shape), sigmas, atol=1e-3)
+    policy, grid = exactly(made, 4, 4.5)
+    mine = sampling.latents(made, policy, grid, PROMPTS, 4.5)
+    torch.testing.assert_close(mine, sampling.pipeline_latents(made, PROMPTS, 4, 4.5), rtol=0, atol=1e-4)
 
 
 # Text ---------------------------------------------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ def without_t5(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
 def test_it_is_a_flow_by_its_own_settings(backbone: Pipeline, without_t5: Pipeline) -> None:
     network = backbone.network()
     assert isinstance(network, SD3) and (backbone.predicts, backbone.shift, backbone.schedule.steps) == ("flow", 3.0, 1000)
+    assert backbone.guidance == 7.0
     assert (network.latent_shape, network.divisor, network.largest, network.positions((4, 8, 4))) == ((4, 8, 8), 2, 16, 8)
     assert [type(block).__name__ for block in network.blocks()] == ["JointTransformerBlock"] * 3  # what fsdp2 gathers one by one
     assert without_t5.pipe.text_encoder_3 is None

@@ -49,6 +49,7 @@ def test_it_is_a_flow_of_the_size_that_it_is_given(zimage: Path, tmp_path: Path)
     backbone = Pipeline(str(zimage))
     network = backbone.network()
     assert isinstance(network, ZImage) and (backbone.predicts, backbone.shift, backbone.schedule.steps) == ("flow", 3.0, 1000)
+    assert backbone.guidance == 6.0  # guidance_scale 5, which counts from 0
     assert (backbone.size, network.divisor, network.largest, network.positions((4, 8, 12))) == ((16, 16), 2, 64, 24)
     unsaid = Pipeline(str(make_zimage(tmp_path / "unsaid", None)))
     assert unsaid.latent_shape == (4, 128, 128) and unsaid.size == (256, 256)

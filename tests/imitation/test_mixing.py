@@ -165,6 +165,26 @@ def test_the_loss_is_the_bias_and_nothing_without_one() -> None:
     torch.testing.assert_close(loss(off, GRID, 1, walk[TIMES[1]], walk), loss(off, GRID, 1, walk[TIMES[1]]))
 
 
+@pytest.mark.parametrize("transition", [ddim, renoise], ids=str)
+def test_large_latents_are_looked_at_a_few_at_a_time(transition: Any) -> None:
+    """128 x 128 of them, of which two are sampled at once elsewhere, too: the same numbers as of each alone."""
+    actors, x = pair(n=3, transition=transition, substeps=1), noise(3, (1, 128, 128), 0)
+    found = states(actors.student.policy, GRID, x, actors.student.c, renoising(3, 7))
+    walk = states(actors.teacher.policy, GRID, x, actors.teacher.c)
+    lost = loss(actors, GRID, 1, walk[TIMES[1]], walk)
+    for i in range(3):
+        alone = pair(n=1, transition=transition, substeps=1)
+        one = states(alone.student.policy, GRID, x[i : i + 1], alone.student.c, renoising(3, 7)[i : i + 1])
+        assert all(torch.equal(found[t][i : i + 1], one[t]) for t in TIMES)
+        its = {t: z[i : i + 1] for t, z in walk.items()}
+        torch.testing.assert_close(lost[i : i + 1], loss(alone, GRID, 1, its[TIMES[1]], its))
+    most: list[int] = []
+    actors.student.policy.denoiser.register_forward_pre_hook(lambda module, given: most.append(len(given[0])))
+    states(actors.student.policy, GRID, x, actors.student.c, renoising(3, 7))
+    loss(actors, GRID, 1, walk[TIMES[1]], walk)
+    assert max(most) == 2
+
+
 def test_recovery_is_what_the_continuations_differ_by() -> None:
     """Students without an error have nothing to recover from; with a constant one both continuations differ by the same closed form."""
     same, x = pair(bias=0.0, substeps=1), noise(6, SHAPE, 1)

@@ -599,6 +599,8 @@ def test_a_standard_error_has_the_decimals_of_its_value(script: Any) -> None:
     cell = script("tables").cell
     shown = [cell(0.0324, 6e-7), cell(24.58, 0.123), cell(0.008178, 7.9e-5), cell(2e-9, 1e-9), cell(0.5), cell(None, None)]
     assert shown == ["0.032 ± 0.000", "24.58 ± 0.12", "0.008178 ± 0.000079", "2e-09 ± 1e-09", "0.500", "–"]
+    differences = [cell({"mean": mean, "t": t, "p": None}) for mean, t in ((-9.4e-8, -0.1), (-0.005727, -24.1), (0.0125, 3.0), (0.002, None))]
+    assert differences == ["0.0000 [-0.1]", "-0.0057 [-24.1]", "0.013 [+3.0]", "0.0020"]
 
 
 def test_toy2d_targets_know_their_direction(script: Any) -> None:

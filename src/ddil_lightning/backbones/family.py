@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -95,10 +96,13 @@ class Family(Network):
         """The guidance_scale that a call of its pipelines is given for guidance g, where 1 is none."""
         return g
 
-    @property
-    def guidance(self) -> float:
-        """The guidance g that its pipelines are called with where nobody says another: Stable Diffusion's, 7.5."""
-        return 7.5
+    def usual(self, pipe: Any) -> float:
+        """The guidance g of a plain call of `pipe`, the default of its class in diffusers: SD 7.5, SDXL 5, SD3 7, SANA 4.5, ..."""
+        import diffusers
+
+        call = getattr(getattr(diffusers, str(pipe.config.get("_class_name")), type(pipe)), "__call__", None)
+        told = None if call is None else inspect.signature(call).parameters.get(self.asked_by)
+        return 7.5 if told is None or not isinstance(told.default, int | float) else float(told.default) + 1 - self.scale(1.0)
 
     @property
     def asked_by(self) -> str:

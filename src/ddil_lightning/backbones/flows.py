@@ -107,6 +107,22 @@ def student(total: int, transition: Transition, sigmas: Tensor, passes_sigmas: b
     return type(made).from_config(made.config)
 
 
+def even(kind: type, total: int, shift: float) -> Any:
+    """A scheduler of `kind`, of flow matching, whose plain call in N steps walks f_s(1 - k / N): where DPM-Solver++ of a flow stops, too.
+
+    Its own plain call would shift sigma_min twice and spend its last step on it.
+    """
+
+    class Even(kind):  # type: ignore[misc, valid-type]
+        def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None, **told: Any) -> None:
+            if sigmas is None and num_inference_steps is not None and told.get("timesteps") is None:
+                sigmas = torch.linspace(1, 1 / num_inference_steps, num_inference_steps, dtype=torch.float64).tolist()
+            super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas, **told)
+
+    Even.__name__ = kind.__name__  # which is what is read of a scheduler
+    return Even(num_train_timesteps=total, shift=shift)
+
+
 def settings(sigmas: Sequence[float], total: int, passes_sigmas: bool = False) -> dict[str, float]:
     """`shift` and `shift_terminal` whose nodes are `sigmas`, if any are: the second and the last are, in any case.
 

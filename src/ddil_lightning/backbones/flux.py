@@ -65,11 +65,6 @@ class Flux(Packed):
         """Whether it has an embedding of the guidance."""
         return bool(self.model.config.guidance_embeds)
 
-    @property
-    def guidance(self) -> float:
-        """Dev's usual 3.5; what has no embedding is called without guidance, as schnell is."""
-        return 3.5 if self.w_conditioned else 1.0
-
     def row(self) -> Sequence[nn.Module]:
         """The blocks of two streams, then those of one, which answer with text and image apart as well."""
         return [*self.model.transformer_blocks, *self.model.single_transformer_blocks]

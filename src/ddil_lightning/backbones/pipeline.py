@@ -194,8 +194,8 @@ class Pipeline(Prompted):
 
     @property
     def guidance(self) -> float:
-        """The guidance g that its card recommends, else its family's usual one."""
-        return float(self.about.get("guidance", self._network.guidance))
+        """The guidance g that its card recommends, else that of a plain call of its pipeline."""
+        return float(self.about["guidance"] if "guidance" in self.about else self._network.usual(self.pipe))
 
     @property
     def called_with(self) -> Mapping[str, Any]:

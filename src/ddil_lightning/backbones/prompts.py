@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ddil_lightning.backbones.sizes import Sized, whole
+from ddil_lightning.backbones.weights import hushed
 from ddil_lightning.records import Context
 from ddil_lightning.texts import check_prompts, shortened
 
@@ -27,7 +28,8 @@ class Prompted(Sized):
         self._tell_cut(prompts)
         if sizes is None:
             sizes = whole(self.size, len(prompts))
-        return self._network.context(self.pipe, prompts, self.device, sizes)
+        with hushed():  # which would print what it cuts of every batch
+            return self._network.context(self.pipe, prompts, self.device, sizes)
 
     def check_length(self, prompts: Sequence[str]) -> None:
         """Raises ValueError, naming the first prompt that the tokenizer would cut or does not take."""

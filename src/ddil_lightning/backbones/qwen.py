@@ -31,11 +31,6 @@ class QwenImage(Packed):
     blocks_of = ("QwenImageTransformerBlock",)
     authors = MappingProxyType({})
 
-    @property
-    def guidance(self) -> float:
-        """What its pipeline takes for true_cfg_scale."""
-        return 4.0
-
     def check(self, path: str, channels: int | None) -> None:
         """Raises ValueError for a network of another task than text-to-image, or of latents of other than so many `channels`."""
         config = self.model.config

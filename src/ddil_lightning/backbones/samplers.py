@@ -52,13 +52,18 @@ def named(backbone: Pipeline, name: str) -> Pipeline:
 
 
 def _flowing(backbone: Pipeline, name: str, remedies: Sequence[str]) -> Pipeline:
-    """A flow's pipeline with another sampler on the nodes of its own. Raises ValueError for a name that is none of FLOWS."""
+    """A flow's pipeline with another sampler on the nodes of its own, of DPM-Solver++ (SANA) those before rounding.
+
+    Raises ValueError for a name that is none of FLOWS.
+    """
     import diffusers
 
     if name not in FLOWS or remedies:
         what = "-".join((name, *remedies))
         raise ValueError(f"{backbone.path} is a flow, which is not sampled by {what}: known are {', '.join(FLOWS)}")
     kind = getattr(diffusers, FLOWS[name])
+    if "Flow" not in type(backbone.pipe.scheduler).__name__:
+        return backbone.stepping(flows.even(kind, backbone.schedule.steps, backbone.shift))
     return backbone.stepping(kind.from_config(backbone.pipe.scheduler.config, **({} if name == "lcm" else {"stochastic_sampling": False})))
 
 

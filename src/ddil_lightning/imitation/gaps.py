@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddil_lightning.backbones.sampling import noise, renoising
+from ddil_lightning.backbones.sampling import batch, noise, renoising
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.imitation.mixing import Actor, Actors
@@ -17,9 +17,19 @@ from ddil_lightning.records import Context, take
 from ddil_lightning.streams import Generators
 
 
-def states(policy: Policy, grid: Grid, x_T: Tensor, c: Context, generators: Generators | None = None) -> dict[int, Tensor]:
-    """{time: latents [B, ...]} that a walk down `grid` meets, its start and its end among them."""
-    return dict(zip(grid.times.tolist(), [x_T, *policy.walk(x_T, grid, c, generators)], strict=True))
+def states(policy: Policy, grid: Grid, x_T: Tensor, c: Context, generators: Sequence[torch.Generator] | None = None) -> dict[int, Tensor]:
+    """{time: latents [B, ...]} that a walk down `grid` meets, its start and its end among them; as many at a time as are sampled at once."""
+    walks = []
+    for part in parts(x_T):
+        own = None if generators is None else generators[part]
+        walks.append([x_T[part], *policy.walk(x_T[part], grid, take(c, part), own)])
+    return {t: torch.cat(x) for t, *x in zip(grid.times.tolist(), *walks, strict=True)}
+
+
+def parts(x: Tensor) -> list[slice]:
+    """The rows of latents [B, C, h, w], or of points [B, D], that a network is asked about at a time."""
+    size = batch(x.shape[1:])
+    return [slice(start, start + size) for start in range(0, len(x), size)]
 
 
 def rest(actor: Actor, grid: Grid, node: int, x_t: Tensor, generators: Generators | None = None) -> Tensor:
@@ -38,6 +48,21 @@ def loss(actors: Actors, grid: Grid, node: int, x_t: Tensor, solved: dict[int, T
     way lands at random: it is asked for x0, and the teacher goes on to the end of the grid. `solved`: the walk of the teacher that
     these latents are from, where they are its own, which need not be made again.
     """
+    each = [
+        _loss(
+            Actors(*(Actor(a.policy, take(a.c, part)) for a in actors)),
+            grid,
+            node,
+            x_t[part],
+            None if solved is None else {time: x[part] for time, x in solved.items()},
+        )
+        for part in parts(x_t)
+    ]
+    return torch.cat(each)
+
+
+def _loss(actors: Actors, grid: Grid, node: int, x_t: Tensor, solved: dict[int, Tensor] | None) -> Tensor:
+    """`loss` of as many latents as are asked about at a time."""
     (policy, c), teacher = actors
     t, s = grid.times.tolist()[node : node + 2]
     if policy.transition.noisy:
