@@ -15,9 +15,9 @@ from torch import Tensor
 import suite
 from ddil_lightning.backbones import sampling
 from ddil_lightning.backbones.adapters import Adapter
+from ddil_lightning.backbones.flows import nodes
 from ddil_lightning.backbones.outline import Outline
 from ddil_lightning.backbones.pipeline import Pipeline
-from ddil_lightning.backbones.flows import nodes
 from ddil_lightning.backbones.samplers import exactly, named
 from ddil_lightning.backbones.sana import Sana
 from ddil_lightning.backbones.source import Source

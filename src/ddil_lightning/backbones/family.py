@@ -100,8 +100,8 @@ class Family(Network):
         """The guidance g of a plain call of `pipe`, the default of its class in diffusers: SD 7.5, SDXL 5, SD3 7, SANA 4.5, ..."""
         import diffusers
 
-        call = getattr(getattr(diffusers, str(pipe.config.get("_class_name")), type(pipe)), "__call__", None)
-        told = None if call is None else inspect.signature(call).parameters.get(self.asked_by)
+        kind: Any = getattr(diffusers, str(pipe.config.get("_class_name")), type(pipe))
+        told = inspect.signature(kind.__call__).parameters.get(self.asked_by)
         return 7.5 if told is None or not isinstance(told.default, int | float) else float(told.default) + 1 - self.scale(1.0)
 
     @property

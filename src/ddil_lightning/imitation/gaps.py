@@ -18,7 +18,7 @@ from ddil_lightning.streams import Generators
 
 
 def states(policy: Policy, grid: Grid, x_T: Tensor, c: Context, generators: Sequence[torch.Generator] | None = None) -> dict[int, Tensor]:
-    """{time: latents [B, ...]} that a walk down `grid` meets, its start and its end among them; as many at a time as are sampled at once."""
+    """{time: latents [B, ...]} that a walk down `grid` meets, its start and its end among them; `parts` of them walk at a time."""
     walks = []
     for part in parts(x_T):
         own = None if generators is None else generators[part]
