@@ -79,7 +79,7 @@ def latent_box(captions: Any, backbone: Any, processes: Processes) -> tuple[list
     One process encodes them for all.
     """
     if isinstance(captions, Encoded):
-        return None if captions.latents is None else estimate_box(_positions(captions.some_latents(ENCODED)))
+        return None if captions.latents is None else estimate_box(_by_shape(captions.some_latents(ENCODED)))
     if captions is None or captions[[0]].pixels is None:
         return None
 
@@ -89,7 +89,7 @@ def latent_box(captions: Any, backbone: Any, processes: Processes) -> tuple[list
             some = rows[: math.ceil(UNENCODED * len(rows) / len(captions))].tolist()
             parts += [some[i : i + 8] for i in range(0, len(some), 8)]
         told = counted(parts, len(parts), "the box of the latents")
-        return estimate_box(_positions([backbone.encode_images(captions[part].pixels).cpu() for part in told]))
+        return estimate_box(_by_shape([backbone.encode_images(captions[part].pixels).cpu() for part in told]))
 
     return processes.by_first(estimated)
 
@@ -102,11 +102,10 @@ def second_moment(captions: Any) -> float | None:
     return float(some[0].square().mean() if len(some) == 1 else torch.cat([x.flatten() for x in some]).square().mean())
 
 
-def _positions(latents: Sequence[Tensor]) -> Tensor:
-    """Latents as one tensor: those of several shapes by channel, [1, C, positions, 1]."""
-    if len({x.shape[1:] for x in latents}) == 1:
-        return torch.cat(list(latents))
-    return torch.cat([x.transpose(0, 1).flatten(1) for x in latents], 1)[None, :, :, None]
+def _by_shape(latents: Sequence[Tensor]) -> list[Tensor]:
+    """Latents as one tensor for each of their shapes, in the order in which these come up."""
+    shapes = dict.fromkeys(x.shape[1:] for x in latents)
+    return [torch.cat([x for x in latents if x.shape[1:] == shape]) for shape in shapes]
 
 
 def check_sizes(captions: Captions, backbone: Any) -> None:
