@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ddil_lightning.counting import counted
+from ddil_lightning.data import manifest
 from ddil_lightning.data.cachefile import cached
 from ddil_lightning.data.cachefolder import CacheFolder, open_folder
 from ddil_lightning.data.captions import Captions, builtin
@@ -64,6 +65,8 @@ def prepared(
     if folder is not None:
         return captions, folder
     sort_by_size(captions, processes)
+    if cache is True and not isinstance(captions, Encoded):
+        say_copies(captions, backbone, processes)
     if isinstance(cache, str):
         return captions, cached(Path(cache), captions, backbone, truncate, workers, notices, processes)
     if not cache and captions.stream:
@@ -71,6 +74,42 @@ def prepared(
     if cache and not isinstance(captions, Encoded):
         return captions, encode(captions, backbone, truncate, workers, notices, processes.first)
     return captions, captions
+
+
+LARGE = 2**30
+"""Bytes of encoded data from which on a copy of them in every process is told."""
+
+
+def memory_of(captions: Captions, backbone: Any) -> int:
+    """The bytes of all rows encoded in memory, in float32: their latents at the pipeline's size, and a text for each, which equal captions
+    have in common."""
+    text = sum(4 * x.numel() for x in backbone.null() if x is not None)
+    return len(captions) * (4 * math.prod(backbone.latent_shape) + text)
+
+
+def say_copies(captions: Captions, backbone: Any, processes: Processes) -> None:
+    """Warn where every one of several processes is about to encode and to hold a large data set for itself."""
+    if processes.world == 1 or not processes.first:
+        return
+    size = memory_of(captions, backbone)
+    if size > LARGE:
+        said = (
+            f"data.cache is true, so each of the {processes.world} processes encodes all {len(captions)} rows and holds up to "
+            f"{size / 2**30:.1f} GiB of them: give data.cache=FILE, which they make and map together, or the folder of ddil-cache"
+        )
+        logging.getLogger(__name__).warning(said)
+
+
+def encodes(captions: Captions | None, cache: bool | str) -> bool:
+    """Whether batches of such data, prepared or yet to be, still go through a frozen encoder.
+
+    Raises ValueError for a folder that is no cache.
+    """
+    if isinstance(captions, Encoded):
+        return not captions.whole
+    if isinstance(cache, str) and Path(cache).is_dir():
+        return not manifest.read(Path(cache))["text"]
+    return not cache
 
 
 def latent_box(captions: Any, backbone: Any, processes: Processes) -> tuple[list[float], list[float]] | None:

@@ -86,8 +86,8 @@ def estimate_box(
 ) -> tuple[list[float], list[float]]:
     """Per-channel quantiles `tail` and 1 - `tail` of data latents [N, C, H, W], widened by `widen` of the range: the box (lo, hi).
 
-    Latents of several shapes are a sequence of such tensors, one for each shape. A few thousand entries per channel and image are plenty, so
-    at most `entries` random ones per image are read (fixed seed).
+    Latents of several shapes are a sequence of such tensors, one for each. A few thousand entries per channel and image are plenty, so at
+    most `entries` random ones per image are read (fixed seed).
     """
     groups = [latents] if isinstance(latents, Tensor) else list(latents)
     for group in groups:
