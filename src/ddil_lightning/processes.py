@@ -108,14 +108,25 @@ class Processes:
             distributed.all_gather_object(every, mine)
         return every
 
-    def collected(self, mine: T) -> list[T]:
-        """What every process gives, in their order, in the first of them; in the others nothing."""
+    def host(self) -> Any:
+        """A group of all processes for `collected` that leaves the devices alone; None where their own group does. All ask together."""
+        from torch import distributed
+
+        if self._strategy is None or not distributed.is_initialized() or distributed.get_backend() == "gloo":
+            return None
+        return distributed.new_group(backend="gloo", timeout=PATIENCE)
+
+    def collected(self, mine: T, group: Any = None) -> list[T]:
+        """What every process gives, in their order, in the first of them; in the others nothing.
+
+        By NCCL all of it passes through the memory of the first GPU; by the `group` that `host` makes, through no GPU's.
+        """
         if self._strategy is None:
             return [mine]
         from torch import distributed
 
         every: list[Any] | None = [None] * self.world if self.first else None
-        distributed.gather_object(mine, every, dst=0)
+        distributed.gather_object(mine, every, dst=0, group=group)
         return every or []
 
     def wait(self) -> None:

@@ -10,10 +10,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import distributed
 
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.callbacks import Checkpoints
 from ddil_lightning.imitation.prior import SamplingPrior
+from ddil_lightning.processes import Processes
 from pair import WORLD, Pair, ddp
 from suite import BATCH, BY_NAME, FORWARD, METHODS, MIXED, PER_METHOD, Entry, Gradients, Run, build, captions, equal, fit, state
 
@@ -110,6 +112,36 @@ def test_both_ranks_buffers_are_in_the_checkpoint(ranks: Any) -> None:
     _, straight, _ = ranks
     kept = straight[0]["state"]["data"]["buffers"]
     assert len(kept) == WORLD and all(equal(kept[rank], straight[rank]["mine"]) for rank in range(WORLD))
+
+
+class Deaf(distributed.ProcessGroup):
+    """A process group that can do nothing together, in the place of NCCL's: what is gathered by it would be on a GPU."""
+
+
+def gathered_over_the_host(rank: int, meet: str) -> list[Any]:
+    """What the first process collects of all, by the group of a run whose own is deaf."""
+    distributed.Backend.register_backend("deaf", lambda store, rank, size, timeout: Deaf(rank, size), devices=["cpu"])
+    distributed.init_process_group("deaf", init_method=f"file://{meet}", rank=rank, world_size=WORLD)
+    us: Any = Processes(SimpleNamespace(global_rank=rank, world_size=WORLD, strategy=object()))
+    found = us.collected({"buffer": torch.full((3,), float(rank))}, us.host())
+    distributed.destroy_process_group()
+    return found
+
+
+def test_buffers_are_collected_over_the_host(pair: Pair, tmp_path: Path) -> None:
+    """By gloo, whatever the run's own group is: NCCL puts the buffers of all ranks on the first GPU, beside what trains there."""
+    first, other = pair.workers.run(gathered_over_the_host, str(tmp_path / "meet"), timeout=60)
+    assert other == [] and [entry["buffer"].tolist() for entry in first] == [[0.0] * 3, [1.0] * 3]
+
+
+def group_of_the_run(rank: int, tiny: Path) -> Any:
+    data = captions(tiny, MIXED)
+    fit(build(METHODS[0], tiny, updates=1), data, **ddp(METHODS[0]))
+    return data._host
+
+
+def test_on_cpus_the_group_of_the_run_is_taken(pair: Pair, tiny: Path) -> None:
+    assert pair.run(group_of_the_run, tiny, timeout=60) == [None, None]
 
 
 def on_eight_bits(rank: int, tiny: Path) -> dict[str, Any]:

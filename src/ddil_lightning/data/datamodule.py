@@ -18,7 +18,7 @@ from ddil_lightning.data.cachefolder import CacheFolder
 from ddil_lightning.data.captions import Captions, Prompts, RawBatch
 from ddil_lightning.data.encoded import Encoded, Notices, encode_batch
 from ddil_lightning.data.pairs import Stored, stored
-from ddil_lightning.data.preparation import check_latents, latent_box, prepared, second_moment
+from ddil_lightning.data.preparation import check_latents, encodes, latent_box, prepared, second_moment
 from ddil_lightning.data.sampler import CounterSampler
 from ddil_lightning.diffusion.denoiser import evaluating
 from ddil_lightning.feed import Answer, Ask, Feed
@@ -85,6 +85,7 @@ class DDILDataModule(LightningDataModule, Feed):
         self._shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # of latents, by `RawBatch.shape`: `setup` asks for each
         self._warned = False
         self._drawn: tuple[LatentBatch, Origin] | None = None
+        self._host: Any = None  # the processes' group for what is large and lies on the host
 
     # The learner ---------------------------------------------------------------------------------------------------------------
 
@@ -123,10 +124,11 @@ class DDILDataModule(LightningDataModule, Feed):
         given = backbone.captions if self.captions is None else self.captions
         options = (self.cache, self.truncate, self.workers, self.on_error)
         us = Processes(self.trainer, self.trainer.num_nodes if self.trainer is not None else 1)
+        self._host = us.host()
         given, self.captions = prepared(given, backbone, *options, self.notices, us)
         if not isinstance(given, Encoded) or isinstance(given, CacheFolder):
             self._examples = given.some(16)
-        self.encodes = not (isinstance(self.captions, Encoded) and self.captions.whole)
+        self.encodes = encodes(self.captions, self.cache)
         no_images = self.captions.latents is None if isinstance(self.captions, Encoded) else isinstance(self.captions, Prompts)
         if self.prior.forward > 0 and no_images and self.needs_images(self.learner):
             raise ValueError("the prior has a forward share but the data set has no images: give that share to the teacher, or give images")
@@ -323,8 +325,8 @@ class DDILDataModule(LightningDataModule, Feed):
         """The counter and, on rank 0 (whose return is what Lightning keeps), every rank's buffer."""
         mine: Any = self.buffer.state_dict() if self.buffer is not None else None
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        # To rank 0 alone: a buffer of every rank on every rank could fill the memory of all devices.
-        every = Processes(self.trainer).collected(mine) if several else [mine]
+        # To rank 0 alone, and over the host: on a device the buffers of all ranks would be beside what trains there.
+        every = Processes(self.trainer).collected(mine, self._host) if several else [mine]
         shapes = sorted(map(list, self._collected))
         return {"done": self.done, "collected_at": self._collected_at, "collected": shapes, "buffers": every}
 
