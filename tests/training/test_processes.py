@@ -176,10 +176,35 @@ def test_ddp_sends_no_shared_weights_around(tiny: Path) -> None:
     assert not any(p.requires_grad for name, p in method.named_parameters(remove_duplicate=False) if name in left)
 
 
-def test_another_number_of_processes_is_refused(tiny: Path, tmp_path: Path) -> None:
-    fit(*settings(METHODS[0], tiny), Checkpoints(every=2, keep=9, folder=str(tmp_path)))
-    with pytest.raises(ValueError, match=r"written by 1 process\(es\) and this run has 2"):
-        fit(*settings(METHODS[0], tiny), ckpt=tmp_path / "updates=2.ckpt", strategy=Pretend(0))
+def begun_or_gone_on(rank: int, tiny: Path, folder: Path, ckpt: Path | None, among: dict[str, Any]) -> dict[str, Any]:
+    """What a process reports of a run of six updates, from its beginning or from a checkpoint. One is written after four."""
+    entry, save = BY_NAME["lcm"], Checkpoints(every=4, keep=9, folder=str(folder))
+    run = fit(build(entry, tiny, updates=6), captions(tiny, MIXED, rollouts={"every": 3}), save, ckpt=ckpt, **among)
+    found = {"clock": run.method.student_updates, "place": run.data._place(), "done": run.data.done, "weights": state(run)["weights"]}
+    return found | {"calls": run.method.evaluations["student"], "at": [chunk["at"] for chunk in run.data.buffer.state_dict()["chunks"]]}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_run_goes_on_with_another_number_of_processes(
+    strategy: str, pair: Pair, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From two to one, and from one to two: with everything but the roll-outs that a process has none of, and at the same row of 30."""
+    two = ddp(BY_NAME["lcm"]) if strategy == "ddp" else {"strategy": "fsdp2", "devices": WORLD, "num_nodes": 1}
+    pair.run(begun_or_gone_on, tiny, tmp_path / "two", None, two, timeout=120)
+    middle = tmp_path / "two" / "updates=4.ckpt"
+    one = begun_or_gone_on(0, tiny, tmp_path / "one", middle, {})
+    # Four batches of 8, of three an epoch, are 8 rows into the second: two of 4, of seven an epoch, and two more until update 6.
+    assert (one["clock"], one["done"], one["place"]) == (6, 6, 7 + 2 + 2)
+    assert one["at"][0] == torch.load(middle, weights_only=True)["DDILDataModule"]["buffers"][0]["chunks"][0]["at"]
+    assert "goes on with 1 process with batches of 4 in place of 2 processes with batches of 4" in caplog.text
+    if strategy == "fsdp2":
+        return  # which refuses a checkpoint of whole networks
+    begun_or_gone_on(0, tiny, tmp_path / "alone", None, {})
+    a, b = pair.run(begun_or_gone_on, tiny, tmp_path / "both", tmp_path / "alone" / "updates=4.ckpt", two, timeout=120)
+    # Four batches of 4 are 16 rows: two of 8.
+    assert (a["clock"], a["done"], a["place"]) == (6, 6, 2 + 2) and equal(a["weights"], b["weights"])
+    # What was rolled out before is gone from both, and both have asked their students as often since.
+    assert a["calls"] == b["calls"] and a["at"] == b["at"] and a["at"] and all(clock >= 4 for clock, *_ in a["at"])
 
 
 def test_ranks_share_out_an_epoch(tiny: Path) -> None:
