@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+
+PATIENCE = timedelta(days=7)
+"""How long a process waits for the others: the first may read a whole data set for all, and each may have a share of its own to do."""
 
 
 def averaged(x: Tensor) -> Tensor:
@@ -104,14 +108,25 @@ class Processes:
             distributed.all_gather_object(every, mine)
         return every
 
-    def collected(self, mine: T) -> list[T]:
-        """What every process gives, in their order, in the first of them; in the others nothing."""
+    def host(self) -> Any:
+        """A group of all processes for `collected` that leaves the devices alone; None where their own group does. All ask together."""
+        from torch import distributed
+
+        if self._strategy is None or not distributed.is_initialized() or distributed.get_backend() == "gloo":
+            return None
+        return distributed.new_group(backend="gloo", timeout=PATIENCE)
+
+    def collected(self, mine: T, group: Any = None) -> list[T]:
+        """What every process gives, in their order, in the first of them; in the others nothing.
+
+        By NCCL all of it passes through the memory of the first GPU; by the `group` that `host` makes, through no GPU's.
+        """
         if self._strategy is None:
             return [mine]
         from torch import distributed
 
         every: list[Any] | None = [None] * self.world if self.first else None
-        distributed.gather_object(mine, every, dst=0)
+        distributed.gather_object(mine, every, dst=0, group=group)
         return every or []
 
     def wait(self) -> None:

@@ -109,6 +109,19 @@ def test_callbacks_of_the_config_and_of_the_caller(tiny_config: Path, here: Path
     assert len(losses.seen) == 1 and [p.name for p in here.iterdir()] == ["kept"]
 
 
+def test_processes_wait_for_the_one_that_prepares_the_data(tiny_config: Path) -> None:
+    """Of millions of pictures that takes longer than the half hour of Lightning's own strategies; who gave a time has it."""
+    for given, days in (
+        ("ddp", 7.0),
+        ("ddp_find_unused_parameters_true", 7.0),
+        ("fsdp2", 7.0),
+        ("{class_path: DDPStrategy, init_args: {timeout: '12:00:00'}}", 0.5),
+        ("{class_path: ddil_lightning.training.sharding.Sharded, init_args: {timeout: '12:00:00'}}", 0.5),
+    ):
+        strategy: Any = assemble(tiny_config, f"trainer.strategy={given}", "trainer.devices=2").trainer.strategy
+        assert strategy._timeout.total_seconds() == days * 86400, given
+
+
 @pytest.mark.slow
 def test_pipelines_of_stages_are_written_where_the_words_say(tiny: Path, here: Path) -> None:
     plan = "model.stages=[{steps: 4, updates: 1}, {steps: 2, updates: 1}]"

@@ -17,11 +17,14 @@ from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.commands import fitting, main, plan
 from ddil_lightning.commands.configs import FIT_SHORT, expand
 from ddil_lightning.commands.fit import fit
-from ddil_lightning.commands.plan import PlanCLI, held, setting_of
+from ddil_lightning.commands.plan import Held, PlanCLI, held, setting_of, table, total
+from ddil_lightning.data.captions import Captions
+from ddil_lightning.data.writer import Keeping, Writer
 from ddil_lightning.imitation.buffer import ReplayBuffer
+from ddil_lightning.processes import Processes
 from ddil_lightning.records import Context, LatentBatch, Rollout
 from ddil_lightning.runs import memory
-from ddil_lightning.training.footprint import Setting
+from ddil_lightning.training.footprint import Footprint, Part, Setting
 from qwenimages import make_qwenimage
 from sanas import make_sana
 from zimages import make_zimage
@@ -62,6 +65,31 @@ def test_an_outline_is_the_pipeline_without_values(xl: Path, light: Path, sd3: P
         assert outline.latent_shape == real.latent_shape and outline.size == real.size and outline.predicts == real.predicts
         shapes = [[None if x is None else x.shape for x in backbone.encode_text(["a", "a"], True)] for backbone in (outline, real)]
         assert shapes[0] == shapes[1]
+
+
+class Four(Captions):
+    """Four grey pictures in memory."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def prompts(self, index: Any) -> list[str]:
+        return ["a small red circle" for _ in index]
+
+    def pixels(self, index: Any) -> torch.Tensor:
+        return torch.zeros(len(index), 3, 16, 16)
+
+
+def test_encoders_stay_where_a_folder_has_no_text(light: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They encode the captions of every batch; a plan took any folder for one that needs no encoder. A file is whole, written or not."""
+    rows = {}
+    for name, text in (("whole", True), ("bare", False)):
+        Writer(tmp_path / name, Four(), Pipeline(str(light)), Keeping(text=text), False, 0, Processes()).write()
+    for cache in ("whole", "bare", "new.safetensors"):
+        words = [f"model.pipeline={light}", f"data.cache={tmp_path / cache}", "model.guidance=2", "trainer.accelerator=cpu"]
+        assert fit(["--config", "lcm_ddil.yaml", "--plan", *words, "trainer.devices=1"]) == 0
+        rows[cache] = [line.split()[0] for line in capsys.readouterr().out.splitlines()[3:9] if line]
+    assert "encoders" in rows["bare"] and "encoders" not in rows["whole"] and rows["whole"] == rows["new.safetensors"]
 
 
 @pytest.mark.slow
@@ -133,6 +161,23 @@ def test_what_the_host_holds(bones: Path) -> None:
     other = PlanCLI(expand(["--config", "lcm_ddil.yaml", *words, "data.buffer.answers=none"], FIT_SHORT))
     assert held(other.model, other.datamodule).buffer == sum(x.numel() * x.element_size() for x in kept[:2])
     assert PlanCLI(expand(["--config", "lcm.yaml", *words], FIT_SHORT)).datamodule.prior.rollouts == 0
+
+
+def test_every_process_has_a_copy_of_what_the_host_holds() -> None:
+    """Two machines of eight: each holds eight times all rows and eight buffers; a plan printed one of each."""
+    method: Any = SimpleNamespace(backbone=SimpleNamespace(path="p", size=None), gradient_checkpointing=False)
+    made, host = Footprint((Part("student", 2**30, 0, 0, True),), 0, 0, 0), Held(3 * 2**30, 2**29)
+    there = setting_of(SimpleNamespace(accelerator="gpu", devices=8, num_nodes=2, strategy="ddp", precision=None), 4)
+    told = table(method, there, made, made, host)
+    (line,) = [line for line in told if line.startswith("encoded data")]
+    assert (
+        line == "encoded data in memory 24.00, a full buffer of roll-outs 4.00, on the host of a machine, whose 8 processes have one each"
+    )
+    assert "data.cache=FILE" in told[told.index(line) + 1] and max(map(len, told)) < 160 and "most at a time 1.00" in told[-1]
+    # On a CPU all of them share the memory that it is held against.
+    assert total(made, there._replace(cuda=False), host) == 8 * (2**30 + 3 * 2**30 + 2**29) and total(made, there, host) == 2**30
+    (one,) = [line for line in table(method, Setting(4), made, made, host) if line.startswith("encoded data")]
+    assert one == "encoded data in memory 3.00, a full buffer of roll-outs 0.50, on the host"
 
 
 def test_a_run_tells_its_peak(finished: Path) -> None:

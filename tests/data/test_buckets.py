@@ -25,7 +25,7 @@ from ddil_lightning.data.preparation import check_latents, check_sizes, latent_b
 from ddil_lightning.data.sampler import CounterSampler
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.processes import Processes
-from ddil_lightning.records import FORWARD, Context
+from ddil_lightning.records import FORWARD, Context, take
 from toys import HALF, Toy, equal, first, module
 
 WIDE, SQUARE, HIGH = (16, 24), (16, 16), (24, 16)
@@ -273,6 +273,22 @@ def test_a_cache_file_has_a_table_a_shape(tiny: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(exact, latent_box(Images(folder, size=SIZES), backbone, Processes()), rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="other captions or other pictures"):
         cached(path, Images(folder, size=[SQUARE, WIDE]), backbone, False, 0, Notices(), Processes())
+
+
+def test_the_box_of_several_shapes_is_read_from_every_image() -> None:
+    """Two shapes of N(0, 1) have the box of one shape: the quantiles of 0.05 %, -+3.2905, and 5 % of their distance in all around them.
+
+    It was that of 4096 numbers, as of one image: its sides were off by up to 0.5.
+    """
+    latents, c = torch.randn(120, 4, 32, 64, generator=torch.Generator().manual_seed(0)), Context(torch.zeros(120, 1, 1))
+    rows, high = torch.arange(120), latents[60:].reshape(60, 4, 64, 32)
+    one = Encoded(latents, c)
+    two = Encoded.of([Table(latents[:60], take(c, rows[:60]), rows[:60]), Table(high, take(c, rows[60:]), rows[60:])])
+    backbone: Any = None  # which encoded data do not need
+    box, boxes = latent_box(one, backbone, Processes()), latent_box(two, backbone, Processes())
+    assert boxes == box and boxes is not None
+    # 245,760 numbers a channel: the deviation of such a quantile is 0.025.
+    torch.testing.assert_close(torch.tensor(boxes).abs(), torch.full((2, 4), 1.05 * 3.2905), rtol=0, atol=0.1)
 
 
 # The DataModule -------------------------------------------------------------------------------------------------------------------

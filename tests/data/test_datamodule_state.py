@@ -14,6 +14,7 @@ from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.data.captions import Captions
 from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.data.encoded import Encoded
+from ddil_lightning.data.sampler import Parting, carried
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.records import FORWARD
 from toys import FORWARD_ONLY, HALF, Toy, attach, data, equal, first, module
@@ -48,10 +49,72 @@ def test_resuming_repeats_every_bit(at: int, kwargs: dict[str, Any]) -> None:
     assert equal(first(10 - at, after), straight[at:])
 
 
-def test_another_number_of_processes_is_refused() -> None:
-    state = module().state_dict()
-    with pytest.raises(ValueError, match=r"written by 1 process\(es\) and this run has 2: resume with the same number"):
-        module(world=2).load_state_dict(state)
+def rows_of(ranks: list[DDILDataModule]) -> list[int]:
+    """The rows that are left of the epoch, in the order of its batches on all ranks."""
+    loaders = (made.train_dataloader() for made in ranks)
+    return [row for batches in zip(*loaders, strict=True) for batch in batches for row in batch.rows.tolist()]
+
+
+@pytest.mark.parametrize(("world", "batch"), [(1, 4), (1, 2), (2, 2), (2, 4), (1, 6), (1, 3)])
+def test_the_place_in_the_data_stays_with_other_batches(world: int, batch: int, caplog: pytest.LogCaptureFixture) -> None:
+    """After three batches of 4 of 20 rows, 12 rows of the epoch's order are done, rounded down to a whole batch.
+
+    The counter was taken for that of the new batches: with batches of 2 the run went back to row 6, in silence.
+    """
+    order = rows_of([module(FORWARD_ONLY)])
+    before = module(FORWARD_ONLY)
+    first(3, before)
+    ranks = [module(FORWARD_ONLY, rank=rank, world=world, batch_size=batch) for rank in range(world)]
+    for made in ranks:
+        made.load_state_dict(before.state_dict())
+    whole = world * batch
+    assert rows_of(ranks) == order[12 // whole * whole : 20 // whole * whole] and all(made.streams.step == 3 for made in ranks)
+    said = [record.getMessage() for record in caplog.records]
+    among = "1 process" if world == 1 else "2 processes"
+    line = (
+        f"the run goes on with {among} with batches of {batch} in place of 1 process with batches of 4, {whole} rows a step in place of 4:"
+    )
+    assert [text[: len(line)] for text in said] == ([] if (world, batch) == (1, 4) else [line])
+    # And on from there, by way of a second checkpoint.
+    again = [module(FORWARD_ONLY, rank=rank, world=world, batch_size=batch) for rank in range(world)]
+    done = [first(1, made) for made in ranks]
+    for made in again:
+        made.load_state_dict(ranks[0].state_dict() | {"buffers": [None] * world})
+    assert rows_of(again) == rows_of(ranks) and len(done) == world
+
+
+def test_where_batches_of_other_sizes_stand() -> None:
+    """Epochs of 100 rows, of one shape or of 60 and 40; what is left over of an epoch belongs to it."""
+    one, two = [torch.arange(100)], [torch.arange(60), torch.arange(60, 100)]
+    eight, ten, thirty = Parting(2, 4), Parting(1, 10), Parting(3, 10)
+    assert carried(66, one, eight, Parting(4, 2)) == carried(66, two, eight, Parting(4, 2)) == 66  # the same batches, in other processes
+    assert carried(12 * 5 + 6, one, eight, ten) == 10 * 5 + 4 and carried(10 * 5 + 4, one, ten, eight) == 12 * 5 + 5
+    assert carried(10 * 5 + 9, one, ten, thirty) == 3 * 5 + 3  # 90 rows are all that an epoch of these has: the next begins
+    assert carried(12 * 5 + 6, two, eight, ten) == 10 * 5 + 4 and carried(10 * 5 + 9, two, ten, thirty) == 3 * 5 + 3
+
+
+@pytest.mark.parametrize(("was", "now"), [(1, 2), (2, 1), (3, 2)])
+def test_roll_outs_go_on_with_other_processes(was: int, now: int) -> None:
+    """A process that has a buffer in the checkpoint has it again; a new one has none, and then all begin with an empty one: the network
+    calls of the next batches are the same on all of them."""
+    ranks = [module(rank=rank, world=was, rollouts={"every": 3}) for rank in range(was)]
+    for made in ranks:
+        first(1, made)
+    state = ranks[0].state_dict() | {"buffers": [made.state_dict()["buffers"][0] for made in ranks]}
+    calls = []
+    for rank in range(now):
+        other = module(rank=rank, world=now, rollouts={"every": 3})
+        other.load_state_dict(state)
+        other.learner.stage_updates = 1  # type: ignore[misc]
+        assert other.buffer is not None and len(other.buffer) == (0 if now > was else 16)
+        if now <= was:
+            assert equal(other.buffer.state_dict()["chunks"][0]["states"]["x_t"], state["buffers"][rank]["chunks"][0]["states"]["x_t"])
+        toy, seen = other.learner, []
+        for _ in range(4):
+            first(1, other)
+            seen.append(toy.calls)  # type: ignore[attr-defined]
+        calls.append(seen)
+    assert all(seen == calls[0] for seen in calls) and (calls[0][0] > 0) == (now > was) and calls[0][-1] > calls[0][1]
 
 
 def test_every_rank_gets_its_own_buffer_back() -> None:

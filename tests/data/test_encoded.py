@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from ddil_lightning.data import cachefile, encoded
 from ddil_lightning.data.cachefile import cached
 from ddil_lightning.data.captions import Captions, RawBatch
 from ddil_lightning.data.encoded import Encoded, Notices, encode, encode_batch
+from ddil_lightning.data.preparation import prepared
 from ddil_lightning.processes import Processes
 from ddil_lightning.records import CaptionBatch, Context
 
@@ -341,3 +343,29 @@ def test_a_cache_that_does_not_say_what_it_is_is_refused(key: str, backbone: Pip
         save_file(load_file(path), path, metadata)
         with pytest.raises(ValueError, match=f"the cache {path} does not say what it was made from"):
             written(path, Few(), backbone)
+
+
+class Many(Captions):
+    """Two million captions, of which none is there: what reads one has begun to encode."""
+
+    def __len__(self) -> int:
+        return 2 * 10**6
+
+    def prompts(self, index: Any) -> list[str]:
+        raise ValueError("enough")
+
+
+@pytest.mark.parametrize(
+    ("world", "rank", "shape", "told"), [(8, 0, (4, 32, 32), 1), (1, 0, (4, 32, 32), 0), (8, 1, (4, 32, 32), 0), (8, 0, (4, 2, 2), 0)]
+)
+def test_copies_of_large_data_in_every_process_are_told(
+    world: int, rank: int, shape: Any, told: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """2,000,000 rows of 4 (4096 + 100) bytes are 31.3 GiB in each of them; of small data and by one process nothing is said."""
+    null = Context(torch.zeros(1, 10, 8), pooled=torch.zeros(1, 20))
+    backbone: Any = SimpleNamespace(latent_shape=shape, null=lambda: null, path="p", size=None)
+    us = Processes(SimpleNamespace(global_rank=rank, world_size=world, strategy=None))
+    with pytest.raises(ValueError, match="enough"):
+        prepared(Many(), backbone, True, False, 0, "stop", Notices(), us)
+    lines = [record.getMessage() for record in caplog.records if "data.cache is true" in record.getMessage()]
+    assert len(lines) == told and all("each of the 8 processes encodes all 2000000 rows and holds up to 31.3 GiB" in line for line in lines)

@@ -10,10 +10,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import distributed
 
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.callbacks import Checkpoints
 from ddil_lightning.imitation.prior import SamplingPrior
+from ddil_lightning.processes import Processes
 from pair import WORLD, Pair, ddp
 from suite import BATCH, BY_NAME, FORWARD, METHODS, MIXED, PER_METHOD, Entry, Gradients, Run, build, captions, equal, fit, state
 
@@ -112,6 +114,36 @@ def test_both_ranks_buffers_are_in_the_checkpoint(ranks: Any) -> None:
     assert len(kept) == WORLD and all(equal(kept[rank], straight[rank]["mine"]) for rank in range(WORLD))
 
 
+class Deaf(distributed.ProcessGroup):
+    """A process group that can do nothing together, in the place of NCCL's: what is gathered by it would be on a GPU."""
+
+
+def gathered_over_the_host(rank: int, meet: str) -> list[Any]:
+    """What the first process collects of all, by the group of a run whose own is deaf."""
+    distributed.Backend.register_backend("deaf", lambda store, rank, size, timeout: Deaf(rank, size), devices=["cpu"])
+    distributed.init_process_group("deaf", init_method=f"file://{meet}", rank=rank, world_size=WORLD)
+    us: Any = Processes(SimpleNamespace(global_rank=rank, world_size=WORLD, strategy=object()))
+    found = us.collected({"buffer": torch.full((3,), float(rank))}, us.host())
+    distributed.destroy_process_group()
+    return found
+
+
+def test_buffers_are_collected_over_the_host(pair: Pair, tmp_path: Path) -> None:
+    """By gloo, whatever the run's own group is: NCCL puts the buffers of all ranks on the first GPU, beside what trains there."""
+    first, other = pair.workers.run(gathered_over_the_host, str(tmp_path / "meet"), timeout=60)
+    assert other == [] and [entry["buffer"].tolist() for entry in first] == [[0.0] * 3, [1.0] * 3]
+
+
+def group_of_the_run(rank: int, tiny: Path) -> Any:
+    data = captions(tiny, MIXED)
+    fit(build(METHODS[0], tiny, updates=1), data, **ddp(METHODS[0]))
+    return data._host
+
+
+def test_on_cpus_the_group_of_the_run_is_taken(pair: Pair, tiny: Path) -> None:
+    assert pair.run(group_of_the_run, tiny, timeout=60) == [None, None]
+
+
 def on_eight_bits(rank: int, tiny: Path) -> dict[str, Any]:
     entry = BY_NAME["lcm-lora"]
     return state(fit(*settings(entry, tiny, pipeline=Pipeline(str(tiny), torch.bfloat16, quantize="int8")), **ddp(entry)))
@@ -144,10 +176,35 @@ def test_ddp_sends_no_shared_weights_around(tiny: Path) -> None:
     assert not any(p.requires_grad for name, p in method.named_parameters(remove_duplicate=False) if name in left)
 
 
-def test_another_number_of_processes_is_refused(tiny: Path, tmp_path: Path) -> None:
-    fit(*settings(METHODS[0], tiny), Checkpoints(every=2, keep=9, folder=str(tmp_path)))
-    with pytest.raises(ValueError, match=r"written by 1 process\(es\) and this run has 2"):
-        fit(*settings(METHODS[0], tiny), ckpt=tmp_path / "updates=2.ckpt", strategy=Pretend(0))
+def begun_or_gone_on(rank: int, tiny: Path, folder: Path, ckpt: Path | None, among: dict[str, Any]) -> dict[str, Any]:
+    """What a process reports of a run of six updates, from its beginning or from a checkpoint. One is written after four."""
+    entry, save = BY_NAME["lcm"], Checkpoints(every=4, keep=9, folder=str(folder))
+    run = fit(build(entry, tiny, updates=6), captions(tiny, MIXED, rollouts={"every": 3}), save, ckpt=ckpt, **among)
+    found = {"clock": run.method.student_updates, "place": run.data._place(), "done": run.data.done, "weights": state(run)["weights"]}
+    return found | {"calls": run.method.evaluations["student"], "at": [chunk["at"] for chunk in run.data.buffer.state_dict()["chunks"]]}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_run_goes_on_with_another_number_of_processes(
+    strategy: str, pair: Pair, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From two to one, and from one to two: with everything but the roll-outs that a process has none of, and at the same row of 30."""
+    two = ddp(BY_NAME["lcm"]) if strategy == "ddp" else {"strategy": "fsdp2", "devices": WORLD, "num_nodes": 1}
+    pair.run(begun_or_gone_on, tiny, tmp_path / "two", None, two, timeout=120)
+    middle = tmp_path / "two" / "updates=4.ckpt"
+    one = begun_or_gone_on(0, tiny, tmp_path / "one", middle, {})
+    # Four batches of 8, of three an epoch, are 8 rows into the second: two of 4, of seven an epoch, and two more until update 6.
+    assert (one["clock"], one["done"], one["place"]) == (6, 6, 7 + 2 + 2)
+    assert one["at"][0] == torch.load(middle, weights_only=True)["DDILDataModule"]["buffers"][0]["chunks"][0]["at"]
+    assert "goes on with 1 process with batches of 4 in place of 2 processes with batches of 4" in caplog.text
+    if strategy == "fsdp2":
+        return  # which refuses a checkpoint of whole networks
+    begun_or_gone_on(0, tiny, tmp_path / "alone", None, {})
+    a, b = pair.run(begun_or_gone_on, tiny, tmp_path / "both", tmp_path / "alone" / "updates=4.ckpt", two, timeout=120)
+    # Four batches of 4 are 16 rows: two of 8.
+    assert (a["clock"], a["done"], a["place"]) == (6, 6, 2 + 2) and equal(a["weights"], b["weights"])
+    # What was rolled out before is gone from both, and both have asked their students as often since.
+    assert a["calls"] == b["calls"] and a["at"] == b["at"] and a["at"] and all(clock >= 4 for clock, *_ in a["at"])
 
 
 def test_ranks_share_out_an_epoch(tiny: Path) -> None:

@@ -48,6 +48,7 @@ from ddil_lightning.toy import Toy  # noqa: F401
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.options import check_precision
 from ddil_lightning.training.plan import Part, Stage
+from ddil_lightning.training.sharding import be_patient
 from ddil_lightning.training.vision import BuiltinVision, Dino, Vision  # noqa: F401
 
 Wandb = Literal["off", "offline", "online"]
@@ -196,6 +197,7 @@ class Assembly(LightningCLI):
         """The trainer of the config with these callbacks and settings. Raises Refusal or ValueError where they do not go together."""
         with of_the_trainer():
             trainer = super().instantiate_trainer(callbacks=callbacks, **settings)
+            be_patient(trainer.strategy)
             check_precision(trainer.precision)
             check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
             for callback in callbacks:

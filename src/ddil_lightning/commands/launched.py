@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import os
-from datetime import timedelta
 from typing import Any
 
 from ddil_lightning.commands.arguments import device
-from ddil_lightning.processes import Processes
-
-PATIENCE = timedelta(days=7)
-"""How long a process waits for the others, each of which has a share of its own to do."""
+from ddil_lightning.processes import PATIENCE, Processes
 
 
 def together() -> tuple[Processes, Any]:

@@ -14,7 +14,7 @@ from ddil_lightning.backbones.source import Source
 from ddil_lightning.commands.assembly import Assembly
 from ddil_lightning.commands.checks import check_method, check_room, check_trainer
 from ddil_lightning.data.encoded import Encoded
-from ddil_lightning.data.preparation import own_captions
+from ddil_lightning.data.preparation import encodes, memory_of, own_captions
 from ddil_lightning.imitation.buffer import FINE
 from ddil_lightning.messages import quiet
 from ddil_lightning.runs.memory import gib, room
@@ -45,7 +45,7 @@ class PlanCLI(Assembly):
 
 
 class Held(NamedTuple):
-    """What lies in the memory of the host, in bytes."""
+    """What a process has in the memory of its host, in bytes."""
 
     cached: int
     buffer: int
@@ -56,7 +56,8 @@ def plan(words: Sequence[str]) -> int:
     quiet()
     plugins.load()
     cli = PlanCLI(words)
-    setting = setting_of(cli.config.trainer, cli.datamodule.batch_size)._replace(encoded=bool(cli.datamodule.cache))
+    encoded = not encodes(cli.datamodule.captions, cli.datamodule.cache)
+    setting = setting_of(cli.config.trainer, cli.datamodule.batch_size)._replace(encoded=encoded)
     made, host = footprint(cli.model, setting), held(cli.model, cli.datamodule)
     on = bool(cli.model.gradient_checkpointing)
     other = recomputing(cli.model, setting, not on)
@@ -87,10 +88,11 @@ def setting_of(trainer: Any, batch: int) -> Setting:
     wanted = str(trainer.accelerator or "auto")
     there = torch.cuda.device_count()
     cuda = wanted in ("gpu", "cuda") or (wanted == "auto" and there > 0)
-    devices = _count(trainer.devices, max(there, 1) if cuda else 1) * int(trainer.num_nodes or 1)
+    nodes = int(trainer.num_nodes or 1)
+    devices = _count(trainer.devices, max(there, 1) if cuda else 1) * nodes
     strategy = getattr(trainer.strategy, "class_path", trainer.strategy)
     name = "fsdp2" if "fsdp2" in str(strategy) or "Sharded" in str(strategy) else "ddp" if "ddp" in str(strategy).lower() else ""
-    return Setting(batch, str(trainer.precision or "32-true"), devices, name or ("ddp" if devices > 1 else ""), cuda)
+    return Setting(batch, str(trainer.precision or "32-true"), devices, name or ("ddp" if devices > 1 else ""), cuda, nodes=nodes)
 
 
 def _count(devices: Any, present: int) -> int:
@@ -104,7 +106,7 @@ def _count(devices: Any, present: int) -> int:
 
 
 def held(method: Any, data: Any) -> Held:
-    """What the host keeps of encoded data and of roll-outs."""
+    """What one process keeps of encoded data and of roll-outs on the host."""
     latent = torch.Size(method.backbone.latent_shape).numel()
     text = sum(bytes_of(x.float()) for x in method.backbone.null() if x is not None)
     captions, buffer = data.captions, _buffer(method, data, latent, text)
@@ -112,7 +114,7 @@ def held(method: Any, data: Any) -> Held:
         return Held(0, buffer)
     if captions is None:
         captions = method.backbone.captions or own_captions(method.backbone)
-    return Held(len(captions) * (4 * latent + text), buffer)
+    return Held(memory_of(captions, method.backbone), buffer)
 
 
 def _buffer(method: Any, data: Any, latent: int, text: int) -> int:
@@ -146,13 +148,19 @@ def table(method: Any, setting: Setting, made: Footprint, other: Footprint, host
         found.append(f"ddp's buckets {_shown(made.buckets)}")
     if made.gathered:
         found.append(f"gathered by fsdp2 {_shown(made.gathered)}")
-    found.append(f"encoded data in memory {_shown(host.cached)}, a full buffer of roll-outs {_shown(host.buffer)}, on the host")
-    return [*found, "", f"most at a time {_shown(total(made, setting, host))}: {_verdict(total(made, setting, host), setting)}"]
+    cached, buffer = (_shown(setting.here * size) for size in host)
+    whose = f" of a machine, whose {setting.here} processes have one each" if setting.here > 1 else ""
+    found.append(f"encoded data in memory {cached}, a full buffer of roll-outs {buffer}, on the host{whose}")
+    if setting.here > 1 and host.cached:
+        found.append("(one for all processes: data.cache=FILE, which they make and map together, or the folder of ddil-cache)")
+    together = f" of {setting.here} processes" if setting.here > 1 and not setting.cuda else ""
+    most = total(made, setting, host)
+    return [*found, "", f"most at a time{together} {_shown(most)}: {_verdict(most, setting)}"]
 
 
 def total(made: Footprint, setting: Setting, host: Held) -> int:
-    """What counts against the device; a CPU is the host as well."""
-    return made.total + (0 if setting.cuda else sum(host))
+    """What counts against the device; a CPU is the host as well, and that of all processes of its machine."""
+    return made.total if setting.cuda else setting.here * (made.total + sum(host))
 
 
 def _shown(size: int) -> str:

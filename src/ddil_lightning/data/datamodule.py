@@ -18,8 +18,8 @@ from ddil_lightning.data.cachefolder import CacheFolder
 from ddil_lightning.data.captions import Captions, Prompts, RawBatch
 from ddil_lightning.data.encoded import Encoded, Notices, encode_batch
 from ddil_lightning.data.pairs import Stored, stored
-from ddil_lightning.data.preparation import check_latents, latent_box, prepared, second_moment
-from ddil_lightning.data.sampler import CounterSampler
+from ddil_lightning.data.preparation import check_latents, encodes, latent_box, prepared, second_moment
+from ddil_lightning.data.sampler import CounterSampler, Parting, carried, say_carried
 from ddil_lightning.diffusion.denoiser import evaluating
 from ddil_lightning.feed import Answer, Ask, Feed
 from ddil_lightning.imitation.buffer import ReplayBuffer
@@ -75,6 +75,7 @@ class DDILDataModule(LightningDataModule, Feed):
         self.notices = Notices()
         self.buffer = ReplayBuffer(**vars(buffer)) if buffer.capacity else None
         self.done = 0
+        self._ahead = 0  # of `done`: the place in the data, where a run has gone on with batches of another size
         self._examples: list[str] = []
         self._stored: Stored | None = None
         self._moment: float | None = None
@@ -85,6 +86,7 @@ class DDILDataModule(LightningDataModule, Feed):
         self._shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # of latents, by `RawBatch.shape`: `setup` asks for each
         self._warned = False
         self._drawn: tuple[LatentBatch, Origin] | None = None
+        self._host: Any = None  # the processes' group for what is large and lies on the host
 
     # The learner ---------------------------------------------------------------------------------------------------------------
 
@@ -123,10 +125,11 @@ class DDILDataModule(LightningDataModule, Feed):
         given = backbone.captions if self.captions is None else self.captions
         options = (self.cache, self.truncate, self.workers, self.on_error)
         us = Processes(self.trainer, self.trainer.num_nodes if self.trainer is not None else 1)
+        self._host = us.host()
         given, self.captions = prepared(given, backbone, *options, self.notices, us)
         if not isinstance(given, Encoded) or isinstance(given, CacheFolder):
             self._examples = given.some(16)
-        self.encodes = not (isinstance(self.captions, Encoded) and self.captions.whole)
+        self.encodes = encodes(self.captions, self.cache)
         no_images = self.captions.latents is None if isinstance(self.captions, Encoded) else isinstance(self.captions, Prompts)
         if self.prior.forward > 0 and no_images and self.needs_images(self.learner):
             raise ValueError("the prior has a forward share but the data set has no images: give that share to the teacher, or give images")
@@ -179,11 +182,15 @@ class DDILDataModule(LightningDataModule, Feed):
         assert self.captions is not None  # setup ran
         us, groups = Processes(self.trainer), self.captions.groups()
         rows, alone = [group.rows for group in groups], self._stored is None  # a pair is that of one caption
-        sampler = CounterSampler(len(self.captions), self.batch_size, self.seed, us.world, us.rank, lambda: self.done, rows, alone)
+        sampler = CounterSampler(len(self.captions), self.batch_size, self.seed, us.world, us.rank, self._place, rows, alone)
         if us.first:
             sampler.say_left_out([self._names.get(int(group.rows[0]), group.name) for group in groups])
         pinned = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return DataLoader(self.captions, batch_size=None, sampler=sampler, num_workers=self.workers, pin_memory=pinned)
+
+    def _place(self) -> int:
+        """The number of the next batch in the order of the data."""
+        return self.done + self._ahead
 
     # Algorithm 1 -----------------------------------------------------------------------------------------------------------------
 
@@ -320,24 +327,31 @@ class DDILDataModule(LightningDataModule, Feed):
     # State -----------------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The counter and, on rank 0 (whose return is what Lightning keeps), every rank's buffer."""
+        """The counters and, on rank 0 (whose return is what Lightning keeps), every rank's buffer."""
         mine: Any = self.buffer.state_dict() if self.buffer is not None else None
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        # To rank 0 alone: a buffer of every rank on every rank could fill the memory of all devices.
-        every = Processes(self.trainer).collected(mine) if several else [mine]
+        # To rank 0 alone, and over the host: on a device the buffers of all ranks would be beside what trains there.
+        every = Processes(self.trainer).collected(mine, self._host) if several else [mine]
         shapes = sorted(map(list, self._collected))
-        return {"done": self.done, "collected_at": self._collected_at, "collected": shapes, "buffers": every}
+        place = {"done": self.done, "ahead": self._ahead, "batch_size": self.batch_size}
+        return {**place, "collected_at": self._collected_at, "collected": shapes, "buffers": every}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore. With another number of processes the counter no longer means the same rows, and that is refused."""
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        if len(state["buffers"]) != world:
-            raise ValueError(
-                f"the checkpoint was written by {len(state['buffers'])} process(es) and this run has {world}: resume with the same number"
-            )
-        self.done, self._collected_at = state["done"], state["collected_at"]
+        """Restore, to the bit with as many processes and batches of the same size. With others the place in the data stays
+        (`sampler.carried`), and every process has its own buffer again; where one has none, all of them begin with an empty one."""
+        us, buffers = Processes(self.trainer), state["buffers"]
+        self.done, self._ahead, self._collected_at = state["done"], state.get("ahead", 0), state["collected_at"]
         self._collected = {tuple(shape) for shape in state.get("collected", [])}
-        if self.buffer is not None and state["buffers"][rank] is not None:
-            self.buffer.load_state_dict(state["buffers"][rank])
+        if us.world > len(buffers):
+            self.flush()  # on all of them: whether they roll out is the same on all, or they would wait for each other
+        elif self.buffer is not None and buffers[us.rank] is not None:
+            self.buffer.load_state_dict(buffers[us.rank])
             if "collected" not in state:  # a checkpoint of before, of one shape
                 self._collected = self.buffer.shapes()
+        was = Parting(len(buffers), state.get("batch_size", self.batch_size))  # which those of before do not say
+        if was != (now := Parting(us.world, self.batch_size)):
+            assert self.captions is not None  # setup ran
+            groups = [group.rows for group in self.captions.groups()]
+            self._ahead = carried(self._place(), groups, was, now) - self.done
+            if us.first:
+                say_carried(was, now, len(groups) > 1, state["collected_at"] is not None)

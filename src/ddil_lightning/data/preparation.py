@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ddil_lightning.counting import counted
+from ddil_lightning.data import manifest
 from ddil_lightning.data.cachefile import cached
 from ddil_lightning.data.cachefolder import CacheFolder, open_folder
 from ddil_lightning.data.captions import Captions, builtin
@@ -64,6 +65,8 @@ def prepared(
     if folder is not None:
         return captions, folder
     sort_by_size(captions, processes)
+    if cache is True and not isinstance(captions, Encoded):
+        say_copies(captions, backbone, processes)
     if isinstance(cache, str):
         return captions, cached(Path(cache), captions, backbone, truncate, workers, notices, processes)
     if not cache and captions.stream:
@@ -73,13 +76,49 @@ def prepared(
     return captions, captions
 
 
+LARGE = 2**30
+"""Bytes of encoded data from which on a copy of them in every process is told."""
+
+
+def memory_of(captions: Captions, backbone: Any) -> int:
+    """The bytes of all rows encoded in memory, in float32: their latents at the pipeline's size, and a text for each, which equal captions
+    have in common."""
+    text = sum(4 * x.numel() for x in backbone.null() if x is not None)
+    return len(captions) * (4 * math.prod(backbone.latent_shape) + text)
+
+
+def say_copies(captions: Captions, backbone: Any, processes: Processes) -> None:
+    """Warn where every one of several processes is about to encode and to hold a large data set for itself."""
+    if processes.world == 1 or not processes.first:
+        return
+    size = memory_of(captions, backbone)
+    if size > LARGE:
+        said = (
+            f"data.cache is true, so each of the {processes.world} processes encodes all {len(captions)} rows and holds up to "
+            f"{size / 2**30:.1f} GiB of them: give data.cache=FILE, which they make and map together, or the folder of ddil-cache"
+        )
+        logging.getLogger(__name__).warning(said)
+
+
+def encodes(captions: Captions | None, cache: bool | str) -> bool:
+    """Whether batches of such data, prepared or yet to be, still go through a frozen encoder.
+
+    Raises ValueError for a folder that is no cache.
+    """
+    if isinstance(captions, Encoded):
+        return not captions.whole
+    if isinstance(cache, str) and Path(cache).is_dir():
+        return not manifest.read(Path(cache))["text"]
+    return not cache
+
+
 def latent_box(captions: Any, backbone: Any, processes: Processes) -> tuple[list[float], list[float]] | None:
     """The latent box of `captions` (reflection.estimate_box), from some hundred images if they are not encoded; None without images.
 
     One process encodes them for all.
     """
     if isinstance(captions, Encoded):
-        return None if captions.latents is None else estimate_box(_positions(captions.some_latents(ENCODED)))
+        return None if captions.latents is None else estimate_box(_by_shape(captions.some_latents(ENCODED)))
     if captions is None or captions[[0]].pixels is None:
         return None
 
@@ -89,7 +128,7 @@ def latent_box(captions: Any, backbone: Any, processes: Processes) -> tuple[list
             some = rows[: math.ceil(UNENCODED * len(rows) / len(captions))].tolist()
             parts += [some[i : i + 8] for i in range(0, len(some), 8)]
         told = counted(parts, len(parts), "the box of the latents")
-        return estimate_box(_positions([backbone.encode_images(captions[part].pixels).cpu() for part in told]))
+        return estimate_box(_by_shape([backbone.encode_images(captions[part].pixels).cpu() for part in told]))
 
     return processes.by_first(estimated)
 
@@ -102,11 +141,10 @@ def second_moment(captions: Any) -> float | None:
     return float(some[0].square().mean() if len(some) == 1 else torch.cat([x.flatten() for x in some]).square().mean())
 
 
-def _positions(latents: Sequence[Tensor]) -> Tensor:
-    """Latents as one tensor: those of several shapes by channel, [1, C, positions, 1]."""
-    if len({x.shape[1:] for x in latents}) == 1:
-        return torch.cat(list(latents))
-    return torch.cat([x.transpose(0, 1).flatten(1) for x in latents], 1)[None, :, :, None]
+def _by_shape(latents: Sequence[Tensor]) -> list[Tensor]:
+    """Latents as one tensor for each of their shapes, in the order in which these come up."""
+    shapes = dict.fromkeys(x.shape[1:] for x in latents)
+    return [torch.cat([x for x in latents if x.shape[1:] == shape]) for shape in shapes]
 
 
 def check_sizes(captions: Captions, backbone: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,3 +71,42 @@ class CounterSampler(DistributedSampler):
 
     def set_epoch(self, epoch: int) -> None:
         """Nothing: the counter says the epoch."""
+
+
+class Parting(NamedTuple):
+    """How a batch is shared out: among how many processes, and how many rows each of them has."""
+
+    world: int
+    batch: int
+
+    @property
+    def rows(self) -> int:
+        """Of all processes together."""
+        return self.world * self.batch
+
+    def __str__(self) -> str:
+        return f"{self.world} process{'es' if self.world > 1 else ''} with batches of {self.batch}"
+
+
+def carried(done: int, groups: Sequence[Tensor], was: Parting, now: Parting) -> int:
+    """How many batches of `now` stand where `done` batches of `was` do, rounded down: in the same epoch, after as many of its rows.
+
+    Of one group it is the same place in the same permutation, and rows of less than one batch come twice. Of several groups the order of
+    an epoch's batches hangs on their number: the epoch and how far it has come are kept, but in what is left of it some rows come a second
+    time and as many not at all. Every later epoch is whole again.
+    """
+    before, after = (max(1, sum(len(rows) // parting.rows for rows in groups)) for parting in (was, now))
+    epoch, start = divmod(done, before)
+    return epoch * after + min(start * was.rows // now.rows, after)
+
+
+def say_carried(was: Parting, now: Parting, several: bool, rolled: bool) -> None:
+    """Tell, in one line, that a run goes on with batches that are shared out otherwise, and what of it is exact. `several`: the data have
+    groups; `rolled`: there were roll-outs."""
+    about = "in the same epoch, as far into it" if several else "at the same row, rounded down to a whole batch"
+    place = "at the same row" if was.rows == now.rows else about
+    kept = "all begin with an empty buffer, for a new process has no roll-outs" if now.world > was.world else "each has its own roll-outs"
+    logging.getLogger(__name__).warning(
+        f"the run goes on with {now} in place of {was}, {now.rows} rows a step in place of {was.rows}: weights, averages, optimisers and "
+        f"clocks are exactly as they were; the data go on {place}; {kept + '; ' if rolled else ''}noise is not that of an uninterrupted run"
+    )

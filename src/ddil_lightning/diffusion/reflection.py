@@ -81,18 +81,21 @@ class Reflection(nn.Module):
         return x0.clamp(lo, hi)
 
 
-def estimate_box(latents: Tensor, tail: float = 0.0005, widen: float = 0.05, entries: int = 4096) -> tuple[list[float], list[float]]:
+def estimate_box(
+    latents: Tensor | Sequence[Tensor], tail: float = 0.0005, widen: float = 0.05, entries: int = 4096
+) -> tuple[list[float], list[float]]:
     """Per-channel quantiles `tail` and 1 - `tail` of data latents [N, C, H, W], widened by `widen` of the range: the box (lo, hi).
 
-    A few thousand entries per channel and image are plenty, so at most `entries` random ones per image are read (fixed seed).
+    Latents of several shapes are a sequence of such tensors, one for each. A few thousand entries per channel and image are plenty, so at
+    most `entries` random ones per image are read (fixed seed).
     """
-    if len(latents) == 0 or latents.ndim < 2:
-        raise ValueError(f"a box is estimated from latents [N, C, ...], got shape {tuple(latents.shape)}")
-    values = latents.flatten(2) if latents.ndim > 2 else latents[..., None]
+    groups = [latents] if isinstance(latents, Tensor) else list(latents)
+    for group in groups:
+        if len(group) == 0 or group.ndim < 2:
+            raise ValueError(f"a box is estimated from latents [N, C, ...], got shape {tuple(group.shape)}")
     generator = torch.Generator().manual_seed(0)
-    if values.shape[2] > entries:
-        values = values[:, :, torch.randperm(values.shape[2], generator=generator)[:entries]]
-    columns = values.transpose(0, 1).flatten(1).float()
+    # Of each image before they are joined: images of several shapes in one row would be read as one image.
+    columns = torch.cat([_columns(group, entries, generator) for group in groups], 1)
     if columns.shape[1] > 2**24:  # torch.quantile's limit
         columns = columns[:, torch.randperm(columns.shape[1], generator=generator)[: 2**24]]
     last = columns.shape[1] - 1
@@ -100,3 +103,11 @@ def estimate_box(latents: Tensor, tail: float = 0.0005, widen: float = 0.05, ent
     lo, hi = (columns.kthvalue(round(share * last) + 1, dim=1).values for share in (tail, 1 - tail))
     margin = widen * (hi - lo) / 2
     return (lo - margin).tolist(), (hi + margin).tolist()
+
+
+def _columns(latents: Tensor, entries: int, generator: torch.Generator) -> Tensor:
+    """[C, n] values of latents [N, C, ...] by channel, of every image at most `entries`."""
+    values = latents.flatten(2) if latents.ndim > 2 else latents[..., None]
+    if values.shape[2] > entries:
+        values = values[:, :, torch.randperm(values.shape[2], generator=generator)[:entries]]
+    return values.transpose(0, 1).flatten(1).float()

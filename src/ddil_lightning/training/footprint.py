@@ -18,6 +18,7 @@ FULL, EIGHT = 8, 2
 class Setting(NamedTuple):
     """Where a run takes place: `batch` per device, `precision` as the Trainer calls it, `strategy` one of "", "ddp" and "fsdp2".
 
+    `devices` are those of all machines together, `nodes` how many machines these are.
     `encoded`: whether all data are encoded before the training, so that encoders leave the device (of a CPU, for a file).
     """
 
@@ -27,6 +28,12 @@ class Setting(NamedTuple):
     strategy: str = ""
     cuda: bool = False
     encoded: bool = False
+    nodes: int = 1
+
+    @property
+    def here(self) -> int:
+        """How many devices, with a process each, one machine has."""
+        return self.devices // self.nodes
 
 
 class Part(NamedTuple):

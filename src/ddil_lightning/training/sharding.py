@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 
 from ddil_lightning.backbones.network import Network
 from ddil_lightning.diffusion.denoiser import Denoiser
+from ddil_lightning.processes import PATIENCE
 
 
 class Sharded(ModelParallelStrategy):
@@ -20,10 +23,16 @@ class Sharded(ModelParallelStrategy):
 
     The frozen pipeline stays whole on every process (`model.memory.teacher_dtype` halves it), because each call would gather it anew.
     Checkpoints are single files with whole weights, as under DDP.
+
+    Args:
+        process_group_backend: nccl or gloo; by default what the devices have.
+        timeout: how long a process waits for the others before it gives up.
     """
 
-    def __init__(self, process_group_backend: str | None = None) -> None:
-        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, process_group_backend=process_group_backend)
+    def __init__(self, process_group_backend: str | None = None, timeout: timedelta = PATIENCE) -> None:
+        super().__init__(
+            tensor_parallel_size=1, save_distributed_checkpoint=False, process_group_backend=process_group_backend, timeout=timeout
+        )
 
     def setup_environment(self) -> None:
         """Shard over all processes. Lightning's own default would take the number of nodes, and split nothing within one."""
@@ -64,6 +73,13 @@ def find_unused(strategy: Any) -> None:
     """Have DDP look for what a step leaves without a gradient, which not every batch of a method with two optimisers updates."""
     if isinstance(strategy, DDPStrategy):
         strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
+
+
+def be_patient(strategy: Any) -> None:
+    """Have DDP wait as long as fsdp2 does, unless it was told another time: the first process prepares data for all, which of millions of
+    pictures takes longer than the 30 minutes that Lightning gives it."""
+    if isinstance(strategy, DDPStrategy) and strategy._timeout == default_pg_timeout:
+        strategy._timeout = PATIENCE
 
 
 def shard(networks: Iterable[nn.Module], mesh: Any) -> None:
