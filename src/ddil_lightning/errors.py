@@ -19,7 +19,8 @@ def unexpected(error: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message on one line, with the notes that were made on it; of an OSError what happened, then to which file; of a loader's worker what it said last."""
+    """An error's message on one line, with the notes that were made on it; of an OSError what happened, then to which file; of a loader's
+    worker what it said last."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror is not None:
         text = error.strerror + (f": {error.filename}" if error.filename else "")

@@ -6,12 +6,15 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from ddil_lightning.callbacks.stages import staged
+from ddil_lightning.commands.checks import cautions
 from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.data.encoded import encode
 from ddil_lightning.diffusion.grid import Grid
@@ -26,6 +29,7 @@ from ddil_lightning.toy import Toy
 from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.optimisation import Optimizer
+from ddil_lightning.training.plan import Stage
 from suite import FORWARD, MIXED, Run, equal, fit
 
 
@@ -72,12 +76,11 @@ def toy() -> Toy:
     return Toy(members=1, width=8, size=64)
 
 
-def trained(kind: type[Own], toy: Toy, prior: Any = FORWARD, updates: int = 2, **kwargs: Any) -> Run:
+def trained(kind: type[Own], toy: Toy, prior: Any = FORWARD, updates: int = 2, data: Any = None, **kwargs: Any) -> Run:
     """`kind` on the toy in float32 for so many updates, always from the same weights."""
     torch.manual_seed(1)
     method = kind(**{"pipeline": toy, "updates": updates, "optimizer": Optimizer(lr=1e-2), "log_every": 1} | kwargs)
-    data = DDILDataModule(encode(toy.captions, toy), prior, batch_size=4)
-    return fit(method, data)
+    return fit(method, data or DDILDataModule(encode(toy.captions, toy), prior, batch_size=4))
 
 
 # What never learns --------------------------------------------------------------------------------------------------------------------
@@ -236,10 +239,10 @@ class Asking(Own):
 
 
 TWO: dict[str, Callable[[Any, LatentBatch], Any]] = {
-    "methods": lambda m, b: [m.feed.answered(b, ask) for ask in (m.one, m.other)][0],
+    "methods": lambda m, b: [m.feed.answered(b, ask) for ask in (m.one, m.other)][-1],
     "lambdas": lambda m, b: m.feed.answered(b, lambda b: m.one(b)) + m.feed.answered(b, lambda b: m.other(b)),
-    "one lambda in a loop": lambda m, b: [m.feed.answered(b, lambda b, n=n: n(b)) for n in (m.one, m.other)][0],
-    "partials": lambda m, b: [m.feed.answered(b, partial(m.by, n)) for n in (m.teacher, m.former)][0],
+    "one lambda in a loop": lambda m, b: [m.feed.answered(b, lambda b, n=n: n(b)) for n in (m.one, m.other)][-1],
+    "partials": lambda m, b: [m.feed.answered(b, partial(m.by, n)) for n in (m.teacher, m.former)][-1],
     "in turns": lambda m, b: m.feed.answered(b, m.one if m.student_updates % 2 else m.other),
 }
 
@@ -281,6 +284,18 @@ def test_two_networks_are_asked_through_one_tuple(toy: Toy) -> None:
     run = trained(asking(asks), toy, MIXED, updates=6)
     assert len(seen) == 6 and all(bool((x == 7).all()) for x in seen)
     assert run.method.evaluations["former"] < 6 * 4  # some were kept
+
+
+def test_a_second_method_on_the_same_data_asks_its_own_question(toy: Toy) -> None:
+    seen: list[Tensor] = []
+
+    def asks(method: Asking, b: LatentBatch) -> Tensor:
+        seen.append(method.feed.answered(b, method.other))
+        return seen[-1]
+
+    run = trained(asking(ONE["a lambda"]), toy, MIXED, updates=3)
+    trained(asking(asks, __qualname__="Another"), toy, MIXED, updates=3, data=run.data)
+    assert len(seen) == 3 and all(bool((x == 7).all()) for x in seen)
 
 
 class Averaged(Asking):
@@ -343,7 +358,11 @@ def test_declarations_that_nobody_would_read(declared: dict[str, Any], said: str
 def test_a_range_of_guidance_is_for_a_student_that_is_told_it(toy: Toy) -> None:
     with pytest.raises(ValueError, match=r"^Own's student is not told the guidance: give one number, not 1.0 to 3.0$"):
         trained(Own, toy, guidance=[1.0, 3.0])
-    told = type("Told", (Own,), {"role": lambda self, name, **k: Own.role(self, name, **k, **({"w_conditioned": True} if name == "student" else {}))})
+    told = type(
+        "Told",
+        (Own,),
+        {"role": lambda self, name, **k: Own.role(self, name, **k, **({"w_conditioned": True} if name == "student" else {}))},
+    )
     assert trained(told, toy, guidance=[1.0, 3.0]).method.student_updates == 2
 
 
@@ -359,9 +378,45 @@ class Sizes(Own):
         return mse(x, x.new_zeros(b._replace(real=None).noise.shape))
 
 
-@pytest.mark.parametrize(("kind", "said"), [(Ends, r"\(b.end is None here: a method asks for it by wants = Wants\(ends=True\)\)"), (Sizes, "$")])
+@pytest.mark.parametrize(
+    ("kind", "said"), [(Ends, r"\(b.end is None here: a method asks for it by wants = Wants\(ends=True\)\)"), (Sizes, "$")]
+)
 def test_latents_that_were_not_asked_for_are_named(kind: type[Own], said: str, toy: Toy) -> None:
     """Where the line names one of the batch; of another record nothing is guessed."""
     with pytest.raises((TypeError, AttributeError), match="NoneType") as failed:
         trained(kind, toy)
     assert re.search(rf"NoneType[^(]*{said}", one_line(failed.value))
+
+
+# Options ---------------------------------------------------------------------------------------------------------------------------------
+
+CONFIG = SimpleNamespace(
+    test=SimpleNamespace(student_steps=[4]),
+    previews=SimpleNamespace(every=0),
+    export_steps=4,
+    trainer=SimpleNamespace(callbacks=None),
+    data=SimpleNamespace(prior=MIXED),
+)
+
+
+class Reflecting(Own):
+    def role(self, name: str, **kwargs: Any) -> Any:
+        return super().role(name, **kwargs, **({"reflection": self.reflection} if name == "teacher" else {}))
+
+
+def test_a_reflection_that_nobody_asks_is_told(toy: Toy) -> None:
+    (said,) = cautions(Own(pipeline=toy, reflect="static"), CONFIG)
+    assert said.startswith("model.reflect = static has no effect, unless Own asks self.reflection itself")
+    assert [*cautions(Own(pipeline=toy), CONFIG), *cautions(Reflecting(pipeline=toy, reflect="static"), CONFIG)] == []
+
+
+def test_an_option_of_the_name_of_a_plan_is_none(toy: Toy) -> None:
+    """`stages: 3` ended in a TypeError of the checks."""
+
+    class Stages(Own):
+        def __init__(self, stages: Any, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.stages = stages
+
+    assert list(cautions(Stages(3, pipeline=toy), CONFIG)) == []
+    assert [staged(Stages(plan, pipeline=toy)) for plan in (3, [3], [], [Stage(steps=4, updates=1)])] == [False, False, False, True]

@@ -116,6 +116,8 @@ class DDILDataModule(LightningDataModule, Feed):
         check_learner(self.learner)
         self.learner.feed = self
         self.unsteered()
+        if self.buffer is not None:  # the method of a second fit may ask something else
+            self.buffer.answers.restore(self.buffer.answers.question)
         backbone = self.learner.backbone
         if self.trainer is not None:
             # Lightning moves the method only after this hook, and no data set should be encoded on a CPU beside an idle GPU.

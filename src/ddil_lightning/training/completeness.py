@@ -48,7 +48,9 @@ def check_complete(method: Any) -> None:
 
 def _misspelled(method: Any) -> Iterator[tuple[str, str]]:
     """(name, what it was probably meant to be) of attributes of a method's class that are nearly a declaration, and nothing else."""
-    own = [cls for cls in type(method).__mro__ if cls.__module__.partition(".")[0] not in ("ddil_lightning", "lightning", "torch", "builtins")]
+    own = [
+        cls for cls in type(method).__mro__ if cls.__module__.partition(".")[0] not in ("ddil_lightning", "lightning", "torch", "builtins")
+    ]
     for name, value in (item for cls in own for item in vars(cls).items()):
         near = get_close_matches(name, DECLARED, 1, 0.85)
         if near and near[0] != name and not callable(value) and not isinstance(value, property):

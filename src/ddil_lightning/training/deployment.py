@@ -65,7 +65,9 @@ class Deployment:
         """The policy and its grid in `steps` steps. Raises ValueError for a count that the grid cannot take, and for a grid of another."""
         made = self.grid(steps)
         if len(made) != steps:
-            raise ValueError(f"deploy(student) has made {made} for {steps} steps, which has {len(made)}: see the grid that it gives Deployment")
+            raise ValueError(
+                f"deploy(student) has made {made} for {steps} steps, which has {len(made)}: see the grid that it gives Deployment"
+            )
         return self.policy, made
 
     def made_scheduler(self, steps: int) -> Any:

@@ -114,7 +114,9 @@ class Distillation(Clocks, LightningModule):
         """Take the method's roles, by name, and other modules that it trains beside them. Called once, in the constructor.
 
         Roles with weights of their own become submodules; the frozen teacher stays out of parameters, checkpoints, DDP and shards. The
-        student's average, which is deployed where `ema` asks for one, is made here.
+        student's average, which is deployed where `ema` asks for one, is made here. A frozen network that is no role, such as one of
+        images, is no attribute of a method, which would take it into every checkpoint: it lies in an object that is no module, as in
+        `methods.add.Looking`.
         """
         for name, part in parts.items():
             if isinstance(part, Role):

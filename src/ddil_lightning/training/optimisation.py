@@ -86,8 +86,8 @@ class Descent:
     """What turns a loss into an optimiser step, as `optimizer` says: the optimiser, clipping, several micro-batches per update.
 
     An optimiser is that of one loss. What other losses have left on its weights goes before the first micro-batch of each update.
-    `watch`: whether losses are finite. `student_moved`: whether the student's weights were updated in this training. `micro`: how many micro-batches of the update under way are done, by the name of the loss; it
-    belongs to a checkpoint. `batch`: the latents of the last of them.
+    `watch`: whether losses are finite. `student_moved`: whether the student's weights were updated in this training. `micro`: how many
+    micro-batches of the update under way are done, by the name of the loss; it belongs to a checkpoint. `batch`: the latents of the last.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -178,8 +178,8 @@ class Descent:
         reached = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
         if not reached:
             raise ValueError(
-                f"the {name} of {type(method).__name__} reaches none of the weights that its optimiser moves: was their network asked under "
-                "no_grad, or is this the optimiser of another loss?"
+                f"the {name} of {type(method).__name__} reaches none of the weights that its optimiser moves: was their network asked "
+                "under no_grad, or is this the optimiser of another loss?"
             )
         self.student_moved |= any(id(p) in reached for p in method.student.weights())
 

@@ -11,7 +11,8 @@ ELSEWHERE = frozenset("updates lr log_every training student_updates stage stage
 
 
 def question(method: Any) -> str:
-    """A digest of a method's class and settings (numbers, words, and records, lists and dicts of such), its frozen network in the precision that it has, its box and its nodes.
+    """A digest of a method's class and settings (numbers, words, and records, lists and dicts of such), its frozen network in the precision
+    that it has, its box and its nodes.
 
     The network is known by its weights and not by its path, where other ones may lie by the time that a run goes on.
     A setting too many costs that a run which goes on with another one asks anew; one too few would have it learn from wrong answers.
