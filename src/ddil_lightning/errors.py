@@ -19,10 +19,12 @@ def unexpected(error: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message on one line; of an OSError what happened, then to which file; of a loader's worker what it said last."""
+    """An error's message on one line, with the notes that were made on it; of an OSError what happened, then to which file; of a loader's
+    worker what it said last."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror is not None:
         text = error.strerror + (f": {error.filename}" if error.filename else "")
     if re.match(r"Caught \w+ in DataLoader worker", text):
         text = re.sub(r"^[\w.]+: ", "", text.rstrip().splitlines()[-1])  # the traceback's last line, without the type
-    return " ".join(text.split()) or type(error).__name__
+    notes = (f"({note})" for note in getattr(error, "__notes__", ()))
+    return " ".join((" ".join(text.split()) or type(error).__name__, *notes))

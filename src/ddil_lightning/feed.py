@@ -139,7 +139,8 @@ class Feed:
         """`ask(batch)`, without gradients: what the method asks its frozen networks for at every latent.
 
         `ask` must be a function of every row's (x_t, t, s, node, c, noise, end) by itself, and the same one all through a stage: no draw,
-        no student, no average. A feed that keeps roll-outs keeps its answers to them and asks for the rest of the batch alone.
+        no student, no average. What is asked of two networks is one `ask`, which answers with a tuple. A feed that keeps roll-outs keeps
+        its answers to them, asks for the rest alone, and raises ValueError for a second question or a network that moves.
         `slot` [B]: which states of the buffer the rows are, by `Origin.slot`, where they are not all of the batch that was drawn; -1 for a
         row that is asked something else than what is asked of its state.
         """

@@ -189,7 +189,7 @@ def _say(found: dict[str, str | None], lines: list[str], i: int, keys: Sequence[
         return f"{where} takes {_types(found['type'] or '')}, not {'null' if found['value'] == 'None' else found['value']}"
     if found.get("types"):
         return f"{where} takes {_types(found['types'] or '')}, not {shorten(_given(lines, i), 80)}"
-    return shorten(f"{where}: {found.get('missing')}")
+    return shorten(f"{where}: {_missing((found.get('missing') or '').strip())}")
 
 
 def _place(lines: list[str], i: int, bases: Sequence[type]) -> tuple[str, type | None]:
@@ -229,6 +229,18 @@ def _unknown_class(where: str, name: str, lines: list[str], bases: Sequence[type
     known = [n for n in own if n in {c.__name__ for c in subclasses(base)}]
     hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}" if known else "give its import path"
     return f"{where}: no class is called {shorten(name, 80)}; {hint}"
+
+
+def _missing(text: str) -> str:
+    """What Python said of a module or of a name in one, and what to do about it."""
+    if re.match(r"No module named ", text):
+        return f"{text}: install it or, where it is a file of yours, name its folder, PYTHONPATH=FOLDER"
+    module = re.match(r"module '([\w.]+)' has no attribute '(\w+)'", text)
+    if module is None:
+        return text
+    known = [name for name, value in vars(sys.modules.get(module[1], sys)).items() if isinstance(value, type)]
+    near = difflib.get_close_matches(module[2], known, 1, 0.6)
+    return f"{text}: did you mean {module[1]}.{near[0]}?" if near else text
 
 
 def _given(lines: list[str], i: int) -> str:

@@ -86,7 +86,14 @@ FAULTS = {
     ),
     "nothing like it": (["model.quux=3"], "unknown key model.quux; --help lists the keys"),
     "method": (["--config", "{model: {class_path: LCMM}}"], "model: no class is called LCMM; did you mean LCM?"),
-    "method by path": (["--config", "{model: {class_path: nowhere.LCM}}"], "model: No module named 'nowhere'"),
+    "method by path": (
+        ["--config", "{model: {class_path: nowhere.LCM}}"],
+        "model: No module named 'nowhere': install it or, where it is a file of yours,",
+    ),
+    "method of a file": (
+        ["--config", f"{{model: {{class_path: {__name__}.Hafl}}}}"],
+        f"model: module '{__name__}' has no attribute 'Hafl': did you mean {__name__}.Half?",
+    ),
     "method like no other": (["model=Quux"], "model: no class is called Quux; known are "),
     "data set": (["data.captions=Shape"], "data.captions: no class is called Shape; did you mean Shapes?"),
     "callback": (["trainer.callbacks+=AnealPrior"], "trainer.callbacks: no class is called AnealPrior; did you mean AnnealPrior?"),

@@ -178,10 +178,10 @@ def test_another_question_forgets_what_was_answered_to_the_first() -> None:
 def test_the_question_is_not_read_where_nothing_can_be_known_or_kept() -> None:
     """Reading it takes every weight of the teacher; a batch of data alone has no state of the buffer."""
     buffer = filled()
-    b, asked = batch(buffer, [-1, -1]), []
-    buffer.answers.of(b, b.slot, Network(), question=lambda: asked.append("data") or "")  # type: ignore[func-returns-value]
+    b, asked, network = batch(buffer, [-1, -1]), [], Network()
+    buffer.answers.of(b, b.slot, network, question=lambda: asked.append("data") or "")  # type: ignore[func-returns-value]
     b = batch(buffer, [-1, 0])
-    buffer.answers.of(b, b.slot, Network(), question=lambda: asked.append("state") or "")  # type: ignore[func-returns-value]
+    buffer.answers.of(b, b.slot, network, question=lambda: asked.append("state") or "")  # type: ignore[func-returns-value]
     assert asked == ["state"]
 
 

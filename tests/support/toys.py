@@ -44,7 +44,7 @@ class Toy:
         student.forward = lambda x, t, c: self.act(student[0](Corrupted(exact, 1.1, bias)(x, t, c)))  # type: ignore[method-assign]
         self.policies = Policies(Policy(Denoiser(student, SCHEDULE, "x0"), renoise), Policy(Denoiser(exact, SCHEDULE, "x0")))
         self.grid, self.guidance = Grid.named("linspace", 4), (2.0, 8.0)
-        self.question = "toy"
+        self.question, self.asked_of_moving = "toy", 0
         self.stage_updates, self.student_updates, self.progress, self.feed = 0, 0, 0.0, Feed()
         self.backbone: Any = SimpleNamespace(latent_shape=(2, 4, 4), about={"dataset": "digits"}, captions=None)
 

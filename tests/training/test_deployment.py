@@ -55,3 +55,13 @@ def test_a_teacher_has_its_own_scheduler(tiny: Path) -> None:
     before = method.teacher.evaluations
     made.denoiser(torch.zeros(3, *method.backbone.latent_shape), torch.zeros(3).long(), method.backbone.encode_text(["a"] * 3))
     assert (made.denoiser.evaluations, method.teacher.evaluations) == (3, before)
+
+
+def test_a_grid_of_another_step_count_is_refused(tiny: Path) -> None:
+    """Nodes of one's own, cut to so many as there are: tables would have been of other step counts than they say."""
+    made = Deployment(
+        Policy(Pipeline(str(tiny)).role("student"), renoise), lambda n: Grid([999, 700, 400, -1][4 - min(n, 3) - 1 :]), (3,), 2.0
+    )
+    assert len(made.sampler(2)[1]) == 2
+    with pytest.raises(ValueError, match=r"for 4 steps, which has 3"):
+        made.sampler(4)

@@ -19,7 +19,8 @@ class Role(Denoiser):
 
     `own`: whether it has weights of its own. The frozen teacher has not: it shares the pipeline's, and stays out of parameters,
     checkpoints, DDP and shards. `shared`: parameters that a role of its own reads and the pipeline has (those below its adapters); they are
-    in no checkpoint either. Everything else of a role is its denoiser's.
+    in no checkpoint either. `follows`: whether it is an average, which moves with every update of what it follows. Everything else of a
+    role is its denoiser's.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Role(Denoiser):
     ) -> None:
         super().__init__(network, schedule, predicts, null=null, reflection=reflection)
         self.name, self.own, self.shared = name, own, tuple(shared)
+        self.follows = False
 
     def weights(self) -> list[nn.Parameter]:
         """The parameters that training moves."""
@@ -47,6 +49,7 @@ class Role(Denoiser):
 
     def follow(self, other: Denoiser, decay: float = 0.0) -> None:
         """self <- decay self + (1 - decay) other, in place: weights alone, whatever the reflection and the null context of either."""
+        self.follows |= decay > 0
         lerp_(self.network, other.network, decay)
 
     def apart(self, network: nn.Module | None = None) -> Denoiser:

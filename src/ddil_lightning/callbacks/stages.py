@@ -13,6 +13,7 @@ from ddil_lightning.callbacks.annealing import AnnealPrior, OnClock, check_image
 from ddil_lightning.diffusion.denoiser import evaluating
 from ddil_lightning.files import read_table
 from ddil_lightning.imitation.prior import SamplingPrior
+from ddil_lightning.training.plan import Stage
 
 
 class Stages(Callback):
@@ -136,5 +137,6 @@ class Stages(Callback):
 
 
 def staged(method: Any) -> bool:
-    """Whether a method has a plan of stages."""
-    return bool(getattr(method, "stages", None))
+    """Whether a method has a plan of stages; an option of this name that is none, such as a number, is the method's own business."""
+    plan = getattr(method, "stages", None)
+    return isinstance(plan, list | tuple) and bool(plan) and all(isinstance(stage, Stage) for stage in plan)

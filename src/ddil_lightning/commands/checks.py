@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from ddil_lightning.callbacks import Alerts, Checkpoints, Previews, Profile, Progress, ShiftProbe, Stages
 from ddil_lightning.callbacks.annealing import AnnealPrior, OnClock
+from ddil_lightning.callbacks.stages import staged
 from ddil_lightning.commands.configs import read_config
 from ddil_lightning.data.captions import Captions
 from ddil_lightning.data.datamodule import DDILDataModule
@@ -55,12 +56,19 @@ def check_steps(method: Distillation, config: Any) -> None:
 
 
 def cautions(method: Distillation, config: Any) -> Iterator[str]:
-    """What a run may mean and most do not, a line each: no own latents in training, and times in use that training does not have."""
+    """What a run may mean and most do not, a line each: no own latents in training, a reflection that nobody asks, and times in use that
+    training does not have."""
     multistep = max((max(deployment.steps) for deployment in method.deployments()), default=1)
     if multistep > 1 and not any(prior.student > 0 for prior in _priors(method, config)):
         yield (
             f"the student takes up to {multistep} steps and is never trained on latents of its own, where its errors compound: give "
             "data.prior.student a share, unless this is a baseline"
+        )
+    own = not type(method).__module__.startswith("ddil_lightning.")  # those of the package that have no such role ask it themselves
+    if own and method.reflection.mode != "off" and not any(role.reflection is method.reflection for role in method.roles.values()):
+        yield (
+            f"model.reflect = {method.reflection.mode} has no effect, unless {type(method).__name__} asks self.reflection itself: none of "
+            'its roles is made with it, as self.role("teacher", reflection=self.reflection)'
         )
     trained = {t for grid in (method.grid, *method.walks()) for t in grid.nodes.tolist()}
     test, previews = config.test, config.previews
@@ -74,7 +82,7 @@ def cautions(method: Distillation, config: Any) -> Iterator[str]:
 
 def _stages(method: Distillation) -> list[Any]:
     """The stages of a method that has some."""
-    return list(getattr(method, "stages", ()))
+    return list(method.stages) if staged(method) else []  # type: ignore[arg-type]
 
 
 def _priors(method: Distillation, config: Any) -> list[Any]:

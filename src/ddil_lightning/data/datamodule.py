@@ -118,6 +118,8 @@ class DDILDataModule(LightningDataModule, Feed):
         check_learner(self.learner)
         self.learner.feed = self
         self.unsteered()
+        if self.buffer is not None:  # the method of a second fit may ask something else
+            self.buffer.answers.restore(self.buffer.answers.question)
         backbone = self.learner.backbone
         if self.trainer is not None:
             # Lightning moves the method only after this hook, and no data set should be encoded on a CPU beside an idle GPU.
@@ -292,12 +294,22 @@ class DDILDataModule(LightningDataModule, Feed):
         return super().origin(batch)
 
     def answered(self, batch: LatentBatch, ask: Ask, slot: Sequence[int] | None = None) -> Answer:
-        """`ask(batch)`; states of the buffer that were answered before are not asked for again (imitation.answers)."""
+        """`ask(batch)`; states of the buffer that were answered before are not asked for again (imitation.answers).
+
+        Raises ValueError for a question of two kinds, and for one to a network that moves: its answers go stale.
+        """
         if self.buffer is None:
             return ask(batch)
         places = torch.tensor(self.origin(batch).slot if slot is None else slot)
         split = self.trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
-        return self.buffer.answers.of(batch, places, ask, not split, lambda: self.learner.question)
+        before = self.learner.asked_of_moving
+        found = self.buffer.answers.of(batch, places, ask, not split, lambda: self.learner.question, self._drawn)
+        if self.learner.asked_of_moving > before:
+            raise ValueError(
+                f"{type(self.learner).__name__} asks its student, or another network that training moves, through feed.answered: what is "
+                "kept of it goes stale; ask it in training_step itself"
+            )
+        return found
 
     def observe(self, batch: LatentBatch, loss: Tensor) -> None:
         """Per-sample losses [B] of a batch: the buffer's priorities."""

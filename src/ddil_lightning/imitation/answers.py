@@ -45,16 +45,27 @@ class Answers:
         self.question: str | None = None
         self._confirmed = False
         self._arriving: list[Arriving] = []
+        self._asked: tuple[Ask | None, object] = (None, None)
 
-    def of(self, batch: LatentBatch, slot: Tensor, ask: Ask, alone: bool = True, question: Callable[[], str] = str) -> Answer:
+    def of(
+        self,
+        batch: LatentBatch,
+        slot: Tensor,
+        ask: Ask,
+        alone: bool = True,
+        question: Callable[[], str] = str,
+        drawn: object = None,
+    ) -> Answer:
         """`ask(batch)`, which asks for the rows alone that are not known and keeps what is answered to states of the buffer.
 
         `slot` [B], on the CPU: which states the rows are, -1 for none. `question`: what is asked besides the state, read once in a run;
         what was kept of another is forgotten. Unless this process may be `alone` in asking, at least one row is asked for: a network that
-        is split over all of them waits for every one.
+        is split over all of them waits for every one. `drawn`: the draw that the batch belongs to, by identity. Raises ValueError for a
+        second question in a stage.
         """
         if self.storage == "none":
             return ask(batch)
+        self._check_one(ask, drawn)
         if not self._confirmed and bool((slot >= 0).any()):  # else nothing is known or kept, and the weights need not be read for it
             self._confirm(question())
         self.settle()
@@ -78,6 +89,20 @@ class Answers:
     def restore(self, question: str | None) -> None:
         """The chunks have come from a checkpoint, with answers to this question."""
         self.question, self._confirmed = question, False
+        self._asked = (None, None)
+
+    def _check_one(self, ask: Ask, drawn: object) -> None:
+        """Raises ValueError for another question than the last one: its answers are kept by the state alone.
+
+        A function that a step makes anew, a lambda or a partial one, is told by its code, and may then be asked once in a draw.
+        """
+        (last, before), self._asked = self._asked, (ask, drawn)
+        again = last is None or ask == last or (_code(ask) == _code(last) and (drawn is None or drawn is not before))
+        if not again:
+            raise ValueError(
+                f"feed.answered asks {_named(last)} and {_named(ask)}, and answers are kept by the state that was asked at alone: ask both "
+                "in one answer(b), which returns a tuple"
+            )
 
     def _confirm(self, question: str) -> None:
         if self.question != question:
@@ -132,6 +157,18 @@ class Answers:
             kept.known[local] = True
             for mine, x in zip(kept.fields, fields, strict=True):
                 mine[local] = x[rows].to(mine.dtype)
+
+
+def _code(ask: Ask) -> tuple[Any, Any]:
+    """(who asks, by which code) of a function, a method, what `partial` makes of one, or of something that can be called."""
+    function = getattr(ask, "func", ask)
+    code = getattr(getattr(function, "__func__", function), "__code__", function)
+    return getattr(function, "__self__", None), code
+
+
+def _named(ask: Ask | None) -> str:
+    function = getattr(ask, "func", ask)
+    return str(getattr(function, "__qualname__", type(function).__name__))
 
 
 def missing(slot: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:

@@ -61,6 +61,11 @@ class Learner(Protocol):
         ...
 
     @property
+    def asked_of_moving(self) -> int:
+        """Evaluations so far of the networks whose answers to a state change with every update: the student, a critic, an average."""
+        ...
+
+    @property
     def question(self) -> str:
         """A digest of what its answers to a state (`Feed.answered`) depend on besides the state: pipeline, box, nodes, settings."""
         ...

@@ -198,9 +198,18 @@ def compare(
     if not difference <= tolerance:
         raise NotAsTrained(
             f"the exported pipeline does not sample as the trainer does: at {steps} steps its latents differ by {difference:.2e} "
-            f"of their size, where rounding explains {tolerance:.0e}"
+            f"of their size, where rounding explains {tolerance:.0e}{other_nodes(made, deployment, grid)}"
         )
     return difference
+
+
+def other_nodes(made: Pipeline, deployment: Deployment, grid: Grid) -> str:
+    """Of a scheduler that has walked other times than the student's `grid`, both, as the end of a line; a flow's are no whole times."""
+    if deployment.is_flow or made.remedy is not None:
+        return ""
+    scheduler, mine = made.pipe.scheduler, grid.nodes.tolist()
+    theirs = [round(t) for t in scheduler.timesteps.tolist()]
+    return "" if theirs == mine else f": {type(scheduler).__name__} walks t = {theirs}, and the student is deployed on {mine}"
 
 
 ROUNDING, MARGIN, LEAST = 1e-5, 10, 1e-3

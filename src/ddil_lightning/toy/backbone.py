@@ -130,7 +130,7 @@ class Toy(Backbone):
 
     def decode(self, latents: Tensor, gradients: bool = False) -> Tensor:
         """Raises ValueError in any case, since points are no pictures."""
-        raise ValueError("the toy's samples are points, not images: set previews.every to 0")
+        raise ValueError("the toy's samples are points, not images: set previews.every to 0, and give no loss of images")
 
     def measured(self, method: Any, test: Any, say: Callable[[str], None]) -> list[dict[str, Any]]:
         """Rows of results against the toy's own law (`toy.scores`), for its points need no suite."""

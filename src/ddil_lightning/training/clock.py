@@ -7,6 +7,8 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
+from ddil_lightning.training.completeness import unasked
+
 
 class Clock(Callback):
     """After every batch: commit the data position, publish the running means, stop at `updates`.
@@ -17,16 +19,21 @@ class Clock(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Nothing is left to do in a run that resumes from its end. A checkpoint's optimisers have been restored by now."""
         pl_module.descent.restate()
-        self._logged = pl_module.student_updates
+        self._began = self._logged = pl_module.student_updates
         self._loggers = list(trainer.loggers)
         pl_module.measures.listen(self.write)
         if pl_module.student_updates >= pl_module.updates:
             trainer.should_stop = True
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Commit, log, stop."""
+        """Commit, log, stop. Raises ValueError for a method that updates its student and never says so: such a run would not end."""
         pl_module.feed.commit()
         clock = pl_module.student_updates
+        if pl_module.descent.student_moved and clock == self._began:
+            raise ValueError(
+                f"{type(pl_module).__name__}.training_step descends its loss and never calls advance(): "
+                "write `if self.descend(optimizer, self.feedback(b, loss)): self.advance()`"
+            )
         if clock != self._logged and (clock % pl_module.log_every == 0 or clock >= pl_module.updates):
             self._logged = clock
             factor = pl_module.descent.factor(pl_module.stage_updates, pl_module.stage_length)
@@ -40,7 +47,9 @@ class Clock(Callback):
         pl_module.measures.forget(self.write)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """The same for a run that was broken off."""
+        """The same for a run that was broken off. An error for want of latents that the method did not ask for says so."""
+        for said in dict.fromkeys(unasked(exception)):
+            vars(exception).setdefault("__notes__", []).append(said)  # add_note, which Python 3.10 has not
         pl_module.measures.forget(self.write)
 
     def write(self, clock: int, values: Mapping[str, float]) -> None:

@@ -1,17 +1,60 @@
-"""What a method must have set, and what the names in its options can be."""
+"""What a method must have set, what the names in its options can be, and what it hands over in a step."""
 
 from __future__ import annotations
 
+import linecache
+import re
+import traceback
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddil_lightning.records import SOURCES, LatentBatch
+
+DECLARED = ("wants", "sources", "takes_turns")
+"""What the class of a method declares, and the base reads."""
+NEEDED = {
+    "end": "wants = Wants(ends=True)",
+    "whole": "wants = Wants(ends=True)",
+    "noise": "wants = Wants(noise=True), or Wants(ends=True) for that of trajectories",
+    "real": "wants = Wants(real=True), and data with images",
+    "real_c": "wants = Wants(real=True), and data with images",
+}
+"""By which declaration a batch has a field that is None in another one."""
 
 
 def check_complete(method: Any) -> None:
-    """Raises TypeError, naming it, for what a method has not set that it must."""
+    """Raises TypeError, naming it, for what a method has not set that it must, and for a declaration that nobody would read.
+
+    Raises ValueError for a range of guidance that its student cannot be told.
+    """
     lacking = [f"{name} (cast it in the constructor)" for name in ("student", "teacher") if name not in method.roles]
     lacking += [name for name in ("policies", "grid") if not hasattr(method, name)]
     lacking += ["deploy(student)"] if type(method).deploy.__qualname__ == "Distillation.deploy" else []
     if lacking:
         raise TypeError(f"{type(method).__name__} lacks {', '.join(lacking)}: see Distillation and CONTRIBUTING.md")
+    misspelled = next(_misspelled(method), None)
+    if misspelled is not None:
+        raise TypeError(f"{type(method).__name__}.{misspelled[0]} is read by nobody: did you mean {misspelled[1]}?")
+    known = SOURCES[:3]
+    if isinstance(method.sources, str) or not method.sources or not set(method.sources) <= set(known):
+        raise TypeError(f'{type(method).__name__}.sources is {method.sources!r}: give a tuple of {", ".join(known)}, such as ("forward",)')
+    student = method.student
+    method.check_guidance(told=bool(getattr(student.network, "w_conditioned", False)) or student.null is not None)
+
+
+def _misspelled(method: Any) -> Iterator[tuple[str, str]]:
+    """(name, what it was probably meant to be) of attributes of a method's class that are nearly a declaration, and nothing else."""
+    own = [
+        cls for cls in type(method).__mro__ if cls.__module__.partition(".")[0] not in ("ddil_lightning", "lightning", "torch", "builtins")
+    ]
+    for name, value in (item for cls in own for item in vars(cls).items()):
+        near = get_close_matches(name, DECLARED, 1, 0.85)
+        if near and near[0] != name and not callable(value) and not isinstance(value, property):
+            yield name, near[0]
 
 
 def check_names(method: Any) -> None:
@@ -23,3 +66,52 @@ def check_names(method: Any) -> None:
         if unknown:
             raise ValueError(f"{option} has {unknown[0]!r}: the roles that {type(method).__name__} trains are {', '.join(trained)}")
     method.offload.check(method.roles, method.average is not None)
+
+
+def check_trained(method: Any, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Raises ValueError for what has trained weights none of which an optimiser moves, by its name: it would never learn."""
+    moved = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    for name, part in method.named_children():
+        trained = [p for p in part.parameters() if p.requires_grad]
+        if trained and not any(id(p) in moved for p in trained):
+            raise ValueError(
+                f"{type(method).__name__}'s {name} has trained weights that no optimiser moves: give configure_optimizers "
+                f"self.optimizer_of(self.{name}.parameters(), lr), or freeze it by requires_grad_(False)"
+            )
+
+
+def check_losses(method: Any, b: LatentBatch, loss: Tensor) -> None:
+    """Raises ValueError for losses that are not one number a sample, [B]: they would be broadcast against weights and sources."""
+    if loss.shape != b.weight.shape:
+        raise ValueError(
+            f"{type(method).__name__} hands feedback(b, loss) losses of shape {list(loss.shape)}: it takes one number of each of the "
+            f"{len(b.weight)} samples, [{len(b.weight)}], as diffusion.losses has them"
+        )
+
+
+def check_loss(method: Any, loss: Tensor, name: str) -> None:
+    """Raises ValueError for a loss that is no scalar, or that hangs on nothing that is trained."""
+    if loss.ndim:
+        raise ValueError(
+            f"{type(method).__name__} hands descend a {name} of shape {list(loss.shape)}: it takes a scalar; of losses [B] hand it "
+            "self.feedback(b, loss)"
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            f"{type(method).__name__}'s {name} hangs on no trained weights: is it made under no_grad, or detached, or of frozen networks?"
+        )
+
+
+def unasked(error: BaseException) -> Iterator[str]:
+    """What a failed step has read of its latents and not asked for, in words: from the lines of code that the error has come through."""
+    if "NoneType" not in str(error):
+        return
+    for (frame, _), place in zip(traceback.walk_tb(error.__traceback__), traceback.extract_tb(error.__traceback__), strict=True):
+        first = place.lineno or 0
+        last = getattr(place, "end_lineno", None) or first  # which Python 3.10 does not know
+        code = "".join(linecache.getline(place.filename, line) for line in range(first, last + 1))
+        for name, batch in list(frame.f_locals.items()):
+            lacking = [field for field in NEEDED if isinstance(batch, LatentBatch) and getattr(batch, field) is None]
+            for field in lacking:
+                if re.search(rf"\b{name}\.{field}\b", code):
+                    yield f"{name}.{field} is None here: a method asks for it by {NEEDED[field]}"

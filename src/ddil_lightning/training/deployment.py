@@ -62,8 +62,13 @@ class Deployment:
         return self if self.scheduled is None else replace(self, policy=self.scheduled, scheduled=None)
 
     def sampler(self, steps: int) -> tuple[Policy, Grid]:
-        """The policy and its grid in `steps` steps. Raises ValueError for a count that the grid cannot take."""
-        return self.policy, self.grid(steps)
+        """The policy and its grid in `steps` steps. Raises ValueError for a count that the grid cannot take, and for a grid of another."""
+        made = self.grid(steps)
+        if len(made) != steps:
+            raise ValueError(
+                f"deploy(student) has made {made} for {steps} steps, which has {len(made)}: see the grid that it gives Deployment"
+            )
+        return self.policy, made
 
     def made_scheduler(self, steps: int) -> Any:
         """The exported pipeline's scheduler; a flow's holds the nodes of one step count, `steps`. Raises ValueError where there is none."""

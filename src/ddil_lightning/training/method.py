@@ -27,7 +27,7 @@ from ddil_lightning.feed import Feed, Wants
 from ddil_lightning.records import LatentBatch
 from ddil_lightning.training.averaging import Averaging
 from ddil_lightning.training.clock import Clock, Clocks
-from ddil_lightning.training.completeness import check_complete, check_names
+from ddil_lightning.training.completeness import check_complete, check_loss, check_losses, check_names, check_trained
 from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.measures import Measures
 from ddil_lightning.training.offload import Offload
@@ -114,7 +114,9 @@ class Distillation(Clocks, LightningModule):
         """Take the method's roles, by name, and other modules that it trains beside them. Called once, in the constructor.
 
         Roles with weights of their own become submodules; the frozen teacher stays out of parameters, checkpoints, DDP and shards. The
-        student's average, which is deployed where `ema` asks for one, is made here.
+        student's average, which is deployed where `ema` asks for one, is made here. A frozen network that is no role, such as one of
+        images, is no attribute of a method, which would take it into every checkpoint: it lies in an object that is no module, as in
+        `methods.add.Looking`.
         """
         for name, part in parts.items():
             if isinstance(part, Role):
@@ -124,6 +126,7 @@ class Distillation(Clocks, LightningModule):
         if "student" in parts:
             average = self.averaging.start(self.student)
             self.average = None if average is None else average.network
+        self._trained = frozenset(name for name, role in self.roles.items() if role.weights())
         check_names(self)
         share_buffers(self)
 
@@ -185,6 +188,12 @@ class Distillation(Clocks, LightningModule):
         return {name: role.evaluations for name, role in self.roles.items()}
 
     @property
+    def asked_of_moving(self) -> int:
+        """Evaluations so far of the roles that training moves: those with trained weights, and averages of such."""
+        average = 0 if self.averaging.role is None else self.averaging.role.evaluations
+        return average + sum(role.evaluations for name, role in self.roles.items() if name in self._trained or role.follows)
+
+    @property
     def question(self) -> str:
         """See `question.question`."""
         return question(self)
@@ -212,7 +221,8 @@ class Distillation(Clocks, LightningModule):
     # Optimisation ----------------------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        """The optimiser of what the student trains."""
+        """The optimiser of what the student trains. A method that trains more, such as a critic, gives a list, one for each loss that it
+        descends; what is trained and in none of them is refused."""
         return self.optimizer_of(self.student.weights(), self.lr)
 
     def optimizer_of(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
@@ -220,14 +230,23 @@ class Distillation(Clocks, LightningModule):
         return self.descent.optimizer(parameters, lr, self.trainer)
 
     def feedback(self, b: LatentBatch, loss: Tensor) -> Tensor:
-        """The scalar loss of per-sample losses [B]; the buffer's priorities and the measures hear of it on the way."""
+        """The scalar loss of the student's per-sample losses [B]; the buffer's priorities and the measures hear of it on the way.
+
+        Raises ValueError for losses of another shape.
+        """
+        check_losses(self, b, loss)
         self.descent.batch = b
         self.measures.losses(loss.detach(), b.source, going_on=bool(self.descent.micro.get("loss")))
         self.feed.observe(b, loss)
         return (b.weight * loss).mean()
 
     def descend(self, optimizer: Any, loss: Tensor, name: str = "loss") -> bool:
-        """One micro-batch of `loss`; True when it completed an update (`optimisation.Descent.step`)."""
+        """One micro-batch of `loss`; True when it completed an update (`optimisation.Descent.step`).
+
+        `name`: of the loss in curves and messages; "loss" is the student's. Raises ValueError for a loss that is no scalar, or that hangs
+        on nothing that is trained.
+        """
+        check_loss(self, loss, name)
         self.measures.record(**{name: loss})
         return self.descent.step(self, optimizer, loss, name)
 
@@ -262,7 +281,11 @@ class Distillation(Clocks, LightningModule):
                 )
 
     def on_fit_start(self) -> None:
-        """The box from the data, once it is encoded; then what is not needed leaves the device."""
+        """The box from the data, once it is encoded; then what is not needed leaves the device.
+
+        Raises ValueError for what is trained and in no optimiser.
+        """
+        check_trained(self, self.trainer.optimizers)
         if self.box is not None:
             self.reflection.move(*self.box)  # of a run that goes on with another one
         if not self.has_box:

@@ -85,8 +85,9 @@ def optimizer_class(kind: str) -> type[torch.optim.Optimizer]:
 class Descent:
     """What turns a loss into an optimiser step, as `optimizer` says: the optimiser, clipping, several micro-batches per update.
 
-    `watch`: whether losses are finite. `micro`: how many micro-batches of the update under way are done, by the name of the loss; it
-    belongs to a checkpoint. `batch`: the latents of the last of them.
+    An optimiser is that of one loss. What other losses have left on its weights goes before the first micro-batch of each update.
+    `watch`: whether losses are finite. `student_moved`: whether the student's weights were updated in this training. `micro`: how many
+    micro-batches of the update under way are done, by the name of the loss; it belongs to a checkpoint. `batch`: the latents of the last.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -98,10 +99,14 @@ class Descent:
         self._sound: dict[str, Tensor] = {}  # of the micro-batches of the update under way, by the name of the loss
         self.last: Tensor | None = None
         self.batch: LatentBatch | None = None
+        self.student_moved = False
+        self._begun: set[int] = set()  # the optimisers that have made an update in this training, by identity
         self._told: list[tuple[torch.optim.Optimizer, list[dict[str, Any]]]] = []
 
     def optimizer(self, parameters: Iterable[nn.Parameter], lr: float, trainer: Any) -> torch.optim.Optimizer:
-        """The optimiser over `parameters`; `base_lr` is what the clock's schedule multiplies. Raises ValueError for what it does not take.
+        """The optimiser over `parameters`; `base_lr` is what the clock's schedule multiplies.
+
+        Raises ValueError for what it does not take, and where there are no parameters.
 
         Fused where it can be: its step then reads every weight once, and holds no copy of them as the `foreach` ones do.
         """
@@ -117,7 +122,10 @@ class Descent:
         # Under a gradient scaler (16-mixed) a fused optimiser would unscale by itself, after the clipping.
         if "fused" in takes and not {"fused", "foreach"} & set(given.options) and getattr(trainer.precision_plugin, "scaler", None) is None:
             own["fused"] = True
-        made = kind([{"params": list(parameters), "base_lr": lr}], lr=lr, **{**own, **given.options})  # type: ignore[call-arg]
+        weights = list(parameters)
+        if not weights:
+            raise ValueError("an optimiser was asked for without any weights to move: those of a copied role and of the teacher are frozen")
+        made = kind([{"params": weights, "base_lr": lr}], lr=lr, **{**own, **given.options})  # type: ignore[call-arg]
         told = {"base_lr", "fused", "foreach", *own, *given.options}  # the rest may be a state, such as Prodigy's estimate of the rate
         self._told.append((made, [{name: group[name] for name in told & group.keys()} for group in made.param_groups]))
         return made
@@ -130,22 +138,27 @@ class Descent:
         for optimizer, groups in self._told:
             for group, told in zip(optimizer.param_groups, groups, strict=True):
                 group.update(told)
-        self._told = []
+        self._told, self._begun, self.student_moved = [], set(), False
 
     def step(self, method: Any, optimizer: Any, loss: Tensor, name: str) -> bool:
         """One micro-batch of `loss`; True when it completed an update. A loss that is not finite ends the run (`watch`).
 
-        `method`: the Distillation in training; its clock gives the learning rate, its networks the suspects.
+        `method`: the Distillation in training; its clock gives the learning rate, its networks the suspects. Raises ValueError for a loss
+        that reaches none of the optimiser's weights.
         """
         sound = self.watch.ask(
             torch.isfinite(loss.detach()), partial(self._fault, method, name, loss.detach(), method.student_updates, self.batch)
         )
         self.last = loss.detach()
+        if not self.micro.get(name):
+            optimizer.zero_grad()  # another loss may have reached these weights since: the student's passes through a critic, say
         method.manual_backward(loss / self.accumulate)
         self._sound[name] = torch.minimum(self._sound[name], sound) if name in self._sound else sound
         self.micro[name] = (self.micro.get(name, 0) + 1) % self.accumulate
         if self.micro[name]:
             return False
+        if id(optimizer) not in self._begun:
+            self._begin(method, optimizer, name)
         if self.clip:
             # By hand, gradients are clipped before a gradient scaler (16-mixed) has unscaled them.
             plugin = method.trainer.precision_plugin
@@ -158,6 +171,17 @@ class Descent:
             optimizer.step()
         optimizer.zero_grad()
         return True
+
+    def _begin(self, method: Any, optimizer: Any, name: str) -> None:
+        """The first update of an optimiser: what its loss reaches is the same in all of them."""
+        self._begun.add(id(optimizer))
+        reached = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+        if not reached:
+            raise ValueError(
+                f"the {name} of {type(method).__name__} reaches none of the weights that its optimiser moves: was their network asked "
+                "under no_grad, or is this the optimiser of another loss?"
+            )
+        self.student_moved |= any(id(p) in reached for p in method.student.weights())
 
     def factor(self, updates: int, length: int) -> float:
         """The learning rate's multiple after so many `updates` of a stage's `length`: linear warm-up, then linear to `final_lr`."""

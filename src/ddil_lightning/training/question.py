@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import fields, is_dataclass
 from typing import Any
 
-from ddil_lightning.diffusion.losses import Distance
-
-ELSEWHERE = frozenset("updates lr log_every training student_updates stage stage_start has_box taught".split())
-"""What of a method moves, or is no setting of it."""
-PLAIN = (bool, int, float, str, Distance)
+ELSEWHERE = frozenset("updates lr log_every training student_updates stage stage_start has_box box taught".split())
+"""What of a method moves, is no setting of it, or is said by another."""
 
 
 def question(method: Any) -> str:
-    """A digest of a method's class and plain settings, its frozen network in the precision that it has, its box and its nodes.
+    """A digest of a method's class and settings (numbers, words, and records, lists and dicts of such), its frozen network in the precision
+    that it has, its box and its nodes.
 
     The network is known by its weights and not by its path, where other ones may lie by the time that a run goes on.
     A setting too many costs that a run which goes on with another one asks anew; one too few would have it learn from wrong answers.
     """
     own = {name: value for name, value in vars(method).items() if not name.startswith("_") and name not in ELSEWHERE}
-    plain = {name: value for name, value in own.items() if isinstance(value, PLAIN) or _plain(value)}
+    plain = {name: _said(value) for name, value in own.items() if value is not None and _plain(value)}
     box, backbone = method.reflection, method.backbone
     null = getattr(getattr(method, "teacher", None), "null", None)  # what guidance is taken away from, by encoders of their own
     said = [type(method).__qualname__, method.taught, sorted(plain.items(), key=lambda item: item[0])]
@@ -30,4 +29,21 @@ def question(method: Any) -> str:
 
 
 def _plain(value: Any) -> bool:
-    return isinstance(value, tuple) and all(isinstance(x, PLAIN) for x in value)
+    """Whether a value is a setting through and through: a list of modules or tensors is none."""
+    inner = _inner(value)
+    return isinstance(value, bool | int | float | str | None) if inner is None else all(_plain(x) for x in inner)
+
+
+def _said(value: Any) -> Any:
+    """A setting in lists of plain values, which are written alike in every process."""
+    inner = _inner(value)
+    return value if inner is None else [type(value).__qualname__, *map(_said, inner)]
+
+
+def _inner(value: Any) -> list[Any] | None:
+    """What a list, a tuple, a dict or a record of options holds, in order; None of anything else."""
+    if isinstance(value, dict):
+        return [*value.keys(), *value.values()]
+    if is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name) for field in fields(value)]
+    return list(value) if isinstance(value, list | tuple) else None

@@ -1,0 +1,422 @@
+"""Mistakes in a method of one's own that would pass in silence, or end far from where they were made: each is named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddil_lightning.callbacks.stages import staged
+from ddil_lightning.commands.checks import cautions
+from ddil_lightning.data.datamodule import DDILDataModule
+from ddil_lightning.data.encoded import encode
+from ddil_lightning.diffusion.grid import Grid
+from ddil_lightning.diffusion.losses import mse
+from ddil_lightning.diffusion.policy import Policies, Policy
+from ddil_lightning.diffusion.transitions import renoise
+from ddil_lightning.errors import one_line
+from ddil_lightning.feed import Wants
+from ddil_lightning.records import LatentBatch
+from ddil_lightning.streams import Streams
+from ddil_lightning.toy import Toy
+from ddil_lightning.training.deployment import Deployment
+from ddil_lightning.training.method import Distillation
+from ddil_lightning.training.optimisation import Optimizer
+from ddil_lightning.training.plan import Stage
+from suite import FORWARD, MIXED, Run, equal, fit
+
+
+class Own(Distillation):
+    """A student that follows its teacher, and a critic that follows the student in every batch, with an optimiser each."""
+
+    takes_turns = True
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        student = self.role("student")
+        self.grid = Grid.named("trailing", 4)
+        self.cast(student=student, critic=self.role("critic"), former=student.copied("former"), teacher=self.role("teacher"))
+        self.policies = Policies(Policy(self.student, renoise), Policy(self.teacher))
+
+    def configure_optimizers(self) -> Any:
+        return [self.optimizer_of(self.student.weights(), self.lr), self.optimizer_of(self.critic.weights(), self.lr)]
+
+    def training_step(self, b: LatentBatch, i: int) -> None:
+        student, critic = self.optimizers()
+        x = self.student(b.x_t, b.t, b.c).x0
+        if self.descend(student, self.feedback(b, self.loss(b, x))):
+            self.advance()
+        self.follow(critic, b, x.detach())
+
+    def loss(self, b: LatentBatch, x: Tensor) -> Tensor:
+        return mse(x, self.teacher(b.x_t, b.t, b.c).x0.detach())
+
+    def follow(self, critic: Any, b: LatentBatch, x: Tensor) -> None:
+        y, eps = self.noised(x)
+        self.descend(critic, mse(self.critic(y, b.t, b.c).eps, eps).mean(), "critic_loss")
+
+    def noised(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        g = Streams(self.feed.seed, self.student_updates).local("noise", x.device)
+        eps = torch.randn(x.shape, generator=g, device=x.device)
+        return 0.7 * x + 0.7 * eps, eps
+
+    def deploy(self, student: Any) -> Deployment:
+        return Deployment(Policy(student, renoise), partial(Grid.named, "trailing"), (4,), self.eval_guidance)
+
+
+@pytest.fixture(scope="module")
+def toy() -> Toy:
+    return Toy(members=1, width=8, size=64)
+
+
+def trained(kind: type[Own], toy: Toy, prior: Any = FORWARD, updates: int = 2, data: Any = None, **kwargs: Any) -> Run:
+    """`kind` on the toy in float32 for so many updates, always from the same weights."""
+    torch.manual_seed(1)
+    method = kind(**{"pipeline": toy, "updates": updates, "optimizer": Optimizer(lr=1e-2), "log_every": 1} | kwargs)
+    return fit(method, data or DDILDataModule(encode(toy.captions, toy), prior, batch_size=4))
+
+
+# What never learns --------------------------------------------------------------------------------------------------------------------
+
+
+class OneOptimiser(Own):
+    def configure_optimizers(self) -> Any:
+        return self.optimizer_of(self.student.weights(), self.lr)
+
+
+class FrozenOptimiser(Own):
+    def configure_optimizers(self) -> Any:
+        return [self.optimizer_of(self.student.weights(), self.lr), self.optimizer_of(self.former.weights(), self.lr)]
+
+
+class Unheard(Own):
+    def follow(self, critic: Any, b: LatentBatch, x: Tensor) -> None:
+        with torch.no_grad():
+            self.critic(x, b.t, b.c)
+        self.descend(critic, mse(self.student(b.x_t, b.t, b.c).x0, x + 1).mean(), "critic_loss")
+
+
+class Detached(Own):
+    def follow(self, critic: Any, b: LatentBatch, x: Tensor) -> None:
+        self.descend(critic, mse(self.critic(x, b.t, b.c).x0.detach(), x).mean(), "critic_loss")
+
+
+class Beside(Own):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.vision = torch.nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (OneOptimiser, "^OneOptimiser's critic has trained weights that no optimiser moves"),
+        (Beside, "^Beside's vision has trained weights that no optimiser moves"),
+        (FrozenOptimiser, "^an optimiser was asked for without any weights to move"),
+        (Unheard, "^the critic_loss of Unheard reaches none of the weights that its optimiser moves"),
+        (Detached, "^Detached's critic_loss hangs on no trained weights"),
+    ],
+)
+def test_what_would_never_learn_is_named(kind: type[Own], said: str, toy: Toy) -> None:
+    with pytest.raises(ValueError, match=said):
+        trained(kind, toy)
+    assert trained(Own, toy).method.student_updates == 2
+
+
+# Gradients of another loss -------------------------------------------------------------------------------------------------------------
+
+
+class Leaking(Own):
+    """Both losses reach the other's network as well, by terms that move no weight of their own optimiser's."""
+
+    def loss(self, b: LatentBatch, x: Tensor) -> Tensor:
+        return super().loss(b, x) + self.elsewhere(self.critic, b)
+
+    def follow(self, critic: Any, b: LatentBatch, x: Tensor) -> None:
+        y, eps = self.noised(x)
+        own = mse(self.critic(y, b.t, b.c).eps, eps)
+        self.descend(critic, (own + self.elsewhere(self.student, b)).mean(), "critic_loss")
+
+    def elsewhere(self, role: Any, b: LatentBatch) -> Tensor:
+        return 100 * role(b.x_t, b.t, b.c).x0.square().flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_gradients_of_another_loss_move_nothing(accumulate: int, toy: Toy) -> None:
+    """The other's term has gradients a hundred times as large: weights are those of a run without it, bit by bit."""
+    optimizer = Optimizer(lr=1e-2, clip=0.0, accumulate=accumulate)
+    kinds = (Own, Leaking) if accumulate == 1 else (Turns, LeakingTurns)
+    alone, leaking = (trained(kind, toy, optimizer=optimizer, updates=3).method.state_dict() for kind in kinds)
+    assert equal(dict(alone), dict(leaking))
+
+
+class Turns(Own):
+    """All micro-batches of the student's update come before those of the critic's."""
+
+    def training_step(self, b: LatentBatch, i: int) -> None:
+        student, critic = self.optimizers()
+        if i // 2 % 2:
+            self.follow(critic, b, self.student(b.x_t, b.t, b.c).x0.detach())
+        elif self.descend(student, self.feedback(b, self.loss(b, self.student(b.x_t, b.t, b.c).x0))):
+            self.advance()
+
+
+class LeakingTurns(Turns, Leaking):
+    """The same, where both leak."""
+
+
+# A clock that stands, and losses of another shape ---------------------------------------------------------------------------------------
+
+
+class Silent(Own):
+    def advance(self) -> None:
+        """As if it had not been called."""
+
+
+def test_a_forgotten_advance_is_told_at_the_first_update(toy: Toy) -> None:
+    with pytest.raises(ValueError, match=r"^Silent.training_step descends its loss and never calls advance\(\)"):
+        trained(Silent, toy, optimizer=Optimizer(accumulate=2))
+
+
+SHAPES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "column": (lambda e: e.flatten(1).mean(1, keepdim=True), "feedback(b, loss) losses of shape [4, 1]"),
+    "whole": (lambda e: e, "feedback(b, loss) losses of shape [4, 2, 1]"),
+    "scalar": (lambda e: e.mean(), "feedback(b, loss) losses of shape []"),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_losses_of_another_shape_are_refused(name: str, toy: Toy) -> None:
+    how, said = SHAPES[name]
+    own = type("Shaped", (Own,), {"loss": lambda self, b, x: how(x.square())})
+    with pytest.raises(ValueError, match=re.escape(f"Shaped hands {said}: it takes one number of each of the 4 samples, [4]")):
+        trained(own, toy)
+
+
+class Raw(Own):
+    def feedback(self, b: LatentBatch, loss: Tensor) -> Tensor:
+        return loss
+
+
+def test_a_loss_that_is_no_scalar_is_refused(toy: Toy) -> None:
+    with pytest.raises(ValueError, match=r"^Raw hands descend a loss of shape \[4\]: it takes a scalar.*self.feedback\(b, loss\)"):
+        trained(Raw, toy)
+
+
+# Kept answers ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Asking(Own):
+    """`asks`: what the targets are asked of, a function of the method and the batch."""
+
+    asks: Callable[[Any, LatentBatch], Any]
+
+    def loss(self, b: LatentBatch, x: Tensor) -> Tensor:
+        return mse(x, type(self).asks(self, b))
+
+    def one(self, b: LatentBatch) -> Tensor:
+        return self.teacher(b.x_t, b.t, b.c).x0
+
+    def other(self, b: LatentBatch) -> Tensor:
+        return 0 * self.former(b.x_t, b.t, b.c).x0 + 7
+
+    def both(self, b: LatentBatch) -> tuple[Tensor, Tensor]:
+        return self.one(b), self.other(b)
+
+    def by(self, network: Any, b: LatentBatch) -> Tensor:
+        return network(b.x_t, b.t, b.c).x0
+
+    def advance(self) -> None:
+        super().advance()
+        self.roles["target"].follow(self.student, 0.5) if "target" in self.roles else None
+
+
+TWO: dict[str, Callable[[Any, LatentBatch], Any]] = {
+    "methods": lambda m, b: [m.feed.answered(b, ask) for ask in (m.one, m.other)][-1],
+    "lambdas": lambda m, b: m.feed.answered(b, lambda b: m.one(b)) + m.feed.answered(b, lambda b: m.other(b)),
+    "one lambda in a loop": lambda m, b: [m.feed.answered(b, lambda b, n=n: n(b)) for n in (m.one, m.other)][-1],
+    "partials": lambda m, b: [m.feed.answered(b, partial(m.by, n)) for n in (m.teacher, m.former)][-1],
+    "in turns": lambda m, b: m.feed.answered(b, m.one if m.student_updates % 2 else m.other),
+}
+
+
+def asking(asks: Any, **more: Any) -> type[Own]:
+    return type("Asking", (Asking,), {"asks": asks, **more})
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_a_second_question_is_refused(name: str, toy: Toy) -> None:
+    """It was given the first one's answers."""
+    with pytest.raises(ValueError, match=r"^feed.answered asks .* and .*: ask both in one answer\(b\), which returns a tuple$"):
+        trained(asking(TWO[name]), toy, MIXED)
+
+
+ONE: dict[str, Callable[[Any, LatentBatch], Any]] = {
+    "a tuple": lambda m, b: m.feed.answered(b, m.both)[0],
+    "twice": lambda m, b: m.feed.answered(b, m.one) + 0 * m.feed.answered(b, m.one),
+    "a lambda": lambda m, b: m.feed.answered(b, lambda b: m.one(b)),
+    "a partial": lambda m, b: m.feed.answered(b, partial(m.by, m.former)),
+}
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_one_question_is_answered(name: str, toy: Toy) -> None:
+    assert trained(asking(ONE[name]), toy, MIXED, updates=3).method.student_updates == 3
+
+
+def test_two_networks_are_asked_through_one_tuple(toy: Toy) -> None:
+    """Of replayed states too both answers are their own."""
+    seen: list[Tensor] = []
+
+    def asks(method: Asking, b: LatentBatch) -> Tensor:
+        one, other = method.feed.answered(b, method.both)
+        torch.testing.assert_close(one, method.one(b).detach())
+        seen.append(other)
+        return one
+
+    run = trained(asking(asks), toy, MIXED, updates=6)
+    assert len(seen) == 6 and all(bool((x == 7).all()) for x in seen)
+    assert run.method.evaluations["former"] < 6 * 4  # some were kept
+
+
+def test_a_second_method_on_the_same_data_asks_its_own_question(toy: Toy) -> None:
+    seen: list[Tensor] = []
+
+    def asks(method: Asking, b: LatentBatch) -> Tensor:
+        seen.append(method.feed.answered(b, method.other))
+        return seen[-1]
+
+    run = trained(asking(ONE["a lambda"]), toy, MIXED, updates=3)
+    trained(asking(asks, __qualname__="Another"), toy, MIXED, updates=3, data=run.data)
+    assert len(seen) == 3 and all(bool((x == 7).all()) for x in seen)
+
+
+class Averaged(Asking):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.cast(target=self.student.copied("target"))
+
+
+@pytest.mark.parametrize("network", ["student", "critic", "target", "average"])
+def test_a_target_that_moves_is_not_kept(network: str, toy: Toy) -> None:
+    def asks(method: Asking, b: LatentBatch) -> Any:
+        role = method.averaging.role if network == "average" else method.roles[network]
+        return method.feed.answered(b, partial(method.by, role)).detach()
+
+    with pytest.raises(ValueError, match="asks its student, or another network that training moves, through feed.answered"):
+        trained(type("Moving", (Averaged,), {"asks": asks}), toy, MIXED, updates=3, ema=0.5)
+
+
+@dataclass(frozen=True)
+class Solver:
+    """Options of one's own."""
+
+    steps: int = 4
+    kinds: dict[str, list[float]] = field(default_factory=dict, repr=False)
+
+
+class Recorded(Own):
+    def __init__(self, solver: Any = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.solver, self.modules_of_mine = solver, [torch.nn.Linear(1, 1)]
+
+
+def test_answers_hang_on_all_settings(toy: Toy) -> None:
+    """Records, lists and dicts of options too: with another one a resumed run asks anew."""
+    settings = [Solver(), Solver(8), Solver(kinds={"a": [1.0]}), Solver(kinds={"a": [2.0]}), [1, 2], [1, 3], {"a": (1,)}, {"b": (1,)}, None]
+    asked = [Recorded(solver, pipeline=toy).question for solver in settings]
+    assert len(set(asked)) == len(settings)
+    assert asked[2] == Recorded(Solver(kinds={"a": [1.0]}), pipeline=toy).question
+    assert asked[0] == Recorded(Solver(), pipeline=toy, updates=7, log_every=3, optimizer=Optimizer(lr=0.5)).question
+
+
+# What is declared -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("declared", "said"),
+    [
+        ({"want": Wants(ends=True)}, "Named.want is read by nobody: did you mean wants?"),
+        ({"source": ("forward",)}, "Named.source is read by nobody: did you mean sources?"),
+        ({"take_turns": True}, "Named.take_turns is read by nobody: did you mean takes_turns?"),
+        ({"sources": "forward"}, "Named.sources is 'forward': give a tuple of forward, student, teacher, such as (\"forward\",)"),
+        ({"sources": ("forward", "rolled")}, "Named.sources is ('forward', 'rolled'): give a tuple of forward, student, teacher"),
+    ],
+)
+def test_declarations_that_nobody_would_read(declared: dict[str, Any], said: str, toy: Toy) -> None:
+    with pytest.raises(TypeError, match=f"^{re.escape(said)}"):
+        trained(type("Named", (Own,), declared), toy)
+
+
+def test_a_range_of_guidance_is_for_a_student_that_is_told_it(toy: Toy) -> None:
+    with pytest.raises(ValueError, match=r"^Own's student is not told the guidance: give one number, not 1.0 to 3.0$"):
+        trained(Own, toy, guidance=[1.0, 3.0])
+    told = type(
+        "Told",
+        (Own,),
+        {"role": lambda self, name, **k: Own.role(self, name, **k, **({"w_conditioned": True} if name == "student" else {}))},
+    )
+    assert trained(told, toy, guidance=[1.0, 3.0]).method.student_updates == 2
+
+
+class Ends(Own):
+    def loss(self, b: LatentBatch, x: Tensor) -> Tensor:
+        return mse(x, b.end)
+
+
+class Sizes(Own):
+    wants = Wants(real=False)
+
+    def loss(self, b: LatentBatch, x: Tensor) -> Tensor:
+        return mse(x, x.new_zeros(b._replace(real=None).noise.shape))
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [(Ends, r"\(b.end is None here: a method asks for it by wants = Wants\(ends=True\)\)"), (Sizes, "$")]
+)
+def test_latents_that_were_not_asked_for_are_named(kind: type[Own], said: str, toy: Toy) -> None:
+    """Where the line names one of the batch; of another record nothing is guessed."""
+    with pytest.raises((TypeError, AttributeError), match="NoneType") as failed:
+        trained(kind, toy)
+    assert re.search(rf"NoneType[^(]*{said}", one_line(failed.value))
+
+
+# Options ---------------------------------------------------------------------------------------------------------------------------------
+
+CONFIG = SimpleNamespace(
+    test=SimpleNamespace(student_steps=[4]),
+    previews=SimpleNamespace(every=0),
+    export_steps=4,
+    trainer=SimpleNamespace(callbacks=None),
+    data=SimpleNamespace(prior=MIXED),
+)
+
+
+class Reflecting(Own):
+    def role(self, name: str, **kwargs: Any) -> Any:
+        return super().role(name, **kwargs, **({"reflection": self.reflection} if name == "teacher" else {}))
+
+
+def test_a_reflection_that_nobody_asks_is_told(toy: Toy) -> None:
+    (said,) = cautions(Own(pipeline=toy, reflect="static"), CONFIG)
+    assert said.startswith("model.reflect = static has no effect, unless Own asks self.reflection itself")
+    assert [*cautions(Own(pipeline=toy), CONFIG), *cautions(Reflecting(pipeline=toy, reflect="static"), CONFIG)] == []
+
+
+def test_an_option_of_the_name_of_a_plan_is_none(toy: Toy) -> None:
+    """`stages: 3` ended in a TypeError of the checks."""
+
+    class Stages(Own):
+        def __init__(self, stages: Any, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.stages = stages
+
+    assert list(cautions(Stages(3, pipeline=toy), CONFIG)) == []
+    assert [staged(Stages(plan, pipeline=toy)) for plan in (3, [3], [], [Stage(steps=4, updates=1)])] == [False, False, False, True]
