@@ -63,7 +63,7 @@ def probed(run: Run, cells: Path) -> dict[str, Any]:
         probe([*asked, "--out", str(out)])
         found = json.loads(out.read_text())
     made = {"method": run.method, "variant": run.variant, "seed": run.seed, "depends": depends(run), "machine": machine(), **found}
-    write_rows(file_of(run, cells), made)
+    write_rows(file_of(run, cells), made)  # type: ignore[arg-type]
     return made
 
 

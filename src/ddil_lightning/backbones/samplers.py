@@ -62,7 +62,7 @@ def _flowing(backbone: Pipeline, name: str, remedies: Sequence[str]) -> Pipeline
         what = "-".join((name, *remedies))
         raise ValueError(f"{backbone.path} is a flow, which is not sampled by {what}: known are {', '.join(FLOWS)}")
     kind = getattr(diffusers, FLOWS[name])
-    if "Flow" not in type(backbone.pipe.scheduler).__name__:
+    if backbone.shift is not None and "Flow" not in type(backbone.pipe.scheduler).__name__:
         return backbone.stepping(flows.even(kind, backbone.schedule.steps, backbone.shift))
     return backbone.stepping(kind.from_config(backbone.pipe.scheduler.config, **({} if name == "lcm" else {"stochastic_sampling": False})))
 
