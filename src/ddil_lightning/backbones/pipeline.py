@@ -24,6 +24,7 @@ from ddil_lightning.backbones.loading import check_weights, empty_network, load_
 from ddil_lightning.backbones.prompts import Prompted
 from ddil_lightning.backbones.quantising import Quantize
 from ddil_lightning.backbones.repositories import DENOISERS
+from ddil_lightning.backbones.resting import Resting
 from ddil_lightning.backbones.sizes import shaped
 from ddil_lightning.backbones.source import Source
 from ddil_lightning.backbones.weights import Weights
@@ -206,6 +207,31 @@ class Pipeline(Prompted):
         """The same backbone around another pipeline, such as a student's that was read again, on the same device; `asked`: see stepping."""
         other = copy.copy(self)
         other.pipe, other._asked = pipe.to(self.device), asked or {}
+        other._network, other._contents = family_of(pipe, self.path), []
+        return other
+
+    def frozen(self) -> dict[str, nn.Module]:
+        """The text encoders and the autoencoder by the names of their components."""
+        named = self.pipe.components.items()
+        return {name: part for name, part in named if isinstance(part, nn.Module) and part is not self._network.model}
+
+    def sharing(self, pipe: Any, asked: Mapping[str, float] | None = None) -> Pipeline:
+        """The same backbone around another pipeline, of which the device holds nothing twice; `asked`: see stepping.
+
+        That one gets the encoders of this, and those that it has in another precision rest on the CPU between their calls. Its network
+        stays on the CPU as well: `resting.visiting` brings it.
+        """
+        for name, own in self.frozen().items():
+            its = getattr(pipe, name)
+            if name == "vae" or its.dtype == own.dtype:  # nobody decodes by it
+                setattr(pipe, name, own)
+            else:
+                Resting(its)
+        kind, device, other = type(pipe), self.device, copy.copy(self)
+        # diffusers would look for the device in the weights, which need not be there when it asks.
+        names = {"__module__": kind.__module__, "_execution_device": property(lambda _: device)}
+        pipe.__class__ = type(kind.__name__, (kind,), names)
+        other.pipe, other._asked, other.at = pipe, asked or {}, device
         other._network, other._contents = family_of(pipe, self.path), []
         return other
 

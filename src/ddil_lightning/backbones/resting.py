@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,35 @@ class Resting:
         for table, name, x in self._resting:
             table[name] = x
         self._resting = []
+
+
+@contextmanager
+def visiting(guest: nn.Module, others: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """Inside, the network `guest` is on `device`, and the frozen `others`, which nobody asks meanwhile, are on the CPU.
+
+    A guest that is there already stays, and they do. None of them may be trained: gradients find a parameter where they left it.
+    """
+    if next(guest.parameters()).device == device:
+        yield
+        return
+    # Quantised weights have more to them than one tensor, and stay.
+    away = [(x, x.device) for other in others for x in _tensors_of(other) if type(x.data) is Tensor]
+    brought = [(x, x.data) for x in _tensors_of(guest)]
+    for x, _ in away:
+        x.data = x.data.cpu()
+    for x, value in brought:
+        x.data = value.to(device)
+    try:
+        yield
+    finally:
+        for x, value in brought:
+            x.data = value
+        for x, place in away:
+            x.data = x.data.to(place)
+
+
+def _tensors_of(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 def to_file(modules: Iterable[nn.Module], folder: Path) -> None:
