@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ddil_lightning.backbones import saving
 from ddil_lightning.backbones.adapters import Adapter
 from ddil_lightning.backbones.resting import visiting
 from ddil_lightning.methods import LCM
@@ -130,6 +131,26 @@ def test_a_network_with_other_settings_is_found(light: Path, tmp_path: Path, mon
     monkeypatch.setattr(type(method.backbone), "save", other)
     with pytest.raises(export.NotAsTrained, match="its network has another norm_eps when it is read again"):
         export.deliver(method, tmp_path / "p", PROMPTS, 1)
+
+
+def test_a_lean_student_is_delivered_as_it_was_held(light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its network and its text encoder in the half precision of the training, each number rounded once; the autoencoder in float32."""
+    method, read = student(light, "bfloat16", **LORA), []
+    load = saving.load_pipeline
+    monkeypatch.setattr(saving, "load_pipeline", lambda source, dtype, **kwargs: (read.append(dtype), load(source, dtype, **kwargs))[1])
+    assert export.deliver(method, tmp_path / "p", PROMPTS, 2) < 1e-5
+    assert read == [{"default": torch.bfloat16, "vae": torch.float32}]  # no part is ever read in more
+    exact = method.backbone.merged(method.outgoing.network).model.state_dict()
+    kept = {part: load_file(next((tmp_path / "p" / part).glob("*.safetensors"))) for part in ("unet", "text_encoder", "vae")}
+    assert kept["unet"].keys() == exact.keys() and {x.dtype for x in exact.values()} == {torch.float32}
+    assert all(torch.equal(value, exact[name].to(torch.bfloat16)) for name, value in kept["unet"].items())
+    types = {part: {x.dtype for x in state.values() if x.is_floating_point()} for part, state in kept.items()}
+    assert types == {"unet": {torch.bfloat16}, "text_encoder": {torch.bfloat16}, "vae": {torch.float32}}
+    theirs = load_file(light / "text_encoder" / "model.safetensors")
+    assert all(torch.equal(value, theirs[name].to(value)) for name, value in kept["text_encoder"].items())
+    assert "torch_dtype=torch.bfloat16" in (tmp_path / "p" / "README.md").read_text()
+    assert export.deliver(student(light), tmp_path / "whole", PROMPTS, 2) < 1e-4  # whole copies in float32, as they are
+    assert {x.dtype for x in load_file(tmp_path / "whole" / "unet" / "diffusion_pytorch_model.safetensors").values()} == {torch.float32}
 
 
 def test_who_visits_takes_the_place_of_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,6 +95,7 @@ class Pipeline(Prompted):
 
     def to(self, device: torch.device) -> Pipeline:
         """The pipeline itself, after its encoders and the teacher have been moved to `device`."""
+        self.wake(device)
         self.pipe.to(device)
         return self
 
@@ -156,12 +157,12 @@ class Pipeline(Prompted):
         made.typical = next(name for name, p in model.named_parameters() if not p.requires_grad and p.dtype == self.dtype)
         return made
 
-    def merged(self, network: nn.Module) -> Family:
-        """A network with its adapters merged into the weights of the frozen one as they are stored, whatever it computes in."""
+    def merged(self, network: nn.Module, dtype: torch.dtype = torch.float32) -> Family:
+        """A network in `dtype`, with its adapters merged into the weights of the frozen one as they are stored."""
         model = cast(Family, network).model
         with loading.without_weights():
             plain = type(model).from_config(architectures.own_config(model))
-        plain.load_state_dict(merged(model, {key: value.float() for key, value in self._weights()}, self._network.model), assign=True)
+        plain.load_state_dict(merged(model, self._weights(), self._network.model, dtype), assign=True)
         return type(self._network)(plain.to(memory_format=torch.channels_last).requires_grad_(False).eval())
 
     def head(self, layers: Sequence[str] = (), name: str = "teacher") -> nn.Module:
@@ -210,7 +211,7 @@ class Pipeline(Prompted):
         other._network, other._contents = family_of(pipe, self.path), []
         return other
 
-    def frozen(self) -> dict[str, nn.Module]:
+    def frozen(self) -> dict[str, Any]:
         """The text encoders and the autoencoder by the names of their components."""
         named = self.pipe.components.items()
         return {name: part for name, part in named if isinstance(part, nn.Module) and part is not self._network.model}

@@ -146,6 +146,8 @@ def table(method: Any, setting: Setting, made: Footprint, other: Footprint, host
         found.append(f"ddp's buckets {_shown(made.buckets)}")
     if made.gathered:
         found.append(f"gathered by fsdp2 {_shown(made.gathered)}")
+    if made.whole:
+        found.append(f"the student whole, where it is exported {_shown(made.whole)}")
     found.append(f"encoded data in memory {_shown(host.cached)}, a full buffer of roll-outs {_shown(host.buffer)}, on the host")
     return [*found, "", f"most at a time {_shown(total(made, setting, host))}: {_verdict(total(made, setting, host), setting)}"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +122,7 @@ def _pipeline_rows(args: argparse.Namespace, how: Generation, where: Any) -> lis
     return rows
 
 
-def _checked(args: argparse.Namespace, backbone: Pipeline, suite: Suite, stages: Container[int]) -> tuple[list[int], float]:
+def _checked(args: argparse.Namespace, backbone: Pipeline, suite: Suite, stages: Mapping[int, Any]) -> tuple[list[int], float]:
     """The step counts of the rows and their guidance_scale, after prompts were measured, and counts that no stage is for were tried."""
     from ddil_lightning.backbones import sampling
 

@@ -18,7 +18,7 @@ from ddil_lightning.data.cachefolder import CacheFolder
 from ddil_lightning.data.captions import Captions, Prompts, RawBatch
 from ddil_lightning.data.encoded import Encoded, Notices, encode_batch
 from ddil_lightning.data.pairs import Stored, stored
-from ddil_lightning.data.preparation import check_latents, latent_box, prepared, second_moment
+from ddil_lightning.data.preparation import check_latents, is_encoded, latent_box, prepared, second_moment, settle
 from ddil_lightning.data.sampler import CounterSampler
 from ddil_lightning.diffusion.denoiser import evaluating
 from ddil_lightning.feed import Answer, Ask, Feed
@@ -117,10 +117,10 @@ class DDILDataModule(LightningDataModule, Feed):
         self.learner.feed = self
         self.unsteered()
         backbone = self.learner.backbone
+        given = backbone.captions if self.captions is None else self.captions
         if self.trainer is not None:
             # Lightning moves the method only after this hook, and no data set should be encoded on a CPU beside an idle GPU.
-            backbone.to(self.trainer.strategy.root_device)
-        given = backbone.captions if self.captions is None else self.captions
+            settle(backbone, self.trainer.strategy.root_device, is_encoded(given, self.cache))
         options = (self.cache, self.truncate, self.workers, self.on_error)
         us = Processes(self.trainer, self.trainer.num_nodes if self.trainer is not None else 1)
         given, self.captions = prepared(given, backbone, *options, self.notices, us)

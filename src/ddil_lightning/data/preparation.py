@@ -11,7 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ddil_lightning.backbones.resting import apart
 from ddil_lightning.counting import counted
+from ddil_lightning.data import manifest
 from ddil_lightning.data.cachefile import cached
 from ddil_lightning.data.cachefolder import CacheFolder, open_folder
 from ddil_lightning.data.captions import Captions, builtin
@@ -33,6 +35,23 @@ def own_captions(backbone: Any) -> Captions:
             "or Prompts, Shapes or Digits"
         )
     return builtin(name)
+
+
+def is_encoded(captions: Captions | None, cache: bool | str) -> bool:
+    """Whether nothing of a data set is left to be encoded, as far as can be told before it is opened: a cache that is there has it all."""
+    if isinstance(captions, Encoded):
+        return captions.whole
+    place = Path(cache) if isinstance(cache, str) else None
+    return place is not None and (place.is_file() or (place.is_dir() and bool(manifest.read(place)["text"])))
+
+
+def settle(backbone: Any, device: torch.device, encoded: bool) -> None:
+    """Bring the frozen pipeline to the device; of one with memory of its own the network alone, where the data are `encoded`."""
+    if encoded and apart(device):
+        backbone.rest(device)
+        backbone.network().to(device)
+    else:
+        backbone.to(device)
 
 
 def prepared(

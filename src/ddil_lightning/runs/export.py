@@ -62,7 +62,7 @@ def export(method: Distillation, folder: Path, steps: int = 4, dtype: torch.dtyp
     with replacing_folder(folder) as temporary, merged(method):
         backbone.save(temporary, method.deployment.network, partial(deployment.made_scheduler, steps), dtype, safety_checker)
         (temporary / "ddil.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        (temporary / "README.md").write_text(card(method, steps).text(), encoding="utf-8")
+        (temporary / "README.md").write_text(card(method, steps, dtype=dtype).text(), encoding="utf-8")
     return folder
 
 
@@ -219,18 +219,27 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def deliver(
-    method: Distillation, folder: Path, prompts: Sequence[str], steps: int, dtype: torch.dtype = torch.float32, safety_checker: bool = False
+    method: Distillation,
+    folder: Path,
+    prompts: Sequence[str],
+    steps: int,
+    dtype: torch.dtype | None = None,
+    safety_checker: bool = False,
 ) -> float:
     """`export` and `verify` the student beside `folder`, and only then give it that name; answers the relative difference of latents.
 
+    `dtype`: by default float32, and of adapters on a network in half precision that network's, in which they were trained.
     Raises NotAsTrained for a pipeline that samples otherwise, which is kept as `folder`-unverified; an older `folder` stays as it is.
     """
+    dtype = loads(method) if dtype is None else dtype
     folder = folder if folder.name else folder.absolute()
     unverified = folder.with_name(f"{folder.name}-unverified")
     if unverified.exists() and not exported(unverified):
         unverified = unused(unverified)
     as_trained = method.deployment
-    with replacing_folder(folder) as temporary, merged(method), rounded(method.deployment.network.parameters(), dtype):
+    # A lean student's merged network is held against the written one, and not asked.
+    held = dtype if is_lean(method) else torch.float32
+    with replacing_folder(folder) as temporary, merged(method, held), rounded(method.deployment.network.parameters(), dtype):
         made = export(method, temporary / "made", steps, dtype, safety_checker)
         # Adapters sample as their merged weights do, unless one of the two was rounded.
         exact = {dtype, method.backbone.dtype} == {torch.float32}
@@ -251,7 +260,7 @@ def rehearse(method: Distillation, folder: Path, prompts: Sequence[str], export_
     The weights are written once, being the same for all stages. `export_steps`: the step count of the last one. Raises as `compare` does.
     """
     made, ahead = None, method.deployments()
-    with merged(method):
+    with merged(method, loads(method)):
         for deployment in ahead:
             steps = export_steps if export_steps is not None and deployment is ahead[-1] else deployment.steps[0]
             if made is None:
@@ -280,7 +289,7 @@ def _same(method: Distillation, folder: Path, dtype: torch.dtype) -> Pipeline:
 @torch.no_grad()
 def rounded(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> Iterator[None]:
     """Inside, `parameters` are as `dtype` holds them, so that an export in half precision is compared as strictly as any."""
-    exact = [] if dtype == torch.float32 else [(p, p.data) for p in parameters]
+    exact = [] if dtype == torch.float32 else [(p, p.data) for p in parameters if p.dtype != dtype]
     for p, _ in exact:
         p.data = p.to(dtype).to(p.dtype)  # not in place: others may read the same tensor
     try:

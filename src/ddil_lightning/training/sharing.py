@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -68,12 +69,12 @@ def _constant(method: Any) -> set[str]:
 
 
 @contextmanager
-def merged(method: Any) -> Iterator[None]:
-    """Inside, the deployed network of `method` has its adapters merged: a plain float32 network, as it is exported, on the CPU."""
+def merged(method: Any, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """Inside, the deployed network of `method` has its adapters merged: a plain network in `dtype`, as it is exported, on the CPU."""
     if not method.outgoing.shared or method.shards.whole is not None:
         yield
         return
-    with standing_in(method, method.backbone.merged(method.outgoing.network).cpu()):
+    with standing_in(method, method.backbone.merged(method.outgoing.network, dtype).cpu()):
         yield
 
 
