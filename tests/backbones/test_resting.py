@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ddil_lightning.backbones import interface
 from ddil_lightning.backbones.resting import Resting, to_file
 from ddil_lightning.training import offload
 from suite import BY_NAME, build, captions, equal, fit, state
@@ -122,8 +123,8 @@ def test_a_run_is_the_same_with_its_roles_at_rest(name: str, names: tuple[str, .
     rested: list[Any] = []
 
     class Seen(Resting):
-        def __init__(self, module: nn.Module, shared: Any = ()) -> None:
-            super().__init__(module, shared)
+        def __init__(self, module: nn.Module, shared: Any = (), home: Any = None) -> None:
+            super().__init__(module, shared, home)
             rested.append(module)
 
     def run(**memory: Any) -> Any:
@@ -133,12 +134,36 @@ def test_a_run_is_the_same_with_its_roles_at_rest(name: str, names: tuple[str, .
     plain = run()
     monkeypatch.setattr(offload, "apart", lambda device: True)
     monkeypatch.setattr(offload, "Resting", Seen)
+    monkeypatch.setattr(interface, "Resting", Seen)
     other = run(offload=names)
     assert equal(state(plain), state(other))
     pipe = other.method.backbone.pipe
     encoders = [pipe.text_encoder, *pipe.vae.children()]  # the data are encoded
     assert rested[: len(encoders)] == encoders and len(rested) == len(encoders) + len(names)
     assert other.method.backbone.at is None and not any(m._forward_pre_hooks for m in rested)  # awake again
+
+
+def test_encoders_that_nobody_will_ask_are_never_on_the_device(light: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of data that are encoded already: not before the training either, when all networks go there."""
+    from ddil_lightning.data import preparation
+
+    data, method = captions(light), build(BY_NAME["lcm"], light, updates=1)
+    for module in (offload, preparation):
+        monkeypatch.setattr(module, "apart", lambda device: True)
+    moved: list[str] = []
+    parts = {name: part for name, part in method.backbone.pipe.components.items() if isinstance(part, nn.Module)}
+    for name, part in parts.items():
+        for module in part.modules():
+            apply = module._apply
+            monkeypatch.setattr(module, "_apply", lambda *args, apply=apply, name=name: (moved.append(name), apply(*args))[1])
+    end, trained = method.offload.end, []
+    monkeypatch.setattr(method.offload, "end", lambda method: (trained.extend(moved), end(method)))  # then all goes to the CPU
+    fit(method, data)
+    assert set(trained) == {"unet"} and method.backbone.at is None and not method.backbone.resting
+    assert not any(m._forward_pre_hooks for part in parts.values() for m in part.modules())
+    moved.clear()
+    method.backbone.rest(torch.device("cpu"))
+    assert method.backbone.to(torch.device("cpu")) and {*moved} == {*parts} and not method.backbone.resting  # by name all of it moves
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from commandline import called
+from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.commands import main
 from ddil_lightning.evaluation.given import Given, Judge
 from ddil_lightning.evaluation.suite import Probes, Suite
@@ -184,3 +186,27 @@ def test_torchrun_and_kills_end_with_the_numbers_of_one_process() -> None:
     found, out = rows_of(started("--out", "three.json", "--keep_images", "kept"), "three.json")
     assert found == one and there > 8 and f", {94 - there} of them drawn now" in out
     assert not list(Path("kept").rglob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("sample", ["--pipeline", "builtin/digits", "--prompt", "a two", "--out", "x.png"]),
+        ("probe", ["--student", "builtin/digits", "--teacher", "builtin/digits"]),
+        ("invert", ["--teacher", "builtin/digits"]),
+        ("test", ["--pipeline", "builtin/digits"]),
+    ],
+)
+def test_every_command_that_samples_has_the_precision_that_is_asked_for(
+    name: str, words: list[str], capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def loaded(self: Pipeline, source: Any, dtype: Any, vae_dtype: Any, bare: bool) -> Any:
+        asked.append((dtype, vae_dtype))
+        raise ValueError("not now")
+
+    monkeypatch.setattr(Pipeline, "load", loaded)
+    for more in ([], ["--dtype", "bf16"]):
+        assert called(capsys, name, *words, *more)[0] == 2
+    assert asked == [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)]

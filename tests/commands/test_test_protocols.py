@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from ddil_lightning.evaluation import networks
 from ddil_lightning.evaluation.batches import as_saved
 from ddil_lightning.evaluation.networks import Named
 from ddil_lightning.evaluation.suite import Suite
+from ddil_lightning.training.method import Distillation
 from pictured import captioned_set
 
 MINE = """
@@ -166,6 +169,37 @@ def test_distances_to_the_teacher(told: str, tiny: Path, light: Path, here: Path
     for more, g in (([], "1.5"), (["--teacher_guidance", 3], "3")):
         again, _ = scored(capsys, "--pipeline", "student", *words, *more)
         assert again["protocol"]["reference"]["teacher"] == f"{light} in 2 steps, guidance_scale {g}"
+
+
+@pytest.mark.parametrize("of", ["pipeline", "ckpt_path"])
+def test_student_and_teacher_are_on_the_device_in_turn(
+    of: str, tiny: Path, light: Path, finished: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two large pipelines would not fit beside each other, nor would a method and its teacher."""
+    load, places = Pipeline.load, {name: getattr(Distillation, name) for name in ("to", "cpu")}
+    loaded: list[Any] = []
+    moves: list[str] = []
+
+    def one(self: Pipeline, source: Any, dtype: Any, vae_dtype: Any, bare: bool) -> Any:
+        assert not any(before() for before in loaded) and moves[-1:] != ["to"]
+        pipe = load(self, source, dtype, vae_dtype, bare)
+        loaded.extend([] if bare else [weakref.ref(pipe.unet)])  # a bare one is the method's own
+        return pipe
+
+    def moved(self: Any, *args: Any, name: str) -> Any:
+        assert not any(before() for before in loaded)
+        moves.append(name)
+        return places[name](self, *args)
+
+    monkeypatch.setattr(Pipeline, "load", one)
+    for name in places:
+        monkeypatch.setattr(Distillation, name, functools.partialmethod(moved, name=name))
+    words = ["--steps", 1, "--protocol", "mine.yaml", "--data", "set", "--teacher", light, "--teacher_steps", 2]
+    words += ["--out", "metrics.json"]
+    row, _ = scored(capsys, f"--{of}", tiny if of == "pipeline" else finished, *words)
+    assert row["metrics"]["frechet_teacher"] > 0
+    # The teacher is looked at, then the student; it draws, and then the student does.
+    assert (len(loaded), moves) == ((4, []) if of == "pipeline" else (2, ["to", "cpu", "to"]))
 
 
 def test_a_teacher_that_cannot_be_had(tiny: Path, here: Path, capsys: Any) -> None:

@@ -143,6 +143,17 @@ def test_shards_and_buckets(light: Path) -> None:
     outside = sum(p.numel() * 4 for p in network.parameters()) - sum(sizes)
     assert split.gathered == 2 * (outside + sum(sizes[-2:]))
     assert split.at_once == 1000 + split.of("gradients")
+    assert split.whole == sum(p.numel() * 4 for p in network.parameters())
+    small = split._replace(at_once=0, gathered=0)
+    assert small.total == small.of("weights") + small.whole  # the run's ends, at which there are no gradients, are its peak
+
+
+def test_what_rests_in_the_training_is_there_at_its_ends() -> None:
+    """But for encoders, which rest at both ends as well where the data are encoded."""
+    held = (Part("teacher", 100, 0, 0, False), Part("encoders", 70, 0, 0, False), Part("average", 50, 0, 0, True))
+    made = away(Footprint(held, activations=30, at_once=30, encoding=9), ["average", "encoders"])
+    assert (made.of("weights"), made.offloaded, made.encoding) == (100, 50, 0)
+    assert made.total == 150 and made._replace(at_once=60).total == 160
 
 
 @pytest.mark.slow

@@ -170,22 +170,25 @@ def is_adapted(network: nn.Module) -> bool:
     return any(".lora_" in name for name, _ in network.named_parameters())
 
 
-def merged(model: nn.Module, state: dict[str, Tensor], base: nn.Module) -> dict[str, Tensor]:
-    """The float32 state of a plain network that does as `model`, adapters on `base`: W + (alpha / rank) B A, and what is trained whole.
+def merged(model: nn.Module, weights: Iterable[tuple[str, Tensor]], base: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state in `dtype` of a plain network that does as `model`, adapters on `base`: W + (alpha / rank) B A, and what is trained whole.
 
-    `state`: the weights of the base in float32, as they are stored, which are replaced in it one by one, so that there are never two of
-    all. A layer without an adapter keeps its tensor. All of it stays on their device.
+    `weights`: those of the base as they are stored, by name. They are merged in float32 and rounded one by one, so that there is one
+    tensor at a time in another precision. In float32 a layer without an adapter keeps its tensor. All of it stays on their device.
     """
     from peft.tuners.lora import LoraLayer
 
-    device = next(iter(state.values())).device
+    adapted = {f"{name}.weight": cast(Any, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    shared, state = {id(p) for p in base.parameters()}, {}
     with torch.no_grad():
-        for name, module in model.named_modules():
-            if isinstance(module, LoraLayer):
-                weight = state[f"{name}.weight"]
-                state[f"{name}.weight"] = weight + module.get_delta_weight(NAME).to(weight)
-        shared = {id(p) for p in base.parameters()}
+        for name, stored in weights:
+            weight = stored.float()
+            if name in adapted:
+                weight = weight + adapted.pop(name).get_delta_weight(NAME).to(weight)
+            state[name] = weight.to(dtype)
+        assert not adapted, adapted.keys()
+        device = next(iter(state.values())).device
         for name, p in model.named_parameters():
             if id(p) not in shared and ".lora_" not in name:
-                state[name] = p.detach().float().to(device)
+                state[name] = p.detach().float().to(device, dtype)
     return state

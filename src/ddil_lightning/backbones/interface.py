@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ddil_lightning.backbones import digests
 from ddil_lightning.backbones.adapters import Adapter
 from ddil_lightning.backbones.network import Network
+from ddil_lightning.backbones.resting import Resting
 from ddil_lightning.backbones.roles import Role
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.reflection import Reflection
@@ -46,6 +47,9 @@ class Backbone(ABC):
 
     at: torch.device | None = None
     """The device that its parts work on while some of them rest elsewhere (`backbones.resting`)."""
+
+    resting: Sequence[Resting] = ()
+    """Its encoders at rest (`rest`)."""
 
     shift: float | None = None
     """Of a flow, how its times are shifted towards noise."""
@@ -141,6 +145,22 @@ class Backbone(ABC):
         """The modules that encode and decode, each of which is called as one: they may rest while nobody does."""
         return []
 
+    def rest(self, home: torch.device) -> None:
+        """Its encoders lie on the CPU from now on, and come for their calls on the device `home`, until it is moved (`to`) or woken."""
+        self.wake(torch.device("cpu"))
+        self.at, self.resting = home, [Resting(part, home=home) for part in self.encoder_parts()]
+
+    def wake(self, place: torch.device | None = None) -> None:
+        """Encoders at rest go home, or to another `place`, and stay."""
+        for resting in self.resting:
+            resting.wake(place)
+        self.at, self.resting = None, ()
+
+    def awake(self) -> list[nn.Module]:
+        """Its frozen modules but for those at rest."""
+        there = {id(resting.module) for resting in self.resting}
+        return [part for part in self.parts() if not {id(part), *map(id, part.children())} & there]
+
     # Encoders ------------------------------------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -226,8 +246,8 @@ class Backbone(ABC):
     holds_students: bool = False
     """Whether `save` writes a pipeline that samples by itself, so that an export can be reloaded and compared."""
 
-    def merged(self, network: nn.Module) -> Network:
-        """A student's network with its adapters merged, in float32: as `save` writes it, and as everybody else calls it."""
+    def merged(self, network: nn.Module, dtype: torch.dtype = torch.float32) -> Network:
+        """A student's network with its adapters merged, in `dtype`: as `save` writes it, and as everybody else calls it."""
         raise ValueError(f"networks of {self.path} have no adapters to be merged")
 
     def scheduler(

@@ -24,6 +24,7 @@ from ddil_lightning.backbones.loading import check_weights, empty_network, load_
 from ddil_lightning.backbones.prompts import Prompted
 from ddil_lightning.backbones.quantising import Quantize
 from ddil_lightning.backbones.repositories import DENOISERS
+from ddil_lightning.backbones.resting import Resting
 from ddil_lightning.backbones.sizes import shaped
 from ddil_lightning.backbones.source import Source
 from ddil_lightning.backbones.weights import Weights
@@ -94,6 +95,7 @@ class Pipeline(Prompted):
 
     def to(self, device: torch.device) -> Pipeline:
         """The pipeline itself, after its encoders and the teacher have been moved to `device`."""
+        self.wake(device)
         self.pipe.to(device)
         return self
 
@@ -155,12 +157,12 @@ class Pipeline(Prompted):
         made.typical = next(name for name, p in model.named_parameters() if not p.requires_grad and p.dtype == self.dtype)
         return made
 
-    def merged(self, network: nn.Module) -> Family:
-        """A network with its adapters merged into the weights of the frozen one as they are stored, whatever it computes in."""
+    def merged(self, network: nn.Module, dtype: torch.dtype = torch.float32) -> Family:
+        """A network in `dtype`, with its adapters merged into the weights of the frozen one as they are stored."""
         model = cast(Family, network).model
         with loading.without_weights():
             plain = type(model).from_config(architectures.own_config(model))
-        plain.load_state_dict(merged(model, {key: value.float() for key, value in self._weights()}, self._network.model), assign=True)
+        plain.load_state_dict(merged(model, self._weights(), self._network.model, dtype), assign=True)
         return type(self._network)(plain.to(memory_format=torch.channels_last).requires_grad_(False).eval())
 
     def head(self, layers: Sequence[str] = (), name: str = "teacher") -> nn.Module:
@@ -206,6 +208,31 @@ class Pipeline(Prompted):
         """The same backbone around another pipeline, such as a student's that was read again, on the same device; `asked`: see stepping."""
         other = copy.copy(self)
         other.pipe, other._asked = pipe.to(self.device), asked or {}
+        other._network, other._contents = family_of(pipe, self.path), []
+        return other
+
+    def frozen(self) -> dict[str, Any]:
+        """The text encoders and the autoencoder by the names of their components."""
+        named = self.pipe.components.items()
+        return {name: part for name, part in named if isinstance(part, nn.Module) and part is not self._network.model}
+
+    def sharing(self, pipe: Any, asked: Mapping[str, float] | None = None) -> Pipeline:
+        """The same backbone around another pipeline, of which the device holds nothing twice; `asked`: see stepping.
+
+        That one gets the encoders of this, and those that it has in another precision rest on the CPU between their calls. Its network
+        stays on the CPU as well: `resting.visiting` brings it.
+        """
+        for name, own in self.frozen().items():
+            its = getattr(pipe, name)
+            if name == "vae" or its.dtype == own.dtype:  # nobody decodes by it
+                setattr(pipe, name, own)
+            else:
+                Resting(its)
+        kind, device, other = type(pipe), self.device, copy.copy(self)
+        # diffusers would look for the device in the weights, which need not be there when it asks.
+        names = {"__module__": kind.__module__, "_execution_device": property(lambda _: device)}
+        pipe.__class__ = type(kind.__name__, (kind,), names)
+        other.pipe, other._asked, other.at = pipe, asked or {}, device
         other._network, other._contents = family_of(pipe, self.path), []
         return other
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,23 @@ ALIGNED = 64
 """Bytes at whose multiples tensors begin in a file, as an allocator would place them."""
 
 
+def apart(device: torch.device) -> bool:
+    """Whether a device has memory of its own."""
+    return device.type != "cpu"
+
+
 class Resting:
     """Puts `module` to rest, all of it but the tensors that it shares with others (`shared`).
 
     What it is called with says on which device it works; copies go there, so that nothing is ever copied back. It must not be trained.
-    Where gradients pass through a call, the backward pass will need the weights where they were: it is woken then, for good.
+    Where gradients pass through a call, the backward pass will need the weights where they were: it is woken then, for good. `home`: where
+    they belong, of a module that has not been there yet.
     """
 
-    def __init__(self, module: nn.Module, shared: Iterable[Tensor] = ()) -> None:
+    def __init__(self, module: nn.Module, shared: Iterable[Tensor] = (), home: torch.device | None = None) -> None:
         self.module = module
         self._shared = {id(x) for x in shared}
-        self.home = next((table[name].device for table, name in self._own()), torch.device("cpu"))
+        self.home = next((table[name].device for table, name in self._own()), torch.device("cpu")) if home is None else home
         self._resting: list[tuple[Any, str, Tensor]] = []
         self._handles: tuple[Any, ...] = (
             module.register_forward_pre_hook(self._called, with_kwargs=True),
@@ -42,11 +49,11 @@ class Resting:
         )
         self._move(torch.device("cpu"))
 
-    def wake(self) -> None:
-        """The weights go where they were, and stay."""
+    def wake(self, place: torch.device | None = None) -> None:
+        """The weights go where they were, or to another `place`, and stay."""
         for handle in self._handles:
             handle.remove()
-        self._move(self.home)
+        self._move(self.home if place is None else place)
 
     def _own(self) -> list[tuple[Any, str]]:
         """The places of its tensors: a table of a submodule, and a name."""
@@ -71,6 +78,35 @@ class Resting:
         for table, name, x in self._resting:
             table[name] = x
         self._resting = []
+
+
+@contextmanager
+def visiting(guest: nn.Module, others: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """Inside, the network `guest` is on `device`, and the frozen `others`, which nobody asks meanwhile, are on the CPU.
+
+    A guest that is there already stays, and they do. None of them may be trained: gradients find a parameter where they left it.
+    """
+    if next(guest.parameters()).device == device:
+        yield
+        return
+    # Quantised weights have more to them than one tensor, and stay.
+    away = [(x, x.device) for other in others for x in _tensors_of(other) if type(x.data) is Tensor]
+    brought = [(x, x.data) for x in _tensors_of(guest)]
+    for x, _ in away:
+        x.data = x.data.cpu()
+    for x, value in brought:
+        x.data = value.to(device)
+    try:
+        yield
+    finally:
+        for x, value in brought:
+            x.data = value
+        for x, place in away:
+            x.data = x.data.to(place)
+
+
+def _tensors_of(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 def to_file(modules: Iterable[nn.Module], folder: Path) -> None:

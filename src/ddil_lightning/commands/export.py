@@ -52,7 +52,9 @@ def _parser() -> Parser:
     )
     parser.add_argument("--name", type=_name, help="what the files are called, before the step count (default: config and teacher)")
     parser.add_argument("--steps", type=STEPS, help="the step count that the folder recommends (default: what the student is made for)")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of all components")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of all components (default: float32)"
+    )
     parser.add_argument("--safety_checker", action="store_true", help="the pipeline with the teacher's safety checker")
     parser.add_argument("--license", help="of the student, for the card (default: the teacher's, where its card is at hand, else other)")
     parser.add_argument(

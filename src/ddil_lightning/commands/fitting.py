@@ -14,6 +14,7 @@ from typing import Any
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ddil_lightning import plugins
+from ddil_lightning.backbones.resting import apart
 from ddil_lightning.callbacks import Checkpoints, Stages
 from ddil_lightning.commands.fit_cli import FitCLI, launched_by
 from ddil_lightning.commands.watch import Watch, is_lost
@@ -152,8 +153,11 @@ def conclude(cli: FitCLI, checkpoints: Checkpoints, begun: float) -> None:
     from ddil_lightning.evaluation.table import write_rows
     from ddil_lightning.runs.report import write_report
 
+    device = cli.trainer.strategy.root_device
+    if not cli.datamodule.encodes and apart(device):
+        cli.model.backbone.rest(device)  # as in the training
     # Lightning has moved the method to the CPU by now.
-    method = cli.model.to(cli.trainer.strategy.root_device).eval()
+    method = cli.model.to(device).eval()
     facts = {"config": cli.name, "seed": cli.config.seed_everything}
     try:
         summary = finish(method, cli.folder, cli.config_init.test, cli.config.export_steps, cli.datamodule.examples(4), facts)

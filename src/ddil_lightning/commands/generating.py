@@ -1,4 +1,4 @@
-"""Options of commands that have images drawn for a table: in what precision and batches, by which processes, and where they are kept."""
+"""Options of commands that sample pipelines: in what precision, and of a table in what batches, and where its images are kept."""
 
 from __future__ import annotations
 
@@ -30,11 +30,16 @@ def dtype(text: str) -> str:
     return name
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add them to a command's parser."""
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """Add that of the precision, which is the same for all commands that load a pipeline."""
     parser.add_argument(
         "--dtype", type=dtype, metavar="|".join(DTYPES), help="of network and text encoders (default: fp32); the autoencoder stays in fp32"
     )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add them to the parser of a command that makes a table."""
+    add_dtype(parser)
     parser.add_argument("--batch", type=number(1, 10**5), help="images at a time (default: fewer the larger the latents are)")
     parser.add_argument(
         "--samples", type=number(1, 1000), default=1, help="images of each prompt (default: 1; GenEval and DPG-Bench ask for 4)"

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ddil_lightning.commands import generating
 from ddil_lightning.commands.arguments import SCALE, SEED, STEPS, Parser, number, path, place
 from ddil_lightning.errors import Refusal
 from ddil_lightning.files import check_writable
@@ -39,6 +40,7 @@ def invert(argv: list[str]) -> int:
         "--network", nargs="+", default=[], metavar="NAME", help="of features=NAME[:PATH] and distance=NAME[:PATH], as ddil-test has them"
     )
     parser.add_argument("--seed", type=SEED, default=0, help="of images, search and noise")
+    generating.add_dtype(parser)
     parser.add_argument("--out", type=path, default=Path("invert.json"), help="the JSON file (default: invert.json)")
     args = parser.parse_args(argv)
     if args.teacher is None and not args.student:
@@ -103,11 +105,12 @@ def _cast(args: argparse.Namespace) -> tuple[Any, list[Any]]:
     from ddil_lightning.commands.arguments import check_steps, device, pipeline_of
     from ddil_lightning.commands.inverting import Sampler
 
-    loaded = [(name, Pipeline(pipeline_of(name, args.steps, "to invert with")).to(device())) for name in args.student]
+    kind = generating.precision(args)
+    loaded = [(name, Pipeline(pipeline_of(name, args.steps, "to invert with"), **kind).to(device())) for name in args.student]
     source = args.teacher or next((s.about["teacher"] for _, s in loaded if "teacher" in s.about), None)
     if source is None:
         raise Refusal(f"{args.student[0]} has no card that names its teacher: give it, by --teacher")
-    teacher = Pipeline(source).to(device())
+    teacher = Pipeline(source, **kind).to(device())
     g = teacher.guidance if args.guidance is None else args.guidance
     check_steps(teacher, [args.teacher_steps])
     students = []

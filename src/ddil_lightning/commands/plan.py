@@ -148,6 +148,8 @@ def table(method: Any, setting: Setting, made: Footprint, other: Footprint, host
         found.append(f"ddp's buckets {_shown(made.buckets)}")
     if made.gathered:
         found.append(f"gathered by fsdp2 {_shown(made.gathered)}")
+    if made.whole:
+        found.append(f"the student whole, where it is exported {_shown(made.whole)}")
     cached, buffer = (_shown(setting.here * size) for size in host)
     whose = f" of a machine, whose {setting.here} processes have one each" if setting.here > 1 else ""
     found.append(f"encoded data in memory {cached}, a full buffer of roll-outs {buffer}, on the host{whose}")

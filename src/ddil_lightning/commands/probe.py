@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ddil_lightning.commands import entries
+from ddil_lightning.commands import entries, generating
 from ddil_lightning.commands.arguments import SCALE, SEED, STEPS, Parser, advising, device, is_run, number, path, pipeline_of, place
 from ddil_lightning.commands.protocols import add_sources
 from ddil_lightning.errors import Refusal
@@ -49,6 +49,7 @@ def probe(argv: list[str]) -> int:
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="these parts alone (default: all)")
     parser.add_argument("--seed", type=SEED, help="of prompts, noise and turns (default: a protocol's own, else 0)")
     parser.add_argument("--truncate", action="store_true", help="cut captions that are too long for the text encoder")
+    generating.add_dtype(parser)
     parser.add_argument("--out", type=path, help="the JSON file, with a page beside it (default: probe.json in the run folder, else here)")
     args = parser.parse_args(argv)
     if args.images and args.protocol in (None, "shapes", "digits"):
@@ -116,11 +117,12 @@ def _contest(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     from ddil_lightning.diffusion.policy import Policies
     from ddil_lightning.diffusion.transitions import ddim
 
-    student = Pipeline(pipeline_of(args.student, args.steps, "to probe: ShiftProbe measures it in training")).to(device())
+    kind = generating.precision(args)
+    student = Pipeline(pipeline_of(args.student, args.steps, "to probe: ShiftProbe measures it in training"), **kind).to(device())
     source = args.teacher or Source.of_card(student.about)
     if source is None:
         raise Refusal(f"{student.path} has no card that names its teacher: give it, by --teacher")
-    teacher = Pipeline(source).to(device())
+    teacher = Pipeline(source, **kind).to(device())
     check_alike(student, teacher)
     if args.sampler:
         student = named(student, args.sampler)

@@ -1,4 +1,4 @@
-"""The one pipeline that is on the device while several are compared, with the sampler of its entry."""
+"""The one pipeline that is on the device where several are asked in turn, with the sampler of its entry."""
 
 from __future__ import annotations
 
@@ -26,14 +26,18 @@ class Rack:
         from ddil_lightning.backbones.pipeline import Pipeline
 
         if self._backbone is None or source != self._source:
-            self._backbone = None
-            gc.collect()  # before the next one is loaded: what is left of the last one would stand beside it
-            if self.where.type == "cuda":
-                import torch
-
-                torch.cuda.empty_cache()
+            self.clear()  # before the next one is loaded: what is left of the last one would stand beside it
             self._backbone, self._source = Pipeline(source, **self.kind).to(self.where), source
         return self._backbone
+
+    def clear(self) -> None:
+        """Let go of the pipeline."""
+        self._backbone = None
+        gc.collect()
+        if self.where.type == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
 
 
 def ready(entry: Entry, backbone: Pipeline) -> Pipeline:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ddil_lightning.commands import generating
 from ddil_lightning.commands.arguments import SCALE, SEED, STEPS, Parser, advising, check_steps, device, guidance_scale, number, path, place
 from ddil_lightning.errors import Refusal
 from ddil_lightning.files import check_writable, replacing
@@ -19,6 +20,7 @@ def sample(argv: list[str]) -> int:
     parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--n", type=number(1, 1000), default=1, help="images per prompt")
     parser.add_argument("--scale", type=number(1, 64), help="enlarge every pixel (default: to at least 256)")
+    generating.add_dtype(parser)
     parser.add_argument("--out", type=path, required=True, help="the PNG; several images make a sheet")
     args = parser.parse_args(argv)
     kind = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}.get(args.out.suffix.lower())
@@ -31,7 +33,8 @@ def sample(argv: list[str]) -> int:
     from ddil_lightning.backbones.pipeline import Pipeline
     from ddil_lightning.backbones.source import Source
 
-    backbone = Pipeline(Source(args.pipeline, size=(args.size[0], args.size[-1]) if args.size else None)).to(device())
+    source = Source(args.pipeline, size=(args.size[0], args.size[-1]) if args.size else None)
+    backbone = Pipeline(source, **generating.precision(args)).to(device())
     prompts = [p for p in args.prompt for _ in range(args.n)]
     if not args.truncate:
         with advising("--truncate"):

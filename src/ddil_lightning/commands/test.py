@@ -23,13 +23,17 @@ from ddil_lightning.commands.arguments import (
     place,
 )
 from ddil_lightning.commands.launched import together
+from ddil_lightning.commands.rack import Rack
 from ddil_lightning.errors import Refusal
 from ddil_lightning.files import check_writable
 from ddil_lightning.messages import quiet
 from ddil_lightning.runs.checkpoint import config_of
 
 if TYPE_CHECKING:
+    from ddil_lightning.backbones.pipeline import Pipeline
+    from ddil_lightning.commands.teaching import Teacher
     from ddil_lightning.evaluation.generation import Generation
+    from ddil_lightning.evaluation.suite import Suite
 
 
 def test(argv: list[str]) -> int:
@@ -95,8 +99,9 @@ def _parser() -> Parser:
 
 
 def _pipeline_rows(args: argparse.Namespace, how: Generation, where: Any) -> list[dict[str, Any]]:
-    from ddil_lightning.backbones import sampling
-    from ddil_lightning.backbones.pipeline import Pipeline
+    """Student, teacher and the students of earlier stages are on the device in turn."""
+    from ddil_lightning.backbones.loading import recommended
+    from ddil_lightning.backbones.source import Source
     from ddil_lightning.evaluation.rows import pipeline_row
     from ddil_lightning.runs.folder import stage_pipelines
 
@@ -104,23 +109,32 @@ def _pipeline_rows(args: argparse.Namespace, how: Generation, where: Any) -> lis
         raise Refusal(f"no pipeline can hold the student of {args.run}, so there is none to test: its rows are in summary.json")
     if args.run and not (Path(args.run) / "pipeline").is_dir():
         raise Refusal(f"{args.run} holds no exported pipeline (pipeline/): give a finished run, or --ckpt_path for one that is not")
-    kind = generating.precision(args)
-    backbone = Pipeline(str(Path(args.run) / "pipeline") if args.run else args.pipeline, **kind).to(where)
-    suite, teacher = _suite(args, backbone, how, backbone.about, kind)
+    rack, own = Rack(where, generating.precision(args)), Source(str(Path(args.run) / "pipeline") if args.run else args.pipeline)
+    teacher = _teacher(args, recommended(own.path), rack)
+    suite = protocols.suite_of(args, args.plan, rack.take(own), how.processes, teacher)
+    stages = {n: Source(str(folder)) for n, folder in stage_pipelines(Path(args.run)).items()} if args.run else {}
+    counts, g = _checked(args, rack.take(own), suite, stages)
+    suite, rows = teacher.taught(suite, how) if teacher else suite, []
+    for n in counts:
+        tested = rack.take(stages.get(n, own))
+        rows += [pipeline_row(suite, tested, n, g, dpm, how) for dpm in _solvers(args, tested)]
+        del tested  # nobody keeps what the next one takes the place of
+    return rows
+
+
+def _checked(args: argparse.Namespace, backbone: Pipeline, suite: Suite, stages: Mapping[int, Any]) -> tuple[list[int], float]:
+    """The step counts of the rows and their guidance_scale, after prompts were measured, and counts that no stage is for were tried."""
+    from ddil_lightning.backbones import sampling
+
     check_prompts(args.truncate, suite, backbone)
-    stages = stage_pipelines(Path(args.run)) if args.run else {}
     own = backbone.about.get("made_for", [4, 2, 1] if "method" in backbone.about else [32])
     g = guidance_scale(backbone, args.guidance)
-    counts, rows = args.steps or sorted({*stages, *own}, reverse=True), []
+    counts = args.steps or sorted({*stages, *own}, reverse=True)
     own_counts, solvers = [n for n in counts if n not in stages], _solvers(args, backbone)
     check_steps(backbone, own_counts, solvers)
     for dpm in solvers if own_counts else ():  # some schedulers fail in few steps only, which would be after all the others
         sampling.pipeline_latents(backbone.with_solver(dpm), suite.prompts[:1], min(own_counts), g)
-    suite = teacher.taught(suite, how) if teacher else suite
-    for n in counts:
-        tested = Pipeline(str(stages[n]), **kind).to(where) if n in stages else backbone
-        rows += [pipeline_row(suite, tested, n, g, dpm, how) for dpm in _solvers(args, tested)]
-    return rows
+    return counts, g
 
 
 def _solvers(args: argparse.Namespace, backbone: Any) -> list[bool]:
@@ -129,26 +143,32 @@ def _solvers(args: argparse.Namespace, backbone: Any) -> list[bool]:
 
 
 def _checkpoint_rows(args: argparse.Namespace, how: Generation, where: Any) -> list[dict[str, Any]]:
+    """The method leaves the device for its teacher's images."""
     from ddil_lightning.commands.restore import restore
     from ddil_lightning.evaluation.rows import student_rows
     from ddil_lightning.runs.export import about_student
 
-    method = restore(args.ckpt_path).to(where)
-    deployment = method.deployment
-    suite, teacher = _suite(args, method.backbone, how, about_student(method, deployment.steps[0]), {"dtype": method.backbone.dtype})
+    method = restore(args.ckpt_path)
+    rack = Rack(where, {"dtype": method.backbone.dtype})
+    teacher = _teacher(args, about_student(method, method.deployment.steps[0]), rack)
+    rack.clear()
+    deployment = method.to(where).deployment
+    suite = protocols.suite_of(args, args.plan, method.backbone, how.processes, teacher)
     check_prompts(args.truncate, suite, method.backbone)
     if args.guidance is not None and not (deployment.told or deployment.guided):
         raise Refusal(baked(args.ckpt_path, deployment.quoted))
     g = deployment.quoted if args.guidance is None else args.guidance
-    samplers = {n: deployment.sampler(n) for n in args.steps or deployment.steps}
-    suite = teacher.taught(suite, how) if teacher else suite
-    return student_rows(suite, method.backbone, samplers, g, args.dpm, how)
+    counts = args.steps or deployment.steps
+    for n in counts:
+        deployment.sampler(n)  # what its grid cannot take is refused before anything is drawn
+    if teacher:
+        method.cpu()
+        suite = teacher.taught(suite, how)
+        rack.clear()
+        deployment = method.to(where).deployment
+    return student_rows(suite, method.backbone, {n: deployment.sampler(n) for n in counts}, g, args.dpm, how)
 
 
-def _suite(args: argparse.Namespace, backbone: Any, how: Generation, card: Mapping[str, Any], kind: dict[str, Any]) -> tuple[Any, Any]:
-    """What is measured by, and the teacher whose images it still awaits, loaded as `kind` says; None without one."""
-    from ddil_lightning.backbones.pipeline import Pipeline
-
-    asked = teaching.named(args, args.plan and args.plan.protocol, [card])
-    teacher = teaching.teacher_of(args, asked, lambda source: Pipeline(source, **kind).to(backbone.device))
-    return protocols.suite_of(args, args.plan, backbone, how.processes, teacher), teacher
+def _teacher(args: argparse.Namespace, card: Mapping[str, Any], rack: Rack) -> Teacher | None:
+    """Whose images of the prompts are a second reference, by the options or the student's `card`; None for nobody's."""
+    return teaching.teacher_of(args, teaching.named(args, args.plan and args.plan.protocol, [card]), rack.take)

@@ -18,7 +18,7 @@ from ddil_lightning.data.cachefolder import CacheFolder
 from ddil_lightning.data.captions import Captions, Prompts, RawBatch
 from ddil_lightning.data.encoded import Encoded, Notices, encode_batch
 from ddil_lightning.data.pairs import Stored, stored
-from ddil_lightning.data.preparation import check_latents, encodes, latent_box, prepared, second_moment
+from ddil_lightning.data.preparation import check_latents, encodes, is_encoded, latent_box, prepared, second_moment, settle
 from ddil_lightning.data.sampler import CounterSampler, Parting, carried, say_carried
 from ddil_lightning.diffusion.denoiser import evaluating
 from ddil_lightning.feed import Answer, Ask, Feed
@@ -121,10 +121,10 @@ class DDILDataModule(LightningDataModule, Feed):
         if self.buffer is not None:  # the method of a second fit may ask something else
             self.buffer.answers.restore(self.buffer.answers.question)
         backbone = self.learner.backbone
+        given = backbone.captions if self.captions is None else self.captions
         if self.trainer is not None:
             # Lightning moves the method only after this hook, and no data set should be encoded on a CPU beside an idle GPU.
-            backbone.to(self.trainer.strategy.root_device)
-        given = backbone.captions if self.captions is None else self.captions
+            settle(backbone, self.trainer.strategy.root_device, is_encoded(given, self.cache))
         options = (self.cache, self.truncate, self.workers, self.on_error)
         us = Processes(self.trainer, self.trainer.num_nodes if self.trainer is not None else 1)
         self._host = us.host()

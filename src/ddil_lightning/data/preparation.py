@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ddil_lightning.backbones.resting import apart
 from ddil_lightning.counting import counted
 from ddil_lightning.data import manifest
 from ddil_lightning.data.cachefile import cached
@@ -34,6 +35,21 @@ def own_captions(backbone: Any) -> Captions:
             "or Prompts, Shapes or Digits"
         )
     return builtin(name)
+
+
+def is_encoded(captions: Captions | None, cache: bool | str) -> bool:
+    """Whether nothing of a data set is left to be encoded before it is opened: what `encodes` says, of encoded data that are there."""
+    there = isinstance(captions, Encoded) or (isinstance(cache, str) and Path(cache).exists())
+    return there and not encodes(captions, cache)
+
+
+def settle(backbone: Any, device: torch.device, encoded: bool) -> None:
+    """Bring the frozen pipeline to the device; of one with memory of its own the network alone, where the data are `encoded`."""
+    if encoded and apart(device):
+        backbone.rest(device)
+        backbone.network().to(device)
+    else:
+        backbone.to(device)
 
 
 def prepared(

@@ -113,7 +113,8 @@ def student_rows(
 
 def folder_sampler(folder: Path, device: torch.device) -> tuple[Policy, Grid]:
     """The student of an exported pipeline that steps by DDIM, on the nodes that its card names."""
-    backbone = Pipeline(str(folder)).to(device)
+    backbone = Pipeline(str(folder))
+    backbone.network().to(device)  # the encoders are not asked
     return Policy(Denoiser(backbone.network(), backbone.schedule, backbone.predicts), ddim), Grid([*backbone.about["timesteps"], END])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ddil_lightning.backbones import sampling
-from ddil_lightning.backbones.loading import load_pipeline
+from ddil_lightning.backbones.resting import visiting
 from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.files import move_contents, read_table, replacing_folder, unused
 from ddil_lightning.runs.card import Card
 from ddil_lightning.runs.replay import replayed
+from ddil_lightning.runs.reread import NotAsTrained, check_settings, check_weights, is_lean, loads, reloaded
 from ddil_lightning.training.sharing import merged, standing_in
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def export(method: Distillation, folder: Path, steps: int = 4, dtype: torch.dtyp
     with replacing_folder(folder) as temporary, merged(method):
         backbone.save(temporary, method.deployment.network, partial(deployment.made_scheduler, steps), dtype, safety_checker)
         (temporary / "ddil.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        (temporary / "README.md").write_text(card(method, steps).text(), encoding="utf-8")
+        (temporary / "README.md").write_text(card(method, steps, dtype=dtype).text(), encoding="utf-8")
     return folder
 
 
@@ -116,46 +117,26 @@ def card(method: Distillation, steps: int, **known: Any) -> Card:
     )
 
 
-class NotAsTrained(ValueError):
-    """An exported pipeline that does not sample as the trainer does. It is not deleted."""
-
-
-def verify(method: Distillation, folder: Path, prompts: Sequence[str], steps: int, halved: bool = False) -> float:
-    """`compare` the trainer's sampler with the pipeline in `folder`, loaded as its users load it; raises and answers as that does."""
-    made = reloaded(method, folder)
-    return confirm(method, made, prompts, steps) if is_lean(method) else compare(method, method.deployment, made, prompts, steps, halved)
-
-
-def reloaded(method: Distillation, folder: Path) -> Pipeline:
-    """A student's pipeline from its folder, in the place of the method's own."""
-    return cast("Pipeline", method.backbone).holding(load_pipeline(folder, loads(method)), method.deployment.called_with)
-
-
-def is_lean(method: Distillation) -> bool:
-    """Whether the student is adapters on a network in half precision, as large models are trained: see `confirm`."""
-    return bool(method.outgoing.shared) and method.backbone.dtype != torch.float32
-
-
-def loads(method: Distillation) -> torch.dtype:
-    """The precision that pipelines are compared in."""
-    return method.backbone.dtype if is_lean(method) else torch.float32
+def verify(method: Distillation, folder: Path, prompts: Sequence[str], steps: int) -> float:
+    """`confirm` the pipeline in `folder`, loaded as its users load it; raises and answers as that does."""
+    return confirm(method, reloaded(method, folder), prompts, steps)
 
 
 def confirm(method: Distillation, made: Pipeline, prompts: Sequence[str], steps: int, trained: Deployment | None = None) -> float:
     """The largest relative difference between latents of a reloaded pipeline, `made`, and of the trainer, as `compare` answers it.
 
     `trained`: what to compare with, by default the student as it is exported. Adapters on a network in half precision are compared
-    without a network in float32 on the device: the caller holds the weights against each other, number by number, and here both samplers
-    ask one network, the reloaded one (`replay`). The device then holds the trained network and one pipeline in its precision.
+    without a second network on the device: the caller holds the weights against each other, number by number, and here both samplers have
+    the answers of one network, the one in training (`replay`). The reloaded network stays on the CPU.
     """
     if not is_lean(method):
-        return compare(method, trained or method.deployment, made, prompts, steps, halved=trained is None)
-    with standing_in(method, made.network()):
+        return compare(method, trained or method.deployment, made, prompts, steps)
+    with standing_in(method, None):
         return compare_samplers(method.deployment, made, prompts, steps)
 
 
 def compare_samplers(deployment: Deployment, made: Pipeline, prompts: Sequence[str], steps: int) -> float:
-    """`compare` for a deployment of the reloaded network itself: only how it is asked, and what is made of its answers, can differ."""
+    """`compare` by the answers of the trained network alone: only how it is asked, and what is made of its answers, can differ."""
     with full_precision(made.device):
         found = replayed(deployment, made, prompts, steps)
     if isinstance(found, str):
@@ -169,32 +150,23 @@ def compare_samplers(deployment: Deployment, made: Pipeline, prompts: Sequence[s
     return difference
 
 
-def check_weights(made: nn.Module, kept: nn.Module, dtype: torch.dtype, what: str) -> None:
-    """Raises NotAsTrained, naming the tensor, unless a reloaded network is, bit by bit, the one that was written in `dtype`."""
-    theirs = made.state_dict()
-    for name, value in kept.state_dict().items():
-        if name not in theirs or not torch.equal(theirs[name], value.to(dtype).to(theirs[name])):
-            raise NotAsTrained(f"{what} is not as it was written: {name} is another tensor when it is read again")
-
-
-def compare(
-    method: Distillation, deployment: Deployment, made: Pipeline, prompts: Sequence[str], steps: int, halved: bool = False, seed: int = 0
-) -> float:
+def compare(method: Distillation, deployment: Deployment, made: Pipeline, prompts: Sequence[str], steps: int, seed: int = 0) -> float:
     """The largest difference between latents of a reloaded pipeline and of the trainer's own sampler, relative to their size.
 
-    Both compute in float32 without TF32, from weights of one layout. What rounding alone can do depends on the network, so it is measured
-    (`sensitivity`). Raises NotAsTrained above MARGIN times that: then scheduler, timesteps, guidance or weights are not the trained ones.
-    `halved`: the encoders were exported in half precision, so both sides read the pipeline's text states.
+    Both compute in float32 without TF32, from weights of one layout, one after the other: the reloaded network is on the device when the
+    trained one has answered, in the place of the frozen one, which answers neither. What rounding alone can do depends on the network, so
+    it is measured (`sensitivity`). Raises NotAsTrained above MARGIN times that: then scheduler, timesteps, guidance or weights are not the
+    trained ones. Text states are those of the reloaded pipeline, in float32.
     """
-    (policy, grid), g, backbone = deployment.exported.sampler(steps), deployment.guidance, method.backbone
-    with full_precision(backbone.device):
+    (policy, grid), g = deployment.exported.sampler(steps), deployment.guidance
+    with full_precision(made.device):
         made = made.laid_out_as(deployment.network)
-        if halved or backbone.dtype != torch.float32:
-            backbone = made
-        mine = sampling.latents(backbone, policy, grid, prompts, g, seed).cpu()
-        theirs = sampling.pipeline_latents(made, prompts, steps, deployment.guidance_scale, seed).cpu()
+        with _on_device(method, deployment.network):
+            mine = sampling.latents(made, policy, grid, prompts, g, seed).cpu()
+            tolerance = max(LEAST, MARGIN * sensitivity(made, policy, grid, prompts, g, seed, mine))
+        with _on_device(method, made.network()):
+            theirs = sampling.pipeline_latents(made, prompts, steps, deployment.guidance_scale, seed).cpu()
         difference = relative(mine, theirs)
-        tolerance = max(LEAST, MARGIN * sensitivity(backbone, policy, grid, prompts, g, seed, mine))
     if not difference <= tolerance:
         raise NotAsTrained(
             f"the exported pipeline does not sample as the trainer does: at {steps} steps its latents differ by {difference:.2e} "
@@ -210,6 +182,12 @@ def other_nodes(made: Pipeline, deployment: Deployment, grid: Grid) -> str:
     scheduler, mine = made.pipe.scheduler, grid.nodes.tolist()
     theirs = [round(t) for t in scheduler.timesteps.tolist()]
     return "" if theirs == mine else f": {type(scheduler).__name__} walks t = {theirs}, and the student is deployed on {mine}"
+
+
+def _on_device(method: Distillation, network: nn.Module) -> AbstractContextManager[None]:
+    """Inside, `network` is on the device, and the frozen one and a student that was merged or gathered are not, unless it is among them."""
+    others = [other for other in (method.backbone.network(), method.shards.whole) if other is not None and other is not network]
+    return visiting(network, others, method.backbone.device)
 
 
 ROUNDING, MARGIN, LEAST = 1e-5, 10, 1e-3
@@ -250,18 +228,27 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def deliver(
-    method: Distillation, folder: Path, prompts: Sequence[str], steps: int, dtype: torch.dtype = torch.float32, safety_checker: bool = False
+    method: Distillation,
+    folder: Path,
+    prompts: Sequence[str],
+    steps: int,
+    dtype: torch.dtype | None = None,
+    safety_checker: bool = False,
 ) -> float:
     """`export` and `verify` the student beside `folder`, and only then give it that name; answers the relative difference of latents.
 
+    `dtype`: by default float32, and of adapters on a network in half precision that network's, in which they were trained.
     Raises NotAsTrained for a pipeline that samples otherwise, which is kept as `folder`-unverified; an older `folder` stays as it is.
     """
+    dtype = loads(method) if dtype is None else dtype
     folder = folder if folder.name else folder.absolute()
     unverified = folder.with_name(f"{folder.name}-unverified")
     if unverified.exists() and not exported(unverified):
         unverified = unused(unverified)
     as_trained = method.deployment
-    with replacing_folder(folder) as temporary, merged(method), rounded(method.deployment.network.parameters(), dtype):
+    # A lean student's merged network is held against the written one, and not asked.
+    held = dtype if is_lean(method) else torch.float32
+    with replacing_folder(folder) as temporary, merged(method, held), rounded(method.deployment.network.parameters(), dtype):
         made = export(method, temporary / "made", steps, dtype, safety_checker)
         # Adapters sample as their merged weights do, unless one of the two was rounded.
         exact = {dtype, method.backbone.dtype} == {torch.float32}
@@ -281,10 +268,9 @@ def rehearse(method: Distillation, folder: Path, prompts: Sequence[str], export_
 
     The weights are written once, being the same for all stages. `export_steps`: the step count of the last one. Raises as `compare` does.
     """
-    made = None
-    with merged(method):
-        ahead = method.deployments()
-        for k, deployment in enumerate(ahead):
+    made, ahead = None, method.deployments()
+    with merged(method, loads(method)):
+        for deployment in ahead:
             steps = export_steps if export_steps is not None and deployment is ahead[-1] else deployment.steps[0]
             if made is None:
                 made = _same(method, export(method, folder, steps, loads(method)), loads(method))
@@ -293,8 +279,7 @@ def rehearse(method: Distillation, folder: Path, prompts: Sequence[str], export_
                 scheduler.save_pretrained(folder / "scheduler")
                 made = made.stepping(type(scheduler).from_pretrained(folder / "scheduler"), deployment.called_with)
             if is_lean(method):
-                with standing_in(method, made.network()):
-                    compare_samplers(method.deployments()[k], made, prompts, steps)
+                compare_samplers(deployment, made, prompts, steps)
             else:
                 compare(method, deployment, made, prompts, steps)
 
@@ -303,7 +288,9 @@ def _same(method: Distillation, folder: Path, dtype: torch.dtype) -> Pipeline:
     """The pipeline in `folder`, reloaded; of a lean student its network is compared with the merged one here (`confirm`)."""
     made = reloaded(method, folder)
     if is_lean(method):
-        check_weights(made.network().model, cast("Family", method.deployment.network).model, dtype, f"the pipeline {folder.name}")
+        what, its, mine = f"the pipeline {folder.name}", made.network().model, cast("Family", method.deployment.network).model
+        check_settings(its, mine, what)
+        check_weights(its, mine, dtype, what)
     return made
 
 
@@ -311,7 +298,7 @@ def _same(method: Distillation, folder: Path, dtype: torch.dtype) -> Pipeline:
 @torch.no_grad()
 def rounded(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> Iterator[None]:
     """Inside, `parameters` are as `dtype` holds them, so that an export in half precision is compared as strictly as any."""
-    exact = [] if dtype == torch.float32 else [(p, p.data) for p in parameters]
+    exact = [] if dtype == torch.float32 else [(p, p.data) for p in parameters if p.dtype != dtype]
     for p, _ in exact:
         p.data = p.to(dtype).to(p.dtype)  # not in place: others may read the same tensor
     try:

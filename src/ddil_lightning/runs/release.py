@@ -19,7 +19,8 @@ from ddil_lightning.backbones.repositories import BUILTIN, called
 from ddil_lightning.errors import one_line
 from ddil_lightning.files import replacing_folder, write_text
 from ddil_lightning.runs.card import ADAPTERS
-from ddil_lightning.runs.export import NotAsTrained, card, check_weights, confirm, deliver, export, is_lean, loads, rounded, unheld
+from ddil_lightning.runs.export import card, confirm, deliver, export, rounded, unheld
+from ddil_lightning.runs.reread import NotAsTrained, beside, check_weights, is_lean, loads
 from ddil_lightning.texts import from_json
 from ddil_lightning.training.sharing import merged
 
@@ -122,15 +123,15 @@ def _adapters(method: Distillation, given: Release, kind: str) -> float:
             lora.write(type(backbone.pipe), file, network, given.dtype)
         else:
             (lora.write_kohya if kind == "kohya" else lora.write_comfy)(file, network, given.dtype)
-        pipe = load_pipeline(backbone.source, loads(method), scheduler=method.deployment.made_scheduler(given.steps))
-        pipe = lora.load(pipe, file)
+        scheduler = method.deployment.made_scheduler(given.steps)
+        pipe = lora.load(load_pipeline(backbone.source, loads(method), scheduler=scheduler, **backbone.frozen()), file)
         try:
             lora.check_equal(getattr(pipe, network.component), network.model, given.dtype)
         except ValueError as error:
             raise NotAsTrained(str(error)) from error
         # Of a lean student the adapters have just been compared, and no merged network is asked.
         with rounded(lora.parameters(network), given.dtype), nullcontext() if is_lean(method) else merged(method):
-            return confirm(method, backbone.holding(pipe, method.deployment.called_with), given.prompts, given.steps, trained)
+            return confirm(method, beside(method, pipe, file.name), given.prompts, given.steps, trained)
 
 
 def _single_file(method: Distillation, given: Release, kind: str) -> float:
@@ -153,7 +154,7 @@ def _single_file(method: Distillation, given: Release, kind: str) -> float:
                 check_weights(getattr(pipe, part), getattr(source, part), given.dtype, f"the {part} in {file.name}")
         if is_lean(method):
             check_weights(pipe.unet, cast("Family", method.deployment.network).model, given.dtype, f"the unet in {file.name}")
-        return confirm(method, backbone.holding(pipe, method.deployment.called_with), given.prompts, given.steps, trained)
+        return confirm(method, beside(method, pipe, file.name), given.prompts, given.steps, trained)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Two samplers on one network: what it answered to the one it answers to the other, so that no rounding grows on the way.
 
-This is how a large student is compared, of which the device holds one copy in half precision: schedulers, nodes, guidance and texts are
-held against each other to float32's precision, whatever the network computes in, and the network itself is asked once.
+This is how a large student is compared, of which the device holds one copy in half precision, the one in training: schedulers, nodes,
+guidance and texts are held against each other to float32's precision, whatever the network computes in, and it is asked once.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ddil_lightning.backbones import sampling
 
 if TYPE_CHECKING:
+    from ddil_lightning.backbones.family import Family
     from ddil_lightning.backbones.pipeline import Pipeline
     from ddil_lightning.training.deployment import Deployment
 
@@ -29,19 +30,19 @@ ROUNDED = 1e-6
 
 
 def replayed(deployment: Deployment, made: Pipeline, prompts: Sequence[str], steps: int, seed: int = 0) -> tuple[Tensor, Tensor] | str:
-    """The latents of the trainer's sampler with the network of `made`, and those of that pipeline, called as its users call it.
+    """The latents of the trainer's sampler, and those of the pipeline `made`, called as its users call it, whose network does not answer.
 
     In words where the two do not ask the same of the network: another time, text, guidance or number of evaluations.
     """
-    (policy, grid), model = deployment.exported.sampler(steps), made.network().model
+    (policy, grid), asked, model = deployment.exported.sampler(steps), cast("Family", deployment.network).model, made.network().model
     calls: list[tuple[dict[str, Any], Tensor]] = []
     rounded = model.dtype  # a pipeline may round the noise to the type of its texts, as Stable Diffusion 3's does, whatever it is given
-    with _recording(model, calls):
+    with _recording(asked, calls):
         mine = sampling.latents(made, policy, grid, prompts, deployment.guidance, seed, rounded=rounded).cpu()
     try:
         with _replaying(model, calls):
-            asked = {"dtype": torch.float32, "rounded": rounded}
-            theirs = sampling.pipeline_latents(made, prompts, steps, deployment.guidance_scale, seed, **asked).cpu()
+            begun = {"dtype": torch.float32, "rounded": rounded}
+            theirs = sampling.pipeline_latents(made, prompts, steps, deployment.guidance_scale, seed, **begun).cpu()
     except _Otherwise as why:
         return str(why)
     return f"it asks its network {len(calls)} times less" if calls else (mine, theirs)

@@ -51,7 +51,8 @@ class Footprint(NamedTuple):
 
     `at_once`: the most that gradients, optimisers' states and activations take together; less than their sum, because activations have
     partly gone when the gradients are complete. `encoding`: what passes while images are encoded. `buckets`: DDP's copies of gradients.
-    `gathered`: what fsdp2 gathers of weights, and of gradients before they are split.
+    `gathered`: what fsdp2 gathers of weights, and of gradients before they are split. `offloaded`: weights that are elsewhere in the
+    training, and there before and after it, when the end is rehearsed and made; `whole`: the student under fsdp2, gathered for both.
     """
 
     parts: tuple[Part, ...]
@@ -60,6 +61,8 @@ class Footprint(NamedTuple):
     encoding: int
     buckets: int = 0
     gathered: int = 0
+    offloaded: int = 0
+    whole: int = 0
 
     def of(self, kind: str) -> int:
         """The bytes of one kind of all parts: weights, gradients or optimizer."""
@@ -67,8 +70,12 @@ class Footprint(NamedTuple):
 
     @property
     def total(self) -> int:
-        """The most that there is at any time: in a step, or while images are encoded between two of them."""
-        return self.of("weights") + self.buckets + max(self.at_once + self.gathered, self.of("optimizer") + self.encoding)
+        """The most that there is at any time: in a step, while images are encoded between two of them, or at the run's two ends.
+
+        There the student is exported, read again and compared, one network after the other in the place of the frozen one.
+        """
+        training = self.buckets + max(self.at_once + self.gathered, self.of("optimizer") + self.encoding)
+        return self.of("weights") + max(training, self.offloaded + self.whole)
 
 
 def footprint(method: Any, setting: Setting) -> Footprint:
@@ -82,7 +89,8 @@ def footprint(method: Any, setting: Setting) -> Footprint:
 def away(made: Footprint, names: Sequence[str]) -> Footprint:
     """With the parts `names` elsewhere while they are not called (training.offload); what has no encoders encodes nothing."""
     kept = tuple(part._replace(weights=0) if part.name in names else part for part in made.parts)
-    return made._replace(parts=kept, encoding=0 if "encoders" in names else made.encoding)
+    offloaded = made.offloaded + sum(part.weights for part in made.parts if part.name in names and part.name != "encoders")
+    return made._replace(parts=kept, encoding=0 if "encoders" in names else made.encoding, offloaded=offloaded)
 
 
 def placed(whole: Footprint, method: Any, setting: Setting) -> Footprint:
@@ -93,7 +101,8 @@ def placed(whole: Footprint, method: Any, setting: Setting) -> Footprint:
         return whole
     n = setting.devices
     split = tuple(Part(p.name, -(-p.weights // n), -(-p.gradients // n), -(-p.optimizer // n), True) if p.own else p for p in whole.parts)
-    kept = whole._replace(parts=split, gathered=2 * max((_gathered(child) for child in _networks(method)), default=0))
+    gathered = 2 * max((_gathered(child) for child in _networks(method)), default=0)
+    kept = whole._replace(parts=split, gathered=gathered, whole=sum(map(bytes_of, method.outgoing.network.parameters())))
     # All of a step's activations, beside the shares of gradients and states.
     return kept._replace(at_once=min(whole.at_once, whole.activations + kept.of("gradients") + kept.of("optimizer")))
 

@@ -348,7 +348,7 @@ class Distillation(Clocks, LightningModule):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Distillation:
         super()._apply(fn, recurse)
-        for part in (*self.backbone.parts(), *filter(None, [self.shards.whole])):
+        for part in (*self.backbone.awake(), *filter(None, [self.shards.whole])):
             part._apply(fn)
         share_buffers(self)
         return self

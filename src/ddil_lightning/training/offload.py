@@ -8,12 +8,7 @@ from typing import Any
 
 import torch
 
-from ddil_lightning.backbones.resting import Resting, to_file
-
-
-def apart(device: torch.device) -> bool:
-    """Whether a device has memory of its own."""
-    return device.type != "cpu"
+from ddil_lightning.backbones.resting import Resting, apart, to_file
 
 
 class Offload:
@@ -39,7 +34,7 @@ class Offload:
 
     def begin(self, method: Any) -> None:
         """Put to rest what can be: of a run on the CPU itself the encoders alone, in a file."""
-        self.end(method)  # of a training that an error ended
+        self._wake()  # of a training that an error ended
         backbone = method.backbone
         if not apart(method.device):
             if not method.feed.encodes:
@@ -47,14 +42,19 @@ class Offload:
             return
         roles = {**method.roles, "average": method.averaging.role}
         backbone.at = backbone.device
-        self._resting = [] if method.feed.encodes else [Resting(part) for part in backbone.encoder_parts()]
+        if not method.feed.encodes and not backbone.resting:
+            backbone.rest(backbone.device)
         # The children, because a discriminator asks a network by another way in than its forward.
         for role in map(roles.__getitem__, self.names):
             shared = [*role.shared, *(backbone.network().buffers() if role.shared else ())]
             self._resting += [Resting(part, shared) for part in role.network.children()]
 
     def end(self, method: Any) -> None:
-        """Everything is back on the device, for the tests that follow."""
+        """Nothing rests any more. Encoders stay on the CPU, where Lightning takes all the rest when a training is over."""
+        self._wake()
+        method.backbone.wake(torch.device("cpu"))
+
+    def _wake(self) -> None:
         for resting in self._resting:
             resting.wake()
-        self._resting, method.backbone.at = [], None
+        self._resting = []

@@ -69,22 +69,18 @@ def _constant(method: Any) -> set[str]:
 
 
 @contextmanager
-def merged(method: Any) -> Iterator[None]:
-    """Inside, the deployed network of `method` has its adapters merged: a plain float32 network, as it is exported.
-
-    It is on the method's device, or, where the frozen network is in half precision and the device may not hold it, on the CPU.
-    """
+def merged(method: Any, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """Inside, the deployed network of `method` has its adapters merged: a plain network in `dtype`, as it is exported, on the CPU."""
     if not method.outgoing.shared or method.shards.whole is not None:
         yield
         return
-    made = method.backbone.merged(method.outgoing.network)
-    with standing_in(method, made.to(method.device if method.backbone.dtype == torch.float32 else "cpu")):
+    with standing_in(method, method.backbone.merged(method.outgoing.network, dtype).cpu()):
         yield
 
 
 @contextmanager
-def standing_in(method: Any, network: nn.Module) -> Iterator[None]:
-    """Inside, `network` is deployed in the place of the method's own."""
+def standing_in(method: Any, network: nn.Module | None) -> Iterator[None]:
+    """Inside, `network` is deployed in the place of the method's own; None: its own is, and no other that stands in for it."""
     before, method.shards.whole = method.shards.whole, network
     try:
         yield
