@@ -135,7 +135,7 @@ def test_what_the_command_line_changes_is_told(tiny: Path, here: Path, capsys: A
     assert "cut it by --truncate" in refused(capsys, *words)
 
 
-@pytest.mark.parametrize("told", ["by_option", "by_card"])
+@pytest.mark.parametrize("told", ["by_option", pytest.param("by_card", marks=pytest.mark.slow)])
 def test_distances_to_the_teacher(told: str, tiny: Path, light: Path, here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a teacher that is named, or that the card names where a protocol asks: drawn from noise of its own, once for all rows."""
     monkeypatch.setenv("DDIL_CACHE", str(here / "cache"))

@@ -184,7 +184,7 @@ def begun_or_gone_on(rank: int, tiny: Path, folder: Path, ckpt: Path | None, amo
     return found | {"calls": run.method.evaluations["student"], "at": [chunk["at"] for chunk in run.data.buffer.state_dict()["chunks"]]}
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_another_number_of_processes(
     strategy: str, pair: Pair, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
