@@ -114,7 +114,7 @@ class Processes:
 
         if self._strategy is None or not distributed.is_initialized() or distributed.get_backend() == "gloo":
             return None
-        return distributed.new_group(backend="gloo", timeout=PATIENCE)
+        return distributed.new_group(backend="gloo")  # of processes that are in step: half an hour is long
 
     def collected(self, mine: T, group: Any = None) -> list[T]:
         """What every process gives, in their order, in the first of them; in the others nothing.

@@ -296,7 +296,7 @@ def test_the_exported_folder_samples_as_dmd2_does(tiny: Path, tmp_path: Path) ->
             x0 = bar[t].sqrt() * x - (1 - bar[t]).sqrt() * method.student.network(x, torch.full((3,), t), c)
             fresh = torch.stack([torch.randn(4, 8, 8, generator=g) for g in generators])
             x = x0 if s is None else bar[s].sqrt() * x0 + (1 - bar[s]).sqrt() * fresh
-    assert export.relative(x, sampling.pipeline_latents(method.backbone.holding(pipe), prompts, 4, 1.0)) < 1e-4
+    assert export.relative(x, sampling.pipeline_latents(method.backbone.sharing(pipe), prompts, 4, 1.0)) < 1e-4
 
 
 def test_the_noise_of_its_losses_follows_the_runs_seed_alone(tiny: Path) -> None:

@@ -46,11 +46,11 @@ def test_a_folder_samples_as_the_trainer_does(which: int, tiny: Path, tmp_path: 
         assert export.verify(method, folder, PROMPTS, steps) < 1e-4
         policy, grid = method.deployment.sampler(steps)
         mine = sampling.latents(method.backbone, policy, grid, PROMPTS, method.eval_guidance)
-        theirs = sampling.pipeline_latents(method.backbone.holding(pipe), PROMPTS, steps, about["guidance_scale"])
+        theirs = sampling.pipeline_latents(method.backbone.sharing(pipe), PROMPTS, steps, about["guidance_scale"])
         assert export.relative(mine, theirs) < 1e-4
     assert about["timesteps"] == pipe.scheduler.timesteps.tolist() == grid.nodes.tolist()
     if which == 0:  # told another w, it answers something else
-        assert export.relative(mine, sampling.pipeline_latents(method.backbone.holding(pipe), PROMPTS, 4, 1.5)) > 1e-2
+        assert export.relative(mine, sampling.pipeline_latents(method.backbone.sharing(pipe), PROMPTS, 4, 1.5)) > 1e-2
 
 
 def test_a_folder_says_what_it_is(tiny: Path, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_verification_computes_in_full_precision_and_one_layout(tiny: Path, tmp_
     policy, grid = method.deployment.sampler(4)
     mine = sampling.latents(method.backbone, policy, grid, PROMPTS, method.eval_guidance)
     assert (
-        export.relative(mine, sampling.pipeline_latents(method.backbone.holding(pipe), PROMPTS, 4, method.eval_guidance)) > 3e-4
+        export.relative(mine, sampling.pipeline_latents(method.backbone.sharing(pipe), PROMPTS, 4, method.eval_guidance)) > 3e-4
     )  # what it refused
 
 

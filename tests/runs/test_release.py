@@ -74,7 +74,7 @@ def latents(method: Any) -> torch.Tensor:
 def sampled(method: Any, pipe: Any) -> float:
     """How far a pipeline's latents are from the trainer's, relative to their size."""
     pipe.set_progress_bar_config(disable=True)
-    return export.relative(latents(method), sampling.pipeline_latents(method.backbone.holding(pipe), PROMPTS, 4, 1.0))
+    return export.relative(latents(method), sampling.pipeline_latents(method.backbone.sharing(pipe), PROMPTS, 4, 1.0))
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from ddil_lightning.backbones import saving
 from ddil_lightning.backbones.adapters import Adapter
 from ddil_lightning.backbones.resting import visiting
 from ddil_lightning.methods import LCM
-from ddil_lightning.runs import export, release
+from ddil_lightning.runs import export, release, reread
 from ddil_lightning.runs.release import Release
 from ddil_lightning.training.options import Memory
 
@@ -119,6 +120,37 @@ def test_what_is_shared_is_what_was_written(light: Path, tmp_path: Path) -> None
         export.verify(method, tmp_path / "p", PROMPTS, 1)
 
 
+def test_a_frozen_part_with_other_settings_is_found(light: Path, tmp_path: Path) -> None:
+    """Its weights are the same, and the method's own would have answered in its place."""
+    method = student(light)
+    export.export(method, tmp_path / "p")
+    for part, old, new in (("vae", "scaling_factor", 0.5), ("text_encoder", "layer_norm_eps", 0.1)):
+        file = tmp_path / "p" / part / "config.json"
+        said = json.loads(file.read_text())
+        file.write_text(json.dumps(said | {old: new}))
+        with pytest.raises(export.NotAsTrained, match=f"the {part} in the pipeline p is not as it was written: it has another {old}"):
+            export.verify(method, tmp_path / "p", PROMPTS, 1)
+        file.write_text(json.dumps(said))
+    assert export.verify(method, tmp_path / "p", PROMPTS, 1) < 1e-5
+
+
+def test_large_tensors_are_compared_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reread, "PIECE", 7)
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    off = x.clone()
+    off[4, 5] += 2**-6 * float(x.abs().max())
+    assert reread._near(x, x.clone()) and reread._near(x.bfloat16(), x) and not reread._near(off, x)
+    assert reread._near(torch.zeros(0), torch.zeros(0, dtype=torch.float16)) and not reread._near(x * torch.nan, x)
+
+
+def test_a_precision_that_is_asked_for_is_that_of_all_parts(light: Path, tmp_path: Path) -> None:
+    """Whatever the run held its autoencoder in."""
+    method = student(light, "bfloat16", **LORA)
+    export.deliver(method, tmp_path / "p", PROMPTS, 2, torch.bfloat16)
+    found = {part: load_file(next((tmp_path / "p" / part).glob("*.safetensors"))) for part in ("unet", "text_encoder", "vae")}
+    assert {x.dtype for state in found.values() for x in state.values() if x.is_floating_point()} == {torch.bfloat16}
+
+
 def test_a_network_with_other_settings_is_found(light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a lean student, whose reloaded network is not asked."""
     method, write = student(light, "bfloat16", **LORA), type(student(light).backbone).save
@@ -129,7 +161,7 @@ def test_a_network_with_other_settings_is_found(light: Path, tmp_path: Path, mon
         (folder / "unet" / "config.json").write_text(text.replace('"norm_eps": 1e-05', '"norm_eps": 1e-03'))
 
     monkeypatch.setattr(type(method.backbone), "save", other)
-    with pytest.raises(export.NotAsTrained, match="its network has another norm_eps when it is read again"):
+    with pytest.raises(export.NotAsTrained, match="the pipeline made is not as it was written: it has another norm_eps"):
         export.deliver(method, tmp_path / "p", PROMPTS, 1)
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from ddil_lightning.callbacks import AnnealPrior
 from ddil_lightning.data.encoded import Encoded
 from ddil_lightning.imitation.prior import Gated, SamplingPrior
+from ddil_lightning.methods import LCM
 from suite import FORWARD, METHODS, MIXED, Gradients, backbone, build, captions, fit, pictures, train
 
 FIRST = METHODS[0]
@@ -138,6 +139,22 @@ def test_a_range_of_guidance_needs_a_student_that_is_told(tiny: Path) -> None:
 def test_guidance_is_what_the_pipeline_recommends_unless_it_is_given(tiny: Path) -> None:
     assert build(FIRST, tiny, guidance=None).guidance == (backbone(tiny).guidance,) * 2 == (2.0, 2.0)
     assert build(FIRST, tiny, guidance=5).guidance == (5.0, 5.0) and build(FIRST, tiny, guidance=[1, 3]).guidance == (1.0, 3.0)
+
+
+def test_a_run_that_names_no_guidance_keeps_that_of_its_checkpoint(tiny: Path) -> None:
+    """What a pipeline recommends, or diffusers' call of it, may have changed meanwhile: the student has been taught the old one."""
+    state: dict[str, Any] = {}
+    method = LCM(pipeline=str(tiny), guidance=3.5, w_conditioned=False)
+    method.on_save_checkpoint(state)
+    unnamed, named = LCM(pipeline=str(tiny), w_conditioned=False), LCM(pipeline=str(tiny), guidance=4.0, w_conditioned=False)
+    for other in (unnamed, named):
+        other.on_load_checkpoint(state)
+    assert (unnamed.guidance, named.guidance) == ((3.5, 3.5), (4.0, 4.0))
+    assert unnamed.deployment.quoted == 3.5
+    del state["ddil"]["guidance"]  # of before
+    older = LCM(pipeline=str(tiny), w_conditioned=False)
+    older.on_load_checkpoint(state)
+    assert older.guidance == (2.0, 2.0)
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,25 @@ def test_the_gradients_of_another_loss_move_nothing(accumulate: int, toy: Toy) -
     assert equal(dict(alone), dict(leaking))
 
 
+class OneForTwo(Own):
+    def configure_optimizers(self) -> Any:
+        both = self.optimizer_of([*self.student.weights(), *self.critic.weights()], self.lr)
+        return [both]
+
+    def training_step(self, b: LatentBatch, i: int) -> None:
+        optimizer = self.optimizers()
+        x = self.student(b.x_t, b.t, b.c).x0
+        if self.descend(optimizer, self.feedback(b, self.loss(b, x))):
+            self.advance()
+        self.follow(optimizer, b, x.detach())
+
+
+def test_two_losses_of_one_optimiser_are_refused(toy: Toy) -> None:
+    """With several micro-batches the first of one would clear what the other has gathered."""
+    with pytest.raises(ValueError, match="^OneForTwo descends loss and critic_loss by one optimiser, and each clears the"):
+        trained(OneForTwo, toy)
+
+
 class Turns(Own):
     """All micro-batches of the student's update come before those of the critic's."""
 
@@ -353,6 +372,11 @@ def test_answers_hang_on_all_settings(toy: Toy) -> None:
 def test_declarations_that_nobody_would_read(declared: dict[str, Any], said: str, toy: Toy) -> None:
     with pytest.raises(TypeError, match=f"^{re.escape(said)}"):
         trained(type("Named", (Own,), declared), toy)
+
+
+def test_what_has_a_name_like_a_declaration_is_the_methods_own(toy: Toy) -> None:
+    theirs = {"resources": ("arXiv:2310.04378",), "source": "a paper", "want": 3, "sources": ("forward",)}
+    assert trained(type("Named", (Own,), theirs), toy).method.student_updates == 2
 
 
 def test_a_range_of_guidance_is_for_a_student_that_is_told_it(toy: Toy) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ from ddil_lightning.records import Context
 from ddil_lightning.texts import by
 
 OTHER = "take another method, or a teacher whose guidance is not embedded"
+
+Dtypes = torch.dtype | Mapping[str, torch.dtype]
+"""The precision of a pipeline, or, as diffusers takes it, that of its components by name and the `default` of all others."""
 
 
 class Backbone(ABC):
@@ -266,9 +269,9 @@ class Backbone(ABC):
         """
         raise ValueError(f"no pipeline can hold a student of {self.path}, so it has no scheduler")
 
-    def save(self, folder: Path, network: nn.Module, scheduler: Callable[[], Any] | None, dtype: torch.dtype, safety_checker: bool) -> Path:
+    def save(self, folder: Path, network: nn.Module, scheduler: Callable[[], Any] | None, dtype: Dtypes, safety_checker: bool) -> Path:
         """Write a student below `folder` and answer what was written; here `save_weights`."""
-        return self.save_weights(folder, network, dtype)
+        return self.save_weights(folder, network, dtype if isinstance(dtype, torch.dtype) else dtype["default"])
 
     @staticmethod
     def save_weights(folder: Path, network: nn.Module, dtype: torch.dtype) -> Path:

@@ -20,6 +20,7 @@ from ddil_lightning.backbones.architectures import Architecture
 from ddil_lightning.backbones.digests import digest, fingerprints, weights
 from ddil_lightning.backbones.families import check_listed, family_of
 from ddil_lightning.backbones.family import Family
+from ddil_lightning.backbones.interface import Dtypes
 from ddil_lightning.backbones.loading import check_weights, empty_network, load_pipeline, recommended, settled
 from ddil_lightning.backbones.prompts import Prompted
 from ddil_lightning.backbones.quantising import Quantize
@@ -204,13 +205,6 @@ class Pipeline(Prompted):
         """What its call is given besides prompts, steps, guidance and latents: by its family, and what its scheduler is told so alone."""
         return {**self._network.called_with, **self._asked}
 
-    def holding(self, pipe: Any, asked: Mapping[str, float] | None = None) -> Pipeline:
-        """The same backbone around another pipeline, such as a student's that was read again, on the same device; `asked`: see stepping."""
-        other = copy.copy(self)
-        other.pipe, other._asked = pipe.to(self.device), asked or {}
-        other._network, other._contents = family_of(pipe, self.path), []
-        return other
-
     def frozen(self) -> dict[str, Any]:
         """The text encoders and the autoencoder by the names of their components."""
         named = self.pipe.components.items()
@@ -297,10 +291,10 @@ class Pipeline(Prompted):
         kind = next(name for name, space in schedulers.PREDICTS.items() if space == predicts)
         return schedulers.student(self.pipe.scheduler, transition, kind, rule, steps, scaling, times)
 
-    def save(self, folder: Path, network: nn.Module, scheduler: Callable[[], Any] | None, dtype: torch.dtype, safety_checker: bool) -> Path:
+    def save(self, folder: Path, network: nn.Module, scheduler: Callable[[], Any] | None, dtype: Dtypes, safety_checker: bool) -> Path:
         """A pipeline folder: the teacher's encoders, the student's network, its scheduler, all of it in `dtype`.
 
-        Frozen parts that were trained with in half precision are read again and saved as they came. `safety_checker`: with the teacher's.
+        Frozen parts that were trained with in half precision are read again. `safety_checker`: with the teacher's.
         """
         kind = type(self._network)
         if not isinstance(network, kind):

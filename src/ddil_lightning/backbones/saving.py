@@ -10,23 +10,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddil_lightning.backbones.interface import Dtypes
 from ddil_lightning.backbones.loading import load_pipeline
 
 
-def write(backbone: Any, folder: Path, own: Mapping[str, Any], dtype: torch.dtype, safety_checker: bool) -> None:
+def write(backbone: Any, folder: Path, own: Mapping[str, Any], dtype: Dtypes, safety_checker: bool) -> None:
     """The pipeline of `backbone`, a Pipeline, with the components `own` in the place of its, all of it in `dtype`.
 
-    Frozen parts that were trained with in half precision are read again, each as it is stored, rounded to `dtype` alone. Where that is the
-    half precision of the training, the autoencoder has its own of the training as well, mostly float32.
+    Frozen parts that were trained with in half precision are read again, each as it is stored, rounded to `dtype` alone.
     """
-    vae = backbone.pipe.vae.dtype if dtype == backbone.dtype != torch.float32 else dtype
+    kinds = {"default": dtype} if isinstance(dtype, torch.dtype) else dtype
     network = backbone.network().model
     whole = {part.dtype for part in backbone.parts() if part is not network} == {torch.float32}
     if safety_checker or not whole:
-        parts = load_pipeline(backbone.source, {"default": dtype, "vae": vae}, spare=not safety_checker, **own).components
+        parts = load_pipeline(backbone.source, dict(kinds), spare=not safety_checker, **own).components
     else:
         parts = {**backbone.pipe.components, **own}
-    narrow = {name: vae if name == "vae" else dtype for name, part in parts.items() if isinstance(part, nn.Module)}
+    narrow = {name: kinds.get(name, kinds["default"]) for name, part in parts.items() if isinstance(part, nn.Module)}
     parts = {**parts, **{name: halved(parts[name], kind) for name, kind in narrow.items() if kind != torch.float32}}
     extra = {"requires_safety_checker": parts["safety_checker"] is not None} if "safety_checker" in parts else {}
     type(backbone.pipe)(**parts, **extra).save_pretrained(folder, safe_serialization=True)

@@ -127,7 +127,7 @@ class DDILDataModule(LightningDataModule, Feed):
             settle(backbone, self.trainer.strategy.root_device, is_encoded(given, self.cache))
         options = (self.cache, self.truncate, self.workers, self.on_error)
         us = Processes(self.trainer, self.trainer.num_nodes if self.trainer is not None else 1)
-        self._host = us.host()
+        self._host = None if self.buffer is None else us.host()
         given, self.captions = prepared(given, backbone, *options, self.notices, us)
         if not isinstance(given, Encoded) or isinstance(given, CacheFolder):
             self._examples = given.some(16)
@@ -304,7 +304,7 @@ class DDILDataModule(LightningDataModule, Feed):
         split = self.trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
         before = self.learner.asked_of_moving
         found = self.buffer.answers.of(batch, places, ask, not split, lambda: self.learner.question, self._drawn)
-        if self.learner.asked_of_moving > before:
+        if self.buffer.answers.storage != "none" and self.learner.asked_of_moving > before:
             raise ValueError(
                 f"{type(self.learner).__name__} asks its student, or another network that training moves, through feed.answered: what is "
                 "kept of it goes stale; ask it in training_step itself"
@@ -343,7 +343,8 @@ class DDILDataModule(LightningDataModule, Feed):
         mine: Any = self.buffer.state_dict() if self.buffer is not None else None
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
         # To rank 0 alone, and over the host: on a device the buffers of all ranks would be beside what trains there.
-        every = Processes(self.trainer).collected(mine, self._host) if several else [mine]
+        us = Processes(self.trainer)
+        every = [mine] * us.world if mine is None or not several else us.collected(mine, self._host)
         shapes = sorted(map(list, self._collected))
         place = {"done": self.done, "ahead": self._ahead, "batch_size": self.batch_size}
         return {**place, "collected_at": self._collected_at, "collected": shapes, "buffers": every}

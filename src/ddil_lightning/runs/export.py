@@ -26,7 +26,7 @@ from ddil_lightning.training.sharing import merged, standing_in
 
 if TYPE_CHECKING:
     from ddil_lightning.backbones.family import Family
-    from ddil_lightning.backbones.interface import Backbone
+    from ddil_lightning.backbones.interface import Backbone, Dtypes
     from ddil_lightning.backbones.pipeline import Pipeline
     from ddil_lightning.training.deployment import Deployment
     from ddil_lightning.training.method import Distillation
@@ -49,7 +49,12 @@ def check_prompts(method: Distillation, examples: Sequence[str]) -> list[str]:
     return (list(method.backbone.about.get("previews") or examples) or ["", ""])[:4]
 
 
-def export(method: Distillation, folder: Path, steps: int = 4, dtype: torch.dtype = torch.float32, safety_checker: bool = False) -> Path:
+def as_held(method: Distillation) -> Dtypes:
+    """The precision that a run delivers its student in: float32, or of a lean one that of the training, mostly not the autoencoder's."""
+    return {"default": loads(method), "vae": cast("Pipeline", method.backbone).pipe.vae.dtype} if is_lean(method) else torch.float32
+
+
+def export(method: Distillation, folder: Path, steps: int = 4, dtype: Dtypes = torch.float32, safety_checker: bool = False) -> Path:
     """Write the deployed student as a pipeline folder: the teacher's encoders, the student's network, the trained scheduler, a card.
 
     All of it in `dtype` (`Backbone.save`). `safety_checker`: with the teacher's, if it has one. An older folder is replaced when the new
@@ -62,7 +67,8 @@ def export(method: Distillation, folder: Path, steps: int = 4, dtype: torch.dtyp
     with replacing_folder(folder) as temporary, merged(method):
         backbone.save(temporary, method.deployment.network, partial(deployment.made_scheduler, steps), dtype, safety_checker)
         (temporary / "ddil.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        (temporary / "README.md").write_text(card(method, steps, dtype=dtype).text(), encoding="utf-8")
+        said = dtype if isinstance(dtype, torch.dtype) else dtype["default"]
+        (temporary / "README.md").write_text(card(method, steps, dtype=said).text(), encoding="utf-8")
     return folder
 
 
@@ -240,6 +246,7 @@ def deliver(
     `dtype`: by default float32, and of adapters on a network in half precision that network's, in which they were trained.
     Raises NotAsTrained for a pipeline that samples otherwise, which is kept as `folder`-unverified; an older `folder` stays as it is.
     """
+    asked: Dtypes = as_held(method) if dtype is None else dtype
     dtype = loads(method) if dtype is None else dtype
     folder = folder if folder.name else folder.absolute()
     unverified = folder.with_name(f"{folder.name}-unverified")
@@ -249,7 +256,7 @@ def deliver(
     # A lean student's merged network is held against the written one, and not asked.
     held = dtype if is_lean(method) else torch.float32
     with replacing_folder(folder) as temporary, merged(method, held), rounded(method.deployment.network.parameters(), dtype):
-        made = export(method, temporary / "made", steps, dtype, safety_checker)
+        made = export(method, temporary / "made", steps, asked, safety_checker)
         # Adapters sample as their merged weights do, unless one of the two was rounded.
         exact = {dtype, method.backbone.dtype} == {torch.float32}
         try:
@@ -273,7 +280,7 @@ def rehearse(method: Distillation, folder: Path, prompts: Sequence[str], export_
         for deployment in ahead:
             steps = export_steps if export_steps is not None and deployment is ahead[-1] else deployment.steps[0]
             if made is None:
-                made = _same(method, export(method, folder, steps, loads(method)), loads(method))
+                made = _same(method, export(method, folder, steps, as_held(method)), loads(method))
             else:
                 scheduler = deployment.made_scheduler(steps)
                 scheduler.save_pretrained(folder / "scheduler")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddil_lightning.feed import Wants
 from ddil_lightning.records import SOURCES, LatentBatch
 
 DECLARED = ("wants", "sources", "takes_turns")
@@ -53,8 +54,15 @@ def _misspelled(method: Any) -> Iterator[tuple[str, str]]:
     ]
     for name, value in (item for cls in own for item in vars(cls).items()):
         near = get_close_matches(name, DECLARED, 1, 0.85)
-        if near and near[0] != name and not callable(value) and not isinstance(value, property):
+        if near and near[0] != name and _declares(near[0], value):
             yield name, near[0]
+
+
+def _declares(name: str, value: Any) -> bool:
+    """Whether a value is what the declaration `name` takes: what else has a name like it is a method's own business."""
+    if name == "sources":
+        return value in SOURCES or (isinstance(value, tuple | list) and bool(value) and all(one in SOURCES for one in value))
+    return isinstance(value, {"wants": Wants, "takes_turns": bool}.get(name, ()))
 
 
 def check_names(method: Any) -> None:

@@ -96,6 +96,7 @@ class Distillation(Clocks, LightningModule):
         within(1, 10**9, updates=updates, log_every=log_every)
         fraction(ema=ema)
         self.backbone: Backbone = pipeline if isinstance(pipeline, Backbone) else Pipeline(pipeline, **memory.stored)
+        self._recommended = guidance is None
         self.guidance = guidance_range(self.backbone.guidance if guidance is None else guidance)
         self.updates, self.lr = updates, optimizer.lr
         self.gradient_checkpointing, self.compiles, self.log_every = memory.gradient_checkpointing, memory.compile, log_every
@@ -334,7 +335,7 @@ class Distillation(Clocks, LightningModule):
         self.descent.watch.read(all_of_them=True)
         names = ("student_updates", "stage", "stage_start", "evaluations")
         own = {"has_box": self.has_box and self.reflection.mode != "off", "sharded": self.shards.split, "strength": self.adapter.strength}
-        checkpoint["ddil"] = {**{name: getattr(self, name) for name in names}, **own}
+        checkpoint["ddil"] = {**{name: getattr(self, name) for name in names}, **own, "guidance": list(self.guidance)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what `on_save_checkpoint` has added."""
@@ -342,6 +343,8 @@ class Distillation(Clocks, LightningModule):
         for name in ("student_updates", "stage", "stage_start"):
             setattr(self, name, state[name])
         self.has_box = self.has_box or state["has_box"]
+        if self._recommended and "guidance" in state:  # what a pipeline recommends may change, and what a student was taught does not
+            self.guidance = guidance_range(state["guidance"])
         self.descent.micro = {}  # the gradients of an update that was under way are in no checkpoint: it begins anew
         for name, role in self.roles.items():
             role.evaluations = state["evaluations"][name]

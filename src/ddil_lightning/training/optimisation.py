@@ -100,6 +100,7 @@ class Descent:
         self.last: Tensor | None = None
         self.batch: LatentBatch | None = None
         self.student_moved = False
+        self._loss_of: dict[int, str] = {}  # of every optimiser, by identity
         self._begun: set[int] = set()  # the optimisers that have made an update in this training, by identity
         self._told: list[tuple[torch.optim.Optimizer, list[dict[str, Any]]]] = []
 
@@ -138,7 +139,7 @@ class Descent:
         for optimizer, groups in self._told:
             for group, told in zip(optimizer.param_groups, groups, strict=True):
                 group.update(told)
-        self._told, self._begun, self.student_moved = [], set(), False
+        self._told, self._begun, self._loss_of, self.student_moved = [], set(), {}, False
 
     def step(self, method: Any, optimizer: Any, loss: Tensor, name: str) -> bool:
         """One micro-batch of `loss`; True when it completed an update. A loss that is not finite ends the run (`watch`).
@@ -151,6 +152,11 @@ class Descent:
         )
         self.last = loss.detach()
         if not self.micro.get(name):
+            if self._loss_of.setdefault(id(optimizer), name) != name:
+                raise ValueError(
+                    f"{type(method).__name__} descends {self._loss_of[id(optimizer)]} and {name} by one optimiser, and each clears the "
+                    "other's gradients: descend their sum, or give each an optimiser of its own"
+                )
             optimizer.zero_grad()  # another loss may have reached these weights since: the student's passes through a critic, say
         method.manual_backward(loss / self.accumulate)
         self._sound[name] = torch.minimum(self._sound[name], sound) if name in self._sound else sound
