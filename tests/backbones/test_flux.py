@@ -43,7 +43,11 @@ def test_it_is_a_flow_by_its_own_settings(dev: Pipeline, schnell: Pipeline) -> N
     assert isinstance(network, Flux) and (dev.predicts, dev.schedule.steps, dev.size) == ("flow", 1000, (16, 16))
     assert (network.latent_shape, network.divisor, network.largest, network.positions((4, 8, 12))) == ((4, 128, 128), 2, None, 24)
     assert dev.shift == pytest.approx(1.58308, rel=1e-5) and schnell.shift == 1.0  # exp of mu at 16 tokens
-    assert (dev.guidance, schnell.guidance) == (3.5, 1.0) and dev.network().w_conditioned and not schnell.network().w_conditioned
+    assert (
+        (dev.guidance, schnell.guidance) == (dev.guidance_before, schnell.guidance_before) == (3.5, 1.0)
+        and dev.network().w_conditioned
+        and not schnell.network().w_conditioned
+    )
     kinds = [type(block).__name__ for block in network.blocks()]  # what fsdp2 gathers one by one
     assert kinds == ["FluxTransformerBlock"] * 2 + ["FluxSingleTransformerBlock"] * 2 and network.blocks() == network.row()
 

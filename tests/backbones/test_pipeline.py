@@ -194,7 +194,7 @@ def test_images_go_in_and_out_in_shape_and_scale(backbone: Pipeline) -> None:
 
 def test_text_of_an_sdxl_pipeline(xl: Path) -> None:
     made = Pipeline(str(xl))
-    assert made.guidance == 5.0  # a plain call's
+    assert (made.guidance, made.guidance_before) == (5.0, 7.5)  # a plain call's, and that of a run that was begun without one
     c = made.encode_text(PROMPTS)
     assert c.text.shape == (3, 16, 40) and c.pooled is not None and c.pooled.shape == (3, 20)
     assert c.ids is not None and c.ids.tolist() == [[16, 16, 0, 0, 16, 16]] * 3

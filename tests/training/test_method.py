@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 
+from ddil_lightning.backbones.unet import UNet
 from ddil_lightning.callbacks import AnnealPrior
 from ddil_lightning.data.encoded import Encoded
 from ddil_lightning.imitation.prior import Gated, SamplingPrior
@@ -141,7 +143,7 @@ def test_guidance_is_what_the_pipeline_recommends_unless_it_is_given(tiny: Path)
     assert build(FIRST, tiny, guidance=5).guidance == (5.0, 5.0) and build(FIRST, tiny, guidance=[1, 3]).guidance == (1.0, 3.0)
 
 
-def test_a_run_that_names_no_guidance_keeps_that_of_its_checkpoint(tiny: Path) -> None:
+def test_a_run_that_names_no_guidance_keeps_that_of_its_checkpoint(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a pipeline recommends, or diffusers' call of it, may have changed meanwhile: the student has been taught the old one."""
     state: dict[str, Any] = {}
     method = LCM(pipeline=str(tiny), guidance=3.5, w_conditioned=False)
@@ -151,10 +153,13 @@ def test_a_run_that_names_no_guidance_keeps_that_of_its_checkpoint(tiny: Path) -
         other.on_load_checkpoint(state)
     assert (unnamed.guidance, named.guidance) == ((3.5, 3.5), (4.0, 4.0))
     assert unnamed.deployment.quoted == 3.5
-    del state["ddil"]["guidance"]  # of before
-    older = LCM(pipeline=str(tiny), w_conditioned=False)
+    del state["ddil"]["guidance"]  # of before, by a pipeline without a card
+    shutil.copytree(tiny, tmp_path / "bare")
+    (tmp_path / "bare" / "ddil.json").unlink()
+    monkeypatch.setattr(UNet, "usual", lambda self, pipe: 5.0)  # as SDXL's call has it
+    older, new = LCM(pipeline=str(tmp_path / "bare"), w_conditioned=False), LCM(pipeline=str(tmp_path / "bare"), w_conditioned=False)
     older.on_load_checkpoint(state)
-    assert older.guidance == (2.0, 2.0)
+    assert (older.guidance, older.deployment.quoted, new.guidance) == ((7.5, 7.5), 7.5, (5.0, 5.0))
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,11 @@ class Backbone(ABC):
         return float(self.about.get("guidance", 7.5))
 
     @property
+    def guidance_before(self) -> float:
+        """What `guidance` was for a run whose checkpoint does not say its own, which they did not always."""
+        return self.guidance
+
+    @property
     def baked(self) -> bool:
         """Whether it is a student with its guidance in the weights, to be called with guidance_scale 1."""
         return "method" in self.about and not self.network().w_conditioned and self.about.get("guidance_scale", 1) == 1

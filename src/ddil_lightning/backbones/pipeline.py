@@ -201,6 +201,11 @@ class Pipeline(Prompted):
         return float(self.about["guidance"] if "guidance" in self.about else self._network.usual(self.pipe))
 
     @property
+    def guidance_before(self) -> float:
+        """Without a card that says it, 7.5 of all but those whose calls name it true_cfg_scale, Flux's and Qwen-Image's."""
+        return self.guidance if "guidance" in self.about or self._network.cfg == "true_cfg_scale" else 7.5
+
+    @property
     def called_with(self) -> Mapping[str, Any]:
         """What its call is given besides prompts, steps, guidance and latents: by its family, and what its scheduler is told so alone."""
         return {**self._network.called_with, **self._asked}

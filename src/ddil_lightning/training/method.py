@@ -343,8 +343,8 @@ class Distillation(Clocks, LightningModule):
         for name in ("student_updates", "stage", "stage_start"):
             setattr(self, name, state[name])
         self.has_box = self.has_box or state["has_box"]
-        if self._recommended and "guidance" in state:  # what a pipeline recommends may change, and what a student was taught does not
-            self.guidance = guidance_range(state["guidance"])
+        if self._recommended:  # what a pipeline recommends may change, and what a student was taught does not
+            self.guidance = guidance_range(state.get("guidance", self.backbone.guidance_before))
         self.descent.micro = {}  # the gradients of an update that was under way are in no checkpoint: it begins anew
         for name, role in self.roles.items():
             role.evaluations = state["evaluations"][name]
