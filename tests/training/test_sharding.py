@@ -86,14 +86,18 @@ def runs(request: pytest.FixtureRequest, pair: Pair, tiny: Path, tmp_path_factor
     """What the processes report, by the kind of run, and the folder of their checkpoints."""
     folder = tmp_path_factory.mktemp(request.param.name)
     found = pair.run(every_way, request.param, tiny, folder)
-    return {"folder": folder, "updates": length(request.param)} | {kind: [reported[kind] for reported in found] for kind in found[0]}
+    about = {"folder": folder, "name": request.param.name, "updates": length(request.param)}
+    return about | {kind: [reported[kind] for reported in found] for kind in found[0]}
 
 
 def test_training_is_that_of_whole_networks(runs: Any) -> None:
     """Clipped gradients of every optimiser step, and losses, to rounding. Adam makes that rounding visible where a gradient is next to
     nothing, so the weights at the end are compared by their norm."""
     whole, sharded = runs["ddp"][0], runs["fsdp2"][0]
-    assert whole["evaluations"] == sharded["evaluations"] and len(whole["rows"]) == len(sharded["rows"]) == runs["updates"]
+    asked, there = dict(whole["evaluations"]), dict(sharded["evaluations"])
+    if runs["name"] == "emd":  # whose student is asked for all rows where it is split, for every process must ask as often (EMD.moving)
+        assert asked.pop("student") < there.pop("student")
+    assert asked == there and len(whole["rows"]) == len(sharded["rows"]) == runs["updates"]
     for a, b in zip(whole["rows"], sharded["rows"], strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
     for n, (mine, theirs) in enumerate(zip(sharded["gradients"], whole["gradients"], strict=True)):
