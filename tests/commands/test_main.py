@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +144,17 @@ def test_a_command_that_ends_well_is_code_0_and_a_fault_of_ours_is_one_line_too(
     monkeypatch.setenv("DDIL_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         main.run(lambda argv: 1 // 0, "ddil-x", [])
+
+
+def test_every_command_keeps_the_tips_of_libraries_from_its_user(caplog: Any) -> None:
+    said = "Unable to import `torchao` Tensor objects. This may affect loading checkpoints serialized with `torchao`"
+
+    def command(words: list[str]) -> None:
+        logging.getLogger("diffusers.quantizers.torchao.torchao_quantizer").warning(said)
+        logging.getLogger("diffusers.quantizers.torchao.torchao_quantizer").warning("another thing")
+
+    assert outcome(command) == 0
+    assert "another thing" in caplog.text and "torchao` Tensor" not in caplog.text
 
 
 def test_wrong_options_of_every_command(capsys: Any) -> None:

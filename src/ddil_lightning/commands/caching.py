@@ -22,7 +22,7 @@ from ddil_lightning.data.preparation import check_sizes, own_captions, sort_by_s
 from ddil_lightning.data.writer import Keeping, Writer
 from ddil_lightning.errors import Refusal
 from ddil_lightning.files import check_writable
-from ddil_lightning.messages import plain, quiet
+from ddil_lightning.messages import plain
 from ddil_lightning.signals import Stopped
 from ddil_lightning.training.options import Memory
 
@@ -66,7 +66,6 @@ def backbone_of(method: Any) -> Backbone:
 
 def cache(words: Sequence[str]) -> int:
     """Encode everything that is not there yet, and say what is there now."""
-    quiet()
     begun = time.monotonic()
     plugins.load()  # before the config is read, which may name their classes in short
     cli = CacheCLI(words)

@@ -17,7 +17,6 @@ from ddil_lightning.commands.launched import together
 from ddil_lightning.commands.rack import Rack, ready
 from ddil_lightning.errors import Refusal, one_line
 from ddil_lightning.files import check_writable
-from ddil_lightning.messages import quiet
 from ddil_lightning.signals import Stopped
 
 if TYPE_CHECKING:
@@ -67,7 +66,6 @@ def compare(args: argparse.Namespace) -> int:
         check_writable(file)
     args.data = _data(args, entries)
     args.plan = protocols.planned(args)
-    quiet()
     processes, where = together()
     from ddil_lightning.runs.compared import text, write_compared
     from ddil_lightning.runs.comparison import Comparison

@@ -9,7 +9,6 @@ from typing import Any
 from ddil_lightning.commands.arguments import Parser, path
 from ddil_lightning.errors import Refusal, one_line
 from ddil_lightning.files import check_writable, write_text
-from ddil_lightning.messages import quiet
 
 
 def dashboard(argv: list[str]) -> int:
@@ -27,7 +26,6 @@ def dashboard(argv: list[str]) -> int:
         check_writable(args.out)
     if sync:  # first, for it needs no package; what --print writes to stdout is JSON alone
         print(f"{args.run} was logged offline, and is sent by: {sync}", file=sys.stderr if args.print else sys.stdout, flush=True)
-    quiet()
     from ddil_lightning.runs.workspace import check_workspaces, spec, workspace
 
     try:

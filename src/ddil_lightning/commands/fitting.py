@@ -19,7 +19,6 @@ from ddil_lightning.callbacks import Checkpoints, Stages
 from ddil_lightning.commands.fit_cli import FitCLI, launched_by
 from ddil_lightning.commands.watch import Watch, is_lost
 from ddil_lightning.errors import EXPECTED, Refusal, one_line
-from ddil_lightning.messages import quiet
 from ddil_lightning.runs.checkpoint import reinstate
 from ddil_lightning.runs.finish import finish, trying
 from ddil_lightning.runs.folder import is_complete
@@ -33,7 +32,6 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def fit(words: list[str]) -> int:
     """Train, export, check, test, report. Returns 0; after a signal raises Stopped, which says how to go on."""
-    quiet()
     begun, parent, meter = time.time(), os.getppid(), Meter()
     plugins.load()  # before the config is read, which may name their classes in short
     cli = FitCLI(words, meter)

@@ -10,7 +10,6 @@ from ddil_lightning.commands import generating
 from ddil_lightning.commands.arguments import SCALE, SEED, STEPS, Parser, number, path, place
 from ddil_lightning.errors import Refusal
 from ddil_lightning.files import check_writable
-from ddil_lightning.messages import quiet
 
 
 def invert(argv: list[str]) -> int:
@@ -48,7 +47,6 @@ def invert(argv: list[str]) -> int:
     if args.out.suffix.lower() != ".json":
         raise Refusal(f"--out {args.out}: give a file's name that ends in .json")
     check_writable(args.out)
-    quiet()
     found = _found(args)
     from ddil_lightning.evaluation.table import write_rows
     from ddil_lightning.runs.inverted import text

@@ -14,7 +14,7 @@ from importlib import import_module, metadata
 from typing import Any
 
 from ddil_lightning.errors import EXPECTED, one_line, unexpected
-from ddil_lightning.messages import lasting
+from ddil_lightning.messages import lasting, quiet
 from ddil_lightning.signals import Stopped, listening
 
 
@@ -27,6 +27,7 @@ def run(command: Callable[[list[str]], int | None], name: str, argv: Sequence[st
     if "--version" in words:
         print(f"ddil-lightning {metadata.version('ddil-lightning')}")
         raise SystemExit(0)
+    quiet()
     try:
         with listening(), lasting():  # the reader of what is told may leave: `ddil-fit ... | head`, a terminal that is closed
             code = command(words) or 0

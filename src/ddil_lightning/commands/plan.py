@@ -16,7 +16,6 @@ from ddil_lightning.commands.checks import check_method, check_room, check_train
 from ddil_lightning.data.encoded import Encoded
 from ddil_lightning.data.preparation import encodes, memory_of, own_captions
 from ddil_lightning.imitation.buffer import FINE
-from ddil_lightning.messages import quiet
 from ddil_lightning.runs.memory import gib, room
 from ddil_lightning.texts import by
 from ddil_lightning.training.footprint import Footprint, Setting, bytes_of, footprint
@@ -53,7 +52,6 @@ class Held(NamedTuple):
 
 def plan(words: Sequence[str]) -> int:
     """Print the plan of a command line; 0."""
-    quiet()
     plugins.load()
     cli = PlanCLI(words)
     encoded = not encodes(cli.datamodule.captions, cli.datamodule.cache)

@@ -11,7 +11,6 @@ from ddil_lightning.commands.arguments import SCALE, SEED, STEPS, Parser, advisi
 from ddil_lightning.commands.protocols import add_sources
 from ddil_lightning.errors import Refusal
 from ddil_lightning.files import check_writable
-from ddil_lightning.messages import quiet
 
 PARTS = ("nodes", "mixing", "switch")
 SAMPLERS = tuple(name for name in entries.SAMPLERS if name != "dpm")
@@ -61,7 +60,6 @@ def probe(argv: list[str]) -> int:
         raise Refusal(f"--out {out}: give a file's name that ends in .json; the page beside it ends in .html")
     check_writable(out)
     check_writable(out.with_suffix(".html"))
-    quiet()
     found = _found(args)
     from ddil_lightning.evaluation.table import write_rows
     from ddil_lightning.runs.probed import text, write_probe

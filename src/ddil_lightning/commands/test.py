@@ -26,7 +26,6 @@ from ddil_lightning.commands.launched import together
 from ddil_lightning.commands.rack import Rack
 from ddil_lightning.errors import Refusal
 from ddil_lightning.files import check_writable
-from ddil_lightning.messages import quiet
 from ddil_lightning.runs.checkpoint import config_of
 
 if TYPE_CHECKING:
@@ -60,7 +59,6 @@ def test(argv: list[str]) -> int:
     from ddil_lightning.evaluation.stamps import called
     from ddil_lightning.evaluation.table import table, write_rows
 
-    quiet()
     processes, where = together()
     how = generating.generation(args, processes)
     with generating.resumable(args):
