@@ -176,3 +176,10 @@ def test_a_student_of_one_step_is_asked_for_no_more(tiny: Path) -> None:
     assert deployment.steps == (1,) and deployment.grid(1).times.tolist() == [999, -1]
     with pytest.raises(ValueError, match=r"^the student is made for one step: further ones begin at latents"):
         deployment.grid(4)
+
+
+def test_a_real_score_that_its_pairs_contradict_is_refused(tiny: Path) -> None:
+    with pytest.raises(ValueError, match=r"^scores\.guidance = 1 moves the student elsewhere than its pairs, whose guidance is 2: leave it"):
+        build(ENTRY, tiny, scores={"guidance": 1.0})
+    assert build(ENTRY, tiny, scores={"guidance": 2.0}).scores.guidance == 2
+    assert build(ENTRY, tiny, scores={"guidance": 1.0}, regression={"weight": 0.0}).scores.guidance == 1

@@ -34,6 +34,21 @@ def gaussian(mu: float, s: float, a: float, b: float, **kwargs: Any) -> DMD2:
     return DMD2(pipeline=Exact(mu, s, a, b, **parts), **options(DMD2, made, kwargs))
 
 
+@pytest.mark.parametrize("g", [None, 1.0, 5.0])
+def test_the_teachers_roll_outs_are_guided_as_the_real_score_is(g: float | None, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise their states would be those of another distribution than the student is moved to (METHODS 4, pitfalls)."""
+    method = build(ENTRY, tiny, guidance=3.0, scores={"guidance": g})
+    told: list[Any] = []
+    forward = method.teacher.forward
+    monkeypatch.setattr(method.teacher, "forward", lambda x, t, c: (told.append(c.w), forward(x, t, c))[1])
+    c, x = backbone(tiny).encode_text(["a red circle"] * 2).guided(2.0), torch.randn(2, 4, 8, 8)
+    method.estimates(x, torch.tensor([500, 500]), LatentBatch(x, x, x, x, c, None, x, torch.ones(2), x))
+    assert method.policies.teacher is not None
+    method.policies.teacher(x, 999, 749, c)
+    asked = {None if w is None else float(w.unique()) for w in told}
+    assert len(told) == 9 and asked == {{None: 2.0, 1.0: None, 5.0: 4.0}[g]}  # 8 steps of the teacher to an interval of the student
+
+
 # The distribution-matching gradient ---------------------------------------------------------------------------------------------------
 
 

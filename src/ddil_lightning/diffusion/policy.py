@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -45,16 +45,24 @@ class Policy(nn.Module):
     """A denoiser and the way it steps: `(x_t, t, s, c) -> x_s`. "One student step is eight teacher steps" is `substeps=8`.
 
     `transition`: one of diffusion.transitions. `substeps` divide an interval evenly in t, rounded, or walk the nodes of `fine` inside it:
-    a progressive-distillation teacher must stand on its own grid, not on rounded halves of the student's.
+    a progressive-distillation teacher must stand on its own grid, not on rounded halves of the student's. `asks`: the context under which
+    the denoiser is asked, made of the one that is given: a teacher acts under the guidance of its feedback.
     """
 
-    def __init__(self, denoiser: nn.Module, transition: Transition = ddim, substeps: int = 1, fine: Grid | None = None) -> None:
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        transition: Transition = ddim,
+        substeps: int = 1,
+        fine: Grid | None = None,
+        asks: Callable[[Context], Context] | None = None,
+    ) -> None:
         super().__init__()
         if substeps < 1:
             raise ValueError(f"a policy takes at least one substep per interval, got {substeps}")
         if not isinstance(transition, Transition):  # it was a name once
             raise TypeError(f"a policy's transition is {transition!r}: give one of diffusion.transitions, such as ddim or renoise")
-        self.denoiser, self.transition, self.substeps, self.fine = denoiser, transition, substeps, fine
+        self.denoiser, self.transition, self.substeps, self.fine, self.asks = denoiser, transition, substeps, fine, asks
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -76,7 +84,7 @@ class Policy(nn.Module):
         now, then = self.asked(x_t, t, s), torch.full((len(x_t),), s, device=x_t.device)
         if getattr(self.denoiser, "s_conditioned", False):
             c = c._replace(s=then)
-        p: Prediction = self.denoiser(x_t, now, c)
+        p: Prediction = self.denoiser(x_t, now, c if self.asks is None else self.asks(c))
         if s == END and self.transition.noisy:
             return p.x0
         return self.transition(self.schedule, x_t, p, now, then, generator)

@@ -43,6 +43,11 @@ class DMD(DMD2):
         super().__init__(steps=steps, rollouts=(steps,) if rollouts is None else rollouts, critic=critic, gan=Gan(), **kwargs)
         self.regression, self._distance = regression, regression.between(self.backbone)
         if regression.weight:
+            if self.scores.guidance is not None and (self.scores.guidance,) * 2 != self.guidance:
+                raise ValueError(
+                    f"scores.guidance = {self.scores.guidance:g} moves the student elsewhere than its pairs, whose guidance is "
+                    f"{' to '.join(f'{g:g}' for g in dict.fromkeys(self.guidance))}: leave it out, and set model.guidance"
+                )
             self.wants = Wants(pure_noise=True, ends=True, pairs=pairs)
 
     def loss(self, x: Tensor, b: LatentBatch, heard: Heard | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import nn
@@ -13,6 +13,7 @@ from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.transitions import ddim, renoise
 from ddil_lightning.feed import Wants
+from ddil_lightning.records import Context
 from ddil_lightning.training.adversary import Adversary, Critic
 from ddil_lightning.training.contest import Contest
 from ddil_lightning.training.deployment import Deployment, one_step
@@ -61,11 +62,12 @@ class Adversarial(Contest, Distillation):
         self.grid = Grid(times, walks, rule=f"trailing-{steps}", shares=shares)
         return Grid.named("trailing", teacher_steps, total)
 
-    def against(self, adversary: Adversary, critic: Critic, fine: Grid) -> None:
-        """Take the discriminator, its learning rate, and who acts in roll-outs: the student by re-noising, the teacher by DDIM."""
+    def against(self, adversary: Adversary, critic: Critic, fine: Grid, asks: Callable[[Context], Context] | None = None) -> None:
+        """Take the discriminator, its learning rate, and who acts in roll-outs: the student by re-noising, the teacher by DDIM, under what
+        `asks` makes of a context."""
         self.adversary, self.critic_lr, self.pull = adversary, self.lr if critic.lr is None else critic.lr, critic.pull
         critic.check_pull(self.student, adversary.critic)
-        self.policies = Policies(Policy(self.student, renoise), Policy(self.teacher, ddim, fine=fine))
+        self.policies = Policies(Policy(self.student, renoise), Policy(self.teacher, ddim, fine=fine, asks=asks))
 
     def advance(self) -> None:
         """The student was updated: the critic is pulled to it, where it should be."""

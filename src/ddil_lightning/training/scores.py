@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -133,6 +134,7 @@ class TwoScores(Adversarial):
         super().__init__(**kwargs)
         self._fine = self.nodes(steps, rollouts, teacher_steps, start=start)
         self.scores, self.reflects, self.tau = scores, reflects, scores.times(self.backbone.schedule.steps)
+        self.asked = partial(scores.asked, told=self.backbone.told)
 
     def oppose(self, critic: Critic, gan: Gan = Gan()) -> None:
         """Cast the roles and set the adversary and the policies."""
@@ -143,7 +145,8 @@ class TwoScores(Adversarial):
             **self.discriminator(gan),
             teacher=self.role("teacher", reflection=self.reflection if self.reflects.real else None),
         )
-        self.against(Adversary(self, self.critic, self.head, critic.steps, gan), critic, self._fine)
+        # Its roll-outs are those of the distribution that it moves the student to: guided otherwise, they would be another mixture.
+        self.against(Adversary(self, self.critic, self.head, critic.steps, gan), critic, self._fine, self.asked)
 
     def samples(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
         """The student's x0 [B, ...] at x_t, straight-through the box where `reflects.student` says so."""
@@ -152,7 +155,7 @@ class TwoScores(Adversarial):
 
     def estimates(self, y: Tensor, t: Tensor, b: LatentBatch, fake: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x0 [B, ...] at y by the real score and by the fake one, reflected as `reflects` says. `fake`: what the critic has said before."""
-        real = self.teacher(y, t, self.scores.asked(b.c, self.backbone.told)).x0
+        real = self.teacher(y, t, self.asked(b.c)).x0
         fake = self.critic(y, t, b.c).x0 if fake is None else fake
         return real, self.reflection(fake) if self.reflects.critic else fake
 
