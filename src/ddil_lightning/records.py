@@ -107,6 +107,11 @@ class Origin(NamedTuple):
         """The rows that are no forward latents: so many in every process, whoever has made them."""
         return [row for row, source in enumerate(self.source) if source != FORWARD]
 
+    @property
+    def data(self) -> list[int]:
+        """The rows whose x0 is `LatentBatch.real`: forward latents, but for what a same-timestep control has put in the buffer."""
+        return [row for row, (source, slot) in enumerate(zip(self.source, self.slot, strict=True)) if source == FORWARD and slot < 0]
+
     def before(self, other: Origin) -> Origin:
         """Of the rows of this batch and then those of another, as `cat` joins them."""
         whole = None if self.whole is None or other.whole is None else self.whole + other.whole

@@ -100,6 +100,14 @@ def test_a_role_starts_as_its_base_and_trains_little(told: bool, backbone: Pipel
     assert student.network.w_conditioned is told and not backbone.network().w_conditioned  # the base is what it was
 
 
+def test_the_last_layer_is_on_the_way_out_and_not_where_names_end(backbone: Pipeline) -> None:
+    """By whose gradients CTM weighs its losses: adapters have none in the last convolution, and names end in the bottleneck."""
+    whole, adapted = backbone.role("student").network, backbone.role("student", adapter=Adapter(2)).network
+    assert whole.last_layer() is whole.model.conv_out.weight
+    name = next(name for name, p in adapted.named_parameters() if p is adapted.last_layer())
+    assert ".up_blocks." in name and "lora_" in name
+
+
 def test_an_average_follows_adapters_alone(backbone: Pipeline, given: Given) -> None:
     student = backbone.role("student", w_conditioned=True, adapter=ADAPTER)
     average, before = student.copied("average"), digest(backbone.network())

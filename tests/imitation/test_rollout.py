@@ -196,7 +196,7 @@ def test_the_control_stands_at_the_same_times():
     m, b = method(how=renoise, grid=Grid.consistency(), guidance=(2.0, 8.0)), batch(200)
     made = collect(b, m, STUDENTS, Streams(0, 3), SHAPE)
     m.policies.student.denoiser.network.calls.clear()
-    control = collect(b, m, STUDENTS, Streams(0, 3), SHAPE, control=True)
+    control = collect(b, m, STUDENTS, Streams(0, 3), SHAPE, Rollouts(control=True))
     assert m.times("student") == m.times("teacher") == []
     assert torch.equal(control.t, made.t) and torch.equal(control.row, made.row) and torch.equal(control.c.w, made.c.w)
     assert control.source.unique().tolist() == [FORWARD] and control.x_t.shape == made.x_t.shape
@@ -206,7 +206,17 @@ def test_the_control_stands_at_the_same_times():
     drawn = draw(batch(8), m, HALF, Streams(0, 1), shape=SHAPE, rollouts=Rollouts(control=True))
     assert torch.equal(drawn.t, draw(batch(8), m, HALF, Streams(0, 1), shape=SHAPE).t) and drawn.source.unique().tolist() == [FORWARD]
     with pytest.raises(ValueError, match=r"no images: set data\.rollouts\.control to false"):
-        collect(batch(images=False), m, STUDENTS, Streams(0, 3), SHAPE, control=True)
+        collect(batch(images=False), m, STUDENTS, Streams(0, 3), SHAPE, Rollouts(control=True))
+
+
+@pytest.mark.parametrize(("wants", "said"), [(Wants(pure_noise=True), None), (Wants(), True)])
+def test_the_control_begins_in_noise_as_forward_latents_of_the_method_do(wants: Wants, said: bool | None) -> None:
+    m, b = method(how=renoise)._replace(wants=wants), batch(200)
+    how = Rollouts(control=True, pure_noise=said)
+    one, other = (collect(x, m, STUDENTS, Streams(0, 3), SHAPE, how) for x in (b, b._replace(latent=b.latent + 9)))
+    moved = (one.x_t - other.x_t).flatten(1).any(1)
+    assert torch.equal(moved, one.t < one.t.max()), "at node 0 nothing of the data is seen, at every other all of it"
+    assert abs(float(one.x_t[:200].var()) - 1) < 0.05
 
 
 def test_a_method_without_a_teacher_policy_says_so():

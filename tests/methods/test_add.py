@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
 
 from ddil_lightning.diffusion.analytic import Gaussian, PointMass
 from ddil_lightning.methods import ADD
 from ddil_lightning.records import Context, LatentBatch
 from ddil_lightning.training.gan import leaves, slope
-from ddil_lightning.training.vision import BuiltinVision, Dino, ToldHead, ToldHeads, embedding
+from ddil_lightning.training.vision import BuiltinVision, Dino, ToldHead, ToldHeads, Vision, embedding
 from known import SD, Affine, Known, latents, noise, whitened
 from options import options
 from suite import Entry, backbone, build, train
@@ -37,6 +38,15 @@ class Sum(nn.Module):
 
     def forward(self, f: Tensor) -> Tensor:
         return self.w * f
+
+
+class TwoMaps(Vision):
+    """A large map and a small one."""
+
+    widths = (3, 3)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return adaptive_avg_pool2d(images, 8), adaptive_avg_pool2d(images, 2) ** 2
 
 
 def exact(teacher: Any = None, student: Any = None, w: float = 0.5, **kwargs: Any) -> ADD:
@@ -106,7 +116,7 @@ def test_the_losses_by_hand_from_decoded_images(tiny: Path) -> None:
     see, head, told = Patches(), method.head, embedding(b.c)
     decode = backbone(tiny).decode
     fake, real = (see(decode(z, gradients=True))[0] for z in (x, b.real))
-    logits = [head(f, told) for f in (fake, real)]
+    logits = [head(f, told)[0] for f in (fake, real)]
     found = method.adversary.following(x, b)
     (at,) = leaves([real])
     penalty = slope(head(at, told), [at])
@@ -114,6 +124,17 @@ def test_the_losses_by_hand_from_decoded_images(tiny: Path) -> None:
     torch.testing.assert_close(found, expected)
     assert float(penalty.min()) > 0
     torch.testing.assert_close(method.adversary.realism(x, b), -logits[0].mean(1))
+
+
+def test_the_losses_of_several_heads_are_added_and_each_is_the_mean_of_its_places(tiny: Path) -> None:
+    """L = -sum_k D_k (METHODS 5.3): a large map says no more than a small one, and two heads twice as much as one."""
+    method, b, x = prepared(tiny, gan={"r1": 0.0}, vision=TwoMaps())
+    told, decode = embedding(b.c), backbone(tiny).decode
+    fake, real = ([head(f, told) for head, f in zip(method.head, TwoMaps()(decode(z, gradients=True)), strict=True)] for z in (x, b.real))
+    assert [d.shape[1] for d in fake] == [64, 4]
+    torch.testing.assert_close(method.adversary.realism(x, b), -fake[0].mean(1) - fake[1].mean(1))
+    expected = sum((1 + d).relu().mean() + (1 - e).relu().mean() for d, e in zip(fake, real, strict=True))
+    torch.testing.assert_close(method.adversary.following(x, b), expected)
 
 
 def test_gradients_pass_decoder_and_vision_to_the_sample_and_stay_out_of_them(tiny: Path) -> None:
@@ -132,8 +153,9 @@ def test_what_is_told_changes_the_verdict_and_a_head_without_weights_is_flat() -
     torch.manual_seed(0)
     heads, c = ToldHeads([8, 16], 5), Context(torch.randn(3, 4, 5))
     maps = [torch.randn(3, 8, 4, 4), torch.randn(3, 16, 2, 2)]
-    assert heads(*maps, embedding(c)).shape == (3, 16 + 4)
-    assert not torch.allclose(heads(*maps, embedding(c)), heads(*maps, embedding(c) + 1))
+    one, other = heads(*maps, embedding(c)), heads(*maps, embedding(c) + 1)
+    assert [x.shape for x in one] == [(3, 16), (3, 4)]
+    assert not any(torch.allclose(a, b) for a, b in zip(one, other, strict=True))
     head = ToldHead(8, 5)
     nn.init.zeros_(head.psi.weight), nn.init.zeros_(head.v.weight), nn.init.zeros_(head.v.bias)
     (at,) = leaves(maps[:1])

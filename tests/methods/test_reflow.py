@@ -20,7 +20,7 @@ from ddil_lightning.diffusion.transitions import NoiseCorrected, ddim
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.methods import Reflow
 from ddil_lightning.methods.reflow import straight
-from ddil_lightning.records import FORWARD, MIXED, STUDENT, TEACHER, Context, LatentBatch
+from ddil_lightning.records import FORWARD, MIXED, STUDENT, TEACHER, Context, LatentBatch, cat
 from suite import BY_NAME, Entry, build, captions, fit
 
 SD = NoiseSchedule.scaled_linear()
@@ -162,6 +162,11 @@ def test_a_students_latents_are_answered_by_the_teachers_flow_from_where_they_ar
     assert float((y - exact).abs().max()) < 0.05
     mixed = paired(method, TEACHER, MIXED)  # the teacher's latent of a trajectory that the student has ended
     assert torch.equal(method.line(mixed)[0], mixed.x_t) and not torch.equal(method.line(mixed)[1], mixed.end)
+    before = method.teacher.evaluations
+    method.line(b)
+    alone = method.teacher.evaluations - before
+    method.line(cat([b, paired(method, TEACHER)]))  # of states with an end of the teacher's none is solved for
+    assert method.teacher.evaluations - before == 2 * alone > 0
     few = Policy(Denoiser(Gaussian(0.5, 0.7, SD), SD, "x0"), ddim)
     times = torch.tensor([0, 1, 2, 500])
     many = few.solve(torch.ones(4, 2, dtype=torch.float64), times, Context(torch.zeros(4, 1, 1)), 8)

@@ -118,12 +118,15 @@ def test_the_teachers_flow_ends_where_it_should(steps: int) -> None:
 def test_roll_outs_get_the_teachers_label_and_data_their_own() -> None:
     method = exact(label_steps=3)
     x, t = noise(4), torch.tensor([999, 749, 499, 249])
-    source, end = torch.tensor([FORWARD, STUDENT, TEACHER, FORWARD]), noise(4, seed=8)
-    b = latents(x, t, None, source=source, end=end, noise=x)
+    source, real = torch.tensor([FORWARD, STUDENT, TEACHER, FORWARD]), noise(4, seed=8)
+    b = latents(x, t, real, source=source)
     label = solve(method.teacher, x, t, b.c, 3)
-    torch.testing.assert_close(method.clean(b), torch.stack([end[0], label[1], label[2], end[3]]))
+    torch.testing.assert_close(method.clean(b), torch.stack([real[0], label[1], label[2], real[3]]))
     before = method.teacher.evaluations
-    assert method.clean(b._replace(source=source * 0)) is end and method.teacher.evaluations == before
+    assert method.clean(b._replace(source=source * 0)) is real and method.teacher.evaluations == before
+    # What a same-timestep control has put in the buffer is noised from another picture than the batch's.
+    control = b._replace(source=source * 0, slot=torch.tensor([-1, 3, -1, -1]))
+    torch.testing.assert_close(method.clean(control), torch.stack([real[0], label[1], real[2], real[3]]))
 
 
 # Sources ------------------------------------------------------------------------------------------------------------------------------

@@ -67,8 +67,15 @@ class Network(nn.Module, ABC):
         return ()
 
     def last_layer(self) -> nn.Parameter:
-        """The trained weights of its last layer, by whose gradients losses are weighed; by default the last ones of two sides and more."""
-        return [p for p in self.parameters() if p.requires_grad and p.ndim > 1][-1]
+        """The trained weights of its last layer, by whose gradients losses are weighed: the last ones of two sides and more of its `tail`,
+        or of the whole of it."""
+        parts = (self.tail(), [self])
+        found = ([p for part in several for p in part.parameters() if p.requires_grad and p.ndim > 1] for several in parts)
+        return next(trained for trained in found if trained)[-1]
+
+    def tail(self) -> Sequence[nn.Module]:
+        """The parts that a latent passes last, in their order, where that is not the order of their names."""
+        return ()
 
     def recompute(self, on: bool = True) -> None:
         """Compute activations again in the backward pass instead of keeping them, where that saves memory (gradient checkpointing)."""

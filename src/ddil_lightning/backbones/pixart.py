@@ -91,11 +91,9 @@ class PixArt(Transformer):
         text = torch.zeros(n, T5_TOKENS, config.caption_channels or config.cross_attention_dim)
         return Context(text, mask=torch.ones(n, T5_TOKENS).long(), ids=torch.ones(n, 6) if self._told_size else None)
 
-    def last_layer(self) -> nn.Parameter:
-        """The projection onto patches, which its embeddings of time and text come after by name alone; else the last of its blocks."""
-        own = [p for part in (self.model.transformer_blocks, self.model.proj_out) for p in part.parameters()]
-        trained = [p for p in own if p.requires_grad and p.ndim > 1]
-        return trained[-1] if trained else super().last_layer()
+    def tail(self) -> Sequence[nn.Module]:
+        """Its blocks and the projection onto patches, which its embeddings of time and text come after by name alone."""
+        return self.model.transformer_blocks, self.model.proj_out
 
     def forward(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
         """[B, C, H, W] eps. Raises ValueError for a context without mask, or without a size that is told."""

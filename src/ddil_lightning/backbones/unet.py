@@ -110,6 +110,10 @@ class UNet(Family):
         """down0 ..., mid, up0 ...: what leaves each block."""
         return tuple(self._depths())
 
+    def tail(self) -> Sequence[nn.Module]:
+        """Its way up and the last convolution: the bottleneck comes after them by name alone."""
+        return self.model.up_blocks, self.model.conv_out
+
     def _depths(self) -> dict[str, nn.Module]:
         unet = self.model
         down = {f"down{i}": block for i, block in enumerate(unet.down_blocks)}

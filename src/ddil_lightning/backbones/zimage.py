@@ -103,12 +103,9 @@ class ZImage(Transformer):
         """Texts of QWEN_TOKENS, the longest that there are: without a mask, of which a plan could not know how much it leaves."""
         return Context(torch.zeros(n, QWEN_TOKENS, self.model.config.cap_feat_dim))
 
-    def last_layer(self) -> nn.Parameter:
-        """The projection onto patches, which its blocks come after by name alone; else the last of its blocks."""
-        own = [p for part in (self.model.layers, self.model.all_final_layer) for p in part.parameters()]
-        trained = [p for p in own if p.requires_grad and p.ndim > 1]
-        linear = next((p for p in trained if p is self.model.all_final_layer[f"{PATCH}-1"].linear.weight), None)
-        return linear if linear is not None else trained[-1] if trained else super().last_layer()
+    def tail(self) -> Sequence[nn.Module]:
+        """Its layers and the projection onto patches, which its embeddings come after by name alone."""
+        return self.model.layers, self.model.all_final_layer[f"{PATCH}-1"].linear
 
     def forward(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
         """[B, C, H, W] the velocity. A context without mask is read whole."""

@@ -264,7 +264,7 @@ class DDILDataModule(LightningDataModule, Feed):
     def _collect(self, batch: CaptionBatch, shape: tuple[int, ...], buffer: ReplayBuffer) -> None:
         """Algorithm 2: a roll-out into the buffer. Raises FloatingPointError for one that is not finite."""
         learner = self.learner
-        made = home(collect(take(batch, slice(self.trajectories)), learner, self.prior, self.streams, shape, self.rollouts.control))
+        made = home(collect(take(batch, slice(self.trajectories)), learner, self.prior, self.streams, shape, self.rollouts))
         together = (lambda mine: mine) if self.trainer is None else self.trainer.strategy.reduce_boolean_decision
         check_finite(made, together, learner.student_updates)
         stage = self.streams.stage

@@ -37,7 +37,7 @@ class Learner(Protocol):
 
     @property
     def progress(self) -> float:
-        """The share of the run that is done, 0 to 1."""
+        """The share of the present stage that is done, 0 to 1: buffer and means begin anew with every stage."""
         ...
 
     @property

@@ -95,18 +95,30 @@ def roll(
 
 
 @torch.no_grad()
-def stand_in(x0: Tensor, schedule: NoiseSchedule, walk: Grid, c: Context, generator: torch.Generator, upto: int | None = None) -> Rollout:
+def stand_in(
+    x0: Tensor,
+    schedule: NoiseSchedule,
+    walk: Grid,
+    c: Context,
+    generator: torch.Generator,
+    upto: int | None = None,
+    pure_noise: bool = False,
+) -> Rollout:
     """The same-timestep control of Algorithm 2: data x0 [R, ...] noised to the very nodes that `roll` would visit, independent noise each.
 
-    Times, contexts, guidance, reuse and age are those of a roll-out; only the latents are the forward process's. What DDIL wins over it
-    is the correction of the shift, what it wins by itself is the emphasis on these times (METHODS, preface 4).
+    Times, contexts, guidance, reuse and age are those of a roll-out; only the latents are the forward process's, with `pure_noise` at node
+    0 for a method whose forward latents there carry no signal. What DDIL wins over it is the correction of the shift, what it wins by
+    itself is the emphasis on these times (METHODS, preface 4).
     """
     last = len(walk) - 1 if upto is None else upto
     t = walk.nodes[: last + 1].repeat_interleave(len(x0))
     clean = x0.repeat(last + 1, *(1,) * (x0.ndim - 1))
     noise = torch.randn(clean.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+    x_t = schedule.add_noise(clean, noise, sent(t, x0.device))
+    if pure_noise:
+        x_t[: len(x0)] = noise[: len(x0)]
     rows = torch.arange(len(x0)).repeat(last + 1)
-    return Rollout(schedule.add_noise(clean, noise, sent(t, x0.device)), t, rows, torch.full_like(t, FORWARD), torch.zeros_like(t), c)
+    return Rollout(x_t, t, rows, torch.full_like(t, FORWARD), torch.zeros_like(t), c)
 
 
 def _tag(actors: Sequence[bool]) -> int:
@@ -172,21 +184,21 @@ def _forward(
 
 
 def collect(
-    batch: CaptionBatch, learner: Learner, prior: SamplingPrior, streams: Streams, shape: Sequence[int], control: bool = False
+    batch: CaptionBatch, learner: Learner, prior: SamplingPrior, streams: Streams, shape: Sequence[int], rollouts: Rollouts = Rollouts()
 ) -> Rollout:
     """One batch of trajectories for the buffer, by the batch's captions: all interior states of one roll-out (or its `stand_in`)."""
     walk, actors = plan(prior, learner.grid, streams.shared("rollout"))
-    return _made(batch, learner, walk, actors, streams, shape, control)
+    return _made(batch, learner, walk, actors, streams, shape, rollouts)
 
 
 def fresh(
-    batch: CaptionBatch, learner: Learner, prior: SamplingPrior, streams: Streams, shape: Sequence[int], control: bool = False
+    batch: CaptionBatch, learner: Learner, prior: SamplingPrior, streams: Streams, shape: Sequence[int], rollouts: Rollouts = Rollouts()
 ) -> LatentBatch:
     """Roll-out latents made on the spot, all at one node, for a run without a buffer; what says where they come from is on the CPU."""
     rng = streams.shared("rollout")
     walk, actors = plan(prior, learner.grid, rng)
     stop = rng.randrange(len(walk))
-    made = _made(batch, learner, walk, actors, streams, shape, control, upto=stop)
+    made = _made(batch, learner, walk, actors, streams, shape, rollouts, upto=stop)
     final = slice(stop * len(batch.rows), None)
     t, slot = made.t[final], torch.full_like(made.t[final], -1)
     weight = torch.ones_like(slot, dtype=torch.float32)
@@ -201,19 +213,20 @@ def _made(
     actors: Sequence[bool],
     streams: Streams,
     shape: Sequence[int],
-    control: bool,
+    rollouts: Rollouts,
     upto: int | None = None,
 ) -> Rollout:
     c = guided(batch.c, learner.guidance, streams.local("rollout-guidance"))
     generator = streams.local("rollout-noise", c.text.device)
-    if not control:
+    if not rollouts.control:
         made = roll(learner.policies, walk, actors, c, shape, generator, upto, learner.wants.ends)
         return made._replace(noise=made.x_t[: len(c.text)]) if learner.wants.noise else made  # node 0
     if batch.latent is None:
         raise ValueError("the same-timestep control noises data, but the data set has no images: set data.rollouts.control to false")
     if learner.wants.ends or learner.wants.noise:
         raise ValueError("the same-timestep control has no trajectories, whose ends this method needs: set data.rollouts.control to false")
-    return stand_in(batch.latent, learner.policies.student.schedule, walk, c, generator, upto)
+    pure_noise = rollouts.wanted(learner.wants).pure_noise
+    return stand_in(batch.latent, learner.policies.student.schedule, walk, c, generator, upto, pure_noise)
 
 
 def check_finite(made: Rollout, together: Callable[[bool], bool], updates: int) -> None:
@@ -292,7 +305,7 @@ def drawn(
     if k == 0:
         return _forward(batch, learner, streams, wants, shape)
     if buffer is None:
-        here = fresh(take(batch, slice(size - k, None)), learner, prior, streams, shape, rollouts.control)
+        here = fresh(take(batch, slice(size - k, None)), learner, prior, streams, shape, rollouts)
     else:
         got = buffer.sample(k, clock=learner.stage_updates, generator=streams.local("buffer"), progress=learner.progress, shape=shape)
         here = _rolled(learner, got)

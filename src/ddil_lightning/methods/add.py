@@ -16,7 +16,15 @@ from ddil_lightning.training.gan import Gan
 from ddil_lightning.training.vision import ToldHeads, Vision, embedding
 
 
-class Looking(Adversary):
+class Added(Adversary):
+    """A discriminator whose heads' losses are added."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.heads = len(self.head) if isinstance(self.head, nn.ModuleList) else 1
+
+
+class Looking(Added):
     """A discriminator of decoded images, without noise: heads on the maps of a frozen Vision, told the caption.
 
     Real latents are decoded as well, so that nothing but what they show tells them from the student's.
@@ -36,7 +44,7 @@ class Looking(Adversary):
         return (*self.vision.to(images.device)(images), embedding(c))
 
 
-class Clean(Adversary):
+class Clean(Added):
     """A discriminator of samples that are no images: heads on the layers of a frozen denoiser, asked at its least noise."""
 
     def view(
@@ -49,11 +57,11 @@ class Clean(Adversary):
 class ADD(Adversarial):
     """The student's images should look real, and its samples be what the guided teacher makes of them once they are noised.
 
-    L_student = -sum_k D_k(F_k(decode(xS)), caption) + lambda c(t) |xS - xT|^2, with xT the teacher's x0 at y = alpha_t xS + sigma_t eps, t
-    uniform, y and xT without gradient, and c(t) = alpha_t; the heads learn by the hinge loss with R1 at their inputs. The first term asks
-    for no partner and the second for no x0, so every source is legal; real are the data alone. Reflection acts on the teacher's x0 and,
-    straight-through, on what the discriminator sees. The paper tells the heads an embedding of the data image too, which a roll-out does
-    not have; here they are told the caption.
+    L_student = -sum_k D_k(F_k(decode(xS)), caption) + lambda c(t) |xS - xT|^2, D_k the mean over the places of a map, with xT the teacher's
+    x0 at y = alpha_t xS + sigma_t eps, t uniform, y and xT without gradient, and c(t) = alpha_t; the heads learn by the hinge loss with R1
+    at their inputs. The first term asks for no partner and the second for no x0, so every source is legal; real are the data alone.
+    Reflection acts on the teacher's x0 and, straight-through, on what the discriminator sees. The paper tells the heads an embedding of the
+    data image too, which a roll-out does not have; here they are told the caption.
 
     Args:
         steps: nodes of the grid (4: 999, 749, 499, 249), a divisor of the schedule's times.

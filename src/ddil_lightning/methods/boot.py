@@ -39,7 +39,7 @@ class BOOT(Distillation):
         distance: of the student's answer and its target.
     """
 
-    wants = Wants(noise=True)
+    wants = Wants(noise=True, real=False)
 
     def __init__(self, *, steps: int = 16, boundary: float = 0.1, distance: Distance = Distance("mse"), **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -17,7 +17,7 @@ from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.processes import averaged
-from ddil_lightning.records import END, FORWARD, Context, LatentBatch, Prediction, sent, take
+from ddil_lightning.records import END, Context, LatentBatch, Prediction, sent, take
 from ddil_lightning.training.adversary import Adversary, Critic
 from ddil_lightning.training.contest import Contest
 from ddil_lightning.training.deployment import Deployment
@@ -146,13 +146,8 @@ class CTM(Contest, Distillation):
         return node + 1 + (share * (len(self.grid) - node)).long()
 
     def denoised(self, b: LatentBatch) -> Tensor:
-        """[B] the denoising loss of g(x_t, t, s = t) in the network's own space, 0 where no x0 belongs to x_t: on all but forward latents.
-
-        What a same-timestep control has put in the buffer is none either: `real` is what the batch came with.
-        """
-        origin = self.feed.origin(b)
-        kinds = enumerate(zip(origin.source, origin.slot, strict=True))
-        rows = [row for row, (source, slot) in kinds if source == FORWARD and slot < 0]  # as many on every rank
+        """[B] the denoising loss of g(x_t, t, s = t) in the network's own space, 0 where no x0 belongs to x_t: but on forward latents."""
+        rows = self.feed.origin(b).data  # as many on every rank
         if b.real is None or not rows:
             return torch.zeros(len(b.t), device=b.t.device)
         known = sent(torch.tensor(rows), b.t.device)

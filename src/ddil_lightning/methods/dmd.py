@@ -48,7 +48,7 @@ class DMD(DMD2):
                     f"scores.guidance = {self.scores.guidance:g} moves the student elsewhere than its pairs, whose guidance is "
                     f"{' to '.join(f'{g:g}' for g in dict.fromkeys(self.guidance))}: leave it out, and set model.guidance"
                 )
-            self.wants = Wants(pure_noise=True, ends=True, pairs=pairs)
+            self.wants = Wants(pure_noise=True, ends=True, pairs=pairs, real=False)
 
     def loss(self, x: Tensor, b: LatentBatch, heard: Heard | None = None) -> Tensor:
         """[B] matching, and the regression where there is an answer of the teacher's."""

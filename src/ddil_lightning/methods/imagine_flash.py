@@ -66,7 +66,7 @@ class ImagineFlash(Distillation):
         w_conditioned: the student is told w (a zero-initialised embedding); without it one guidance is baked in.
     """
 
-    wants = Wants(pure_noise=True)
+    wants = Wants(pure_noise=True, real=False)
 
     def __init__(
         self,

@@ -47,12 +47,12 @@ class Ends(Told):
 class LADD(Adversarial):
     """The student's samples, noised anew, should look real to small heads on the features of the frozen teacher, and that is all.
 
-    L_student = -D(teacher's features of alpha_tau xS + sigma_tau eps, caption), tau logit-normal; the heads learn by the hinge loss, with
-    independent (tau, eps) for real and fake. Nothing is decoded and no target is regressed on, so every source is legal; it decides which
-    outputs must look real. The heads are told the pooled text and tau (projection, as ADD's), which the teacher computes their features
-    under as well; only where samples are no images they have the features alone. Real are the data or, as in the paper, the guided
-    teacher's own samples: the ends of its roll-outs, of which the prior then has to have some, and with (0, 0, 1) no image is needed.
-    Reflection acts on the student's samples, straight-through.
+    L_student = -D(teacher's features of alpha_tau xS + sigma_tau eps, caption), the mean of its heads, tau logit-normal; the heads learn by
+    the hinge loss, with independent (tau, eps) for real and fake. Nothing is decoded and no target is regressed on, so every source is
+    legal; it decides which outputs must look real. The heads are told the pooled text and tau (projection, as ADD's), which the teacher
+    computes their features under as well; only where samples are no images they have the features alone. Real are the data or, as in the
+    paper, the guided teacher's own samples: the ends of its roll-outs, of which the prior then has to have some, and with (0, 0, 1) no
+    image is needed. Reflection acts on the student's samples, straight-through.
 
     Args:
         steps: nodes of the grid (4: 999, 749, 499, 249), a divisor of the schedule's times.

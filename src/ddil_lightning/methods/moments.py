@@ -60,7 +60,7 @@ class MomentMatching(Adversarial):
         reflects: which estimates are thresholded where `reflect` is not off; `real` is the teacher's, `critic` the auxiliary's.
     """
 
-    wants = Wants()
+    wants = Wants(real=False)
     critic: Role
 
     def __init__(

@@ -15,11 +15,12 @@ from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.losses import Distance
 from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.transitions import ddim
+from ddil_lightning.feed import Wants
 from ddil_lightning.records import LatentBatch
 from ddil_lightning.training.adversary import Adversary, Critic, Span
 from ddil_lightning.training.contest import Contest
 from ddil_lightning.training.deployment import Deployment
-from ddil_lightning.training.gan import Gan
+from ddil_lightning.training.gan import Gan, Logits
 from ddil_lightning.training.identity import identity_but
 from ddil_lightning.training.method import Distillation
 
@@ -27,8 +28,8 @@ from ddil_lightning.training.method import Distillation
 class Jumps(Adversary):
     """A discriminator of jumps, which the student is to fool by the margin of the hinge loss and no further, as its authors have it."""
 
-    def fooling(self, logits: Tensor) -> Tensor:
-        """[B] the student's side on the logits D [B, ...] of its jumps: max(0, 1 - D), or softplus(-D)."""
+    def fooling(self, logits: Logits) -> Tensor:
+        """[B] the student's side on the logits D of its jumps: max(0, 1 - D), or softplus(-D)."""
         return self.gan.real(logits)
 
 
@@ -52,6 +53,7 @@ class PCM(Contest, Distillation):
         critic: the discriminator's time scale.
     """
 
+    wants = Wants(real=False)
     target: Role
     head: nn.Module | None
 

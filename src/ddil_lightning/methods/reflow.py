@@ -72,7 +72,7 @@ class Reflow(Distillation):
         times = {*straight(schedule, nodes), *(t for walk in walks for t in walk.nodes.tolist())}
         self.grid = Grid([*sorted(times, reverse=True), END], walks, rule="straight")
         self.relabel, self.regression, self._distance = relabel, regression, regression.between(self.backbone)
-        self.wants = Wants(pure_noise=True, ends=True, pairs=pairs)
+        self.wants = Wants(pure_noise=True, ends=True, pairs=pairs, real=False)
         student = self.role("student", w_conditioned=w_conditioned)
         self.cast(student=student, teacher=self.role("teacher", reflection=self.reflection))
         # A single step ends at x0, corrected or not, and nothing is to be said of it.
@@ -100,9 +100,12 @@ class Reflow(Distillation):
         origin = self.feed.origin(b)
         if not self.relabel or not origin.rolled:
             return x, b.end
-        rolled = sent(torch.tensor(origin.rolled), x.device)
-        answers = self.feed.answered(take(b._replace(x_t=x), rolled), self.answer, [origin.slot[row] for row in origin.rolled])
-        return x, torch.where(ours.view(wide), b.end, b.end.index_copy(0, rolled, answers.to(b.end.dtype)))
+        assert origin.whole is not None
+        # One at least, for a teacher in shards is asked by all processes together, however many of these states are here.
+        asked = [row for row in origin.rolled if origin.whole[row] != TEACHER] or origin.rolled[:1]
+        rows = sent(torch.tensor(asked), x.device)
+        answers = self.feed.answered(take(b._replace(x_t=x), rows), self.answer, [origin.slot[row] for row in asked])
+        return x, torch.where(ours.view(wide), b.end, b.end.index_copy(0, rows, answers.to(b.end.dtype)))
 
     def answer(self, b: LatentBatch) -> Tensor:
         """y [B, C, H, W]: where the teacher's flow ends from x_t, in `relabel` steps, which the buffer keeps beside it."""

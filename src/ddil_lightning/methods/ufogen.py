@@ -56,7 +56,7 @@ class UFOGen(Adversarial):
         gan: the discriminator; with features `teacher`, its network stays frozen and the head alone learns.
     """
 
-    wants = Wants(ends=True)
+    wants = Wants()
 
     def __init__(
         self,
@@ -108,13 +108,14 @@ class UFOGen(Adversarial):
     @torch.no_grad()
     def clean(self, b: LatentBatch) -> Tensor:
         """The clean version of every x_t: its data or, where a policy has made it, the end of the guided teacher's flow from there."""
-        assert b.end is not None  # of a forward latent, its data; the end of a roll-out is what its own policy made of it
+        assert b.real is not None  # `check_data` saw images
         origin = self.feed.origin(b)
-        if not origin.rolled:
-            return b.end
-        rolled = sent(torch.tensor(origin.rolled), b.end.device)
-        label = self.feed.answered(take(b, rolled), self.answer, [origin.slot[row] for row in origin.rolled])
-        return b.end.index_copy(0, rolled, label.to(b.end.dtype))
+        others = sorted({*range(len(b.t))} - {*origin.data})
+        if not others:
+            return b.real
+        rows = sent(torch.tensor(others), b.real.device)
+        label = self.feed.answered(take(b, rows), self.answer, [origin.slot[row] for row in others])
+        return b.real.index_copy(0, rows, label.to(b.real.dtype))
 
     def answer(self, b: LatentBatch) -> Tensor:
         """Labels [B, C, H, W]: the end of the guided teacher's flow from x_t, which the buffer keeps beside it."""

@@ -20,7 +20,7 @@ from ddil_lightning.diffusion.losses import mse
 from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.records import END, Context, LatentBatch, Prediction
 from ddil_lightning.streams import Streams
-from ddil_lightning.training.gan import Gan, leaves, slope
+from ddil_lightning.training.gan import Gan, Logits, leaves, slope, voices
 from ddil_lightning.training.sharding import kept, share
 
 
@@ -94,6 +94,8 @@ class Adversary:
 
     conditions: int = 0
     """How many of the tensors of a view, the last ones, are no features but what the head is told of them."""
+    heads: int = 1
+    """Of how many heads' losses the sum is taken, where a paper adds them; 1 for their mean."""
 
     def __init__(self, method: Any, critic: Role | None, head: nn.Module | None, every: int, gan: Gan, times: Times | None = None) -> None:
         if critic is None and gan.is_on and gan.features == "critic":
@@ -124,7 +126,7 @@ class Adversary:
         """[B] the student's side of the GAN on its samples x [B, C, H, W]."""
         if not self.gan.weight:
             return 0.0
-        return self.fooling(self._logits(self.view(x, b, b.c, "realism", span=span)))
+        return self.heads * self.fooling(self._logits(self.view(x, b, b.c, "realism", span=span)))
 
     def descend(
         self, optimizer: Any, x: Tensor, b: LatentBatch, real: Tensor | None = None, span: Span = CLEAN, heard: Heard | None = None
@@ -179,7 +181,7 @@ class Adversary:
         if self.gan.r1 and not self.gan.r1_noise and not any(x.requires_grad for x in reals):
             reals = leaves(reals)  # of a frozen network: the head answers once, for its loss and its slope
         fake, true = self._logits(fakes), self._logits(reals)
-        gan = b.weight * self.gan.fake(fake) + weight * self.gan.real(true)
+        gan = self.heads * (b.weight * self.gan.fake(fake) + weight * self.gan.real(true))
         self.method.measures.record(gan=gan)
         if not self.gan.r1:
             return gan
@@ -187,10 +189,11 @@ class Adversary:
         self.method.measures.record(r1=r1)
         return gan + self.gan.r1 * weight * r1
 
-    def slope(self, real: Tensor, b: LatentBatch, c: Context, features: Sequence[Tensor], logits: Tensor, span: Span = CLEAN) -> Tensor:
+    def slope(self, real: Tensor, b: LatentBatch, c: Context, features: Sequence[Tensor], logits: Logits, span: Span = CLEAN) -> Tensor:
         """[B] how steep the discriminator is at real samples: R1 at the head's inputs or, by noise, the squared change of its logits."""
         if self.gan.r1_noise:
-            return mse(self._logits(self.view(real, b, c, "real", self.gan.r1_noise, span)), logits)
+            moved = self._logits(self.view(real, b, c, "real", self.gan.r1_noise, span))
+            return voices(lambda d, e: (d - e).square(), moved, logits)
         if not all(x.is_leaf for x in features):  # a critic's, which learns by its loss and not by its slope
             features = leaves(features)
             logits = self._logits(features)
@@ -200,8 +203,8 @@ class Adversary:
 
     # What a method may have otherwise: what the discriminator sees, and what the student is to make of it ------------------------------
 
-    def fooling(self, logits: Tensor) -> Tensor:
-        """[B] the student's side on the logits D [B, ...] of its samples: softplus(-D) or, of the hinge loss, -D."""
+    def fooling(self, logits: Logits) -> Tensor:
+        """[B] the student's side on the logits D of its samples: softplus(-D) or, of the hinge loss, -D."""
         return self.gan.fooling(logits)
 
     def real(self, b: LatentBatch) -> Real | None:
@@ -263,10 +266,11 @@ class Adversary:
         assert self.head is not None
         return self.head(*(z.float() for z in self._features(x, t, c)))
 
-    def _logits(self, features: Sequence[Tensor]) -> Tensor:
-        """[B, ...] of the head in float32; a batch's features may come from a network in half precision."""
+    def _logits(self, features: Sequence[Tensor]) -> Logits:
+        """Those of the head in float32; a batch's features may come from a network in half precision."""
         assert self.head is not None
-        return self.head(*(x.float() for x in features)).float().flatten(1)
+        made = self.head(*(x.float() for x in features))
+        return tuple(x.float() for x in made) if isinstance(made, tuple) else made.float()
 
     # State ---------------------------------------------------------------------------------------------------------------------------
 

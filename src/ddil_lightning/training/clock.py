@@ -83,5 +83,5 @@ class Clocks:
 
     @property
     def progress(self) -> float:
-        """The share of the run that is done, 0 to 1."""
-        return min(self.student_updates / self.updates, 1.0)
+        """The share of the present stage that is done, 0 to 1."""
+        return min(self.stage_updates / self.stage_length, 1.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +12,9 @@ from torch.nn.functional import relu, softplus
 
 from ddil_lightning.bounds import at_least, within
 from ddil_lightning.diffusion.losses import per_sample
+
+Logits = Tensor | tuple[Tensor, ...]
+"""What a discriminator says of samples: [B, ...] of one head, or of each of several."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +56,23 @@ class Gan:
         """Whether there is a discriminator at all."""
         return bool(self.weight or self.critic_weight)
 
-    def fooling(self, logits: Tensor) -> Tensor:
-        """[B] the student's side on the logits D [B, ...] of its samples: softplus(-D), or -D of the hinge loss."""
-        return per_sample(softplus(-logits) if self.kind == "softplus" else -logits)
+    def fooling(self, logits: Logits) -> Tensor:
+        """[B] the student's side on the logits D of its samples: softplus(-D), or -D of the hinge loss."""
+        return voices((lambda d: softplus(-d)) if self.kind == "softplus" else (lambda d: -d), logits)
 
-    def fake(self, logits: Tensor) -> Tensor:
+    def fake(self, logits: Logits) -> Tensor:
         """[B] the discriminator's side on the student's samples: softplus(D), or max(0, 1 + D)."""
-        return per_sample(softplus(logits) if self.kind == "softplus" else relu(1 + logits))
+        return voices(softplus if self.kind == "softplus" else (lambda d: relu(1 + d)), logits)
 
-    def real(self, logits: Tensor) -> Tensor:
+    def real(self, logits: Logits) -> Tensor:
         """[B] the discriminator's side on real samples: softplus(-D), or max(0, 1 - D)."""
-        return per_sample(softplus(-logits) if self.kind == "softplus" else relu(1 - logits))
+        return voices((lambda d: softplus(-d)) if self.kind == "softplus" else (lambda d: relu(1 - d)), logits)
+
+
+def voices(loss: Callable[..., Tensor], *logits: Logits) -> Tensor:
+    """[B] the mean over heads of the mean of `loss` over the places of its logits: a map of many places says no more than another."""
+    several = [x if isinstance(x, tuple) else (x,) for x in logits]
+    return torch.stack([per_sample(loss(*heads)) for heads in zip(*several, strict=True)]).mean(0)
 
 
 def leaves(features: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -71,9 +80,10 @@ def leaves(features: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(x.detach().float().requires_grad_() for x in features)
 
 
-def slope(logits: Tensor, features: Sequence[Tensor]) -> Tensor:
+def slope(logits: Logits, features: Sequence[Tensor]) -> Tensor:
     """[B] R1: the squared gradient of the summed logits at `features` [B, ...], the head's own inputs: no network below it has a part."""
-    gradients = torch.autograd.grad(logits.float().sum(), features, create_graph=True)
+    total = sum(x.float().sum() for x in (logits if isinstance(logits, tuple) else (logits,)))
+    gradients = torch.autograd.grad(total, features, create_graph=True)  # type: ignore[arg-type]
     return torch.stack([g.square().flatten(1).sum(1) for g in gradients]).sum(0)
 
 

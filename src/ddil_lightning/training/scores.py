@@ -138,7 +138,7 @@ class TwoScores(Adversarial):
 
     def oppose(self, critic: Critic, gan: Gan = Gan()) -> None:
         """Cast the roles and set the adversary and the policies."""
-        self.head = None
+        self.head, self.wants = None, replace(self.wants, real=gan.is_on)
         self.cast(
             student=self.role("student"),
             critic=self.role("critic"),

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddil_lightning.backbones.network import Heads
 from ddil_lightning.bounds import lengths, within
 from ddil_lightning.records import Context
 from ddil_lightning.texts import reason
@@ -103,16 +102,16 @@ class ToldHead(nn.Module):
         return (self.psi(h)[:, 0] + torch.einsum("bf,bfhw->bhw", self.v(told), h) / h.shape[1] ** 0.5).flatten(1)
 
 
-class ToldHeads(Heads):
+class ToldHeads(nn.ModuleList):
     """A `ToldHead` for each map of a Vision; the last argument is the embedding that all of them are told."""
 
     def __init__(self, widths: Sequence[int], told: int) -> None:
         super().__init__([ToldHead(width, told) for width in widths])
 
-    def forward(self, *features: Tensor) -> Tensor:
-        """Logits [B, N] of all maps, side by side."""
+    def forward(self, *features: Tensor) -> tuple[Tensor, ...]:
+        """Logits [B, h w] of each map: maps of different sizes have as many places, and each head one voice."""
         *maps, told = features
-        return torch.cat([head(x, told) for head, x in zip(self, maps, strict=True)], 1)
+        return tuple(head(x, told) for head, x in zip(self, maps, strict=True))
 
 
 def embedding(c: Context) -> Tensor:
