@@ -141,7 +141,7 @@ def has(said: Any, key: str) -> bool:
 
 
 def test_settings_in_the_text_exist() -> None:
-    configs = [printed("--config", name) for name in ("lcm_ddil_sd15", "add_ddil", "ladd_ddil", "ufogen_ddil")]
+    configs = [printed("--config", name) for name in ("lcm_ddil_sd15", "add_ddil", "ladd_ddil", "ufogen_ddil", "dmd2_ddil")]
     named = {word.partition("=")[::2] for code in INLINE for word in code.split() if re.match(r"(model|data|trainer)\.[\w.]+(=|$)", word)}
     assert {"data.captions.path", "data.cache", "data.prior.mix", "model.optimizer.accumulate", "trainer.devices"} <= {
         key for key, _ in named

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,6 +34,11 @@ def test_wheel_holds_configs_weights_and_page_style(wheel: zipfile.ZipFile) -> N
     assert {"ddil_lightning/runs/report.css", "ddil_lightning/py.typed", "ddil_lightning/__init__.pyi"} <= names
     assert not [n for n in names if n.startswith(("tests/", "runs/", "configs/"))]
     assert sum(i.compress_size for i in wheel.infolist()) < 15e6
+
+
+def test_it_is_cited_in_the_version_that_it_has() -> None:
+    cited, own = ((ROOT / name).read_text() for name in ("CITATION.cff", "pyproject.toml"))
+    assert yaml.safe_load(cited)["version"] == re.search(r'^version = "(.+)"', own, re.M)[1]  # type: ignore[index]
 
 
 def test_commands_of_the_wheel_exist(wheel: zipfile.ZipFile) -> None:
