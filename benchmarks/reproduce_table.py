@@ -255,7 +255,8 @@ make reproduce ARGS="--pipeline builtin/flow --page docs/flow.md"
 
 is [the reproduction](reproduction.md) once more with the other built-in teacher, a Stable Diffusion 3 in miniature, which was taught by
 flow matching: the same data, texts, autoencoder and judge, another network on another path. Its cells are in `benchmarks/reproduced_flow/`.
-What the tables show is said in [results](results.md#a-flow-transformer). The teacher walks its students' nodes here, not those of its own scheduler, whose 4 steps are fewer.
+What the tables show is said in [results](results.md#a-flow-transformer). The teacher walks its students' nodes here, not those of its own
+scheduler, whose 4 steps are fewer.
 
 ## The teacher""",
 )
