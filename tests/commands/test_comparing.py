@@ -77,7 +77,7 @@ def test_pipelines_of_every_origin_side_by_side(capsys: Any, monkeypatch: pytest
         for p in role.weights():
             p.add_(0.05)
     lora.write(type(Pipeline("base").pipe), Path("style.safetensors"), role.network, torch.float32)
-    Path("more.yaml").write_text("- {name: tuned, path: base, lora: {path: style.safetensors, scale: 0.5}, sampler: tcd, steps: [2]}\n")
+    Path("more.yaml").write_text("- {name: tuned, path: base, lora: {path: style.safetensors, scale: 0.5}, sampler: tcd, eta: 0.5, steps: [2]}\n")
     load, loaded = Pipeline.load, []
 
     def one(self: Pipeline, *args: Any) -> Any:
@@ -96,6 +96,7 @@ def test_pipelines_of_every_origin_side_by_side(capsys: Any, monkeypatch: pytest
     assert [row["nfe"] for row in rows.values()] == [2, 4, 1, 2, 2, 4, 4] and all(row["seconds_per_image"] > 0 for row in rows.values())
     made = rows["tuned@2"]["generation"]
     assert (made["sampler"], made["lora"], made["dtype"]) == ("TCDScheduler", ["style.safetensors * 0.5"], "float32")
+    assert made["eta"] == 0.5 and "eta" not in rows["base@2"]["generation"]
     assert len({json.dumps(row["metrics"]) for row in rows.values()}) == 7
     alone = call(capsys, "base", "--steps", 2, command="--pipeline")[0]["rows"][0]
     assert (alone["metrics"], alone["protocol"]) == (rows["base@2"]["metrics"], rows["base@2"]["protocol"])
@@ -198,6 +199,18 @@ def test_an_entry_in_a_word(here: Path) -> None:
     assert parsed("owner/model+owner/lcm-lora:lcm@1").name == "model+lcm-lora:lcm g1"
     shutil.copytree("base", "a+b@2")  # taken as it stands
     assert parsed("a+b@2").source.path == "a+b@2" and parsed("a+b@2@3").guidance == 3.0
+    etas = ("{path: base, sampler: tcd}", "{path: base, sampler: tcd-es1.01, eta: 0}", "{path: base, sampler: tcd, eta: 0.3, guidance: 1}")
+    (here / "etas.yaml").write_text("".join(f"- {line}\n" for line in etas))
+    assert [(one.name, one.eta) for one in read_entries(["etas.yaml"])] == [
+        ("base:tcd", None),
+        ("base:tcd-es1.01 eta0", 0.0),
+        ("base:tcd eta0.3 g1", 0.3),
+    ]
+    for line, told in (("sampler: tcd, eta: 1.5", "from 0 to 1) is 1.5: give a number"), ("eta: 0.3", "say sampler: tcd, or leave eta out")):
+        (here / "eta.yaml").write_text(f"- base\n- {{path: base, {line}}}\n")
+        with pytest.raises(Refusal) as refused:
+            read_entries(["eta.yaml"])
+        assert told in str(refused.value)
     (here / "none.yaml").write_text("{}")
     with pytest.raises(Refusal, match="give a list of pipelines"):
         read_entries(["none.yaml"])

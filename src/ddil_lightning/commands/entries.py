@@ -19,7 +19,7 @@ REMEDIES = r"(-ts[1-9]\d{0,2}(-tv\d+(\.\d+)?)?(-tc[1-9]\d{0,2})?)?(-es[01]\.\d+)
 """What the name of a sampler, but of the last, may end in: `-ts20`, shifted times, behind it `-tv1.0`, the variance of the data, and
 `-tc100`, the time up to which nothing is shifted; `-es1.01`, scaled eps (`diffusion.remedies`)."""
 OF_SOURCE = ("path", "variant", "config", "vae", "lora", "size")
-KEYS = ("name", *OF_SOURCE, "sampler", "guidance", "steps")
+KEYS = ("name", *OF_SOURCE, "sampler", "eta", "guidance", "steps")
 """What an entry of a YAML file may say."""
 LONGEST = 100
 SHOWN = re.compile(r"[^\w.+ :=-]+")
@@ -36,7 +36,7 @@ class Entry:
     """A pipeline that is compared. `source`: where it is stored, which may be a finished run's folder.
 
     `sampler`: one of SAMPLERS, None for its own scheduler; `guidance`: guidance_scale, None for what its card recommends; `steps`: None for
-    those of all entries.
+    those of all entries; `eta`: of tcd, the strength of its noise, None for what its card says, else 0.3.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Entry:
     sampler: str | None = None
     guidance: float | None = None
     steps: tuple[int, ...] | None = None
+    eta: float | None = None
 
     @property
     def run(self) -> Path | None:
@@ -133,12 +134,12 @@ def _lora(text: str, word: str) -> dict[str, Any]:
     return {"path": path, "scale": _number(scale, f"--compare {word}: the scale after *")} if found else {"path": text}
 
 
-def _number(text: Any, what: str, low: float = -100.0) -> float:
+def _number(text: Any, what: str, low: float = -100.0, high: float = 1000.0) -> float:
     try:
         value = float(text)
     except (TypeError, ValueError):
         value = float("nan")
-    if not low <= value <= 1000:
+    if not low <= value <= high:
         raise Refusal(f"{what} is {text!r}: give a number, as in {FORM}")
     return value
 
@@ -174,12 +175,16 @@ def _entry(said: Mapping[str, Any], where: str) -> Entry:
     wrong = [key for key in said if key not in KEYS]
     if wrong or not isinstance(said.get("path"), str):
         raise Refusal(f"{where}: {f'no key {wrong[0]!r}' if wrong else 'no path'}: an entry says path, and may say {', '.join(KEYS)}")
-    sampler, guidance, steps = said.get("sampler"), said.get("guidance"), said.get("steps")
+    sampler, guidance, steps, eta = (said.get(key) for key in ("sampler", "guidance", "steps", "eta"))
     if sampler is not None and not is_sampler(sampler):
         known = f"known are {', '.join(SAMPLERS)}, and -ts20 (-ts20-tv1.0-tc100) or -es1.01 behind one but dpm"
         raise Refusal(f"{where}: no sampler {sampler!r}: {known}; without one it is the pipeline's own")
     if guidance is not None:
         guidance = _number(guidance, f"{where}: guidance", 0.0)
+    if eta is not None:
+        if str(sampler).partition("-")[0] != "tcd":
+            raise Refusal(f"{where}: eta is the strength of TCD's noise: say sampler: tcd, or leave eta out")
+        eta = _number(eta, f"{where}: eta (TCD's gamma, from 0 to 1)", 0.0, 1.0)
     if steps is not None:
         steps = tuple(_count(n, f"{where}: steps") for n in (steps if isinstance(steps, list) else [steps]))
     loras = said.get("lora") or []
@@ -189,17 +194,17 @@ def _entry(said: Mapping[str, Any], where: str) -> Entry:
     except (ValueError, TypeError) as error:
         raise Refusal(f"{where}: {one_line(error)}") from error
     source = replace(source, path=str(place(source.path)), lora=tuple(replace(lora, path=str(place(lora.path))) for lora in source.lora))
-    name = SHOWN.sub("-", str(said.get("name") or _called(source, sampler, guidance))).strip()
+    name = SHOWN.sub("-", str(said.get("name") or _called(source, sampler, guidance, eta))).strip()
     if not 1 <= len(name) <= LONGEST:
         raise Refusal(f"{where}: a name has 1 to {LONGEST} letters, for files are named by it: say one, by NAME={source.path[:80]}")
-    return Entry(name, source, sampler, guidance, steps)
+    return Entry(name, source, sampler, guidance, steps, eta)
 
 
-def _called(source: Source, sampler: str | None, guidance: float | None) -> str:
+def _called(source: Source, sampler: str | None, guidance: float | None, eta: float | None) -> str:
     """A name for what has none: of the folder or hub id, of the LoRAs, and of what differs from the pipeline's own settings."""
     last = _last(source.path)
     parts = [last, *(f"+{_last(lora.path)}{_scaled(lora)}" for lora in source.lora), f":{sampler}" if sampler else ""]
-    return "".join(parts) + (f" g{guidance:g}" if guidance is not None else "")
+    return "".join(parts) + (f" eta{eta:g}" if eta is not None else "") + (f" g{guidance:g}" if guidance is not None else "")
 
 
 def _scaled(lora: Lora) -> str:
