@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import weakref
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ddil_lightning.backbones import lora
+from ddil_lightning.backbones import lora, sampling
 from ddil_lightning.backbones.adapters import Adapter
 from ddil_lightning.backbones.pipeline import Pipeline
-from ddil_lightning.commands import main
+from ddil_lightning.commands import comparing, main
+from ddil_lightning.commands.comparing import Job
 from ddil_lightning.commands.entries import parsed, read_entries
+from ddil_lightning.commands.launched import together
+from ddil_lightning.commands.rack import Rack
 from ddil_lightning.errors import Refusal
 from ddil_lightning.evaluation import rows as rows_module
+from ddil_lightning.evaluation.generation import Generation
 from ddil_lightning.evaluation.given import Given, Judge
 from ddil_lightning.evaluation.suite import Probes, Suite
 from ddil_lightning.miniature import digits
+from ddil_lightning.runs.comparison import Comparison
+from pair import Pair
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -137,6 +144,36 @@ def test_a_comparison_goes_on_with_the_rows_that_are_missing(capsys: Any, monkey
     assert again["rows"][3]["metrics"] != found["rows"][3]["metrics"]
     fresh, _ = call(capsys, "base", "other", "--steps", 1, "--fresh")
     assert asked[8:] == [row["name"] for row in fresh["rows"]] == ["base@1", "other@1"]
+
+
+def measured_by_both(rank: int, folder: str, wrong: type[Exception]) -> Any:
+    """What is left out of three rows, the second of which goes wrong in the second process's share, and the rows there are."""
+    processes, where = together()
+    suite = Suite("digits", digits.prompts(16, 0), Given(judge=Judge(digits.judge, digits.mode_coverage)), Probes(), 0, batch=8)
+    comparison, entry = Comparison(Path(folder) / "out.json", ["base"]), parsed(f"base={folder}/base")
+    jobs, latents = [Job(entry, n, 1.0, {"digest": None}) for n in (1, 2, 3)], sampling.pipeline_latents
+
+    def broken(backbone: Any, prompts: Any, steps: int, scale: float, seed: int = 0, *rest: Any) -> Any:
+        if (rank, steps, seed) == (1, 2, 8) and wrong is not ValueError:
+            raise wrong("no memory")
+        return latents(backbone, prompts, steps, scale, seed, *rest) * (torch.nan if (steps, seed) == (2, 8) else 1)
+
+    sampling.pipeline_latents = broken
+    try:
+        measured = Namespace(keep_images=None), Rack(where, {}), suite, jobs, comparison, Generation(processes=processes), None
+        comparing._measured(*measured)
+    except BaseException as error:
+        return type(error).__name__, str(error)
+    finally:
+        sampling.pipeline_latents = latents
+    return comparison.left_out, [row["name"] for row in json.loads(comparison.out.read_text())["rows"]]
+
+
+def test_a_row_that_fails_in_one_process_is_left_out_by_all(pair: Pair, tmp_path: Path) -> None:
+    (left, rows), (other, _) = pair.run(measured_by_both, str(tmp_path), ValueError)
+    assert rows == ["base@1", "base@3"] and left == other and list(left) == ["base@2"] and "prompt 8 (from 0)" in left["base@2"]
+    first, second = pair.run(measured_by_both, str(tmp_path), MemoryError)  # anything else ends all
+    assert (first, second) == (("Elsewhere", "no memory"), ("MemoryError", "no memory"))
 
 
 @pytest.mark.slow

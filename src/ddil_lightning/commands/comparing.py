@@ -17,9 +17,13 @@ from ddil_lightning.commands.launched import together
 from ddil_lightning.commands.rack import Rack, ready
 from ddil_lightning.errors import Refusal, one_line
 from ddil_lightning.files import check_writable
+from ddil_lightning.processes import Elsewhere
 from ddil_lightning.signals import Stopped
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ddil_lightning.backbones.pipeline import Pipeline
     from ddil_lightning.commands.teaching import Teacher
     from ddil_lightning.evaluation.generation import Generation
     from ddil_lightning.evaluation.suite import Suite
@@ -196,7 +200,7 @@ def _measured(
     how: Generation,
     teacher: Teacher | None,
 ) -> None:
-    """Measure the rows that are not there yet, each written when it is done. One that fails is left out, and said to be."""
+    """Measure the rows that are not there yet, each written when it is done. One that fails is left out by all, and said to be."""
     processes, stamp = how.processes, suite.protocol["stamp"]
     missing = processes.by_first(lambda: [job.name for job in jobs if not comparison.kept(job.name, stamp, job.about["digest"])])
     kept = [job.name for job in jobs if job.name not in missing]
@@ -207,7 +211,9 @@ def _measured(
         for job in (job for job in jobs if job.name in missing):
             try:
                 row, seen = _row(rack, suite, job, how)
-            except ValueError as error:
+            except (ValueError, Elsewhere) as error:
+                if isinstance(error, Elsewhere) and not error.foreseen:
+                    raise
                 comparison.left_out[job.name] = one_line(error).removeprefix(f"{job.name}: ")
                 if processes.first:
                     print(f"left out: {job.name}, {comparison.left_out[job.name]}", flush=True)
@@ -230,9 +236,12 @@ def _row(rack: Rack, suite: Suite, job: Job, how: Generation) -> tuple[dict[str,
     from ddil_lightning.evaluation.rows import pipeline_row
     from ddil_lightning.runs.comparison import Seen, small
 
-    backbone = ready(job.entry, rack.take(job.entry.at(job.steps)))
-    first = list(suite.passes()[0].asked[:PICTURES])
-    pictures = small(sampling.decoded(backbone, sampling.pipeline_latents(backbone, first, job.steps, job.scale, suite.seed, how.batch)))
+    def begun() -> tuple[Pipeline, Tensor]:
+        backbone, first = ready(job.entry, rack.take(job.entry.at(job.steps))), list(suite.passes()[0].asked[:PICTURES])
+        drawn = sampling.pipeline_latents(backbone, first, job.steps, job.scale, suite.seed, how.batch)
+        return backbone, small(sampling.decoded(backbone, drawn))
+
+    backbone, pictures = how.processes.alike(begun)
     values: dict[str, Any] = {}
     how = replace(how, look=lambda metrics: values.update(each(metrics)))
     row = pipeline_row(suite, backbone, job.steps, job.scale, how=how, name=job.name)
