@@ -146,6 +146,20 @@ def test_a_comparison_goes_on_with_the_rows_that_are_missing(capsys: Any, monkey
     assert asked[8:] == [row["name"] for row in fresh["rows"]] == ["base@1", "other@1"]
 
 
+def test_a_protocol_that_asks_for_more_measures_it(capsys: Any) -> None:
+    """And the first numbers stay, for the rows are of the same images."""
+    shown = []
+    for asked in ("blur", "blur, saturation", "contrast"):
+        Path("mine.yaml").write_text(f"prompts: {{source: digits, n: 16}}\nmetrics: [{asked}]\n")
+        found, out = call(capsys, "base#1", "base:lcm#1", "--protocol", "mine.yaml")
+        shown.append(([row["metrics"] for row in found["rows"]], out))
+    ((first, _), (second, out), (third, last)) = shown
+    assert all(row["saturation"] is None and row["blur"] is not None for row in first)
+    assert all(row["saturation"] is not None and row["contrast"] is not None for row in second)  # two numbers of one measure
+    assert [row["blur"] for row in third] == [row["blur"] for row in first] and "Saturation" in out and "Contrast" in last
+    assert {row["protocol"]["stamp"] for row in found["rows"]} == {found["rows"][0]["protocol"]["stamp"]}
+
+
 def measured_by_both(rank: int, folder: str, wrong: type[Exception]) -> Any:
     """What is left out of three rows, the second of which goes wrong in the second process's share, and the rows there are."""
     processes, where = together()

@@ -24,7 +24,7 @@ from ddil_lightning.evaluation.material import material, named
 from ddil_lightning.evaluation.networks import Networks
 from ddil_lightning.evaluation.protocols import BUILTIN, ProbePlan, PromptSource, Protocol, ReferenceSource, protocol
 from ddil_lightning.evaluation.registry import wanted
-from ddil_lightning.evaluation.stamps import comparable, note, stamp
+from ddil_lightning.evaluation.stamps import comparable, covers, note, stamp
 from ddil_lightning.evaluation.suite import Suite
 from ddil_lightning.evaluation.views import Crops
 
@@ -302,6 +302,9 @@ def test_only_what_is_asked_for_is_measured(coco: Path) -> None:
     images = torch.rand(6, 3, 16, 16) * 2 - 1
     out = suite_of(coco, metrics=["frechet"]).score(lambda prompts, seed: images[: len(prompts)])
     assert out["frechet"] is not None and out["kid"] is out["saturation"] is None
+    some, every = suite_of(coco, metrics=["frechet"]).protocol, suite_of(coco).protocol
+    assert some["metrics"] == ["frechet"] and "metrics" not in every and some["stamp"] == every["stamp"]
+    assert covers(some, some) and covers(every, some) and not covers(some, every) and not covers({**every, "stamp": "x"}, some)
 
 
 def test_too_few_images_are_refused_before_anything_is_drawn(coco: Path) -> None:

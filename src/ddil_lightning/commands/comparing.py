@@ -183,7 +183,7 @@ def _tried(args: argparse.Namespace, entry: Entry, n: int, rack: Rack, suite: Su
     job = Job(entry, n, scale, provenance(backbone, n, scale))
     try:
         backbone.check_steps(n)
-        if not comparison.kept(job.name, suite.protocol["stamp"], job.about["digest"]):
+        if not comparison.kept(job.name, suite.protocol, job.about["digest"]):
             sampling.check_finite(backbone, sampling.pipeline_latents(backbone, suite.prompts[:1], n, job.scale, suite.seed), n)
     except ValueError as why:
         comparison.left_out[job.name] = one_line(why)
@@ -201,8 +201,8 @@ def _measured(
     teacher: Teacher | None,
 ) -> None:
     """Measure the rows that are not there yet, each written when it is done. One that fails is left out by all, and said to be."""
-    processes, stamp = how.processes, suite.protocol["stamp"]
-    missing = processes.by_first(lambda: [job.name for job in jobs if not comparison.kept(job.name, stamp, job.about["digest"])])
+    processes, protocol = how.processes, suite.protocol
+    missing = processes.by_first(lambda: [job.name for job in jobs if not comparison.kept(job.name, protocol, job.about["digest"])])
     kept = [job.name for job in jobs if job.name not in missing]
     if kept and processes.first:
         print(f"{comparison.out} has {len(kept)} of {len(jobs)} rows already: {', '.join(kept)}", flush=True)
