@@ -194,11 +194,21 @@ def test_a_row_that_fails_in_one_process_is_left_out_by_all(pair: Pair, tmp_path
 def test_rows_of_another_protocol_stay_and_are_told(capsys: Any) -> None:
     shutil.copytree("base", "other")
     call(capsys, "base", "other", "--steps", 1)
-    found, out = call(capsys, "base", "new=base:euler", "--steps", 1, "--seed", 3)
-    assert "also has rows that are not asked for, which stay (--fresh leaves them out): other@1" in out
-    assert [row["name"] for row in found["rows"]] == ["base@1", "new@1", "other@1"]
+    found, out = call(capsys, "first=base", "new=base:euler", "--steps", 1, "--seed", 3)
+    assert "also has rows that are not asked for, which stay (--fresh leaves them out): base@1, other@1" in out
+    assert [row["name"] for row in found["rows"]] == ["first@1", "new@1", "base@1", "other@1"]
     assert "The rows were measured by 2 protocols" in out and "The rows were measured by 2 protocols" in Path("compare.html").read_text()
-    assert [pair["name"] for pair in found["against_first"]] == ["new@1"]  # other@1 has no partner by its protocol
+    assert [pair["name"] for pair in found["against_first"]] == ["new@1"]  # the others have no partner by their protocol
+
+
+def test_rows_of_another_protocol_are_not_replaced_unasked(capsys: Any) -> None:
+    call(capsys, "base#1", "other=base:euler#1")
+    before = Path("compare.json").read_bytes()
+    refused = call(capsys, "base#1", "other=base:euler#2,1", "--seed", 3)[1]
+    assert refused.startswith("ddil-test: compare.json has base@1, other@1 by digits ") and Path("compare.json").read_bytes() == before
+    assert refused.endswith(": give another --out, or --fresh to replace what it has\n") and "and not by digits " in refused
+    found, _ = call(capsys, "base#1", "new=base:euler#1", "--seed", 3, "--fresh")
+    assert [row["name"] for row in found["rows"]] == ["base@1", "new@1"] and found["seed"] == 3
 
 
 @pytest.mark.slow

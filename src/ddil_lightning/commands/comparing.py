@@ -131,9 +131,20 @@ def _checked(
                 raise Refusal(f"cannot be sampled in {', '.join(map(str, counts))} steps: {why}")
         found.append(mine)
     jobs = [job for mine in reversed(found) for job in mine]
+    _check_own(comparison, jobs, suite)
     for line in list(_notes(comparison, jobs)) if how.processes.first else ():
         print(line, flush=True)
     return suite, jobs
+
+
+def _check_own(comparison: Comparison, jobs: Sequence[Job], suite: Suite) -> None:
+    """Raises Refusal where rows that are asked for are there by another protocol, whose numbers would be lost."""
+    from ddil_lightning.evaluation.stamps import called, protocols
+
+    found = comparison.otherwise([job.name for job in jobs], suite.protocol)
+    if found:
+        said = f"{', '.join(str(row['name']) for row in found)} by {', '.join(map(called, protocols(found))) or 'no protocol'}"
+        raise Refusal(f"{comparison.out} has {said}, and not by {called(suite.protocol)}: give another --out, or --fresh to replace what it has")
 
 
 def _suite(args: argparse.Namespace, entry: Entry, rack: Rack, how: Generation, teacher: Teacher | None) -> Suite:

@@ -54,6 +54,10 @@ class Comparison:
             return False
         return self.seen(name) is not None
 
+    def otherwise(self, names: Sequence[str], protocol: Mapping[str, Any]) -> list[Row]:
+        """Those of the rows `names` that are there and were measured by another protocol, by their stamps."""
+        return [row for row in self.rows if row["name"] in names and row["protocol"].get("stamp") != protocol["stamp"]]
+
     def others(self, names: Sequence[str]) -> list[str]:
         """The rows of an older comparison in the same file that are none of `names`: they stay."""
         return [row["name"] for row in self.rows if row["name"] not in names]
