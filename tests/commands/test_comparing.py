@@ -84,7 +84,9 @@ def test_pipelines_of_every_origin_side_by_side(capsys: Any, monkeypatch: pytest
         for p in role.weights():
             p.add_(0.05)
     lora.write(type(Pipeline("base").pipe), Path("style.safetensors"), role.network, torch.float32)
-    Path("more.yaml").write_text("- {name: tuned, path: base, lora: {path: style.safetensors, scale: 0.5}, sampler: tcd, eta: 0.5, steps: [2]}\n")
+    Path("more.yaml").write_text(
+        "- {name: tuned, path: base, lora: {path: style.safetensors, scale: 0.5}, sampler: tcd, eta: 0.5, steps: [2]}\n"
+    )
     load, loaded = Pipeline.load, []
 
     def one(self: Pipeline, *args: Any) -> Any:
@@ -267,7 +269,10 @@ def test_an_entry_in_a_word(here: Path) -> None:
         ("base:tcd-es1.01 eta0", 0.0),
         ("base:tcd eta0.3 g1", 0.3),
     ]
-    for line, told in (("sampler: tcd, eta: 1.5", "from 0 to 1) is 1.5: give a number"), ("eta: 0.3", "say sampler: tcd, or leave eta out")):
+    for line, told in (
+        ("sampler: tcd, eta: 1.5", "from 0 to 1) is 1.5: give a number"),
+        ("eta: 0.3", "say sampler: tcd, or leave eta out"),
+    ):
         (here / "eta.yaml").write_text(f"- base\n- {{path: base, {line}}}\n")
         with pytest.raises(Refusal) as refused:
             read_entries(["eta.yaml"])

@@ -50,8 +50,10 @@ def test_texts_are_escaped_and_rows_of_another_protocol_are_paired_with_none(fou
 
 
 def measured(protocol: dict[str, Any], digest: str = "d", **numbers: float) -> tuple[dict[str, Any], Seen]:
-    row = make_row("one@4", 4, 3.0, 8, 0.1, unmeasured() | numbers | {"intervals": dict.fromkeys(numbers, [0, 1])}, protocol, {"digest": digest})
-    return row, Seen(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), {key: torch.full((4,), value) for key, value in numbers.items()})
+    metrics = unmeasured() | numbers | {"intervals": {key: [0, 1] for key in numbers}}
+    values = {key: torch.full((4,), value) for key, value in numbers.items()}
+    row = make_row("one@4", 4, 3.0, 8, 0.1, metrics, protocol, {"digest": digest})
+    return row, Seen(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), values)
 
 
 def test_a_row_is_measured_again_for_more_metrics_and_keeps_its_numbers(tmp_path: Path) -> None:
@@ -78,8 +80,9 @@ def test_a_row_is_measured_again_for_more_metrics_and_keeps_its_numbers(tmp_path
 def test_what_a_protocol_names_is_shown(tmp_path: Path) -> None:
     """As HPDv2's does, whose three numbers are in no other table."""
     made = Comparison(tmp_path / "x.json", ["one", "two"])
+    about = {"name": "hpsv2", "n": 4, "stamp": "s", "seeds": {"first": 0}, "metrics": ["hps"]}
     for name, by in (("one", 0.0), ("two", 0.5)):
-        row, seen = measured({"name": "hpsv2", "n": 4, "stamp": "s", "seeds": {"first": 0}, "metrics": ["hps"]}, hps=0.25 + by, pickscore=20.0)
+        row, seen = measured(about, hps=0.25 + by, pickscore=20.0)
         made.add({**row, "name": f"{name}@4"}, seen)
     for told in (text(made), markdown(made)):
         assert told.count("HPS") == 2 and "0.750" in told and "+0.5" in told and "PickScore" not in told

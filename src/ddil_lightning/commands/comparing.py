@@ -143,8 +143,9 @@ def _check_own(comparison: Comparison, jobs: Sequence[Job], suite: Suite) -> Non
 
     found = comparison.otherwise([job.name for job in jobs], suite.protocol)
     if found:
-        said = f"{', '.join(str(row['name']) for row in found)} by {', '.join(map(called, protocols(found))) or 'no protocol'}"
-        raise Refusal(f"{comparison.out} has {said}, and not by {called(suite.protocol)}: give another --out, or --fresh to replace what it has")
+        names = ", ".join(row["name"] for row in found)
+        said = f"{names} by {', '.join(map(called, protocols(found))) or 'no protocol'}, and not by {called(suite.protocol)}"
+        raise Refusal(f"{comparison.out} has {said}: give another --out, or --fresh to replace what it has")
 
 
 def _suite(args: argparse.Namespace, entry: Entry, rack: Rack, how: Generation, teacher: Teacher | None) -> Suite:

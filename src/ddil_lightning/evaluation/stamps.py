@@ -45,8 +45,7 @@ def stamped(protocol: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def covers(protocol: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
-    """Whether a row of `protocol` has all the numbers that another one asks for: the stamps are equal, and so are those it was asked for, or
-    it was asked for more."""
+    """Whether a row of `protocol` has all that another one asks for: their stamps are equal, and it was asked for as much or more."""
     if protocol.get("stamp") != asked.get("stamp"):
         return False
     had, wanted = protocol.get("metrics"), asked.get("metrics")

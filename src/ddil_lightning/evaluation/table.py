@@ -94,7 +94,7 @@ def table(rows: Sequence[Row], width: int = 160) -> str:
 
 
 def present(rows: Sequence[Row], every: bool = False) -> list[Column]:
-    """The columns that tables show (`presented`) and at least one row has, of the suite's metrics and of the toy's; `every`: the others, too."""
+    """The columns that tables show (`presented`) and at least one row has, of a suite's metrics and the toy's; `every`: the others, too."""
     found = [*columns(), *POINTS]
     return [c for c in (found if every else presented(found, rows)) if any(values_of(row).get(c.key) is not None for row in rows)]
 

@@ -71,8 +71,11 @@ def parts(found: Mapping[str, Any]) -> list[Part]:
 
 def _sweeps(found: Mapping[str, Any]) -> tuple[list[Row], list[Row]]:
     """The rows of both sweeps with the protocol that is theirs, which says what tables show."""
-    mixing, switch = ([{**row, "protocol": found["protocol"]} for row in found[sweep]] for sweep in ("mixing", "switch"))
-    return mixing, switch
+
+    def measured(sweep: str) -> list[Row]:
+        return [{**row, "protocol": found["protocol"]} for row in found[sweep]]
+
+    return measured("mixing"), measured("switch")
 
 
 def _losses(rows: Sequence[Row]) -> Part:

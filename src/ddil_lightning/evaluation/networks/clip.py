@@ -59,8 +59,8 @@ def open_clip_net(
     Own code because torchmetrics' CLIPScore fails with transformers 5. Images are rounded to 8 bits and go through the model's own PIL
     preprocessing, as in public evaluators; `resize`: its way with what is no square (open_clip's shortest, longest, squash), None for the
     model's. Weights of a tag that says so (OpenAI's, MetaCLIP's, DFN's) get the QuickGELU that they were trained with, as the architecture
-    `name`-quickgelu has it; a file says nothing of it, and is read by the architecture as it is named. Raises Absent without open_clip or where a tag's weights cannot be had, ValueError for an architecture, a tag or a file that is
-    none.
+    `name`-quickgelu has it; a file says nothing of it, and is read by the architecture as it is named. Raises Absent without open_clip or
+    where a tag's weights cannot be had, ValueError for an architecture, a tag or a file that is none.
     """
     try:
         import open_clip
