@@ -105,8 +105,38 @@ def read_entries(words: Sequence[str]) -> list[Entry]:
     return entries
 
 
-def parsed(word: str) -> Entry:
-    """The entry of a word of FORM. A path that exists as it stands is taken so. Raises Refusal for what cannot be read."""
+def student(word: str) -> Entry:
+    """The pipeline of --student, by a word of FORM or a YAML file of a list of one, in one step count if it says any. Raises Refusal."""
+    found = _only(word, "--student")
+    if found.steps and len(found.steps) > 1:
+        raise Refusal(f"--student {word}: a student is asked in one step count: say one after #")
+    return found
+
+
+def teacher(word: str) -> Source:
+    """The pipeline of --teacher, by PATH[+LORA[*SCALE]] or a YAML file of a list of one. Raises Refusal for what says more."""
+    found = _only(word, "--teacher")
+    if (found.sampler, found.guidance, found.steps) != (None, None, None):
+        raise Refusal(f"--teacher {word}: it is sampled by --guidance and --teacher_steps: leave sampler, guidance and steps out of it")
+    return found.source
+
+
+def _only(word: str, option: str) -> Entry:
+    if not word.endswith((".yaml", ".yml")):
+        return parsed(word, option)
+    found = list(_listed(word, option))
+    if len(found) != 1:
+        raise Refusal(f"{option} {word}: it lists {len(found)} pipelines: give a list of one")
+    return found[0]
+
+
+def written(source: Source) -> str:
+    """A pipeline and its LoRAs as FORM has them."""
+    return "+".join([source.path, *(lora.path + ("" if lora.scale == 1 else f"*{lora.scale:g}") for lora in source.lora)])
+
+
+def parsed(word: str, option: str = "--compare") -> Entry:
+    """The entry of a word of FORM. A path that exists as it stands is taken so. Raises Refusal, of `option`, for what cannot be read."""
     name, text = None, word
     found = re.fullmatch(r"([^/=]+)=(.+)", word, re.S)
     if found and not place(word).exists():
@@ -115,12 +145,12 @@ def parsed(word: str) -> Entry:
     text, guidance = _peeled(text, "@")
     text, sampler = _peeled(text, ":")
     path, *loras = [text] if place(text).exists() else text.split("+")
-    said: dict[str, Any] = {"path": path, "lora": [_lora(lora, word) for lora in loras], "sampler": sampler}
+    said: dict[str, Any] = {"path": path, "lora": [_lora(lora, f"{option} {word}") for lora in loras], "sampler": sampler}
     if guidance is not None:
-        said["guidance"] = _number(guidance, f"--compare {word}: the guidance after @")
+        said["guidance"] = _number(guidance, f"{option} {word}: the guidance after @")
     if steps is not None:
-        said["steps"] = [_count(n, f"--compare {word}: the steps after #") for n in steps.split(",")]
-    return _entry({**said, **({"name": name} if name else {})}, f"--compare {word}")
+        said["steps"] = [_count(n, f"{option} {word}: the steps after #") for n in steps.split(",")]
+    return _entry({**said, **({"name": name} if name else {})}, f"{option} {word}")
 
 
 def _peeled(text: str, mark: str) -> tuple[str, str | None]:
@@ -129,9 +159,9 @@ def _peeled(text: str, mark: str) -> tuple[str, str | None]:
     return (text, None) if not found or not head or "/" in tail or place(text).exists() else (head, tail)
 
 
-def _lora(text: str, word: str) -> dict[str, Any]:
+def _lora(text: str, where: str) -> dict[str, Any]:
     path, found, scale = text.rpartition("*")
-    return {"path": path, "scale": _number(scale, f"--compare {word}: the scale after *")} if found else {"path": text}
+    return {"path": path, "scale": _number(scale, f"{where}: the scale after *")} if found else {"path": text}
 
 
 def _number(text: Any, what: str, low: float = -100.0, high: float = 1000.0) -> float:
@@ -150,20 +180,20 @@ def _count(text: Any, what: str) -> int:
     return int(text)
 
 
-def _listed(file: str) -> Iterator[Entry]:
+def _listed(file: str, option: str = "--compare") -> Iterator[Entry]:
     """The entries of a YAML file, a list of words of FORM and of tables of KEYS."""
     import yaml
 
     try:
         found = yaml.safe_load(read_text(file))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise Refusal(f"--compare {file}: {one_line(error)}") from error
+        raise Refusal(f"{option} {file}: {one_line(error)}") from error
     if not isinstance(found, list) or not found:
-        raise Refusal(f"--compare {file}: give a list of pipelines, each as {FORM} or as a table of {', '.join(KEYS)}")
+        raise Refusal(f"{option} {file}: give a list of pipelines, each as {FORM} or as a table of {', '.join(KEYS)}")
     for i, said in enumerate(found, 1):
-        where = f"--compare {file}, entry {i}"
+        where = f"{option} {file}, entry {i}"
         if isinstance(said, str):
-            yield parsed(said)
+            yield parsed(said, option)
         elif isinstance(said, Mapping):
             yield _entry(said, where)
         else:
