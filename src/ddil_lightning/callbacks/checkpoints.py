@@ -17,6 +17,7 @@ from ddil_lightning.files import replacing
 from ddil_lightning.records import sent
 from ddil_lightning.runs.checkpoint import clock_of, sorted_checkpoints
 from ddil_lightning.signals import Stopped, listen, unlisten
+from ddil_lightning.training.clock import batches_of
 from ddil_lightning.training.sharding import share
 
 AGREE = 10  # batches between two looks at whether any of several processes was interrupted
@@ -45,7 +46,7 @@ class Checkpoints(Checkpoint):
         self.seconds = 0.0  # of training, over all the resumes of a run
         self._before: dict[int, Any] = {}
         self._saved_at: int | None = None
-        self._stop = self._saving = self._stepping = False
+        self._stop = self._saving = False
         self._batches = 0  # of this process, over all its epochs
         self._alive, self._longest = time.monotonic(), 0.0
 
@@ -69,13 +70,8 @@ class Checkpoints(Checkpoint):
         self._alive = time.monotonic()
         self._before = listen(self._interrupt)
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Note that an update is under way, in which weights may be half changed."""
-        self._stepping = True
-
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save when the clock has moved on by `every`, when a stage or the run is done, and when a signal came."""
-        self._stepping = False
         self.seconds = time.perf_counter() - self._since
         now = time.monotonic()
         self._alive, self._longest = now, max(self._longest, now - self._alive)
@@ -96,12 +92,14 @@ class Checkpoints(Checkpoint):
             self.save(trainer, pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Give the signals back, and save what was reached before data that cannot be read, or a loader's process that was killed.
+        """Give the signals back, and save what was reached before whatever failed between two steps: data that cannot be read, a loader's
+        process that was killed, another callback, a logger.
 
         Of one process alone: several would have to save together. Not in the midst of a step, which may have changed half of the weights.
         """
         self._listen_no_more()
-        between = self._saved_at is not None and not self._stepping and not pl_module.descent.halfway
+        batches = batches_of(trainer)
+        between = self._saved_at is not None and batches.started == batches.processed and not pl_module.descent.halfway
         # On a GPU numbers that are not finite are known a batch late, when their update is counted but was not taken.
         between = between and not isinstance(exception, FloatingPointError)
         if trainer.world_size == 1 and between and isinstance(exception, Exception) and pl_module.student_updates != self._saved_at:
