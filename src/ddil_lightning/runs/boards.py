@@ -75,11 +75,11 @@ class Wandb(WandbLogger):
 class TensorBoard(TensorBoardLogger):
     """Event files in `tensorboard/` below the run folder, over student updates.
 
-    `resumed`: the clock that a run goes on from. What the broken-off run had written of later updates is hidden, for it is made again.
+    `resumed`: the clock that a run goes on from. What a broken-off run had written of later updates is hidden, for it is made again.
     """
 
     def __init__(self, folder: Path, clock: Callable[[], int], resumed: int = 0) -> None:
-        super().__init__(str(folder), name="tensorboard", version="", default_hp_metric=False, purge_step=resumed + 1 if resumed else None)
+        super().__init__(str(folder), name="tensorboard", version="", default_hp_metric=False, purge_step=resumed + 1)
         self._clock = clock
 
     @rank_zero_only

@@ -29,7 +29,7 @@ def find_checkpoint(ckpt_path: str, run_dir: str | None, config: str) -> Path:
         folder = Path(ckpt_path)
         if folder.is_file():
             return folder
-    found = sorted_checkpoints(folder / "checkpoints") or sorted_checkpoints(folder)
+    found = checkpoints_of(folder)
     if not found:
         what = "holds no checkpoint" if folder.exists() else "does not exist"
         raise ValueError(f"--ckpt_path {ckpt_path}: {folder} {what}; give a file, a run folder, or `last` after a run of this config")
@@ -222,6 +222,11 @@ def clock_of(path: Path) -> int | None:
 def sorted_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a folder by their clock, oldest first."""
     return sorted((p for p in folder.glob("updates=*.ckpt") if clock_of(p) is not None), key=lambda p: clock_of(p) or 0)
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run folder, or of a folder of checkpoints, oldest first."""
+    return sorted_checkpoints(folder / "checkpoints") or sorted_checkpoints(folder)
 
 
 def config_of(ckpt_path: str | Path) -> Path:
