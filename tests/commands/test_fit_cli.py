@@ -149,6 +149,20 @@ def test_ctrl_c_saves_and_the_run_goes_on_exactly(finished: Path, tiny_config: P
     assert summary["network_evaluations"] == json.loads((finished / "summary.json").read_text())["network_evaluations"]
 
 
+def test_a_run_goes_on_whose_checkpoints_are_elsewhere(tiny_config: Path, here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--config", str(tiny_config), "--updates", "3", "checkpoints.folder=fast", "previews.every=0"]
+    with monkeypatch.context() as patch:
+        press(patch, 1)
+        code, _, err = fit(capsys, *words)
+    folder = Path("runs/tiny/latest").resolve()
+    assert code == 130 and "stopped at 2 of 3 student updates" in err and not (folder / "checkpoints").exists()
+    printed = err.split("ddil-fit ")[1].split()
+    monkeypatch.setattr(fit_cli.FitCLI, "check_parts", lambda self: (_ for _ in ()).throw(Refusal(f"{self.resumed} of {self._source}")))
+    asked = [["--ckpt_path", "last"], ["--run_dir", str(folder), "--ckpt_path", "last"], ["--ckpt_path", "fast"]]
+    for again in (printed, *([*words, *more] for more in asked)):
+        assert f"fast/updates=2.ckpt of {folder}" in fit(capsys, *again)[2]
+
+
 def test_a_job_that_is_put_back_has_one_command(tiny_config: Path, here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the first submission and after an end before the first checkpoint; after one it goes on, as everywhere."""
     words = ["--config", str(tiny_config), "--updates", "2", "--run_dir", "r", "--ckpt_path", "last", "previews.every=0"]

@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from ddil_lightning.bounds import at_least
 from ddil_lightning.files import replacing
 from ddil_lightning.records import sent
-from ddil_lightning.runs.checkpoint import clock_of, sorted_checkpoints
+from ddil_lightning.runs.checkpoint import clock_of, note_run, sorted_checkpoints
 from ddil_lightning.signals import Stopped, listen, unlisten
 from ddil_lightning.training.clock import batches_of
 from ddil_lightning.training.sharding import share
@@ -34,7 +34,7 @@ class Checkpoints(Checkpoint):
     Args:
         every: student updates between two checkpoints; 0 for those at an end alone.
         keep: how many of the newest stay.
-        folder: where they are written, by default `checkpoints/` below the trainer's root.
+        folder: where they are written, by default `checkpoints/` below the trainer's root. It then says, in `ddil-run.txt`, whose they are.
     """
 
     def __init__(self, every: int = 200, keep: int = 2, folder: str | None = None) -> None:
@@ -118,6 +118,8 @@ class Checkpoints(Checkpoint):
             raise FloatingPointError(f"weights of the student are not finite at student update {clock}, so they are not saved")
         self._saving = True
         try:
+            if self.folder is not None and trainer.is_global_zero:
+                note_run(folder, Path(trainer.default_root_dir))
             trainer.save_checkpoint(path)
         except OSError as error:
             reason = error.strerror or str(error)
