@@ -1,4 +1,7 @@
-"""The signals that ask a process to end: Ctrl-C, a scheduler's SIGTERM, a closed terminal's SIGHUP. All of them end it in the same way."""
+"""The signals that ask a process to end: Ctrl-C, a scheduler's SIGTERM, SLURM's warning of it, SIGUSR1, and a closed terminal's SIGHUP.
+
+All of them end it in the same way.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ class Stopped(KeyboardInterrupt):
 
 def ending() -> list[int]:
     """The signals that ask this process to end, without those that it was told to ignore (nohup does that with SIGHUP)."""
-    known = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    known = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]  # Windows has two
     return [number for number in known if number is not None and signal.getsignal(number) is not signal.SIG_IGN]
 
 

@@ -28,8 +28,8 @@ class Checkpoints(Checkpoint):
 
     A checkpoint holds the student, its averages, the optimiser, the buffer and the clocks, never the frozen teacher. Lightning's own
     ModelCheckpoint counts the steps of every optimiser, which is another clock.
-    Ctrl-C, SIGTERM and SIGHUP end the run after the update in progress, with a checkpoint; a second one stops at once. Weights that are not
-    finite are not saved (FloatingPointError), so that the last checkpoint is a good one.
+    Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 end the run after the update in progress, with a checkpoint; a second one stops at once. Weights
+    that are not finite are not saved (FloatingPointError), so that the last checkpoint is a good one.
 
     Args:
         every: student updates between two checkpoints; 0 for those at an end alone.
