@@ -20,7 +20,9 @@ from ddil_lightning.signals import Stopped, listen, unlisten
 from ddil_lightning.training.clock import batches_of
 from ddil_lightning.training.sharding import share
 
-AGREE = 10  # batches between two looks at whether any of several processes was interrupted
+AGREE, PROMPT = 10, 5.0
+"""Batches between two looks at whether any of several processes was interrupted, each of which waits for the device, and the seconds that
+they may take: where they take more, every batch is looked at. A launcher that has sent SIGTERM kills 30 seconds later."""
 
 
 class Checkpoints(Checkpoint):
@@ -48,6 +50,7 @@ class Checkpoints(Checkpoint):
         self._saved_at: int | None = None
         self._stop = self._saving = False
         self._batches = 0  # of this process, over all its epochs
+        self._look, self._looked = 1, (0, time.monotonic())  # the batch of the next look; that of the last one and its time
         self._alive, self._longest = time.monotonic(), 0.0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -68,6 +71,7 @@ class Checkpoints(Checkpoint):
             self.last = Path(trainer.ckpt_path)
         self._saved_at, self._since = pl_module.student_updates, time.perf_counter() - self.seconds
         self._alive = time.monotonic()
+        self._look, self._looked = self._batches + 1, (self._batches, self._alive)
         self._before = listen(self._interrupt)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -149,9 +153,12 @@ class Checkpoints(Checkpoint):
     def _agreed(self, trainer: Any) -> bool:
         if trainer.world_size == 1:
             return self.signal is not None
-        if self._batches % AGREE == 0:
+        if self._batches >= self._look and not self._stop:
+            (last, then), self._looked = self._looked, (self._batches, time.monotonic())
+            slow = (self._looked[1] - then) / (self._batches - last) > PROMPT / AGREE
             # A signal reaches the processes in different batches: all must stop after the same one, or some would wait for ever.
             self._stop = trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)
+            self._look += 1 if trainer.strategy.reduce_boolean_decision(slow, all=False) else AGREE
             if self._stop and self.signal is None:
                 self.signal = signal.SIGINT
         return self._stop
