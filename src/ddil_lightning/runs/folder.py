@@ -57,7 +57,7 @@ def reserve(run_dir: str | None, config: str, anew: bool = False) -> Claim:
         claim = Claim(folder, _make(folder))
         try:
             check_free(folder, anew)  # again: another run may have come and gone between the two
-            sweep(folder, inside=anew)  # one that was killed before it began
+            sweep(folder, inside=anew, alone=True)  # one that was killed before it began
         except BaseException:
             claim.release(started=False)
             raise
@@ -81,7 +81,7 @@ def take_up(folder: Path) -> Claim:
         for name in ("pipeline", "pipeline-unverified"):
             if (folder / name).exists() and "method" not in read_table(folder / name / "ddil.json"):
                 raise ValueError(f"{folder / name} was not written by a run, and would be replaced at its end: move it away")
-        sweep(folder)
+        sweep(folder, alone=True)  # a job goes on on another machine than the one that was killed
     except BaseException:
         claim.release(started=True)
         raise
