@@ -108,7 +108,7 @@ def test_a_gated_schedule_hears_the_losses_and_remembers_its_level() -> None:
         assert feed.prior.student == pytest.approx(0.1 + 0.2 * level)
     again = callback()
     again.load_state_dict(annealed.state_dict())
-    assert again.state_dict() == annealed.state_dict() == {"level": 2, "passed": 1}
+    assert again.state_dict() == annealed.state_dict() == {"level": 2, "steps": 4, "passed": 1}
     update(again, student=1.0)  # without a forward loss there is nothing to compare
     assert again.schedule.level == 2
     update(again, forward=1.0, student=1.0, mixed=1.9)  # all roll-outs together
@@ -163,7 +163,8 @@ def test_a_schedule_follows_a_measure_that_another_callback_publishes(first: str
     annealed, probe = AnnealPrior(GatedBy(PLAIN, SamplingPrior(0.2, 0.8), measure="shift/loss_ratio", below=1.0, steps=4)), Probe()
     method, callbacks = build(LCM, tiny, updates=6), [probe, annealed] if first == "probe" else [annealed, probe]
     fit(method, captions(tiny, PLAIN, buffer={"capacity": 0}), *callbacks, Drawn())
-    assert heard == pytest.approx([0.0, 0.0, 0.2, 0.2, 0.2, 0.2]) and annealed.state_dict() == {"level": 2, "passed": 0, "heard": 1}
+    assert heard == pytest.approx([0.0, 0.0, 0.2, 0.2, 0.2, 0.2])
+    assert annealed.state_dict() == {"level": 2, "steps": 4, "passed": 0, "heard": 1}
     method.measures.publish(7, {"shift/loss_ratio": 0.0})
     assert annealed.state_dict()["level"] == 2  # the run is over
 
