@@ -210,6 +210,9 @@ def test_machines_share_one_folder(tiny_config: Path, here: Path, capsys: Any, m
     """Each would make one of its own; those that go on with a run know it, and one that is not the first takes none."""
     words = ["--config", str(tiny_config), "previews.every=0", "--updates", "1"]
     assert "launched on several processes: give --run_dir" in refused(capsys, *words, "trainer.num_nodes=2")
+    with monkeypatch.context() as patch:
+        patch.setenv("SLURM_STEP_NUM_TASKS", "4")
+        assert "launched on several processes: give --run_dir" in refused(capsys, *words)
     assert fit(capsys, *words)[0] == 0
     monkeypatch.setattr(fit_cli.FitCLI, "check_parts", lambda self: (_ for _ in ()).throw(Refusal("it would begin")))
     assert "it would begin" in fit(capsys, *words, "trainer.num_nodes=2", "--ckpt_path", "last", "--updates", "2")[2]

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from ddil_lightning.commands.assembly import Assembly, of_the_trainer
 from ddil_lightning.commands.checks import check_loggers
 from ddil_lightning.commands.configs import configs_folder
+from ddil_lightning.commands.launched import by_srun
 from ddil_lightning.errors import Refusal, one_line
 from ddil_lightning.files import unused, write_text
 from ddil_lightning.runs.boards import boards
@@ -99,8 +100,9 @@ class FitCLI(Assembly):
             check_wandb()
         check_loggers(self.config)
         # Lightning's own launcher sets WORLD_SIZE too, and tells its processes the folder; torchrun's know of none.
-        # Several machines that go on with a run know its folder.
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1 or (int(self.config.trainer.num_nodes or 1) > 1 and not self._goes_on())
+        # Several machines and tasks of srun that go on with a run know its folder.
+        apart = int(self.config.trainer.num_nodes or 1) > 1 or by_srun() > 1
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1 or (apart and not self._goes_on())
         if several and not self.config.run_dir and inherited() is None:
             raise Refusal("launched on several processes: give --run_dir, so that all of them write to the same folder")
 
