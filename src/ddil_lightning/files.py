@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ddil_lightning.signals import lives
 from ddil_lightning.texts import from_json
 
 PART = "ddil-part"
@@ -139,7 +140,7 @@ def sweep(folder: Path, inside: bool = True, alone: bool = False) -> None:
         if name is None:
             continue
         here = name[2] in (None, HOST)  # versions before this one named no machine
-        if (here and int(name[1]) != os.getpid() and _lives(int(name[1]))) or not (here or alone or _is_old(leftover)):
+        if (here and int(name[1]) != os.getpid() and lives(int(name[1]))) or not (here or alone or _is_old(leftover)):
             continue
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -168,16 +169,6 @@ def _readable(path: Path) -> None:
     if path.is_file() and not path.is_symlink():
         with suppress(OSError):  # of a file system without rights
             path.chmod(stat.S_IMODE(path.stat().st_mode) | READERS)
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except PermissionError:
-        return True
-    except (OSError, OverflowError):
-        return False
-    return True
 
 
 def _is_old(leftover: Path) -> bool:

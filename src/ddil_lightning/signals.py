@@ -5,6 +5,7 @@ All of them end it in the same way.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -59,3 +60,14 @@ def listening() -> Iterator[None]:
         yield
     finally:
         unlisten(before)
+
+
+def lives(process: int) -> bool:
+    """Whether a process of this number is on this machine, as far as this process sees."""
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True

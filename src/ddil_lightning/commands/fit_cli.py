@@ -17,8 +17,10 @@ from ddil_lightning.commands.assembly import Assembly, of_the_trainer
 from ddil_lightning.commands.checks import check_loggers
 from ddil_lightning.commands.configs import configs_folder
 from ddil_lightning.commands.launched import by_srun
+from ddil_lightning.commands.watch import beside
 from ddil_lightning.errors import Refusal, one_line
 from ddil_lightning.files import unused, write_text
+from ddil_lightning.processes import Processes
 from ddil_lightning.runs.boards import boards
 from ddil_lightning.runs.checkpoint import (
     check_fits,
@@ -48,6 +50,7 @@ class FitCLI(Assembly):
     def __init__(self, words: Sequence[str], meter: Meter | None = None) -> None:
         self.folder, self.started = Path(), False
         self.meter = meter or Meter()
+        self.beside: list[int] = []  # the numbers of the run's other processes on this machine, under srun
         self.resumed: Path | None = None
         self.state: dict[str, Any] = {}
         self._source: Path | None = None  # the run that is resumed
@@ -213,6 +216,8 @@ class Start(Callback):
         found = trainer.strategy.broadcast(found)
         if found:
             raise Refusal(found) if trainer.is_global_zero else SystemExit(2)
+        if by_srun() > 1:
+            self.cli.beside = beside(Processes(trainer))
         self.cli.meter.begin()
         if trainer.is_global_zero:
             self.cli.start()
