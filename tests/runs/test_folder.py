@@ -65,6 +65,8 @@ def test_a_run_begins_anew_where_one_has_left_no_checkpoint(here: Path) -> None:
     assert sorted(p.name for p in Path("r").iterdir()) == [".lock", "checkpoints", "config.yaml", "metrics.csv"]
     assert list(Path("r/checkpoints").iterdir()) == []
     claim.release(started=False)
+    (here / "killed" / "tensorboard").mkdir(parents=True)  # before config.yaml was there
+    run_folder.reserve("killed", "x", anew=True).release(started=False)
     (here / "mine" / "samples").mkdir(parents=True)  # somebody's own
     with pytest.raises(ValueError, match="mine already holds samples, which a run would overwrite"):
         run_folder.reserve("mine", "x", anew=True)

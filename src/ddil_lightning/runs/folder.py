@@ -96,7 +96,8 @@ def check_free(folder: Path, anew: bool = False) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--run_dir {folder} is a file: give a folder")
     found = [name for name in WRITTEN if (folder / name).exists() or (folder / name).is_symlink()]
-    begun = set(found) <= BEGUN and ("config.yaml" in found or found == ["wandb"])  # W&B makes its own before anything begins
+    # Boards make their own before anything begins.
+    begun = set(found) <= BEGUN and ("config.yaml" in found or set(found) <= {"wandb", "tensorboard"})
     if anew and begun and not any((folder / "checkpoints").glob("*.ckpt")):
         return
     if "config.yaml" in found and (begun or "checkpoints" in found):
