@@ -75,10 +75,17 @@ def _release(method: Any, args: Any) -> Any:
 
     from ddil_lightning.commands.configs import read_config
     from ddil_lightning.runs.checkpoint import config_of
-    from ddil_lightning.runs.export import check_prompts
+    from ddil_lightning.runs.export import check_prompts, check_steps, untrained
     from ddil_lightning.runs.release import Release, check_formats, default_name
 
     check_formats(method, args.format)
+    if args.steps is not None:
+        try:
+            check_steps(method.deployment, args.steps)
+        except ValueError as error:
+            raise Refusal(f"--steps {args.steps}: {error}") from error
+        if said := untrained(method, method.deployment, args.steps):
+            print(said, flush=True)
     config: Path = config_of(args.ckpt_path)
     settings, summary = read_config(config), read_table(config.parent / "summary.json")
     if summary.get("student_updates") != method.student_updates:  # measured at another checkpoint

@@ -80,8 +80,13 @@ class Called:
             )
         if type(self.scheduler).__name__ == "FlowMatchLCMScheduler":
             yield (
-                "It draws new noise at every step, for which some pipelines, as Stable Diffusion 3's, hand it no generator: an image comes "
-                "out again\nafter the same `torch.manual_seed`. It holds the nodes of this one step count."
+                "The scheduler draws new noise at every step, for which some pipelines, as Stable Diffusion 3's, hand it no generator: an "
+                "image comes\nout again after the same `torch.manual_seed`."
+            )
+        if "sigmas" in self.about and (steps == 1 or self.scheduler.config.get("shift_terminal")):
+            yield (
+                "The scheduler holds the nodes of this one step count; in any other it walks nodes that the student was not trained at, "
+                "without a word."
             )
         for name in self.files:
             if name in ("lora", "kohya"):

@@ -44,6 +44,21 @@ def unheld(method: Distillation) -> str | None:
     return None if method.backbone.holds_students else f"no pipeline can hold the student of {method.backbone.path}"
 
 
+def check_steps(deployment: Deployment, steps: int) -> None:
+    """Raises ValueError for a step count that the grid cannot take, and for another one where the student is made for one alone."""
+    deployment.sampler(steps)
+    if len(deployment.steps) == 1 and steps not in deployment.steps:
+        (made,) = deployment.steps
+        raise ValueError(f"the student is made for {made} step{'s' * (made > 1)} alone, and its pipeline for no other count")
+
+
+def untrained(method: Distillation, deployment: Deployment, steps: int) -> str | None:
+    """A line that says at which times a student is asked in so many steps and is not trained; None where there are none."""
+    trained = {t for grid in (method.grid, *method.walks()) for t in grid.nodes.tolist()}
+    strange = [t for t in deployment.sampler(steps)[1].nodes.tolist() if t not in trained]
+    return f"at {steps} steps the student is asked at t = {', '.join(map(str, strange))}, where it is not trained" if strange else None
+
+
 def check_prompts(method: Distillation, examples: Sequence[str]) -> list[str]:
     """At most four prompts by which an exported pipeline is compared: the card's previews, else `examples` of the data, else empty ones."""
     return (list(method.backbone.about.get("previews") or examples) or ["", ""])[:4]
