@@ -25,7 +25,8 @@ class Called:
     pixels, (height, width). `files`: where each format lies, seen from the card. `told`: whether it is told its guidance. `adapter`: (rank,
     alpha) of one. `called_with`: what calls of its family are given besides; `asked_by`: how they name the guidance, `unguided`: what they
     are given for none, `negative`: for no negative prompt. `in_comfy`: whether ComfyUI is known to load its family. `source`: where the
-    teacher comes from, all of it; `vae`: the class of its autoencoder. `dtype`: of the files. `hub`: the repository that it goes to.
+    teacher comes from, all of it; `vae`: the class of its autoencoder. `dtype`: of pipeline and single file; `base`: of the teacher that
+    adapters were trained on, whatever their file has. `hub`: the repository that it goes to.
     """
 
     about: Mapping[str, Any]
@@ -43,6 +44,7 @@ class Called:
     source: Source | None = None
     vae: str = "AutoencoderKL"
     dtype: torch.dtype = torch.float32
+    base: torch.dtype = torch.float32
     hub: str | None = None
 
     @property
@@ -72,7 +74,7 @@ class Called:
         if "diffusers" in self.files:
             where = self.hub or self.files["diffusers"]
             yield _code(
-                "from diffusers import DiffusionPipeline", f'pipe = DiffusionPipeline.from_pretrained("{where}"{self._typed})', call
+                "from diffusers import DiffusionPipeline", f'pipe = DiffusionPipeline.from_pretrained("{where}"{_typed(self.dtype)})', call
             )
             yield (
                 f"The scheduler holds the timesteps it was trained for ({self.nodes} at {steps} steps); another scheduler or a "
@@ -113,14 +115,14 @@ class Called:
         if source.vae:
             folder = ', subfolder="vae"' if part_folder(source.vae, "vae").name == "vae" else ""
             yield f"from diffusers import {self.vae}"
-            yield f'vae = {self.vae}.from_pretrained("{self._named(source.vae)}"{folder}{self._typed})'
+            yield f'vae = {self.vae}.from_pretrained("{self._named(source.vae)}"{folder}{_typed(self.base)})'
             given += ", vae=vae"
         if single_file(str(self.about["teacher"])) is None:
-            yield f"pipe = DiffusionPipeline.from_pretrained({teacher}{given}{self._typed})"
+            yield f"pipe = DiffusionPipeline.from_pretrained({teacher}{given}{_typed(self.base)})"
         else:
             config = f', config="{self._named(source.config)}"' if source.config else ""
             yield f"from diffusers import {self.kind}"
-            yield f"pipe = {self.kind}.from_single_file({teacher}{config}{given}{self._typed})"
+            yield f"pipe = {self.kind}.from_single_file({teacher}{config}{given}{_typed(self.base)})"
         for one in source.lora:
             file = f', weight_name="{one.weight_name}"' if one.weight_name else ""
             yield f'pipe.load_lora_weights("{self._named(one.path)}"{file})'
@@ -131,18 +133,13 @@ class Called:
         """A path as the code names it: on the hub nobody is told where it lay."""
         return anonymous(path) if self.hub else path
 
-    @property
-    def _typed(self) -> str:
-        """The argument that loads everything in the type of the files, which diffusers does not read off them."""
-        return "" if self.dtype == torch.float32 else f", torch_dtype={self.dtype}"
-
     def _single_file(self, name: str) -> Iterator[str]:
         yield f"from diffusers import {self.kind}, {type(self.scheduler).__name__}"
         url = f"https://huggingface.co/{self.hub}/blob/main/" if self.hub else ""
         # Without one diffusers takes the original Stable Diffusion's, whatever it finds in the file.
         config = (self.hub or self.files["diffusers"]) if "diffusers" in self.files else None
         given = f', config="{config}"' if config else ""
-        yield f'pipe = {self.kind}.from_single_file("{url}{self.files[name]}"{given}{self._typed})'
+        yield f'pipe = {self.kind}.from_single_file("{url}{self.files[name]}"{given}{_typed(self.dtype)})'
         yield self._scheduled
 
     @property
@@ -199,8 +196,14 @@ def anonymous(path: str) -> str:
     return place(path).resolve().name if place(path).exists() else path
 
 
+def _typed(dtype: torch.dtype) -> str:
+    """The argument that loads everything in a type, which diffusers does not read off its files."""
+    return "" if dtype == torch.float32 else f", dtype={dtype}"
+
+
 def _code(*lines: str) -> str:
+    """Code that makes `pipe` and, in its last line, calls it."""
     imports = [line for line in lines if line.startswith("from ")]
-    imports += ["import torch"] if any("torch_dtype" in line for line in lines) else []
-    rest = [line for line in lines if not line.startswith("from ")]
-    return "\n".join(("```python", *imports, "", *rest, "```"))
+    imports += ["import torch"] if any("dtype=torch." in line for line in lines) else []
+    *rest, call = (line for line in lines if not line.startswith("from "))
+    return "\n".join(("```python", *imports, "", *rest, '# pipe.to("cuda")  # or pipe.enable_model_cpu_offload()', call, "```"))

@@ -134,6 +134,7 @@ def card(method: Distillation, steps: int, **known: Any) -> Card:
         negative=backbone.network().negative,
         source=backbone.source,
         vae=type(backbone.pipe.vae).__name__,
+        base=loads(method),
         **known,
     )
 
