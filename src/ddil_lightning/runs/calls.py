@@ -24,9 +24,10 @@ class Called:
     `about`: the student's ddil.json. `scheduler`: the student's, of diffusers. `kind`: the class of its pipeline. `size`: of its images in
     pixels, (height, width). `files`: where each format lies, seen from the card. `told`: whether it is told its guidance. `adapter`: (rank,
     alpha) of one. `called_with`: what calls of its family are given besides; `asked_by`: how they name the guidance, `unguided`: what they
-    are given for none, `negative`: for no negative prompt. `in_comfy`: whether ComfyUI is known to load its family. `source`: where the
-    teacher comes from, all of it; `vae`: the class of its autoencoder. `dtype`: of pipeline and single file; `base`: of the teacher that
-    adapters were trained on, whatever their file has. `hub`: the repository that it goes to.
+    are given for none, `negative`: for no negative prompt. `in_comfy`: whether ComfyUI is known to load its family. `times`: T of the
+    teacher's schedule, of which a student that starts below the last has the first alone. `source`: where the teacher comes from, all of
+    it; `vae`: the class of its autoencoder. `dtype`: of pipeline and single file; `base`: of the teacher that adapters were trained on,
+    whatever their file has. `hub`: the repository that it goes to.
     """
 
     about: Mapping[str, Any]
@@ -39,6 +40,7 @@ class Called:
     called_with: Mapping[str, Any] = field(default_factory=dict)
     asked_by: str = "guidance_scale"
     in_comfy: bool = True
+    times: int = 1000
     unguided: float = 1.0
     negative: str = ""
     source: Source | None = None
@@ -147,20 +149,35 @@ class Called:
         """The scheduler in full: every option that is not its class's own, so that nothing of the teacher's is left."""
         kind, config = type(self.scheduler), self.scheduler.config
         defaults = kind().config
-        own = {key: value for key, value in config.items() if not key.startswith("_") and value != defaults.get(key)}
-        return f"pipe.scheduler = {kind.__name__}({', '.join(f'{key}={value!r}' for key, value in own.items())})"
+        own = {key: repr(value) for key, value in config.items() if not key.startswith("_") and value != defaults.get(key)}
+        if "trained_betas" in own:  # as many numbers as the schedule has times, all of which the teacher's own scheduler has
+            own["trained_betas"] = "pipe.scheduler.config.trained_betas"
+            if self._begins_later:
+                own["trained_betas"] = f"pipe.scheduler.betas[:{config.num_train_timesteps}].tolist()"
+        return f"pipe.scheduler = {kind.__name__}({', '.join(f'{key}={value}' for key, value in own.items())})"
+
+    @property
+    def _begins_later(self) -> bool:
+        """Whether the student takes pure noise for a time below the teacher's last."""
+        return int(self.scheduler.config.num_train_timesteps) < self.times
 
     def of_comfy(self) -> Iterator[str]:
-        """The paragraphs of ComfyUI: which file, which nodes, which numbers; none for what it is not known to load."""
+        """The paragraphs of ComfyUI: which file, which nodes, which numbers, or why none; nothing for what it is not known to load."""
         loadable = [name for name in ("single-file", "kohya", "comfy", "lora") if name in self.files]
         if not loadable or not self.in_comfy:
             return
+        yield "## In ComfyUI"
         about, n = self.about, self.about["steps"]
+        if self._begins_later:
+            yield (
+                f"The student begins at t = {about['timesteps'][0]}, and ComfyUI's samplers at the last of the teacher's {self.times} "
+                "times, at which it was never\ntrained: they make no images of it."
+            )
+            return
         sampler = SAMPLERS.get(type(self.scheduler).__name__, "ddim")
         last = self.scheduler.config.num_train_timesteps - 1
         apart = max(abs(t - last * (1 - i / n)) for i, t in enumerate(about["timesteps"]))
         loader = "*Load Checkpoint*" if "single-file" in loadable else "*Load LoRA* on the teacher, strength 1"
-        yield "## In ComfyUI"
         model = ""
         if "shift" in about:
             model = f", {self._comfy_shift}"

@@ -130,6 +130,7 @@ def card(method: Distillation, steps: int, **known: Any) -> Card:
         asked_by=cast("Family", method.outgoing.network).asked_by,
         # What ComfyUI makes of two answers is not brought to the norm of one.
         in_comfy=backbone.network().in_comfy and (backbone.network().norm_patch is None or method.deployment.guidance_scale <= 1),
+        times=backbone.schedule.steps,
         unguided=backbone.network().scale(1.0),
         negative=backbone.network().negative,
         source=backbone.source,
