@@ -87,7 +87,8 @@ def student(
     own: dict[str, Any] = {"prediction_type": prediction}
     total = teacher.config.num_train_timesteps
     if times is not None and times < total:
-        own |= {"num_train_timesteps": times, "trained_betas": teacher.betas[:times].tolist()}
+        # These are rescaled already, and would be once more, to zero SNR at the student's first time.
+        own |= {"num_train_timesteps": times, "trained_betas": teacher.betas[:times].tolist(), "rescale_betas_zero_snr": False}
         total = times
     if transition == renoise:
         own |= {"original_inference_steps": steps, "timestep_scaling": 1e10 if scaling is None else scaling}
