@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 import warnings
@@ -15,6 +16,7 @@ import huggingface_hub
 import numpy
 import pytest
 import torch
+import yaml
 from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import metadata_load
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
@@ -28,7 +30,7 @@ from ddil_lightning.backbones.loading import load_pipeline
 from ddil_lightning.backbones.source import Lora, Source
 from ddil_lightning.methods import LCM
 from ddil_lightning.runs import export, release, replay
-from ddil_lightning.runs.card import Card, licence_of
+from ddil_lightning.runs.card import Card, licence_of, unlicensed
 from ddil_lightning.runs.release import Push, Release
 from ddil_lightning.training.options import Memory
 from ddil_lightning.training.sharing import merged
@@ -247,13 +249,50 @@ def test_a_card_of_adapters_alone_and_one_for_the_hub(method: Any, tiny: Path, t
     assert "within the trained range (1 to 4)" in card(told) and "0 something that it was never trained on" in card(told)
 
 
-def test_the_licence_is_the_teachers(tiny: Path, tmp_path: Path) -> None:
+def licences(method: Any, teacher: str, **known: Any) -> dict[str, Any]:
+    """What the header of a student's card says of its licence, and of nothing else."""
+    made = export.card(method, 4, **known)
+    text = dataclasses.replace(made, about={**made.about, "teacher": teacher}).text()
+    return {key: value for key, value in yaml.safe_load(text.split("---")[1]).items() if key.startswith("license")}
+
+
+def test_the_licence_is_the_teachers(method: Any, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DConditionModel"]}')
     (tmp_path / "unet").mkdir()
-    assert licence_of(str(tmp_path)) is None
-    (tmp_path / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n")
-    assert licence_of(str(tmp_path)) == "creativeml-openrail-m"
-    assert licence_of("nobody/nothing") is None
+    assert licences(method, str(tmp_path)) == {"license": "other"}
+    for said, found in {
+        "license: creativeml-openrail-m": {"license": "creativeml-openrail-m"},
+        "license: other\nlicense_name: mine\nlicense_link: LICENSE.md": {"license": "other", "license_name": "mine"},
+        "license: other\nlicense_link: https://x/y": {"license": "other", "license_link": "https://x/y"},
+        "license: [mit]": {"license": "other"},
+        "license_name: mine": {"license": "other"},
+        "license: [": {"license": "other"},
+    }.items():
+        (tmp_path / "README.md").write_text(f"---\n{said}\n---\n")
+        assert licences(method, str(tmp_path)) == found, said
+    assert licences(method, str(tmp_path), licence="mit") == {"license": "mit"}
+
+
+def test_the_licence_of_a_teacher_of_the_hub_is_fetched(method: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers fetches no card with a pipeline: every student of Stable Diffusion went out as `other`."""
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: flux\nlicense_link: LICENSE.md\n---\n# Flux\n")
+    asked = []
+
+    def download(repository: str, file: str) -> str:
+        asked.append((repository, file))
+        if repository != "some/flux":
+            raise OSError("no such repository, or no network")
+        return str(tmp_path / file)
+
+    assert licence_of("some/flux") == {}  # nothing is fetched, for HF_HUB_OFFLINE is set
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    link = "https://huggingface.co/some/flux/blob/main/LICENSE.md"
+    assert licences(method, "some/flux") == {"license": "other", "license_name": "flux", "license_link": link}
+    assert licences(method, "nobody/nothing") == {"license": "other"}
+    assert asked == [("some/flux", "README.md"), ("nobody/nothing", "README.md")]
+    for said, bare in {"license: mit": False, "license: other": True, "license: other\nlicense_name: flux": False}.items():
+        (tmp_path / "README.md").write_text(f"---\n{said}\n---\n")
+        assert unlicensed(tmp_path / "README.md") == bare
 
 
 @pytest.mark.slow

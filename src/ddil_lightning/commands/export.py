@@ -23,6 +23,7 @@ def export(argv: list[str]) -> int:
     if args.public and args.push is None:
         raise Refusal("--public says who sees what --push uploads: give --push owner/name too")
     check_writable(args.out / "README.md")
+    from ddil_lightning.runs.card import unlicensed
     from ddil_lightning.runs.release import Push, release
 
     push = None if args.push is None else Push(args.push, args.public)
@@ -33,6 +34,8 @@ def export(argv: list[str]) -> int:
     for what, difference in release(method, given):
         print(f"written and checked: {what} (latents differ by {difference:.1e})", flush=True)
     print(f"model card: {args.out / 'README.md'}")
+    if args.license is None and unlicensed(args.out / "README.md"):
+        print(f"its licence is `other`, for the card of {method.backbone.path} names none or cannot be had: say it, by --license")
     if push is not None:
         print(f"uploaded: {push.upload(given)} ({'public' if args.public else 'private'})")
     return 0
@@ -56,7 +59,7 @@ def _parser() -> Parser:
         "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of all components (default: float32)"
     )
     parser.add_argument("--safety_checker", action="store_true", help="the pipeline with the teacher's safety checker")
-    parser.add_argument("--license", help="of the student, for the card (default: the teacher's, where its card is at hand, else other)")
+    parser.add_argument("--license", help="of the student, for the card (default: what the teacher's card names, else other)")
     parser.add_argument(
         "--push", metavar="OWNER/NAME", help="upload it to the Hugging Face hub, with your own token, as a private repository"
     )
