@@ -317,7 +317,7 @@ def test_sdxl_goes_out_for_other_tools(xl: Path, tmp_path: Path) -> None:
     assert "lora_unet_up_blocks_0_attentions_0_proj_in.alpha" in load_file(tmp_path / "x_4step_kohya.safetensors")
 
 
-def test_a_student_that_is_a_whole_network_goes_out_in_one_file(light: Path, tmp_path: Path) -> None:
+def test_a_student_that_is_a_whole_network_goes_out_in_one_file(light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method = trained(light, adapter=Adapter())
     ((path, difference),) = release.release(method, Release(tmp_path, ["single-file"], "x", 4, PROMPTS, torch.bfloat16))
     assert difference < 1e-4
@@ -325,6 +325,25 @@ def test_a_student_that_is_a_whole_network_goes_out_in_one_file(light: Path, tmp
     pipe.scheduler = method.deployment.scheduler()
     with export.rounded(method.outgoing.network.parameters(), torch.bfloat16):
         assert sampled(method, pipe) < 0.05  # whose text encoder is rounded too
+    (code,) = blocks((tmp_path / "README.md").read_text())
+    assert f'from_single_file("x_4step.safetensors", config="{light}", dtype=torch.bfloat16)' in code and "height=16, width=16" in code
+    monkeypatch.chdir(tmp_path)
+    assert drawn(code).shape == (16, 16, 3)
+
+
+def test_a_single_file_alone_is_read_with_the_settings_of_its_architecture(tiny: Path, light: Path) -> None:
+    """Without them diffusers takes every U-Net with a text width of 1024 for Stable Diffusion 2.1 at 768, and SSD-1B for SDXL."""
+    files = {"single-file": SINGLE}
+
+    def read(source: Source, **known: Any) -> list[str]:
+        return re.findall(rf'from_single_file\("{SINGLE}", (.*)\)', card(trained(source, adapter=Adapter()), files=files, **known))
+
+    smaller = {"student": str(light)}
+    assert read(Source(str(tiny), networks=smaller)) == [f'config="{light}"']
+    assert read(Source(str(tiny), networks={"student": str(light / "unet")})) == read(Source(str(tiny), networks={"student": {}})) == []
+    assert read(Source(str(tiny), vae=str(light))) == [f'config="{tiny}", vae=vae']
+    (said,) = read(Source("builtin"))
+    assert said == 'config=str(files("ddil_lightning") / "miniature" / "weights" / "shapes")'
 
 
 def test_a_merged_network_stays_off_the_device(light: Path, monkeypatch: pytest.MonkeyPatch) -> None:

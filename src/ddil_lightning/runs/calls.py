@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
-from ddil_lightning.backbones.repositories import BUILTIN, part_folder, single_file
+from ddil_lightning.backbones.repositories import BUILTIN, is_pipeline, part_folder, single_file
 from ddil_lightning.backbones.source import Source
 from ddil_lightning.texts import place
 
 SAMPLERS = {"LCMScheduler": "lcm", "DDPMScheduler": "ddpm", "FlowMatchLCMScheduler": "lcm", "FlowMatchEulerDiscreteScheduler": "euler"}
 """ComfyUI's sampler by the scheduler of diffusers."""
+PACKAGED = 'files("ddil_lightning")'
+"""Where the code of a card finds what is built in."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,9 @@ class Called:
 
     def of_diffusers(self) -> Iterator[str]:
         """The paragraphs of diffusers, each format with code of its own; none where ComfyUI's is the only one."""
-        steps, g = self.about["steps"], self.scale
-        # A pipeline's own call makes what its network was first made for.
-        size = f", height={self.size[0]}, width={self.size[1]}" if "size" in self.about else ""
-        noise = f", eta={self.about['eta']:g}" if "eta" in self.about else ""  # of a scheduler that cannot keep it
-        more = "".join(f", {name}={value!r}" for name, value in self.called_with.items())
-        negative = f', negative_prompt="{self.negative}"' if g > 1 and self.asked_by != "guidance_scale" else ""
-        call = f'image = pipe("a prompt", num_inference_steps={steps}, {self.asked_by}={g:g}{negative}{noise}{size}{more}).images[0]'
         if [*self.files] == ["comfy"]:  # diffusers does not read it of every family
             return
+        steps, call = self.about["steps"], self._call("size" in self.about)
         yield "## In diffusers"
         if "diffusers" in self.files:
             where = self.hub or self.files["diffusers"]
@@ -96,53 +92,91 @@ class Called:
             if name in ("lora", "kohya"):
                 yield f"The adapters `{self.files[name]}` on their teacher, with the scheduler that they were trained for:"
                 yield _code(*self._adapters(name), call)
-            if name == "single-file":
+            if name == "single-file" and self._settings is None:
+                yield (
+                    f"diffusers reads `{self.files[name]}` with the settings of a pipeline of its architecture, and none is known here but "
+                    "the one that\n`ddil-export --format diffusers` writes."
+                )
+            elif name == "single-file":
                 yield f"The single file `{self.files[name]}`, with the scheduler that it was trained for:"
-                yield _code(*self._single_file(name), call)
+                yield _code(*self._single_file(name), self._call(sized=True))  # it does not hold what its network was made for
+
+    def _call(self, sized: bool) -> str:
+        """The call that makes an image; `sized`: with its height and width, else a pipeline's own makes what its network was made for."""
+        g = self.scale
+        noise = f", eta={self.about['eta']:g}" if "eta" in self.about else ""  # of a scheduler that cannot keep it
+        size = f", height={self.size[0]}, width={self.size[1]}" if sized else ""
+        more = "".join(f", {name}={value!r}" for name, value in self.called_with.items())
+        negative = f', negative_prompt="{self.negative}"' if g > 1 and self.asked_by != "guidance_scale" else ""
+        steps = self.about["steps"]
+        return f'image = pipe("a prompt", num_inference_steps={steps}, {self.asked_by}={g:g}{negative}{noise}{size}{more}).images[0]'
 
     def _adapters(self, name: str) -> Iterator[str]:
-        builtin = BUILTIN.get(str(self.about["teacher"]))
-        if builtin:
-            yield "from importlib.resources import files"
         yield f"from diffusers import DiffusionPipeline, {type(self.scheduler).__name__}"
-        own = f'str(files("ddil_lightning") / "miniature" / "weights" / "{builtin}")'
-        yield from self._loaded(own if builtin else f'"{self._named(str(self.about["teacher"]))}"')
+        yield from self._teacher()
         yield f'pipe.load_lora_weights("{self.hub or "."}", weight_name="{self.files[name]}")'
         yield self._scheduled
 
-    def _loaded(self, teacher: str) -> Iterator[str]:
+    def _teacher(self) -> Iterator[str]:
         """The teacher as it was in training: with its own autoencoder, and with the LoRAs that were fused into it."""
-        source = self.source or Source("builtin")
+        source, typed = self._source, _typed(self.base)
         given = f', variant="{source.variant}"' if source.variant else ""
         if source.vae:
-            folder = ', subfolder="vae"' if part_folder(source.vae, "vae").name == "vae" else ""
-            yield f"from diffusers import {self.vae}"
-            yield f'vae = {self.vae}.from_pretrained("{self._named(source.vae)}"{folder}{_typed(self.base)})'
+            yield from self._autoencoder(typed)
             given += ", vae=vae"
+        path = self._named(str(self.about["teacher"]))
         if single_file(str(self.about["teacher"])) is None:
-            yield f"pipe = DiffusionPipeline.from_pretrained({teacher}{given}{_typed(self.base)})"
+            yield f"pipe = DiffusionPipeline.from_pretrained({path}{given}{typed})"
         else:
-            config = f', config="{self._named(source.config)}"' if source.config else ""
+            config = f", config={self._named(source.config)}" if source.config else ""
             yield f"from diffusers import {self.kind}"
-            yield f"pipe = {self.kind}.from_single_file({teacher}{config}{given}{_typed(self.base)})"
+            yield f"pipe = {self.kind}.from_single_file({path}{config}{given}{typed})"
         for one in source.lora:
             file = f', weight_name="{one.weight_name}"' if one.weight_name else ""
-            yield f'pipe.load_lora_weights("{self._named(one.path)}"{file})'
+            yield f"pipe.load_lora_weights({self._named(one.path)}{file})"
             yield f"pipe.fuse_lora(lora_scale={one.scale:g})"
             yield "pipe.unload_lora_weights()"
 
+    def _autoencoder(self, typed: str) -> Iterator[str]:
+        """The source's own, as `vae`."""
+        path = str(self._source.vae)
+        folder = ', subfolder="vae"' if part_folder(path, "vae").name == "vae" else ""
+        yield f"from diffusers import {self.vae}"
+        yield f"vae = {self.vae}.from_pretrained({self._named(path)}{folder}{typed})"
+
+    @property
+    def _source(self) -> Source:
+        return self.source or Source("builtin")
+
     def _named(self, path: str) -> str:
-        """A path as the code names it: on the hub nobody is told where it lay."""
-        return anonymous(path) if self.hub else path
+        """A path as an expression of the code: on the hub nobody is told where it lay, and a built-in pipeline is in the package."""
+        if path in BUILTIN:
+            return f'str({PACKAGED} / "miniature" / "weights" / "{BUILTIN[path]}")'
+        return f'"{anonymous(path) if self.hub else path}"'
 
     def _single_file(self, name: str) -> Iterator[str]:
         yield f"from diffusers import {self.kind}, {type(self.scheduler).__name__}"
-        url = f"https://huggingface.co/{self.hub}/blob/main/" if self.hub else ""
-        # Without one diffusers takes the original Stable Diffusion's, whatever it finds in the file.
-        config = (self.hub or self.files["diffusers"]) if "diffusers" in self.files else None
-        given = f', config="{config}"' if config else ""
-        yield f'pipe = {self.kind}.from_single_file("{url}{self.files[name]}"{given}{_typed(self.dtype)})'
+        url, typed = f"https://huggingface.co/{self.hub}/blob/main/" if self.hub else "", _typed(self.dtype)
+        given = f", config={settings}" if (settings := self._settings) else ""
+        if self._source.vae and "diffusers" not in self.files:  # whose settings are not the teacher's
+            yield from self._autoencoder(typed)
+            given += ", vae=vae"
+        yield f'pipe = {self.kind}.from_single_file("{url}{self.files[name]}"{given}{typed})'
         yield self._scheduled
+
+    @property
+    def _settings(self) -> str | None:
+        """The pipeline of the student's architecture that a single file is read with, as an expression; None where none is known.
+
+        Without one diffusers takes the original Stable Diffusion's that some shapes in the file are of: "" where it did so in training.
+        """
+        student, teacher = self._source.networks.get("student"), str(self.about["teacher"])
+        if "diffusers" in self.files:
+            return f'"{self.hub or self.files["diffusers"]}"'
+        if student is not None:
+            return self._named(student) if isinstance(student, str) and is_pipeline(student) else None
+        path = self._source.config if single_file(teacher) else teacher
+        return self._named(path) if path else ""
 
     @property
     def _scheduled(self) -> str:
@@ -220,7 +254,8 @@ def _typed(dtype: torch.dtype) -> str:
 
 def _code(*lines: str) -> str:
     """Code that makes `pipe` and, in its last line, calls it."""
-    imports = [line for line in lines if line.startswith("from ")]
+    imports = ["from importlib.resources import files"] if any(PACKAGED in line for line in lines) else []
+    imports += [line for line in lines if line.startswith("from ")]
     imports += ["import torch"] if any("dtype=torch." in line for line in lines) else []
     *rest, call = (line for line in lines if not line.startswith("from "))
     return "\n".join(("```python", *imports, "", *rest, '# pipe.to("cuda")  # or pipe.enable_model_cpu_offload()', call, "```"))
