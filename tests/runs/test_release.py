@@ -28,7 +28,7 @@ from ddil_lightning.backbones import lora, sampling
 from ddil_lightning.backbones.adapters import Adapter
 from ddil_lightning.backbones.loading import load_pipeline
 from ddil_lightning.backbones.source import Lora, Source
-from ddil_lightning.methods import LCM
+from ddil_lightning.methods import LCM, TCD
 from ddil_lightning.runs import export, release, replay
 from ddil_lightning.runs.card import Card, licence_of, unlicensed
 from ddil_lightning.runs.release import Push, Release
@@ -540,6 +540,15 @@ def test_what_cannot_be_pushed_is_known_before_anything_is_computed(hub: Any, mo
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set"):
         Push("me/few")
+
+
+def test_a_card_says_what_comfyui_leaves_of_tcd(light: Path) -> None:
+    """It has no TCD: its ddim is TCD without noise, and the strength that the student was measured at is lost."""
+    lost = "trained and measured, with new noise of strength 0.3 (TCDScheduler):\nddim takes the same steps without any"
+    fields = {"guidance": 2.0, "w_conditioned": False, "adapter": Adapter(2)}
+    for gamma, told in ((0.3, True), (0.0, False)):
+        text = card(TCD(pipeline=str(light), gamma=gamma, **fields), files={"lora": LORA})
+        assert (lost in text) == told and "sampler_name ddim" in text
 
 
 def test_a_card_is_a_value(method: Any) -> None:

@@ -226,6 +226,11 @@ class Called:
             f"scheduler sgm_uniform, denoise 1.\nThat scheduler's times differ from the trained ones by at most {apart:.0f} of {last + 1}. "
             "This is read from ComfyUI's sources, and was not tried there."
         )
+        if about.get("eta", 0) > 0:
+            yield (
+                f"It has no sampler that steps as the student was trained and measured, with new noise of strength {about['eta']:g} "
+                f"({type(self.scheduler).__name__}):\n{sampler} takes the same steps without any, and its images are others."
+            )
         if "lora" in loadable and self.adapter and self.adapter[0] != self.adapter[1]:
             scale = self.adapter[1] / self.adapter[0]
             other = "comfy" if "shift" in about else "kohya"  # which is for U-Nets
