@@ -234,6 +234,7 @@ def test_a_card_says_what_the_hub_and_a_reader_need(out: Path, tiny: Path) -> No
         "sampler_name lcm, scheduler sgm_uniform", "at most 10 of 1000", "strength 1.5",
     )  # fmt: skip
     assert [text for text in said if text not in card] == [] and "somebody" not in card
+    assert "by ddil-lightning, 0 student updates" in card and "](http" not in card  # no page that is not there
 
 
 def card(method: Any, **known: Any) -> str:

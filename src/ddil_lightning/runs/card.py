@@ -15,7 +15,6 @@ from ddil_lightning.evaluation.table import results_table
 from ddil_lightning.runs.calls import Called, anonymous
 from ddil_lightning.texts import by
 
-OWN = "https://pypi.org/project/ddil-lightning/"
 ADAPTERS = ("lora", "kohya", "comfy")
 """The formats that hold a student's adapters alone."""
 
@@ -36,7 +35,7 @@ class Card(Called):
         parts = [
             f"---\n{self._header()}\n---",
             f"# A {about['steps']}-step student of `{self.teacher}`",
-            f"Distilled with {about['method']} by [ddil-lightning]({OWN}), {about['student_updates']} student updates.",
+            f"Distilled with {about['method']} by ddil-lightning, {about['student_updates']} student updates.",
             "\n".join(("| | |", "|---|---|", *(f"| {name} | {said} |" for name, said in self._facts()))),
             *self.of_diffusers(),
             *self.of_comfy(),
