@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 
 from ddil_lightning.backbones import flows
@@ -137,7 +138,8 @@ def check_steps(scheduler: Any, n: int, family: Family, shape: Sequence[int], de
     """Raises ValueError, with its reason, for a step count that a scheduler cannot take on latents [C, h, w]."""
     try:
         if family.flow:
-            flows.set_steps(scheduler, n, family, shape, device)
+            with numpy.errstate(invalid="ignore"):  # of one step, by a scheduler that stretches its nodes to the last
+                flows.set_steps(scheduler, n, family, shape, device)
         else:
             scheduler.set_timesteps(n, device=device)
         # Without sigmas to interpolate, a scheduler looks its times up: "leading" ones with an offset may lie beyond the last.
