@@ -265,6 +265,8 @@ class Pipeline(Prompted):
         if self.about.get("made_for") == [1] and n != 1:
             raise ValueError("its student is made for one step")
         schedulers.check_steps(self.pipe.scheduler, n, self._network, self.latent_shape, self.device)
+        if self._network.flow and {"sigmas", "shift"} <= self.about.keys():
+            flows.check_trained(self.pipe.scheduler, n, self.about["sigmas"], self.about["shift"])
 
     @contextmanager
     def counting(self) -> Iterator[list[int]]:
