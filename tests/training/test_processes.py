@@ -240,6 +240,30 @@ def test_all_processes_hear_the_same_losses(pair: Pair, tiny: Path) -> None:
     assert one == other and len(one) == UPDATES and all(len(found) > 1 for found in one)
 
 
+class Broadcasts(Callback):
+    """How many values the first process has sent to the others since training began."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.patch, self.seen = patch, 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        send = distributed.broadcast
+        self.patch.setattr(distributed, "broadcast", lambda *given, **kwargs: (setattr(self, "seen", self.seen + 1), send(*given, **kwargs)))
+
+
+def sent_around(rank: int, tiny: Path, folder: Path, saves: bool) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        counted, more = Broadcasts(patch), [Checkpoints(every=0, folder=str(folder))] if saves else []
+        fit(build(METHODS[0], tiny, updates=UPDATES), captions(tiny), *more, counted, limit_train_batches=UPDATES + 1, **ddp(METHODS[0]))
+        return counted.seen
+
+
+def test_no_batch_waits_for_word_of_a_signal_that_lightning_does_not_hear(pair: Pair, tiny: Path, tmp_path: Path) -> None:
+    """Which it sends around before every batch; where nobody else listens for signals it does."""
+    assert pair.run(sent_around, tiny, tmp_path / "ours", True, timeout=60) == [0, 0]
+    assert pair.run(sent_around, tiny, tmp_path / "lightning", False, timeout=60) == [UPDATES, UPDATES]
+
+
 class PoisonOne(Callback):
     """Breaks the student of the second process, before an update or before a roll-out."""
 
