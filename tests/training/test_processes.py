@@ -248,7 +248,9 @@ class Broadcasts(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         send = distributed.broadcast
-        self.patch.setattr(distributed, "broadcast", lambda *given, **kwargs: (setattr(self, "seen", self.seen + 1), send(*given, **kwargs)))
+        self.patch.setattr(
+            distributed, "broadcast", lambda *given, **kwargs: (setattr(self, "seen", self.seen + 1), send(*given, **kwargs))
+        )
 
 
 def sent_around(rank: int, tiny: Path, folder: Path, saves: bool) -> int:

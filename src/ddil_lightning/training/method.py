@@ -35,7 +35,8 @@ from ddil_lightning.training.optimisation import Descent, Optimizer
 from ddil_lightning.training.options import Memory, check_precision, checked_box, compile_roles, fit_box, guidance_range
 from ddil_lightning.training.question import question
 from ddil_lightning.training.randomness import Borrowed
-from ddil_lightning.training.sharding import Shards, check_strategy, find_unused
+from ddil_lightning.training.reducing import prepare
+from ddil_lightning.training.sharding import Shards, check_strategy
 from ddil_lightning.training.sharing import leave_out_shared, leave_to_each_process, share_buffers
 
 
@@ -267,8 +268,7 @@ class Distillation(Clocks, LightningModule):
         shares = any(role.shared for role in self.roles.values())
         check_strategy(self.trainer.strategy, self.trainer.precision, shares, offload=bool(self.offload.names))
         check_precision(self.trainer.precision, self.takes_turns and self.descent.accumulate > 1)
-        if self.takes_turns:
-            find_unused(self.trainer.strategy)
+        prepare(self.trainer.strategy, self.takes_turns)
         if self.feed.prior is not None:
             self.check_prior(self.feed.prior)
 

@@ -69,12 +69,6 @@ def check_strategy(strategy: Any, precision: str, shares: bool = False, offload:
         )
 
 
-def find_unused(strategy: Any) -> None:
-    """Have DDP look for what a step leaves without a gradient, which not every batch of a method with two optimisers updates."""
-    if isinstance(strategy, DDPStrategy):
-        strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
-
-
 def be_patient(strategy: Any) -> None:
     """Have DDP wait as long as fsdp2 does, unless it was told another time: the first process prepares data for all, which of millions of
     pictures takes longer than the 30 minutes that Lightning gives it."""
