@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 
+from ddil_lightning.training import optimisation
 from pair import WORLD, Pair
 from suite import BY_NAME, build, captions, equal, fit, state
 
@@ -38,6 +40,17 @@ def trained(rank: int, name: str, tiny: Path, **told: Any) -> tuple[dict[str, An
     return state(run), look.inside, look.beside
 
 
+def sent(name: str, tiny: Path, **told: Any) -> tuple[dict[str, Any], list[int]]:
+    """The trained weights that a run leaves, and the numbers of gradients that were averaged, in the order of the buckets."""
+    strategy = DDPStrategy(process_group_backend="gloo")
+    method = build(BY_NAME[name], tiny, updates=UPDATES, optimizer={"kind": "SGD", "lr": 1e-3, **told})
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as seen:
+        run = fit(method, captions(tiny), strategy=strategy, devices=WORLD, num_nodes=1)
+    events: Any = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
+    sizes = [event.shapes()[0][0] for event in events if event.name() == "gloo:all_reduce" and event.shapes()[0]]
+    return run.method.state_dict(), [size for size in sizes if size > 1]
+
+
 def with_and_without_views(rank: int, tiny: Path) -> tuple[Any, Any]:
     return trained(rank, "dmd2", tiny), trained(rank, "dmd2", tiny, gradient_as_bucket_view=False)
 
@@ -47,3 +60,19 @@ def test_gradients_lie_in_the_buckets_alone(pair: Pair, tiny: Path) -> None:
     for (ours, inside, beside), (plain, none, all_of_them) in pair.run(with_and_without_views, tiny):
         assert beside == 0 and none == 0 and inside == all_of_them > 0
         assert equal(ours, plain)
+
+
+def in_two(rank: int, name: str, tiny: Path) -> tuple[Any, Any]:
+    ours = sent(name, tiny, accumulate=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimisation, "alone", lambda strategy: nullcontext())
+        return ours, sent(name, tiny, accumulate=2)
+
+
+@pytest.mark.parametrize("name", ["dmd2", pytest.param("lcm", marks=pytest.mark.slow)])
+def test_an_update_of_several_micro_batches_sends_its_gradients_once(name: str, pair: Pair, tiny: Path) -> None:
+    """At the last of them, of each of the optimisers."""
+    for (ours, once), (plain, every) in pair.run(in_two, name, tiny):
+        assert 2 * sum(once) == sum(every) > 0
+        for key, value in ours.items():
+            torch.testing.assert_close(value, plain[key], rtol=1e-4, atol=1e-5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
@@ -18,6 +18,7 @@ from ddil_lightning.backbones.roles import Role
 from ddil_lightning.bounds import at_least, fraction, lengths, within
 from ddil_lightning.records import LatentBatch
 from ddil_lightning.texts import reason
+from ddil_lightning.training.reducing import alone
 from ddil_lightning.training.watch import Watch
 
 
@@ -158,10 +159,12 @@ class Descent:
                     "other's gradients: descend their sum, or give each an optimiser of its own"
                 )
             optimizer.zero_grad()  # another loss may have reached these weights since: the student's passes through a critic, say
-        method.manual_backward(loss / self.accumulate)
+        done = (self.micro.get(name, 0) + 1) % self.accumulate
+        with alone(method.trainer.strategy) if done else nullcontext():
+            method.manual_backward(loss / self.accumulate)
         self._sound[name] = torch.minimum(self._sound[name], sound) if name in self._sound else sound
-        self.micro[name] = (self.micro.get(name, 0) + 1) % self.accumulate
-        if self.micro[name]:
+        self.micro[name] = done
+        if done:
             return False
         if id(optimizer) not in self._begun:
             self._begin(method, optimizer, name)

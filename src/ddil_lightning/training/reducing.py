@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy
@@ -17,3 +19,13 @@ def prepare(strategy: Any, takes_turns: bool) -> None:
         strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
         if takes_turns:
             strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
+
+
+@contextmanager
+def alone(strategy: Any) -> Iterator[None]:
+    """Inside, a backward pass adds to the gradients of this process, and none are sent: another one of the same update follows."""
+    if not isinstance(strategy, DDPStrategy):  # fsdp2 would hold them whole meanwhile
+        yield
+        return
+    with strategy.block_backward_sync():
+        yield
