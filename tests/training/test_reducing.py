@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 
-from ddil_lightning.training import optimisation
+from ddil_lightning.training.reducing import Reduction
 from pair import WORLD, Pair
 from suite import BY_NAME, build, captions, equal, fit, state
 
@@ -40,9 +40,9 @@ def trained(rank: int, name: str, tiny: Path, **told: Any) -> tuple[dict[str, An
     return state(run), look.inside, look.beside
 
 
-def sent(name: str, tiny: Path, **told: Any) -> tuple[dict[str, Any], list[int]]:
+def sent(name: str, tiny: Path, cap: float = 25.0, **told: Any) -> tuple[dict[str, Any], list[int]]:
     """The trained weights that a run leaves, and the numbers of gradients that were averaged, in the order of the buckets."""
-    strategy = DDPStrategy(process_group_backend="gloo")
+    strategy = DDPStrategy(process_group_backend="gloo", bucket_cap_mb=cap)
     method = build(BY_NAME[name], tiny, updates=UPDATES, optimizer={"kind": "SGD", "lr": 1e-3, **told})
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as seen:
         run = fit(method, captions(tiny), strategy=strategy, devices=WORLD, num_nodes=1)
@@ -65,7 +65,7 @@ def test_gradients_lie_in_the_buckets_alone(pair: Pair, tiny: Path) -> None:
 def in_two(rank: int, name: str, tiny: Path) -> tuple[Any, Any]:
     ours = sent(name, tiny, accumulate=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optimisation, "alone", lambda strategy: nullcontext())
+        patch.setattr(DDPStrategy, "block_backward_sync", lambda self: nullcontext())
         return ours, sent(name, tiny, accumulate=2)
 
 
@@ -76,3 +76,23 @@ def test_an_update_of_several_micro_batches_sends_its_gradients_once(name: str, 
         assert 2 * sum(once) == sum(every) > 0
         for key, value in ours.items():
             torch.testing.assert_close(value, plain[key], rtol=1e-4, atol=1e-5)
+
+
+def in_turns(rank: int, tiny: Path) -> tuple[Any, Any, list[int]]:
+    """By us and by DDP alone, in small buckets, and how many weights student and critic have."""
+    ours = sent("dmd2", tiny, cap=0.1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reduction, "begin", lambda self, *given: None)
+        method = build(BY_NAME["dmd2"], tiny)
+        sizes = [sum(p.numel() for p in found) for found in (method.student.weights(), method.adversary.weights())]
+        return ours, sent("dmd2", tiny, cap=0.1), sizes
+
+
+def test_a_turn_sends_the_gradients_of_its_optimiser_alone(pair: Pair, tiny: Path) -> None:
+    """Of two updates of the student, with two of the critic each, to the bit as DDP does it; but for buckets that hold some of both."""
+    for (ours, few), (plain, many), (student, critic) in pair.run(in_turns, tiny):
+        assert equal(ours, plain)
+        maps = 6 * many[-1]  # DDP asks in every backward pass which weights were used
+        assert sum(many) - maps == 6 * (student + critic)
+        least = UPDATES * student + 2 * UPDATES * critic
+        assert least <= sum(few) - maps < 1.2 * least

@@ -293,6 +293,7 @@ class Distillation(Clocks, LightningModule):
             fit_box(self.reflection, self.feed, self.trainer.is_global_zero)
             self.has_box = True
         self.offload.begin(self)
+        self.descent.reduction.begin(self.trainer.strategy, self.takes_turns)
 
     def configure_model(self) -> None:
         """Share out and shard, as the strategy says, and compile, where the config does."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
@@ -18,7 +18,7 @@ from ddil_lightning.backbones.roles import Role
 from ddil_lightning.bounds import at_least, fraction, lengths, within
 from ddil_lightning.records import LatentBatch
 from ddil_lightning.texts import reason
-from ddil_lightning.training.reducing import alone
+from ddil_lightning.training.reducing import Reduction
 from ddil_lightning.training.watch import Watch
 
 
@@ -96,7 +96,7 @@ class Descent:
         self.clip, self.accumulate = optimizer.clip, optimizer.accumulate
         self.final_lr, self.warmup = optimizer.final_lr, optimizer.warmup
         self.micro: dict[str, int] = {}
-        self.watch = Watch()
+        self.watch, self.reduction = Watch(), Reduction()
         self._sound: dict[str, Tensor] = {}  # of the micro-batches of the update under way, by the name of the loss
         self.last: Tensor | None = None
         self.batch: LatentBatch | None = None
@@ -160,7 +160,7 @@ class Descent:
                 )
             optimizer.zero_grad()  # another loss may have reached these weights since: the student's passes through a critic, say
         done = (self.micro.get(name, 0) + 1) % self.accumulate
-        with alone(method.trainer.strategy) if done else nullcontext():
+        with self.reduction.of(optimizer, method.trainer.strategy, last=not done):
             method.manual_backward(loss / self.accumulate)
         self._sound[name] = torch.minimum(self._sound[name], sound) if name in self._sound else sound
         self.micro[name] = done
