@@ -21,9 +21,14 @@ from ddil_lightning.data.raw import RawBatch
 from ddil_lightning.imitation.buffer import ReplayBuffer
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.imitation.rollout import collect, forward
+from ddil_lightning.methods import LCM
 from ddil_lightning.records import FORWARD, TEACHER, CaptionBatch, Context, LatentBatch, Origin, Rollout, send, sent
 from ddil_lightning.streams import Streams
+from fluxes import make_flux
 from options import options
+from pixarts import make_pixart
+from sanas import make_sana
+from sd3 import make_sd3
 from suite import BY_NAME
 from waits import GPU, Beside, Watched, waits, without_one
 
@@ -38,6 +43,17 @@ def made(name: str, backbone: Any) -> Any:
 @pytest.mark.parametrize("name", NAMES)
 def test_no_step_has_the_host_wait(name: str, light: Path) -> None:
     assert waits(made(name, Pipeline(str(light)))) == []
+
+
+FAMILIES = {"flux": make_flux, "sd3": make_sd3, "sana": make_sana, "pixart": make_pixart}
+"""Qwen-Image and Z-Image read each text to its end, which a mask on the device tells: they wait for it (docs/memory.md)."""
+
+
+@pytest.mark.parametrize("family", [pytest.param(name, marks=() if name == "flux" else pytest.mark.slow) for name in FAMILIES])
+def test_nor_has_one_of_another_family(family: str, tmp_path: Path) -> None:
+    folder, even = FAMILIES[family](tmp_path / family), {} if family == "pixart" else {"solver_steps": 40, "rollouts": (2, 4)}
+    method = LCM(pipeline=Pipeline(str(folder)), guidance=3.0, ema=0.9, w_conditioned=family == "flux", **even)
+    assert waits(method) == []
 
 
 @pytest.mark.parametrize("name", [pytest.param("reflow"), *(pytest.param(n, marks=pytest.mark.slow) for n in ("dmd", "ufogen", "boot"))])
