@@ -131,6 +131,6 @@ class Flux(Packed):
 
 
 def places(height: int, width: int, device: torch.device | None = None) -> Tensor:
-    """[height width, 3] the places of patches, as its pipeline counts them: 0, row, column. Made on `device`: a copy would be waited for."""
+    """[height width, 3] the places of patches, as its pipeline counts them: 0, row, column. Made on `device`, without a copy."""
     rows, columns = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1)
