@@ -141,6 +141,18 @@ def test_pairs_and_what_is_encoded_on_the_way_have_the_host_wait_for_nothing() -
     assert batch.latent.dtype == torch.float32  # type: ignore[union-attr]
 
 
+def test_pictures_cross_to_the_device_in_8_bits() -> None:
+    """And are divided there, as on the CPU to the bit; a data set of one's own may have them in [-1, 1]."""
+    known = torch.arange(256, dtype=torch.uint8).expand(1, 3, 2, 256)
+    raw = RawBatch(known, ["a"], torch.arange(1))
+    assert torch.equal(raw.images(), known.float() / 127.5 - 1)  # type: ignore[arg-type]
+    plain = RawBatch(torch.ones(1, 3, 2, 2), ["a"], torch.arange(1))
+    assert plain.images() is plain.pixels
+    with Beside() as watched, without_one():
+        there = raw.images(GPU)
+    assert watched.waits == [] and there is not None and there.device == GPU and there.dtype == torch.float32
+
+
 def test_all_weights_are_found_finite_in_one_wait(light: Path) -> None:
     method = made("lcm", Pipeline(str(light)))
     with Watched() as watched:
