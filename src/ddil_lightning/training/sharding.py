@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ddil_lightning.backbones.network import Network
 from ddil_lightning.diffusion.denoiser import Denoiser
-from ddil_lightning.processes import PATIENCE
+from ddil_lightning.processes import IN_STEP, PATIENCE, wait_at_most
 
 
 class Sharded(ModelParallelStrategy):
@@ -74,6 +74,13 @@ def be_patient(strategy: Any) -> None:
     pictures takes longer than the 30 minutes that Lightning gives it."""
     if isinstance(strategy, DDPStrategy) and strategy._timeout == default_pg_timeout:
         strategy._timeout = PATIENCE
+
+
+def in_step(strategy: Any, yes: bool) -> None:
+    """Have the processes wait for each other as long as a training may need, IN_STEP, or (`yes` is false) PATIENCE again; who was told a
+    time of its own keeps it."""
+    if getattr(strategy, "_timeout", None) == PATIENCE:
+        wait_at_most(IN_STEP if yes else PATIENCE)
 
 
 def shard(networks: Iterable[nn.Module], mesh: Any) -> None:
