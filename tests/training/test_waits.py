@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import toys
+from ddil_lightning.backbones import roles
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.callbacks.checkpoints import finite
 from ddil_lightning.data import datamodule
@@ -151,6 +152,20 @@ def test_pictures_cross_to_the_device_in_8_bits() -> None:
     with Beside() as watched, without_one():
         there = raw.images(GPU)
     assert watched.waits == [] and there is not None and there.device == GPU and there.dtype == torch.float32
+
+
+def test_weights_reach_an_average_on_the_cpu_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waited for once, and not tensor by tensor; what is on one device is averaged there."""
+    waited, stream = [], SimpleNamespace(synchronize=lambda: waited.append(1))
+    with Watched() as watched:
+        average, online = (torch.nn.ModuleList(torch.nn.Linear(8, 8, bias=False) for _ in range(6)) for _ in range(2))
+        for layer in online[:5]:
+            layer.weight = torch.nn.Parameter(layer.weight.to(GPU))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
+        monkeypatch.setattr(roles, "PORTION", 2 * 8 * 8 * 4)
+        watched.waits.clear()
+        roles.lerp_(average, online, 0.9)
+    assert watched.waits == [] and len(waited) == 3
 
 
 def test_all_weights_are_found_finite_in_one_wait(light: Path) -> None:
