@@ -188,6 +188,26 @@ def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
     assert not (tmp_path / "runs" / f".x.{pid}.ddil-part").exists() and (deep / f".x.{pid}.ddil-part").exists()
 
 
+def test_what_another_machine_writes_is_left_alone(tmp_path: Path) -> None:
+    """It may live, whatever lives here by its number; a week later it does not, nor in a folder that is held by this process."""
+    theirs, old = tmp_path / ".x.999999999-elsewhere-0a.ddil-part", tmp_path / ".y.999999999-elsewhere-0a.old.ddil-part"
+    mine = tmp_path / f".z.999999999-{files.HOST}-0a.ddil-part"
+    for path in (theirs, old, mine):
+        path.touch()
+    os.utime(old, (0, 0))
+    files.sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == [theirs]
+    files.sweep(tmp_path, alone=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_of_one_number_do_not_write_into_each_other(tmp_path: Path) -> None:
+    """As two containers on two machines may be; each has names of its own."""
+    told = "import os; os.getpid = lambda: 7; from pathlib import Path; from ddil_lightning import files; print(files._beside(Path('x')))"
+    names = {subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True).stdout for _ in range(2)}
+    assert len(names) == 2 and all(name.startswith(".x.7-") for name in names)
+
+
 def test_an_empty_folder_stays_the_folder_that_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody may stand in it, as in `--out .`, and has given it its rights."""
     monkeypatch.chdir(tmp_path)

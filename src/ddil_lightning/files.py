@@ -1,6 +1,7 @@
 """Writing files and folders: whole or not at all, beside their destination, and never in the place of a device, a link or a mount.
 
-Every writer of the library goes through here. What a killed process leaves behind is named `.NAME.PID.ddil-part`, for `sweep` to find.
+Every writer of the library goes through here. What a killed process leaves behind is named `.NAME.PID-HOST-TOKEN.ddil-part`, for `sweep` to
+find.
 """
 
 from __future__ import annotations
@@ -8,16 +9,22 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import shutil
+import socket
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ddil_lightning.signals import lives
 from ddil_lightning.texts import from_json
 
 PART = "ddil-part"
+HOST = re.sub(r"\W", "_", socket.gethostname())[:24]
+_TOKEN = secrets.token_hex(4)
 _MASK = os.umask(0)
 os.umask(_MASK)
 READERS = 0o666 & ~_MASK
@@ -121,15 +128,19 @@ def switch(link: Path, target: Path | str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def sweep(folder: Path, inside: bool = True) -> None:
+def sweep(folder: Path, inside: bool = True, alone: bool = False) -> None:
     """Remove what processes that were killed have left half written in `folder` and, if `inside`, in the folders in it.
 
-    What belongs to a process that lives is left alone, and so is everything further down: other runs may lie there.
+    What belongs to a process that lives is left alone, and so is everything further down: other runs may lie there. Whether one on another
+    machine lives is not known: what it has left goes when it is a week old, or at once where the folder is this process's `alone`.
     """
     found = [*folder.glob(f".*.{PART}"), *(folder.glob(f"*/.*.{PART}") if inside else [])]
     for leftover in found:
-        name = re.fullmatch(rf"\..+\.(\d+)(\.old)?\.{PART}", leftover.name)
-        if name is None or (int(name[1]) != os.getpid() and _lives(int(name[1]))):
+        name = re.fullmatch(rf"\..+\.(\d+)(?:-(\w+)-[0-9a-f]+)?(\.old)?\.{PART}", leftover.name)
+        if name is None:
+            continue
+        here = name[2] in (None, HOST)  # versions before this one named no machine
+        if (here and int(name[1]) != os.getpid() and lives(int(name[1]))) or not (here or alone or _is_old(leftover)):
             continue
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -149,8 +160,9 @@ def check_writable(path: Path) -> None:
 
 
 def _beside(target: Path, kind: str = "") -> Path:
-    # The name of the process: two that write the same file at the same time must not write into each other.
-    return target.with_name(f".{target.name}.{os.getpid()}{'.' + kind if kind else ''}.{PART}")
+    # The name of the process: two that write the same file at the same time must not write into each other. Those of two containers may
+    # have one number.
+    return target.with_name(f".{target.name}.{os.getpid()}-{HOST}-{_TOKEN}{'.' + kind if kind else ''}.{PART}")
 
 
 def _readable(path: Path) -> None:
@@ -159,14 +171,11 @@ def _readable(path: Path) -> None:
             path.chmod(stat.S_IMODE(path.stat().st_mode) | READERS)
 
 
-def _lives(process: int) -> bool:
+def _is_old(leftover: Path) -> bool:
     try:
-        os.kill(process, 0)
-    except PermissionError:
-        return True
-    except (OSError, OverflowError):
+        return time.time() - leftover.lstat().st_mtime > 7 * 24 * 3600
+    except OSError:  # gone by now
         return False
-    return True
 
 
 def _scratch() -> str:

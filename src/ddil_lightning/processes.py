@@ -6,6 +6,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ddil_lightning.errors import one_line
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -44,11 +46,17 @@ def wait_at_most(time: timedelta) -> None:
 
 
 class Elsewhere(SystemExit):
-    """The end of a process because of what went wrong in another, which tells it: a second line would say the same."""
+    """The end of a process because of what went wrong in another, which tells it: a second line would say the same.
 
-    def __init__(self, error: str) -> None:
+    `error`: what it says there, on one line. `foreseen`: it is a ValueError there, so that who goes on after one does so here as well.
+    """
+
+    def __init__(self, error: str, foreseen: bool = False) -> None:
         super().__init__(2)
-        self.error = error
+        self.error, self.foreseen = error, foreseen
+
+    def __str__(self) -> str:
+        return self.error
 
 
 class Processes:
@@ -69,16 +77,16 @@ class Processes:
         """The result of `job`, which the first process does for all. What it raises ends the others too, as Elsewhere."""
         if self._strategy is None:
             return job()
-        told: tuple[Any, str | None] = (None, None)
+        told: tuple[Any, tuple[str, bool] | None] = (None, None)
         failure: BaseException | None = None
         if self.first:
             try:
                 told = job(), None
             except Exception as error:
-                failure, told = error, (None, str(error) or type(error).__name__)
-        result, error_text = self._strategy.broadcast(told)
-        if error_text is not None:
-            raise failure or Elsewhere(error_text)
+                failure, told = error, (None, _told(error))
+        result, wrong = self._strategy.broadcast(told)
+        if wrong is not None:
+            raise failure or Elsewhere(*wrong)
         return result
 
     def by_all(self, job: Callable[[], T]) -> T:
@@ -103,13 +111,12 @@ class Processes:
             result = job()
         except Exception as error:
             failure = error
-        told = self.gathered(None if failure is None else str(failure) or type(failure).__name__)
-        first = next((rank for rank, text in enumerate(told) if text is not None), None)
-        if first is None:
+        told = self.gathered(None if failure is None else _told(failure))
+        wrong = next(((rank, said) for rank, said in enumerate(told) if said is not None), None)
+        if wrong is None:
             return result
-        if first == self.rank and failure is not None:
-            raise failure
-        raise Elsewhere(told[first] or "another process has failed")
+        rank, said = wrong
+        raise failure if rank == self.rank and failure is not None else Elsewhere(*said)
 
     def gathered(self, mine: T) -> list[T]:
         """What every process gives, in their order, in all of them."""
@@ -146,3 +153,8 @@ class Processes:
         """Wait until every process of the run has come here."""
         if self._strategy is not None:
             self._strategy.barrier()
+
+
+def _told(error: Exception) -> tuple[str, bool]:
+    """What the other processes hear of an error: the arguments of Elsewhere."""
+    return one_line(error), isinstance(error, ValueError)

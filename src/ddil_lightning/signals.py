@@ -1,7 +1,11 @@
-"""The signals that ask a process to end: Ctrl-C, a scheduler's SIGTERM, a closed terminal's SIGHUP. All of them end it in the same way."""
+"""The signals that ask a process to end: Ctrl-C, a scheduler's SIGTERM, SLURM's warning of it, SIGUSR1, and a closed terminal's SIGHUP.
+
+All of them end it in the same way.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -24,7 +28,7 @@ class Stopped(KeyboardInterrupt):
 
 def ending() -> list[int]:
     """The signals that ask this process to end, without those that it was told to ignore (nohup does that with SIGHUP)."""
-    known = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    known = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]  # Windows has two
     return [number for number in known if number is not None and signal.getsignal(number) is not signal.SIG_IGN]
 
 
@@ -56,3 +60,14 @@ def listening() -> Iterator[None]:
         yield
     finally:
         unlisten(before)
+
+
+def lives(process: int) -> bool:
+    """Whether a process of this number is on this machine, as far as this process sees."""
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True

@@ -11,7 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
-from ddil_lightning.backbones import flows
+from ddil_lightning.backbones import flows, schedulers
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.diffusion.transitions import TCD, ddim, renoise
@@ -39,6 +39,22 @@ def test_a_plain_call_walks_the_trained_nodes(n: int, shift: float, passes: bool
         again.set_timesteps(n, **({"sigmas": even(n, 1.0).tolist()} if passes else {}))
         torch.testing.assert_close(again.sigmas.double(), torch.cat([sigmas, torch.zeros(1)]).double(), rtol=0, atol=2e-6)
         torch.testing.assert_close(again.timesteps, again.sigmas[:-1] * 1000)
+
+
+@pytest.mark.parametrize("n", [2, 4, 32])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 12.0])
+def test_a_scheduler_that_holds_few_nodes_is_told_from_one_that_holds_all(shift: float, n: int) -> None:
+    """Those of pipelines that hand their scheduler its sigmas, and DPM-Solver++, walk the trained nodes in every number of steps."""
+    made, told, solver = (*(flows.student(1000, ddim, even(n, shift), passes) for passes in (False, True)), schedulers.dpm(EULER(), shift))
+    for k in (1, 2, 3, 4, 31, 32):
+        told.set_timesteps(k, sigmas=even(k, 1.0).tolist())
+        solver.set_timesteps(k)
+        made.set_timesteps(k)
+        for scheduler in (told, solver, *([made] if k == n else [])):
+            flows.check_trained(scheduler, k, even(n, shift).tolist(), shift)
+        if k != n:
+            with pytest.raises(ValueError, match=f"holds the nodes of {n} steps, and would walk .* ddil-export --steps {k} writes"):
+                flows.check_trained(made, k, even(n, shift).tolist(), shift)
 
 
 def test_nodes_that_no_scheduler_walks_are_refused() -> None:

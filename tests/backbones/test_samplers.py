@@ -10,8 +10,9 @@ import torch
 
 from ddil_lightning.backbones import sampling
 from ddil_lightning.backbones.pipeline import Pipeline
-from ddil_lightning.backbones.samplers import check_alike, context_of, grid_of, named, policy_of, scale_of
+from ddil_lightning.backbones.samplers import check_alike, context_of, grid_of, named, policy_of, scale_of, transition_of
 from ddil_lightning.diffusion.grid import Grid
+from ddil_lightning.diffusion.transitions import TCD
 from ddil_lightning.records import END
 from suite import METHODS, backbone, build
 
@@ -25,15 +26,30 @@ def latents(pipe: Pipeline, steps: int, g: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("g", [1.0, 3.0])
 @pytest.mark.parametrize("name", ["lcm", "tcd", "ddim", "euler"])
-def test_a_sampler_by_name_is_that_of_diffusers(name: str, g: float, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sampler_by_name_is_that_of_diffusers(name: str, g: float, tiny: Path) -> None:
     pipe = named(backbone(tiny), name)
-    eta = {"eta": 0.3} if name == "tcd" else {}  # the strength of its noise, as its authors call it; a pipeline's own is 0
-    monkeypatch.setattr(type(pipe.network()), "called_with", eta)
     theirs = sampling.pipeline_latents(pipe, PROMPTS, 4, g, seed=3)
     # Euler starts from its largest sigma, not from sqrt(sigma^2 + 1): 0.2 % less noise than every other sampler.
     close = 5e-3 if name == "euler" else 2e-5
     assert float((latents(pipe, 4, g) - theirs).abs().max()) < close * float(theirs.abs().max())
     assert grid_of(pipe, 4).times.tolist()[0] == 999 and grid_of(pipe, 4).times.tolist()[-1] == (0 if name == "tcd" else END)
+
+
+def test_tcd_has_the_noise_of_its_authors_or_what_is_asked(tiny: Path) -> None:
+    """diffusers' pipelines hand its scheduler an eta of 0 in the place of its own 0.3, by a name as in a folder that has it."""
+    from diffusers import TCDScheduler
+
+    plain = backbone(tiny)
+    own = plain.stepping(TCDScheduler.from_config(plain.pipe.scheduler.config, clip_sample=False))
+    asked = [named(plain, "tcd", eta) for eta in (0.0, 0.3, 0.7)]
+    found = {float(pipe.called_with["eta"]): sampling.pipeline_latents(pipe, PROMPTS, 4, 2.0, seed=3) for pipe in asked}
+    for pipe in (*asked, own, named(plain, "tcd")):
+        eta = float(pipe.called_with["eta"])
+        assert transition_of(pipe) == TCD(eta)
+        assert float((latents(pipe, 4, 2.0) - found[eta]).abs().max()) < 2e-5 * float(found[eta].abs().max())
+    assert own.called_with == named(plain, "tcd").called_with == {"eta": 0.3} and named(plain, "lcm").called_with == {}
+    assert torch.equal(sampling.pipeline_latents(own, PROMPTS, 4, 2.0, seed=3), found[0.3])
+    assert float((found[0.0] - found[0.3]).abs().max()) > 0.05 * float(found[0.3].abs().max())
 
 
 def test_other_settings_of_ddim_and_a_solver_of_first_order(tiny: Path) -> None:

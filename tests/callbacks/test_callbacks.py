@@ -16,7 +16,7 @@ from lightning.pytorch import Callback
 from PIL import Image
 
 from ddil_lightning.callbacks import AnnealPrior, Cadence, Checkpoints, FlushBuffer, Previews, Progress, ShiftProbe, annealing
-from ddil_lightning.callbacks.checkpoints import AGREE, finite
+from ddil_lightning.callbacks.checkpoints import finite
 from ddil_lightning.commands.fit_cli import FitCLI
 from ddil_lightning.data.encoded import Encoded
 from ddil_lightning.feed import Feed
@@ -108,7 +108,7 @@ def test_a_gated_schedule_hears_the_losses_and_remembers_its_level() -> None:
         assert feed.prior.student == pytest.approx(0.1 + 0.2 * level)
     again = callback()
     again.load_state_dict(annealed.state_dict())
-    assert again.state_dict() == annealed.state_dict() == {"level": 2, "passed": 1}
+    assert again.state_dict() == annealed.state_dict() == {"level": 2, "steps": 4, "passed": 1}
     update(again, student=1.0)  # without a forward loss there is nothing to compare
     assert again.schedule.level == 2
     update(again, forward=1.0, student=1.0, mixed=1.9)  # all roll-outs together
@@ -163,7 +163,8 @@ def test_a_schedule_follows_a_measure_that_another_callback_publishes(first: str
     annealed, probe = AnnealPrior(GatedBy(PLAIN, SamplingPrior(0.2, 0.8), measure="shift/loss_ratio", below=1.0, steps=4)), Probe()
     method, callbacks = build(LCM, tiny, updates=6), [probe, annealed] if first == "probe" else [annealed, probe]
     fit(method, captions(tiny, PLAIN, buffer={"capacity": 0}), *callbacks, Drawn())
-    assert heard == pytest.approx([0.0, 0.0, 0.2, 0.2, 0.2, 0.2]) and annealed.state_dict() == {"level": 2, "passed": 0, "heard": 1}
+    assert heard == pytest.approx([0.0, 0.0, 0.2, 0.2, 0.2, 0.2])
+    assert annealed.state_dict() == {"level": 2, "steps": 4, "passed": 0, "heard": 1}
     method.measures.publish(7, {"shift/loss_ratio": 0.0})
     assert annealed.state_dict()["level"] == 2  # the run is over
 
@@ -309,30 +310,38 @@ def test_ctrl_c_is_given_back_after_an_error(tiny: Path, tmp_path: Path) -> None
     assert signal.getsignal(signal.SIGINT) is listener
 
 
-def test_several_processes_stop_after_the_same_batch() -> None:
-    asked: list[bool] = []
+@pytest.mark.parametrize(("seconds", "looks"), [(0.1, [1, 11, 21]), (3.0, [*range(1, 22)])], ids=["fast", "slow"])
+def test_several_processes_stop_after_the_same_batch(seconds: float, looks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one is interrupted in the batch 21, and this one is fast; of slow batches none is waited for."""
+    asked: list[int] = []
+    callback, clock = Checkpoints(every=0), iter(range(10**6))
+    monkeypatch.setattr("ddil_lightning.callbacks.checkpoints.time.monotonic", lambda: callback._batches * 0.1 + 1e-9 * next(clock))
 
     def decide(mine: bool, all: bool) -> bool:
-        asked.append(mine)
-        return True  # another process was interrupted
+        asked.append(callback._batches)
+        return callback._batches >= 21 if len(asked) % 2 else mine or seconds > 1  # first the signal, then whether batches are slow
 
     trainer = SimpleNamespace(world_size=2, strategy=SimpleNamespace(reduce_boolean_decision=decide))
-    callback = Checkpoints()
-    callback.signal = signal.SIGINT
     method = SimpleNamespace(student_updates=0, updates=9, stage_is_over=False, descent=SimpleNamespace(halfway=True))
+    callback._since = 0.0
+    for i in range(25):
+        callback.on_train_batch_end(trainer, method, None, None, i % 3)  # epochs of three batches
+        assert callback._agreed(trainer) == (i + 1 >= 21)  # it stays so until the update is complete
+    assert asked[::2] == asked[1::2] == looks and callback.signal == signal.SIGINT
 
-    def batches(n: int) -> None:
-        for i in range(n):
-            callback.on_train_batch_end(trainer, method, None, None, i % 3)  # epochs of three batches
 
-    callback.every, callback._since = 0, 0.0
-    batches(AGREE - 1)
-    assert asked == []
-    callback.signal = None
-    batches(1)
-    assert asked == [False] and callback.signal is not None
-    batches(1)
-    assert callback._agreed(trainer) and asked == [False]  # until the update is complete
+def test_slow_batches_are_known_by_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, asked = 0.0, []
+    monkeypatch.setattr("ddil_lightning.callbacks.checkpoints.time.monotonic", lambda: now)
+    callback = Checkpoints(every=0)
+    callback._since = 0.0
+    decide = lambda mine, all: asked.append(callback._batches) or mine  # noqa: E731
+    trainer = SimpleNamespace(world_size=2, strategy=SimpleNamespace(reduce_boolean_decision=decide))
+    method = SimpleNamespace(student_updates=0, updates=9, stage_is_over=False, descent=SimpleNamespace(halfway=True))
+    for seconds in (3.0, *11 * [0.2], *12 * [2.0]):  # the first compiles
+        now += seconds
+        callback.on_train_batch_end(trainer, method, None, None, 0)
+    assert asked[::2] == [1, 2, 12, 22, 23, 24]
 
 
 @pytest.mark.slow

@@ -282,6 +282,20 @@ def test_a_checkpoint_of_another_plan_is_refused(tiny: Path, tmp_path: Path) -> 
         fit(build(PD_3, tiny, stages=other), captions(tiny), ckpt=tmp_path / "cut.ckpt")
 
 
+def test_a_stage_that_a_resumed_run_cuts_short_leaves_its_pipeline(tiny: Path, tmp_path: Path) -> None:
+    """Its updates are lowered below those that it has had: the next one begins at once."""
+    fit(build(PD_3, tiny), captions(tiny), StopAt(4, tmp_path / "cut.ckpt"))
+    shorter = [PARTS[0], Stage(steps=4, updates=1), PARTS[2]]
+    method, written = build(PD_3, tiny, stages=shorter), []
+    stages = Stages(folder=str(tmp_path / "stages"))
+    stages.deliver = lambda method, root, examples: written.append((stages.place(method, root).name, method.student_updates))
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    Trainer(callbacks=[stages], max_epochs=-1, accelerator="cpu", **quiet).fit(method, captions(tiny), ckpt_path=tmp_path / "cut.ckpt")
+    assert written == [("02-4-steps", 4)] and (method.stage, method.stage_start, method.student_updates) == (2, 4, 6)
+    method.student_updates = 9  # the last one goes on past the plan's updates, and its pipeline is that of their end
+    assert stages.owed(method, tmp_path) is None
+
+
 # A run of the command line --------------------------------------------------------------------------------------------------------
 
 RUN = """

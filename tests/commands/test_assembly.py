@@ -173,3 +173,5 @@ def test_a_run_says_what_its_student_never_trains_on(tiny: Path, tiny_config: Pa
     assert line.startswith("the student takes up to 8 steps")
     (line,) = said("test.student_steps=[3]", config=Path("both.yaml"))
     assert line == "at 3 steps the student is asked at t = 666, 332, where it is not trained"
+    with pytest.raises(ValueError, match="export_steps 8: the student is made for 4 steps alone"):
+        assemble("both.yaml", "--export_steps=8")

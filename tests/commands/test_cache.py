@@ -14,6 +14,7 @@ from PIL import Image
 from commandline import fit
 from ddil_lightning.commands import main
 from ddil_lightning.commands.cache import in_full
+from ddil_lightning.commands.launched import together
 from ddil_lightning.data import writer
 
 ROWS = 12
@@ -100,6 +101,17 @@ def test_a_signal_leaves_what_is_whole_and_says_how_to_go_on(pictures: list[str]
         "rows-00002.safetensors", *(f"captions-0000{i}.safetensors" for i in range(3)), "index.safetensors",
         *(f"text-0000{i}.safetensors" for i in range(3)),
     ]  # fmt: skip
+
+
+def test_tasks_of_srun_do_not_each_do_all_of_it(pictures: list[str], tiny: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    code, _, err = cache(capsys, "--pipeline", str(tiny), *pictures[:1], "--out", "kept")
+    assert code == 2 and "ddil-cache: srun has started this command 4 times, and each would do all of it: share it out" in err
+    assert err.count("\n") == 1 and not Path("kept").exists()
+    for name, value in (("WORLD_SIZE", "1"), ("SLURM_JOB_NAME", "bash")):  # tasks with work of their own; the shell of srun --pty
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert together()[0].world == 1
 
 
 def test_what_cannot_be_is_one_line(pictures: list[str], tiny: Path, tiny_config: Path, capsys: Any) -> None:

@@ -193,6 +193,7 @@ def test_a_prompt_that_is_too_long(tiny: Path, here: Path, capsys: Any) -> None:
 def test_export_writes_what_the_run_itself_exported(finished: Path, here: Path, capsys: Any) -> None:
     code, out, err = call(capsys, main.command("export"), "--ckpt_path", finished, "--out", "out")
     assert code == 0 and "written and checked: out/pipeline (latents" in out and "model card: out/README.md" in out, err
+    assert "its licence is `other`" in out and "say it, by --license" in out
     for path in (p for p in (finished / "pipeline").rglob("*") if p.is_file() and p.name != "README.md"):
         assert (here / "out" / "pipeline" / path.relative_to(finished / "pipeline")).read_bytes() == path.read_bytes(), path
     cards = [(here / "out" / part / "README.md").read_text() for part in (".", "pipeline")]  # of the run, and more than it could know

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import weakref
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ddil_lightning.backbones import lora
+from ddil_lightning.backbones import lora, sampling
 from ddil_lightning.backbones.adapters import Adapter
 from ddil_lightning.backbones.pipeline import Pipeline
-from ddil_lightning.commands import main
+from ddil_lightning.commands import comparing, main
+from ddil_lightning.commands.comparing import Job
 from ddil_lightning.commands.entries import parsed, read_entries
+from ddil_lightning.commands.launched import together
+from ddil_lightning.commands.rack import Rack
 from ddil_lightning.errors import Refusal
 from ddil_lightning.evaluation import rows as rows_module
+from ddil_lightning.evaluation.generation import Generation
 from ddil_lightning.evaluation.given import Given, Judge
 from ddil_lightning.evaluation.suite import Probes, Suite
 from ddil_lightning.miniature import digits
+from ddil_lightning.runs.comparison import Comparison
+from pair import Pair
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -77,7 +84,9 @@ def test_pipelines_of_every_origin_side_by_side(capsys: Any, monkeypatch: pytest
         for p in role.weights():
             p.add_(0.05)
     lora.write(type(Pipeline("base").pipe), Path("style.safetensors"), role.network, torch.float32)
-    Path("more.yaml").write_text("- {name: tuned, path: base, lora: {path: style.safetensors, scale: 0.5}, sampler: tcd, steps: [2]}\n")
+    Path("more.yaml").write_text(
+        "- {name: tuned, path: base, lora: {path: style.safetensors, scale: 0.5}, sampler: tcd, eta: 0.5, steps: [2]}\n"
+    )
     load, loaded = Pipeline.load, []
 
     def one(self: Pipeline, *args: Any) -> Any:
@@ -96,6 +105,7 @@ def test_pipelines_of_every_origin_side_by_side(capsys: Any, monkeypatch: pytest
     assert [row["nfe"] for row in rows.values()] == [2, 4, 1, 2, 2, 4, 4] and all(row["seconds_per_image"] > 0 for row in rows.values())
     made = rows["tuned@2"]["generation"]
     assert (made["sampler"], made["lora"], made["dtype"]) == ("TCDScheduler", ["style.safetensors * 0.5"], "float32")
+    assert made["eta"] == 0.5 and "eta" not in rows["base@2"]["generation"]
     assert len({json.dumps(row["metrics"]) for row in rows.values()}) == 7
     alone = call(capsys, "base", "--steps", 2, command="--pipeline")[0]["rows"][0]
     assert (alone["metrics"], alone["protocol"]) == (rows["base@2"]["metrics"], rows["base@2"]["protocol"])
@@ -138,15 +148,69 @@ def test_a_comparison_goes_on_with_the_rows_that_are_missing(capsys: Any, monkey
     assert asked[8:] == [row["name"] for row in fresh["rows"]] == ["base@1", "other@1"]
 
 
+def test_a_protocol_that_asks_for_more_measures_it(capsys: Any) -> None:
+    """And the first numbers stay, for the rows are of the same images."""
+    shown = []
+    for asked in ("blur", "blur, saturation", "contrast"):
+        Path("mine.yaml").write_text(f"prompts: {{source: digits, n: 16}}\nmetrics: [{asked}]\n")
+        found, out = call(capsys, "base#1", "base:lcm#1", "--protocol", "mine.yaml")
+        shown.append(([row["metrics"] for row in found["rows"]], out))
+    ((first, _), (second, out), (third, last)) = shown
+    assert all(row["saturation"] is None and row["blur"] is not None for row in first)
+    assert all(row["saturation"] is not None and row["contrast"] is not None for row in second)  # two numbers of one measure
+    assert [row["blur"] for row in third] == [row["blur"] for row in first] and "Saturation" in out and "Contrast" in last
+    assert {row["protocol"]["stamp"] for row in found["rows"]} == {found["rows"][0]["protocol"]["stamp"]}
+
+
+def measured_by_both(rank: int, folder: str, wrong: type[Exception]) -> Any:
+    """What is left out of three rows, the second of which goes wrong in the second process's share, and the rows there are."""
+    processes, where = together()
+    suite = Suite("digits", digits.prompts(16, 0), Given(judge=Judge(digits.judge, digits.mode_coverage)), Probes(), 0, batch=8)
+    comparison, entry = Comparison(Path(folder) / "out.json", ["base"]), parsed(f"base={folder}/base")
+    jobs, latents = [Job(entry, n, 1.0, {"digest": None}) for n in (1, 2, 3)], sampling.pipeline_latents
+
+    def broken(backbone: Any, prompts: Any, steps: int, scale: float, seed: int = 0, *rest: Any) -> Any:
+        if (rank, steps, seed) == (1, 2, 8) and wrong is not ValueError:
+            raise wrong("no memory")
+        return latents(backbone, prompts, steps, scale, seed, *rest) * (torch.nan if (steps, seed) == (2, 8) else 1)
+
+    sampling.pipeline_latents = broken
+    try:
+        measured = Namespace(keep_images=None), Rack(where, {}), suite, jobs, comparison, Generation(processes=processes), None
+        comparing._measured(*measured)
+    except BaseException as error:
+        return type(error).__name__, str(error)
+    finally:
+        sampling.pipeline_latents = latents
+    return comparison.left_out, [row["name"] for row in json.loads(comparison.out.read_text())["rows"]]
+
+
+def test_a_row_that_fails_in_one_process_is_left_out_by_all(pair: Pair, tmp_path: Path) -> None:
+    (left, rows), (other, _) = pair.run(measured_by_both, str(tmp_path), ValueError)
+    assert rows == ["base@1", "base@3"] and left == other and list(left) == ["base@2"] and "prompt 8 (from 0)" in left["base@2"]
+    first, second = pair.run(measured_by_both, str(tmp_path), MemoryError)  # anything else ends all
+    assert (first, second) == (("Elsewhere", "no memory"), ("MemoryError", "no memory"))
+
+
 @pytest.mark.slow
 def test_rows_of_another_protocol_stay_and_are_told(capsys: Any) -> None:
     shutil.copytree("base", "other")
     call(capsys, "base", "other", "--steps", 1)
-    found, out = call(capsys, "base", "new=base:euler", "--steps", 1, "--seed", 3)
-    assert "also has rows that are not asked for, which stay (--fresh leaves them out): other@1" in out
-    assert [row["name"] for row in found["rows"]] == ["base@1", "new@1", "other@1"]
+    found, out = call(capsys, "first=base", "new=base:euler", "--steps", 1, "--seed", 3)
+    assert "also has rows that are not asked for, which stay (--fresh leaves them out): base@1, other@1" in out
+    assert [row["name"] for row in found["rows"]] == ["first@1", "new@1", "base@1", "other@1"]
     assert "The rows were measured by 2 protocols" in out and "The rows were measured by 2 protocols" in Path("compare.html").read_text()
-    assert [pair["name"] for pair in found["against_first"]] == ["new@1"]  # other@1 has no partner by its protocol
+    assert [pair["name"] for pair in found["against_first"]] == ["new@1"]  # the others have no partner by their protocol
+
+
+def test_rows_of_another_protocol_are_not_replaced_unasked(capsys: Any) -> None:
+    call(capsys, "base#1", "other=base:euler#1")
+    before = Path("compare.json").read_bytes()
+    refused = call(capsys, "base#1", "other=base:euler#2,1", "--seed", 3)[1]
+    assert refused.startswith("ddil-test: compare.json has base@1, other@1 by digits ") and Path("compare.json").read_bytes() == before
+    assert refused.endswith(": give another --out, or --fresh to replace what it has\n") and "and not by digits " in refused
+    found, _ = call(capsys, "base#1", "new=base:euler#1", "--seed", 3, "--fresh")
+    assert [row["name"] for row in found["rows"]] == ["base@1", "new@1"] and found["seed"] == 3
 
 
 @pytest.mark.slow
@@ -198,6 +262,21 @@ def test_an_entry_in_a_word(here: Path) -> None:
     assert parsed("owner/model+owner/lcm-lora:lcm@1").name == "model+lcm-lora:lcm g1"
     shutil.copytree("base", "a+b@2")  # taken as it stands
     assert parsed("a+b@2").source.path == "a+b@2" and parsed("a+b@2@3").guidance == 3.0
+    etas = ("{path: base, sampler: tcd}", "{path: base, sampler: tcd-es1.01, eta: 0}", "{path: base, sampler: tcd, eta: 0.3, guidance: 1}")
+    (here / "etas.yaml").write_text("".join(f"- {line}\n" for line in etas))
+    assert [(one.name, one.eta) for one in read_entries(["etas.yaml"])] == [
+        ("base:tcd", None),
+        ("base:tcd-es1.01 eta0", 0.0),
+        ("base:tcd eta0.3 g1", 0.3),
+    ]
+    for line, told in (
+        ("sampler: tcd, eta: 1.5", "from 0 to 1) is 1.5: give a number"),
+        ("eta: 0.3", "say sampler: tcd, or leave eta out"),
+    ):
+        (here / "eta.yaml").write_text(f"- base\n- {{path: base, {line}}}\n")
+        with pytest.raises(Refusal) as refused:
+            read_entries(["eta.yaml"])
+        assert told in str(refused.value)
     (here / "none.yaml").write_text("{}")
     with pytest.raises(Refusal, match="give a list of pipelines"):
         read_entries(["none.yaml"])

@@ -149,6 +149,39 @@ def test_ctrl_c_saves_and_the_run_goes_on_exactly(finished: Path, tiny_config: P
     assert summary["network_evaluations"] == json.loads((finished / "summary.json").read_text())["network_evaluations"]
 
 
+def test_a_run_goes_on_whose_checkpoints_are_elsewhere(tiny_config: Path, here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--config", str(tiny_config), "--updates", "3", "checkpoints.folder=fast", "previews.every=0"]
+    with monkeypatch.context() as patch:
+        press(patch, 1)
+        code, _, err = fit(capsys, *words)
+    folder = Path("runs/tiny/latest").resolve()
+    assert code == 130 and "stopped at 2 of 3 student updates" in err and not (folder / "checkpoints").exists()
+    printed = err.split("ddil-fit ")[1].split()
+    monkeypatch.setattr(fit_cli.FitCLI, "check_parts", lambda self: (_ for _ in ()).throw(Refusal(f"{self.resumed} of {self._source}")))
+    asked = [["--ckpt_path", "last"], ["--run_dir", str(folder), "--ckpt_path", "last"], ["--ckpt_path", "fast"]]
+    for again in (printed, *([*words, *more] for more in asked)):
+        assert f"fast/updates=2.ckpt of {folder}" in fit(capsys, *again)[2]
+
+
+def test_a_job_that_is_put_back_has_one_command(tiny_config: Path, here: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the first submission and after an end before the first checkpoint; after one it goes on, as everywhere."""
+    words = ["--config", str(tiny_config), "--updates", "2", "--run_dir", "r", "--ckpt_path", "last", "previews.every=0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(LCM, "training_step", lambda self, b, i: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        code, out, err = fit(capsys, *words)
+    assert code == 2 and "out of memory; stopped at 0 of 2 student updates, nothing was saved" in err
+    assert out.startswith("r holds no checkpoint yet: the run begins there\n") and Path("r/config.yaml").is_file()
+    Path("r/metrics.csv").write_text("student_updates,loss\n1,0.5\n")  # that it has shown
+    assert "r already holds a run: choose another --run_dir, or" in refused(capsys, *words[:6], "previews.every=0")
+    press(monkeypatch, 0)
+    code, out, err = fit(capsys, *words)
+    assert code == 130 and out.startswith("r holds no checkpoint yet") and "stopped at 1 of 2 student updates; go on with" in err
+    rows = [line.split(",")[:1] for line in Path("r/metrics.csv").read_text().splitlines()]
+    assert rows == [["student_updates"], ["1"]] and not [*Path("r").glob("config.before*")]
+    monkeypatch.setattr(fit_cli.FitCLI, "check_parts", lambda self: (_ for _ in ()).throw(Refusal(f"from {self.resumed}")))
+    assert f"from {here / 'r/checkpoints/updates=1.ckpt'}" in fit(capsys, *words)[2]
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_the_settings_it_began_with(tiny_config: Path, here: Path, capsys: Any) -> None:
     words = ["--config", str(tiny_config), "previews.every=0"]
@@ -177,6 +210,9 @@ def test_machines_share_one_folder(tiny_config: Path, here: Path, capsys: Any, m
     """Each would make one of its own; those that go on with a run know it, and one that is not the first takes none."""
     words = ["--config", str(tiny_config), "previews.every=0", "--updates", "1"]
     assert "launched on several processes: give --run_dir" in refused(capsys, *words, "trainer.num_nodes=2")
+    with monkeypatch.context() as patch:
+        patch.setenv("SLURM_STEP_NUM_TASKS", "4")
+        assert "launched on several processes: give --run_dir" in refused(capsys, *words)
     assert fit(capsys, *words)[0] == 0
     monkeypatch.setattr(fit_cli.FitCLI, "check_parts", lambda self: (_ for _ in ()).throw(Refusal("it would begin")))
     assert "it would begin" in fit(capsys, *words, "trainer.num_nodes=2", "--ckpt_path", "last", "--updates", "2")[2]

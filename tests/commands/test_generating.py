@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from commandline import called
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.commands import main
+from ddil_lightning.evaluation import rows as rows_module
 from ddil_lightning.evaluation.given import Given, Judge
 from ddil_lightning.evaluation.suite import Probes, Suite
 from ddil_lightning.miniature import digits
@@ -49,6 +50,24 @@ def call(capsys: Any, *words: Any, n: int = 16) -> tuple[list[dict[str, Any]], s
         assert stop.value.code == 2 and err.count("\n") == 1 and err.startswith("ddil-test: "), err
         return [], err
     return json.loads(Path("metrics.json").read_text())["rows"], out
+
+
+def test_rows_that_are_done_stay_where_a_later_one_fails(light: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = rows_module.pipeline_row
+
+    def third(suite: Suite, backbone: Any, n: int, *rest: Any) -> Any:
+        if n == 1:
+            raise ValueError("teacher@1: images that are not finite")
+        return measured(suite, backbone, n, *rest)
+
+    monkeypatch.setattr(rows_module, "pipeline_row", third)
+    with pytest.raises(SystemExit) as stop:
+        main.run(main.command("test"), "ddil-test", ["--pipeline", str(light), "--steps", "3", "2", "1", "--n", "16"])
+    out, err = capsys.readouterr()
+    names = ["teacher@3", "teacher@2"]
+    assert stop.value.code == 2 and err == "ddil-test: teacher@1: images that are not finite\n"
+    assert [row["name"] for row in json.loads(Path("metrics.json").read_text())["rows"]] == names
+    assert all(f"{name} " in out for name in names) and out.endswith("metrics.json\n")
 
 
 def test_kept_images_are_gone_on_with(tiny: Path, capsys: Any) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from commandline import called, one_line
+from ddil_lightning.backbones import lora
+from ddil_lightning.backbones.adapters import Adapter
+from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.commands import inverting
 from ddil_lightning.evaluation.networks import MapDistance, Networks
 
@@ -47,6 +52,20 @@ def test_a_run_and_a_pipeline_on_built_in_images(finished: Path, tiny: Path, cap
         assert prompt["trace"][-1] == prompt["loss"] and len(prompt["trace"]) == 3 and prompt["caption_loss"] > 0
     assert "mean loss: random words" in out and "after exchanges" in out and "true captions" in out
     assert set(made["recovery"]["words"]) == {"attributes", "all", "by", "chance"} and len(made["recovery"]["images"]) == 4
+
+
+def test_the_teacher_is_what_the_card_says_and_a_student_is_a_word(finished: Path, tiny: Path, capsys: Any) -> None:
+    shutil.copytree(finished / "pipeline", "student")
+    card = json.loads(Path("student/ddil.json").read_text())
+    role = Pipeline(str(tiny)).role("student", adapter=Adapter(2))
+    lora.write(type(Pipeline(str(tiny)).pipe), Path("style.safetensors"), role.network, torch.float32)
+    options = {"lora": [{"path": "style.safetensors", "weight_name": None, "scale": 0.5}]}
+    Path("student/ddil.json").write_text(json.dumps(card | {"teacher_options": options}))
+    code, _, err = invert(capsys, "--student", "student", "--student", f"{tiny}:lcm@1#2", *QUICK, "--updates", "0", "--passes", "0")
+    assert code == 0, err
+    made = json.loads(Path("invert.json").read_text())
+    assert made["protocol"]["teacher"] == f"{card['teacher']}+style.safetensors*0.5"
+    assert (made["rows"][-1]["name"], made["rows"][-1]["nfe"], made["rows"][-1]["guidance_scale"]) == (f"{tiny}:lcm@1#2", 2, 1)
 
 
 @pytest.mark.slow

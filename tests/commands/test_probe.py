@@ -12,6 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from ddil_lightning.backbones import lora
+from ddil_lightning.backbones.adapters import Adapter
+from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.commands import main
 from ddil_lightning.commands.probing import Window
 from ddil_lightning.evaluation.given import Given, Judge
@@ -110,6 +113,27 @@ def test_a_pipeline_from_elsewhere_by_the_name_of_its_sampler(sampler: str, tiny
         4,
     )
     assert len(made["nodes"]) == 2
+
+
+def test_a_lora_on_a_base_is_a_student(tiny: Path, capsys: Any) -> None:
+    """As ddil-test --compare has them; and in a file, where more can be said."""
+    role = Pipeline(str(tiny)).role("student", adapter=Adapter(2))
+    with torch.no_grad():
+        for p in role.weights():
+            p.add_(0.05)
+    lora.write(type(Pipeline(str(tiny)).pipe), Path("style.safetensors"), role.network, torch.float32)
+    nodes = ("--teacher", tiny, "--n", 16, "--teacher_steps", 2, "--only", "nodes")
+    made = found(capsys, "--student", f"mine={tiny}+style.safetensors*0.5:tcd@2#2", *nodes)
+    said = made["protocol"]
+    assert (said["student"], said["teacher"]) == (f"{tiny}+style.safetensors*0.5", str(tiny)) and len(made["nodes"]) == 2
+    assert (said["sampler"], said["student_guidance_scale"]) == ("TCDScheduler", 2)
+    assert float(made["nodes"][0]["loss"]["on"]) > 0  # the base alone would answer as its teacher does
+    Path("one.yaml").write_text(f"- {{path: {tiny}, size: 32, sampler: lcm}}\n")
+    assert "give a student and a teacher of the same latent space" in refused(capsys, "--student", "one.yaml", *nodes)
+    Path("two.yaml").write_text(f"- {tiny}\n- {tiny}\n")
+    for word, told in (("two.yaml", "it lists 2 pipelines: give a"), (f"{tiny}#4,2", "say one after #"), (f"{tiny}:dpm", "take turns")):
+        assert told in refused(capsys, "--student", word, *nodes)
+    assert "leave sampler, guidance and steps out of it" in refused(capsys, "--student", tiny, "--teacher", f"{tiny}@3")
 
 
 @pytest.mark.slow

@@ -170,7 +170,11 @@ previews: {{every: 0}}
         assert mine == theirs, name
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow)])
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "fit", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+MORE = [pytest.param(number, code, marks=pytest.mark.slow) for number, code in ((signal.SIGHUP, 129), (signal.SIGUSR1, 138))]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), *MORE])
 def test_every_signal_that_ends_a_process_saves(number: int, code: int, tiny_config: Path, capsys: Any, monkeypatch: Any) -> None:
     step = LCM.training_step
 
@@ -179,13 +183,30 @@ def test_every_signal_that_ends_a_process_saves(number: int, code: int, tiny_con
             os.kill(os.getpid(), number)
         step(self, b, i)
 
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
     monkeypatch.setattr(LCM, "training_step", pressed)
     found, _, err = fit(capsys, "--config", str(tiny_config), "--run_dir", "r", "previews.every=0")
     assert found == code and "stopped at 6 of 12 student updates; go on with: ddil-fit --config r/config.yaml --ckpt_path " in err
     assert {n: signal.getsignal(n) for n in before} == before
     monkeypatch.setattr(LCM, "training_step", step)
     assert fit(capsys, *go_on(err))[0] == 0
+
+
+def test_slurm_s_warning_saves_as_every_signal_does(tiny_config: Path, capsys: Any, monkeypatch: Any) -> None:
+    """Lightning's own answer is a checkpoint in the midst of a step, which nobody finds, and another submission of the job."""
+    step = LCM.training_step
+
+    def warned(self: LCM, b: Any, i: int) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        step(self, b, i)
+
+    monkeypatch.setattr(LCM, "training_step", warned)
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("lightning.pytorch.trainer.connectors.signal_connector.call", lambda *args, **kwargs: pytest.fail("put back"))
+    code, _, err = fit(capsys, "--config", str(tiny_config), "--run_dir", "r", "previews.every=0")
+    assert code == 138 and "stopped at 1 of 12 student updates; go on with: ddil-fit --config r/config.yaml --ckpt_path " in err
+    assert not any(Path("r").glob("hpc_ckpt*")) and Path("r/checkpoints/updates=1.ckpt").is_file()
 
 
 TOLD = "import sys; from ddil_lightning.commands import main; main.run(main.command('fit'), 'ddil-fit', sys.argv[1:])"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -48,6 +49,13 @@ def test_a_process_that_was_started_and_dies_ends_this_one(tmp_path: Path) -> No
     code, err, seconds = ends(watched.one_of_two_dies, tmp_path)
     assert (code, err) == (2, f"ddil-fit: process 1 of the run has ended with code -9; {SAYS}\n") and seconds < 5
     until(lambda: gone(int((tmp_path / "second").read_text())), 5)  # the others end with it
+
+
+def test_a_process_beside_this_one_that_dies_ends_it(tmp_path: Path) -> None:
+    """As under srun, whose step daemon starts both and outlives them."""
+    code, err, seconds = ends(watched.one_beside_it_dies, tmp_path)
+    assert (code, err) == (2, f"ddil-fit: another process of the run has ended; {SAYS}\n") and seconds < 5
+    assert ends(watched.all_end_well_together, tmp_path)[:2] == (0, "")
 
 
 def test_a_process_that_hears_of_it_itself_has_the_word(tmp_path: Path) -> None:
@@ -121,3 +129,28 @@ def test_two_processes_end_together(whom: str, tiny_config: Path, tmp_path: Path
     else:
         assert "go on with: ddil-fit --config " in said[0] and "/updates=" in said[0]
         assert Path(said[0].split("--ckpt_path ")[1].strip()).name.startswith("updates=")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["killed", "warned", "done"])
+def test_two_tasks_of_srun_end_together(end: str, tiny_config: Path, tmp_path: Path) -> None:
+    """Started as its step daemon does, which watches neither."""
+    told = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "fit", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_STEP_NUM_TASKS": "2"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        told |= {"SLURM_NODEID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    words = ["--config", str(tiny_config), "--run_dir", "r", "--updates", "8" if end == "done" else "100000", "previews.every=0"]
+    command = [str(Path(sys.executable).with_name("ddil-fit")), *words, "trainer.devices=2", "trainer.accelerator=cpu"]
+    tasks = []
+    for rank in ("0", "1"):
+        with (tmp_path / f"err{rank}").open("w") as err:
+            own = {**os.environ, **told, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}
+            tasks.append(subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=err, env=own))
+    if end != "done":
+        until(lambda: (tmp_path / "r" / "checkpoints" / "updates=8.ckpt").is_file())
+        for task in tasks[: 1 if end == "killed" else 2]:
+            task.send_signal(signal.SIGKILL if end == "killed" else signal.SIGUSR1)
+        tasks[0].wait(60)
+    codes = [task.wait(120) for task in tasks]
+    said = [line for line in (tmp_path / "err1").read_text().splitlines() if line.startswith("ddil-fit: ")]
+    assert codes == {"killed": [-9, 2], "warned": [138, 138], "done": [0, 0]}[end] and len(said) == (end == "killed"), (codes, said)

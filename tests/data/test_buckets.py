@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from safetensors import safe_open
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.source import Source
 from ddil_lightning.data.base import Captions
-from ddil_lightning.data.buckets import Buckets, Group, Sorting, nearest, sizes_of
+from ddil_lightning.data.buckets import PART, Buckets, Group, Sorting, nearest, sizes_of
 from ddil_lightning.data.cachefile import cached
 from ddil_lightning.data.captions import Images
 from ddil_lightning.data.encoded import Encoded, Notices, Table, encode
@@ -354,3 +356,23 @@ def test_sizes_are_checked_before_anything_is_encoded(tiny: Path, tmp_path: Path
     assert "no picture is nearest in aspect to 24 x 16, 8 x 32 of data.captions.size" in caplog.text
     whole = encode(images, backbone)
     assert check_latents(whole, Pipeline(Source(str(tiny), size=WIDE)), False, lambda rows: whole[rows].latent).tolist() == [1]
+
+
+def test_heads_are_read_side_by_side_and_stay_in_order() -> None:
+    """A million of them on a network were read one after the other at every start. What cannot be read ends all."""
+    both, sizes = threading.Barrier(2), [(1024, 1024), (832, 1216)]
+
+    def pictures(rows: Sequence[int]) -> list[tuple[int, int] | None]:
+        both.wait(10)
+        return [sizes[row % 3 == 0] for row in rows]
+
+    groups = Sorting(sizes).groups(pictures, 4 * PART)
+    assert groups[1].rows.tolist() == [*range(0, 4 * PART, 3)]
+
+    def broken(rows: Sequence[int]) -> list[tuple[int, int] | None]:
+        if rows[0] == PART:
+            raise ValueError("row 64: not a readable image")
+        return [sizes[0]] * len(rows)
+
+    with pytest.raises(ValueError, match="row 64: not a readable image"):
+        Sorting(sizes).groups(broken, 10**4 * PART)

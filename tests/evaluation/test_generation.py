@@ -332,7 +332,7 @@ def test_two_processes_equal_one(over: dict[str, Any], pair: Pair, tmp_path: Pat
 
 
 def test_one_of_two_processes_tells_what_went_wrong(pair: Pair) -> None:
-    ok, (name, told) = pair.run(shared, None, {}, 21)
-    assert ok == ("Elsewhere", "2") and name == "ValueError" and "prompt 20" in told  # the call from 20 on
-    (name, told), other = pair.run(shared, None, {}, 3)
-    assert name == "ValueError" and "prompt 0" in told and other == ("Elsewhere", "2")
+    (other, heard), (name, told) = pair.run(shared, None, {}, 21)
+    assert other == "Elsewhere" and name == "ValueError" and "prompt 20" in told and told.endswith(heard)  # the call from 20 on
+    (name, told), (other, heard) = pair.run(shared, None, {}, 3)
+    assert name == "ValueError" and "prompt 0" in told and other == "Elsewhere" and told.endswith(heard)

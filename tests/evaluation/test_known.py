@@ -70,6 +70,8 @@ def test_a_key_has_all_that_decides(tiny: Path) -> None:
     about, protocol = {"network": "w", "nodes": [999, -1]}, {"stamp": "s"}
     keys = {known.key_of(about, protocol), known.key_of({**about, "network": "v"}, protocol), known.key_of(about, {"stamp": "t"})}
     assert len(keys) == 3 and known.key_of(dict(reversed(about.items())), protocol) in keys
+    some = {known.key_of(about, {**protocol, "metrics": asked}) for asked in (["clip"], ["clip", "kid"], ["kid", "clip"])}
+    assert len(some) == 2 and not some & keys and known.key_of(about, {**protocol, "metrics": None}) in keys  # a row of all has no fewer
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from ddil_lightning.evaluation import presence
 from ddil_lightning.evaluation.batches import as_saved
 from ddil_lightning.evaluation.given import Given
 from ddil_lightning.evaluation.networks import NETWORKS, Absent, Networks, Spec, imagereward, open_clip_net, read_networks, weights
+from ddil_lightning.evaluation.networks import clip as clip_file
 from ddil_lightning.evaluation.networks import lpips as lpips_file
 from ddil_lightning.evaluation.presence import needing, present
 from ddil_lightning.evaluation.registry import keys
@@ -262,6 +263,25 @@ def test_a_checkpoint_of_open_clip_that_does_not_fit(clip: tuple[Path, Any], tmp
     with pytest.raises(ValueError, match=r"other\.pt holds no weights of OpenCLIP ddil-tiny-clip: ") as error:
         open_clip_net("ddil-tiny-clip", str(tmp_path / "other.pt"))
     assert "\n" not in str(error.value)
+
+
+def test_weights_of_a_tag_get_the_gelu_that_they_were_trained_with(clip: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenAI's, MetaCLIP's and DFN's have QuickGELU, which the architectures of their names have not."""
+    import open_clip
+
+    small = open_clip.get_model_config("ddil-tiny-clip")
+    for name in ("ViT-B-32", "ViT-B-32-quickgelu"):
+        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, {**small, "quick_gelu": name.endswith("quickgelu")})
+    monkeypatch.setattr(clip_file, "_tagged", lambda tag: clip[0])
+    scored = {}
+    for name, tag in (("ViT-B-32", "openai"), ("ViT-B-32-quickgelu", "openai"), ("ViT-B-32", "laion2b_s34b_b79k")):
+        net = open_clip_net(name, tag)
+        scored[name, tag] = net.score(pictures(3), PROMPTS)
+        assert net.about == f"OpenCLIP ViT-B-32{'-quickgelu' if tag == 'openai' else ''} {tag}"
+    plain, quick, other = scored.values()
+    assert torch.equal(plain, quick) and not torch.allclose(plain, other, atol=1e-3)
+    with pytest.raises(ValueError, match="knows no weights 'laion2b_s34b_b79k' of ViT-B-32-quickgelu: give a file, or one of openai, "):
+        open_clip_net("ViT-B-32-quickgelu", "laion2b_s34b_b79k")
 
 
 # PickScore, DINO

@@ -24,7 +24,7 @@ from ddil_lightning.evaluation.material import material, named
 from ddil_lightning.evaluation.networks import Networks
 from ddil_lightning.evaluation.protocols import BUILTIN, ProbePlan, PromptSource, Protocol, ReferenceSource, protocol
 from ddil_lightning.evaluation.registry import wanted
-from ddil_lightning.evaluation.stamps import comparable, note, stamp
+from ddil_lightning.evaluation.stamps import comparable, covers, note, stamp
 from ddil_lightning.evaluation.suite import Suite
 from ddil_lightning.evaluation.views import Crops
 
@@ -298,10 +298,53 @@ def test_all_images_of_the_set_and_a_folder_as_references(coco: Path) -> None:
     assert every[0] == every[1]
 
 
+def test_data_sets_of_every_kind_as_references(coco: Path, tmp_path: Path) -> None:
+    """With captions or without, by a column and a split of their own: all hold the same six pictures."""
+    import tarfile
+
+    import datasets
+
+    folder, away = coco.parent.parent / "val2017", tmp_path / "sets"
+    (away / "shards").mkdir(parents=True)
+    files = sorted(str(file) for file in folder.iterdir())
+    rows = datasets.Dataset.from_dict({"image": files, "jpg": files}).cast_column("image", datasets.Image())
+    bare = rows.remove_columns("jpg")
+    bare.save_to_disk(str(away / "saved"))
+    datasets.DatasetDict(test=bare, train=bare.select([0, 1])).save_to_disk(str(away / "splits"))
+    bare.to_parquet(str(away / "a.parquet"))
+    bare.to_parquet(str(away / "shards" / "train-00000-of-00001.parquet"))
+    rows.remove_columns("image").rename_column("jpg", "picture").to_json(str(away / "b.jsonl"))
+    (away / "c.csv").write_text("file_name,text\n" + "".join(f"{name},one\n{name},two\n" for name in files))
+    (away / "d.json").write_text(json.dumps([{"image": name} for name in files]))
+    with tarfile.open(away / "e.tar", "w") as archive:
+        for name in files:
+            archive.add(name, Path(name).name)
+    sets = [ReferenceSource(str(away / name)) for name in ("saved", "a.parquet", "shards", "c.csv", "d.json", "e.tar")]
+    sets += [ReferenceSource(str(away / "splits"), split="test"), ReferenceSource(str(away / "b.jsonl"), image="picture")]
+    sets += [ReferenceSource(str(coco)), ReferenceSource(str(folder))]
+    found = [suite_of(coco, references=one).given.reference for one in sets]
+    assert {one.images for one in found} == {6} and len({one.digest for one in found}) == 1
+    assert suite_of(coco, references=ReferenceSource(str(away / "splits"))).given.reference.images == 2
+    for one, told in (
+        (
+            ReferenceSource(str(away / "saved"), image="jpg"),
+            "saved has no column jpg: it has image; name the column of images by references.im",
+        ),
+        (ReferenceSource(str(away / "splits"), split="dev"), "references.source: the data set .* it has no split 'dev', only test, train"),
+        (ReferenceSource(image="jpg"), "references.image and references.split are of a data set, and source is prompts"),
+        (ReferenceSource(str(away / "gone")), "references.source: the data set .*gone could not be read: there is no such folder or file"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            suite_of(coco, references=one)
+
+
 def test_only_what_is_asked_for_is_measured(coco: Path) -> None:
     images = torch.rand(6, 3, 16, 16) * 2 - 1
     out = suite_of(coco, metrics=["frechet"]).score(lambda prompts, seed: images[: len(prompts)])
     assert out["frechet"] is not None and out["kid"] is out["saturation"] is None
+    some, every = suite_of(coco, metrics=["frechet"]).protocol, suite_of(coco).protocol
+    assert some["metrics"] == ["frechet"] and "metrics" not in every and some["stamp"] == every["stamp"]
+    assert covers(some, some) and covers(every, some) and not covers(some, every) and not covers({**every, "stamp": "x"}, some)
 
 
 def test_too_few_images_are_refused_before_anything_is_drawn(coco: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ddil_lightning.imitation.prior import Constant, Cosine, Exponential, Gated, Linear, Piecewise, SamplingPrior, Schedule
+from ddil_lightning.imitation.prior import Constant, Cosine, Exponential, Gated, GatedBy, Linear, Piecewise, SamplingPrior, Schedule
 
 FIRST = SamplingPrior(0.5, 0.15, 0.35)  # part 1 and part 2 of a stage (METHODS 1.5)
 LAST = SamplingPrior(0.4, 0.42, 0.18)
@@ -122,6 +122,24 @@ def test_rounded_shares_are_accepted():
     assert SamplingPrior(0.3333333, 0.3333333, 0.3333334).rollouts == pytest.approx(2 / 3, abs=1e-6)
     with pytest.raises(TypeError, match="give it a __call__"):
         Schedule()(0)
+
+
+@pytest.mark.parametrize(
+    ("state", "steps", "level"),
+    [
+        ({"level": 8, "steps": 10, "passed": 1}, 4, 3),
+        ({"level": 8, "steps": 10, "passed": 1}, 20, 16),
+        ({"level": 10, "steps": 10, "passed": 0}, 4, 4),
+        ({"level": 8, "passed": 1}, 4, 4),  # of before states said it
+    ],
+)
+@pytest.mark.parametrize("kind", ["gated", "by"])
+def test_a_gated_schedule_goes_on_with_other_steps(kind: str, state: dict[str, int], steps: int, level: int) -> None:
+    """It was beyond its last prior: a share above 1, or one that nobody had asked for."""
+    schedule = Gated(FIRST, LAST, steps=steps) if kind == "gated" else GatedBy(FIRST, LAST, "x", 1.0, steps=steps)
+    schedule.state = state
+    assert (schedule.level, schedule.passed) == (level, state["passed"]) and schedule(0) == FIRST.towards(LAST, level / steps)
+    assert schedule.state["steps"] == steps
 
 
 def test_gated_rises_by_patience_in_a_row():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import LCMScheduler
 from test_lcm import Batches
 from torch import Tensor
 
@@ -17,9 +19,10 @@ from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.methods import EMD, emd
 from ddil_lightning.methods.emd import Chain
 from ddil_lightning.records import Context, LatentBatch
+from ddil_lightning.runs import export
 from known import whitened
 from options import options
-from suite import Entry, backbone, build, captions, fit
+from suite import LORA, Entry, backbone, build, captions, fit
 
 MU, S = 0.5, 0.7
 POINTS = [(0.2, 0.8), (-1.0, 1.5)]
@@ -277,6 +280,19 @@ def test_a_student_that_starts_below_the_teacher(tiny: Path) -> None:
     assert plain is not None and "times" not in plain.keywords  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="steps = 3 does not divide the schedule's 500 times"):
         build(ENTRY, tiny, steps=3, start=499, rollouts=(1,))
+
+
+def test_the_card_of_such_a_student_calls_it_where_it_begins(tiny: Path) -> None:
+    """ComfyUI begins at the teacher's last time, so nothing is said of nodes there; and nobody reads five hundred betas."""
+    method = build(ENTRY, tiny, steps=1, start=499, rollouts=(1,), adapter=LORA)
+    card = export.card(method, 1, files={"lora": "few.safetensors"})
+    text = card.text()
+    assert "The student begins at t = 499, and ComfyUI's samplers at the last of the teacher's 1000 times" in text
+    assert "KSampler" not in text and len(text) < 6000
+    (said,) = re.findall(r"LCMScheduler\(.*\)", text)
+    again = eval(said, {"LCMScheduler": LCMScheduler, "pipe": backbone(tiny).pipe})
+    assert {k: v for k, v in again.config.items() if k[0] != "_"} == {k: v for k, v in card.scheduler.config.items() if k[0] != "_"}
+    assert "*KSampler* with steps 4" in export.card(build(ENTRY, tiny, adapter=LORA), 4, files={"lora": "few.safetensors"}).text()
 
 
 def test_the_papers_single_step_trains_and_samples_as_its_scheduler_does(tiny: Path) -> None:

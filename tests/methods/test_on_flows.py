@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,28 @@ def test_a_student_resumes_exactly_and_is_exported_as_it_samples(entry: Entry, s
     assert "| nodes | sigma 1, 0.9, 0.75, 0.5 at 4 steps |" in (tmp_path / "4" / "README.md").read_text()
     student = Pipeline(str(tmp_path / "4"))
     assert student.shift == 3.0 and torch.equal(student.schedule.sigmas, run.method.backbone.schedule.sigmas)  # the same times again
+
+
+@pytest.mark.parametrize("name", ["lcm", "pd"])
+def test_an_exported_scheduler_is_called_in_its_own_step_count(name: str, tmp_path: Path) -> None:
+    """In another it walks other nodes than the trained ones, in one step no numbers; in memory the trainer samples in all of them."""
+    (entry,) = [entry for entry in ENTRIES if entry.name == name]
+    own = {**entry.kwargs, "stages": PLAN[1:], "teacher_steps": 8} if name == "pd" else entry.kwargs
+    method = build(Entry(name, entry.method, own), "builtin/flow")
+    student = Pipeline(str(export.export(method, tmp_path / "p", 4)))
+    student.check_steps(4)
+    for n in (1, 2, 3, 8):
+        said = f"holds the nodes of 4 steps, .* ddil-export --steps {n} writes a pipeline for that count"
+        with warnings.catch_warnings(), pytest.raises(ValueError, match=said):
+            warnings.simplefilter("error")
+            student.check_steps(n)
+    assert "holds the nodes of this one step count" in (tmp_path / "p" / "README.md").read_text()
+    assert [len(method.deployment.sampler(n)[1]) for n in (4, 2, 1)] == [4, 2, 1]
+    if name == "pd":
+        with pytest.raises(ValueError, match="the student is made for 4 steps alone"):
+            export.check_steps(method.deployment, 8)
+    else:
+        export.check_steps(method.deployment, 2)
 
 
 @pytest.mark.slow

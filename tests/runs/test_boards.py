@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
+import subprocess
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +78,74 @@ def test_wandb_has_everything_over_student_updates_and_goes_on(tmp_path: Path, s
     assert table["data"] == [["teacher@32", 32, 0.5, None], ["student@4 dpm++", 4, 0.75, 0.9]]
     assert boards.sync_line(folder) == f"wandb sync '{first}' '{second}'" or boards.sync_line(folder) == f"wandb sync '{second}' '{first}'"
     assert boards.sync_line(tmp_path) == ""
+
+
+class Steps:
+    """A W&B run as its service keeps it: rows by their steps, of which a lesser one than its own is dropped. `fault`: what it raises."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, dict[str, Any]] = {}
+        self.step, self.fault = 0, False
+
+    def log(self, values: dict[str, Any], step: int, commit: bool) -> None:
+        if self.fault:
+            raise RuntimeError("the mailbox is closed")
+        if step >= self.step:
+            self.rows.setdefault(step, {}).update(values)
+            self.step = step + commit
+
+    def finish(self) -> None:
+        self.log({}, 0, True)
+
+
+@pytest.fixture
+def online() -> tuple[boards.Wandb, Steps]:
+    board, run = boards.Wandb(lambda: 0), Steps()
+    board._experiment = run
+    return board, run
+
+
+def test_updates_that_are_made_again_are_rows_of_their_own(online: tuple[boards.Wandb, Steps]) -> None:
+    """A run that broke off at 390 goes on from its checkpoint of 200: W&B's own step is at 390 by then."""
+    board, run = online
+    clocks = [*range(10, 391, 10), *range(210, 601, 10)]
+    for clock in clocks:
+        board.log_metrics({"student_updates": clock, "loss": 0.5})
+        board.log_metrics({"student_updates": clock, "shift/teacher@749": 0.25})
+    assert sorted({row["student_updates"] for row in run.rows.values()}) == sorted(set(clocks))
+    again = [row["student_updates"] for step, row in run.rows.items() if step > 390]
+    assert list(dict.fromkeys(again)) == [*range(210, 601, 10)]
+    assert run.rows[600] == {"student_updates": 600, "train/loss": 0.5, "shift/teacher@749": 0.25}  # on the axis again
+
+
+def test_a_service_that_is_dead_ends_no_run(online: tuple[boards.Wandb, Steps], caplog: pytest.LogCaptureFixture) -> None:
+    board, run = online
+    run.fault = True
+    board.log_metrics({"student_updates": 10, "loss": 0.5})
+    boards.show([board], "previews/sheet", [PICTURE], ["rows"], 10)
+    boards.conclude([board], ROWS, 20)
+    assert [record.message for record in caplog.records if "the run goes on" in record.message] == [
+        "W&B could not be told, and may lack what comes from here on; the run goes on: the mailbox is closed"
+    ]
+    assert board._experiment is None
+
+
+@pytest.mark.slow
+def test_the_service_of_wandb_may_be_killed(tmp_path: Path, silent: None, caplog: pytest.LogCaptureFixture) -> None:
+    """By the SIGTERM that schedulers send to every process of a job."""
+    import wandb
+
+    (board,) = boards.boards(tmp_path, "lcm", lambda: 0, {"wandb": "offline", "tensorboard": False})
+    board.log_metrics({"student_updates": 10, "loss": 0.5})
+    found = subprocess.run(["pgrep", "-P", str(os.getpid()), "wandb-core"], capture_output=True, check=True).stdout
+    os.kill(int(found), signal.SIGTERM)
+    time.sleep(2)
+    boards.show([board], "previews/sheet", [PICTURE], ["rows"], 20)
+    board.log_metrics({"student_updates": 20, "loss": 0.5})
+    board.close()
+    with suppress(Exception):  # the next run of W&B in this process has a service of its own
+        wandb.teardown()
+    assert "the run goes on" in caplog.text
 
 
 def test_tensorboard_has_the_same_names_and_captions(tmp_path: Path) -> None:

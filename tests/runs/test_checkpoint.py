@@ -45,6 +45,20 @@ def test_which_checkpoint(here: Path) -> None:
             checkpoint.find_checkpoint(ckpt_path, run_dir, "c")
 
 
+def test_checkpoints_outside_their_run_s_folder(here: Path) -> None:
+    """Which names them, and which they name."""
+    run, (made,) = here / "r", checkpoints(here / "fast", 4)
+    checkpoints(run, 2)  # of before the run had them written elsewhere
+    (run / "config.yaml").write_text("checkpoints: {folder: fast/checkpoints}\n")
+    assert checkpoint.find_checkpoint("last", "r", "c") == made and checkpoint.folder_of(made) is None
+    checkpoint.note_run(made.parent, Path("r"))
+    assert checkpoint.folder_of(made) == run and checkpoint.config_of("fast/checkpoints") == run / "config.yaml"
+    (here / "s").mkdir()
+    (here / "s" / "config.yaml").touch()
+    checkpoint.note_run(made.parent, Path("s"))  # of another run by now
+    assert checkpoint.find_checkpoint("last", "r", "c").parent == run / "checkpoints" and checkpoint.folder_of(made) == here / "s"
+
+
 def test_half_a_checkpoint_is_named_and_so_are_the_others(here: Path) -> None:
     old, new = checkpoints(here / "r", 4, 8)
     new.write_bytes(new.read_bytes()[:-300])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from browser import Browser, needs_chromium
+from ddil_lightning.evaluation.registry import unmeasured
 from ddil_lightning.evaluation.suite import make_row
 from ddil_lightning.runs.compared import markdown, text, write_compared
 from ddil_lightning.runs.comparison import Comparison, Seen, small
@@ -42,7 +44,50 @@ def test_texts_are_escaped_and_rows_of_another_protocol_are_paired_with_none(fou
     for told in (page, markdown(found), text(found)):
         assert "The rows were measured by 2 protocols" in " ".join(told.split())
     again = Comparison(found.out, ["one", NAME])
-    assert again.kept(f"{NAME}@4", "other", "d") and not again.kept(f"{NAME}@4", "s", "d") and not again.kept("one@1", "s", "e")
+    one, other = {"stamp": "s"}, {"stamp": "other", "metrics": ["clip"]}
+    assert again.kept(f"{NAME}@4", other, "d") and not again.kept(f"{NAME}@4", one, "d") and not again.kept("one@1", one, "e")
+    assert again.kept("one@1", one, "d")
+
+
+def measured(protocol: dict[str, Any], digest: str = "d", **numbers: float) -> tuple[dict[str, Any], Seen]:
+    metrics = unmeasured() | numbers | {"intervals": {key: [0, 1] for key in numbers}}
+    values = {key: torch.full((4,), value) for key, value in numbers.items()}
+    row = make_row("one@4", 4, 3.0, 8, 0.1, metrics, protocol, {"digest": digest})
+    return row, Seen(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), values)
+
+
+def test_a_row_is_measured_again_for_more_metrics_and_keeps_its_numbers(tmp_path: Path) -> None:
+    """Their stamps are equal, for what is asked for changes no number."""
+    about = {"name": "mine", "n": 4, "stamp": "s", "seeds": {"first": 0}}
+    some, more, every = {**about, "metrics": ["hps", "kid"]}, {**about, "metrics": ["hps", "pickscore"]}, about
+    made = Comparison(tmp_path / "x.json", ["one"])
+    made.add(*measured(some, hps=0.25, kid=0.5))
+    assert made.kept("one@4", some, "d") and made.kept("one@4", {**some, "metrics": ["kid"]}, "d")
+    assert not made.kept("one@4", more, "d") and not made.kept("one@4", every, "d")
+    made.add(*measured(more, hps=0.25, pickscore=20.0))
+    again = Comparison(made.out, ["one"])
+    (row,) = again.rows
+    assert row["protocol"]["metrics"] == ["hps", "kid", "pickscore"] and again.kept("one@4", some, "d") and again.kept("one@4", more, "d")
+    assert {key: row["metrics"][key] for key in ("hps", "kid", "pickscore")} == {"hps": 0.25, "kid": 0.5, "pickscore": 20.0}
+    seen = again.seen("one@4")
+    assert set(row["metrics"]["intervals"]) == {"hps", "kid", "pickscore"} == set(seen.values if seen else {})
+    made.add(*measured(every, hps=0.25))
+    assert "metrics" not in made.rows[0]["protocol"] and made.kept("one@4", more, "d") and made.kept("one@4", every, "d")
+    made.add(*measured(some, "other weights", hps=0.3))
+    assert made.rows[0]["metrics"]["pickscore"] is None and made.rows[0]["protocol"]["metrics"] == ["hps", "kid"]
+
+
+def test_what_a_protocol_names_is_shown(tmp_path: Path) -> None:
+    """As HPDv2's does, whose three numbers are in no other table."""
+    made = Comparison(tmp_path / "x.json", ["one", "two"])
+    about = {"name": "hpsv2", "n": 4, "stamp": "s", "seeds": {"first": 0}, "metrics": ["hps"]}
+    for name, by in (("one", 0.0), ("two", 0.5)):
+        row, seen = measured(about, hps=0.25 + by, pickscore=20.0)
+        made.add({**row, "name": f"{name}@4"}, seen)
+    for told in (text(made), markdown(made)):
+        assert told.count("HPS") == 2 and "0.750" in told and "+0.5" in told and "PickScore" not in told
+    write_compared(made)
+    assert made.out.with_suffix(".html").read_text().index("HPS") < made.out.with_suffix(".html").read_text().index("All measures")
 
 
 @pytest.mark.slow

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ import huggingface_hub
 import numpy
 import pytest
 import torch
+import yaml
 from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import metadata_load
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
@@ -25,9 +28,9 @@ from ddil_lightning.backbones import lora, sampling
 from ddil_lightning.backbones.adapters import Adapter
 from ddil_lightning.backbones.loading import load_pipeline
 from ddil_lightning.backbones.source import Lora, Source
-from ddil_lightning.methods import LCM
+from ddil_lightning.methods import LCM, TCD
 from ddil_lightning.runs import export, release, replay
-from ddil_lightning.runs.card import Card, licence_of
+from ddil_lightning.runs.card import Card, licence_of, unlicensed
 from ddil_lightning.runs.release import Push, Release
 from ddil_lightning.training.options import Memory
 from ddil_lightning.training.sharing import merged
@@ -168,7 +171,23 @@ def test_the_code_of_a_half_precision_card_loads_it_in_its_type(light: Path, tmp
     list(release.release(trained(light), Release(tmp_path, ("diffusers", "lora"), "x", 4, PROMPTS, dtype=torch.bfloat16)))
     codes = blocks(Path("README.md").read_text())
     first, other = (drawn(code) for code in codes)
-    assert first.std() > 1 and (first - other).abs().mean() < 4 and all("torch_dtype=torch.bfloat16" in code for code in codes)
+    assert first.std() > 1 and (first - other).abs().mean() < 4
+    assert [", dtype=torch.bfloat16)" in code for code in codes] == [True, False]  # adapters: in the type of their training
+
+
+def test_the_code_of_adapters_loads_their_teacher_in_the_type_of_the_training(light: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """That of their file is another question: a base in bfloat16 was read in float32, in which nobody had compared them."""
+    monkeypatch.chdir(tmp_path)
+    method = trained(light, memory=Memory("bfloat16"))
+    list(release.release(method, Release(tmp_path, ("lora",), "x", 4, PROMPTS)))
+    (code,) = blocks(Path("README.md").read_text())
+    assert f'from_pretrained("{light}", dtype=torch.bfloat16)' in code and "import torch\n" in code and 'pipe.to("cuda")' in code
+    assert {value.dtype for value in load_file(LORA).values()} == {torch.float32}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # of torch_dtype
+        names: dict[str, Any] = {}
+        exec(code.replace("# pipe.to", "assert pipe.to").replace('"cuda")', '"cpu")'), names)
+    assert names["pipe"].unet.dtype == torch.bfloat16
 
 
 @pytest.mark.slow
@@ -215,6 +234,7 @@ def test_a_card_says_what_the_hub_and_a_reader_need(out: Path, tiny: Path) -> No
         "sampler_name lcm, scheduler sgm_uniform", "at most 10 of 1000", "strength 1.5",
     )  # fmt: skip
     assert [text for text in said if text not in card] == [] and "somebody" not in card
+    assert "by ddil-lightning, 0 student updates" in card and "](http" not in card  # no page that is not there
 
 
 def card(method: Any, **known: Any) -> str:
@@ -230,13 +250,50 @@ def test_a_card_of_adapters_alone_and_one_for_the_hub(method: Any, tiny: Path, t
     assert "within the trained range (1 to 4)" in card(told) and "0 something that it was never trained on" in card(told)
 
 
-def test_the_licence_is_the_teachers(tiny: Path, tmp_path: Path) -> None:
+def licences(method: Any, teacher: str, **known: Any) -> dict[str, Any]:
+    """What the header of a student's card says of its licence, and of nothing else."""
+    made = export.card(method, 4, **known)
+    text = dataclasses.replace(made, about={**made.about, "teacher": teacher}).text()
+    return {key: value for key, value in yaml.safe_load(text.split("---")[1]).items() if key.startswith("license")}
+
+
+def test_the_licence_is_the_teachers(method: Any, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DConditionModel"]}')
     (tmp_path / "unet").mkdir()
-    assert licence_of(str(tmp_path)) is None
-    (tmp_path / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n")
-    assert licence_of(str(tmp_path)) == "creativeml-openrail-m"
-    assert licence_of("nobody/nothing") is None
+    assert licences(method, str(tmp_path)) == {"license": "other"}
+    for said, found in {
+        "license: creativeml-openrail-m": {"license": "creativeml-openrail-m"},
+        "license: other\nlicense_name: mine\nlicense_link: LICENSE.md": {"license": "other", "license_name": "mine"},
+        "license: other\nlicense_link: https://x/y": {"license": "other", "license_link": "https://x/y"},
+        "license: [mit]": {"license": "other"},
+        "license_name: mine": {"license": "other"},
+        "license: [": {"license": "other"},
+    }.items():
+        (tmp_path / "README.md").write_text(f"---\n{said}\n---\n")
+        assert licences(method, str(tmp_path)) == found, said
+    assert licences(method, str(tmp_path), licence="mit") == {"license": "mit"}
+
+
+def test_the_licence_of_a_teacher_of_the_hub_is_fetched(method: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers fetches no card with a pipeline: every student of Stable Diffusion went out as `other`."""
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: flux\nlicense_link: LICENSE.md\n---\n# Flux\n")
+    asked = []
+
+    def download(repository: str, file: str) -> str:
+        asked.append((repository, file))
+        if repository != "some/flux":
+            raise OSError("no such repository, or no network")
+        return str(tmp_path / file)
+
+    assert licence_of("some/flux") == {}  # nothing is fetched, for HF_HUB_OFFLINE is set
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    link = "https://huggingface.co/some/flux/blob/main/LICENSE.md"
+    assert licences(method, "some/flux") == {"license": "other", "license_name": "flux", "license_link": link}
+    assert licences(method, "nobody/nothing") == {"license": "other"}
+    assert asked == [("some/flux", "README.md"), ("nobody/nothing", "README.md")]
+    for said, bare in {"license: mit": False, "license: other": True, "license: other\nlicense_name: flux": False}.items():
+        (tmp_path / "README.md").write_text(f"---\n{said}\n---\n")
+        assert unlicensed(tmp_path / "README.md") == bare
 
 
 @pytest.mark.slow
@@ -261,7 +318,7 @@ def test_sdxl_goes_out_for_other_tools(xl: Path, tmp_path: Path) -> None:
     assert "lora_unet_up_blocks_0_attentions_0_proj_in.alpha" in load_file(tmp_path / "x_4step_kohya.safetensors")
 
 
-def test_a_student_that_is_a_whole_network_goes_out_in_one_file(light: Path, tmp_path: Path) -> None:
+def test_a_student_that_is_a_whole_network_goes_out_in_one_file(light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method = trained(light, adapter=Adapter())
     ((path, difference),) = release.release(method, Release(tmp_path, ["single-file"], "x", 4, PROMPTS, torch.bfloat16))
     assert difference < 1e-4
@@ -269,6 +326,25 @@ def test_a_student_that_is_a_whole_network_goes_out_in_one_file(light: Path, tmp
     pipe.scheduler = method.deployment.scheduler()
     with export.rounded(method.outgoing.network.parameters(), torch.bfloat16):
         assert sampled(method, pipe) < 0.05  # whose text encoder is rounded too
+    (code,) = blocks((tmp_path / "README.md").read_text())
+    assert f'from_single_file("x_4step.safetensors", config="{light}", dtype=torch.bfloat16)' in code and "height=16, width=16" in code
+    monkeypatch.chdir(tmp_path)
+    assert drawn(code).shape == (16, 16, 3)
+
+
+def test_a_single_file_alone_is_read_with_the_settings_of_its_architecture(tiny: Path, light: Path) -> None:
+    """Without them diffusers takes every U-Net with a text width of 1024 for Stable Diffusion 2.1 at 768, and SSD-1B for SDXL."""
+    files = {"single-file": SINGLE}
+
+    def read(source: Source, **known: Any) -> list[str]:
+        return re.findall(rf'from_single_file\("{SINGLE}", (.*)\)', card(trained(source, adapter=Adapter()), files=files, **known))
+
+    smaller = {"student": str(light)}
+    assert read(Source(str(tiny), networks=smaller)) == [f'config="{light}"']
+    assert read(Source(str(tiny), networks={"student": str(light / "unet")})) == read(Source(str(tiny), networks={"student": {}})) == []
+    assert read(Source(str(tiny), vae=str(light))) == [f'config="{tiny}", vae=vae']
+    (said,) = read(Source("builtin"))
+    assert said == 'config=str(files("ddil_lightning") / "miniature" / "weights" / "shapes")'
 
 
 def test_a_merged_network_stays_off_the_device(light: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -465,6 +541,15 @@ def test_what_cannot_be_pushed_is_known_before_anything_is_computed(hub: Any, mo
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set"):
         Push("me/few")
+
+
+def test_a_card_says_what_comfyui_leaves_of_tcd(light: Path) -> None:
+    """It has no TCD: its ddim is TCD without noise, and the strength that the student was measured at is lost."""
+    lost = "trained and measured, with new noise of strength 0.3 (TCDScheduler):\nddim takes the same steps without any"
+    fields = {"guidance": 2.0, "w_conditioned": False, "adapter": Adapter(2)}
+    for gamma, told in ((0.3, True), (0.0, False)):
+        text = card(TCD(pipeline=str(light), gamma=gamma, **fields), files={"lora": LORA})
+        assert (lost in text) == told and "sampler_name ddim" in text
 
 
 def test_a_card_is_a_value(method: Any) -> None:

@@ -180,7 +180,7 @@ def test_a_lean_student_is_delivered_as_it_was_held(light: Path, tmp_path: Path,
     assert types == {"unet": {torch.bfloat16}, "text_encoder": {torch.bfloat16}, "vae": {torch.float32}}
     theirs = load_file(light / "text_encoder" / "model.safetensors")
     assert all(torch.equal(value, theirs[name].to(value)) for name, value in kept["text_encoder"].items())
-    assert "torch_dtype=torch.bfloat16" in (tmp_path / "p" / "README.md").read_text()
+    assert ", dtype=torch.bfloat16)" in (tmp_path / "p" / "README.md").read_text()
     assert export.deliver(student(light), tmp_path / "whole", PROMPTS, 2) < 1e-4  # whole copies in float32, as they are
     assert {x.dtype for x in load_file(tmp_path / "whole" / "unet" / "diffusion_pytorch_model.safetensors").values()} == {torch.float32}
 

@@ -18,7 +18,7 @@ from ddil_lightning.backbones.loading import load_pipeline
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.schedulers import PROCESS, process, student
 from ddil_lightning.diffusion.schedule import NoiseSchedule
-from ddil_lightning.diffusion.transitions import ddim
+from ddil_lightning.diffusion.transitions import TCD, Posterior, ddim, renoise
 from ddil_lightning.methods import DMD2, LCM, PD
 from ddil_lightning.runs import export
 from ddil_lightning.training.plan import Stage
@@ -180,6 +180,16 @@ def test_a_class_that_does_not_rescale_has_no_zero_snr(kind: str) -> None:
     torch.testing.assert_close(schedule.alphas[:-1].square(), scheduler.alphas_cumprod.double(), rtol=2e-5, atol=1e-7)
     made = student(scheduler, ddim, "v_prediction", "trailing", 4)
     torch.testing.assert_close(made.alphas_cumprod, scheduler.alphas_cumprod)
+
+
+@pytest.mark.parametrize("transition", [ddim, renoise, TCD(), Posterior()], ids=str)
+@pytest.mark.parametrize("name", ["SD2.1", "own betas", "zero SNR", "zero SNR, DDIM"])
+def test_the_first_times_of_a_forward_process_are_its_own(name: str, transition: Any) -> None:
+    """Of a student that starts below the last: betas that were rescaled to zero SNR are not rescaled once more."""
+    kind, own = SHIPPED[name]
+    scheduler = getattr(diffusers, kind).from_config({**SD, **own})
+    made = student(scheduler, transition, "v_prediction", "trailing", 4, times=400)
+    torch.testing.assert_close(made.alphas_cumprod, scheduler.alphas_cumprod[:400])
 
 
 def test_eps_at_zero_terminal_snr_is_refused() -> None:

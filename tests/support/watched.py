@@ -19,9 +19,9 @@ SECONDS = {"LOOK": 0.05, "PATIENCE": 0.3, "GRACE": 0.5}
 
 
 def watching(
-    launcher: Any = None, parent: int | None = None, alive: Any = (0.0, 0.0), leave: Callable[[], None] = lambda: None
+    launcher: Any = None, parent: int | None = None, alive: Any = (0.0, 0.0), leave: Callable[[], None] = lambda: None, **more: Any
 ) -> watch.Watch:
-    return watch.Watch(launcher, parent, lambda: SAYS, lambda: alive, leave)
+    return watch.Watch(launcher, parent, lambda: SAYS, lambda: alive, leave, **more)
 
 
 def blocked() -> None:
@@ -40,6 +40,30 @@ def one_of_two_dies(folder: Path) -> None:
     with watching(launcher):
         others[0].kill()
         blocked()
+
+
+def one_beside_it_dies(folder: Path) -> None:
+    """Of which this process is not told, nor what has started it ends."""
+    other = subprocess.Popen(["sleep", "60"])
+    with watching(others=lambda: [other.pid]):
+        other.kill()
+        other.wait()
+        blocked()
+
+
+def all_end_well_together(folder: Path) -> None:
+    """One that has come to its end waits for the others there, and is only then no more."""
+    other = subprocess.Popen(["sleep", "60"])
+
+    def meet() -> None:
+        time.sleep(0.8)
+        assert other.poll() is None
+
+    with watching(others=lambda: [other.pid], meet=meet):
+        pass
+    other.kill()
+    other.wait()
+    time.sleep(0.8)
 
 
 def hears_of_it_itself(folder: Path) -> None:

@@ -112,6 +112,26 @@ def test_a_run_that_was_stopped_goes_on(entry: Entry, tiny: Path, tmp_path: Path
     same(straight(entry)[0], fit(*objects(entry, tiny, "buffer"), ckpt=tmp_path / "after.ckpt"))
 
 
+class Fails(Callback):
+    """What goes wrong after a step: a full disk under a preview, a logger that is away."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if pl_module.student_updates == CUT:
+            raise RuntimeError("no room")
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("entry", **one_of("pd"))
+def test_a_run_whose_callback_fails_goes_on_from_there(entry: Entry, last: bool, tiny: Path, tmp_path: Path, straight: Any) -> None:
+    """Before the clock has heard of the step, and after."""
+    saved = Checkpoints(every=0, folder=str(tmp_path))
+    if last:
+        saved.on_train_batch_end = Fails().on_train_batch_end  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="no room"):
+        fit(*objects(entry, tiny, "buffer"), saved, *([] if last else [Fails()]))
+    same(straight(entry)[0], fit(*objects(entry, tiny, "buffer"), ckpt=tmp_path / f"updates={CUT}.ckpt"))
+
+
 # PCM and CTM have no discriminator but where one is asked for.
 TURNS = [entry for entry in METHODS if issubclass(entry.method, Contest) and entry.name not in ("pcm", "ctm", "ctm-denoising")]
 

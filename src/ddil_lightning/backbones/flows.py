@@ -67,6 +67,23 @@ def nodes(scheduler: Any, n: int, family: Family, shape: Sequence[int]) -> Tenso
     return scheduler.sigmas[:n].double().cpu()  # type: ignore[no-any-return]
 
 
+def check_trained(scheduler: Any, n: int, sigmas: Sequence[float], shift: float) -> None:
+    """Raises ValueError unless a scheduler that was given `n` steps walks a student's nodes, f_s(1 - k / n).
+
+    `sigmas`: those that it was exported with, which may be others, in their number; `shift`: s. A node may be off by less than one of the
+    schedule's T times, as those of DPM-Solver++ are. One that holds few nodes (`student`) walks nodes of its own in any other number.
+    """
+    trained = torch.tensor(sigmas if n == len(sigmas) else [shift * u / (1 + (shift - 1) * u) for u in (1 - k / n for k in range(n))])
+    walked = scheduler.sigmas[:n].double().cpu()
+    even, its = (x / (shift - (shift - 1) * x) for x in (trained.double(), walked))
+    if not float((its - even).abs().max()) < 1 / scheduler.config.num_train_timesteps:  # of one step they are no numbers
+        shown, wanted = (", ".join(f"{sigma:.3g}" for sigma in x.tolist()) for x in (walked, trained))
+        raise ValueError(
+            f"its scheduler holds the nodes of {len(sigmas)} step{'s' * (len(sigmas) > 1)}, and would walk sigma = {shown} where the "
+            f"student was trained at {wanted}: ddil-export --steps {n} writes a pipeline for that count"
+        )
+
+
 def exactly(sigmas: Tensor, total: int) -> tuple[NoiseSchedule, Grid]:
     """The linear path through nodes [N] that fall, whatever they are, and the grid that walks them."""
     return NoiseSchedule.through(sigmas.flip(0), total), Grid([*range(len(sigmas) - 1, -1, -1), END], rule="sigmas")

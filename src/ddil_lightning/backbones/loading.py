@@ -231,6 +231,7 @@ CARD: dict[str, tuple[Any, str]] = {
     "timesteps": (_counts, "a list of times from 0 to 1000"),
     "size": (lambda x: isinstance(x, list) and len(x) == 2 and all(type(n) is int and n > 0 for n in x), "height and width in pixels"),
     "shift": (lambda x: is_number(x) and x > 0, "a number above 0"),
+    "sigmas": (lambda x: isinstance(x, list) and x != [] and all(is_number(s) and 0 < s <= 1 for s in x), "a list of numbers from 0 to 1"),
     "previews": (lambda x: isinstance(x, list) and all(isinstance(p, str) for p in x), "a list of prompts"),
 }
 """What ddil.json may say: whether a value fits, and what it should be."""

@@ -32,7 +32,7 @@ from ddil_lightning.backbones.weights import Weights
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.remedies import Remedy
 from ddil_lightning.diffusion.schedule import Predicts
-from ddil_lightning.diffusion.transitions import Transition
+from ddil_lightning.diffusion.transitions import TCD, Transition
 from ddil_lightning.texts import by
 
 
@@ -207,8 +207,12 @@ class Pipeline(Prompted):
 
     @property
     def called_with(self) -> Mapping[str, Any]:
-        """What its call is given besides prompts, steps, guidance and latents: by its family, and what its scheduler is told so alone."""
-        return {**self._network.called_with, **self._asked}
+        """What its call is given besides prompts, steps, guidance and latents: by its family, and what its scheduler is told so alone.
+
+        Where nobody has said TCD's gamma it is the authors', as TCDScheduler has it: diffusers' pipelines hand that an eta of 0.
+        """
+        told = TCD().called_with if type(self.pipe.scheduler).__name__ == "TCDScheduler" else {}
+        return {**self._network.called_with, **told, **self._asked}
 
     def frozen(self) -> dict[str, Any]:
         """The text encoders and the autoencoder by the names of their components."""
@@ -261,6 +265,8 @@ class Pipeline(Prompted):
         if self.about.get("made_for") == [1] and n != 1:
             raise ValueError("its student is made for one step")
         schedulers.check_steps(self.pipe.scheduler, n, self._network, self.latent_shape, self.device)
+        if self._network.flow and {"sigmas", "shift"} <= self.about.keys():
+            flows.check_trained(self.pipe.scheduler, n, self.about["sigmas"], self.about["shift"])
 
     @contextmanager
     def counting(self) -> Iterator[list[int]]:

@@ -42,7 +42,7 @@ def read(kind: type[Any], folder: Path, variant: str | None, dtype: torch.dtype,
     check(quantize)
     check_exact(kind.load_config(str(folder)), folder)
     files = {"variant": variant, "use_safetensors": True}
-    return kind.from_pretrained(str(folder), torch_dtype=dtype, quantization_config=_config(quantize, dtype), **files)
+    return kind.from_pretrained(str(folder), dtype=dtype, quantization_config=_config(quantize, dtype), **files)
 
 
 def quantised(network: Any, dtype: torch.dtype, quantize: str) -> Any:

@@ -100,6 +100,12 @@ def listed(path: str) -> dict[str, Any]:
     return {name: value for name, value in index.items() if isinstance(value, list)}
 
 
+def is_pipeline(path: str) -> bool:
+    """Whether a folder or hub id is a whole pipeline and not a network alone."""
+    folder = local_folder(path)
+    return bool(listed(path)) if folder is None else (folder / "model_index.json").is_file()
+
+
 def local_folder(path: str | Path, kind: str = "pipeline") -> Path | None:
     """The folder of a built-in name or a local path; None where it can only be a hub id. Raises ValueError for a file and for no path."""
     if str(path) in BUILTIN:

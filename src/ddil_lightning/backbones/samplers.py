@@ -29,12 +29,12 @@ OFF = 2
 """How far a scheduler's step may end from its own next node, by rounding alone."""
 
 
-def named(backbone: Pipeline, name: str) -> Pipeline:
+def named(backbone: Pipeline, name: str, eta: float | None = None) -> Pipeline:
     """The pipeline with the sampler of NAMES in the place of its own, on trailing nodes where it has a choice.
 
     `ddim-ts20`, `ddim-es1.01`, `ddim-ts20-es1.01`: with shifted times in a window of 20, with eps divided by 1.01 (`diffusion.remedies`);
     `ddim-ts20-tv1.0-tc100`: of data whose variance is 1, and at times above 100 alone. `ddim-nc`: with noise correction, as Imagine Flash
-    samples, these behind it or not.
+    samples, these behind it or not. `eta`: TCD's gamma, by default that of the pipeline's card, else its authors'.
     """
     import diffusers
 
@@ -46,7 +46,8 @@ def named(backbone: Pipeline, name: str) -> Pipeline:
     own = {} if name in ("lcm", "tcd") else {"timestep_spacing": "trailing"}
     clips: dict[str, Any] = {} if name == "euler" else {"clip_sample": False}
     clips |= {"variance_type": "fixed_small"} if name == "ddpm" else {}
-    made = backbone.stepping(kind.from_config(config, **own, **clips))
+    gamma = backbone.about.get("eta", TCD.gamma) if eta is None else eta
+    made = backbone.stepping(kind.from_config(config, **own, **clips), TCD(gamma).called_with if name == "tcd" else None)
     made.remedy = remedy
     return made
 
@@ -127,8 +128,7 @@ def _check_strides(where: str, times: Sequence[int], stride: int) -> None:
 def transition_of(backbone: Pipeline) -> Transition:
     """How a pipeline's own scheduler steps between nodes; DPM-Solver++ in its first order, which is DDIM's step, as is Euler's.
 
-    TCD's with the strength of noise that the pipeline's card says, else with its authors', which users give to the call as `eta`; a call
-    without it takes 0.
+    TCD's with the strength of noise that the pipeline's call is given as `eta` (`Pipeline.called_with`).
     """
     kind = type(backbone.pipe.scheduler).__name__
     if kind == FLOWS["lcm"] or backbone.pipe.scheduler.config.get("stochastic_sampling"):

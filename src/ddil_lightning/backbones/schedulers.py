@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 
 from ddil_lightning.backbones import flows
@@ -87,7 +88,8 @@ def student(
     own: dict[str, Any] = {"prediction_type": prediction}
     total = teacher.config.num_train_timesteps
     if times is not None and times < total:
-        own |= {"num_train_timesteps": times, "trained_betas": teacher.betas[:times].tolist()}
+        # These are rescaled already, and would be once more, to zero SNR at the student's first time.
+        own |= {"num_train_timesteps": times, "trained_betas": teacher.betas[:times].tolist(), "rescale_betas_zero_snr": False}
         total = times
     if transition == renoise:
         own |= {"original_inference_steps": steps, "timestep_scaling": 1e10 if scaling is None else scaling}
@@ -136,7 +138,8 @@ def check_steps(scheduler: Any, n: int, family: Family, shape: Sequence[int], de
     """Raises ValueError, with its reason, for a step count that a scheduler cannot take on latents [C, h, w]."""
     try:
         if family.flow:
-            flows.set_steps(scheduler, n, family, shape, device)
+            with numpy.errstate(invalid="ignore"):  # of one step, by a scheduler that stretches its nodes to the last
+                flows.set_steps(scheduler, n, family, shape, device)
         else:
             scheduler.set_timesteps(n, device=device)
         # Without sigmas to interpolate, a scheduler looks its times up: "leading" ones with an offset may lie beyond the last.

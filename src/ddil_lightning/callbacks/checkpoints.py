@@ -15,11 +15,14 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from ddil_lightning.bounds import at_least
 from ddil_lightning.files import replacing
 from ddil_lightning.records import sent
-from ddil_lightning.runs.checkpoint import clock_of, sorted_checkpoints
+from ddil_lightning.runs.checkpoint import clock_of, note_run, sorted_checkpoints
 from ddil_lightning.signals import Stopped, listen, unlisten
+from ddil_lightning.training.clock import batches_of
 from ddil_lightning.training.sharding import share
 
-AGREE = 10  # batches between two looks at whether any of several processes was interrupted
+AGREE, PROMPT = 10, 5.0
+"""Batches between two looks at whether any of several processes was interrupted, each of which waits for the device, and the seconds that
+they may take: where they take more, every batch is looked at. A launcher that has sent SIGTERM kills 30 seconds later."""
 
 
 class Checkpoints(Checkpoint):
@@ -27,13 +30,13 @@ class Checkpoints(Checkpoint):
 
     A checkpoint holds the student, its averages, the optimiser, the buffer and the clocks, never the frozen teacher. Lightning's own
     ModelCheckpoint counts the steps of every optimiser, which is another clock.
-    Ctrl-C, SIGTERM and SIGHUP end the run after the update in progress, with a checkpoint; a second one stops at once. Weights that are not
-    finite are not saved (FloatingPointError), so that the last checkpoint is a good one.
+    Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 end the run after the update in progress, with a checkpoint; a second one stops at once. Weights
+    that are not finite are not saved (FloatingPointError), so that the last checkpoint is a good one.
 
     Args:
         every: student updates between two checkpoints; 0 for those at an end alone.
         keep: how many of the newest stay.
-        folder: where they are written, by default `checkpoints/` below the trainer's root.
+        folder: where they are written, by default `checkpoints/` below the trainer's root. It then says, in `ddil-run.txt`, whose they are.
     """
 
     def __init__(self, every: int = 200, keep: int = 2, folder: str | None = None) -> None:
@@ -45,8 +48,9 @@ class Checkpoints(Checkpoint):
         self.seconds = 0.0  # of training, over all the resumes of a run
         self._before: dict[int, Any] = {}
         self._saved_at: int | None = None
-        self._stop = self._saving = self._stepping = False
+        self._stop = self._saving = False
         self._batches = 0  # of this process, over all its epochs
+        self._look, self._looked = 1, (0, time.monotonic())  # the batch of the next look; that of the last one and its time
         self._alive, self._longest = time.monotonic(), 0.0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -67,19 +71,15 @@ class Checkpoints(Checkpoint):
             self.last = Path(trainer.ckpt_path)
         self._saved_at, self._since = pl_module.student_updates, time.perf_counter() - self.seconds
         self._alive = time.monotonic()
+        self._look, self._looked = self._batches + 1, (self._batches, self._alive)
         self._before = listen(self._interrupt)
         # Before every batch of several processes Lightning sends around whether its own handler has heard SIGTERM, and waits for the device
-        # to answer. That handler is no longer there: `_agreed` asks in its place, and less often.
+        # to answer. That handler is no longer there: `_agreed` asks in its place.
         if hasattr(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor"):
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Note that an update is under way, in which weights may be half changed."""
-        self._stepping = True
-
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save when the clock has moved on by `every`, when a stage or the run is done, and when a signal came."""
-        self._stepping = False
         self.seconds = time.perf_counter() - self._since
         now = time.monotonic()
         self._alive, self._longest = now, max(self._longest, now - self._alive)
@@ -100,12 +100,14 @@ class Checkpoints(Checkpoint):
             self.save(trainer, pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Give the signals back, and save what was reached before data that cannot be read, or a loader's process that was killed.
+        """Give the signals back, and save what was reached before whatever failed between two steps: data that cannot be read, a loader's
+        process that was killed, another callback, a logger.
 
         Of one process alone: several would have to save together. Not in the midst of a step, which may have changed half of the weights.
         """
         self._listen_no_more()
-        between = self._saved_at is not None and not self._stepping and not pl_module.descent.halfway
+        batches = batches_of(trainer)
+        between = self._saved_at is not None and batches.started == batches.processed and not pl_module.descent.halfway
         # On a GPU numbers that are not finite are known a batch late, when their update is counted but was not taken.
         between = between and not isinstance(exception, FloatingPointError)
         if trainer.world_size == 1 and between and isinstance(exception, Exception) and pl_module.student_updates != self._saved_at:
@@ -124,6 +126,8 @@ class Checkpoints(Checkpoint):
             raise FloatingPointError(f"weights of the student are not finite at student update {clock}, so they are not saved")
         self._saving = True
         try:
+            if self.folder is not None and trainer.is_global_zero:
+                note_run(folder, Path(trainer.default_root_dir))
             trainer.save_checkpoint(path)
         except OSError as error:
             reason = error.strerror or str(error)
@@ -153,9 +157,12 @@ class Checkpoints(Checkpoint):
     def _agreed(self, trainer: Any) -> bool:
         if trainer.world_size == 1:
             return self.signal is not None
-        if self._batches % AGREE == 0:
+        if self._batches >= self._look and not self._stop:
+            (last, then), self._looked = self._looked, (self._batches, time.monotonic())
+            slow = (self._looked[1] - then) / (self._batches - last) > PROMPT / AGREE
             # A signal reaches the processes in different batches: all must stop after the same one, or some would wait for ever.
             self._stop = trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)
+            self._look += 1 if trainer.strategy.reduce_boolean_decision(slow, all=False) else AGREE
             if self._stop and self.signal is None:
                 self.signal = signal.SIGINT
         return self._stop

@@ -80,10 +80,15 @@ class Stages(Callback):
                 self.deliver(method, trainer.default_root_dir, method.feed.examples(4))
 
     def _go_on(self, trainer: Any, method: Any) -> None:
-        more = method.stage + 1 < len(method.stages) and method.student_updates < method.updates
-        if more and method.stage_updates >= method.stage_length:
+        if self._moves_on(method):
             self.next_stage(trainer, method)
         method.feed.steer("plan", self.prior(method))
+
+    @staticmethod
+    def _moves_on(method: Any) -> bool:
+        """Whether the present stage has had its updates, or more where a run goes on with fewer of them, and another one begins."""
+        more = method.stage + 1 < len(method.stages) and method.student_updates < method.updates
+        return bool(more and method.stage_updates >= method.stage_length)
 
     def next_stage(self, trainer: Any, method: Any) -> None:
         """Have the method begin its next stage, and empty the buffer; every callback on the clock of the stage is told that it is 0."""
@@ -107,7 +112,9 @@ class Stages(Callback):
 
     def owed(self, method: Any, root: str | Path) -> Path | None:
         """The folder that the end of the present stage asks for and that is not there, or is that of another update."""
-        if not (self.pipelines and staged(method) and method.stage_is_over and method.backbone.holds_students):
+        if not (self.pipelines and staged(method) and method.backbone.holds_students):
+            return None
+        if not (method.stage_is_over or self._moves_on(method)):
             return None
         place = self.place(method, root)
         return None if read_table(place / "ddil.json").get("student_updates") == method.student_updates else place

@@ -118,7 +118,8 @@ class Assembly(LightningCLI):
         """All options of ddil-fit: those of a run stand in its config.yaml, which can be assembled too."""
         parser.add_argument("--name", type=str | None, default=None, help="the run's name in runs/NAME/ (default: the first config's)")
         parser.add_argument("--run_dir", type=str | None, default=None, help="the run folder (default: runs/<config>/<time>)")
-        parser.add_argument("--ckpt_path", type=str | None, default=None, help="go on from a checkpoint file, a run folder, or `last`")
+        goes_on = "go on from a checkpoint file, a run folder, or `last`; `last` with --run_dir begins where there is none yet"
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help=goes_on)
         parser.add_argument("--wandb", type=Wandb, default="off", help="log to Weights & Biases too")
         parser.add_argument("--tensorboard", type=bool, default=False, help="log to TensorBoard too, in the run folder")
         parser.add_argument("--export_steps", type=int | None, default=None, help="the step count that the exported pipeline recommends")

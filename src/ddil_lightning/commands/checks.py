@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import is_dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.errors import Refusal
 from ddil_lightning.imitation.prior import Schedule
 from ddil_lightning.runs.boards import check_tensorboard
+from ddil_lightning.runs.export import check_steps as exportable
+from ddil_lightning.runs.export import untrained
 from ddil_lightning.runs.finish import Test
 from ddil_lightning.training.completeness import check_complete
 from ddil_lightning.training.method import Distillation
@@ -36,7 +39,8 @@ def check_steps(method: Distillation, config: Any) -> None:
     Also for a prompt of the previews that their text encoder cannot take whole: it is known before the data are encoded.
     """
     test, previews, student, teacher = config.test, config.previews, method.deployment.sampler, method.baseline.sampler
-    asked = [("export_steps", [config.export_steps] if config.export_steps is not None else [], student)]
+    exported: Callable[[int], Any] = partial(exportable, method.deployments()[-1])
+    asked = [("export_steps", [config.export_steps] if config.export_steps is not None else [], exported)]
     asked += [("test.student_steps", test.student_steps or [], student)]
     asked += [("test.teacher_steps", test.teacher_steps if test.n else [], teacher)]
     if previews.every:
@@ -70,14 +74,10 @@ def cautions(method: Distillation, config: Any) -> Iterator[str]:
             f"model.reflect = {method.reflection.mode} has no effect, unless {type(method).__name__} asks self.reflection itself: none of "
             'its roles is made with it, as self.role("teacher", reflection=self.reflection)'
         )
-    trained = {t for grid in (method.grid, *method.walks()) for t in grid.nodes.tolist()}
     test, previews = config.test, config.previews
     counts = {n for deployment in method.deployments() for n in deployment.steps} if not _stages(method) else set()
     counts |= {*(test.student_steps or []), *((previews.student_steps or []) if previews.every else []), config.export_steps or 1}
-    for n in sorted(counts):
-        strange = [t for t in method.deployment.sampler(n)[1].nodes.tolist() if t not in trained]
-        if strange:
-            yield f"at {n} steps the student is asked at t = {', '.join(map(str, strange))}, where it is not trained"
+    yield from filter(None, (untrained(method, method.deployment, n) for n in sorted(counts)))
 
 
 def _stages(method: Distillation) -> list[Any]:

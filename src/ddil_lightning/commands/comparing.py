@@ -17,9 +17,13 @@ from ddil_lightning.commands.launched import together
 from ddil_lightning.commands.rack import Rack, ready
 from ddil_lightning.errors import Refusal, one_line
 from ddil_lightning.files import check_writable
+from ddil_lightning.processes import Elsewhere
 from ddil_lightning.signals import Stopped
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ddil_lightning.backbones.pipeline import Pipeline
     from ddil_lightning.commands.teaching import Teacher
     from ddil_lightning.evaluation.generation import Generation
     from ddil_lightning.evaluation.suite import Suite
@@ -127,9 +131,21 @@ def _checked(
                 raise Refusal(f"cannot be sampled in {', '.join(map(str, counts))} steps: {why}")
         found.append(mine)
     jobs = [job for mine in reversed(found) for job in mine]
+    _check_own(comparison, jobs, suite)
     for line in list(_notes(comparison, jobs)) if how.processes.first else ():
         print(line, flush=True)
     return suite, jobs
+
+
+def _check_own(comparison: Comparison, jobs: Sequence[Job], suite: Suite) -> None:
+    """Raises Refusal where rows that are asked for are there by another protocol, whose numbers would be lost."""
+    from ddil_lightning.evaluation.stamps import called, protocols
+
+    found = comparison.otherwise([job.name for job in jobs], suite.protocol)
+    if found:
+        names = ", ".join(row["name"] for row in found)
+        said = f"{names} by {', '.join(map(called, protocols(found))) or 'no protocol'}, and not by {called(suite.protocol)}"
+        raise Refusal(f"{comparison.out} has {said}: give another --out, or --fresh to replace what it has")
 
 
 def _suite(args: argparse.Namespace, entry: Entry, rack: Rack, how: Generation, teacher: Teacher | None) -> Suite:
@@ -179,7 +195,7 @@ def _tried(args: argparse.Namespace, entry: Entry, n: int, rack: Rack, suite: Su
     job = Job(entry, n, scale, provenance(backbone, n, scale))
     try:
         backbone.check_steps(n)
-        if not comparison.kept(job.name, suite.protocol["stamp"], job.about["digest"]):
+        if not comparison.kept(job.name, suite.protocol, job.about["digest"]):
             sampling.check_finite(backbone, sampling.pipeline_latents(backbone, suite.prompts[:1], n, job.scale, suite.seed), n)
     except ValueError as why:
         comparison.left_out[job.name] = one_line(why)
@@ -196,9 +212,9 @@ def _measured(
     how: Generation,
     teacher: Teacher | None,
 ) -> None:
-    """Measure the rows that are not there yet, each written when it is done. One that fails is left out, and said to be."""
-    processes, stamp = how.processes, suite.protocol["stamp"]
-    missing = processes.by_first(lambda: [job.name for job in jobs if not comparison.kept(job.name, stamp, job.about["digest"])])
+    """Measure the rows that are not there yet, each written when it is done. One that fails is left out by all, and said to be."""
+    processes, protocol = how.processes, suite.protocol
+    missing = processes.by_first(lambda: [job.name for job in jobs if not comparison.kept(job.name, protocol, job.about["digest"])])
     kept = [job.name for job in jobs if job.name not in missing]
     if kept and processes.first:
         print(f"{comparison.out} has {len(kept)} of {len(jobs)} rows already: {', '.join(kept)}", flush=True)
@@ -207,7 +223,9 @@ def _measured(
         for job in (job for job in jobs if job.name in missing):
             try:
                 row, seen = _row(rack, suite, job, how)
-            except ValueError as error:
+            except (ValueError, Elsewhere) as error:
+                if isinstance(error, Elsewhere) and not error.foreseen:
+                    raise
                 comparison.left_out[job.name] = one_line(error).removeprefix(f"{job.name}: ")
                 if processes.first:
                     print(f"left out: {job.name}, {comparison.left_out[job.name]}", flush=True)
@@ -230,9 +248,12 @@ def _row(rack: Rack, suite: Suite, job: Job, how: Generation) -> tuple[dict[str,
     from ddil_lightning.evaluation.rows import pipeline_row
     from ddil_lightning.runs.comparison import Seen, small
 
-    backbone = ready(job.entry, rack.take(job.entry.at(job.steps)))
-    first = list(suite.passes()[0].asked[:PICTURES])
-    pictures = small(sampling.decoded(backbone, sampling.pipeline_latents(backbone, first, job.steps, job.scale, suite.seed, how.batch)))
+    def begun() -> tuple[Pipeline, Tensor]:
+        backbone, first = ready(job.entry, rack.take(job.entry.at(job.steps))), list(suite.passes()[0].asked[:PICTURES])
+        drawn = sampling.pipeline_latents(backbone, first, job.steps, job.scale, suite.seed, how.batch)
+        return backbone, small(sampling.decoded(backbone, drawn))
+
+    backbone, pictures = how.processes.alike(begun)
     values: dict[str, Any] = {}
     how = replace(how, look=lambda metrics: values.update(each(metrics)))
     row = pipeline_row(suite, backbone, job.steps, job.scale, how=how, name=job.name)

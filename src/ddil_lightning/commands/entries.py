@@ -19,7 +19,7 @@ REMEDIES = r"(-ts[1-9]\d{0,2}(-tv\d+(\.\d+)?)?(-tc[1-9]\d{0,2})?)?(-es[01]\.\d+)
 """What the name of a sampler, but of the last, may end in: `-ts20`, shifted times, behind it `-tv1.0`, the variance of the data, and
 `-tc100`, the time up to which nothing is shifted; `-es1.01`, scaled eps (`diffusion.remedies`)."""
 OF_SOURCE = ("path", "variant", "config", "vae", "lora", "size")
-KEYS = ("name", *OF_SOURCE, "sampler", "guidance", "steps")
+KEYS = ("name", *OF_SOURCE, "sampler", "eta", "guidance", "steps")
 """What an entry of a YAML file may say."""
 LONGEST = 100
 SHOWN = re.compile(r"[^\w.+ :=-]+")
@@ -36,7 +36,7 @@ class Entry:
     """A pipeline that is compared. `source`: where it is stored, which may be a finished run's folder.
 
     `sampler`: one of SAMPLERS, None for its own scheduler; `guidance`: guidance_scale, None for what its card recommends; `steps`: None for
-    those of all entries.
+    those of all entries; `eta`: of tcd, the strength of its noise, None for what its card says, else 0.3.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Entry:
     sampler: str | None = None
     guidance: float | None = None
     steps: tuple[int, ...] | None = None
+    eta: float | None = None
 
     @property
     def run(self) -> Path | None:
@@ -104,8 +105,38 @@ def read_entries(words: Sequence[str]) -> list[Entry]:
     return entries
 
 
-def parsed(word: str) -> Entry:
-    """The entry of a word of FORM. A path that exists as it stands is taken so. Raises Refusal for what cannot be read."""
+def student(word: str) -> Entry:
+    """The pipeline of --student, by a word of FORM or a YAML file of a list of one, in one step count if it says any. Raises Refusal."""
+    found = _only(word, "--student")
+    if found.steps and len(found.steps) > 1:
+        raise Refusal(f"--student {word}: a student is asked in one step count: say one after #")
+    return found
+
+
+def teacher(word: str) -> Source:
+    """The pipeline of --teacher, by PATH[+LORA[*SCALE]] or a YAML file of a list of one. Raises Refusal for what says more."""
+    found = _only(word, "--teacher")
+    if (found.sampler, found.guidance, found.steps) != (None, None, None):
+        raise Refusal(f"--teacher {word}: it is sampled by --guidance and --teacher_steps: leave sampler, guidance and steps out of it")
+    return found.source
+
+
+def _only(word: str, option: str) -> Entry:
+    if not word.endswith((".yaml", ".yml")):
+        return parsed(word, option)
+    found = list(_listed(word, option))
+    if len(found) != 1:
+        raise Refusal(f"{option} {word}: it lists {len(found)} pipelines: give a list of one")
+    return found[0]
+
+
+def written(source: Source) -> str:
+    """A pipeline and its LoRAs as FORM has them."""
+    return "+".join([source.path, *(lora.path + ("" if lora.scale == 1 else f"*{lora.scale:g}") for lora in source.lora)])
+
+
+def parsed(word: str, option: str = "--compare") -> Entry:
+    """The entry of a word of FORM. A path that exists as it stands is taken so. Raises Refusal, of `option`, for what cannot be read."""
     name, text = None, word
     found = re.fullmatch(r"([^/=]+)=(.+)", word, re.S)
     if found and not place(word).exists():
@@ -114,12 +145,12 @@ def parsed(word: str) -> Entry:
     text, guidance = _peeled(text, "@")
     text, sampler = _peeled(text, ":")
     path, *loras = [text] if place(text).exists() else text.split("+")
-    said: dict[str, Any] = {"path": path, "lora": [_lora(lora, word) for lora in loras], "sampler": sampler}
+    said: dict[str, Any] = {"path": path, "lora": [_lora(lora, f"{option} {word}") for lora in loras], "sampler": sampler}
     if guidance is not None:
-        said["guidance"] = _number(guidance, f"--compare {word}: the guidance after @")
+        said["guidance"] = _number(guidance, f"{option} {word}: the guidance after @")
     if steps is not None:
-        said["steps"] = [_count(n, f"--compare {word}: the steps after #") for n in steps.split(",")]
-    return _entry({**said, **({"name": name} if name else {})}, f"--compare {word}")
+        said["steps"] = [_count(n, f"{option} {word}: the steps after #") for n in steps.split(",")]
+    return _entry({**said, **({"name": name} if name else {})}, f"{option} {word}")
 
 
 def _peeled(text: str, mark: str) -> tuple[str, str | None]:
@@ -128,17 +159,17 @@ def _peeled(text: str, mark: str) -> tuple[str, str | None]:
     return (text, None) if not found or not head or "/" in tail or place(text).exists() else (head, tail)
 
 
-def _lora(text: str, word: str) -> dict[str, Any]:
+def _lora(text: str, where: str) -> dict[str, Any]:
     path, found, scale = text.rpartition("*")
-    return {"path": path, "scale": _number(scale, f"--compare {word}: the scale after *")} if found else {"path": text}
+    return {"path": path, "scale": _number(scale, f"{where}: the scale after *")} if found else {"path": text}
 
 
-def _number(text: Any, what: str, low: float = -100.0) -> float:
+def _number(text: Any, what: str, low: float = -100.0, high: float = 1000.0) -> float:
     try:
         value = float(text)
     except (TypeError, ValueError):
         value = float("nan")
-    if not low <= value <= 1000:
+    if not low <= value <= high:
         raise Refusal(f"{what} is {text!r}: give a number, as in {FORM}")
     return value
 
@@ -149,20 +180,20 @@ def _count(text: Any, what: str) -> int:
     return int(text)
 
 
-def _listed(file: str) -> Iterator[Entry]:
+def _listed(file: str, option: str = "--compare") -> Iterator[Entry]:
     """The entries of a YAML file, a list of words of FORM and of tables of KEYS."""
     import yaml
 
     try:
         found = yaml.safe_load(read_text(file))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise Refusal(f"--compare {file}: {one_line(error)}") from error
+        raise Refusal(f"{option} {file}: {one_line(error)}") from error
     if not isinstance(found, list) or not found:
-        raise Refusal(f"--compare {file}: give a list of pipelines, each as {FORM} or as a table of {', '.join(KEYS)}")
+        raise Refusal(f"{option} {file}: give a list of pipelines, each as {FORM} or as a table of {', '.join(KEYS)}")
     for i, said in enumerate(found, 1):
-        where = f"--compare {file}, entry {i}"
+        where = f"{option} {file}, entry {i}"
         if isinstance(said, str):
-            yield parsed(said)
+            yield parsed(said, option)
         elif isinstance(said, Mapping):
             yield _entry(said, where)
         else:
@@ -174,12 +205,16 @@ def _entry(said: Mapping[str, Any], where: str) -> Entry:
     wrong = [key for key in said if key not in KEYS]
     if wrong or not isinstance(said.get("path"), str):
         raise Refusal(f"{where}: {f'no key {wrong[0]!r}' if wrong else 'no path'}: an entry says path, and may say {', '.join(KEYS)}")
-    sampler, guidance, steps = said.get("sampler"), said.get("guidance"), said.get("steps")
+    sampler, guidance, steps, eta = (said.get(key) for key in ("sampler", "guidance", "steps", "eta"))
     if sampler is not None and not is_sampler(sampler):
         known = f"known are {', '.join(SAMPLERS)}, and -ts20 (-ts20-tv1.0-tc100) or -es1.01 behind one but dpm"
         raise Refusal(f"{where}: no sampler {sampler!r}: {known}; without one it is the pipeline's own")
     if guidance is not None:
         guidance = _number(guidance, f"{where}: guidance", 0.0)
+    if eta is not None:
+        if str(sampler).partition("-")[0] != "tcd":
+            raise Refusal(f"{where}: eta is the strength of TCD's noise: say sampler: tcd, or leave eta out")
+        eta = _number(eta, f"{where}: eta (TCD's gamma, from 0 to 1)", 0.0, 1.0)
     if steps is not None:
         steps = tuple(_count(n, f"{where}: steps") for n in (steps if isinstance(steps, list) else [steps]))
     loras = said.get("lora") or []
@@ -189,17 +224,17 @@ def _entry(said: Mapping[str, Any], where: str) -> Entry:
     except (ValueError, TypeError) as error:
         raise Refusal(f"{where}: {one_line(error)}") from error
     source = replace(source, path=str(place(source.path)), lora=tuple(replace(lora, path=str(place(lora.path))) for lora in source.lora))
-    name = SHOWN.sub("-", str(said.get("name") or _called(source, sampler, guidance))).strip()
+    name = SHOWN.sub("-", str(said.get("name") or _called(source, sampler, guidance, eta))).strip()
     if not 1 <= len(name) <= LONGEST:
         raise Refusal(f"{where}: a name has 1 to {LONGEST} letters, for files are named by it: say one, by NAME={source.path[:80]}")
-    return Entry(name, source, sampler, guidance, steps)
+    return Entry(name, source, sampler, guidance, steps, eta)
 
 
-def _called(source: Source, sampler: str | None, guidance: float | None) -> str:
+def _called(source: Source, sampler: str | None, guidance: float | None, eta: float | None) -> str:
     """A name for what has none: of the folder or hub id, of the LoRAs, and of what differs from the pipeline's own settings."""
     last = _last(source.path)
     parts = [last, *(f"+{_last(lora.path)}{_scaled(lora)}" for lora in source.lora), f":{sampler}" if sampler else ""]
-    return "".join(parts) + (f" g{guidance:g}" if guidance is not None else "")
+    return "".join(parts) + (f" eta{eta:g}" if eta is not None else "") + (f" g{guidance:g}" if guidance is not None else "")
 
 
 def _scaled(lora: Lora) -> str:

@@ -23,6 +23,7 @@ def export(argv: list[str]) -> int:
     if args.public and args.push is None:
         raise Refusal("--public says who sees what --push uploads: give --push owner/name too")
     check_writable(args.out / "README.md")
+    from ddil_lightning.runs.card import unlicensed
     from ddil_lightning.runs.release import Push, release
 
     push = None if args.push is None else Push(args.push, args.public)
@@ -33,6 +34,8 @@ def export(argv: list[str]) -> int:
     for what, difference in release(method, given):
         print(f"written and checked: {what} (latents differ by {difference:.1e})", flush=True)
     print(f"model card: {args.out / 'README.md'}")
+    if args.license is None and unlicensed(args.out / "README.md"):
+        print(f"its licence is `other`, for the card of {method.backbone.path} names none or cannot be had: say it, by --license")
     if push is not None:
         print(f"uploaded: {push.upload(given)} ({'public' if args.public else 'private'})")
     return 0
@@ -56,7 +59,7 @@ def _parser() -> Parser:
         "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of all components (default: float32)"
     )
     parser.add_argument("--safety_checker", action="store_true", help="the pipeline with the teacher's safety checker")
-    parser.add_argument("--license", help="of the student, for the card (default: the teacher's, where its card is at hand, else other)")
+    parser.add_argument("--license", help="of the student, for the card (default: what the teacher's card names, else other)")
     parser.add_argument(
         "--push", metavar="OWNER/NAME", help="upload it to the Hugging Face hub, with your own token, as a private repository"
     )
@@ -75,10 +78,17 @@ def _release(method: Any, args: Any) -> Any:
 
     from ddil_lightning.commands.configs import read_config
     from ddil_lightning.runs.checkpoint import config_of
-    from ddil_lightning.runs.export import check_prompts
+    from ddil_lightning.runs.export import check_prompts, check_steps, untrained
     from ddil_lightning.runs.release import Release, check_formats, default_name
 
     check_formats(method, args.format)
+    if args.steps is not None:
+        try:
+            check_steps(method.deployment, args.steps)
+        except ValueError as error:
+            raise Refusal(f"--steps {args.steps}: {error}") from error
+        if said := untrained(method, method.deployment, args.steps):
+            print(said, flush=True)
     config: Path = config_of(args.ckpt_path)
     settings, summary = read_config(config), read_table(config.parent / "summary.json")
     if summary.get("student_updates") != method.student_updates:  # measured at another checkpoint

@@ -16,10 +16,21 @@ from lightning.pytorch.utilities import rank_zero_only
 from ddil_lightning.commands.assembly import Assembly, of_the_trainer
 from ddil_lightning.commands.checks import check_loggers
 from ddil_lightning.commands.configs import configs_folder
+from ddil_lightning.commands.launched import by_srun
+from ddil_lightning.commands.watch import beside
 from ddil_lightning.errors import Refusal, one_line
 from ddil_lightning.files import unused, write_text
+from ddil_lightning.processes import Processes
 from ddil_lightning.runs.boards import boards
-from ddil_lightning.runs.checkpoint import check_fits, check_newest, check_whole, find_checkpoint, folder_of, load_checkpoint
+from ddil_lightning.runs.checkpoint import (
+    check_fits,
+    check_newest,
+    check_whole,
+    checkpoints_of,
+    find_checkpoint,
+    folder_of,
+    load_checkpoint,
+)
 from ddil_lightning.runs.finish import rehearse
 from ddil_lightning.runs.folder import Claim, check_free, check_latest, point_latest, reserve, take_up
 from ddil_lightning.runs.loggers import MetricsFile, check_wandb, masked
@@ -39,9 +50,11 @@ class FitCLI(Assembly):
     def __init__(self, words: Sequence[str], meter: Meter | None = None) -> None:
         self.folder, self.started = Path(), False
         self.meter = meter or Meter()
+        self.beside: list[int] = []  # the numbers of the run's other processes on this machine, under srun
         self.resumed: Path | None = None
         self.state: dict[str, Any] = {}
         self._source: Path | None = None  # the run that is resumed
+        self._anew = False  # whether `last` has found nothing to go on from, so that the run begins in its folder
         self._claim: Claim | None = None
         super().__init__(words)
 
@@ -51,8 +64,13 @@ class FitCLI(Assembly):
         self.name = self.config.name or config_name([str(c) for c in self.config.get("config") or [] if c])
         if Path(self.name).is_absolute() or ".." in Path(self.name).parts or not self.name.isprintable():
             raise Refusal(f"--name {self.name}: a run's folder is runs/NAME/<time>, so give a name without .., or --run_dir")
-        if self.config.ckpt_path:
-            self.resumed = find_checkpoint(self.config.ckpt_path, self.config.run_dir, self.name)
+        asked, folder = self.config.ckpt_path, self.config.run_dir
+        self._anew = asked == "last" and bool(folder) and not checkpoints_of(Path(folder))
+        if self._anew:
+            if self._first():
+                print(f"{folder} holds no checkpoint yet: the run begins there", flush=True)
+        elif asked:
+            self.resumed = find_checkpoint(asked, folder, self.name)
             self._source = folder_of(self.resumed)
             if self._goes_on():
                 self._as_it_began(parser, args)
@@ -80,13 +98,14 @@ class FitCLI(Assembly):
             if self._goes_on():
                 check_newest(self.resumed)
         elif self.config.run_dir and self._first():
-            check_free(Path(self.config.run_dir))
+            check_free(Path(self.config.run_dir), self._anew)
         if self.config.wandb == "online" and self._first():
             check_wandb()
         check_loggers(self.config)
         # Lightning's own launcher sets WORLD_SIZE too, and tells its processes the folder; torchrun's know of none.
-        # Several machines that go on with a run know its folder.
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1 or (int(self.config.trainer.num_nodes or 1) > 1 and not self._goes_on())
+        # Several machines and tasks of srun that go on with a run know its folder.
+        apart = int(self.config.trainer.num_nodes or 1) > 1 or by_srun() > 1
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1 or (apart and not self._goes_on())
         if several and not self.config.run_dir and inherited() is None:
             raise Refusal("launched on several processes: give --run_dir, so that all of them write to the same folder")
 
@@ -127,7 +146,7 @@ class FitCLI(Assembly):
         if self._goes_on():
             self._claim = take_up(self._source or Path())
         else:
-            self._claim = reserve(self.config.run_dir, self.name)
+            self._claim = reserve(self.config.run_dir, self.name, self._anew)
         self.folder = self._claim.folder
         os.environ[RUN_DIR] = f"{os.getpid()}:{self.folder.resolve()}"
 
@@ -135,7 +154,7 @@ class FitCLI(Assembly):
         given = self.config_init.trainer.logger
         loggers = given if isinstance(given, list) else [given] if given not in (None, True, False) else []
         clock = lambda: self.model.student_updates  # noqa: E731
-        metrics = MetricsFile(self.folder, self._source, self.clock, clock)
+        metrics = MetricsFile(self.folder, self._source or self.folder, self.clock, clock)
         own = boards(self.folder, self.name, clock, masked(self.config.as_dict()), self.clock) if self._first() else []
         return [metrics, *loggers, *own]
 
@@ -177,7 +196,7 @@ class FitCLI(Assembly):
         """After the run, however it ended: a folder in which nothing started is removed."""
         os.environ.pop(RUN_DIR, None)
         if self._claim is not None:
-            if not self.started and not self._goes_on():
+            if not self.started and not self._goes_on() and not self._anew:
                 shutil.rmtree(self.folder / "wandb", ignore_errors=True)  # W&B makes its own before anything begins
             self._claim.release(self.started)
 
@@ -197,6 +216,8 @@ class Start(Callback):
         found = trainer.strategy.broadcast(found)
         if found:
             raise Refusal(found) if trainer.is_global_zero else SystemExit(2)
+        if by_srun() > 1:
+            self.cli.beside = beside(Processes(trainer))
         self.cli.meter.begin()
         if trainer.is_global_zero:
             self.cli.start()

@@ -17,6 +17,7 @@ from ddil_lightning import plugins
 from ddil_lightning.backbones.resting import apart
 from ddil_lightning.callbacks import Checkpoints, Stages
 from ddil_lightning.commands.fit_cli import FitCLI, launched_by
+from ddil_lightning.commands.launched import by_srun
 from ddil_lightning.commands.watch import Watch, is_lost
 from ddil_lightning.errors import EXPECTED, Refusal, one_line
 from ddil_lightning.runs.checkpoint import reinstate
@@ -98,8 +99,11 @@ def watched(cli: FitCLI, checkpoints: Checkpoints, parent: int) -> Any:
     """Inside, the death of one of several processes ends the others; one alone has nothing to watch."""
     if cli.trainer.world_size == 1:
         return nullcontext()
-    starter = (launched_by() or parent) if "LOCAL_RANK" in os.environ else None
-    return Watch(cli.trainer.strategy.launcher, starter, lambda: how_to_go_on(cli, checkpoints), checkpoints.alive, cli.close)
+    strategy, starter = cli.trainer.strategy, (launched_by() or parent) if "LOCAL_RANK" in os.environ else None
+    # What starts srun's tasks outlives them, and leaves the others alone when one of them dies.
+    meet = strategy.barrier if by_srun() > 1 else lambda: None
+    says = lambda: how_to_go_on(cli, checkpoints)  # noqa: E731
+    return Watch(strategy.launcher, starter, says, checkpoints.alive, cli.close, lambda: cli.beside, meet)
 
 
 def newest(cli: FitCLI, checkpoints: Checkpoints) -> Path | None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ddil_lightning.commands import generating
+from ddil_lightning.commands import entries, generating
 from ddil_lightning.commands.arguments import SCALE, SEED, STEPS, Parser, number, path, place
 from ddil_lightning.errors import Refusal
 from ddil_lightning.files import check_writable
@@ -19,7 +20,11 @@ def invert(argv: list[str]) -> int:
         "--teacher", type=place, help="the pipeline that prompts are found by (default: the one that a student's card names)"
     )
     parser.add_argument(
-        "--student", type=place, action="append", default=[], help="a finished run or any pipeline; may be given several times"
+        "--student",
+        type=place,
+        action="append",
+        default=[],
+        help=f"a finished run or any pipeline, as {entries.FORM} or a YAML file of a list of one; may be given several times",
     )
     parser.add_argument(
         "--images", type=place, default="builtin", help="a folder of pictures (default: builtin, held-out ones of built-in data)"
@@ -100,22 +105,28 @@ def _cast(args: argparse.Namespace) -> tuple[Any, list[Any]]:
     """The teacher and the students, loaded and checked against each other."""
     from ddil_lightning.backbones.pipeline import Pipeline
     from ddil_lightning.backbones.samplers import check_alike, scale_of
+    from ddil_lightning.backbones.source import Source
     from ddil_lightning.commands.arguments import check_steps, device, pipeline_of
     from ddil_lightning.commands.inverting import Sampler
+    from ddil_lightning.commands.rack import ready
 
-    kind = generating.precision(args)
-    loaded = [(name, Pipeline(pipeline_of(name, args.steps, "to invert with"), **kind).to(device())) for name in args.student]
-    source = args.teacher or next((s.about["teacher"] for _, s in loaded if "teacher" in s.about), None)
+    kind, loaded = generating.precision(args), []
+    for word, entry in [(word, entries.student(word)) for word in args.student]:
+        asked = entry.steps[0] if entry.steps else args.steps
+        path = pipeline_of(entry.source.path, asked, "to invert with")
+        made = ready(entry, Pipeline(replace(entry.source, path=path), **kind).to(device()))
+        loaded.append((word, made, asked or int(made.about.get("steps", 4)), entry.guidance))
+    named = entries.teacher(args.teacher) if args.teacher else None
+    source = named or next((found for _, s, *_ in loaded if (found := Source.of_card(s.about))), None)
     if source is None:
         raise Refusal(f"{args.student[0]} has no card that names its teacher: give it, by --teacher")
     teacher = Pipeline(source, **kind).to(device())
     g = teacher.guidance if args.guidance is None else args.guidance
     check_steps(teacher, [args.teacher_steps])
     students = []
-    for name, student in loaded:
+    for word, student, steps, guidance in loaded:
         check_alike(student, teacher)
-        steps = args.steps or int(student.about.get("steps", 4))
         check_steps(student, [steps])
-        told = args.guidance if student.network().w_conditioned else None
-        students.append(Sampler(name, student, steps, scale_of(student, told, g)))
-    return Sampler(source, teacher, args.teacher_steps, g), students
+        told = args.guidance if student.network().w_conditioned and guidance is None else guidance
+        students.append(Sampler(word, student, steps, scale_of(student, told, g)))
+    return Sampler(entries.written(source), teacher, args.teacher_steps, g), students

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ def _sampler(name: str) -> str:
 def probe(argv: list[str]) -> int:
     """How far a few-step student drifts from its teacher: node by node, and with both of them taking turns (the paper's appendix E)."""
     parser = Parser("ddil-probe", description=probe.__doc__)
-    parser.add_argument("--student", type=place, required=True, help="a finished run, or the pipeline folder or hub id of any student")
-    parser.add_argument("--teacher", type=place, help="any pipeline of the same latents (default: the one that the student's card names)")
+    parser.add_argument(
+        "--student", type=place, required=True, help=f"a finished run or any pipeline, as {entries.FORM} or a YAML file of a list of one"
+    )
+    parser.add_argument("--teacher", type=place, help="any pipeline of the same latents, PATH[+LORA] (default: that of the student's card)")
     parser.add_argument("--n", type=number(16, 10**7), help="prompts (default: a protocol's; else 256, or all of a smaller set)")
     parser.add_argument(
         "--protocol",
@@ -55,7 +58,9 @@ def probe(argv: list[str]) -> int:
         raise Refusal(f"--images {args.images} is the folder of a caption file's images: give that file too, by --protocol FILE")
     if args.data and args.protocol is None:
         raise Refusal(f"--data {args.data} holds the files of a protocol: say which, by --protocol NAME or FILE.yaml")
-    out = args.out or (Path(args.student) if is_run(Path(args.student)) else Path.cwd()) / "probe.json"
+    args.student, args.teacher = entries.student(args.student), args.teacher and entries.teacher(args.teacher)
+    home = Path(args.student.source.path)
+    out = args.out or (home if is_run(home) else Path.cwd()) / "probe.json"
     if out.suffix.lower() != ".json":
         raise Refusal(f"--out {out}: give a file's name that ends in .json; the page beside it ends in .html")
     check_writable(out)
@@ -109,30 +114,36 @@ def _found(args: argparse.Namespace) -> dict[str, Any]:
 def _contest(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """Student and teacher, loaded and checked, and what they are in words."""
     from ddil_lightning.backbones.pipeline import Pipeline
-    from ddil_lightning.backbones.samplers import check_alike, grid_of, named, policy_of, scale_of
+    from ddil_lightning.backbones.samplers import check_alike, grid_of, policy_of, scale_of
     from ddil_lightning.backbones.source import Source
     from ddil_lightning.commands.probing import Contest
+    from ddil_lightning.commands.rack import ready
     from ddil_lightning.diffusion.policy import Policies
     from ddil_lightning.diffusion.transitions import ddim
 
-    kind = generating.precision(args)
-    student = Pipeline(pipeline_of(args.student, args.steps, "to probe: ShiftProbe measures it in training"), **kind).to(device())
+    kind, entry = generating.precision(args), replace(args.student, sampler=args.student.sampler or args.sampler)
+    if entry.sampler == "dpm":
+        raise Refusal(f"--student {entry.name}: dpm remembers its last step, and cannot take turns: give one of {', '.join(SAMPLERS)}")
+    asked = entry.steps[0] if entry.steps else args.steps
+    path = pipeline_of(entry.source.path, asked, "to probe: ShiftProbe measures it in training")
+    student = Pipeline(replace(entry.source, path=path), **kind).to(device())
     source = args.teacher or Source.of_card(student.about)
     if source is None:
         raise Refusal(f"{student.path} has no card that names its teacher: give it, by --teacher")
     teacher = Pipeline(source, **kind).to(device())
     check_alike(student, teacher)
-    if args.sampler:
-        student = named(student, args.sampler)
-    steps = args.steps or int(student.about.get("steps", 4))
+    student = ready(entry, student)
+    steps = asked or int(student.about.get("steps", 4))
     if args.teacher_steps < steps:
         raise Refusal(f"--teacher_steps {args.teacher_steps} are fewer than the student's {steps}: give at least as many")
     grid, k = grid_of(student, steps), round(args.teacher_steps / steps)
     own = student.guidance if "method" in student.about else teacher.guidance
     g = own if args.guidance is None else args.guidance
-    told = args.guidance if student.network().w_conditioned and args.student_guidance is None else args.student_guidance
+    told = args.student_guidance if entry.guidance is None else entry.guidance
+    told = args.guidance if student.network().w_conditioned and told is None else told
     scales = scale_of(student, told, g), g
     policies = Policies(policy_of(student, scales[0]), policy_of(teacher, g, ddim, k))
-    said = {"student": student.path, "teacher": teacher.path, "times": grid.times.tolist(), "substeps": k, "guidance": g}
+    said: dict[str, Any] = {"student": entries.written(student.source), "teacher": entries.written(teacher.source)}
+    said |= {"times": grid.times.tolist(), "substeps": k, "guidance": g}
     said |= {"student_guidance_scale": scales[0], "sampler": f"{type(student.pipe.scheduler).__name__} {student.remedy or ''}".strip()}
     return Contest(student, teacher, policies, grid, scales), said

@@ -47,7 +47,7 @@ def ready(entry: Entry, backbone: Pipeline) -> Pipeline:
     if entry.sampler is None:
         return backbone
     try:
-        return backbone.with_solver(True) if entry.sampler == "dpm" else named(backbone, entry.sampler)
+        return backbone.with_solver(True) if entry.sampler == "dpm" else named(backbone, entry.sampler, entry.eta)
     except Exception as error:  # whatever a scheduler of diffusers makes of another one's settings
         kind = type(backbone.pipe.scheduler).__name__
         raise ValueError(f"the sampler {entry.sampler} cannot be made of the {kind} of {backbone.path}: {one_line(error)}") from error

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from ddil_lightning.commands.teaching import Teacher
     from ddil_lightning.evaluation.generation import Generation
     from ddil_lightning.evaluation.suite import Suite
+    from ddil_lightning.processes import Processes
 
 
 def test(argv: list[str]) -> int:
@@ -56,19 +58,39 @@ def test(argv: list[str]) -> int:
         raise Refusal(f"--out {out} is a folder: give the name of a file, such as {out / 'metrics.json'}")
     check_writable(out)
     args.plan = protocols.planned(args)
+    processes, where = together()
+    how = generating.generation(args, processes)
+    with _written(out, processes) as add, generating.resumable(args):
+        for row in (_checkpoint_rows if args.ckpt_path else _pipeline_rows)(args, how, where):
+            add(row)
+    return 0
+
+
+@contextmanager
+def _written(out: Path, processes: Processes) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yields what adds a row to the file `out`, whole after each. At the end, also that of an error, the table of all rows is printed."""
     from ddil_lightning.evaluation.stamps import called
     from ddil_lightning.evaluation.table import table, write_rows
 
-    processes, where = together()
-    how = generating.generation(args, processes)
-    with generating.resumable(args):
-        rows = (_checkpoint_rows if args.ckpt_path else _pipeline_rows)(args, how, where)
-    if not processes.first:
-        return 0
-    print(table(rows), end="", flush=True)  # first: what cannot be written can still be read
-    write_rows(out, {"rows": rows, "n": rows[0]["n"], "seed": rows[0]["protocol"]["seeds"]["first"]})  # type: ignore[arg-type]
-    print(f"measured by {called(rows[0]['protocol'])}; written to {out}")
-    return 0
+    rows: list[dict[str, Any]] = []
+    written = False
+
+    def write() -> None:
+        write_rows(out, {"rows": rows, "n": rows[0]["n"], "seed": rows[0]["protocol"]["seeds"]["first"]})  # type: ignore[arg-type]
+
+    def add(row: dict[str, Any]) -> None:
+        nonlocal written
+        rows.append(row)
+        processes.by_first(write)
+        written = True
+
+    try:
+        yield add
+    finally:
+        if rows and processes.first:
+            print(table(rows), end="", flush=True)  # also of what could not be written
+        if written and processes.first:
+            print(f"measured by {called(rows[0]['protocol'])}; written to {out}", flush=True)
 
 
 def _parser() -> Parser:
@@ -96,8 +118,8 @@ def _parser() -> Parser:
     return parser
 
 
-def _pipeline_rows(args: argparse.Namespace, how: Generation, where: Any) -> list[dict[str, Any]]:
-    """Student, teacher and the students of earlier stages are on the device in turn."""
+def _pipeline_rows(args: argparse.Namespace, how: Generation, where: Any) -> Iterator[dict[str, Any]]:
+    """Each when it is measured. Student, teacher and the students of earlier stages are on the device in turn."""
     from ddil_lightning.backbones.loading import recommended
     from ddil_lightning.backbones.source import Source
     from ddil_lightning.evaluation.rows import pipeline_row
@@ -112,12 +134,12 @@ def _pipeline_rows(args: argparse.Namespace, how: Generation, where: Any) -> lis
     suite = protocols.suite_of(args, args.plan, rack.take(own), how.processes, teacher)
     stages = {n: Source(str(folder)) for n, folder in stage_pipelines(Path(args.run)).items()} if args.run else {}
     counts, g = _checked(args, rack.take(own), suite, stages)
-    suite, rows = teacher.taught(suite, how) if teacher else suite, []
+    suite = teacher.taught(suite, how) if teacher else suite
     for n in counts:
         tested = rack.take(stages.get(n, own))
-        rows += [pipeline_row(suite, tested, n, g, dpm, how) for dpm in _solvers(args, tested)]
+        for dpm in _solvers(args, tested):
+            yield pipeline_row(suite, tested, n, g, dpm, how)
         del tested  # nobody keeps what the next one takes the place of
-    return rows
 
 
 def _checked(args: argparse.Namespace, backbone: Pipeline, suite: Suite, stages: Mapping[int, Any]) -> tuple[list[int], float]:
@@ -140,8 +162,8 @@ def _solvers(args: argparse.Namespace, backbone: Any) -> list[bool]:
     return [False, True] if args.dpm and backbone.steps_by_ddim else [False]
 
 
-def _checkpoint_rows(args: argparse.Namespace, how: Generation, where: Any) -> list[dict[str, Any]]:
-    """The method leaves the device for its teacher's images."""
+def _checkpoint_rows(args: argparse.Namespace, how: Generation, where: Any) -> Iterator[dict[str, Any]]:
+    """Each when it is measured. The method leaves the device for its teacher's images."""
     from ddil_lightning.commands.restore import restore
     from ddil_lightning.evaluation.rows import student_rows
     from ddil_lightning.runs.export import about_student
@@ -164,7 +186,7 @@ def _checkpoint_rows(args: argparse.Namespace, how: Generation, where: Any) -> l
         suite = teacher.taught(suite, how)
         rack.clear()
         deployment = method.to(where).deployment
-    return student_rows(suite, method.backbone, {n: deployment.sampler(n) for n in counts}, g, args.dpm, how)
+    yield from student_rows(suite, method.backbone, {n: deployment.sampler(n) for n in counts}, g, args.dpm, how)
 
 
 def _teacher(args: argparse.Namespace, card: Mapping[str, Any], rack: Rack) -> Teacher | None:

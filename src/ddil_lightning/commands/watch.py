@@ -1,7 +1,8 @@
 """Several processes end together: when one of them dies, the others must not wait for it for minutes.
 
 A process that waits in a collective call hears no signal and no exception. A thread beside it does: it looks after the processes that
-Lightning's launcher has started and after the one that has started this one, and ends this one in a line where it does not end by itself.
+Lightning's launcher has started, after the one that has started this one, and after those beside it whose starter outlives them (srun's).
+It ends this one in a line where it does not end by itself.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ import os
 import re
 import select
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import pipe
+from pathlib import Path
 from typing import Any
 
-from ddil_lightning.signals import ending
+from ddil_lightning.processes import Processes
+from ddil_lightning.signals import ending, lives
 
 LOOK, PATIENCE, GRACE = 0.5, 5.0, 15.0
 """Seconds between two looks, for a process to end by itself once another is dead, and without a sign of life after a signal."""
@@ -31,12 +35,20 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, known or ()) or bool(re.search(r"gloo|NCCL|TCPStore|[Cc]onnection (reset|closed)|[Ss]ocket", str(error)))
 
 
+def beside(processes: Processes) -> list[int]:
+    """The numbers of the run's other processes that are on this machine and can be seen from here. All processes ask together."""
+    seen = Path("/proc/self/ns/pid")  # a container has numbers of its own
+    here = socket.gethostname(), seen.stat().st_ino if seen.exists() else 0
+    return [number for there, number in processes.gathered((here, os.getpid())) if there == here and number != os.getpid()]
+
+
 class Watch:
     """Inside, this process ends in a line when another process of its run has died.
 
     `launcher`: Lightning's, whose processes are looked after (it would kill all of them without a word). `parent`: the process that has
     started this one for the run, None for a user's shell. `says`: how to go on. `alive`: (the time of the last sign of life, how many
-    seconds the longest took), None while a checkpoint is written. `leave`: gives up what the process holds.
+    seconds the longest took), None while a checkpoint is written. `leave`: gives up what the process holds. `others`: the numbers of
+    further processes to look after. Whether such a one has ended well cannot be seen: `meet` waits for all of them at a good end.
     """
 
     def __init__(
@@ -46,8 +58,11 @@ class Watch:
         says: Callable[[], str],
         alive: Callable[[], tuple[float, float] | None],
         leave: Callable[[], None],
+        others: Callable[[], Sequence[int]] = lambda: (),
+        meet: Callable[[], Any] = lambda: None,
     ) -> None:
         self.launcher, self.parent, self.says, self.alive, self.leave = launcher, parent, says, alive, leave
+        self.others, self.meet = others, meet
         self._children: list[Any] = []
         self._over = threading.Event()
         self._asked: float | None = None
@@ -64,11 +79,15 @@ class Watch:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._over.set()
-        if self._pipe[0] >= 0:
-            signal.set_wakeup_fd(self._before)
-        if error is not None:
-            self._kill()
+        try:
+            if error is None:
+                self.meet()
+        finally:
+            self._over.set()
+            if self._pipe[0] >= 0:
+                signal.set_wakeup_fd(self._before)
+            if error is not None:
+                self._kill()
 
     def _watch(self) -> None:
         while not self._over.wait(0 if self._pipe[0] >= 0 else LOOK):
@@ -92,6 +111,8 @@ class Watch:
         found = [f"process {i} of the run has ended with code {code}" for i, code in enumerate(codes, 1) if code]
         if self.parent is not None and os.getppid() != self.parent:
             found.append("the process that started this one has ended")
+        if not all(map(lives, self.others())):
+            found.append("another process of the run has ended")
         return found[0] if found else None
 
     def _stuck(self) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ Size = tuple[int, int]
 Pictures = Callable[[Sequence[int]], list[Size | None]]
 PART = 64
 """Rows whose pictures are asked for at a time."""
+READERS = 16
+"""Threads that ask for pictures: of files on a network each waits for its answer."""
 SEARCHED = 4096
 """Rows among which one of a size is looked for at a time."""
 
@@ -88,7 +91,7 @@ class Group(NamedTuple):
 
 
 class Sorting:
-    """Which of several `sizes` every row of a data set gets, found when it is first asked for."""
+    """Which of several `sizes` every row of a data set gets, found when it is first asked for, by several threads."""
 
     def __init__(self, sizes: Sequence[Size]) -> None:
         self.sizes = sizes
@@ -134,8 +137,12 @@ class Sorting:
     def _sorted(self, pictures: Pictures, rows: int) -> Tensor:
         found: list[int | None] = []
         parts = [range(start, min(start + PART, rows)) for start in range(0, rows, PART)]
-        for part in counted(parts, len(parts), "the sizes of the pictures"):
-            found += [None if size is None else nearest(size, self.sizes) for size in pictures(part)]
+        pool = ThreadPoolExecutor(READERS)
+        try:
+            for read in counted(pool.map(pictures, parts), len(parts), "the sizes of the pictures"):
+                found += [None if size is None else nearest(size, self.sizes) for size in read]
+        finally:
+            pool.shutdown(cancel_futures=True)
         # A picture that cannot be read goes with the next one that can, which takes its place in a batch.
         after = next((number for number in found if number is not None), 0)
         numbers = []

@@ -171,16 +171,10 @@ class Images(Captions):
 
     def sources(self, index: Sequence[int]) -> Iterator[tuple[bytes | str, str]]:
         """Pictures as bytes or files, and what a message calls them."""
-        for row, (data, file) in zip(index, self._rows.pictures(index), strict=True):
-            if data is None:
-                try:
-                    data = tables.fetch(file) if "://" in file_text(file) else None
-                except ValueError as error:
-                    raise ValueError(f"{self._where(row)}: {self._image} is {error}; correct or remove the row") from error
-            yield file if data is None else data, self._where(row, file)
+        return sources(self._rows, self._path, self._image, index)
 
     def _where(self, row: int, file: str | None = None) -> str:
-        return f"the data set {self._path}, row {row} (from 0)" + (f", {shown(file)}" if file else "")
+        return _named(self._path, row, file)
 
     def _content_parts(self) -> Iterator[Any]:
         """Bytes as they are stored: a picture that changes its file has changed, and none is decoded."""
@@ -222,6 +216,21 @@ class Prompts(Captions):
     def stamp(self) -> str:
         """As `content`: the lines are in memory."""
         return self.content()
+
+
+def sources(rows: tables.Rows, path: str, image: str, index: Sequence[int]) -> Iterator[tuple[bytes | str, str]]:
+    """Pictures of `rows` (`tables.load`) as bytes or files, and what a message calls them. Raises ValueError for a row without one."""
+    for row, (data, file) in zip(index, rows.pictures(index), strict=True):
+        if data is None:
+            try:
+                data = tables.fetch(file) if "://" in file_text(file) else None
+            except ValueError as error:
+                raise ValueError(f"{_named(path, row)}: {image} is {error}; correct or remove the row") from error
+        yield file if data is None else data, _named(path, row, file)
+
+
+def _named(path: str, row: int, file: str | None = None) -> str:
+    return f"the data set {path}, row {row} (from 0)" + (f", {shown(file)}" if file else "")
 
 
 def _read_texts(index: Iterable[int], cells: Sequence[Any], where: Callable[[int], str], column: str) -> list[list[str]]:

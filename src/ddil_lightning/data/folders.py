@@ -65,14 +65,15 @@ def list_folder(folder: Path, images: Sequence[str], captions: Sequence[str], pi
 
 
 def read_rows(file: Path, images: Sequence[str], captions: Sequence[str], base: Path, hint: str = "") -> list[Row]:
-    """The rows of a json, jsonl, csv or parquet file; paths count from `base`. Otherwise as `list_folder`."""
+    """The rows of a json, jsonl, csv or parquet file, without names of `captions` pictures alone; paths count from `base`. Otherwise as
+    `list_folder`."""
     rows: list[Row] = []
     columns: dict[str, None] = {}
     for where, cells in _cells(file):
         columns.update(dict.fromkeys(cells))
         name, text = (next((cells[k] for k in keys if k in cells), None) for keys in (images, captions))
         rows.append(Row(_joined(base, name), text, where))
-    missing = sorted(keys[0] for keys in (images, captions) if not columns.keys() & set(keys))
+    missing = sorted(keys[0] for keys in (images, captions) if keys and not columns.keys() & set(keys))
     if missing:
         raise ValueError(f"{file} has no column {' or '.join(missing)}: it has {', '.join(columns) or 'none'}{hint}")
     return rows

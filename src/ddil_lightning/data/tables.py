@@ -27,12 +27,12 @@ Rows = Any
 
 
 class Table:
-    """Two columns of a data set: pictures, their bytes or their paths from `folder`, and captions."""
+    """Two columns of a data set: pictures, their bytes or their paths from `folder`, and captions, None for pictures alone."""
 
     def __init__(
-        self, rows: Any, path: str, image: str, caption: str, folder: Path, limit: int | None, split: str, files: Sequence[Path]
+        self, rows: Any, path: str, image: str, caption: str | None, folder: Path, limit: int | None, split: str, files: Sequence[Path]
     ) -> None:
-        missing = {image, caption} - set(rows.column_names)
+        missing = {image, caption or image} - set(rows.column_names)
         if missing:
             names = " or ".join(sorted(missing))
             raise ValueError(f"the data set {path} has no column {names}: it has {', '.join(rows.column_names)}{HINT}")
@@ -80,8 +80,11 @@ class Table:
         return os.path.join(self._folder, path) if data is None and path and "://" not in path else path
 
 
-def load(path: str, image: str, caption: str, split: str, limit: int | None, stream: bool = False) -> Rows:
-    """The pictures and captions of `path` (captions.Images). Raises ValueError for what cannot be read or is not there."""
+def load(path: str, image: str, caption: str | None, split: str, limit: int | None, stream: bool = False) -> Rows:
+    """The pictures and captions of `path` (captions.Images), or without `caption` pictures alone.
+
+    Raises ValueError for what cannot be read or is not there.
+    """
     file = place(path)
     rows: Any = None
     try:
@@ -95,14 +98,14 @@ def load(path: str, image: str, caption: str, split: str, limit: int | None, str
         if kind in ("parquet", "hub", "saved"):
             rows = open_stream(path, files, split) if stream else _load_dataset(file, path, split, files)
         elif kind == "archives":
-            rows = Archives(files, image, caption, limit)
+            rows = Archives(files, image, caption or "", limit)
     except (OSError, ValueError) as error:
         raise ValueError(f"the data set {path} could not be read: {reason(error)}") from error
     folder = files[0].parent if files else file
     if kind == "list":
         rows = Listing(_listed(file, image, caption)[:limit], file if file.is_dir() else file.parent)
     elif stream:
-        rows = Stream(rows, path, image, caption, folder, limit)
+        rows = Stream(rows, path, image, caption or "", folder, limit)
     elif kind != "archives":
         rows = Table(rows, path, image, caption, folder, limit, split, files)
     if len(rows) == 0:
@@ -191,10 +194,11 @@ def _of_split(files: Sequence[Path], split: str) -> list[Path]:
     return mine if mine and (split != "train" or any(held.values())) else list(files)
 
 
-def _listed(file: Path, image: str, caption: str) -> list[Row]:
+def _listed(file: Path, image: str, caption: str | None) -> list[Row]:
+    captions = () if caption is None else (caption,)
     if file.is_dir():
-        return list_folder(file, ("file_name", f"{image}_file_name", image), (caption,), hint=HINT)
-    return read_rows(file, (image,), (caption,), file.parent, HINT)
+        return list_folder(file, ("file_name", f"{image}_file_name", image), captions, hint=HINT)
+    return read_rows(file, (image,), captions, file.parent, HINT)
 
 
 def fetch(url: str) -> bytes:

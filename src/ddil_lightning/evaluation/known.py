@@ -29,8 +29,9 @@ log = logging.getLogger(__name__)
 
 
 def key_of(about: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
-    """What a row is kept under: `about` its sampler, weights included, the protocol's stamp, and which metrics there are."""
-    told = [VERSION, about, protocol["stamp"], list(keys())]
+    """What a row is kept under: `about` its sampler, weights included, the protocol's stamp, the metrics there are and those asked for."""
+    asked = [sorted(protocol["metrics"])] if protocol.get("metrics") is not None else []
+    told = [VERSION, about, protocol["stamp"], list(keys()), *asked]
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ddil_lightning.data import tables
+from ddil_lightning.data.captions import sources
+from ddil_lightning.data.folders import LISTS, Listing, columns_of
 from ddil_lightning.evaluation import references
 from ddil_lightning.evaluation.batches import as_saved
 from ddil_lightning.evaluation.captioned import Chosen, Notes, choice, read_set
 from ddil_lightning.evaluation.galleries import Gallery
 from ddil_lightning.evaluation.given import Given, Judge, Reference, View
-from ddil_lightning.evaluation.metrics.pairs import choose
+from ddil_lightning.evaluation.metrics.pairs import COLUMNS, check_there, choose
 from ddil_lightning.evaluation.networks import MEMBERS, MapDistance, Networks, read_networks
 from ddil_lightning.evaluation.presence import present
 from ddil_lightning.evaluation.protocols import ALL, OWN, RESIZED, STATISTICS, PromptSource, Protocol
 from ddil_lightning.evaluation.registry import wanted
 from ddil_lightning.evaluation.stamps import content
 from ddil_lightning.evaluation.views import Crops
-from ddil_lightning.texts import place
+from ddil_lightning.texts import place, read_text
 
 ABOUT = {OWN: "the images of these prompts", ALL: "all images of the prompts' set"}
 
@@ -84,8 +89,12 @@ def named(protocol: Protocol, words: Sequence[str] = ()) -> Networks:
 
 def _gallery(protocol: Protocol, chosen: Chosen) -> Gallery | None:
     """The real images that a protocol compares with, None for none and for statistics of them."""
-    against, skip = protocol.references.source, protocol.references.skip_unreadable
-    if against is None or place(against).suffix in STATISTICS:
+    said = protocol.references
+    against, skip = said.source, said.skip_unreadable
+    statistics = against is None or place(against).suffix in STATISTICS
+    if (said.image or said.split) and (statistics or against in ABOUT):
+        raise ValueError(f"protocol {protocol.name}: references.image and references.split are of a data set, and source is {against}")
+    if against is None or statistics:
         return None
     if protocol.size is None:
         raise ValueError(f"protocol {protocol.name}: real images are brought to one size: give `size`, or references from no images")
@@ -97,12 +106,36 @@ def _gallery(protocol: Protocol, chosen: Chosen) -> Gallery | None:
                 "file of statistics by references.source (--reference), or references {source: null} for the metrics that need none"
             )
         return gallery.take(range(len(gallery)), skip)
-    if place(against).is_dir():
-        return Gallery.of_folder(place(against), skip)
-    found = read_set(PromptSource(against, image=protocol.prompts.image, caption=protocol.prompts.caption, split=protocol.prompts.split))
-    if found.pictures is None:
-        raise ValueError(f"references.source {against} holds captions without images: give a folder, a data set or a file of statistics")
-    return found.pictures.take(range(len(found.pictures)), skip)
+    try:
+        gallery = _pictures(against, said.image or protocol.prompts.image or "image", said.split or protocol.prompts.split)
+    except ValueError as error:
+        advised = re.sub("name (them|another) with image=( and caption=)?", "name the column of images by references.image", str(error))
+        raise ValueError(f"references.source: {advised}") from error
+    return gallery.take(range(len(gallery)), skip)
+
+
+def _pictures(path: str, image: str, split: str) -> Gallery:
+    """All pictures of a folder, of COCO's captions, of a list of files, or of a data set, whether it has captions or none.
+
+    Raises ValueError for what holds no pictures.
+    """
+    file = place(path)
+    if file.is_dir() and tables.kind_of(file, path)[0] == "list":
+        return Gallery.of_folder(file)
+    if file.is_file() and file.suffix.lower() == ".json" and not read_text(file).lstrip().startswith("["):
+        found = read_set(PromptSource(path)).pictures
+        if found is None:
+            raise ValueError(f"{path} holds captions without images: give a folder, a data set or a file of statistics")
+        return found
+    if file.is_file() and file.suffix.lower() in LISTS and image == "image":
+        columns = columns_of(file)
+        image = next((name for name in COLUMNS[0] if name in columns), image)
+    rows = tables.load(path, image, None, split, None)
+    if not isinstance(rows, Listing):
+        return Gallery(lambda index: sources(rows, path, image, index), range(len(rows)))
+    files = [Path(str(name)) for name in dict.fromkeys(name for _, name in rows.pictures(range(len(rows))))]  # of several captions once
+    check_there(file, files)
+    return Gallery.of_files(files)
 
 
 def held_out(data: str, n: int, seed: int) -> Material:

@@ -68,10 +68,14 @@ class ReferenceSource:
         source: prompts for the images of the chosen prompts; all for all images of their set; a folder of images or a data set; a file of
             statistics (.safetensors of ddil-test --save_reference, .npz with mu and sigma); null for none, and no metric that needs them.
         skip_unreadable: leave out images that cannot be read, and count them in the stamp; otherwise the first of them ends it.
+        image: the column of images of a data set or a list; null for that of the prompts, else image. It needs no captions.
+        split: of a data set of Hugging Face; null for that of the prompts.
     """
 
     source: str | None = OWN
     skip_unreadable: bool = False
+    image: str | None = None
+    split: str | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,14 +101,12 @@ def method_rows(
 
 def student_rows(
     suite: Suite, backbone: Backbone, samplers: Mapping[int, tuple[Policy, Grid]], g: float, dpm: bool = False, how: Generation = ALONE
-) -> list[dict[str, Any]]:
-    """student@N rows of samplers by step count; with `dpm`, another of each that steps by DDIM."""
-    rows = []
+) -> Iterator[dict[str, Any]]:
+    """student@N rows of samplers by step count, each when it is measured; with `dpm`, another of each that steps by DDIM."""
     for n, (policy, grid) in samplers.items():
-        rows.append(policy_row(suite, backbone, f"student@{n}", policy, grid, g, how))
+        yield policy_row(suite, backbone, f"student@{n}", policy, grid, g, how)
         if dpm and policy.transition == ddim:
-            rows.append(policy_row(suite, backbone, f"student@{n} dpm++", Multistep(policy.denoiser), grid, g, how))
-    return rows
+            yield policy_row(suite, backbone, f"student@{n} dpm++", Multistep(policy.denoiser), grid, g, how)
 
 
 def folder_sampler(folder: Path, device: torch.device) -> tuple[Policy, Grid]:

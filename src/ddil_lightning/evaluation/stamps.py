@@ -44,6 +44,14 @@ def stamped(protocol: Mapping[str, Any]) -> dict[str, Any]:
     return {**protocol, "stamp": stamp(protocol)}
 
 
+def covers(protocol: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+    """Whether a row of `protocol` has all that another one asks for: their stamps are equal, and it was asked for as much or more."""
+    if protocol.get("stamp") != asked.get("stamp"):
+        return False
+    had, wanted = protocol.get("metrics"), asked.get("metrics")
+    return had is None or (wanted is not None and set(wanted) <= set(had))
+
+
 def comparable(*rows: Mapping[str, Any]) -> bool:
     """Whether rows of results were measured by one protocol. Rows of older runs, which have none, are taken to be."""
     return len(protocols(rows)) <= 1

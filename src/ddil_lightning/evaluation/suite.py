@@ -139,7 +139,10 @@ class Suite:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What a number must be quoted with; two numbers can be compared where their stamps are equal (`stamps`)."""
+        """What a number must be quoted with; two numbers can be compared where their stamps are equal (`stamps`).
+
+        `metrics`: the keys that were asked for; where they are not said it was all that could be had.
+        """
         given, probes, reference = self.given, self.probes, self.given.reference
         several = {"per_prompt": self.samples} if self.samples > 1 else {}
         digests = {"prompts": short(self.prompts), "probes": short(probes.prompts), "reference": (reference.digest or "")[:12] or None}
@@ -158,7 +161,8 @@ class Suite:
             "seeds": {"first": self.seed, **several, "probes": len(probes.prompts), "per_probe": probes.seeds},
             "digests": digests | taught,
         }
-        return stamped(told | ({"changed": dict(self.changed)} if self.changed else {}))
+        named = {} if self.asked is None else {"metrics": list(self.asked)}
+        return stamped(told | named | ({"changed": dict(self.changed)} if self.changed else {}))
 
     def for_pipeline(self, backbone: Backbone) -> Suite:
         """The suite itself. Raises ValueError for a pipeline whose pictures are of another size than the judge can read."""

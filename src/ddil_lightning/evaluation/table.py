@@ -94,9 +94,16 @@ def table(rows: Sequence[Row], width: int = 160) -> str:
 
 
 def present(rows: Sequence[Row], every: bool = False) -> list[Column]:
-    """The columns that tables show and at least one row has, of the suite's metrics and of the toy's; `every`: the others, too."""
-    found = (c for c in (*columns(), *POINTS) if c.shown or every)
-    return [c for c in found if any(values_of(row).get(c.key) is not None for row in rows)]
+    """The columns that tables show (`presented`) and at least one row has, of a suite's metrics and the toy's; `every`: the others, too."""
+    found = [*columns(), *POINTS]
+    return [c for c in (found if every else presented(found, rows)) if any(values_of(row).get(c.key) is not None for row in rows)]
+
+
+def presented(found: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
+    """Those of the columns that tables of these rows show: those of every table, and what a protocol of the rows names."""
+    told = [protocol for protocol in (row.get("protocol") for row in rows) if isinstance(protocol, Mapping)]
+    named = {key for protocol in told for key in protocol.get("metrics") or ()}
+    return [c for c in found if c.shown or c.key in named]
 
 
 def measures(rows: Sequence[Row]) -> Table:

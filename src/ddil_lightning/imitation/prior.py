@@ -207,12 +207,17 @@ class _Moves(Schedule):
 
     @property
     def state(self) -> dict[str, int]:
-        """The level, and how many numbers in a row have passed."""
-        return {"level": self.level, "passed": self.passed}
+        """The level of how many, and how many numbers in a row have passed."""
+        return {"level": self.level, "steps": self.steps, "passed": self.passed}
 
     @state.setter
     def state(self, state: Mapping[str, int]) -> None:
-        self.level, self.passed = state["level"], state["passed"]
+        self._go_on(state)
+
+    def _go_on(self, state: Mapping[str, int]) -> None:
+        # A run may go on with other steps: at the share of the way that it has come, rounded down. Older states have no steps.
+        self.level = min(state["level"] * self.steps // state.get("steps", self.steps), self.steps)
+        self.passed = state["passed"]
 
     def tell(self, passes: bool) -> None:
         """One more number, which passes or does not; `patience` in a row that do raise the level."""
@@ -279,12 +284,12 @@ class GatedBy(_Moves):
 
     @property
     def state(self) -> dict[str, int]:
-        """The level, how many numbers in a row have passed, and whether there was any."""
-        return {"level": self.level, "passed": self.passed, "heard": int(not self.unheard)}
+        """That of every such schedule, and whether it has heard any number."""
+        return {**super().state, "heard": int(not self.unheard)}
 
     @state.setter
     def state(self, state: Mapping[str, int]) -> None:
-        self.level, self.passed = state["level"], state["passed"]
+        self._go_on(state)
         self.unheard = "" if state.get("heard", self.level or self.passed) else self.measure
 
     def hear(self, clock: int, values: Mapping[str, float]) -> None:

@@ -6,10 +6,12 @@ import logging
 import re
 import secrets
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
@@ -22,13 +24,15 @@ from ddil_lightning.files import write_text
 log = logging.getLogger(__name__)
 PROJECT = "ddil-lightning"
 """The W&B project of all runs."""
+_AWAY: WeakSet[Any] = WeakSet()  # the boards of which `reaching` has said that they are away
 
 
 class Wandb(WandbLogger):
     """A W&B run whose one axis are student updates, in groups by the first part of a name.
 
     Lightning's own counts batches, and its offline mode stays in the environment. A run that goes on under its id goes on along the axis:
-    W&B's steps follow the clock too, so that files which were written offline join on to each other when they are synced.
+    W&B's steps follow the clock too, so that files which were written offline join on to each other when they are synced. Updates that a
+    resumed run makes again are rows of their own. Once a run has begun, no fault of W&B's ends it (`reaching`).
 
     `clock`: student updates, asked for what is logged without them. `settings`: of `wandb.init`.
     """
@@ -53,25 +57,29 @@ class Wandb(WandbLogger):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Log named numbers, pictures or tables at their update; `step` is Lightning's and is not asked."""
         clock = int(metrics.get(CLOCK, self._clock()))
-        # A lesser step than W&B's own would be dropped, which a resumed run repeats and somebody else's log may have raised.
-        self.experiment.log({CLOCK: clock, **grouped(metrics)}, step=max(clock, self.experiment.step))
+        with reaching(self):
+            values, row = {CLOCK: clock, **grouped(metrics)}, self.experiment.step
+            # A lesser step than W&B's own would be dropped, which a resumed run repeats and somebody else's log may have raised.
+            of_its_own = clock < row
+            self.experiment.log(values, step=row + 1 if of_its_own else clock, commit=of_its_own)
 
     @rank_zero_only
     def close(self) -> None:
         """Write what is left and end the run."""
         if self._experiment is not None:
-            self._experiment.finish()
+            with reaching(self):
+                self._experiment.finish()
             self._experiment = None
 
 
 class TensorBoard(TensorBoardLogger):
     """Event files in `tensorboard/` below the run folder, over student updates.
 
-    `resumed`: the clock that a run goes on from. What the broken-off run had written of later updates is hidden, for it is made again.
+    `resumed`: the clock that a run goes on from. What a broken-off run had written of later updates is hidden, for it is made again.
     """
 
     def __init__(self, folder: Path, clock: Callable[[], int], resumed: int = 0) -> None:
-        super().__init__(str(folder), name="tensorboard", version="", default_hp_metric=False, purge_step=resumed + 1 if resumed else None)
+        super().__init__(str(folder), name="tensorboard", version="", default_hp_metric=False, purge_step=resumed + 1)
         self._clock = clock
 
     @rank_zero_only
@@ -119,6 +127,18 @@ def check_tensorboard(option: str = "--tensorboard") -> None:
 # What every kind of board is told, Lightning's own loggers of a config included ----------------------------------------------------
 
 
+@contextmanager
+def reaching(board: Any) -> Iterator[None]:
+    """Inside, whatever W&B raises is a line of the log, once a board, and ends no run: its service dies on the SIGTERM that a scheduler
+    sends to every process, and does not answer in time under load."""
+    try:
+        yield
+    except Exception as error:
+        if board not in _AWAY:
+            _AWAY.add(board)
+            log.warning("W&B could not be told, and may lack what comes from here on; the run goes on: %s", one_line(error))
+
+
 def show(loggers: Iterable[Any], name: str, pictures: Sequence[Any], captions: Sequence[str], clock: int) -> None:
     """Pictures (PIL) to every logger that takes any, with their captions to those that are known to show them."""
     for logger in loggers:
@@ -126,7 +146,8 @@ def show(loggers: Iterable[Any], name: str, pictures: Sequence[Any], captions: S
             for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
                 _captioned(logger.experiment, name if len(pictures) == 1 else f"{name}/{i}", picture, caption, clock)
         elif isinstance(logger, WandbLogger):
-            _pictured(logger, name, pictures, captions, clock)
+            with reaching(logger):
+                _pictured(logger, name, pictures, captions, clock)
         elif hasattr(logger, "log_image"):
             logger.log_image(name, list(pictures), step=clock)
 
@@ -171,8 +192,9 @@ def conclude(loggers: Iterable[Any], rows: Sequence[Row], clock: int) -> None:
         if isinstance(logger, WandbLogger) and rows:
             head = list(dict.fromkeys(key for row in rows for key in _flat(row)))
             lines = [[_flat(row).get(key) for key in head] for row in rows]
-            logger.log_table("eval/rows", head, lines, step=clock)
-            logger.log_metrics({CLOCK: clock, **values}, step=clock)
+            with reaching(logger):
+                logger.log_table("eval/rows", head, lines, step=clock)
+                logger.log_metrics({CLOCK: clock, **values}, step=clock)
         elif isinstance(logger, TensorBoardLogger) and rows:
             logger.experiment.add_text("eval/rows", results_table(rows), clock)
             logger.log_metrics({CLOCK: clock, **values}, step=clock)

@@ -15,7 +15,6 @@ from ddil_lightning.evaluation.table import results_table
 from ddil_lightning.runs.calls import Called, anonymous
 from ddil_lightning.texts import by
 
-OWN = "https://pypi.org/project/ddil-lightning/"
 ADAPTERS = ("lora", "kohya", "comfy")
 """The formats that hold a student's adapters alone."""
 
@@ -36,7 +35,7 @@ class Card(Called):
         parts = [
             f"---\n{self._header()}\n---",
             f"# A {about['steps']}-step student of `{self.teacher}`",
-            f"Distilled with {about['method']} by [ddil-lightning]({OWN}), {about['student_updates']} student updates.",
+            f"Distilled with {about['method']} by ddil-lightning, {about['student_updates']} student updates.",
             "\n".join(("| | |", "|---|---|", *(f"| {name} | {said} |" for name, said in self._facts()))),
             *self.of_diffusers(),
             *self.of_comfy(),
@@ -52,12 +51,14 @@ class Card(Called):
     def _header(self) -> str:
         from huggingface_hub import ModelCardData
 
+        found = {"license": self.licence} if self.licence else licence_of(self.about["teacher"])
+        licence: Mapping[str, Any] = found or {"license": "other"}
         whole = any(name not in ADAPTERS for name in self.files)
         tags = ["text-to-image", "ddil", "distillation", "few-step", str(self.about["method"]).lower(), *(() if whole else ("lora",))]
         return ModelCardData(
             base_model=self.teacher,
             base_model_relation="finetune" if whole else "adapter",
-            license=self.licence or licence_of(self.about["teacher"]) or "other",
+            **licence,
             library_name="diffusers",
             pipeline_tag="text-to-image",
             tags=tags,
@@ -123,18 +124,34 @@ class Card(Called):
             yield "Protocol: " + "; ".join(_flat(protocol)) + "."
 
 
-def licence_of(teacher: str) -> str | None:
-    """The licence that the card of a pipeline names, where the card lies on this machine."""
-    from huggingface_hub import metadata_load, try_to_load_from_cache
+def licence_of(teacher: str) -> dict[str, str]:
+    """What the card of a pipeline says of its licence, in the words of the hub's header; empty where it says nothing, or cannot be had.
+
+    `license`, and of one that is `other` its `license_name` and `license_link`, which may be a file beside the card: it is named on the
+    hub, and left out of a folder here. The card of a hub id is fetched, unless HF_HUB_OFFLINE is set and the cache lacks it.
+    """
+    from huggingface_hub import hf_hub_download, metadata_load
 
     try:
         folder = pipeline_folder(teacher)
-        card = folder / "README.md" if folder else try_to_load_from_cache(str(teacher), "README.md")
-        found = metadata_load(Path(card)) if isinstance(card, str | Path) and Path(card).is_file() else None
+        card = Path(hf_hub_download(teacher, "README.md")) if folder is None else folder / "README.md"
+        said = (metadata_load(card) or {}) if card.is_file() else {}
     except Exception:  # a card that nobody can read names no licence
-        return None
-    licence = (found or {}).get("license")
-    return licence if isinstance(licence, str) and licence else None
+        return {}
+    found = {key: said[key] for key in ("license", "license_name", "license_link") if said.get(key) and isinstance(said[key], str)}
+    link = found.get("license_link", "")
+    if link and "://" not in link:
+        found.pop("license_link")
+        found |= {"license_link": f"https://huggingface.co/{teacher}/blob/main/{link}"} if folder is None else {}
+    return found if "license" in found else {}
+
+
+def unlicensed(card: Path) -> bool:
+    """Whether a card's header names no licence: `other`, and not which."""
+    from huggingface_hub import metadata_load
+
+    about = metadata_load(card) or {}
+    return about.get("license", "other") == "other" and "license_name" not in about
 
 
 def _data(captions: Any, dataset: Any) -> str:

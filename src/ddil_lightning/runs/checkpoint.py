@@ -11,11 +11,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import yaml
 
+from ddil_lightning.files import write_text
+from ddil_lightning.texts import read_text
 from ddil_lightning.training.sharing import shared_names
 
 CHANGED = "it was changed or written by another version; take another checkpoint"
 """The cause and the remedy, said of every checkpoint that lacks something."""
+RUN = "ddil-run.txt"
+"""The file in a run's `checkpoints.folder` that says which run folder is its own."""
 
 
 def find_checkpoint(ckpt_path: str, run_dir: str | None, config: str) -> Path:
@@ -29,7 +34,7 @@ def find_checkpoint(ckpt_path: str, run_dir: str | None, config: str) -> Path:
         folder = Path(ckpt_path)
         if folder.is_file():
             return folder
-    found = sorted_checkpoints(folder / "checkpoints") or sorted_checkpoints(folder)
+    found = checkpoints_of(folder)
     if not found:
         what = "holds no checkpoint" if folder.exists() else "does not exist"
         raise ValueError(f"--ckpt_path {ckpt_path}: {folder} {what}; give a file, a run folder, or `last` after a run of this config")
@@ -199,8 +204,9 @@ def check_fits(path: Path, state: Mapping[str, Any], method: Any) -> None:
 
 
 def folder_of(path: Path) -> Path | None:
-    """The run folder that a checkpoint file lies in, None for a file elsewhere."""
-    return path.parent.parent if path.parent.name == "checkpoints" and (path.parent.parent / "config.yaml").is_file() else None
+    """The run folder that a checkpoint file belongs to: that which it lies in, or whose `checkpoints.folder` it does; None elsewhere."""
+    run = _noted(path.parent) or (path.parent.parent if path.parent.name == "checkpoints" else None)
+    return run if run is not None and (run / "config.yaml").is_file() else None
 
 
 def check_newest(path: Path) -> None:
@@ -224,10 +230,41 @@ def sorted_checkpoints(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("updates=*.ckpt") if clock_of(p) is not None), key=lambda p: clock_of(p) or 0)
 
 
+def checkpoints_of(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run folder, also those in its `checkpoints.folder`, or of a folder of checkpoints, oldest first."""
+    elsewhere = _elsewhere(folder)
+    return (sorted_checkpoints(elsewhere) if elsewhere else []) or sorted_checkpoints(folder / "checkpoints") or sorted_checkpoints(folder)
+
+
+def note_run(folder: Path, run: Path) -> None:
+    """Have `folder`, which a run's `checkpoints.folder` names, say whose checkpoints it holds. Raises OSError."""
+    if (run / "config.yaml").is_file():
+        write_text(folder / RUN, str(run.resolve()))
+
+
+def _noted(folder: Path) -> Path | None:
+    """The run that a folder of checkpoints says to be of, if it does."""
+    try:
+        return Path(read_text(folder / RUN).strip())
+    except ValueError:
+        return None
+
+
+def _elsewhere(run: Path) -> Path | None:
+    """The folder outside the run folder that the run's config.yaml has its checkpoints written to, unless they are another run's by now."""
+    try:
+        config = yaml.safe_load(read_text(run / "config.yaml"))
+    except (ValueError, yaml.YAMLError):
+        return None
+    named = _table(_table(config).get("checkpoints")).get("folder")
+    folder = Path(named) if isinstance(named, str) else None
+    return folder if folder is not None and _noted(folder) in (None, run.resolve()) else None
+
+
 def config_of(ckpt_path: str | Path) -> Path:
     """The config.yaml of the run that a checkpoint belongs to. Raises ValueError where there is none."""
     path = find_checkpoint(str(ckpt_path), None, "")
-    for folder in (path.parent, path.parent.parent):
-        if (folder / "config.yaml").is_file():
+    for folder in (folder_of(path), path.parent, path.parent.parent):
+        if folder is not None and (folder / "config.yaml").is_file():
             return folder / "config.yaml"
     raise ValueError(f"no config.yaml beside {path} or above it: a checkpoint is rebuilt from the config of its run")

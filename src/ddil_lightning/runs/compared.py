@@ -26,6 +26,7 @@ from ddil_lightning.evaluation.table import (
     headings,
     measures,
     present,
+    presented,
     results_table,
     shown,
     table,
@@ -84,8 +85,8 @@ def title(found: Comparison) -> str:
 
 def paired_table(found: Comparison, every: bool = False) -> Table | None:
     """The differences from the first entry, a row each, of the numbers that tables show, or of `every` one; None where there are none."""
-    rows = found.against()
-    order = [c for c in columns() if (c.shown or every) and any(c.key in row["differences"] for row in rows)]
+    rows, order = found.against(), columns() if every else presented(columns(), found.rows)
+    order = [c for c in order if any(c.key in row["differences"] for row in rows)]
     if not order:
         return None
     lines = [[row["name"], row["against"], *(_apart(row["differences"].get(c.key), c) for c in order)] for row in rows]
@@ -155,7 +156,7 @@ def _quality(found: Comparison) -> str:
     """Each measure against network evaluations, a line an entry: those that say most, and the others below."""
     every = present(found.rows, every=True)
     main = [c for c in every if c.headline]
-    main = main or [c for c in every if c.better and c.shown][:2]
+    main = main or [c for c in presented(every, found.rows) if c.better][:2]
     rest = [c for c in every if c not in main and c.better]
     charts, more = ("".join(_chart(found, column) for column in some) for some in (main, rest))
     below = f'<details><summary>More charts</summary><div class="charts">{more}</div></details>' if more else ""

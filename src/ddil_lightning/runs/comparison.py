@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ddil_lightning.backbones.sampling import to_uint8
 from ddil_lightning.evaluation.paired import against
+from ddil_lightning.evaluation.stamps import covers
 from ddil_lightning.evaluation.table import write_rows
 from ddil_lightning.files import read_table, replacing
 
@@ -46,21 +47,32 @@ class Comparison:
         self.rows: list[Row] = [] if fresh else list(found.get("rows", []))
         self.prompts: list[str] = list(found.get("prompts", []))
 
-    def kept(self, name: str, stamp: str, digest: str) -> bool:
-        """Whether the row `name` has been measured by a protocol with this stamp of what has this digest."""
-        row = next((row for row in self.rows if row["name"] == name), None)
-        if row is None or (row["protocol"].get("stamp"), row["generation"].get("digest")) != (stamp, digest):
+    def kept(self, name: str, protocol: Mapping[str, Any], digest: str) -> bool:
+        """Whether the row `name` has been measured of what has this digest, and has all that a suite's `protocol` asks for."""
+        row = self._row(name)
+        if row is None or not covers(row["protocol"], protocol) or row["generation"].get("digest") != digest:
             return False
         return self.seen(name) is not None
+
+    def otherwise(self, names: Sequence[str], protocol: Mapping[str, Any]) -> list[Row]:
+        """Those of the rows `names` that are there and were measured by another protocol, by their stamps."""
+        return [row for row in self.rows if row["name"] in names and row["protocol"].get("stamp") != protocol["stamp"]]
 
     def others(self, names: Sequence[str]) -> list[str]:
         """The rows of an older comparison in the same file that are none of `names`: they stay."""
         return [row["name"] for row in self.rows if row["name"] not in names]
 
     def add(self, row: Row, seen: Seen) -> None:
-        """Add a row, in the place of one of its name, and write everything."""
+        """Add a row, in the place of one of its name, and write everything.
+
+        Of the same images by the same protocol, asked for other metrics before, it keeps the numbers that were not asked for now.
+        """
         from safetensors.torch import save_file
 
+        before, values = self._row(row["name"]), self.seen(row["name"])
+        if before is not None and _of_one(before, row):
+            row = _joined(before, row)
+            seen = seen._replace(values={**(values.values if values else {}), **seen.values})
         tensors = {"pictures": seen.pictures} | {f"values.{key}": value for key, value in seen.values.items()}
         with replacing(self._file(row["name"])) as temporary:
             save_file({key: value.contiguous().clone() for key, value in tensors.items()}, temporary)
@@ -95,6 +107,9 @@ class Comparison:
         values = {name: found.values for name, found in seen.items() if found is not None}
         return against(self.rows, self.entries[0], values)
 
+    def _row(self, name: str) -> Row | None:
+        return next((row for row in self.rows if row["name"] == name), None)
+
     def _file(self, name: str) -> Path:
         return self.folder / f"{re.sub(r'[^a-zA-Z0-9_@.-]+', '-', name)}.safetensors"
 
@@ -102,6 +117,23 @@ class Comparison:
 def entry_of(row: Mapping[str, Any]) -> str:
     """The name of the entry that a row is of: lcm for lcm@4."""
     return str(row["name"]).rpartition("@")[0]
+
+
+def _of_one(a: Row, b: Row) -> bool:
+    """Whether two rows are of the same images and differ at most in the metrics that were asked for."""
+    digests = {row["generation"].get("digest") for row in (a, b)}
+    return len(digests) == 1 and None not in digests and a["protocol"].get("stamp") == b["protocol"].get("stamp")
+
+
+def _joined(before: Row, now: Row) -> Row:
+    """A row with the numbers, details and intervals of an earlier one of the same images besides, and asked for what both were."""
+    old, new = before["metrics"], now["metrics"]
+    metrics = {**old, **{key: value for key, value in new.items() if value or not old.get(key)}}
+    metrics["intervals"] = {**old.get("intervals", {}), **new.get("intervals", {})}
+    had, asked = before["protocol"].get("metrics"), now["protocol"].get("metrics")
+    protocol = {key: value for key, value in now["protocol"].items() if key != "metrics"}
+    both = {} if had is None or asked is None else {"metrics": list(dict.fromkeys([*had, *asked]))}
+    return {**now, "metrics": metrics, "protocol": protocol | both}
 
 
 def small(images: Tensor, side: int = SIDE) -> Tensor:

@@ -44,6 +44,21 @@ def unheld(method: Distillation) -> str | None:
     return None if method.backbone.holds_students else f"no pipeline can hold the student of {method.backbone.path}"
 
 
+def check_steps(deployment: Deployment, steps: int) -> None:
+    """Raises ValueError for a step count that the grid cannot take, and for another one where the student is made for one alone."""
+    deployment.sampler(steps)
+    if len(deployment.steps) == 1 and steps not in deployment.steps:
+        (made,) = deployment.steps
+        raise ValueError(f"the student is made for {made} step{'s' * (made > 1)} alone, and its pipeline for no other count")
+
+
+def untrained(method: Distillation, deployment: Deployment, steps: int) -> str | None:
+    """A line that says at which times a student is asked in so many steps and is not trained; None where there are none."""
+    trained = {t for grid in (method.grid, *method.walks()) for t in grid.nodes.tolist()}
+    strange = [t for t in deployment.sampler(steps)[1].nodes.tolist() if t not in trained]
+    return f"at {steps} steps the student is asked at t = {', '.join(map(str, strange))}, where it is not trained" if strange else None
+
+
 def check_prompts(method: Distillation, examples: Sequence[str]) -> list[str]:
     """At most four prompts by which an exported pipeline is compared: the card's previews, else `examples` of the data, else empty ones."""
     return (list(method.backbone.about.get("previews") or examples) or ["", ""])[:4]
@@ -115,10 +130,12 @@ def card(method: Distillation, steps: int, **known: Any) -> Card:
         asked_by=cast("Family", method.outgoing.network).asked_by,
         # What ComfyUI makes of two answers is not brought to the norm of one.
         in_comfy=backbone.network().in_comfy and (backbone.network().norm_patch is None or method.deployment.guidance_scale <= 1),
+        times=backbone.schedule.steps,
         unguided=backbone.network().scale(1.0),
         negative=backbone.network().negative,
         source=backbone.source,
         vae=type(backbone.pipe.vae).__name__,
+        base=loads(method),
         **known,
     )
 

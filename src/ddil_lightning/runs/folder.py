@@ -16,6 +16,8 @@ WRITTEN = (
     "student.safetensors", "metrics.json", "wandb", "tensorboard",
 )  # fmt: skip
 """What a run may write into its folder."""
+BEGUN = {"config.yaml", "checkpoints", "metrics.csv", "samples", "wandb", "tensorboard"}
+"""What a run leaves that has ended before its first checkpoint: that it has begun, and what it has shown."""
 LOCK, PATIENCE = ".lock", 10.0
 """The file by which a run holds its folder, and for how many seconds another waits for it."""
 
@@ -44,18 +46,18 @@ class Claim:
             _remove_empty(self.made)
 
 
-def reserve(run_dir: str | None, config: str) -> Claim:
+def reserve(run_dir: str | None, config: str, anew: bool = False) -> Claim:
     """The folder of a fresh run, `run_dir` or a new one below runs/.
 
-    Raises ValueError when `run_dir` holds anything that a run would write, or when another run has just taken it.
+    Raises ValueError when `run_dir` holds anything that a run would write, but see `check_free`, or when another run has just taken it.
     """
     if run_dir is not None:
         folder = Path(run_dir)
-        check_free(folder)
+        check_free(folder, anew)
         claim = Claim(folder, _make(folder))
         try:
-            check_free(folder)  # again: another run may have come and gone between the two
-            sweep(folder, inside=False)  # one that was killed before it began
+            check_free(folder, anew)  # again: another run may have come and gone between the two
+            sweep(folder, inside=anew, alone=True)  # one that was killed before it began
         except BaseException:
             claim.release(started=False)
             raise
@@ -79,19 +81,26 @@ def take_up(folder: Path) -> Claim:
         for name in ("pipeline", "pipeline-unverified"):
             if (folder / name).exists() and "method" not in read_table(folder / name / "ddil.json"):
                 raise ValueError(f"{folder / name} was not written by a run, and would be replaced at its end: move it away")
-        sweep(folder)
+        sweep(folder, alone=True)  # a job goes on on another machine than the one that was killed
     except BaseException:
         claim.release(started=True)
         raise
     return claim
 
 
-def check_free(folder: Path) -> None:
-    """Raises ValueError when a fresh run in `folder` would overwrite something."""
+def check_free(folder: Path, anew: bool = False) -> None:
+    """Raises ValueError when a fresh run in `folder` would overwrite something.
+
+    `anew`: it may overwrite what a run has left there that has ended before its first checkpoint.
+    """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--run_dir {folder} is a file: give a folder")
     found = [name for name in WRITTEN if (folder / name).exists() or (folder / name).is_symlink()]
-    if "config.yaml" in found and "checkpoints" in found:
+    # Boards make their own before anything begins.
+    begun = set(found) <= BEGUN and ("config.yaml" in found or set(found) <= {"wandb", "tensorboard"})
+    if anew and begun and not any((folder / "checkpoints").glob("*.ckpt")):
+        return
+    if "config.yaml" in found and (begun or "checkpoints" in found):
         raise ValueError(f"{folder} already holds a run: choose another --run_dir, or go on with it by --ckpt_path last")
     if found:
         raise ValueError(f"{folder} already holds {found[0]}, which a run would overwrite: choose another --run_dir")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ddil_lightning.evaluation.registry import columns
-from ddil_lightning.evaluation.table import Table, cell, headings, shown, values_of
+from ddil_lightning.evaluation.table import Table, cell, headings, present, shown, values_of
 from ddil_lightning.runs.charts import Series, line_chart
 from ddil_lightning.runs.report import write_page
 
@@ -63,9 +63,19 @@ def parts(found: Mapping[str, Any]) -> list[Part]:
     if rows:
         made.append(_losses(rows))
     said = {sweep: [trend["text"] for trend in told] for sweep, told in found["trends"].items()}
-    made += [_mixing(found["mixing"], said["mixing"])] if found["mixing"] else []
-    made += [_switch(found["switch"], who, said[who]) for who in ("teacher", "student") if found["switch"]]
+    mixing, switch = _sweeps(found)
+    made += [_mixing(mixing, said["mixing"])] if mixing else []
+    made += [_switch(switch, who, said[who]) for who in ("teacher", "student") if switch]
     return made
+
+
+def _sweeps(found: Mapping[str, Any]) -> tuple[list[Row], list[Row]]:
+    """The rows of both sweeps with the protocol that is theirs, which says what tables show."""
+
+    def measured(sweep: str) -> list[Row]:
+        return [{**row, "protocol": found["protocol"]} for row in found[sweep]]
+
+    return measured("mixing"), measured("switch")
 
 
 def _losses(rows: Sequence[Row]) -> Part:
@@ -131,7 +141,7 @@ def write_probe(path: Path, found: Mapping[str, Any]) -> Path:
     body.append(f'<h2>Charts</h2><div class="charts">{"".join(charts)}</div>')
     body.append(f'<details><summary>More of the nodes</summary><div class="charts">{"".join(more)}</div></details>' if more else "")
     body.append(f'<p class="note">{escape(NOTE)}</p>' if found["mixing"] or found["switch"] else "")
-    meanings = MEANING | {c.heading: c.meaning for c in columns() if c.shown}
+    meanings = MEANING | {c.heading: c.meaning for c in present([row for rows in _sweeps(found) for row in rows])}
     terms = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in meanings.items())
     body.append(f"<details><summary>What the columns mean</summary><dl>{terms}</dl></details>")
     body.append("<footer>ddil-lightning · ddil-probe · this page is one file and loads nothing</footer>")

@@ -17,6 +17,8 @@ class Clock(Callback):
     A callback and not a module hook, because checkpoint callbacks run before the module's own hook and would save a stale counter.
     """
 
+    _open = False  # whether a batch has begun whose place in the data is not committed
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Nothing is left to do in a run that resumes from its end. A checkpoint's optimisers have been restored by now."""
         pl_module.descent.restate()
@@ -27,9 +29,13 @@ class Clock(Callback):
         if pl_module.student_updates >= pl_module.updates:
             trainer.should_stop = True
 
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """A step on one more batch begins."""
+        self._open = True
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Commit, log, stop. Raises ValueError for a method that updates its student and never says so: such a run would not end."""
-        pl_module.feed.commit()
+        self._commit(pl_module)
         if not self._in_step:  # until the first batch is done one process may have more to prepare than others
             self._in_step = True
             in_step(trainer.strategy, True)
@@ -53,15 +59,31 @@ class Clock(Callback):
         pl_module.measures.forget(self.write)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """The same for a run that was broken off. An error for want of latents that the method did not ask for says so."""
+        """The same for a run that was broken off. An error for want of latents that the method did not ask for says so.
+
+        Where a callback has failed after the step, that step is committed, so that a checkpoint of its update is whole.
+        """
+        batches = batches_of(trainer)
+        if batches.processed > batches.completed:
+            self._commit(pl_module)
         for said in dict.fromkeys(unasked(exception)):
             vars(exception).setdefault("__notes__", []).append(said)  # add_note, which Python 3.10 has not
         pl_module.measures.forget(self.write)
+
+    def _commit(self, method: Any) -> None:
+        if self._open:
+            method.feed.commit()
+        self._open = False
 
     def write(self, clock: int, values: Mapping[str, float]) -> None:
         """What is published, to the loggers."""
         for logger in self._loggers:
             logger.log_metrics({"student_updates": clock, **values}, step=clock)
+
+
+def batches_of(trainer: Any) -> Any:
+    """How many batches of the epoch have begun their step (`started`), ended it (`processed`), been through all callbacks (`completed`)."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current
 
 
 class Clocks:

@@ -58,8 +58,9 @@ def open_clip_net(
 
     Own code because torchmetrics' CLIPScore fails with transformers 5. Images are rounded to 8 bits and go through the model's own PIL
     preprocessing, as in public evaluators; `resize`: its way with what is no square (open_clip's shortest, longest, squash), None for the
-    model's. Raises Absent without open_clip or where a tag's weights cannot be had, ValueError for an architecture, a tag or a file that is
-    none.
+    model's. Weights of a tag that says so (OpenAI's, MetaCLIP's, DFN's) get the QuickGELU that they were trained with, as the architecture
+    `name`-quickgelu has it; a file says nothing of it, and is read by the architecture as it is named. Raises Absent without open_clip or
+    where a tag's weights cannot be had, ValueError for an architecture, a tag or a file that is none.
     """
     try:
         import open_clip
@@ -70,10 +71,11 @@ def open_clip_net(
         raise ValueError(f"open_clip has no model {name!r}: choose one of open_clip.list_models()")
     tag = open_clip.get_pretrained_cfg(name, pretrained)
     path = _tagged(tag) if tag else _checkpoint(pretrained, name)
+    quick = bool(tag.get("quick_gelu"))
     sees: dict[str, Any] = {f"image_{key}": tag[key] for key in ("mean", "std", "interpolation", "resize_mode") if tag.get(key)}
     try:
         model, preprocess = open_clip.create_model_from_pretrained(
-            name, str(path), device=device, **sees | ({"image_resize_mode": resize} if resize else {})
+            name, str(path), device=device, force_quick_gelu=quick, **sees | ({"image_resize_mode": resize} if resize else {})
         )
     except torch.OutOfMemoryError:
         raise
@@ -90,7 +92,8 @@ def open_clip_net(
     def text(prompts: list[str]) -> Tensor:
         return model.encode_text(tokenizer(prompts).to(device)).float()
 
-    about = f"OpenCLIP {name} {pretrained}" if tag else told(f"OpenCLIP {name}", path)
+    suffix = "-quickgelu" if quick and not name.endswith("-quickgelu") else ""  # the same network by either name, and by one in a protocol
+    about = f"OpenCLIP {name}{suffix} {pretrained}" if tag else told(f"OpenCLIP {name}", path)
     return ClipNet(Named(about + (f", prefix {prefix!r}" if prefix else ""), image), text, prefix)
 
 
