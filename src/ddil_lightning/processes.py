@@ -16,6 +16,10 @@ T = TypeVar("T")
 PATIENCE = timedelta(days=7)
 """How long a process waits for the others: the first may read a whole data set for all, and each may have a share of its own to do."""
 
+IN_STEP = timedelta(hours=2)
+"""The same between the batches of a training, where one does little alone: it writes a checkpoint, draws previews, exports a stage. Who
+waits longer waits for a process that is lost or hangs."""
+
 
 def averaged(x: Tensor) -> Tensor:
     """The mean over all processes of a statistic `x` of their own batches, without its gradient; of one process alone `x`.
@@ -30,6 +34,15 @@ def averaged(x: Tensor) -> Tensor:
     total = x.clone()
     distributed.all_reduce(total)
     return total / distributed.get_world_size()
+
+
+def wait_at_most(time: timedelta) -> None:
+    """Have this process wait so long for the others in all that they do together from now on."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        newer = getattr(distributed, "set_timeout", None)  # torch 2.11 has the other
+        (newer or distributed.distributed_c10d._set_pg_timeout)(time)
 
 
 class Elsewhere(SystemExit):

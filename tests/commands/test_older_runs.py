@@ -57,7 +57,7 @@ NEW = {
     *("scores.divergence", "scores.share", "critic.pull", "rollouts.reuse", "buffer.answers"),
     *(f"gan.{name}" for name in ("layers", "kind", "r1", "r1_noise")),
     *(f"adapter.{name}" for name in ("rank", "alpha", "dropout", "targets", "full", "whole")),
-    *("memory.compile", "memory.offload", "memory.quantize", "optimizer.kind", "optimizer.options"),
+    *("memory.compile", "memory.offload", "memory.quantize", "memory.tf32", "optimizer.kind", "optimizer.options"),
 }
 """Options that no older version had."""
 

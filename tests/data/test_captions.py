@@ -76,7 +76,8 @@ def test_a_data_set_is_read_from_where_it_lies(kind: str, tmp_path: Path) -> Non
     batch = images[[4, 0, 2]]
     assert isinstance(batch, RawBatch) and batch.pixels is not None
     assert batch.prompts == [CAPTIONS[i] for i in (4, 0, 2)] and batch.rows.tolist() == [4, 0, 2]
-    assert torch.equal(batch.pixels, RGB[[4, 0, 2], :, None, None].expand(-1, -1, 8, 8))
+    assert batch.pixels.dtype == torch.uint8  # as a worker hands them over
+    assert torch.equal(batch.images(), RGB[[4, 0, 2], :, None, None].expand(-1, -1, 8, 8))
 
 
 def test_columns_limits_and_several_captions(tmp_path: Path) -> None:
@@ -120,7 +121,7 @@ def written(kind: str, folder: Path) -> str:
 def test_the_image_column_holds_paths_or_bytes(kind: str, tmp_path: Path) -> None:
     batch = Images(written(kind, tmp_path), size=8)[[4, 0, 2]]
     assert batch.prompts == [CAPTIONS[i] for i in (4, 0, 2)] and batch.pixels is not None
-    assert torch.equal(batch.pixels, RGB[[4, 0, 2], :, None, None].expand(-1, -1, 8, 8))
+    assert torch.equal(batch.images(), RGB[[4, 0, 2], :, None, None].expand(-1, -1, 8, 8))
 
 
 def test_a_row_without_caption_or_picture_is_named(tmp_path: Path) -> None:
@@ -230,8 +231,8 @@ def test_pictures_of_a_table_are_read_as_files_are(tmp_path: Path) -> None:
     Dataset.from_list(rows).to_parquet(str(tmp_path / "set.parquet"))
     batch = Images(str(tmp_path / "set.parquet"), size=8)[[0, 1, 2]]
     assert batch.pixels is not None and batch.enlarged == 0
-    assert torch.equal(batch.pixels[0, :, 0, 7], RGB[0]) and torch.equal(batch.pixels[0, :, 7, 0], RGB[2])
-    assert batch.pixels[1].eq(torch.tensor(128.0) / 127.5 - 1).all() and batch.pixels[2].eq(1).all()
+    assert torch.equal(batch.images()[0, :, 0, 7], RGB[0]) and torch.equal(batch.images()[0, :, 7, 0], RGB[2])
+    assert batch.images()[1].eq(torch.tensor(128.0) / 127.5 - 1).all() and batch.images()[2].eq(1).all()
     assert Images(str(tmp_path / "set.parquet"), size=9)[[0, 1, 2]].enlarged == 3
 
 
@@ -263,7 +264,7 @@ def test_the_next_row_takes_the_place_of_one_that_cannot_be_read() -> None:
     rows.on_error = "skip"
     batch = rows[[5, 1, 3, 2]]
     assert batch.rows.tolist() == [0, 3, 3, 3] and batch.prompts == ["row 0", "row 3", "row 3", "row 3"]
-    assert batch.pixels is not None and batch.pixels[:, 0, 0, 0].tolist() == [0, 3, 3, 3]
+    assert batch.pixels is not None and batch.images()[:, 0, 0, 0].tolist() == [0, 3, 3, 3]
     assert batch.skipped == ("row 5 is gone", "row 1 is gone", "row 2 is gone")
     assert rows[[0, 3]].skipped == () and rows[[4, 3]].rows.tolist() == [4, 3]
     nothing = Counted(*range(6))
@@ -284,7 +285,7 @@ def test_files_and_captions_that_cannot_be_read_are_skipped(tmp_path: Path) -> N
     assert batch.rows.tolist() == [2, 4, 4] and batch.enlarged == 3 and len(batch.skipped) == 3
     for why, place in zip(batch.skipped, ("row 0 (from 0), ", "row 1 (from 0), ", "row 3 (from 0): text is None"), strict=True):
         assert why.startswith(f"the data set {path}, {place}")
-    assert batch.pixels is not None and torch.equal(batch.pixels[:, :, 0, 0], RGB[[2, 4, 4]])
+    assert batch.pixels is not None and torch.equal(batch.images()[:, :, 0, 0], RGB[[2, 4, 4]])
 
 
 @pytest.mark.parametrize("workers", [0, 2])

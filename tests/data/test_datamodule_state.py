@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,22 @@ def test_resuming_repeats_every_bit(at: int, kwargs: dict[str, Any]) -> None:
     after.learner.stage_updates = at  # type: ignore[misc]
     torch.manual_seed(at)  # the global generator plays no part
     assert equal(first(10 - at, after), straight[at:])
+
+
+def test_workers_stay_from_epoch_to_epoch() -> None:
+    """They are handed the rows of the next one, also where an epoch was cut short; nothing is read by processes of their own."""
+    seen: list[list[list[int]]] = []
+    for workers in (0, 2):
+        made = module(FORWARD_ONLY, workers=workers)
+        loader, pids, rows = made.train_dataloader(), [], []
+        for batches in (5, 2, 5):  # of an epoch of five
+            for batch in islice(loader, batches):
+                rows.append(batch.rows.tolist())
+                made.commit()
+            pids.append([worker.pid for worker in getattr(loader._iterator, "_workers", [])])
+        assert pids[0] == pids[1] == pids[2] and len(pids[0]) == workers
+        seen.append(rows)
+    assert seen[0] == seen[1] and len(seen[0]) == 5 + 2 + 3
 
 
 def rows_of(ranks: list[DDILDataModule]) -> list[int]:

@@ -164,7 +164,7 @@ def test_a_list_of_files(kind: str, tmp_path: Path) -> None:
         write(file, rows)
     batch = Images(str(file), size=8)[range(7)]
     assert batch.prompts == [row["text"] for row in rows] and batch.pixels is not None
-    assert ((batch.pixels[:, 0, 0, 0] + 1) * 127.5).round().tolist() == list(range(7))
+    assert ((batch.images()[:, 0, 0, 0] + 1) * 127.5).round().tolist() == list(range(7))
     if kind != "json":  # of which evaluation reads COCO's
         assert [(str(p.image), p.caption) for p in read_pairs(file)] == [(str(folder / r["image"]), r["text"]) for r in rows]
 

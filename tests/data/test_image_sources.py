@@ -32,7 +32,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 def levels(captions: Captions, rows: Any) -> list[int]:
     """The red of pictures that were made by `png`, and of nothing else."""
-    pixels = captions[rows].pixels
+    pixels = captions[rows].images()
     assert pixels is not None
     return ((pixels[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
 

@@ -130,10 +130,13 @@ def test_checkpointing_precision_and_micro_batches_change_what_they_should(light
 
 
 def test_shards_and_buckets(light: Path) -> None:
-    """DDP holds the gradients once more; fsdp2 a share of everything that is not frozen, and what it gathers."""
+    """DDP holds all gradients all the time; fsdp2 a share of everything that is not frozen, and what it gathers."""
     method = made(BY_NAME["lcm"], Outline(str(light), bare=True))
     whole = Footprint(tuple(parts(method)), activations=1000, at_once=10**9, encoding=0)
-    assert placed(whole, method, Setting(1, strategy="ddp", devices=2)).buckets == whole.of("gradients")
+    ddp = placed(whole._replace(activations=1000, at_once=1000), method, Setting(1, strategy="ddp", devices=2))
+    assert ddp.buckets == whole.of("gradients") and ddp.at_once == ddp.buckets + 1000
+    assert ddp.total == ddp.of("weights") + ddp.buckets + 1000
+    assert ddp._replace(offloaded=2000).total == ddp.total + 1000  # a run's ends have them too
     split = placed(whole, method, Setting(1, strategy="fsdp2", devices=2))
     frozen = [p.weights for p in whole.parts if not p.own]
     assert split.of("weights") - sum(frozen) == pytest.approx((whole.of("weights") - sum(frozen)) / 2, abs=len(split.parts))
@@ -181,7 +184,7 @@ def test_what_would_be_smaller_is_what_the_option_gives(light: Path, monkeypatch
 
 
 def test_a_footprint_adds_up() -> None:
-    """At a time: weights and buckets, and either a step or, between two of them, the states and what encoding needs."""
+    """At a time: weights, and either a step or, between two of them, buckets, the states and what encoding needs."""
     held = (Part("teacher", 10, 0, 0, False), Part("student", 20, 20, 40, True))
     assert Footprint(held, activations=5, at_once=62, encoding=3).total == 30 + 62
     assert Footprint(held, activations=5, at_once=62, encoding=30, buckets=20).total == 30 + 20 + 40 + 30

@@ -28,6 +28,30 @@ def tiny(light: Path) -> Path:
     return light
 
 
+class Multiplies(Callback):
+    """How float32 is multiplied in the steps of a run, which ends with an error where `breaks`."""
+
+    def __init__(self, breaks: bool = False) -> None:
+        self.breaks, self.seen = breaks, set[str]()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.seen.add(torch.get_float32_matmul_precision())
+        if self.breaks:
+            raise OSError("no more")
+
+
+def test_tensor_float_32_is_of_a_training_that_asks_for_it(tiny: Path) -> None:
+    """And of nothing that comes after it, however it ends."""
+    asked, broken, plain = Multiplies(), Multiplies(breaks=True), Multiplies()
+    train(FIRST, tiny, asked, updates=1, memory={"tf32": True})
+    assert asked.seen == {"high"} and torch.get_float32_matmul_precision() == "highest"
+    with pytest.raises(OSError, match="no more"):
+        train(FIRST, tiny, broken, updates=1, memory={"tf32": True})
+    assert broken.seen == {"high"} and torch.get_float32_matmul_precision() == "highest"
+    train(FIRST, tiny, plain, updates=1)
+    assert plain.seen == {"highest"}
+
+
 def test_accumulation_averages_the_gradients(tiny: Path) -> None:
     """Two micro-batches at the same weights (a learning rate of zero keeps them) against one update of both."""
     single, double = Gradients(), Gradients()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from torch import distributed
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.callbacks import Checkpoints
 from ddil_lightning.imitation.prior import SamplingPrior
-from ddil_lightning.processes import Processes
+from ddil_lightning.processes import Processes, wait_at_most
 from pair import WORLD, Pair, ddp
 from suite import BATCH, BY_NAME, FORWARD, METHODS, MIXED, PER_METHOD, Entry, Gradients, Run, build, captions, equal, fit, state
 
@@ -238,6 +239,59 @@ def test_all_processes_hear_the_same_losses(pair: Pair, tiny: Path) -> None:
     """Their mean: else a gated prior would change on one process and not on the other, and the two would wait for each other."""
     one, other = pair.run(hearing, tiny, timeout=60)
     assert one == other and len(one) == UPDATES and all(len(found) > 1 for found in one)
+
+
+class Broadcasts(Callback):
+    """How many values the first process has sent to the others since training began."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.patch, self.seen = patch, 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        send = distributed.broadcast
+        self.patch.setattr(
+            distributed, "broadcast", lambda *given, **kwargs: (setattr(self, "seen", self.seen + 1), send(*given, **kwargs))
+        )
+
+
+def sent_around(rank: int, tiny: Path, folder: Path, saves: bool) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        counted, more = Broadcasts(patch), [Checkpoints(every=0, folder=str(folder))] if saves else []
+        fit(build(METHODS[0], tiny, updates=UPDATES), captions(tiny), *more, counted, limit_train_batches=UPDATES + 1, **ddp(METHODS[0]))
+        return counted.seen
+
+
+def test_no_batch_waits_for_word_of_a_signal_that_lightning_does_not_hear(pair: Pair, tiny: Path, tmp_path: Path) -> None:
+    """Which it sends around before every batch; where nobody else listens for signals it does."""
+    assert pair.run(sent_around, tiny, tmp_path / "ours", True, timeout=60) == [0, 0]
+    assert pair.run(sent_around, tiny, tmp_path / "lightning", False, timeout=60) == [UPDATES, UPDATES]
+
+
+class Patient(Callback):
+    """How long this process would wait for the other, in hours: in the first batch, in the second, and after the last."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        group: Any = distributed.group.WORLD
+        self.seen.append(group._get_backend(torch.device("cpu")).options._timeout.total_seconds() / 3600)
+
+    on_fit_end = on_train_batch_start
+
+
+def waited_for(rank: int, tiny: Path, days: int) -> list[float]:
+    patient = Patient()
+    wait_at_most(timedelta(days=days))  # as a launcher would have it
+    among = {**ddp(METHODS[0]), "strategy": DDPStrategy(process_group_backend="gloo", timeout=timedelta(days=days))}
+    fit(build(METHODS[0], tiny, updates=2), captions(tiny), patient, **among)
+    return patient.seen
+
+
+def test_processes_in_training_wait_for_hours_and_no_longer_for_days(pair: Pair, tiny: Path) -> None:
+    """From the first batch to the last; not where a config gives a time of its own."""
+    assert pair.run(waited_for, tiny, 7, timeout=60) == [[168, 2, 168]] * 2
+    assert pair.run(waited_for, tiny, 1, timeout=60) == [[24, 24, 24]] * 2
 
 
 class PoisonOne(Callback):

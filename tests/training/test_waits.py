@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import toys
+from ddil_lightning.backbones import roles
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.callbacks.checkpoints import finite
 from ddil_lightning.data import datamodule
@@ -21,9 +22,14 @@ from ddil_lightning.data.raw import RawBatch
 from ddil_lightning.imitation.buffer import ReplayBuffer
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.imitation.rollout import collect, forward
+from ddil_lightning.methods import LCM
 from ddil_lightning.records import FORWARD, TEACHER, CaptionBatch, Context, LatentBatch, Origin, Rollout, send, sent
 from ddil_lightning.streams import Streams
+from fluxes import make_flux
 from options import options
+from pixarts import make_pixart
+from sanas import make_sana
+from sd3 import make_sd3
 from suite import BY_NAME
 from waits import GPU, Beside, Watched, waits, without_one
 
@@ -38,6 +44,17 @@ def made(name: str, backbone: Any) -> Any:
 @pytest.mark.parametrize("name", NAMES)
 def test_no_step_has_the_host_wait(name: str, light: Path) -> None:
     assert waits(made(name, Pipeline(str(light)))) == []
+
+
+FAMILIES = {"flux": make_flux, "sd3": make_sd3, "sana": make_sana, "pixart": make_pixart}
+"""Qwen-Image and Z-Image read each text to its end, which a mask on the device tells: they wait for it (docs/memory.md)."""
+
+
+@pytest.mark.parametrize("family", [pytest.param(name, marks=() if name == "flux" else pytest.mark.slow) for name in FAMILIES])
+def test_nor_has_one_of_another_family(family: str, tmp_path: Path) -> None:
+    folder, even = FAMILIES[family](tmp_path / family), {} if family == "pixart" else {"solver_steps": 40, "rollouts": (2, 4)}
+    method = LCM(pipeline=Pipeline(str(folder)), guidance=3.0, ema=0.9, w_conditioned=family == "flux", **even)
+    assert waits(method) == []
 
 
 @pytest.mark.parametrize("name", [pytest.param("reflow"), *(pytest.param(n, marks=pytest.mark.slow) for n in ("dmd", "ufogen", "boot"))])
@@ -123,6 +140,32 @@ def test_pairs_and_what_is_encoded_on_the_way_have_the_host_wait_for_nothing() -
         batch = stored.joined(encode_batch(raw, there), rows=raw.rows)  # type: ignore[arg-type]
     assert watched.waits == [] and batch.pair is not None and {x.device for x in (*batch.pair, batch.rows, batch.latent)} == {GPU}
     assert batch.latent.dtype == torch.float32  # type: ignore[union-attr]
+
+
+def test_pictures_cross_to_the_device_in_8_bits() -> None:
+    """And are divided there, as on the CPU to the bit; a data set of one's own may have them in [-1, 1]."""
+    known = torch.arange(256, dtype=torch.uint8).expand(1, 3, 2, 256)
+    raw = RawBatch(known, ["a"], torch.arange(1))
+    assert torch.equal(raw.images(), known.float() / 127.5 - 1)  # type: ignore[arg-type]
+    plain = RawBatch(torch.ones(1, 3, 2, 2), ["a"], torch.arange(1))
+    assert plain.images() is plain.pixels
+    with Beside() as watched, without_one():
+        there = raw.images(GPU)
+    assert watched.waits == [] and there is not None and there.device == GPU and there.dtype == torch.float32
+
+
+def test_weights_reach_an_average_on_the_cpu_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waited for once, and not tensor by tensor; what is on one device is averaged there."""
+    waited, stream = [], SimpleNamespace(synchronize=lambda: waited.append(1))
+    with Watched() as watched:
+        average, online = (torch.nn.ModuleList(torch.nn.Linear(8, 8, bias=False) for _ in range(6)) for _ in range(2))
+        for layer in online[:5]:
+            layer.weight = torch.nn.Parameter(layer.weight.to(GPU))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
+        monkeypatch.setattr(roles, "PORTION", 2 * 8 * 8 * 4)
+        watched.waits.clear()
+        roles.lerp_(average, online, 0.9)
+    assert watched.waits == [] and len(waited) == 3
 
 
 def test_all_weights_are_found_finite_in_one_wait(light: Path) -> None:

@@ -124,13 +124,13 @@ class Flux(Packed):
             pooled_projections=c.pooled.to(dtype),
             encoder_hidden_states=c.text.to(dtype),
             txt_ids=torch.zeros(c.text.shape[1], 3, device=x_t.device, dtype=dtype),
-            img_ids=places(shape[1] // 2, shape[2] // 2).to(x_t.device, dtype),
+            img_ids=places(shape[1] // 2, shape[2] // 2, x_t.device).to(dtype),
             return_dict=False,
         )[0]
         return self.unpacked(out, shape)
 
 
-def places(height: int, width: int) -> Tensor:
-    """[height width, 3] the places of patches, as its pipeline counts them: 0, row, column."""
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+def places(height: int, width: int, device: torch.device | None = None) -> Tensor:
+    """[height width, 3] the places of patches, as its pipeline counts them: 0, row, column. Made on `device`, without a copy."""
+    rows, columns = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1)

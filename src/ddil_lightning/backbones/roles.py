@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.reflection import Reflection
 from ddil_lightning.diffusion.schedule import NoiseSchedule, Predicts
 from ddil_lightning.records import Context
+
+PORTION = 2**28
+"""Bytes of weights that are on their way to an average on the CPU at a time, in pinned memory."""
 
 
 class Role(Denoiser):
@@ -61,15 +64,36 @@ class Role(Denoiser):
 def lerp_(average: nn.Module, online: nn.Module, decay: float) -> None:
     """average <- decay average + (1 - decay) online, all parameters in one fused call; buffers are copied.
 
-    Parameters that both share are equal already.
+    Parameters that both share are equal already. To an average on another device, the CPU, the weights go in portions.
     """
     (mine, copies), (theirs, values) = _tensors(average), _tensors(online)
-    apart = [(a, b.to(a.device)) for a, b in zip(mine, theirs, strict=True) if a is not b]
-    if apart:
-        torch._foreach_lerp_([a for a, _ in apart], [b for _, b in apart], 1 - decay)
+    for some in _portions([(a, b) for a, b in zip(mine, theirs, strict=True) if a is not b]):
+        torch._foreach_lerp_([a for a, _ in some], _beside(some), 1 - decay)
     for a, b in zip(copies, values, strict=True):
         if a is not b:
             a.copy_(b)
+
+
+def _portions(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Pairs of one device all together, the others by as many as PORTION holds."""
+    near, size = [(a, b) for a, b in pairs if a.device == b.device], 0
+    some: list[tuple[Tensor, Tensor]] = []
+    for a, b in pairs:
+        if a.device != b.device:
+            if some and size + b.nbytes > PORTION:
+                yield some
+                some, size = [], 0
+            some.append((a, b))
+            size += b.nbytes
+    yield from (portion for portion in (some, near) if portion)
+
+
+def _beside(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """The second of each pair on the device of the first. A GPU's go home in pinned memory, and are waited for once."""
+    found = [b.to(a.device, non_blocking=b.is_cuda) for a, b in pairs]
+    for device in {b.device for a, b in pairs if b.is_cuda and a.device != b.device}:
+        torch.cuda.current_stream(device).synchronize()
+    return found
 
 
 def _tensors(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

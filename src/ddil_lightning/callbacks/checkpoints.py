@@ -73,6 +73,10 @@ class Checkpoints(Checkpoint):
         self._alive = time.monotonic()
         self._look, self._looked = self._batches + 1, (self._batches, self._alive)
         self._before = listen(self._interrupt)
+        # Before every batch of several processes Lightning sends around whether its own handler has heard SIGTERM, and waits for the device
+        # to answer. That handler is no longer there: `_agreed` asks in its place.
+        if hasattr(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor"):
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save when the clock has moved on by `every`, when a stage or the run is done, and when a signal came."""
@@ -171,6 +175,10 @@ class Checkpoints(Checkpoint):
     def _listen_no_more(self) -> None:
         unlisten(self._before)
         self._before = {}
+
+
+def _nothing() -> None:
+    """Is done."""
 
 
 class Mapped(TorchCheckpointIO):

@@ -143,7 +143,7 @@ def table(method: Any, setting: Setting, made: Footprint, other: Footprint, host
     words[method.gradient_checkpointing] += " (as it is set)"
     found += ["", f"activations {', '.join(words)}; {_shown(made.encoding)} pass while a batch of images is encoded"]
     if made.buckets:
-        found.append(f"ddp's buckets {_shown(made.buckets)}")
+        found.append(f"ddp's buckets, in which the gradients are all the time {_shown(made.buckets)}")
     if made.gathered:
         found.append(f"gathered by fsdp2 {_shown(made.gathered)}")
     if made.whole:

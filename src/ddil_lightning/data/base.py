@@ -118,6 +118,7 @@ class Captions(Dataset[Any]):
                 yield from raw.prompts
                 if raw.counts is not None and bool((raw.counts != 1).any()):
                     yield raw.counts.tolist()
-                if raw.pixels is not None:
-                    yield tuple(raw.pixels.shape)
-                    yield raw.pixels.detach().float().cpu().contiguous().numpy().tobytes()
+                images = raw.images()
+                if images is not None:
+                    yield tuple(images.shape)
+                    yield images.detach().float().cpu().contiguous().numpy().tobytes()

@@ -13,7 +13,7 @@ from ddil_lightning.data import tables
 from ddil_lightning.data.base import Captions as Captions
 from ddil_lightning.data.buckets import Buckets, Group, Size, Sorting, sizes_of
 from ddil_lightning.data.folders import LISTS, Cells, bytes_of, read_column
-from ddil_lightning.data.pictures import picture_size, read_pictures
+from ddil_lightning.data.pictures import in_range, picture_size, read_pictures
 from ddil_lightning.data.raw import RawBatch as RawBatch
 from ddil_lightning.data.raw import digest
 from ddil_lightning.data.visits import Visit
@@ -117,7 +117,7 @@ class Images(Captions):
 
     def pixels(self, index: Sequence[int]) -> Tensor:
         """The images of the rows `index`. Raises ValueError for one that cannot be read."""
-        return read_pictures(self.sources(index), self._size(index)).pixels
+        return in_range(read_pictures(self.sources(index), self._size(index)).pixels)
 
     def stamp(self) -> str:
         """From the captions and from size and time of every picture file, or the fingerprint of the data set."""

@@ -188,7 +188,10 @@ class DDILDataModule(LightningDataModule, Feed):
         if us.first:
             sampler.say_left_out([self._names.get(int(group.rows[0]), group.name) for group in groups])
         pinned = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return DataLoader(self.captions, batch_size=None, sampler=sampler, num_workers=self.workers, pin_memory=pinned)
+        kept = self.workers > 0  # the processes stay from epoch to epoch, and are handed the rows that the sampler then gives
+        return DataLoader(
+            self.captions, batch_size=None, sampler=sampler, num_workers=self.workers, pin_memory=pinned, persistent_workers=kept
+        )
 
     def _place(self) -> int:
         """The number of the next batch in the order of the data."""

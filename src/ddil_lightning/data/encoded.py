@@ -225,8 +225,9 @@ def encode_batch(raw: RawBatch, backbone: Backbone, truncate: bool = False) -> C
 
 def latents_of(raw: RawBatch, backbone: Backbone) -> Tensor | None:
     """[B, C, h, w] of the images of a raw batch, on the backbone's device; None without images."""
-    if raw.pixels is not None:
-        return backbone.encode_images(raw.pixels)
+    images = raw.images(backbone.device)
+    if images is not None:
+        return backbone.encode_images(images)
     return None if raw.latent is None else sent(raw.latent, backbone.device).to(torch.float32)
 
 

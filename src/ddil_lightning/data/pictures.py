@@ -92,8 +92,19 @@ def _scale(picture: tuple[int, int], size: tuple[int, int]) -> float:
     return max(size[0] / picture[0], size[1] / picture[1])
 
 
+def in_range(levels: Tensor) -> Tensor:
+    """8 bits, 0 to 255, as float32 in [-1, 1], on whatever device they are."""
+    # By a tensor of that device: by a number a GPU would multiply with its reciprocal, which rounds otherwise than a CPU.
+    return levels.float() / torch.full((), 127.5, device=levels.device) - 1
+
+
 def fitted(image: Picture, size: tuple[int, int]) -> Tensor:
-    """An RGB picture as [3, *size] in [-1, 1]: the largest part of its centre that has this aspect, resized (Lanczos).
+    """An RGB picture as [3, *size] in [-1, 1], made to this size as `levels` does."""
+    return in_range(levels(image, size))
+
+
+def levels(image: Picture, size: tuple[int, int]) -> Tensor:
+    """An RGB picture as [3, *size] uint8: the largest part of its centre that has this aspect, resized (Lanczos).
 
     One convention for training and for the real images of an evaluation. Cut first and resized then: a panorama is not enlarged to
     gigapixels of which all but the middle is thrown away.
@@ -104,7 +115,7 @@ def fitted(image: Picture, size: tuple[int, int]) -> Tensor:
     top, left, height, width = cut((image.height, image.width), size)
     part = image.crop((left, top, left + width, top + height))
     whole = part if (height, width) == tuple(size) else part.resize((size[1], size[0]), Image.Resampling.LANCZOS)
-    return pil_to_tensor(whole).float() / 127.5 - 1
+    return pil_to_tensor(whole)  # type: ignore[no-any-return]
 
 
 def square(image: Picture, size: int) -> Tensor:
@@ -115,7 +126,7 @@ def square(image: Picture, size: int) -> Tensor:
 class Pictures(NamedTuple):
     """Pictures of one size, as they were read."""
 
-    pixels: Tensor  # [N, 3, h, w] in [-1, 1]
+    pixels: Tensor  # [N, 3, h, w] uint8
     sizes: Tensor  # [N, 6] what SDXL is told of them (`told`)
     enlarged: int  # how many are smaller than the size
 
@@ -127,7 +138,7 @@ def read_pictures(sources: Iterable[tuple[bytes | str | Path, str]], size: tuple
         image = read_picture(source, name)
         own = (image.height, image.width)
         enlarged += _scale(own, size) > 1
-        made.append(fitted(image, size))
+        made.append(levels(image, size))
         sizes.append(told(own, size))
     return Pictures(torch.stack(made), torch.tensor(sizes), enlarged)
 
@@ -135,7 +146,7 @@ def read_pictures(sources: Iterable[tuple[bytes | str | Path, str]], size: tuple
 def read_squares(sources: Iterable[tuple[bytes | str | Path, str]], size: int) -> tuple[Tensor, int]:
     """`read_pictures` of squares of `size`: [N, 3, size, size] in [-1, 1], and how many of them had to be enlarged."""
     pixels, _, enlarged = read_pictures(sources, (size, size))
-    return pixels, enlarged
+    return in_range(pixels), enlarged
 
 
 def _rgb(image: Picture) -> Picture:

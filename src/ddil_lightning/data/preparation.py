@@ -144,7 +144,7 @@ def latent_box(captions: Any, backbone: Any, processes: Processes) -> tuple[list
             some = rows[: math.ceil(UNENCODED * len(rows) / len(captions))].tolist()
             parts += [some[i : i + 8] for i in range(0, len(some), 8)]
         told = counted(parts, len(parts), "the box of the latents")
-        return estimate_box(_by_shape([backbone.encode_images(captions[part].pixels).cpu() for part in told]))
+        return estimate_box(_by_shape([backbone.encode_images(captions[part].images(backbone.device)).cpu() for part in told]))
 
     return processes.by_first(estimated)
 

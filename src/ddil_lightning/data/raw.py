@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ddil_lightning.data.pictures import in_range
+from ddil_lightning.records import sent
+
 
 class RawBatch(NamedTuple):
     """Captions and images before encoding, as a loader hands them over."""
 
-    pixels: Tensor | None  # [B, 3, H, W] in [-1, 1]
+    pixels: Tensor | None  # [B, 3, H, W] in [-1, 1], or uint8 as files have them: `images` reads both
     prompts: list[str]  # one a row, or `counts` of each
     rows: Tensor  # [B], the rows that were read
     enlarged: int = 0  # how many pictures are smaller than the size that was asked for
@@ -27,6 +30,13 @@ class RawBatch(NamedTuple):
         """Of one image, encoded or not; () without images."""
         images = self.pixels if self.latent is None else self.latent
         return () if images is None else tuple(images.shape[1:])
+
+    def images(self, device: torch.device | None = None) -> Tensor | None:
+        """[B, 3, H, W] in [-1, 1], on `device` or where they are; None without images. 8 bits cross to a GPU as they are."""
+        if self.pixels is None:
+            return None
+        there = self.pixels if device is None else sent(self.pixels, device)
+        return in_range(there) if there.dtype == torch.uint8 else there
 
     def first(self, n: int) -> RawBatch:
         """The first `n` rows, one caption each."""

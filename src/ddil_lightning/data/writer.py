@@ -163,9 +163,10 @@ class Writer:
             counts = torch.ones(len(raw.rows)).long() if raw.counts is None else raw.counts
             check_lengths(raw.rows.tolist(), [list(islice(told, n)) for n in counts.tolist()], self.backbone)
         found: dict[str, Any] = {"prompts": raw.prompts, "counts": raw.counts, "skipped": raw.skipped, "enlarged": raw.enlarged}
-        if raw.pixels is not None:
-            latents = self._held(self.backbone.encode_images(raw.pixels).cpu(), f"the latents of rows {rows[0]} to {rows[-1]}")
-            own = whole((raw.pixels.shape[2], raw.pixels.shape[3]), len(rows)) if raw.pixels.ndim == 4 else None
+        images = raw.images(self.backbone.device)
+        if images is not None:
+            latents = self._held(self.backbone.encode_images(images).cpu(), f"the latents of rows {rows[0]} to {rows[-1]}")
+            own = whole((images.shape[2], images.shape[3]), len(rows)) if images.ndim == 4 else None
             found |= {"latents": latents, "sizes": own if raw.sizes is None else raw.sizes}
         return found
 

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from ddil_lightning.training.completeness import unasked
+from ddil_lightning.training.sharding import in_step
 
 
 class Clock(Callback):
@@ -23,6 +24,7 @@ class Clock(Callback):
         pl_module.descent.restate()
         self._began = self._logged = pl_module.student_updates
         self._loggers = list(trainer.loggers)
+        self._in_step = False
         pl_module.measures.listen(self.write)
         if pl_module.student_updates >= pl_module.updates:
             trainer.should_stop = True
@@ -34,6 +36,9 @@ class Clock(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Commit, log, stop. Raises ValueError for a method that updates its student and never says so: such a run would not end."""
         self._commit(pl_module)
+        if not self._in_step:  # until the first batch is done one process may have more to prepare than others
+            self._in_step = True
+            in_step(trainer.strategy, True)
         clock = pl_module.student_updates
         if pl_module.descent.student_moved and clock == self._began:
             raise ValueError(
@@ -50,6 +55,7 @@ class Clock(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """This trainer's loggers hear no other run of the method."""
+        in_step(trainer.strategy, False)
         pl_module.measures.forget(self.write)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

@@ -50,7 +50,8 @@ class Footprint(NamedTuple):
     """The memory of a run in bytes on one device.
 
     `at_once`: the most that gradients, optimisers' states and activations take together; less than their sum, because activations have
-    partly gone when the gradients are complete. `encoding`: what passes while images are encoded. `buckets`: DDP's copies of gradients.
+    partly gone when the gradients are complete. `encoding`: what passes while images are encoded. `buckets`: the gradients under DDP, which
+    lie in its buckets and are there all the time, between two steps and at the run's two ends too.
     `gathered`: what fsdp2 gathers of weights, and of gradients before they are split. `offloaded`: weights that are elsewhere in the
     training, and there before and after it, when the end is rehearsed and made; `whole`: the student under fsdp2, gathered for both.
     """
@@ -74,8 +75,8 @@ class Footprint(NamedTuple):
 
         There the student is exported, read again and compared, one network after the other in the place of the frozen one.
         """
-        training = self.buckets + max(self.at_once + self.gathered, self.of("optimizer") + self.encoding)
-        return self.of("weights") + max(training, self.offloaded + self.whole)
+        between = self.buckets + max(self.of("optimizer") + self.encoding, self.offloaded + self.whole)
+        return self.of("weights") + max(self.at_once + self.gathered, between)
 
 
 def footprint(method: Any, setting: Setting) -> Footprint:
@@ -96,7 +97,8 @@ def away(made: Footprint, names: Sequence[str]) -> Footprint:
 def placed(whole: Footprint, method: Any, setting: Setting) -> Footprint:
     """What one of several devices has of the `whole` footprint under a strategy."""
     if setting.strategy == "ddp":
-        return whole._replace(buckets=whole.of("gradients"))
+        # All gradients, the states and all of a step's activations: no gradient comes into being on the way.
+        return whole._replace(buckets=whole.of("gradients"), at_once=whole.of("gradients") + whole.of("optimizer") + whole.activations)
     if setting.strategy != "fsdp2":
         return whole
     n = setting.devices

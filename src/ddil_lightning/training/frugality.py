@@ -12,6 +12,12 @@ from ddil_lightning.backbones.adapters import Adapter
 from ddil_lightning.backbones.quantising import saved
 from ddil_lightning.training.footprint import EIGHT, FULL, Footprint, Part, Setting, away, bytes_of, encoders, placed
 
+OFFLOADED = {
+    "average": "every update sends the student's weights to the CPU, which averages them",
+    "target": "as for the average, and every step fetches its weights",
+    "former": "every step fetches its weights",
+}
+"""Roles that `memory.offload` may name, and what that costs."""
 RANK = 64
 """LCM-LoRA's."""
 
@@ -26,8 +32,8 @@ def smaller(method: Any, setting: Setting, made: Footprint, other: Footprint) ->
     if not setting.encoded:
         yield f"data.cache=DIR, made by ddil-cache (the encoders leave the {'GPU' if setting.cuda else 'memory'})", away(made, ["encoders"])
     if setting.cuda:
-        for name in ("average", "target", "former"):
-            yield f"model.memory.offload=[{name}]", away(made, [name])
+        for name, price in OFFLOADED.items():
+            yield f"model.memory.offload=[{name}] ({price})", away(made, [name])
     if setting.batch > 1:
         twice = f"data.batch_size={setting.batch // 2} model.optimizer.accumulate={2 * method.descent.accumulate}"
         yield twice, _of_half_activations(made)._replace(encoding=made.encoding // 2)

@@ -32,10 +32,11 @@ from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.measures import Measures
 from ddil_lightning.training.offload import Offload
 from ddil_lightning.training.optimisation import Descent, Optimizer
-from ddil_lightning.training.options import Memory, check_precision, checked_box, compile_roles, fit_box, guidance_range
+from ddil_lightning.training.options import Memory, TensorFloat32, check_precision, checked_box, compile_roles, fit_box, guidance_range
 from ddil_lightning.training.question import question
 from ddil_lightning.training.randomness import Borrowed
-from ddil_lightning.training.sharding import Shards, check_strategy, find_unused
+from ddil_lightning.training.reducing import prepare
+from ddil_lightning.training.sharding import Shards, check_strategy
 from ddil_lightning.training.sharing import leave_out_shared, leave_to_each_process, share_buffers
 
 
@@ -100,6 +101,7 @@ class Distillation(Clocks, LightningModule):
         self.guidance = guidance_range(self.backbone.guidance if guidance is None else guidance)
         self.updates, self.lr = updates, optimizer.lr
         self.gradient_checkpointing, self.compiles, self.log_every = memory.gradient_checkpointing, memory.compile, log_every
+        self.tf32 = memory.tf32
         self.box, self.has_box = box, box is not None or reflect == "off"
         self.reflection = Reflection(*checked_box(box, self.backbone.latent_shape[0]), reflect)
         self.average: nn.Module | None = None
@@ -267,8 +269,7 @@ class Distillation(Clocks, LightningModule):
         shares = any(role.shared for role in self.roles.values())
         check_strategy(self.trainer.strategy, self.trainer.precision, shares, offload=bool(self.offload.names))
         check_precision(self.trainer.precision, self.takes_turns and self.descent.accumulate > 1)
-        if self.takes_turns:
-            find_unused(self.trainer.strategy)
+        prepare(self.trainer.strategy, self.takes_turns)
         if self.feed.prior is not None:
             self.check_prior(self.feed.prior)
 
@@ -293,6 +294,7 @@ class Distillation(Clocks, LightningModule):
             fit_box(self.reflection, self.feed, self.trainer.is_global_zero)
             self.has_box = True
         self.offload.begin(self)
+        self.descent.reduction.begin(self.trainer.strategy, self.takes_turns)
 
     def configure_model(self) -> None:
         """Share out and shard, as the strategy says, and compile, where the config does."""
@@ -328,7 +330,7 @@ class Distillation(Clocks, LightningModule):
         A Trainer calls this hook first: what the method lacks is named before the data ask for it.
         """
         check_complete(self)
-        return [Clock()]
+        return [Clock(), *([TensorFloat32()] if self.tf32 else [])]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the clocks and the counts of evaluations."""

@@ -18,6 +18,7 @@ from ddil_lightning.backbones.roles import Role
 from ddil_lightning.bounds import at_least, fraction, lengths, within
 from ddil_lightning.records import LatentBatch
 from ddil_lightning.texts import reason
+from ddil_lightning.training.reducing import Reduction
 from ddil_lightning.training.watch import Watch
 
 
@@ -95,7 +96,7 @@ class Descent:
         self.clip, self.accumulate = optimizer.clip, optimizer.accumulate
         self.final_lr, self.warmup = optimizer.final_lr, optimizer.warmup
         self.micro: dict[str, int] = {}
-        self.watch = Watch()
+        self.watch, self.reduction = Watch(), Reduction()
         self._sound: dict[str, Tensor] = {}  # of the micro-batches of the update under way, by the name of the loss
         self.last: Tensor | None = None
         self.batch: LatentBatch | None = None
@@ -158,10 +159,12 @@ class Descent:
                     "other's gradients: descend their sum, or give each an optimiser of its own"
                 )
             optimizer.zero_grad()  # another loss may have reached these weights since: the student's passes through a critic, say
-        method.manual_backward(loss / self.accumulate)
+        done = (self.micro.get(name, 0) + 1) % self.accumulate
+        with self.reduction.of(optimizer, method.trainer.strategy, last=not done):
+            method.manual_backward(loss / self.accumulate)
         self._sound[name] = torch.minimum(self._sound[name], sound) if name in self._sound else sound
-        self.micro[name] = (self.micro.get(name, 0) + 1) % self.accumulate
-        if self.micro[name]:
+        self.micro[name] = done
+        if done:
             return False
         if id(optimizer) not in self._begun:
             self._begin(method, optimizer, name)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ddil_lightning.backbones.network import Network
 from ddil_lightning.diffusion.denoiser import Denoiser
-from ddil_lightning.processes import PATIENCE
+from ddil_lightning.processes import IN_STEP, PATIENCE, wait_at_most
 
 
 class Sharded(ModelParallelStrategy):
@@ -69,17 +69,18 @@ def check_strategy(strategy: Any, precision: str, shares: bool = False, offload:
         )
 
 
-def find_unused(strategy: Any) -> None:
-    """Have DDP look for what a step leaves without a gradient, which not every batch of a method with two optimisers updates."""
-    if isinstance(strategy, DDPStrategy):
-        strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
-
-
 def be_patient(strategy: Any) -> None:
     """Have DDP wait as long as fsdp2 does, unless it was told another time: the first process prepares data for all, which of millions of
     pictures takes longer than the 30 minutes that Lightning gives it."""
     if isinstance(strategy, DDPStrategy) and strategy._timeout == default_pg_timeout:
         strategy._timeout = PATIENCE
+
+
+def in_step(strategy: Any, yes: bool) -> None:
+    """Have the processes wait for each other as long as a training may need, IN_STEP, or (`yes` is false) PATIENCE again; who was told a
+    time of its own keeps it."""
+    if getattr(strategy, "_timeout", None) == PATIENCE:
+        wait_at_most(IN_STEP if yes else PATIENCE)
 
 
 def shard(networks: Iterable[nn.Module], mesh: Any) -> None:
