@@ -65,5 +65,5 @@ def test_nothing_that_a_run_wrote_belongs_to_the_repository() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     top = {line.split("/")[0] for line in listed if line}
     folders = {"src", "configs", "tests", "notebooks", "benchmarks", "docs", ".ci"}
-    files = {"pyproject.toml", "Makefile", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "mkdocs.yml", ".gitignore"}
-    assert top == folders | files
+    files = {"pyproject.toml", "Makefile", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "mkdocs.yml"}
+    assert top == folders | files | {".gitignore"}
