@@ -2,7 +2,7 @@
 picture; and for what is found out of the student by ddil-test (1000 prompts, every metric of the built-in pipelines, which need nobody
 else's weights, at every step count that the student is made for) and by ddil-probe (256 prompts, node by node and both sweeps).
 
-Each command runs in a process of its own, as typed after `make` has installed; the installation is not counted. Rows of the teacher are the
+Each command runs in a process of its own, as `make fit` types it after it has installed; the installation is not counted. Rows of the teacher are the
 kept ones, as a newcomer has them. On an idle machine: the figures are seconds of its clock.
 
     python benchmarks/first_result.py [--config lcm_ddil.yaml] [--without test probe] [--json FILE]
@@ -49,7 +49,8 @@ def lines(*words: str) -> Iterator[tuple[float, str]]:
 def waited(args: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
     """The rows of the table."""
     run = folder / "run"
-    words = ["ddil-fit", "--config", args.config, "--run_dir", str(run), "--seed", str(args.seed), *args.set]
+    few = made_fit() if args.config == "lcm_ddil.yaml" else []
+    words = ["ddil-fit", "--config", args.config, "--run_dir", str(run), "--seed", str(args.seed), *few, *args.set]
     words += ["--updates", "3", "test.n=16"] if args.quick else []
     seen: dict[str, float] = {}
     started = time.time()
@@ -64,6 +65,12 @@ def waited(args: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
     within = {"ddil-fit: first line": 1, "first update": 15, "first pictures": 60, "the table, and the end": 180}
     rows: list[dict[str, object]] = [{"name": name, "seconds": seen[name], "within": limit} for name, limit in within.items()]
     return [*rows, {"name": "ddil-sample: one picture", "seconds": seconds, "within": 8}, *looked_into(run, args)]
+
+
+def made_fit() -> list[str]:
+    """What `make fit` adds to the config."""
+    makefile = Path(__file__).parents[1] / "Makefile"
+    return next(line.partition(":=")[2].split() for line in makefile.read_text().splitlines() if line.startswith("FEW"))
 
 
 def first_trained(samples: Path) -> Path:

@@ -123,7 +123,7 @@ def smaller(said: list[str]) -> list[str]:
         return said if said[0] == "ddil-fit" else said + more
     if "--wandb" in said or "--tensorboard" in said:
         return [*said, "--print_config"]  # W&B itself takes as long as all others together; tests/commands/ has it
-    first = said[1:] == ["--config", "lcm_ddil.yaml"]
+    first = said in (["ddil-fit", "--config", "lcm_ddil.yaml"], shlex.split(recipe("fit")))
     return [*said, *more, "--updates", "5" if "--ckpt_path" in said else "3", f"test.n={16 if first else 0}"]
 
 

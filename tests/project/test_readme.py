@@ -122,7 +122,11 @@ def the(ran: Reader, part: str, page: str = "commands.md") -> Ran:
 
 def test_the_first_command_is_the_default_run() -> None:
     assert COMMANDS[0][0] == "README.md" and COMMANDS[0][1].startswith("make fit")
-    assert words(COMMANDS[0][1]) == ["ddil-fit", "--config", "lcm_ddil.yaml"] == words(dict(COMMANDS[::-1])["commands.md"])
+    plain = words(dict(COMMANDS[::-1])["commands.md"])
+    assert plain == ["ddil-fit", "--config", "lcm_ddil.yaml"]
+    # The README says how many of its updates the first run has.
+    few = words(COMMANDS[0][1])[len(plain) :]
+    assert few[0] == "--updates" and f"{few[1]} of them" in GUIDES["README.md"].prose and few[2:] == ["model.ema=0.985"]
 
 
 @pytest.mark.parametrize(("page", "line"), [pytest.param(*key, marks=() if key[0] in ORDINARY else pytest.mark.slow) for key in COMMANDS])
