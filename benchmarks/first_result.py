@@ -2,8 +2,8 @@
 picture; and for what is found out of the student by ddil-test (1000 prompts, every metric of the built-in pipelines, which need nobody
 else's weights, at every step count that the student is made for) and by ddil-probe (256 prompts, node by node and both sweeps).
 
-Each command runs in a process of its own, as `make fit` types it after it has installed; the installation is not counted. Rows of the teacher are the
-kept ones, as a newcomer has them. On an idle machine: the figures are seconds of its clock.
+Each command runs in a process of its own, as `make fit` types it after it has installed; the installation is not counted. Rows of the
+teacher are the kept ones, as a newcomer has them. On an idle machine: the figures are seconds of its clock.
 
     python benchmarks/first_result.py [--config lcm_ddil.yaml] [--without test probe] [--json FILE]
 """

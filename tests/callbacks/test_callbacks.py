@@ -386,6 +386,23 @@ def test_the_shift_probe_is_the_energy_distance_of_the_report(tiny: Path, monkey
     assert all(ratio > 0 for key, ratio in more.items() if "loss_ratio" in key)
 
 
+@pytest.mark.parametrize(("scores", "w"), [({}, 2.0), ({"guidance": 1.0}, None)])
+def test_the_shift_is_that_to_the_teacher_whom_the_student_follows(scores: Any, w: float | None, tiny: Path) -> None:
+    """Of DMD2 the real score, whatever guidance pictures are drawn with."""
+    run = fit(build(BY_NAME["dmd2"], tiny, updates=1, guidance=3.0, scores=scores), captions(tiny))
+    told: list[Any] = []
+    apart = run.method.teacher.apart
+
+    def asked(*given: Any) -> Any:
+        role = apart(*given)
+        role.register_forward_pre_hook(lambda _, args: told.append(args[2].w))
+        return role
+
+    run.method.teacher.apart = asked
+    ShiftProbe(count=8, steps=4, teacher_steps=8).measure(run.method, run.data)
+    assert {None if x is None else float(x.unique()) for x in told} == {w}
+
+
 def test_probe_and_previews_ask_a_student_without_dropout(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gates and alerts would hear of a student that nobody deploys."""
     monkeypatch.chdir(tmp_path)

@@ -322,6 +322,17 @@ def test_saving_and_restoring_is_exact():
         assert all(same(x, y) for x, y in zip(first, go_on(again), strict=True))
 
 
+def test_ends_that_a_method_asks_for_no_more_are_left_out() -> None:
+    """A run goes on whose method once asked for them, with new roll-outs beside the old ones."""
+    old, made = ReplayBuffer(100), rollout(0)
+    old.add(made._replace(noise=made.x_t[:3], end=made.x_t[:3], whole=made.source[:3]), clock=0, stage=0)
+    now = ReplayBuffer(100)
+    now.load_state_dict(old.state_dict(), ends=False)
+    now.add(rollout(1), clock=1, stage=0)
+    got = now.sample(50, clock=2, generator=generator())
+    assert got.noise is None and got.end is None and len(got.slot.unique()) > 12
+
+
 def test_restoring_into_a_smaller_buffer_drops_the_oldest():
     small = ReplayBuffer(15)
     small.load_state_dict(filled().state_dict())

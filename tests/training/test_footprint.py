@@ -137,6 +137,9 @@ def test_shards_and_buckets(light: Path) -> None:
     assert ddp.buckets == whole.of("gradients") and ddp.at_once == ddp.buckets + 1000
     assert ddp.total == ddp.of("weights") + ddp.buckets + 1000
     assert ddp._replace(offloaded=2000).total == ddp.total + 1000  # a run's ends have them too
+    method.descent.accumulate = 2  # micro-batches that send nothing have gradients of their own
+    assert placed(whole, method, Setting(1, strategy="ddp", devices=2)).at_once == 2 * ddp.buckets + 1000
+    method.descent.accumulate = 1
     split = placed(whole, method, Setting(1, strategy="fsdp2", devices=2))
     frozen = [p.weights for p in whole.parts if not p.own]
     assert split.of("weights") - sum(frozen) == pytest.approx((whole.of("weights") - sum(frozen)) / 2, abs=len(split.parts))

@@ -16,7 +16,8 @@ from torch import distributed
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.callbacks import Checkpoints
 from ddil_lightning.imitation.prior import SamplingPrior
-from ddil_lightning.processes import Processes, wait_at_most
+from ddil_lightning.processes import PATIENCE, Processes, wait_at_most
+from ddil_lightning.training.sharding import be_patient
 from pair import WORLD, Pair, ddp
 from suite import BATCH, BY_NAME, FORWARD, METHODS, MIXED, PER_METHOD, Entry, Gradients, Run, build, captions, equal, fit, state
 
@@ -280,18 +281,20 @@ class Patient(Callback):
     on_fit_end = on_train_batch_start
 
 
-def waited_for(rank: int, tiny: Path, days: int) -> list[float]:
+def waited_for(rank: int, tiny: Path, days: int | None) -> list[float]:
     patient = Patient()
-    wait_at_most(timedelta(days=days))  # as a launcher would have it
-    among = {**ddp(METHODS[0]), "strategy": DDPStrategy(process_group_backend="gloo", timeout=timedelta(days=days))}
+    wait_at_most(PATIENCE if days is None else timedelta(days=days))  # as a launcher would have it
+    own = {} if days is None else {"timeout": timedelta(days=days)}
+    among = {**ddp(METHODS[0]), "strategy": DDPStrategy(process_group_backend="gloo", **own)}
+    be_patient(among["strategy"])
     fit(build(METHODS[0], tiny, updates=2), captions(tiny), patient, **among)
     return patient.seen
 
 
 def test_processes_in_training_wait_for_hours_and_no_longer_for_days(pair: Pair, tiny: Path) -> None:
     """From the first batch to the last; not where a config gives a time of its own."""
-    assert pair.run(waited_for, tiny, 7, timeout=60) == [[168, 2, 168]] * 2
-    assert pair.run(waited_for, tiny, 1, timeout=60) == [[24, 24, 24]] * 2
+    assert pair.run(waited_for, tiny, None, timeout=60) == [[168, 2, 168]] * 2
+    assert pair.run(waited_for, tiny, 7, timeout=60) == [[168, 168, 168]] * 2
 
 
 class PoisonOne(Callback):

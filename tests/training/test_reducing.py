@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,6 +77,18 @@ def test_an_update_of_several_micro_batches_sends_its_gradients_once(name: str, 
         assert 2 * sum(once) == sum(every) > 0
         for key, value in ours.items():
             torch.testing.assert_close(value, plain[key], rtol=1e-4, atol=1e-5)
+
+
+def test_a_static_graph_is_sent_in_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first one is what DDP knows the graph by."""
+    strategy, weights, silent = DDPStrategy(), SimpleNamespace(param_groups=[]), []
+    monkeypatch.setattr(DDPStrategy, "block_backward_sync", lambda self: silent.append(True) or nullcontext())
+    for static in (False, True):
+        strategy.model = SimpleNamespace(static_graph=static)  # type: ignore[assignment]
+        for last in (False, True):
+            with Reduction().of(weights, strategy, last):
+                pass
+    assert silent == [True]
 
 
 def in_turns(rank: int, tiny: Path) -> tuple[Any, Any, list[int]]:

@@ -132,6 +132,19 @@ def test_a_run_whose_callback_fails_goes_on_from_there(entry: Entry, last: bool,
     same(straight(entry)[0], fit(*objects(entry, tiny, "buffer"), ckpt=tmp_path / f"updates={CUT}.ckpt"))
 
 
+def test_what_failed_first_is_what_is_told(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that is out of memory for a preview is so for the look at the weights too, before they are saved."""
+
+    def broken(method: Any) -> bool:
+        if method.student_updates == CUT:
+            raise RuntimeError("the device is lost")
+        return True
+
+    monkeypatch.setattr("ddil_lightning.callbacks.checkpoints.finite", broken)
+    with pytest.raises(RuntimeError, match="no room"):
+        fit(*objects(BY_NAME["pd"], tiny, "buffer"), Checkpoints(every=0, folder=str(tmp_path)), Fails())
+
+
 # PCM and CTM have no discriminator but where one is asked for.
 TURNS = [entry for entry in METHODS if issubclass(entry.method, Contest) and entry.name not in ("pcm", "ctm", "ctm-denoising")]
 

@@ -31,7 +31,8 @@ class Checkpoints(Checkpoint):
     A checkpoint holds the student, its averages, the optimiser, the buffer and the clocks, never the frozen teacher. Lightning's own
     ModelCheckpoint counts the steps of every optimiser, which is another clock.
     Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 end the run after the update in progress, with a checkpoint; a second one stops at once. Weights
-    that are not finite are not saved (FloatingPointError), so that the last checkpoint is a good one.
+    that are not finite are not saved (FloatingPointError), so that the last checkpoint is a good one. In a script of one's own `fit` then
+    returns, `signal` says which it was, and Lightning's requeueing by SIGUSR1 under SLURM, whose handler is replaced, does nothing.
 
     Args:
         every: student updates between two checkpoints; 0 for those at an end alone.
@@ -111,7 +112,7 @@ class Checkpoints(Checkpoint):
         # On a GPU numbers that are not finite are known a batch late, when their update is counted but was not taken.
         between = between and not isinstance(exception, FloatingPointError)
         if trainer.world_size == 1 and between and isinstance(exception, Exception) and pl_module.student_updates != self._saved_at:
-            with suppress(OSError, FloatingPointError):
+            with suppress(Exception):  # such as a device that answers no more: what is told is what came first
                 self.save(trainer, pl_module)
 
     def save(self, trainer: Any, method: Any) -> Path:

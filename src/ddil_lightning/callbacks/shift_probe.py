@@ -85,7 +85,9 @@ class ShiftProbe(Callback):
         batch = data.reference(self.count)
         policy, grid = method.deployment.sampler(self.steps)
         inner = grid.nodes.tolist()[1:]
-        walker = Policy(method.teacher.apart(), ddim, fine=Grid.named("trailing", self.teacher_steps, method.teacher.schedule.steps))
+        fine = Grid.named("trailing", self.teacher_steps, method.teacher.schedule.steps)
+        # Under the guidance of its feedback: a student of DMD2 is moved to the real score's distribution and to no other.
+        walker = Policy(method.teacher.apart(), ddim, fine=fine, asks=getattr(method.policies.teacher, "asks", None))
         if not self._references:
             # Every set of latents has seeds of its own: seed + i is that of sample i.
             self._references["teacher"] = self._states(walker, grid, method, batch, self.seed + self.count)

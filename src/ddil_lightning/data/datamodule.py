@@ -361,7 +361,7 @@ class DDILDataModule(LightningDataModule, Feed):
         if us.world > len(buffers):
             self.flush()  # on all of them: whether they roll out is the same on all, or they would wait for each other
         elif self.buffer is not None and buffers[us.rank] is not None:
-            self.buffer.load_state_dict(buffers[us.rank])
+            self.buffer.load_state_dict(buffers[us.rank], self.learner.wants.ends or self.learner.wants.noise)
             if "collected" not in state:  # a checkpoint of before, of one shape
                 self._collected = self.buffer.shapes()
         was = Parting(len(buffers), state.get("batch_size", self.batch_size))  # which those of before do not say

@@ -221,10 +221,11 @@ class ReplayBuffer:
         kept = {"answers": self.answers.storage, "question": self.answers.question}
         return {"chunks": chunks, "means": means, "next": self._next, "rejected": self.rejected, **kept}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], ends: bool = True) -> None:
         """Continues from `state_dict()`; with a smaller capacity than it was saved with, the oldest roll-outs go.
 
-        Answers that were kept in another way than this buffer's are left out: they are asked for again.
+        Answers that were kept in another way than this buffer's are left out: they are asked for again. Without `ends` those of
+        trajectories are left out too, which a method of before may have asked for.
         """
         self._arriving = []
         alike = state.get("answers") == self.answers.storage
@@ -232,9 +233,9 @@ class ReplayBuffer:
         self._chunks = deque()
         for k in state["chunks"]:
             states, c, answers = States(**own(k["states"])), Context(**own(k["c"])), restored(k.get("answers", {})) if alike else {}
-            ends = {x: k[x].clone() for x in ENDS if x in k}
+            its = {x: k[x].clone() for x in ENDS if x in k and ends}
             clock, stage, start = k["at"]
-            self._chunks.append(Chunk(states, c, clock, stage, start, answers, **ends))
+            self._chunks.append(Chunk(states, c, clock, stage, start, answers, **its))
         self.answers.restore(state.get("question"))
         self._means = {int(time): (float(mean), int(count)) for time, mean, count in state["means"]}
         self._next, self.rejected = int(state["next"]), int(state["rejected"])

@@ -98,7 +98,8 @@ def placed(whole: Footprint, method: Any, setting: Setting) -> Footprint:
     """What one of several devices has of the `whole` footprint under a strategy."""
     if setting.strategy == "ddp":
         # All gradients, the states and all of a step's activations: no gradient comes into being on the way.
-        return whole._replace(buckets=whole.of("gradients"), at_once=whole.of("gradients") + whole.of("optimizer") + whole.activations)
+        at_once = whole.of("gradients") + whole.of("optimizer") + whole.activations
+        return whole._replace(buckets=whole.of("gradients"), at_once=at_once + beside(method.descent.accumulate, whole))
     if setting.strategy != "fsdp2":
         return whole
     n = setting.devices
@@ -107,6 +108,11 @@ def placed(whole: Footprint, method: Any, setting: Setting) -> Footprint:
     kept = whole._replace(parts=split, gathered=gathered, whole=sum(map(bytes_of, method.outgoing.network.parameters())))
     # All of a step's activations, beside the shares of gradients and states.
     return kept._replace(at_once=min(whole.at_once, whole.activations + kept.of("gradients") + kept.of("optimizer")))
+
+
+def beside(accumulate: int, made: Footprint) -> int:
+    """The bytes of gradients beside DDP's buckets: all of them in micro-batches that send none, in which they come into being anew."""
+    return made.of("gradients") if accumulate > 1 else 0
 
 
 def parts(method: Any, step: Step | None = None) -> Iterator[Part]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ddil_lightning.backbones.adapters import Adapter
 from ddil_lightning.backbones.quantising import saved
-from ddil_lightning.training.footprint import EIGHT, FULL, Footprint, Part, Setting, away, bytes_of, encoders, placed
+from ddil_lightning.training.footprint import EIGHT, FULL, Footprint, Part, Setting, away, beside, bytes_of, encoders, placed
 
 OFFLOADED = {
     "average": "every update sends the student's weights to the CPU, which averages them",
@@ -35,8 +35,11 @@ def smaller(method: Any, setting: Setting, made: Footprint, other: Footprint) ->
         for name, price in OFFLOADED.items():
             yield f"model.memory.offload=[{name}] ({price})", away(made, [name])
     if setting.batch > 1:
-        twice = f"data.batch_size={setting.batch // 2} model.optimizer.accumulate={2 * method.descent.accumulate}"
-        yield twice, _of_half_activations(made)._replace(encoding=made.encoding // 2)
+        accumulate = method.descent.accumulate
+        half = _of_half_activations(made)._replace(encoding=made.encoding // 2)
+        more = beside(2 * accumulate, made) - beside(accumulate, made) if setting.strategy == "ddp" else 0
+        twice = f"data.batch_size={setting.batch // 2} model.optimizer.accumulate={2 * accumulate}"
+        yield twice, half._replace(at_once=half.at_once + more)
     if setting.cuda and setting.precision in ("32-true", "32", "None"):
         yield "trainer.precision=bf16-mixed", _of_half_activations(made)
     yield from _of_half_frozen(method, made)

@@ -101,7 +101,7 @@ class Distillation(Clocks, LightningModule):
         self.guidance = guidance_range(self.backbone.guidance if guidance is None else guidance)
         self.updates, self.lr = updates, optimizer.lr
         self.gradient_checkpointing, self.compiles, self.log_every = memory.gradient_checkpointing, memory.compile, log_every
-        self.tf32 = memory.tf32
+        self._tf32 = memory.tf32
         self.box, self.has_box = box, box is not None or reflect == "off"
         self.reflection = Reflection(*checked_box(box, self.backbone.latent_shape[0]), reflect)
         self.average: nn.Module | None = None
@@ -330,7 +330,7 @@ class Distillation(Clocks, LightningModule):
         A Trainer calls this hook first: what the method lacks is named before the data ask for it.
         """
         check_complete(self)
-        return [Clock(), *([TensorFloat32()] if self.tf32 else [])]
+        return [Clock(), *([TensorFloat32()] if self._tf32 else [])]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the clocks and the counts of evaluations."""

@@ -41,7 +41,8 @@ class Reduction:
     def of(self, optimizer: Any, strategy: Any, last: bool) -> Iterator[None]:
         """Inside is a backward pass for `optimizer`; `last`: it completes the gradients of an update, which are sent."""
         self._moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        silent = not last and isinstance(strategy, DDPStrategy)  # fsdp2 would hold gradients whole meanwhile
+        # fsdp2 would hold gradients whole meanwhile, and a static graph counts on its first pass being sent.
+        silent = not last and isinstance(strategy, DDPStrategy) and not strategy.model.static_graph  # type: ignore[union-attr]
         try:
             with strategy.block_backward_sync() if silent else nullcontext():
                 yield

@@ -79,7 +79,7 @@ def be_patient(strategy: Any) -> None:
 def in_step(strategy: Any, yes: bool) -> None:
     """Have the processes wait for each other as long as a training may need, IN_STEP, or (`yes` is false) PATIENCE again; who was told a
     time of its own keeps it."""
-    if getattr(strategy, "_timeout", None) == PATIENCE:
+    if getattr(strategy, "_timeout", None) is PATIENCE:  # an equal one is a user's own
         wait_at_most(IN_STEP if yes else PATIENCE)
 
 
