@@ -93,7 +93,7 @@ def test_an_exported_scheduler_is_called_in_its_own_step_count(name: str, tmp_pa
     student = Pipeline(str(export.export(method, tmp_path / "p", 4)))
     student.check_steps(4)
     for n in (1, 2, 3, 8):
-        said = f"holds the nodes of 4 steps, .* ddil-export --steps {n} writes a pipeline for that count"
+        said = rf"holds the nodes of 4 steps, .* \(ddil-export --steps {n}\), where its method makes one"
         with warnings.catch_warnings(), pytest.raises(ValueError, match=said):
             warnings.simplefilter("error")
             student.check_steps(n)
