@@ -10,6 +10,7 @@ import torch
 
 from browser import Browser, needs_chromium
 from ddil_lightning.evaluation.registry import unmeasured
+from ddil_lightning.evaluation.stamps import sized
 from ddil_lightning.evaluation.suite import make_row
 from ddil_lightning.runs.compared import markdown, text, write_compared
 from ddil_lightning.runs.comparison import Comparison, Seen, small
@@ -92,6 +93,17 @@ def test_an_older_row_has_the_numbers_that_it_has(tmp_path: Path) -> None:
     assert made.rows[0]["protocol"]["metrics"] == ["kid", "vendi"] and made.rows[0]["metrics"]["hps"] == 0.25
     made.add(*measured(every, kid=0.5))
     assert made.kept("one@4", every, "d")
+
+
+def test_numbers_that_stay_keep_the_caution_about_sizes(tmp_path: Path) -> None:
+    """A joined row was told to be of numbers that see no size, for those asked for now see none."""
+    made = Comparison(tmp_path / "x.json", ["one"])
+    for asked, seen in ({"lpips_diversity": ["lpips_diversity"]} | {"kid": []}).items():
+        row, values = measured({**MINE, "metrics": [asked]}, **{asked: 0.5})
+        for name, side in (("one@4", 16), ("two@4", 32)):
+            made.add({**row, "name": name, "generation": {"digest": name, "size": [side, side], "as_made": seen}}, values)
+    assert [row["generation"]["as_made"] for row in made.rows] == [["lpips_diversity"]] * 2
+    assert sized(made.rows).startswith("Images as large as they are made are seen by lpips_diversity: ")
 
 
 def test_what_a_protocol_names_is_shown(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,7 +133,9 @@ def _joined(before: Row, now: Row) -> Row:
     metrics["intervals"] = {**old.get("intervals", {}), **new.get("intervals", {})}
     had, asked = before["protocol"].get("metrics", ()), now["protocol"].get("metrics")
     both = None if had is None or asked is None else list(dict.fromkeys([*had, *asked]))
-    return {**now, "metrics": metrics, "protocol": now["protocol"] | {"metrics": both}}
+    sized = [row["generation"]["as_made"] for row in (before, now) if "as_made" in row["generation"]]
+    generation = now["generation"] | ({"as_made": list(dict.fromkeys(chain(*sized)))} if sized else {})
+    return {**now, "metrics": metrics, "protocol": now["protocol"] | {"metrics": both}, "generation": generation}
 
 
 def small(images: Tensor, side: int = SIDE) -> Tensor:
