@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
@@ -14,12 +15,15 @@ from PIL import Image
 
 from ddil_lightning.commands import main
 from ddil_lightning.commands.restore import restore
+from ddil_lightning.commands.test import _written as written
 from ddil_lightning.evaluation import rows as scoring
+from ddil_lightning.evaluation import table
 from ddil_lightning.evaluation.given import Given, Judge
 from ddil_lightning.evaluation.registry import keys
-from ddil_lightning.evaluation.suite import Suite
+from ddil_lightning.evaluation.suite import Suite, make_row
 from ddil_lightning.methods import DMD2
 from ddil_lightning.miniature import digits
+from ddil_lightning.processes import Processes
 from ddil_lightning.runs import export
 from suite import METHODS, Entry, build
 
@@ -253,6 +257,19 @@ def test_a_table_is_printed_before_it_is_written(tiny: Path, here: Path, judged:
     said = refused(capsys, main.command("test"), *words, "--out", ".")  # before an hour of sampling
     assert "--out . is a folder: give the name of a file" in said
     assert sorted(p.name for p in here.iterdir()) == ["link.json", "real.json"]
+
+
+def test_a_later_row_that_cannot_be_written_is_not_said_to_be(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    def write_rows(out: Path, found: dict[str, Any]) -> None:
+        if len(found["rows"]) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(table, "write_rows", write_rows)
+    with pytest.raises(OSError), written(tmp_path / "metrics.json", Processes()) as add:
+        for n in (1, 2):
+            add(make_row(f"teacher@{n}", n, 1.0, n, 0.1, {"frechet": 1.0}, {"n": 16, "seeds": {"first": 0}}))
+    out = capsys.readouterr().out
+    assert "teacher@2" in out and "written to" not in out
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from ddil_lightning.evaluation.batches import as_saved
 from ddil_lightning.evaluation.networks import Named
 from ddil_lightning.evaluation.suite import Suite
 from ddil_lightning.training.method import Distillation
-from pictured import captioned_set
+from pictured import captioned_set, parquet
 
 MINE = """
 prompts: {source: captions.jsonl, images: pictures}
@@ -92,6 +92,20 @@ def test_a_protocol_of_one_s_own(tiny: Path, here: Path, capsys: Any) -> None:
     _, out = scored(capsys, *words[:5], "more.yaml", *words[6:], "--reference", "real.safetensors")
     assert "left out: cmmd, for the statistics of the images of these prompts hold no embeddings\n" in out
     assert less["metrics"]["frechet"] == pytest.approx(row["metrics"]["frechet"], rel=1e-9) and less["metrics"]["kid"] is None
+
+
+def test_statistics_take_the_place_of_a_split(here: Path, capsys: Any) -> None:
+    """They have neither split nor column, whatever the protocol says of its data set, and its row has the same stamp by them."""
+    parquet(here / "real", rows=12)
+    (here / "p.yaml").write_text(MINE + "references: {source: real, split: train, image: image}\n")
+    words = ["--protocol", "p.yaml", "--data", "set"]
+    code, _, err = call(capsys, *words, "--save_reference", "real.safetensors")
+    assert code == 0, err
+    found = []
+    for more in ([], ["--reference", "real.safetensors"]):
+        plan = protocols.planned(parser().parse_args([*words, *more]))
+        found.append(Suite.of(plan.protocol, plan.networks).protocol)
+    assert found[0]["stamp"] == found[1]["stamp"] and found[0]["reference"]["images"] == 12
 
 
 def test_prompts_alone(tiny: Path, here: Path, capsys: Any) -> None:

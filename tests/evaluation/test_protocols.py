@@ -343,8 +343,9 @@ def test_only_what_is_asked_for_is_measured(coco: Path) -> None:
     out = suite_of(coco, metrics=["frechet"]).score(lambda prompts, seed: images[: len(prompts)])
     assert out["frechet"] is not None and out["kid"] is out["saturation"] is None
     some, every = suite_of(coco, metrics=["frechet"]).protocol, suite_of(coco).protocol
-    assert some["metrics"] == ["frechet"] and "metrics" not in every and some["stamp"] == every["stamp"]
-    assert covers(some, some) and covers(every, some) and not covers(some, every) and not covers({**every, "stamp": "x"}, some)
+    assert some["metrics"] == ["frechet"] and every["metrics"] is None and some["stamp"] == every["stamp"]
+    its, whole, other = ({"protocol": said, "metrics": out} for said in (some, every, {**every, "stamp": "x"}))
+    assert covers(its, some) and covers(whole, some) and not covers(its, every) and not covers(other, some)
 
 
 def test_too_few_images_are_refused_before_anything_is_drawn(coco: Path) -> None:

@@ -366,6 +366,7 @@ def test_a_row_says_what_it_was_measured_by(folder):
             "modes": None,
         },
         "seeds": {"first": 0, "probes": 2, "per_probe": 3},
+        "metrics": None,
     }
     assert json.loads(json.dumps(s.protocol)) == s.protocol
     assert Suite.from_folder(folder, n=5, seed=2, networks=Networks()).protocol["prompts"] == f"{folder}, 5 of 12 chosen by seed 2"

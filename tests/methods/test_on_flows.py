@@ -74,6 +74,16 @@ def test_a_student_resumes_exactly_and_is_exported_as_it_samples(entry: Entry, s
     assert student.shift == 3.0 and torch.equal(student.schedule.sigmas, run.method.backbone.schedule.sigmas)  # the same times again
 
 
+def test_a_student_of_an_odd_training_grid_is_made_for_its_roll_outs() -> None:
+    """Neither 4 nor 2 even steps are on it: the counts that are trained had been refused as others than 1."""
+    for rollouts, steps in (((5,), (5, 1)), ((1, 5, 25), (25, 5, 1))):
+        made = LCM(pipeline="builtin/flow", **{**EVEN, "solver_steps": 25, "rollouts": rollouts}).deployment
+        assert made.steps == steps
+        for n in rollouts:
+            export.check_steps(made, n)
+    assert LCM(pipeline="builtin/flow", **EVEN).deployment.steps == (4, 2, 1)
+
+
 @pytest.mark.parametrize("name", ["lcm", "pd"])
 def test_an_exported_scheduler_is_called_in_its_own_step_count(name: str, tmp_path: Path) -> None:
     """In another it walks other nodes than the trained ones, in one step no numbers; in memory the trainer samples in all of them."""
@@ -83,7 +93,7 @@ def test_an_exported_scheduler_is_called_in_its_own_step_count(name: str, tmp_pa
     student = Pipeline(str(export.export(method, tmp_path / "p", 4)))
     student.check_steps(4)
     for n in (1, 2, 3, 8):
-        said = f"holds the nodes of 4 steps, .* ddil-export --steps {n} writes a pipeline for that count"
+        said = rf"holds the nodes of 4 steps, .* \(ddil-export --steps {n}\), where its method makes one"
         with warnings.catch_warnings(), pytest.raises(ValueError, match=said):
             warnings.simplefilter("error")
             student.check_steps(n)

@@ -10,6 +10,7 @@ import torch
 
 from browser import Browser, needs_chromium
 from ddil_lightning.evaluation.registry import unmeasured
+from ddil_lightning.evaluation.stamps import sized
 from ddil_lightning.evaluation.suite import make_row
 from ddil_lightning.runs.compared import markdown, text, write_compared
 from ddil_lightning.runs.comparison import Comparison, Seen, small
@@ -44,9 +45,12 @@ def test_texts_are_escaped_and_rows_of_another_protocol_are_paired_with_none(fou
     for told in (page, markdown(found), text(found)):
         assert "The rows were measured by 2 protocols" in " ".join(told.split())
     again = Comparison(found.out, ["one", NAME])
-    one, other = {"stamp": "s"}, {"stamp": "other", "metrics": ["clip"]}
+    one, other = {"stamp": "s", "metrics": ["frechet"]}, {"stamp": "other", "metrics": ["clip"]}
     assert again.kept(f"{NAME}@4", other, "d") and not again.kept(f"{NAME}@4", one, "d") and not again.kept("one@1", one, "e")
     assert again.kept("one@1", one, "d")
+
+
+MINE = {"name": "mine", "n": 4, "stamp": "s", "seeds": {"first": 0}}
 
 
 def measured(protocol: dict[str, Any], digest: str = "d", **numbers: float) -> tuple[dict[str, Any], Seen]:
@@ -58,8 +62,7 @@ def measured(protocol: dict[str, Any], digest: str = "d", **numbers: float) -> t
 
 def test_a_row_is_measured_again_for_more_metrics_and_keeps_its_numbers(tmp_path: Path) -> None:
     """Their stamps are equal, for what is asked for changes no number."""
-    about = {"name": "mine", "n": 4, "stamp": "s", "seeds": {"first": 0}}
-    some, more, every = {**about, "metrics": ["hps", "kid"]}, {**about, "metrics": ["hps", "pickscore"]}, about
+    some, more, every = ({**MINE, "metrics": asked} for asked in (["hps", "kid"], ["hps", "pickscore"], None))
     made = Comparison(tmp_path / "x.json", ["one"])
     made.add(*measured(some, hps=0.25, kid=0.5))
     assert made.kept("one@4", some, "d") and made.kept("one@4", {**some, "metrics": ["kid"]}, "d")
@@ -72,9 +75,35 @@ def test_a_row_is_measured_again_for_more_metrics_and_keeps_its_numbers(tmp_path
     seen = again.seen("one@4")
     assert set(row["metrics"]["intervals"]) == {"hps", "kid", "pickscore"} == set(seen.values if seen else {})
     made.add(*measured(every, hps=0.25))
-    assert "metrics" not in made.rows[0]["protocol"] and made.kept("one@4", more, "d") and made.kept("one@4", every, "d")
+    assert made.rows[0]["protocol"]["metrics"] is None and made.kept("one@4", more, "d") and made.kept("one@4", every, "d")
     made.add(*measured(some, "other weights", hps=0.3))
     assert made.rows[0]["metrics"]["pickscore"] is None and made.rows[0]["protocol"]["metrics"] == ["hps", "kid"]
+
+
+def test_an_older_row_has_the_numbers_that_it_has(tmp_path: Path) -> None:
+    """It does not say what it was asked for, and was taken to have all: what a protocol newly asked for was never measured."""
+    old, more, every = MINE, {**MINE, "metrics": ["kid", "vendi"]}, {**MINE, "metrics": None}
+    made = Comparison(tmp_path / "x.json", ["one"])
+    made.add(*measured(old, hps=0.25, kid=0.5))
+    assert (
+        made.kept("one@4", {**MINE, "metrics": ["kid"]}, "d") and not made.kept("one@4", more, "d") and not made.kept("one@4", every, "d")
+    )
+    made.add(*measured(more, kid=0.5))  # no network for vendi here, which is known now
+    assert made.kept("one@4", more, "d") and not made.kept("one@4", every, "d")
+    assert made.rows[0]["protocol"]["metrics"] == ["kid", "vendi"] and made.rows[0]["metrics"]["hps"] == 0.25
+    made.add(*measured(every, kid=0.5))
+    assert made.kept("one@4", every, "d")
+
+
+def test_numbers_that_stay_keep_the_caution_about_sizes(tmp_path: Path) -> None:
+    """A joined row was told to be of numbers that see no size, for those asked for now see none."""
+    made = Comparison(tmp_path / "x.json", ["one"])
+    for asked, seen in ({"lpips_diversity": ["lpips_diversity"]} | {"kid": []}).items():
+        row, values = measured({**MINE, "metrics": [asked]}, **{asked: 0.5})
+        for name, side in (("one@4", 16), ("two@4", 32)):
+            made.add({**row, "name": name, "generation": {"digest": name, "size": [side, side], "as_made": seen}}, values)
+    assert [row["generation"]["as_made"] for row in made.rows] == [["lpips_diversity"]] * 2
+    assert sized(made.rows).startswith("Images as large as they are made are seen by lpips_diversity: ")
 
 
 def test_what_a_protocol_names_is_shown(tmp_path: Path) -> None:

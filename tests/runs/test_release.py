@@ -8,6 +8,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,9 @@ from ddil_lightning.backbones import lora, sampling
 from ddil_lightning.backbones.adapters import Adapter
 from ddil_lightning.backbones.loading import load_pipeline
 from ddil_lightning.backbones.source import Lora, Source
+from ddil_lightning.evaluation.networks import weights
 from ddil_lightning.methods import LCM, TCD
+from ddil_lightning.runs import card as cards
 from ddil_lightning.runs import export, release, replay
 from ddil_lightning.runs.card import Card, licence_of, unlicensed
 from ddil_lightning.runs.release import Push, Release
@@ -285,8 +288,9 @@ def test_the_licence_of_a_teacher_of_the_hub_is_fetched(method: Any, tmp_path: P
             raise OSError("no such repository, or no network")
         return str(tmp_path / file)
 
-    assert licence_of("some/flux") == {}  # nothing is fetched, for HF_HUB_OFFLINE is set
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert licence_of("some/flux") == {} and not asked  # HF_HUB_OFFLINE is set
+    monkeypatch.setattr(weights, "unreachable", lambda server: None)
     link = "https://huggingface.co/some/flux/blob/main/LICENSE.md"
     assert licences(method, "some/flux") == {"license": "other", "license_name": "flux", "license_link": link}
     assert licences(method, "nobody/nothing") == {"license": "other"}
@@ -294,6 +298,24 @@ def test_the_licence_of_a_teacher_of_the_hub_is_fetched(method: Any, tmp_path: P
     for said, bare in {"license: mit": False, "license: other": True, "license: other\nlicense_name: flux": False}.items():
         (tmp_path / "README.md").write_text(f"---\n{said}\n---\n")
         assert unlicensed(tmp_path / "README.md") == bare
+
+
+def test_no_licence_is_waited_for_where_there_is_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """The hub's client tries a refused port for half a minute, line by line, and a firewall that answers nothing for six."""
+    constants, hub = huggingface_hub.constants, "http://127.0.0.1:9"
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path), "ENDPOINT": hub}.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args: pytest.fail("the client was asked"))
+    monkeypatch.setattr(weights, "unreachable", cache(weights.unreachable.__wrapped__))  # others have asked before
+    assert licence_of("some/flux") == {} and capfd.readouterr() == ("", "")
+
+
+def test_a_rehearsal_asks_nobody_for_a_licence(method: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cards, "licence_of", lambda teacher: pytest.fail("the teacher's card was looked for"))
+    export.rehearse(method, tmp_path / "rehearsal", PROMPTS, None)
+    assert "license: other" in (tmp_path / "rehearsal" / "README.md").read_text()
 
 
 @pytest.mark.slow

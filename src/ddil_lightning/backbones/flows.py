@@ -79,8 +79,8 @@ def check_trained(scheduler: Any, n: int, sigmas: Sequence[float], shift: float)
     if not float((its - even).abs().max()) < 1 / scheduler.config.num_train_timesteps:  # of one step they are no numbers
         shown, wanted = (", ".join(f"{sigma:.3g}" for sigma in x.tolist()) for x in (walked, trained))
         raise ValueError(
-            f"its scheduler holds the nodes of {len(sigmas)} step{'s' * (len(sigmas) > 1)}, and would walk sigma = {shown} where the "
-            f"student was trained at {wanted}: ddil-export --steps {n} writes a pipeline for that count"
+            f"its scheduler holds the nodes of {len(sigmas)} step{'s' * (len(sigmas) > 1)}, and would walk sigma = {shown} in the "
+            f"place of {wanted}: another count needs an export of its own (ddil-export --steps {n}), where its method makes one"
         )
 
 

@@ -79,7 +79,7 @@ def planned(args: argparse.Namespace, most: int = 1000) -> Plan | None:
     if args.protocol is not None and made.prompts.source not in BUILTIN:
         changed.update(_other_networks(args, made))
     if args.reference is not None:
-        made = replace(made, references=replace(made.references, source=args.reference))
+        made = _against(made, args.reference)
     if args.skip_unreadable:
         made = replace(made, references=replace(made.references, skip_unreadable=True))
     return Plan(made, changed, _networks(args, made))
@@ -206,11 +206,19 @@ def _named(args: argparse.Namespace) -> Plan:
         return Plan(made, changed)
     if args.reference is not None:  # first: then the images need not be there
         changed["reference"] = Path(args.reference).name
-        made = replace(made, references=replace(made.references, source=os.path.abspath(args.reference)))
+        made = _against(made, os.path.abspath(args.reference))
     placed = _placed(made, args.data, args.images)
     if args.data is not None and not Path(args.data).is_dir() and Path(args.data).name != Path(str(made.prompts.source)).name:
         changed["data"] = Path(args.data).name
     return Plan(placed, changed)
+
+
+def _against(made: Protocol, source: str) -> Protocol:
+    """The protocol with other real images. Statistics of them have neither split nor column; a data set is read as the protocol says."""
+    from ddil_lightning.evaluation.protocols import STATISTICS
+
+    read: dict[str, Any] = {"image": None, "split": None} if Path(source).suffix in STATISTICS else {}
+    return replace(made, references=replace(made.references, source=source, **read))
 
 
 def _placed(made: Protocol, data: str | None, images: str | None) -> Protocol:

@@ -81,6 +81,7 @@ def _written(out: Path, processes: Processes) -> Iterator[Callable[[dict[str, An
     def add(row: dict[str, Any]) -> None:
         nonlocal written
         rows.append(row)
+        written = False  # until this one is in the file, too
         processes.by_first(write)
         written = True
 

@@ -44,11 +44,15 @@ def stamped(protocol: Mapping[str, Any]) -> dict[str, Any]:
     return {**protocol, "stamp": stamp(protocol)}
 
 
-def covers(protocol: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
-    """Whether a row of `protocol` has all that another one asks for: their stamps are equal, and it was asked for as much or more."""
-    if protocol.get("stamp") != asked.get("stamp"):
+def covers(row: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+    """Whether a row has all that the protocol `asked` asks for: their stamps are equal, and it was asked for as much or more.
+
+    Older rows do not say what they were asked for: they have the numbers that they have.
+    """
+    if row["protocol"].get("stamp") != asked.get("stamp"):
         return False
-    had, wanted = protocol.get("metrics"), asked.get("metrics")
+    numbers = [key for key, value in row["metrics"].items() if value is not None]
+    had, wanted = row["protocol"].get("metrics", numbers), asked.get("metrics")
     return had is None or (wanted is not None and set(wanted) <= set(had))
 
 

@@ -141,7 +141,7 @@ class Suite:
     def protocol(self) -> dict[str, Any]:
         """What a number must be quoted with; two numbers can be compared where their stamps are equal (`stamps`).
 
-        `metrics`: the keys that were asked for; where they are not said it was all that could be had.
+        `metrics`: the keys that were asked for, None for all that can be had.
         """
         given, probes, reference = self.given, self.probes, self.given.reference
         several = {"per_prompt": self.samples} if self.samples > 1 else {}
@@ -161,8 +161,8 @@ class Suite:
             "seeds": {"first": self.seed, **several, "probes": len(probes.prompts), "per_probe": probes.seeds},
             "digests": digests | taught,
         }
-        named = {} if self.asked is None else {"metrics": list(self.asked)}
-        return stamped(told | named | ({"changed": dict(self.changed)} if self.changed else {}))
+        told["metrics"] = None if self.asked is None else list(self.asked)
+        return stamped(told | ({"changed": dict(self.changed)} if self.changed else {}))
 
     def for_pipeline(self, backbone: Backbone) -> Suite:
         """The suite itself. Raises ValueError for a pipeline whose pictures are of another size than the judge can read."""

@@ -111,8 +111,10 @@ class LCM(Distillation):
         scaling = None if self.boundary is None else self.boundary.scaling
         scheduler = partial(self.backbone.scheduler, renoise, student.predicts, self.rule, n, scaling)
         grid = partial(Grid.named, self.rule, total=total, solver_steps=n)
-        steps = tuple(k for k in (4, 2, 1) if self.rule == "lcm" or n % k == 0)
-        return Deployment(self._policy(student), grid, steps, self.eval_guidance, scheduler)
+        steps = {k for k in (4, 2, 1) if self.rule == "lcm" or n % k == 0}
+        if steps == {1}:  # an odd training grid: what few steps it can be walked in, its roll-outs say
+            steps |= {len(walk) for walk in self.grid.rollouts}
+        return Deployment(self._policy(student), grid, tuple(sorted(steps, reverse=True)), self.eval_guidance, scheduler)
 
     def _policy(self, denoiser: Denoiser) -> Policy:
         return Policy(denoiser if self.boundary is None else Consistency(denoiser, self.boundary), renoise)

@@ -128,13 +128,16 @@ def licence_of(teacher: str) -> dict[str, str]:
     """What the card of a pipeline says of its licence, in the words of the hub's header; empty where it says nothing, or cannot be had.
 
     `license`, and of one that is `other` its `license_name` and `license_link`, which may be a file beside the card: it is named on the
-    hub, and left out of a folder here. The card of a hub id is fetched, unless HF_HUB_OFFLINE is set and the cache lacks it.
+    hub, and left out of a folder here. The card of a hub id is fetched where the cache lacks it, unless HF_HUB_OFFLINE is set or the hub
+    does not answer within five seconds.
     """
-    from huggingface_hub import hf_hub_download, metadata_load
+    from huggingface_hub import metadata_load
+
+    from ddil_lightning.evaluation.networks.weights import hub_file  # with the networks of metrics, which no first update waits for
 
     try:
         folder = pipeline_folder(teacher)
-        card = Path(hf_hub_download(teacher, "README.md")) if folder is None else folder / "README.md"
+        card = hub_file(teacher, "README.md") if folder is None else folder / "README.md"
         said = (metadata_load(card) or {}) if card.is_file() else {}
     except Exception:  # a card that nobody can read names no licence
         return {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ class Comparison:
     def kept(self, name: str, protocol: Mapping[str, Any], digest: str) -> bool:
         """Whether the row `name` has been measured of what has this digest, and has all that a suite's `protocol` asks for."""
         row = self._row(name)
-        if row is None or not covers(row["protocol"], protocol) or row["generation"].get("digest") != digest:
+        if row is None or not covers(row, protocol) or row["generation"].get("digest") != digest:
             return False
         return self.seen(name) is not None
 
@@ -130,10 +131,11 @@ def _joined(before: Row, now: Row) -> Row:
     old, new = before["metrics"], now["metrics"]
     metrics = {**old, **{key: value for key, value in new.items() if value or not old.get(key)}}
     metrics["intervals"] = {**old.get("intervals", {}), **new.get("intervals", {})}
-    had, asked = before["protocol"].get("metrics"), now["protocol"].get("metrics")
-    protocol = {key: value for key, value in now["protocol"].items() if key != "metrics"}
-    both = {} if had is None or asked is None else {"metrics": list(dict.fromkeys([*had, *asked]))}
-    return {**now, "metrics": metrics, "protocol": protocol | both}
+    had, asked = before["protocol"].get("metrics", ()), now["protocol"].get("metrics")
+    both = None if had is None or asked is None else list(dict.fromkeys([*had, *asked]))
+    sized = [row["generation"]["as_made"] for row in (before, now) if "as_made" in row["generation"]]
+    generation = now["generation"] | ({"as_made": list(dict.fromkeys(chain(*sized)))} if sized else {})
+    return {**now, "metrics": metrics, "protocol": now["protocol"] | {"metrics": both}, "generation": generation}
 
 
 def small(images: Tensor, side: int = SIDE) -> Tensor:

@@ -69,11 +69,19 @@ def as_held(method: Distillation) -> Dtypes:
     return {"default": loads(method), "vae": cast("Pipeline", method.backbone).pipe.vae.dtype} if is_lean(method) else torch.float32
 
 
-def export(method: Distillation, folder: Path, steps: int = 4, dtype: Dtypes = torch.float32, safety_checker: bool = False) -> Path:
+def export(
+    method: Distillation,
+    folder: Path,
+    steps: int = 4,
+    dtype: Dtypes = torch.float32,
+    safety_checker: bool = False,
+    licence: str | None = None,
+) -> Path:
     """Write the deployed student as a pipeline folder: the teacher's encoders, the student's network, the trained scheduler, a card.
 
-    All of it in `dtype` (`Backbone.save`). `safety_checker`: with the teacher's, if it has one. An older folder is replaced when the new
-    one is complete. Raises ValueError where the backbone's students are no pipelines.
+    All of it in `dtype` (`Backbone.save`). `safety_checker`: with the teacher's, if it has one. `licence`: by default the teacher's, for
+    which the hub may be asked. An older folder is replaced when the new one is complete. Raises ValueError where the backbone's students
+    are no pipelines.
     """
     backbone, deployment = method.backbone, method.deployment
     if why := unheld(method):
@@ -83,7 +91,7 @@ def export(method: Distillation, folder: Path, steps: int = 4, dtype: Dtypes = t
         backbone.save(temporary, method.deployment.network, partial(deployment.made_scheduler, steps), dtype, safety_checker)
         (temporary / "ddil.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         said = dtype if isinstance(dtype, torch.dtype) else dtype["default"]
-        (temporary / "README.md").write_text(card(method, steps, dtype=said).text(), encoding="utf-8")
+        (temporary / "README.md").write_text(card(method, steps, dtype=said, licence=licence).text(), encoding="utf-8")
     return folder
 
 
@@ -297,7 +305,8 @@ def rehearse(method: Distillation, folder: Path, prompts: Sequence[str], export_
         for deployment in ahead:
             steps = export_steps if export_steps is not None and deployment is ahead[-1] else deployment.steps[0]
             if made is None:
-                made = _same(method, export(method, folder, steps, as_held(method)), loads(method))
+                # The card is thrown away with the rest: nobody is asked for the teacher's licence.
+                made = _same(method, export(method, folder, steps, as_held(method), licence="other"), loads(method))
             else:
                 scheduler = deployment.made_scheduler(steps)
                 scheduler.save_pretrained(folder / "scheduler")
