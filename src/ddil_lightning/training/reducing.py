@@ -40,9 +40,12 @@ class Reduction:
     @contextmanager
     def of(self, optimizer: Any, strategy: Any, last: bool) -> Iterator[None]:
         """Inside is a backward pass for `optimizer`; `last`: it completes the gradients of an update, which are sent."""
+        if not isinstance(strategy, DDPStrategy):  # fsdp2 would hold gradients whole meanwhile
+            yield
+            return
         self._moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        # fsdp2 would hold gradients whole meanwhile, and a static graph counts on its first pass being sent.
-        silent = not last and isinstance(strategy, DDPStrategy) and not strategy.model.static_graph  # type: ignore[union-attr]
+        # A static graph counts on its first pass being sent.
+        silent = not last and not strategy.model.static_graph  # type: ignore[union-attr]
         try:
             with strategy.block_backward_sync() if silent else nullcontext():
                 yield
