@@ -28,15 +28,15 @@ UPDATE = re.compile(r"^[\d ]+/[\d ]+ updates")
 CALL = "import sys; from ddil_lightning.commands import main; sys.argv = sys.argv[1:]; getattr(main, sys.argv[0].removeprefix('ddil-'))()"
 
 
-def lines(*words: str) -> Iterator[tuple[float, str]]:
+def lines(folder: Path, *words: str) -> Iterator[tuple[float, str]]:
     """(seconds since the start, line) of all that a command prints, and at last of its end, which is an empty line.
 
-    Raises SystemExit with what it said where it fails.
+    It runs in `folder`, so that no link of yours to a newest run leads to one that is deleted here. Raises SystemExit with what it said where it
+    fails.
     """
     started, said = time.perf_counter(), []
-    with subprocess.Popen(
-        [sys.executable, "-u", "-c", CALL, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
-    ) as process:
+    command = [sys.executable, "-u", "-c", CALL, *words]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1) as process:
         assert process.stdout is not None
         for line in process.stdout:
             said.append(line)
@@ -50,18 +50,19 @@ def waited(args: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
     """The rows of the table."""
     run = folder / "run"
     few = made_fit() if args.config == "lcm_ddil.yaml" else []
-    words = ["ddil-fit", "--config", args.config, "--run_dir", str(run), "--seed", str(args.seed), *few, *args.set]
+    config = str(Path(args.config).resolve()) if Path(args.config).is_file() else args.config
+    words = ["ddil-fit", "--config", config, "--run_dir", str(run), "--seed", str(args.seed), *few, *args.set]
     words += ["--updates", "3", "test.n=16"] if args.quick else []
     seen: dict[str, float] = {}
     started = time.time()
-    for at, line in lines(*words):
+    for at, line in lines(folder, *words):
         seen.setdefault("ddil-fit: first line", at)
         if UPDATE.match(line):
             seen.setdefault("first update", at)
         seen["the table, and the end"] = at
     seen["first pictures"] = first_trained(run / "samples").stat().st_mtime - started
     out = folder / "picture.png"
-    *_, (seconds, _) = lines("ddil-sample", "--pipeline", str(run / "pipeline"), "--prompt", "a small red circle", "--out", str(out))
+    *_, (seconds, _) = lines(folder, "ddil-sample", "--pipeline", str(run / "pipeline"), "--prompt", "a small red circle", "--out", str(out))
     within = {"ddil-fit: first line": 1, "first update": 15, "first pictures": 60, "the table, and the end": 180}
     rows: list[dict[str, object]] = [{"name": name, "seconds": seen[name], "within": limit} for name, limit in within.items()]
     return [*rows, {"name": "ddil-sample: one picture", "seconds": seconds, "within": 8}, *looked_into(run, args)]
@@ -83,7 +84,7 @@ def looked_into(run: Path, args: argparse.Namespace) -> Iterator[dict[str, objec
     for name, words in {"test": [str(run)], "probe": ["--student", str(run)]}.items():
         if name not in args.without:
             n = 16 if args.quick else PROMPTS[name]
-            *_, (seconds, _) = lines(f"ddil-{name}", *words, "--n", str(n))
+            *_, (seconds, _) = lines(run.parent, f"ddil-{name}", *words, "--n", str(n))
             yield {"name": f"ddil-{name}: {n} prompts", "seconds": seconds, "within": 180}
 
 

@@ -77,7 +77,9 @@ def run(request: Any, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> t
 
     folder = tmp_path_factory.mktemp("older")
     (folder / "old.yaml").write_text(old(request.param, tiny))
-    assert train(["--config", str(folder / "old.yaml"), "--run_dir", str(folder / "run")]) == 0
+    with pytest.MonkeyPatch.context() as here:
+        here.chdir(folder)  # where the link to the newest run goes
+        assert train(["--config", "old.yaml", "--run_dir", str(folder / "run")]) == 0
     return request.param, folder / "run"
 
 
