@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 import checkpoints
 import commandline
 import suite
+from ddil_lightning import servers
 from ddil_lightning.backbones import repositories
 from ddil_lightning.backbones.loading import load_pipeline
 from ddil_lightning.backbones.pipeline import Pipeline
@@ -25,6 +27,7 @@ from ddil_lightning.commands.restore import restore
 from ddil_lightning.methods import LCM
 from ddil_lightning.runs import export
 from ddil_lightning.training.options import Memory
+from ddil_lightning.training.vision import Dino
 
 NONE: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
 PROMPTS = ["a handwritten one", "a small red circle"]
@@ -159,6 +162,32 @@ def test_nothing_is_fetched_in_silence(cache: Path, tiny: Path, tmp_path: Path) 
         assert f"owner/none {missing} {cache} has no " in said and "(hf download owner/none)" in said
 
 
+def test_a_hub_that_does_not_answer_is_asked_once(cache: Path, half: Path, tiny: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """On a node without a network its client tried for half a minute a file, of a pipeline that lies in the cache."""
+    in_cache(cache, "owner/name", half)
+    asked: list[str] = []
+
+    def nobody(host: str, *args: Any, **kwargs: Any) -> Any:
+        asked.append(host)
+        raise socket.gaierror("no address")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", nobody)
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    servers.unreachable.cache_clear()
+    try:
+        assert same(Pipeline("owner/name", torch.bfloat16).trainable(), Pipeline(str(half)).trainable())
+        assert repositories.listed("owner/name")["unet"]
+        for source in ("owner/none", Source(str(tiny), vae="owner/none"), Source(str(tiny), lora=(Lora("owner/none"),))):
+            assert "does not answer (no address), and the hub's cache" in refused(source)
+        with pytest.raises(ValueError, match="holds no vision transformer"):
+            Dino("owner/none")
+    finally:
+        servers.unreachable.cache_clear()
+    assert len(asked) == 1
+
+
 def test_a_repository_that_is_online_is_fetched_by_what_it_has(half: Path, monkeypatch: Any, cache: Path) -> None:
     """The variant is known from the list of its files, before anything is downloaded; what is spared is not."""
     asked: dict[str, Any] = {}
@@ -200,6 +229,7 @@ def test_what_is_not_distilled_is_refused_before_its_weights_are_fetched(
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("nothing else is asked for")
 
+    monkeypatch.setattr(repositories, "no_hub", lambda: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetched)
     monkeypatch.setattr(repositories, "fetched", never)
     monkeypatch.setattr("ddil_lightning.backbones.loading.fetched", never)

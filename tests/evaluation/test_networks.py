@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, gelu, layer_norm, linear
 
+from ddil_lightning import servers
 from ddil_lightning.evaluation import presence
 from ddil_lightning.evaluation.batches import as_saved
 from ddil_lightning.evaluation.given import Given
@@ -120,10 +121,10 @@ def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    weights.unreachable.cache_clear()
+    servers.unreachable.cache_clear()
     presence._tell.cache_clear()
     yield tmp_path / "hub"
-    weights.unreachable.cache_clear()
+    servers.unreachable.cache_clear()
 
 
 @pytest.mark.parametrize("name", sorted(NETWORKS))
@@ -156,19 +157,19 @@ def test_every_number_that_needs_a_network_is_known() -> None:
 
 def test_a_server_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One that takes the connection and then says nothing, for which torch's download waits for ever."""
-    monkeypatch.setattr(weights, "PATIENCE", 0.2)
+    monkeypatch.setattr(servers, "PATIENCE", 0.2)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    weights.unreachable.cache_clear()
+    servers.unreachable.cache_clear()
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         server, start = f"http://127.0.0.1:{silent.getsockname()[1]}", time.perf_counter()
         with pytest.raises(Absent, match=rf"torch's cache has no .*x\.pth, and {server} does not answer \(timed out\)"):
             weights.url_file(f"{server}/a/x.pth")
-        assert weights.unreachable(server) and time.perf_counter() - start < 20
+        assert servers.unreachable(server) and time.perf_counter() - start < 20
 
 
 def test_what_is_no_table_of_weights_is_refused(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import checkpoints
+from ddil_lightning import servers
 from ddil_lightning.backbones import lora, sampling
 from ddil_lightning.backbones.adapters import Adapter
 from ddil_lightning.backbones.loading import load_pipeline
@@ -290,7 +291,7 @@ def test_the_licence_of_a_teacher_of_the_hub_is_fetched(method: Any, tmp_path: P
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert licence_of("some/flux") == {} and not asked  # HF_HUB_OFFLINE is set
-    monkeypatch.setattr(weights, "unreachable", lambda server: None)
+    monkeypatch.setattr(weights, "no_hub", lambda: None)
     link = "https://huggingface.co/some/flux/blob/main/LICENSE.md"
     assert licences(method, "some/flux") == {"license": "other", "license_name": "flux", "license_link": link}
     assert licences(method, "nobody/nothing") == {"license": "other"}
@@ -308,7 +309,7 @@ def test_no_licence_is_waited_for_where_there_is_no_hub(tmp_path: Path, monkeypa
     for name, value in {"HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path), "ENDPOINT": hub}.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args: pytest.fail("the client was asked"))
-    monkeypatch.setattr(weights, "unreachable", cache(weights.unreachable.__wrapped__))  # others have asked before
+    monkeypatch.setattr(servers, "unreachable", cache(servers.unreachable.__wrapped__))  # others have asked before
     assert licence_of("some/flux") == {} and capfd.readouterr() == ("", "")
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ddil_lightning.backbones import comfy
 from ddil_lightning.backbones.families import FAMILIES
-from ddil_lightning.backbones.repositories import DENOISERS, cached, local_folder, offline
+from ddil_lightning.backbones.repositories import DENOISERS, cached, local_folder
 from ddil_lightning.backbones.source import Lora
+from ddil_lightning.servers import no_hub
 from ddil_lightning.texts import place, reason
 
 LOADED = ("unet", "transformer", "text_encoder")
@@ -84,8 +85,9 @@ def _file(lora: Lora) -> tuple[str, str | None]:
         if lora.weight_name not in (None, *names) or not (known or len(names) == 1):
             raise ValueError(f"the folder has the files {', '.join(names) or '(none)'}: say by weight_name which of them it is")
         return str(path), known[0] if known else names[0]
-    if local_folder(lora.path, "LoRA") is None and offline():
-        folder = cached(lora.path, lora.weight_name or USUAL, "HF_HUB_OFFLINE is set")
+    why = no_hub() if local_folder(lora.path, "LoRA") is None else None
+    if why is not None:
+        folder = cached(lora.path, lora.weight_name or USUAL, why)
         return str(folder), lora.weight_name or USUAL
     return lora.path, lora.weight_name
 

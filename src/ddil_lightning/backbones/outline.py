@@ -16,6 +16,7 @@ from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.repositories import SPARED, pipeline_folder, read_json, single_file
 from ddil_lightning.backbones.source import Source
 from ddil_lightning.records import Context
+from ddil_lightning.servers import no_hub
 from ddil_lightning.texts import reason
 
 CONFIGS = ("model_index.json", "*/config.json", "*/scheduler_config.json", "*/tokenizer_config.json")
@@ -122,7 +123,7 @@ def _configs(path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(path, allow_patterns=list(CONFIGS)))
+        folder = Path(snapshot_download(path, allow_patterns=list(CONFIGS), local_files_only=no_hub() is not None))
         if not (folder / "model_index.json").is_file():
             raise FileNotFoundError("it has no model_index.json")
     except Exception as error:  # whatever a network or a hub makes of it

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ddil_lightning.backbones.source import Source
 from ddil_lightning.backbones.weights import WEIGHTS, chosen_variant, keys_of, variants
+from ddil_lightning.servers import no_hub
 from ddil_lightning.texts import from_json, place, reason
 
 BUILTIN = {"builtin": "shapes", "builtin/shapes": "shapes", "builtin/digits": "digits", "builtin/flow": "flow"}
@@ -93,10 +94,12 @@ def listed(path: str) -> dict[str, Any]:
         return {}
     folder = pipeline_folder(path)
     try:
-        file = Path(hf_hub_download(path, "model_index.json")) if folder is None else folder / "model_index.json"
+        if folder is None:
+            why = no_hub()
+            folder = Path(hf_hub_download(path, "model_index.json")).parent if why is None else cached(path, "model_index.json", why)
     except Exception:  # whatever the hub's client raises
         return {}
-    libraries(index := read_json(file), file)
+    libraries(index := read_json(folder / "model_index.json"), folder / "model_index.json")
     return {name: value for name, value in index.items() if isinstance(value, list)}
 
 
@@ -156,20 +159,14 @@ def fetched(source: Source, given: Collection[str]) -> Stored:
     return Stored(folder, variant)
 
 
-def offline() -> bool:
-    """Whether HF_HUB_OFFLINE forbids to ask the hub for anything."""
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
-
-
 def listing(repository: str) -> tuple[list[str] | None, str]:
     """The names of a hub repository's files; None, and why, where the hub cannot be asked. Raises ValueError where it has no such one."""
     from huggingface_hub import list_repo_files
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    if offline():
-        return None, "HF_HUB_OFFLINE is set"
+    why = no_hub()
+    if why is not None:
+        return None, why
     try:
         return list_repo_files(repository), ""
     except RepositoryNotFoundError as error:
@@ -208,15 +205,15 @@ def _fetched_part(repository: str, name: str) -> Path:
 
 def cached(repository: str, file: str, why: str) -> Path:
     """The folder of a repository in the hub's cache, by a `file` at its top. Raises ValueError, with `why` nothing is fetched, for none."""
-    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub import constants, try_to_load_from_cache
 
-    try:
-        return Path(hf_hub_download(repository, file, local_files_only=True)).parent
-    except Exception as error:  # the client's refusal, which tells of other things
-        raise ValueError(
-            f"{repository} could not be loaded: {why}, and the hub's cache {constants.HF_HUB_CACHE} has no {file} of it: "
-            f"fetch it where there is a network (hf download {repository}), or give a folder"
-        ) from error
+    found = try_to_load_from_cache(repository, file)
+    if isinstance(found, str):
+        return Path(found).parent
+    raise ValueError(
+        f"{repository} could not be loaded: {why}, and the hub's cache {constants.HF_HUB_CACHE} has no {file} of it: "
+        f"fetch it where there is a network (hf download {repository}), or give a folder"
+    )
 
 
 # Files ----------------------------------------------------------------------------------------------------------------------------------

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddil_lightning.backbones.repositories import cached
 from ddil_lightning.bounds import lengths, within
 from ddil_lightning.records import Context
+from ddil_lightning.servers import no_hub
 from ddil_lightning.texts import reason
 
 
@@ -62,7 +64,9 @@ class Dino(Vision):
         lengths(layers=layers)
         folder = Path(path).expanduser()
         try:
-            self.model = AutoModel.from_pretrained(folder if folder.is_dir() else path).float()
+            why = None if folder.is_dir() else no_hub()
+            place = folder if folder.is_dir() else path if why is None else cached(path, "config.json", why)
+            self.model = AutoModel.from_pretrained(place).float()
         except (OSError, ValueError, KeyError) as error:
             why = reason(error)
             raise ValueError(f"model.vision.path {path} holds no vision transformer that transformers reads: {why}") from error

@@ -1,7 +1,7 @@
 """Where a network's weights come from: a file of the user's, the caches of the hub and of torch, or a download that does not hang.
 
 The hub's client tries an unreachable server for half a minute a file, and torch's download has no limit at all. So the caches are looked
-into first, without a network, and a server is asked once, for a few seconds, whether it is there.
+into first, without a network, and a server is asked once whether it is there.
 """
 
 from __future__ import annotations
@@ -9,36 +9,17 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from torch import Tensor, nn
 
-from ddil_lightning.backbones.repositories import offline
 from ddil_lightning.evaluation.networks.kinds import Absent
+from ddil_lightning.servers import no_hub, unreachable
 
-PATIENCE = 5.0
-"""Seconds that a server has for its first answer."""
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
-
-
-@cache
-def unreachable(server: str) -> str | None:
-    """Why nothing can be fetched from a server, `https://host`; None where it answers, whatever it says. It is asked once."""
-    if offline():
-        return "HF_HUB_OFFLINE is set"
-    try:
-        urllib.request.urlopen(urllib.request.Request(server, method="HEAD"), timeout=PATIENCE).close()
-    except urllib.error.HTTPError:
-        return None
-    except (OSError, ValueError) as error:
-        return f"{server} does not answer ({getattr(error, 'reason', error)})"
-    return None
 
 
 @contextmanager
@@ -57,14 +38,14 @@ def hub_file(repository: str, *names: str) -> Path:
 
     Raises Absent where it is not there and cannot be fetched.
     """
-    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     known = [path for path in (try_to_load_from_cache(repository, name) for name in names) if isinstance(path, str)]
     if known:
         return Path(known[0])
-    why = unreachable(constants.ENDPOINT) or "the repository has no such file"
-    for name in names if unreachable(constants.ENDPOINT) is None else ():
+    why = no_hub()
+    for name in names if why is None else ():
         try:
             return Path(hf_hub_download(repository, name))
         except LocalEntryNotFoundError as error:  # the server went away meanwhile
@@ -73,7 +54,7 @@ def hub_file(repository: str, *names: str) -> Path:
             continue
         except Exception as error:  # no right to it, no space, a connection that broke: the client has many names for it
             raise Absent(f"{repository} cannot be fetched: {type(error).__name__}, {' '.join(str(error).split())[:200]}") from error
-    raise Absent(f"the hub's cache has no {' or '.join(names)} of {repository}, and {why}")
+    raise Absent(f"the hub's cache has no {' or '.join(names)} of {repository}, and {why or 'the repository has no such file'}")
 
 
 def hub_folder(repository: str, *files: str | Sequence[str], spare: Sequence[str] = ()) -> Path:
