@@ -24,10 +24,11 @@ fit: $(READY) ## install, then train a few-step student of the built-in pipeline
 test: $(READY) ## install, then run the tests, JOBS files at a time (ARGS, JOBS)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-floor: ## install the oldest diffusers that pyproject.toml allows in .venv-floor (7 GB), then run the tests of families and flows
+test-floor: ## install the oldest libraries that pyproject.toml allows in .venv-floor (7 GB), then run the tests
 	@test -x .venv-floor/bin/python || $(PYTHON) -m venv .venv-floor
-	@.venv-floor/bin/python -m pip install --quiet --editable '.[dev]' 'diffusers==0.40.*'
-	.venv-floor/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder tests/backbones tests/methods/test_on_flows.py $(ARGS)
+	@.venv-floor/bin/python tests/support/floors.py > .venv-floor/floors.txt
+	@.venv-floor/bin/python -m pip install --quiet --editable '.[dev]' --constraint .venv-floor/floors.txt
+	.venv-floor/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(READY) ## check style and types
 	$(BIN)/python -m ruff check

@@ -73,7 +73,7 @@ def test_it_answers_as_the_network_that_it_stands_for(small: Pipeline, tiny: Pat
     t, c = torch.tensor([1, 200, 600, 999]), whole.encode_text(["a handwritten one"] * 4)
     answers = [p.role("teacher")(x, t, c.guided(2.0)).x0 for p in (whole, Pipeline(str(tiny), HALF), small)]
     half, quantised = (float((answer - answers[0]).norm() / answers[0].norm()) for answer in answers[1:])
-    assert half < 0.03 and half < quantised < 0.1
+    assert half < 0.03 and half / 2 < quantised < 0.1
 
 
 @needs_torchao

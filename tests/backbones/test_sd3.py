@@ -125,7 +125,7 @@ def test_a_wrong_node_would_be_seen(backbone: Pipeline) -> None:
     theirs = sampling.pipeline_latents(backbone, PROMPTS, 4, 4.0)
     near = sampling.latents(backbone, policy_of(backbone, 4.0), grid_of(backbone, 4), PROMPTS, 4.0)
     even = sampling.latents(backbone, policy_of(backbone, 4.0), Grid.named("trailing", 4), PROMPTS, 4.0)
-    assert 1e-4 < float((near - theirs).abs().max()) < 1e-2 < float((even - theirs).abs().max())
+    assert 1e-4 < (by_rounding := float((near - theirs).abs().max())) < 0.05 and 5 * by_rounding < float((even - theirs).abs().max())
 
 
 def test_re_noising_depends_on_the_sample_alone(sd3: Path, tmp_path: Path) -> None:

@@ -10,7 +10,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import tomllib
 import yaml
+
+import floors
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,10 +56,13 @@ def test_commands_of_the_wheel_exist(wheel: zipfile.ZipFile) -> None:
         assert module == "ddil_lightning.commands.main" and function in functions
 
 
-def test_the_floor_of_diffusers_is_the_one_that_is_tested() -> None:
-    """`make test-floor` installs what pyproject.toml allows at least."""
-    (floor,) = re.findall(r'"diffusers>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
-    assert f"'diffusers=={floor}.*'" in (ROOT / "Makefile").read_text()
+def test_every_library_that_is_needed_has_a_floor_that_make_test_floor_installs() -> None:
+    """All but torchvision, whose version torch decides."""
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.split(r"[\[><=]", line)[0] for line in needed}
+    constraints = dict(line.split("==") for line in floors.floors())
+    assert names - constraints.keys() == {"torchvision"} and constraints["diffusers"] == "0.40.*"
+    assert "tests/support/floors.py > .venv-floor/floors.txt" in (ROOT / "Makefile").read_text()
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a copy without its history, which cannot tell what belongs to it")
