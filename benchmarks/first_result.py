@@ -31,8 +31,8 @@ CALL = "import sys; from ddil_lightning.commands import main; sys.argv = sys.arg
 def lines(folder: Path, *words: str) -> Iterator[tuple[float, str]]:
     """(seconds since the start, line) of all that a command prints, and at last of its end, which is an empty line.
 
-    It runs in `folder`, so that no link of yours to a newest run leads to one that is deleted here. Raises SystemExit with what it said where it
-    fails.
+    It runs in `folder`, so that no link of yours to a newest run leads to one that is deleted here. Raises SystemExit with what it said
+    where it fails.
     """
     started, said = time.perf_counter(), []
     command = [sys.executable, "-u", "-c", CALL, *words]
@@ -62,7 +62,8 @@ def waited(args: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
         seen["the table, and the end"] = at
     seen["first pictures"] = first_trained(run / "samples").stat().st_mtime - started
     out = folder / "picture.png"
-    *_, (seconds, _) = lines(folder, "ddil-sample", "--pipeline", str(run / "pipeline"), "--prompt", "a small red circle", "--out", str(out))
+    sample = ("ddil-sample", "--pipeline", str(run / "pipeline"), "--prompt", "a small red circle", "--out", str(out))
+    *_, (seconds, _) = lines(folder, *sample)
     within = {"ddil-fit: first line": 1, "first update": 15, "first pictures": 60, "the table, and the end": 180}
     rows: list[dict[str, object]] = [{"name": name, "seconds": seen[name], "within": limit} for name, limit in within.items()]
     return [*rows, {"name": "ddil-sample: one picture", "seconds": seconds, "within": 8}, *looked_into(run, args)]

@@ -242,7 +242,7 @@ def test_numbers_that_configs_and_packages_say() -> None:
         (r"Python (\d\.\d+) or newer", 'requires-python = ">={}"'),
         (r"torch (\d\.\d+) or newer", '"torch>={}"'),
         (r"Lightning (\d\.\d+),", '"lightning>={},<'),
-        (r"transformers (\d+)\.", '"transformers>={}"'),
+        (r"transformers (\d\.\d+) or newer", '"transformers>={}"'),
     ):
         (version,) = set(re.findall(pattern, TEXT))
         assert needed.format(version) in project
