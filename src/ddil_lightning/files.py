@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ddil_lightning.signals import lives
 from ddil_lightning.texts import from_json
@@ -146,6 +146,57 @@ def sweep(folder: Path, inside: bool = True, alone: bool = False) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
+
+
+def holds_anything(folder: Path) -> bool:
+    """Whether anything lies in `folder`, if there is one, besides what another process is just writing or has left half written."""
+    return folder.is_dir() and any(not file.name.endswith(f".{PART}") for file in folder.iterdir())
+
+
+def cache_folder() -> Path:
+    """Where is kept what takes long to find out: DDIL_CACHE, else ddil-lightning in XDG_CACHE_HOME or ~/.cache. It may be deleted at any
+    time."""
+    own = os.environ.get("DDIL_CACHE")
+    return Path(own).expanduser() if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddil-lightning"
+
+
+def lock(path: Path) -> IO[bytes] | None:
+    """The file `path`, open and locked until it is closed or the process ends; None where the file system knows no locks.
+
+    Raises BlockingIOError while another process has it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    while True:
+        file = path.open("ab")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:  # who had it before may have removed it
+                return file
+        except OSError as error:
+            file.close()
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise BlockingIOError(errno.EAGAIN, "another process has it", str(path)) from error
+            return None
+        file.close()
+
+
+@contextmanager
+def holding(path: Path) -> Iterator[bool]:
+    """Inside, whether this process has the lock `path`, or the file system knows none; the file is gone afterwards."""
+    try:
+        held = lock(path)
+    except BlockingIOError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        if held is not None:
+            path.unlink(missing_ok=True)
+            held.close()
 
 
 def check_writable(path: Path) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +24,15 @@ PATIENCE = timedelta(days=7)
 IN_STEP = timedelta(hours=2)
 """The same between the batches of a training, where one does little alone: it writes a checkpoint, draws previews, exports a stage. Who
 waits longer waits for a process that is lost or hangs."""
+
+SILENCE = 5.0
+"""For how many seconds an error may wait for what the other processes are at before it is told."""
+
+LOOK = 1.0
+"""How many seconds apart a process that does its share asks whether another has failed."""
+
+_jobs = itertools.count()
+"""The numbers of `Processes.by_all`, which all processes count alike: what fails in one job is not heard in the next."""
 
 
 def averaged(x: Tensor) -> Tensor:
@@ -67,6 +81,7 @@ class Processes:
         self.rank: int = trainer.global_rank if trainer is not None else 0
         self.world: int = trainer.world_size if trainer is not None else 1
         self._strategy = trainer.strategy if trainer is not None and self.world > 1 else None
+        self._job = ""  # the key by which a failure in the present `by_all` is known to the others
 
     @property
     def first(self) -> bool:
@@ -90,18 +105,38 @@ class Processes:
         return result
 
     def by_all(self, job: Callable[[], T]) -> T:
-        """The result of `job`, of which every process does its share. What one of them raises ends all together."""
+        """The result of `job`, of which every process does its share. What one of them raises ends all together: those whose share goes
+        through `watching` soon, the others at its end; meanwhile the error is told where it happened."""
         if self._strategy is None:
             return job()
+        self._job = f"ddil/failed/{next(_jobs)}"
         failure: BaseException | None = None
         result: Any = None
         try:
             result = job()
+        except Elsewhere as error:
+            failure = error
         except Exception as error:
             failure = error
-        if not self._strategy.reduce_boolean_decision(failure is None):
-            raise failure or Elsewhere("another process has failed")
+            if (store := _store()) is not None:
+                store.set(self._job, one_line(error))
+        with self._told_meanwhile(failure):
+            every = self._strategy.reduce_boolean_decision(failure is None)
+        said, self._job = "" if every else self._failed(), ""
+        if not every:
+            raise failure or Elsewhere(said or "another process has failed")
         return result
+
+    def watching(self, items: Iterable[T]) -> Iterator[T]:
+        """The items of a process's share of a job for `by_all`. Raises Elsewhere between two of them when another process has failed: else
+        an error on the first day would be known when the last share is done."""
+        looked = time.monotonic()
+        for item in items:
+            if time.monotonic() - looked >= LOOK:
+                if said := self._failed():
+                    raise Elsewhere(said)
+                looked = time.monotonic()
+            yield item
 
     def alike(self, job: Callable[[], T]) -> T:
         """The result of `job`, of which every process does its share. What goes wrong in several is told by the first of these alone."""
@@ -111,7 +146,8 @@ class Processes:
             result = job()
         except Exception as error:
             failure = error
-        told = self.gathered(None if failure is None else _told(failure))
+        with self._told_meanwhile(failure):
+            told = self.gathered(None if failure is None else _told(failure))
         wrong = next(((rank, said) for rank, said in enumerate(told) if said is not None), None)
         if wrong is None:
             return result
@@ -149,10 +185,38 @@ class Processes:
         distributed.gather_object(mine, every, dst=0, group=group)
         return every or []
 
+    def _failed(self) -> str:
+        """What has failed in another process in the present job; empty where nothing has."""
+        store = _store() if self._job else None
+        return store.get(self._job).decode() if store is not None and store.check([self._job]) else ""
+
+    @contextmanager
+    def _told_meanwhile(self, failure: BaseException | None) -> Iterator[None]:
+        """Inside, where this process waits for the others, what has failed in it is told if that takes longer than some seconds."""
+        if failure is None or isinstance(failure, Elsewhere):
+            yield
+            return
+        said = f"process {self.rank} of {self.world}: {one_line(failure)} (it waits for the others to end)"
+        teller = threading.Timer(SILENCE, lambda: print(said, file=sys.stderr, flush=True))
+        teller.daemon = True
+        teller.start()
+        try:
+            yield
+        finally:
+            teller.cancel()
+
     def wait(self) -> None:
         """Wait until every process of the run has come here."""
         if self._strategy is not None:
             self._strategy.barrier()
+
+
+def _store() -> Any:
+    """What all processes of a run can read and write without meeting each other; None where there is none."""
+    from torch import distributed
+
+    found = getattr(distributed.distributed_c10d, "_get_default_store", None) if distributed.is_available() else None
+    return found() if found is not None and distributed.is_initialized() else None
 
 
 def _told(error: Exception) -> tuple[str, bool]:

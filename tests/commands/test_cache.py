@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,18 @@ def test_a_config_makes_a_folder_and_trains_on_it_alone(pictures: list[str], tin
     Path("set").rename("elsewhere")
     code, _, err = fit(capsys, "--config", str(tiny_config), *pictures[1:-1], "model.updates=2", "data.cache=kept", "--run_dir", "r")
     assert code == 0 and len(Path("r/metrics.csv").read_text().splitlines()) == 3, err
+
+
+def test_who_is_through_while_another_completes_the_folder_leaves_it_to_that(
+    pictures: list[str], tiny_config: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--config", str(tiny_config), *pictures, "--out", "kept"]
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "holding", lambda lock: nullcontext(False))
+        code, out, err = cache(capsys, *words)
+    said = "nothing is missing any more; another process, which was here first, looks all files over and completes kept"
+    assert code == 0 and out.rstrip().endswith(said), err
+    assert cache(capsys, *words)[1].rstrip().endswith("kept; train on it by data.cache=kept")
 
 
 def test_short_options_stand_for_those_of_a_config() -> None:

@@ -23,8 +23,9 @@ from ddil_lightning.data.cachefile import cached
 from ddil_lightning.data.captions import Images
 from ddil_lightning.data.encoded import Encoded, Notices, Table, encode
 from ddil_lightning.data.pictures import cut, fitted, picture_size, read_picture
-from ddil_lightning.data.preparation import check_latents, check_sizes, latent_box, sort_by_size
+from ddil_lightning.data.preparation import check_latents, check_sizes, latent_box
 from ddil_lightning.data.sampler import CounterSampler
+from ddil_lightning.data.sorting import sort_by_size
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.processes import Processes
 from ddil_lightning.records import FORWARD, Context, take

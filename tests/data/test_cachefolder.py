@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import suite
 from ddil_lightning.backbones.pipeline import Pipeline
-from ddil_lightning.data import encoded, manifest, writer
+from ddil_lightning.data import encoded, manifest, shards, sorting, writer
 from ddil_lightning.data.cachefolder import CacheFolder, open_folder
-from ddil_lightning.data.captions import Captions, RawBatch
+from ddil_lightning.data.captions import Captions, Images, RawBatch
 from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.data.encoded import Notices, encode, encode_batch
 from ddil_lightning.data.preparation import prepared
 from ddil_lightning.data.shards import Column, packed, unpacked, write_shard
+from ddil_lightning.data.sharing import Missing
 from ddil_lightning.data.visits import Visit
 from ddil_lightning.data.writer import Keeping, Writer
 from ddil_lightning.processes import Processes
 from ddil_lightning.records import CaptionBatch, to
 from options import options
+from pair import together
 from pictured import parquet
 from suite import BY_NAME, MIXED, Run, StopAt, build, fit, state
 from toys import FORWARD_ONLY, Toy, attach, equal, first
@@ -145,10 +150,6 @@ def test_without_text_states_captions_are_encoded_on_the_fly(backbone: Pipeline,
 
 def test_sizes_and_shapes_of_pictures(xl: Path, tmp_path: Path) -> None:
     """SDXL's pooled text once a caption, its ids once a picture; two shapes are two tables."""
-    from PIL import Image
-
-    from ddil_lightning.data.captions import Images
-
     for i in range(6):
         Image.new("RGB", (40, 30) if i % 2 else (30, 40), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text(f"a {('red', 'blue')[i // 3]} circle")
@@ -167,6 +168,31 @@ def test_sizes_and_shapes_of_pictures(xl: Path, tmp_path: Path) -> None:
     made(tmp_path / "d", Images(str(tmp_path), size=sizes), backbone, text=False)
     fly = encode_batch(CacheFolder(tmp_path / "d")[[1, 5]], backbone)
     assert torch.equal(fly.c.ids, memory[[1, 5]].c.ids)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_pictures_that_are_named_beside_their_cache_are_not_opened(
+    kind: str, backbone: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every process opened all of them at every start, for the names of their sizes in a warning."""
+    (tmp_path / "set").mkdir()
+    for i in range(8):
+        Image.new("RGB", (32, 16) if i % 2 else (16, 16), (30 * i, 0, 0)).save(tmp_path / "set" / f"{i}.png")
+        (tmp_path / "set" / f"{i}.txt").write_text(f"a digit {WORDS[i]}")
+    images = [Images(str(tmp_path / "set"), size=[(16, 16), (16, 32)]) for _ in range(2)]
+    cache = tmp_path / "c"
+    if kind == "folder":
+        made(cache, images[0], backbone)
+    else:
+        prepared(images[0], backbone, str(cache), False, 0, "stop", Notices(), Processes())
+    monkeypatch.setattr(sorting, "_numbers", lambda *args: pytest.fail("sorted by size again"))
+    monkeypatch.setattr("ddil_lightning.data.captions.picture_size", lambda *args: pytest.fail("opened"))
+    toy = Toy()
+    toy.backbone = backbone
+    data = attach(DDILDataModule(images[1], FORWARD_ONLY, batch_size=4, cache=str(cache)), toy)
+    data.setup("fit")
+    names = ["16 x 16", "16 x 32"] if kind == "folder" else ["latents of 8 x 8", "latents of 8 x 16"]
+    assert list(data._names.values()) == names and len(first(2, data)) == 2
 
 
 def test_rows_that_are_skipped_are_counted_once_and_worded(backbone: Pipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -231,7 +257,6 @@ def test_a_caption_that_is_too_long_is_named_before_any_image_is_encoded(
 
 def test_a_stream_is_kept_in_one_pass(backbone: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it gives is what the same files give that are read in any order."""
-    from ddil_lightning.data.captions import Images
     from ddil_lightning.data.streaming import Stream
 
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
@@ -323,10 +348,6 @@ def test_text_states_are_those_of_the_captions_that_a_repair_has_numbered_anew(b
 
 def test_rows_that_have_changed_their_size_are_made_again(backbone: Pipeline, tmp_path: Path) -> None:
     """What could not be read was sorted with the row after it; a file of the other rows is not kept."""
-    from PIL import Image
-
-    from ddil_lightning.data.captions import Images
-
     (tmp_path / "set").mkdir()
     for i in range(4):
         Image.new("RGB", (24, 16) if i in (0, 3) else (16, 16), (60 * i, 0, 0)).save(tmp_path / "set" / f"{i}.png")
@@ -346,22 +367,147 @@ def test_rows_that_have_changed_their_size_are_made_again(backbone: Pipeline, tm
     assert [group.rows.tolist() for group in CacheFolder(tmp_path / "c").groups()] == [[1, 2], [0, 3]]
 
 
+def test_more_files_than_can_be_mapped_are_told_before_they_are_made(
+    backbone: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A start on such a cache called a file of it damaged."""
+    monkeypatch.setattr(shards, "MAPS", tmp_path / "max_map_count")
+    (tmp_path / "max_map_count").write_text("4110\n")
+    told = made(tmp_path / "c", Ten(several=True), backbone)
+    assert len(told["files"]) == 10 and CacheFolder(tmp_path / "c") and not caplog.records
+    (tmp_path / "max_map_count").write_text("4105\n")
+    made(tmp_path / "d", Ten(several=True), backbone)
+    assert re.search(r"some 14 files, which training maps, and a process of this machine maps 4105 pieces of memory", caplog.text)
+    with pytest.raises(ValueError, match=r"^the cache .* has 10 files, and .* maps 4105 .* \(vm\.max_map_count\): .* give ddil-cache more"):
+        CacheFolder(tmp_path / "c")
+
+
+def test_captions_of_files_that_are_there_are_not_checked_again(
+    backbone: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each go read and tokenised all captions before its first picture. Those of files that were made with truncation are still to be."""
+    checked: list[int] = []
+    check = writer.check_lengths
+    monkeypatch.setattr(writer, "check_lengths", lambda rows, *rest: (checked.extend(rows), check(rows, *rest))[1])
+    made(tmp_path / "c", Ten(), backbone)
+    assert checked == list(range(10))
+    checked.clear()
+    (tmp_path / "c" / "rows-00001.safetensors").unlink()
+    made(tmp_path / "c", Ten(), backbone)
+    assert checked == [4, 5, 6, 7]
+    checked.clear()
+    made(tmp_path / "d", Ten(), backbone, truncate=True)
+    made(tmp_path / "d", Ten(), backbone)
+    assert checked == list(range(10))
+
+
+# Others that know nothing of these ---------------------------------------------------------------------------------------------------
+
+
+def test_files_that_another_has_made_meanwhile_are_left_to_it(
+    backbone: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A task of an array job encoded every file that was missing when it began, whatever the others had made since."""
+    made(tmp_path / "whole", Ten(), backbone)
+    encode_images, rows = Pipeline.encode_images, []
+
+    def met(self: Pipeline, pixels: torch.Tensor) -> torch.Tensor:
+        rows.append(len(pixels))
+        if len(rows) == 1:  # another begins and ends while the first file is encoded
+            with monkeypatch.context() as patch:
+                patch.setattr(Pipeline, "encode_images", encode_images)
+                made(tmp_path / "c", Ten(), backbone)
+        return encode_images(self, pixels)
+
+    monkeypatch.setattr(Pipeline, "encode_images", met)
+    assert made(tmp_path / "c", Ten(), backbone)["complete"] and rows == [4]
+    assert contents(tmp_path / "c") == contents(tmp_path / "whole")
+    assert caplog.text.count(f"another process writes into {tmp_path / 'c'} as well: what is missing is shared") == 1
+
+
+def test_a_folder_that_another_has_just_begun_is_a_cache(backbone: Pipeline, tmp_path: Path) -> None:
+    """It was told to hold something else, while the other's manifest was half written."""
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / ".manifest.json.4242-elsewhere-0a1b2c3d.ddil-part").write_text("{")
+    assert made(tmp_path / "c", Ten(), backbone)["complete"]
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match="holds something else than a cache"):
+        made(tmp_path / "d", Ten(), backbone)
+
+
+def test_data_that_cannot_be_encoded_yet_begin_no_cache(backbone: Pipeline, tmp_path: Path) -> None:
+    """When they are mended they are other data, by their stamp, and the folder would be refused with nothing in it."""
+    (tmp_path / "set").mkdir()
+    for i in range(3):
+        Image.new("RGB", (16, 16), (30 * i, 0, 0)).save(tmp_path / "set" / f"{i}.png")
+        (tmp_path / "set" / f"{i}.txt").write_text(f"a digit {WORDS[i]}")
+    images, picture = Images(str(tmp_path / "set"), size=16), (tmp_path / "set" / "2.png").read_bytes()
+    (tmp_path / "set" / "2.png").unlink()
+    with pytest.raises(ValueError, match="no such file; 1 of 3 pictures are missing"):
+        made(tmp_path / "c", images, backbone)
+    (tmp_path / "set" / "2.png").write_bytes(picture)
+    assert made(tmp_path / "c", images, backbone)["complete"]
+
+
+def test_who_meets_another_goes_its_own_way(tmp_path: Path) -> None:
+    """Two that begin at once would make the same files side by side up to the last."""
+    there: set[int] = set()
+    made_by: list[list[int]] = [[], []]
+    workers = [Missing(range(200), there.__contains__, tmp_path) for _ in range(2)]
+    turns = [iter(worker) for worker in workers]
+    while any(turns):
+        for number, turn in enumerate(turns):
+            made_by[number] += [] if turn is None else [next(turn, -1)]
+        for number, worker in enumerate(workers):
+            if turns[number] is not None and made_by[number][-1] == -1:
+                turns[number] = None  # type: ignore[call-overload]
+            elif turns[number] is not None and not worker.is_made(made_by[number][-1]):
+                there.add(made_by[number][-1])
+    assert there == set(range(200)) and sum(map(len, made_by)) < 230
+    streamed = Missing(range(5), {0, 3}.__contains__, tmp_path, in_order=True)
+    assert list(streamed) == [1, 2, 4]
+
+
+def one_of_an_array(rank: int, tiny: str, folder: str) -> tuple[bool, int]:
+    backbone, count, encode_images = Pipeline(tiny), [0], Pipeline.encode_images
+
+    def slowly(pixels: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.1)
+        count[0] += len(pixels)
+        return encode_images(backbone, pixels)
+
+    backbone.encode_images = slowly  # type: ignore[method-assign, assignment]
+    told = Writer(Path(folder), Ten(several=True), backbone, Keeping(shard_rows=1), False, 0, Processes()).write()
+    return told["complete"], count[0]
+
+
+def test_tasks_of_an_array_share_a_folder(pair: Pair, tiny: Path, backbone: Pipeline, tmp_path: Path) -> None:
+    """Two processes without a launcher: one of them completes the folder, and neither encodes all of it."""
+    made(tmp_path / "one", Ten(several=True), backbone, shard_rows=1)
+    found = pair.run(one_of_an_array, str(tiny), str(tmp_path / "two"))
+    assert any(complete for complete, _ in found) and sum(count for _, count in found) < 18
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def sorted_by_two(rank: int, folder: str) -> tuple[int, list[list[int]]]:
+    images, asked = Images(folder, size=[(16, 16), (16, 32)]), [0]
+    frames = images.frames
+    images.frames = lambda rows: (asked.__setitem__(0, asked[0] + len(rows)), frames(rows))[1]  # type: ignore[method-assign]
+    sorting.sort_by_size(images, together(rank))
+    return asked[0], [group.rows.tolist() for group in images.groups()]
+
+
+def test_processes_share_the_heads_of_the_pictures(pair: Pair, tmp_path: Path) -> None:
+    """The first read them all, while the others waited."""
+    for i in range(8):
+        Image.new("RGB", (32, 16) if i % 3 else (16, 16)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("a digit")
+    assert pair.run(sorted_by_two, str(tmp_path)) == [(4, [[0, 3, 6], [1, 2, 4, 5, 7]])] * 2
+
+
 def written_by_two(rank: int, tiny: str, folder: str) -> None:
-    from types import SimpleNamespace
-
-    from lightning.pytorch.strategies import DDPStrategy
-    from torch import distributed
-
-    strategy = SimpleNamespace(
-        broadcast=lambda value: (distributed.broadcast_object_list(box := [value]), box[0])[1],
-        reduce_boolean_decision=lambda mine: (
-            all(every) if (distributed.all_gather_object(every := [None, None], mine), every)[1] else False
-        ),
-        barrier=distributed.barrier,
-    )
-    assert DDPStrategy  # what a run has; its collective calls are these
-    trainer = SimpleNamespace(global_rank=rank, world_size=2, strategy=strategy)
-    Writer(Path(folder), Ten(several=True), Pipeline(tiny), Keeping(shard_rows=4), False, 0, Processes(trainer)).write()
+    Writer(Path(folder), Ten(several=True), Pipeline(tiny), Keeping(shard_rows=4), False, 0, together(rank)).write()
 
 
 def test_two_processes_write_what_one_does(pair: Pair, tiny: Path, backbone: Pipeline, tmp_path: Path) -> None:

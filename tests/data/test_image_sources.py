@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import pickle
 import re
@@ -11,6 +12,7 @@ import shutil
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,10 +20,13 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from ddil_lightning.data import captions, indexes, tables
 from ddil_lightning.data.captions import Captions, Images, Prompts
-from ddil_lightning.data.folders import Cells
+from ddil_lightning.data.folders import Cells, Listing
 from ddil_lightning.data.sampler import CounterSampler
+from ddil_lightning.data.sorting import sort_by_size
 from ddil_lightning.data.visits import Visit
+from ddil_lightning.processes import Processes
 from pictured import parquet, png
 
 
@@ -139,6 +144,104 @@ def test_what_is_no_archive_is_one_line(tmp_path: Path) -> None:
         Images(str(tar(tmp_path / "empty.tar", {"0.npy": b"1"})))
     with pytest.raises(ValueError, match="it has no split 'test'"):
         Images(str(tmp_path / "empty.tar"), split="test")
+
+
+def test_archives_that_are_cut_short_are_told_together_or_used_as_far_as_they_go(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The first of them ended the start whatever was asked for, and each correction was followed by a whole index for the next."""
+    for k in range(4):
+        tar(tmp_path / f"{k}.tar", {name: data for i in range(3) for name, data in sample(3 * k + i).items()})
+    for k in (1, 2):
+        whole = (tmp_path / f"{k}.tar").read_bytes()
+        (tmp_path / f"{k}.tar").write_bytes(whole[: 4 * 1024 + 512 + 10])  # in the picture of the third sample
+    images = Images(str(tmp_path), size=8)
+    damaged = [f"{tmp_path}/{k}.tar cannot be read as a tar file: unexpected end of data" for k in (1, 2)]
+    said = f"the data set {tmp_path} could not be read: {'; '.join(damaged)}; archives are read uncompressed and whole, or in part by "
+    for ask in (lambda: images.check_files(Processes()), lambda: images[[0]]):
+        with pytest.raises(ValueError, match="^" + re.escape(said + "data.on_error=skip") + "$"):
+            ask()
+    with pytest.raises(ValueError, match=re.escape("; ".join(damaged))):
+        tables.load(str(tmp_path), "image", None, "train", None)
+    images.on_error = "skip"
+    with caplog.at_level(logging.WARNING):
+        images.check_files(Processes())
+    assert "; ".join(damaged) + ": what is whole of such archives is used" in caplog.text
+    assert [texts[0] for texts in images.texts(range(len(images)))] == [f"row {i}" for i in (0, 1, 2, 3, 4, 6, 7, 9, 10, 11)]
+    assert levels(images, range(10)) == [10 * i for i in (0, 1, 2, 3, 4, 6, 7, 9, 10, 11)]
+
+
+def test_the_heads_of_an_archive_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every process read them all at every start. A file of another time or size is read again, and no other."""
+    read: list[str] = []
+    heads = indexes.read_heads
+    monkeypatch.setattr(indexes, "read_heads", lambda file, image: (read.append(file.name), heads(file, image))[1])
+    folder = archives(tmp_path)
+    before = [images.texts(range(6)) for images in (Images(str(folder), size=8), Images(str(folder / "*.tar"), size=8))]
+    assert sorted(read) == ["00000.tar", "00001.tar"] and before[0] == before[1]
+    read.clear()
+    tar(folder / "00001.tar", {k: v for i in range(3, 8) for k, v in sample(i, "json").items()})
+    os.utime(folder / "00001.tar", (9, 9))
+    assert len(Images(str(folder), size=8)) == 8 and read == ["00001.tar"]
+    read.clear()
+    os.utime(folder / "00000.tar", (9, 9))
+    assert len(Images(str(folder), size=8, limit=2)) == 2 and read[0] == "00000.tar"
+    monkeypatch.setenv("DDIL_CACHE", str(folder / "00000_stats.json"))  # a place that cannot be written
+    assert Images(str(folder), size=8).texts([5]) == [["row 5"]]
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_of_a_picture_in_a_file_with_others_no_more_than_its_head_is_read_for_its_size(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole pictures were, at every start. What is known of data of a stamp is kept, but for pictures that could not be read."""
+    folder, pictures = tmp_path / "set", []
+    for i in range(6):
+        file = io.BytesIO()
+        Image.effect_noise((300, 200) if i % 2 else (200, 200), 90).convert("RGB").save(file, "PNG")
+        pictures.append(b"no picture" * 20000 if i == 2 else file.getvalue())
+    if kind == "tar":
+        tar(folder / "0.tar", {name: data for i, one in enumerate(pictures) for name, data in ((f"{i}.png", one), (f"{i}.txt", "a"))})
+    else:
+        from datasets import Dataset
+
+        folder.mkdir()
+        Dataset.from_list([{"image": one, "text": "a"} for one in pictures]).to_parquet(str(folder / "train.parquet"))
+    monkeypatch.setattr("ddil_lightning.data.archives._read", lambda *args: pytest.fail("a picture was read whole"))
+    monkeypatch.setattr(tables.Table, "pictures", lambda *args: pytest.fail("a picture was read whole"))
+    seen, size_of = [], captions.picture_size
+
+    def looked_at(source: Any, name: str) -> tuple[int, int]:
+        seen.append(source)
+        return size_of(source, name)
+
+    monkeypatch.setattr(captions, "picture_size", looked_at)
+
+    def images() -> Images:
+        made = Images(str(folder), size=[(16, 16), (16, 24)])
+        made.on_error = "skip"
+        sort_by_size(made, Processes())
+        return made
+
+    assert [group.rows.tolist() for group in images().groups()] == [[0, 4], [1, 2, 3, 5]]
+    assert all(not isinstance(source, bytes) for source in seen) and len(seen) > 6
+    if kind == "tar":
+        assert all(source.tell() <= 2**15 < len(one) for source, one in zip(seen[-6:], pictures, strict=True))
+    seen.clear()
+    assert [group.rows.tolist() for group in images().groups()] == [[0, 4], [1, 2, 3, 5]] and len(seen) == 1
+    assert pickle.loads(pickle.dumps(images())).sorting.size([4]) == (16, 16)
+
+
+def test_pictures_are_looked_for_by_one_process_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(png(10 * i))
+        (tmp_path / f"{i}.txt").write_text("a")
+    images = [Images(str(tmp_path), size=8) for _ in range(2)]
+    (tmp_path / "1.png").unlink()
+    with pytest.raises(ValueError, match=r"1\.png: no such file; 1 of 3 pictures are missing$"):
+        images[0].check_files(Processes())
+    monkeypatch.setattr(Listing, "missing", lambda *args: pytest.fail("looked for again"))
+    strategy = SimpleNamespace(broadcast=lambda told: (None, None))  # of the second of two, whose first has found nothing missing
+    images[1].check_files(Processes(SimpleNamespace(global_rank=1, world_size=2, strategy=strategy)))
+    assert images[1][[0]].rows.tolist() == [0]
 
 
 def test_the_stamp_of_archives_follows_them_and_what_is_read(tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import distributed
 
+from ddil_lightning.processes import Processes
 from workers import Workers
 
 WORLD = 2
@@ -37,6 +39,16 @@ def in_group(rank: int, meet: str, timeout: float, job: Callable[..., Any], *giv
     distributed.barrier()
     distributed.destroy_process_group()
     return found
+
+
+def together(rank: int) -> Processes:
+    """The processes of the group, as a Trainer's strategy lets them meet."""
+    strategy = SimpleNamespace(
+        broadcast=lambda value: (distributed.broadcast_object_list(box := [value]), box[0])[1],
+        reduce_boolean_decision=lambda mine: (distributed.all_gather_object(every := [None] * WORLD, mine), all(every))[1],
+        barrier=distributed.barrier,
+    )
+    return Processes(SimpleNamespace(global_rank=rank, world_size=WORLD, strategy=strategy))
 
 
 def ddp(entry: Any) -> dict[str, Any]:

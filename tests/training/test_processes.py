@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,12 +15,13 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import distributed
 
+from ddil_lightning import processes
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.callbacks import Checkpoints
 from ddil_lightning.imitation.prior import SamplingPrior
-from ddil_lightning.processes import PATIENCE, Processes, wait_at_most
+from ddil_lightning.processes import PATIENCE, Elsewhere, Processes, wait_at_most
 from ddil_lightning.training.sharding import be_patient
-from pair import WORLD, Pair, ddp
+from pair import WORLD, Pair, ddp, together
 from suite import BATCH, BY_NAME, FORWARD, METHODS, MIXED, PER_METHOD, Entry, Gradients, Run, build, captions, equal, fit, state
 
 UPDATES = 4
@@ -295,6 +298,51 @@ def test_processes_in_training_wait_for_hours_and_no_longer_for_days(pair: Pair,
     """From the first batch to the last; not where a config gives a time of its own."""
     assert pair.run(waited_for, tiny, None, timeout=60) == [[168, 2, 168]] * 2
     assert pair.run(waited_for, tiny, 7, timeout=60) == [[168, 168, 168]] * 2
+
+
+def failing(rank: int) -> tuple[str, float]:
+    """What a process says, and after how many seconds, of a share of which the second one fails at once and the first has for long."""
+    us, begun = together(rank), time.monotonic()
+
+    def share() -> None:
+        for _ in us.watching(range(600)):
+            if rank == 1:
+                raise ValueError("row 7 of the data: not a readable image")
+            time.sleep(0.1)
+
+    with pytest.raises((ValueError, Elsewhere)) as raised:
+        us.by_all(share)
+    assert us.by_all(lambda: rank) == rank and list(us.watching(range(3))) == [0, 1, 2]  # it is no failure of the next job
+    return f"{type(raised.value).__name__}: {raised.value}", time.monotonic() - begun
+
+
+def test_what_fails_in_one_process_soon_ends_the_share_of_the_others(pair: Pair) -> None:
+    """It was known when the last share was done, which may be days later."""
+    said = "row 7 of the data: not a readable image"
+    (first, seconds), (second, _) = pair.run(failing, timeout=60)
+    assert (first, second) == (f"Elsewhere: {said}", f"ValueError: {said}") and seconds < 20
+
+
+@pytest.mark.parametrize("how", ["by_all", "alike"])
+def test_what_has_failed_is_told_while_the_others_go_on(
+    how: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One whose share cannot be ended from outside is waited for, but not in silence."""
+    told = threading.Event()
+    wait = lambda answer: (told.wait(10), answer)[1]  # noqa: E731
+    strategy = SimpleNamespace(reduce_boolean_decision=lambda fine: wait(False))
+    us = Processes(SimpleNamespace(global_rank=1, world_size=2, strategy=strategy))
+    monkeypatch.setattr(us, "gathered", lambda mine: wait([None, mine]))
+    monkeypatch.setattr(processes, "SILENCE", 0.05)
+    monkeypatch.setattr(processes, "print", lambda *given, **kwargs: (print(*given, **kwargs), told.set()), raising=False)
+
+    def broken() -> None:
+        raise ValueError("row 7 of the data: not a readable image")
+
+    with pytest.raises(ValueError, match="row 7"):
+        getattr(us, how)(broken)
+    assert told.is_set()
+    assert capsys.readouterr().err == "process 1 of 2: row 7 of the data: not a readable image (it waits for the others to end)\n"
 
 
 class PoisonOne(Callback):

@@ -18,7 +18,7 @@ from ddil_lightning.commands.assembly import Assembly
 from ddil_lightning.commands.checks import say_data
 from ddil_lightning.commands.launched import together
 from ddil_lightning.data.encoded import Encoded
-from ddil_lightning.data.preparation import check_sizes, own_captions, sort_by_size
+from ddil_lightning.data.preparation import check_sizes, own_captions
 from ddil_lightning.data.writer import Keeping, Writer
 from ddil_lightning.errors import Refusal
 from ddil_lightning.files import check_writable
@@ -83,7 +83,6 @@ def cache(words: Sequence[str]) -> int:
         raise Refusal("data.captions are encoded already")
     captions.on_error = data.on_error
     check_sizes(captions, cli.backbone)
-    sort_by_size(captions, processes)
     keeping = Keeping(cli.config.dtype, cli.config.text, cli.config.shard_rows)
     writer = Writer(folder, captions, cli.backbone, keeping, data.truncate, data.workers, processes)
     try:
@@ -92,7 +91,9 @@ def cache(words: Sequence[str]) -> int:
         said = f"stopped; what is whole in {folder} stays, and the same command goes on"
         raise Stopped(getattr(stop, "number", signal.SIGINT), said) from stop
     writer.notices.close()
-    if processes.first:
+    if processes.first and not about["complete"]:
+        print(f"nothing is missing any more; another process, which was here first, looks all files over and completes {folder}")
+    elif processes.first:
         size = sum(known["bytes"] for known in about["files"].values()) / 2**20
         made = f"{about['rows']} rows, {about['captions']} captions, {size:.1f} MiB, {time.monotonic() - begun:.0f} s"
         print(f"{made}: {folder}; train on it by data.cache={folder}")

@@ -3,53 +3,43 @@
 from __future__ import annotations
 
 import glob
+import io
 import itertools
 import logging
 import os
 import re
-import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, cast
 
 import torch
 
-from ddil_lightning.data.folders import IMAGES, Cells, marks
+from ddil_lightning.data.folders import Cells, marks
+from ddil_lightning.data.indexes import index_all
 from ddil_lightning.texts import parse_json, reason
 
-MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
-"""The name of a member: its sample up to the first dot of the file's name, and what it is of it."""
 BRACES = re.compile(r"\{([^{}]*)\}")
-
-
-class Part(NamedTuple):
-    """A member of an archive: where its bytes begin, how many they are, and its name."""
-
-    begin: int
-    size: int
-    name: str
-
-
-ABSENT = Part(0, -1, "")
 
 
 class Archives:
     """Pictures and captions in tar files, as Listing has those in folders.
 
     The members of a sample have their name up to its first dot in common: a picture (`image` or else a known suffix, `key.jpg`), and
-    `key.json` with the column `caption` or `key.txt` with a caption in each line. The index of a file is made of its heads alone.
+    `key.json` with the column `caption` or `key.txt` with a caption in each line. `damaged`: why some of the files may hold more rows.
+    Raises ValueError for such files unless `damaged`, and where they leave no row.
     """
 
-    def __init__(self, files: Sequence[Path], image: str, caption: str, limit: int | None = None) -> None:
+    def __init__(self, files: Sequence[Path], image: str, caption: str, limit: int | None = None, damaged: bool = False) -> None:
         self._files, self._image, self._caption = list(files), image, caption
-        places, names, count = [torch.zeros(0, 7, dtype=torch.int64)], [], 0
-        for i, file in enumerate(self._files):
-            samples = _samples(file, image)[: None if limit is None else limit - count]
-            if samples:
-                places.append(torch.tensor([[i, *(n for part in parts for n in part[:2])] for parts in samples]))
-                names += [picture.name or text.name for picture, _, text in samples]
-                count += len(samples)
-        self._at, self._names = torch.cat(places), Cells(names)
+        indexes = index_all(self._files, image, limit)
+        for note in (index.note for index in indexes if index.note):
+            logging.getLogger(__name__).warning(note)
+        self.damaged = [index.damage for index in indexes if index.damage]
+        places = [torch.nn.functional.pad(index.places, (1, 0), value=i) for i, index in enumerate(indexes)]
+        self._at = torch.cat([torch.zeros(0, 7, dtype=torch.int64), *places])[:limit]
+        self._names = Cells(itertools.islice((name for index in indexes for name in index.names), limit))
+        if self.damaged and not (damaged and len(self)):
+            raise ValueError(said_of(self.damaged))
 
     def __len__(self) -> int:
         return len(self._at)
@@ -74,6 +64,16 @@ class Archives:
             found.append((_read(self._files[i], begin, size), name) if size >= 0 else (None, None))
         return found
 
+    def heads(self, index: Sequence[int]) -> list[tuple[BinaryIO | None, Any]]:
+        """As `pictures`, but that of each as much is read as is asked for."""
+        found: list[tuple[BinaryIO | None, Any]] = []
+        for row in index:
+            i, begin, size, *_ = self._at[row].tolist()
+            window = _Window(self._files[i], begin, size) if size >= 0 else None
+            name = f"{self._files[i].name}:{self._names[row]}"
+            found.append((None, None) if window is None else (cast(BinaryIO, io.BufferedReader(window)), name))
+        return found
+
     def missing(self) -> list[tuple[int, str]]:
         """Nothing: the archives were read when they were indexed."""
         return []
@@ -94,6 +94,48 @@ class Archives:
         lines = [line.strip() for line in _decoded(_read(file, text_begin, text_size), f"{file}:{name}, its .txt").split("\n")]
         lines = [line for line in lines if line]
         return lines if len(lines) > 1 else "".join(lines)
+
+
+def said_of(damaged: Sequence[str]) -> str:
+    """One line about all archives that cannot be read whole."""
+    return f"{'; '.join(damaged)}; archives are read uncompressed and whole"
+
+
+class _Window(io.RawIOBase):
+    """A member of an archive as a file of its own. Raises ValueError for an archive that cannot be opened."""
+
+    def __init__(self, file: Path, begin: int, size: int) -> None:
+        self._begin, self._size, self._at = begin, size, 0
+        try:
+            self._archive = file.open("rb", buffering=0)
+        except OSError as error:
+            raise ValueError(f"{file} cannot be read: {reason(error)}") from error
+
+    def close(self) -> None:
+        """Also when nobody holds it any more."""
+        if hasattr(self, "_archive"):
+            self._archive.close()
+        super().close()
+
+    def readable(self) -> bool:
+        """As any file that is read."""
+        return True
+
+    def seekable(self) -> bool:
+        """To any place of the member."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """As of a file that begins and ends with the member."""
+        self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """What is left of the member, at most as much as the buffer takes."""
+        self._archive.seek(self._begin + self._at)
+        got = self._archive.readinto(memoryview(buffer)[: max(0, self._size - self._at)]) or 0
+        self._at += got
+        return got
 
 
 def expanded(pattern: str) -> list[Path]:
@@ -119,35 +161,6 @@ def _choices(inside: str) -> list[str]:
     if ends is None:
         return inside.split(",") if "," in inside else [f"{{{inside}}}"]
     return [f"{i:0{len(ends[1])}}" for i in range(int(ends[1]), int(ends[2]) + 1)]
-
-
-def _samples(file: Path, image: str) -> list[tuple[Part, Part, Part]]:
-    """Picture, json and text of every sample of an archive, in its order. Raises ValueError for what is no archive."""
-    samples: dict[str, dict[str, Part]] = {}
-    try:
-        with tarfile.open(file, "r:") as archive:
-            for member in archive:
-                named = MEMBER.fullmatch(member.name)
-                if named and member.isreg():
-                    part = Part(member.offset_data, member.size, member.name)
-                    if samples.setdefault(named[1], {}).setdefault(named[2].lower(), part) is not part:
-                        raise ValueError(f"it holds {member.name} twice")
-                archive.members = []  # type: ignore[attr-defined]  # it keeps them all otherwise
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as a tar file: {reason(error)}; archives are read uncompressed and whole") from error
-    found, lost = [], []
-    for parts in samples.values():
-        pictures = [part for kind, part in parts.items() if kind == image.lower()]
-        pictures += [part for kind, part in parts.items() if f".{kind}" in IMAGES]
-        sample = (pictures[0] if pictures else ABSENT, parts.get("json", ABSENT), parts.get("txt", ABSENT))
-        if sample[0].size >= 0 or sample[2].size >= 0:
-            found.append(sample)
-        else:
-            lost += [part.name for part in parts.values() if Path(part.name).suffix.lower() in IMAGES]
-    if lost:
-        said = f"{len(lost)} pictures of {file} are left out, the first {lost[0]}: a sample is called after its name up to the first dot"
-        logging.getLogger(__name__).warning(f"{said}, as in WebDataset, and {image} or a known suffix is to follow it")
-    return found
 
 
 def _read(file: Path, begin: int, size: int) -> bytes:

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from ddil_lightning.data.buckets import Group, Size
 from ddil_lightning.data.raw import RawBatch, digest, joined
 from ddil_lightning.data.visits import Visit
+from ddil_lightning.processes import Processes
 
 
 class Captions(Dataset[Any]):
@@ -58,6 +59,10 @@ class Captions(Dataset[Any]):
     def groups(self) -> list[Group]:
         """The rows by the shape of their pictures, for a batch is of one shape: all of them, where there is one."""
         return [Group(torch.arange(len(self)), "all")]
+
+    def check_files(self, processes: Processes) -> None:
+        """Find out, one process for all and before the long work, what is missing or damaged. Raises ValueError for it where `on_error` is
+        stop, and else tells it."""
 
     def group_by(self, groups: list[Group]) -> None:
         """Hear what `groups` has found in another process."""

@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from ddil_lightning.bounds import at_least, lengths, within
 from ddil_lightning.counting import counted
+from ddil_lightning.data.folders import READERS
 from ddil_lightning.data.pictures import MAX_SIZE, check_size
 from ddil_lightning.texts import by
 
@@ -21,8 +22,8 @@ Size = tuple[int, int]
 Pictures = Callable[[Sequence[int]], list[Size | None]]
 PART = 64
 """Rows whose pictures are asked for at a time."""
-READERS = 16
-"""Threads that ask for pictures: of files on a network each waits for its answer."""
+UNREAD = -1
+"""In the place of the number of a size: of a picture that could not be read."""
 SEARCHED = 4096
 """Rows among which one of a size is looked for at a time."""
 
@@ -101,15 +102,25 @@ class Sorting:
         """The groups of so many `rows`, empty ones left out; `pictures` says height and width of some rows, None for what is not read."""
         if len(self.sizes) == 1:
             return [Group(torch.arange(rows), by(self.sizes[0]))]
-        if self._found is None:
-            self._found = self._sorted(pictures, rows)
-        members = [(self._found == i).nonzero()[:, 0] for i in range(len(self.sizes))]
+        self.find(pictures, rows)
+        members = [(cast(Tensor, self._found) == i).nonzero()[:, 0] for i in range(len(self.sizes))]
         return [Group(group, by(size)) for group, size in zip(members, self.sizes, strict=True) if len(group)]
+
+    def find(self, pictures: Pictures, rows: int) -> None:
+        """Read which of several sizes each of so many `rows` gets, if that is not known yet."""
+        if self._found is None and len(self.sizes) > 1:
+            self.know(self.read(pictures, range(rows)))
+
+    def know(self, numbers: Tensor) -> None:
+        """Take over what `read` has found of all rows. A picture that cannot be read goes with the next one that can, which takes its place
+        in a batch."""
+        places = torch.where(numbers == UNREAD, len(numbers), torch.arange(len(numbers))).flip(0).cummin(0).values.flip(0)
+        self._found = torch.cat([numbers, numbers.new_zeros(1)])[places]
 
     def hear(self, groups: Sequence[Group], rows: int) -> None:
         """Take over the groups that another process has found."""
         names = [by(size) for size in self.sizes]
-        self._found = torch.zeros(rows, dtype=torch.long)
+        self._found = torch.zeros(rows, dtype=torch.int16)
         for group in groups:
             self._found[group.rows] = names.index(group.name)
 
@@ -134,19 +145,14 @@ class Sorting:
             )
         return self.sizes[numbers[0]]
 
-    def _sorted(self, pictures: Pictures, rows: int) -> Tensor:
-        found: list[int | None] = []
-        parts = [range(start, min(start + PART, rows)) for start in range(0, rows, PART)]
+    def read(self, pictures: Pictures, rows: Sequence[int], show: bool = True) -> Tensor:
+        """[n] the number of the size of each of `rows`, by several threads; UNREAD of one that cannot be read and may be skipped."""
+        parts = [rows[start : start + PART] for start in range(0, len(rows), PART)]
+        found: list[int] = []
         pool = ThreadPoolExecutor(READERS)
         try:
-            for read in counted(pool.map(pictures, parts), len(parts), "the sizes of the pictures"):
-                found += [None if size is None else nearest(size, self.sizes) for size in read]
+            for read in counted(pool.map(pictures, parts), len(parts), "the sizes of the pictures", show):
+                found += [UNREAD if size is None else nearest(size, self.sizes) for size in read]
         finally:
             pool.shutdown(cancel_futures=True)
-        # A picture that cannot be read goes with the next one that can, which takes its place in a batch.
-        after = next((number for number in found if number is not None), 0)
-        numbers = []
-        for number in reversed(found):
-            after = after if number is None else number
-            numbers.append(after)
-        return torch.tensor(numbers[::-1])
+        return torch.tensor(found, dtype=torch.int16)

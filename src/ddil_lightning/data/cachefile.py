@@ -118,7 +118,7 @@ def _write(
 
     def share(temporary: Path) -> None:
         columns = _mapped(temporary)
-        for group, done, raw in raw_batches(captions, mine, workers, notices, processes.first):
+        for group, done, raw in processes.watching(raw_batches(captions, mine, workers, notices, processes.first)):
             first = starts[group] + done
             for name, value in columns_of(encode_batch(raw, backbone, truncate)).items():
                 if value.is_floating_point() and not bool(value.isfinite().all()):

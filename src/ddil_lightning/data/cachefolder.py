@@ -12,9 +12,10 @@ from torch import Tensor
 from ddil_lightning.backbones.interface import Backbone
 from ddil_lightning.data import manifest
 from ddil_lightning.data.base import Captions
+from ddil_lightning.data.buckets import Group
 from ddil_lightning.data.encoded import Encoded, Table
 from ddil_lightning.data.raw import RawBatch
-from ddil_lightning.data.shards import Column, read_shard, unpacked
+from ddil_lightning.data.shards import Column, read_shard, too_many, unpacked
 from ddil_lightning.data.visits import Visit, Wording
 from ddil_lightning.processes import Processes
 from ddil_lightning.records import Context
@@ -30,6 +31,8 @@ class CacheFolder(Encoded):
     def __init__(self, folder: Path) -> None:
         self.file, self.manifest = folder.resolve(), manifest.read(folder)
         manifest.check_files(folder, self.manifest)
+        if said := too_many(len(self.manifest["files"])):
+            raise ValueError(f"the cache {folder} has {len(self.manifest['files'])} files, and {said}")
         self.whole = self.manifest["text"]
         names = self.manifest["files"]
         self._words = [read_shard(folder / name) for name in names if name.startswith("captions-")]
@@ -50,6 +53,10 @@ class CacheFolder(Encoded):
         latents, ids, sizes = (_column(parts, name) for name in ("latents", "ids", "sizes"))
         self.tables.append(Table(latents, c, torch.cat([part["rows"] for part in parts]), wording, ids))
         self._sizes.append(sizes)
+
+    def groups(self) -> list[Group]:
+        """The rows of every table, by the name that they had in the data."""
+        return [Group(table.rows, group["name"]) for table, group in zip(self.tables, self.manifest["groups"], strict=True)]
 
     def prompts(self, index: Sequence[int]) -> list[str]:
         """The captions of the rows `index`, of several the first."""

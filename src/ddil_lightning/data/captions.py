@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ddil_lightning.bounds import seeds, within
 from ddil_lightning.data import tables
+from ddil_lightning.data.archives import Archives, said_of
 from ddil_lightning.data.base import Captions as Captions
 from ddil_lightning.data.buckets import Buckets, Group, Size, Sorting, sizes_of
 from ddil_lightning.data.folders import LISTS, Cells, bytes_of, read_column
@@ -17,6 +19,7 @@ from ddil_lightning.data.pictures import in_range, picture_size, read_pictures
 from ddil_lightning.data.raw import RawBatch as RawBatch
 from ddil_lightning.data.raw import digest
 from ddil_lightning.data.visits import Visit
+from ddil_lightning.processes import Processes
 from ddil_lightning.records import take
 from ddil_lightning.texts import caption_texts, file_text, place, read_lines, shown
 
@@ -100,9 +103,10 @@ class Images(Captions):
         if stream and len(self.sizes) > 1:
             raise ValueError("stream reads in order, and pictures of several sizes are taken size by size: give one size, or no stream")
         self._image, self._caption, self._path, self.stream = image, caption, path, stream
-        self._rows = tables.load(path, image, caption, split, limit, stream)
+        self._rows = tables.load(path, image, caption, split, limit, stream, damaged=True)
+        self._damaged = self._rows.damaged if isinstance(self._rows, Archives) else []
         self._complete = False
-        self._sorting = Sorting(self.sizes)
+        self.sorting = Sorting(self.sizes)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -129,40 +133,53 @@ class Images(Captions):
 
     def _raw_batch(self, rows: Visit) -> RawBatch:
         if self.on_error == "stop" and not self._complete:  # at once, not after hours of training
-            gone = self._rows.missing()
-            if gone:
-                row, file = gone[0]
-                raise ValueError(f"{self._where(row, file)}: no such file; {len(gone)} of {len(self)} pictures are missing")
+            self._check_whole()
             self._complete = True
         prompts, counts = self._told(rows)
         pixels, sizes, enlarged = read_pictures(self.sources(rows), self._size(rows))
         return RawBatch(pixels, prompts, torch.tensor(rows), enlarged, sizes=sizes, counts=counts)
 
+    def check_files(self, processes: Processes) -> None:
+        """Pictures that are not there, and archives of which a part is lost: of these `skip` has the rows before the damage."""
+        if self.on_error == "stop" and not self._complete:
+            processes.by_first(self._check_whole)
+            self._complete = True
+        elif self._damaged and processes.first:
+            logging.getLogger(__name__).warning(f"{'; '.join(self._damaged)}: what is whole of such archives is used")
+
+    def _check_whole(self) -> None:
+        """Raises ValueError for archives that are damaged, and for pictures that are not there."""
+        if self._damaged:
+            raise ValueError(f"the data set {self._path} could not be read: {said_of(self._damaged)}, or in part by data.on_error=skip")
+        if gone := self._rows.missing():
+            row, file = gone[0]
+            raise ValueError(f"{self._where(row, file)}: no such file; {len(gone)} of {len(self)} pictures are missing")
+
     def groups(self) -> list[Group]:
         """The rows by the size that their pictures get; those of several sizes are told apart by the heads of the files, once."""
-        return self._sorting.groups(self._frames, len(self))
+        return self.sorting.groups(self.frames, len(self))
 
     def group_by(self, groups: list[Group]) -> None:
         """Hear what `groups` has found in another process."""
-        self._sorting.hear(groups, len(self))
+        self.sorting.hear(groups, len(self))
 
-    def _frames(self, rows: Sequence[int]) -> list[Size | None]:
+    def frames(self, rows: Sequence[int]) -> list[Size | None]:
         """Height and width of the pictures of `rows`; None for one that cannot be read and may be skipped."""
         try:
-            return [picture_size(*source) for source in self.sources(rows)]
+            return [picture_size(*head) for head in sources(self._rows.heads(rows), self._path, self._image, rows)]
         except (OSError, ValueError):
             if self.on_error == "stop":
                 raise
-            return [None] if len(rows) == 1 else [size for row in rows for size in self._frames([row])]
+            return [None] if len(rows) == 1 else [size for row in rows for size in self.frames([row])]
 
     def _others(self, row: int) -> Iterator[int]:
-        self.groups()
-        return self._sorting.others(row, len(self))
+        self.sorting.find(self.frames, len(self))
+        return self.sorting.others(row, len(self))
 
     def _size(self, rows: Sequence[int]) -> Size:
         """The one size of the pictures of `rows`. Raises ValueError where they have several."""
-        self.groups()
-        return self._sorting.size(rows)
+        self.sorting.find(self.frames, len(self))
+        return self.sorting.size(rows)
 
     def _shape(self) -> Any:
         """The sizes, as digests know them: squares by their side."""
@@ -171,7 +188,7 @@ class Images(Captions):
 
     def sources(self, index: Sequence[int]) -> Iterator[tuple[bytes | str, str]]:
         """Pictures as bytes or files, and what a message calls them."""
-        return sources(self._rows, self._path, self._image, index)
+        return sources(self._rows.pictures(index), self._path, self._image, index)
 
     def _where(self, row: int, file: str | None = None) -> str:
         return _named(self._path, row, file)
@@ -218,9 +235,10 @@ class Prompts(Captions):
         return self.content()
 
 
-def sources(rows: tables.Rows, path: str, image: str, index: Sequence[int]) -> Iterator[tuple[bytes | str, str]]:
-    """Pictures of `rows` (`tables.load`) as bytes or files, and what a message calls them. Raises ValueError for a row without one."""
-    for row, (data, file) in zip(index, rows.pictures(index), strict=True):
+def sources(pictures: Sequence[tuple[Any, Any]], path: str, image: str, index: Sequence[int]) -> Iterator[tuple[Any, str]]:
+    """`pictures` or `heads` of rows (`tables.load`) as what is read, and what a message calls them. Raises ValueError for a row without
+    one."""
+    for row, (data, file) in zip(index, pictures, strict=True):
         if data is None:
             try:
                 data = tables.fetch(file) if "://" in file_text(file) else None

@@ -135,7 +135,9 @@ class DDILDataModule(LightningDataModule, Feed):
         no_images = self.captions.latents is None if isinstance(self.captions, Encoded) else isinstance(self.captions, Prompts)
         if self.prior.forward > 0 and no_images and self.needs_images(self.learner):
             raise ValueError("the prior has a forward share but the data set has no images: give that share to the teacher, or give images")
-        self._names = {int(rows[0]): name for rows, name in given.groups()}
+        there = isinstance(self.captions, Encoded) and self.captions.file is not None
+        # Of a cache its own: pictures that are named besides would all be opened for it, by every process.
+        self._names = {int(rows[0]): name for rows, name in (self.captions if there else given).groups()}
         self.captions.sizes = given.sizes  # a second fit finds them as they were
         self._stored = None  # of another method, before a second fit
         self._first = check_latents(self.captions, backbone, given.sizes is None, lambda rows: self._taken(rows).latent)

@@ -10,7 +10,7 @@ from typing import Any
 from ddil_lightning.backbones.interface import Backbone
 from ddil_lightning.data.base import Captions
 from ddil_lightning.data.shards import checksum
-from ddil_lightning.files import read_table, write_text
+from ddil_lightning.files import holds_anything, read_table, write_text
 from ddil_lightning.texts import by
 
 NAME, FORMAT = "manifest.json", 1
@@ -78,7 +78,7 @@ def write(folder: Path, manifest: Mapping[str, Any]) -> None:
 def check_same(folder: Path, mine: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest of a cache that is to be made or gone on with, {} of a new one. Raises ValueError where the folder holds another."""
     if not (folder / NAME).is_file():
-        if folder.is_dir() and any(folder.iterdir()):
+        if holds_anything(folder):
             raise ValueError(f"{folder} holds something else than a cache: give another --out, or an empty folder")
         return {}
     theirs = read(folder)
@@ -96,7 +96,7 @@ def drop_damaged(folder: Path, manifest: Mapping[str, Any]) -> bool:
     """Remove files of another length than they were written with -> whether any file is missing now, so that it is made again."""
     for name, known in manifest["files"].items():
         if (folder / name).is_file() and (folder / name).stat().st_size != known["bytes"]:
-            (folder / name).unlink()
+            (folder / name).unlink(missing_ok=True)
     return not all((folder / name).is_file() for name in manifest["files"])
 
 

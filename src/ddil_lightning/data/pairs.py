@@ -21,6 +21,7 @@ from ddil_lightning.data.captions import Captions
 from ddil_lightning.data.encoded import Encoded, Table
 from ddil_lightning.data.raw import digest
 from ddil_lightning.data.shards import about_shard, read_shard, write_shard
+from ddil_lightning.data.sharing import Missing
 from ddil_lightning.data.visits import Visit
 from ddil_lightning.diffusion.denoiser import Denoiser, to_w
 from ddil_lightning.diffusion.grid import Grid
@@ -28,7 +29,7 @@ from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.reflection import Reflection
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.feed import Pairs
-from ddil_lightning.files import read_table, sweep, write_text
+from ddil_lightning.files import holds_anything, read_table, sweep, write_text
 from ddil_lightning.imitation.learner import Learner
 from ddil_lightning.processes import Processes
 from ddil_lightning.records import CaptionBatch, Pair, sent
@@ -127,10 +128,12 @@ class Maker:
 
         def share() -> dict[int, dict[str, Tensor]]:
             found = {}
-            for i in counted(mine, len(mine), "pairs by the teacher", self.processes.first, rows=lambda i: len(parts[i].rows)):
+            meanwhile = Missing(mine, lambda i: folder is not None and _is_whole(folder / parts[i].file), folder or Path())
+            told = counted(meanwhile, len(mine), "pairs by the teacher", self.processes.first, rows=lambda i: len(parts[i].rows))
+            for i in self.processes.watching(told):
                 found[i] = self._solved(parts[i])
-                if folder is not None:
-                    write_shard(folder / parts[i].file, found.pop(i), {"number": parts[i].number})
+                if folder is not None and (columns := found.pop(i)) and not meanwhile.is_made(i):
+                    write_shard(folder / parts[i].file, columns, {"number": parts[i].number})
             return found
 
         solved = self.processes.by_all(share)
@@ -170,7 +173,7 @@ class Maker:
         mine = self._origin(captions, rows)
         theirs = read_table(folder / NAME)
         if not theirs:
-            if folder.is_dir() and any(folder.iterdir()):
+            if holds_anything(folder):
                 raise ValueError(f"model.pairs.path {folder} holds something else than pairs: give another folder, or an empty one")
             write_text(folder / NAME, json.dumps(mine, indent=1) + "\n")
         for name in mine:

@@ -6,7 +6,7 @@ import io
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,8 +52,11 @@ def read_picture(source: bytes | str | Path, name: str = "") -> Picture:
         raise ValueError(f"{name}: not a readable image ({reason(error)})") from error
 
 
-def picture_size(source: bytes | str | Path, name: str = "") -> tuple[int, int]:
-    """Height and width of a picture as `read_picture` would give it, from its head: no pixel is decoded. Raises ValueError as that does."""
+def picture_size(source: bytes | str | Path | BinaryIO, name: str = "") -> tuple[int, int]:
+    """Height and width of a picture as `read_picture` would give it, from its head: no pixel is decoded, and of a file no more is read.
+
+    Raises ValueError as that does.
+    """
     from PIL import Image, UnidentifiedImageError
 
     name = name or shown(str(source))

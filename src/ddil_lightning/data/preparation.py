@@ -18,6 +18,7 @@ from ddil_lightning.data.cachefile import cached
 from ddil_lightning.data.cachefolder import CacheFolder, open_folder
 from ddil_lightning.data.captions import Captions, builtin
 from ddil_lightning.data.encoded import Encoded, Notices, encode
+from ddil_lightning.data.sorting import sort_by_size
 from ddil_lightning.diffusion.reflection import estimate_box
 from ddil_lightning.processes import Processes
 from ddil_lightning.texts import by
@@ -80,7 +81,9 @@ def prepared(
     check_sizes(captions, backbone)
     if folder is not None:
         return captions, folder
-    sort_by_size(captions, processes)
+    if not (isinstance(cache, str) and processes.by_first(Path(cache).is_file)):  # of which nothing is read but that
+        captions.check_files(processes)
+        sort_by_size(captions, processes)
     if cache is True and not isinstance(captions, Encoded):
         say_copies(captions, backbone, processes)
     if isinstance(cache, str):
@@ -178,19 +181,6 @@ def check_sizes(captions: Captions, backbone: Any) -> None:
             f"data.captions.size is {', '.join(by(size) for size in captions.sizes)}, and {backbone.path} samples at {by(backbone.size)}: "
             "give that size too, or the pipeline one of these by model.pipeline.size"
         )
-
-
-def sort_by_size(captions: Captions, processes: Processes) -> None:
-    """Find out once, for all processes, which of several sizes every picture gets, and say which of them none does."""
-    if len(captions.sizes or ()) < 2 or isinstance(captions, Encoded):
-        return
-    groups = processes.by_first(captions.groups)
-    captions.group_by(groups)
-    names = [group.name for group in groups]
-    empty = [by(size) for size in captions.sizes or () if by(size) not in names]
-    if empty and processes.first:
-        log = logging.getLogger(__name__)
-        log.warning(f"no picture is nearest in aspect to {', '.join(empty)} of data.captions.size: the student is not trained at that")
 
 
 def check_latents(captions: Captions, backbone: Any, strict: bool, latent: Callable[[Tensor], Tensor | None]) -> Tensor:

@@ -17,6 +17,24 @@ from ddil_lightning.texts import from_json, reason
 ABOUT = "about"  # the one name in the metadata of a file: safetensors writes several in an order that changes from process to process
 
 
+MAPS, OTHERS = Path("/proc/sys/vm/max_map_count"), 4096
+"""Where Linux says how many pieces of memory a process may have, of which each mapped file is one; and how many are of something else."""
+
+
+def too_many(files: int) -> str:
+    """Why a process cannot map so many files on this machine, and the remedy; empty where it can."""
+    try:
+        most = int(MAPS.read_text())
+    except (OSError, ValueError):  # another system
+        return ""
+    if files + OTHERS <= most:
+        return ""
+    return (
+        f"a process of this machine maps {most} pieces of memory (vm.max_map_count): have it raised to {2 * files + OTHERS}, or give "
+        "ddil-cache more --shard_rows and a new folder"
+    )
+
+
 def write_shard(path: Path, columns: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """A file of `columns`, and what is to be known `about` them; the same bytes for the same values. Raises OSError as `replacing` does."""
     from safetensors.torch import save_file

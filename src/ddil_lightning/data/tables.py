@@ -38,6 +38,7 @@ class Table:
             raise ValueError(f"the data set {path} has no column {names}: it has {', '.join(rows.column_names)}{HINT}")
         self._image, self._caption, self._folder = image, caption, folder
         self._split, self._files = split, list(files)
+        self._heads: Any = None
         self._rows = _undecoded(rows if limit is None else rows.select(range(min(limit, len(rows)))), image, path)
 
     def __len__(self) -> int:
@@ -51,6 +52,18 @@ class Table:
         """Bytes and file of the rows `index`; a file without bytes counts from the folder of the data set."""
         cells = [cell or {} for cell in self._rows.select_columns([self._image])[list(index)][self._image]]
         return [(cell.get("bytes"), self._file(cell.get("path"), cell.get("bytes"))) for cell in cells]
+
+    def heads(self, index: Sequence[int]) -> list[tuple[Any, Any]]:
+        """As `pictures`, but that of each as much is read as is asked for: rows in a row are looked at where the disk has them."""
+        import pyarrow as pa  # type: ignore[import-untyped]
+
+        if self._heads is None:
+            self._heads = self._rows.select_columns([self._image]).with_format("arrow")
+        first, last = index[0], index[-1]
+        found = self._heads[first : last + 1] if list(index) == list(range(first, last + 1)) else self._heads[list(index)]
+        cells = [(cell["bytes"], cell["path"].as_py()) if cell.is_valid else (None, None) for cell in found[self._image]]
+        heads = [(None if data is None or not data.is_valid else pa.BufferReader(data.as_buffer()), path) for data, path in cells]
+        return [(head, self._file(path, b"" if head else None)) for head, path in heads]
 
     def missing(self) -> list[tuple[int, str]]:
         """Nothing: pictures are mostly inside, and a file that is not there is found when its row is read."""
@@ -80,10 +93,10 @@ class Table:
         return os.path.join(self._folder, path) if data is None and path and "://" not in path else path
 
 
-def load(path: str, image: str, caption: str | None, split: str, limit: int | None, stream: bool = False) -> Rows:
+def load(path: str, image: str, caption: str | None, split: str, limit: int | None, stream: bool = False, damaged: bool = False) -> Rows:
     """The pictures and captions of `path` (captions.Images), or without `caption` pictures alone.
 
-    Raises ValueError for what cannot be read or is not there.
+    Raises ValueError for what cannot be read or is not there, and unless `damaged` for archives that can be read in part alone.
     """
     file = place(path)
     rows: Any = None
@@ -98,7 +111,7 @@ def load(path: str, image: str, caption: str | None, split: str, limit: int | No
         if kind in ("parquet", "hub", "saved"):
             rows = open_stream(path, files, split) if stream else _load_dataset(file, path, split, files)
         elif kind == "archives":
-            rows = Archives(files, image, caption or "", limit)
+            rows = Archives(files, image, caption or "", limit, damaged)
     except (OSError, ValueError) as error:
         raise ValueError(f"the data set {path} could not be read: {reason(error)}") from error
     folder = files[0].parent if files else file

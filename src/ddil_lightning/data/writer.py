@@ -6,8 +6,12 @@ it is the same whoever writes it, and when.
 
 from __future__ import annotations
 
+import json
+import logging
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
@@ -26,12 +30,15 @@ from ddil_lightning.data import manifest
 from ddil_lightning.data.base import Captions
 from ddil_lightning.data.encoded import CHUNK, Notices, check_lengths, chunk_rows
 from ddil_lightning.data.raw import RawBatch
-from ddil_lightning.data.shards import about_shard, checksum, packed, read_shard, unpacked, write_shard
+from ddil_lightning.data.shards import about_shard, checksum, packed, read_shard, too_many, unpacked, write_shard
+from ddil_lightning.data.sharing import Missing
+from ddil_lightning.data.sorting import sort_by_size
 from ddil_lightning.data.visits import Visit
-from ddil_lightning.files import sweep
+from ddil_lightning.files import holding, read_table, sweep
 from ddil_lightning.processes import Processes
 
 NAMED = 100  # skipped rows that a manifest names
+LOCK = ".lock"  # of who completes the folder
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,10 @@ class Shard(NamedTuple):
 
 
 class Writer:
-    """Makes the cache folder `folder` of `captions`, or goes on with it; `processes` share the files. `write` does all of it."""
+    """Makes the cache folder `folder` of `captions`, or goes on with it; `processes` share the files. `write` does all of it.
+
+    Others may write into the folder at the same time that know nothing of these, such as the tasks of an array job.
+    """
 
     def __init__(
         self, folder: Path, captions: Captions, backbone: Backbone, keeping: Keeping, truncate: bool, workers: int, processes: Processes
@@ -72,34 +82,44 @@ class Writer:
         self._dtype = getattr(torch, keeping.dtype)
 
     def write(self) -> dict[str, Any]:
-        """Everything that is not there yet -> the manifest. Raises ValueError for a folder of another cache, or what cannot be kept."""
-        about = self.processes.by_first(self._begin)
+        """Everything that is not there yet -> the manifest, which is complete unless another process is just completing it.
+
+        Raises ValueError for a folder of another cache, or what cannot be kept.
+        """
+        about = self.processes.by_first(self._known)
         if about["complete"]:
             return about
+        self.captions.check_files(self.processes)
+        sort_by_size(self.captions, self.processes)
+        self.processes.by_first(lambda: self._begin(about))  # not before: data that were mended would be other data
         groups = self.captions.groups()
         shards: list[Shard] = []
         for group, (rows, _) in enumerate(groups):
             for part in rows.split(self.keeping.shard_rows):
                 shards.append(Shard(f"rows-{len(shards):05d}.safetensors", group, part))
+        self._say_maps(len(shards))
         mine = self._mine(len(shards), lambda i: self._has_rows(shards[i]))
-        share = shards[self.processes.rank :: self.processes.world]
-        self.processes.by_all(lambda: self._check_captions([row for shard in share for row in shard.rows.tolist()]))
+        self.processes.by_all(lambda: self._check_captions(shards, mine))
         self.processes.by_all(lambda: self._rows(shards, mine, [rows for rows, _ in groups]))
         self.processes.wait()
         unique, texts = self.processes.by_first(lambda: self._captions(shards))
         self.processes.by_first(lambda: self._drop_others(len(shards), texts))
         if self.keeping.text:
-            self.processes.by_all(lambda: self._texts(texts))
+            self.processes.by_all(lambda: self._texts(texts, unique))
             self.processes.wait()
         names = [shard.file for shard in shards] + ["index.safetensors"]
         names += [f"{kind}-{i:05d}.safetensors" for kind in ("captions", *(["text"] if self.keeping.text else [])) for i in range(texts)]
-        files = self._checksums(names)
-        return self.processes.by_first(lambda: self._end(about, shards, [group.name for group in groups], unique, files))
+        with holding(self.folder / LOCK) if self.processes.first else nullcontext(True) as alone:
+            found = self.processes.by_first(lambda: manifest.read(self.folder))
+            if not self.processes.by_first(lambda: alone) or (found["complete"] and found["files"].keys() == set(names)):
+                return found  # of another process, which reads all files for their checksums, or has read them
+            files = self._checksums(names)
+            return self.processes.by_first(lambda: self._end(about, shards, [group.name for group in groups], unique, files))
 
-    def _begin(self) -> dict[str, Any]:
+    def _known(self) -> dict[str, Any]:
         """The manifest of a cache that is not complete, for whoever goes on with it; of one that is, its own."""
         kept = {"dtype": self.keeping.dtype, "shard_rows": self.keeping.shard_rows}
-        images = self.captions[[0]].pixels is not None
+        images = self.captions.sizes is not None or self.captions[[0]].pixels is not None
         about = {**manifest.origin(self.captions, self.backbone, self.truncate, images), **kept, "text": self.keeping.text}
         if not self.keeping.text and not images:
             raise ValueError("captions without images, and no text states of them: there is nothing to keep; leave --text at true")
@@ -107,11 +127,14 @@ class Writer:
         cut = known.get("text") and known["truncate"] != self.truncate
         if known.get("complete") and known["text"] >= about["text"] and not cut and not manifest.drop_damaged(self.folder, known):
             return known
+        return {**about, "complete": False}
+
+    def _begin(self, about: dict[str, Any]) -> None:
+        """Begin the folder, or go on with it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         sweep(self.folder, inside=False)
-        about["complete"] = False
-        manifest.write(self.folder, about)
-        return about
+        if read_table(self.folder / manifest.NAME) != json.loads(json.dumps(about)):  # another process may just be completing it
+            manifest.write(self.folder, about)
 
     # Rows ----------------------------------------------------------------------------------------------------------------------------
 
@@ -127,10 +150,25 @@ class Writer:
         except (KeyError, ValueError):  # not there, cut short, or of something else
             return False
 
-    def _check_captions(self, rows: list[int]) -> None:
-        """Raises ValueError for a row whose caption is too long, before any picture is encoded. A stream is not read twice for it."""
-        for start in range(0, 0 if self.truncate or self.captions.stream else len(rows), CHUNK):
-            part = rows[start : start + CHUNK]
+    def _say_maps(self, shards: int) -> None:
+        """Warn, before all is encoded, where there will be more files than a process can map."""
+        told = self._readable(list(range(min(64, len(self.captions))))) if self.processes.first and not self.captions.stream else []
+        each = sum(map(len, told)) / max(1, len(told))  # captions of a picture, which are mostly different ones
+        files = round(shards * (1 + each * (2 if self.keeping.text else 1)))
+        if said := too_many(files):
+            logging.getLogger(__name__).warning(f"{self.folder} will have some {files} files, which training maps, and {said}")
+
+    def _check_captions(self, shards: list[Shard], mine: list[int]) -> None:
+        """Raises ValueError for a row whose caption is too long, before any picture is encoded. Not again of files that were checked for it
+        when they were made, and no stream is read twice for it."""
+        if self.truncate or self.captions.stream:
+            return
+        share = range(self.processes.rank, len(shards), self.processes.world)
+        new = set(mine)
+        unchecked = [i for i in share if i in new or not about_shard(self.folder / shards[i].file).get("checked")]
+        rows = [row for i in unchecked for row in shards[i].rows.tolist()]
+        parts = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
+        for part in self.processes.watching(counted(parts, len(parts), "checking the captions", self.processes.first, rows=len)):
             check_lengths(part, self._readable(part), self.backbone)
 
     def _readable(self, rows: list[int]) -> list[list[str]]:
@@ -145,15 +183,27 @@ class Writer:
     def _rows(self, shards: list[Shard], mine: list[int], groups: list[Tensor]) -> None:
         """Latents, sizes and captions of the rows of each file that is `mine`."""
         chunks = {g: chunk_rows(self.captions, groups[g].tolist()) for g in {shards[i].group for i in mine}}
-        parts = [(i, Visit(part.tolist(), every=True)) for i in mine for part in shards[i].rows.split(chunks[shards[i].group])]
-        loader = DataLoader(self.captions, batch_size=None, sampler=[rows for _, rows in parts], num_workers=self.workers)  # type: ignore[arg-type]
-        told = counted(loader, len(parts), "encoding the data", self.processes.first, rows=lambda raw: len(raw.rows))
+        missing = Missing(mine, lambda i: self._has_rows(shards[i]), self.folder, self.captions.stream)
+        ahead: deque[tuple[int, Visit, bool]] = deque()  # what the loader was asked for: a file, some of its rows, whether the last
+
+        def asked() -> Iterator[Visit]:
+            for i in missing:
+                parts = shards[i].rows.split(chunks[shards[i].group])
+                for number, part in enumerate(parts, 1):
+                    ahead.append((i, Visit(part.tolist(), every=True), number == len(parts)))
+                    yield ahead[-1][1]
+
+        total = sum(math.ceil(len(shards[i].rows) / chunks[shards[i].group]) for i in mine)
+        loader = DataLoader(self.captions, batch_size=None, sampler=asked(), num_workers=self.workers)
+        told = counted(loader, total, "encoding the data", self.processes.first, rows=lambda raw: len(raw.rows))
         made: list[dict[str, Any]] = []
-        for at, ((i, rows), raw) in enumerate(zip(parts, told, strict=True), 1):
+        for raw in self.processes.watching(told):
+            i, rows, last = ahead.popleft()
             self.notices.hear(raw, len(self.captions))
             made.append(self._encoded(raw, rows))
-            if at == len(parts) or parts[at][0] != i:
-                self._write_rows(shards[i], made)
+            if last:
+                if not missing.is_made(i):
+                    self._write_rows(shards[i], made)
                 made = []
 
     @torch.no_grad()
@@ -186,7 +236,7 @@ class Writer:
             ids = self._ids(columns["sizes"], made[0]["prompts"][:1])
             columns |= {} if ids is None else {"ids": ids}
         skipped = list(dict.fromkeys(why for part in made for why in part["skipped"]))
-        about = {"group": shard.group, "skipped": skipped, "enlarged": sum(part["enlarged"] for part in made)}
+        about = {"group": shard.group, "skipped": skipped, "enlarged": sum(part["enlarged"] for part in made), "checked": not self.truncate}
         write_shard(self.folder / shard.file, columns, about)
 
     @torch.no_grad()
@@ -230,30 +280,32 @@ class Writer:
         return len(known), files
 
     @torch.no_grad()
-    def _texts(self, files: int) -> None:
+    def _texts(self, files: int, unique: int) -> None:
         """The text states of the captions in each file. A file says of which captions: these are numbered anew in every go."""
         names = [f"text-{i:05d}.safetensors" for i in range(files)]
-        mine = self._mine(files, lambda i: self._has_texts(names[i], self._origin_of_texts(i)))
+        has = lambda i: self._has_texts(names[i], self._origin_of_texts(i))  # noqa: E731
+        missing = Missing(mine := self._mine(files, has), has, self.folder)
         alone = "latents" not in read_shard(self.folder / "rows-00000.safetensors")
-        words = {i: read_shard(self.folder / f"captions-{i:05d}.safetensors") for i in mine}
+        every = self.keeping.shard_rows
 
         def parts() -> Iterator[tuple[int, list[str], bool]]:
-            for i in mine:
-                texts = unpacked(words[i])
+            for i in missing:
+                texts = unpacked(read_shard(self.folder / f"captions-{i:05d}.safetensors"))
                 for start in range(0, len(texts), CHUNK):
                     yield i, texts[start : start + CHUNK], start + CHUNK >= len(texts)
 
-        total = sum(math.ceil(len(columns["ends"]) / CHUNK) for columns in words.values())
+        total = sum(math.ceil(min(every, unique - i * every) / CHUNK) for i in mine)
         made: list[dict[str, Tensor]] = []
-        for i, texts, last in counted(parts(), total, "encoding the captions", self.processes.first, rows=lambda part: len(part[1])):
+        told = counted(parts(), total, "encoding the captions", self.processes.first, rows=lambda part: len(part[1]))
+        for i, texts, last in self.processes.watching(told):
             c = self.backbone.encode_text(texts, self.truncate)
             held = {name: value.cpu() for name, value in c._asdict().items() if value is not None and (alone or name != "ids")}
-            what = f"of captions {i * self.keeping.shard_rows} and on"
+            what = f"of captions {i * every} and on"
             made.append({name: value if name == "ids" else self._held(value, f"{name} {what}") for name, value in held.items()})
             if last:
-                write_shard(
-                    self.folder / names[i], {name: torch.cat([part[name] for part in made]) for name in made[0]}, self._origin_of_texts(i)
-                )
+                if not missing.is_made(i):
+                    columns = {name: torch.cat([part[name] for part in made]) for name in made[0]}
+                    write_shard(self.folder / names[i], columns, self._origin_of_texts(i))
                 made = []
 
     def _origin_of_texts(self, i: int) -> dict[str, Any]:
@@ -271,7 +323,7 @@ class Writer:
         for file in self.folder.glob("*-*.safetensors"):
             kind, _, number = file.stem.partition("-")
             if number.isdigit() and int(number) >= {"rows": rows, "captions": texts, "text": texts}.get(kind, int(number) + 1):
-                file.unlink()
+                file.unlink(missing_ok=True)
 
     # The end -------------------------------------------------------------------------------------------------------------------------
 

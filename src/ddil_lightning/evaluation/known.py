@@ -15,10 +15,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ddil_lightning.evaluation.references import cache_folder
 from ddil_lightning.evaluation.registry import keys
 from ddil_lightning.evaluation.table import write_rows
-from ddil_lightning.files import read_table
+from ddil_lightning.files import cache_folder, read_table
 from ddil_lightning.miniature import weights_path
 from ddil_lightning.texts import reason
 

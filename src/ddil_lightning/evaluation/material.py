@@ -132,7 +132,7 @@ def _pictures(path: str, image: str, split: str) -> Gallery:
         image = next((name for name in COLUMNS[0] if name in columns), image)
     rows = tables.load(path, image, None, split, None)
     if not isinstance(rows, Listing):
-        return Gallery(lambda index: sources(rows, path, image, index), range(len(rows)))
+        return Gallery(lambda index: sources(rows.pictures(index), path, image, index), range(len(rows)))
     files = [Path(str(name)) for name in dict.fromkeys(name for _, name in rows.pictures(range(len(rows))))]  # of several captions once
     check_there(file, files)
     return Gallery.of_files(files)

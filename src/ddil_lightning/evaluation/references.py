@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from ddil_lightning.evaluation.galleries import Gallery
 from ddil_lightning.evaluation.given import SPACES, Given, Reference
 from ddil_lightning.evaluation.networks import Named, said
 from ddil_lightning.evaluation.protocols import STATISTICS
-from ddil_lightning.files import replacing
+from ddil_lightning.files import cache_folder, replacing
 from ddil_lightning.processes import Processes
 from ddil_lightning.texts import from_json, reason
 
@@ -33,12 +32,6 @@ ABOUT = "ddil_reference"
 """Where a file of statistics says what it was made of and with."""
 Moments = tuple[Tensor, Tensor]
 log = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """Where statistics are kept: DDIL_CACHE, else ddil-lightning in XDG_CACHE_HOME or ~/.cache. It may be deleted at any time."""
-    own = os.environ.get("DDIL_CACHE")
-    return Path(own).expanduser() if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddil-lightning"
 
 
 def made_with(given: Given, space: str) -> dict[str, Any]:

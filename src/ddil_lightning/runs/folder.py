@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import time
 from pathlib import Path
 from typing import IO
 
-from ddil_lightning.files import read_table, sweep, switch, write_text
+from ddil_lightning.files import lock, read_table, sweep, switch, write_text
 
 WRITTEN = (
     "config.yaml", "checkpoints", "metrics.csv", "summary.json", "pipeline", "pipeline-unverified", "report.html", "samples", "stages",
@@ -125,25 +124,13 @@ def _remove_empty(made: list[Path]) -> None:
 
 def _locked(path: Path) -> IO[bytes] | None:
     """The lock file, open and locked until it is closed or the process ends; None where the file system knows no locks."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
     deadline = time.monotonic() + PATIENCE  # a process that is just ending may still hold it
     while True:
-        file = path.open("ab")
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                return file
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                file.close()
-                return None
+            return lock(path)
+        except BlockingIOError as error:
             if time.monotonic() > deadline:
-                file.close()
                 raise ValueError(f"another process is writing to the run folder {path.parent}: wait for its end") from error
-        file.close()
         time.sleep(0.2)
 
 
