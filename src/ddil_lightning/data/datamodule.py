@@ -20,6 +20,7 @@ from ddil_lightning.data.encoded import Encoded, Notices, encode_batch
 from ddil_lightning.data.pairs import Stored, stored
 from ddil_lightning.data.preparation import check_latents, encodes, is_encoded, latent_box, prepared, second_moment, settle
 from ddil_lightning.data.sampler import CounterSampler, Parting, carried, say_carried
+from ddil_lightning.data.visits import spread
 from ddil_lightning.diffusion.denoiser import evaluating
 from ddil_lightning.feed import Answer, Ask, Feed
 from ddil_lightning.imitation.buffer import ReplayBuffer
@@ -160,12 +161,13 @@ class DDILDataModule(LightningDataModule, Feed):
         return self._examples[:n]
 
     def reference(self, n: int) -> CaptionBatch:
-        """The first `n` captions and images, encoded and on the method's device: the same rows every time, for probes.
+        """Some `n` captions and images, spread over the data, encoded and on the method's device: the same rows every time, for probes.
 
         Of images of several sizes those of the size that the pipeline samples at.
         """
         assert self.captions is not None  # setup ran
-        return self._taken(torch.arange(min(n, len(self.captions))) if self._first is None else self._first[:n])
+        rows = torch.arange(len(self.captions)) if self._first is None else self._first
+        return self._taken(rows[spread(len(rows), n)])
 
     def _taken(self, rows: Tensor) -> CaptionBatch:
         batch: Any = self.captions[rows.tolist()]  # type: ignore[index]

@@ -17,7 +17,7 @@ from ddil_lightning.backbones.sizes import whole
 from ddil_lightning.counting import counted
 from ddil_lightning.data.buckets import Group
 from ddil_lightning.data.captions import Captions, RawBatch
-from ddil_lightning.data.visits import Visit, Wording
+from ddil_lightning.data.visits import Visit, Wording, spread
 from ddil_lightning.records import CaptionBatch, Context, cat, sent, take, to
 from ddil_lightning.texts import by
 
@@ -80,8 +80,9 @@ class Encoded(Captions):
         return self.tables[0].c
 
     def some_latents(self, n: int) -> list[Tensor]:
-        """Some `n` latents, the first of every table in proportion to its rows; empty without images."""
-        return [t.latents[: math.ceil(n * len(t.rows) / len(self))].float() for t in self.tables if t.latents is not None]
+        """Some `n` latents, spread over every table in proportion to its rows (`visits.spread`); empty without images."""
+        tables = [(t.latents, len(t.rows)) for t in self.tables]
+        return [x[spread(rows, math.ceil(n * rows / len(self)))].float() for x, rows in tables if x is not None]
 
     def groups(self) -> list[Group]:
         """The rows of every table."""

@@ -18,12 +18,13 @@ from ddil_lightning.data.cachefile import cached
 from ddil_lightning.data.cachefolder import CacheFolder, open_folder
 from ddil_lightning.data.captions import Captions, builtin
 from ddil_lightning.data.encoded import Encoded, Notices, encode
+from ddil_lightning.data.visits import spread
 from ddil_lightning.diffusion.reflection import estimate_box
 from ddil_lightning.processes import Processes
 from ddil_lightning.texts import by
 
-ENCODED, UNENCODED = 5120, 512
-"""Images that the box is estimated from: of those whose latents are there, and of those that must be encoded for it."""
+ENCODED, UNENCODED, MOMENT = 5120, 512, 2048
+"""Images that the box is estimated from, of those whose latents are there and of those that must be encoded for it; and the mean square."""
 
 
 def own_captions(backbone: Any) -> Captions:
@@ -131,17 +132,17 @@ def encodes(captions: Captions | None, cache: bool | str) -> bool:
 def latent_box(captions: Any, backbone: Any, processes: Processes) -> tuple[list[float], list[float]] | None:
     """The latent box of `captions` (reflection.estimate_box), from some hundred images if they are not encoded; None without images.
 
-    One process encodes them for all.
+    They are spread over all rows of each shape. One process reads them, or encodes them, for all.
     """
     if isinstance(captions, Encoded):
-        return None if captions.latents is None else estimate_box(_by_shape(captions.some_latents(ENCODED)))
+        return None if captions.latents is None else processes.by_first(lambda: estimate_box(_by_shape(captions.some_latents(ENCODED))))
     if captions is None or captions[[0]].pixels is None:
         return None
 
     def estimated() -> tuple[list[float], list[float]]:
         parts: list[list[int]] = []
         for rows, _ in captions.groups():
-            some = rows[: math.ceil(UNENCODED * len(rows) / len(captions))].tolist()
+            some = rows[spread(len(rows), math.ceil(UNENCODED * len(rows) / len(captions)))].tolist()
             parts += [some[i : i + 8] for i in range(0, len(some), 8)]
         told = counted(parts, len(parts), "the box of the latents")
         return estimate_box(_by_shape([backbone.encode_images(captions[part].images(backbone.device)).cpu() for part in told]))
@@ -150,10 +151,10 @@ def latent_box(captions: Any, backbone: Any, processes: Processes) -> tuple[list
 
 
 def second_moment(captions: Any) -> float | None:
-    """The mean square of some 2048 latents of `captions`; None where they are not encoded, or without images."""
+    """The mean square of some latents of `captions`, spread over all rows; None where they are not encoded, or without images."""
     if not isinstance(captions, Encoded) or captions.latents is None:
         return None
-    some = captions.some_latents(2048)
+    some = captions.some_latents(MOMENT)
     return float(some[0].square().mean() if len(some) == 1 else torch.cat([x.flatten() for x in some]).square().mean())
 
 
