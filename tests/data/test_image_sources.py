@@ -214,6 +214,21 @@ def test_a_stream_is_read_once_in_order_and_again_for_who_goes_back(tmp_path: Pa
         assert [batch.rows.tolist() for batch in loader] == parts
 
 
+def test_a_stream_passes_over_files_of_which_no_row_is_asked_for(tmp_path: Path) -> None:
+    """Four files of 15 rows: who has the rows from 20 on reads neither the first file nor, on the way to row 50, the third.
+
+    It read every row in between, and so did every process and every worker that had a part of them.
+    """
+    images = Images(str(parquet(tmp_path, parts=4, rows=60)), size=8, stream=True)
+    for i in (0, 2):
+        (tmp_path / f"train-0000{i}-of-00004.parquet").write_bytes(b"nothing")
+    assert images[[20, 21]].prompts == ["row 20", "row 21"] and images[range(22, 30)].prompts[-1] == "row 29"
+    assert images[[50, 59]].prompts == ["row 50", "row 59"]
+    with pytest.raises(ValueError, match=r"breaks off at row 30"):
+        images[[30]]
+    assert len(images) == 60 and images[[16]].prompts == ["row 16"]
+
+
 def test_a_stream_skips_what_cannot_be_read_and_names_what_is_not_there(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), (7, 0, 0)).save(tmp_path / "7.png")
     from datasets import Dataset

@@ -258,6 +258,13 @@ def chunk_rows(captions: Captions, rows: Sequence[int]) -> int:
     return CHUNK if pixels is None else max(1, min(CHUNK, LOADED // math.prod(pixels.shape[2:])))
 
 
+def readers(captions: Captions, workers: int, tells: bool) -> int:
+    """How many workers read `captions`: of a stream no more than one, since each would read all of it. The process that `tells` says so."""
+    if workers > 1 and captions.stream and tells:
+        logging.getLogger(__name__).warning(f"data.workers={workers}: a stream has one in each process, for every one would read all of it")
+    return min(workers, 1) if captions.stream else workers
+
+
 def raw_batches(
     captions: Captions,
     groups: Sequence[Sequence[int]],
@@ -275,7 +282,7 @@ def raw_batches(
     for group, rows in enumerate(groups):
         chunk = chunk_rows(captions, rows)
         parts += [(group, i, Visit(rows[i : i + chunk], every=every)) for i in range(0, len(rows), chunk)]
-    loader = DataLoader(captions, batch_size=None, sampler=[rows for *_, rows in parts], num_workers=workers)  # type: ignore[arg-type]
+    loader = DataLoader(captions, batch_size=None, sampler=[rows for *_, rows in parts], num_workers=readers(captions, workers, show))  # type: ignore[arg-type]
     for (group, done, _), raw in zip(parts, counted(loader, len(parts), "encoding the data", show), strict=True):
         notices.hear(raw, len(captions))
         yield group, done, raw

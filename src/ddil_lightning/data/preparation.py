@@ -105,13 +105,14 @@ def memory_of(captions: Captions, backbone: Any) -> int:
 
 
 def say_copies(captions: Captions, backbone: Any, processes: Processes) -> None:
-    """Warn where every one of several processes is about to encode and to hold a large data set for itself."""
+    """Warn where every one of several processes is about to encode and to hold a large data set for itself, or to read a stream."""
     if processes.world == 1 or not processes.first:
         return
     size = memory_of(captions, backbone)
-    if size > LARGE:
+    if size > LARGE or captions.stream:
+        does = "reads and encodes" if captions.stream else "encodes"
         said = (
-            f"data.cache is true, so each of the {processes.world} processes encodes all {len(captions)} rows and holds up to "
+            f"data.cache is true, so each of the {processes.world} processes {does} all {len(captions)} rows and holds up to "
             f"{size / 2**30:.1f} GiB of them: give data.cache=FILE, which they make and map together, or the folder of ddil-cache"
         )
         logging.getLogger(__name__).warning(said)

@@ -44,8 +44,8 @@ class Visit(list[int]):
 
 
 def spread(n: int, k: int) -> Tensor:
-    """Some `k` of the numbers below `n`, ascending, for what is found from a part of a data set: one by chance, always the same, from each
-    of `k` parts of equal length. The first ones would be of one source where sources were joined, and equal steps may be a period of theirs.
+    """Some `k` of the numbers below `n`, ascending, for what is found from a part of a data set: of each of `k` equal parts one by chance,
+    always the same. The first ones would be of one source where sources were joined, and those at equal distances where sources take turns.
     """
     if k >= n:
         return torch.arange(n)

@@ -24,7 +24,7 @@ from ddil_lightning.bounds import within
 from ddil_lightning.counting import counted
 from ddil_lightning.data import manifest
 from ddil_lightning.data.base import Captions
-from ddil_lightning.data.encoded import CHUNK, Notices, check_lengths, chunk_rows
+from ddil_lightning.data.encoded import CHUNK, Notices, check_lengths, chunk_rows, readers
 from ddil_lightning.data.raw import RawBatch
 from ddil_lightning.data.shards import about_shard, checksum, packed, read_shard, unpacked, write_shard
 from ddil_lightning.data.visits import Visit
@@ -116,8 +116,13 @@ class Writer:
     # Rows ----------------------------------------------------------------------------------------------------------------------------
 
     def _mine(self, files: int, is_made: Callable[[int], bool]) -> list[int]:
-        """Which of so many files this process has to write: those of its share that are not made of what they would be made of now."""
-        return [i for i in range(self.processes.rank, files, self.processes.world) if not is_made(i)]
+        """Which of so many files this process has to write: those of its share that are not made of what they would be made of now.
+
+        Of a stream a share is one after the other: who reads in order reads what lies in between, too.
+        """
+        rank, world = self.processes.rank, self.processes.world
+        share = range(files * rank // world, files * (rank + 1) // world) if self.captions.stream else range(rank, files, world)
+        return [i for i in share if not is_made(i)]
 
     def _has_rows(self, shard: Shard) -> bool:
         """Whether the file of a shard holds its rows: a picture that can be read only now may belong to another size."""
@@ -146,7 +151,8 @@ class Writer:
         """Latents, sizes and captions of the rows of each file that is `mine`."""
         chunks = {g: chunk_rows(self.captions, groups[g].tolist()) for g in {shards[i].group for i in mine}}
         parts = [(i, Visit(part.tolist(), every=True)) for i in mine for part in shards[i].rows.split(chunks[shards[i].group])]
-        loader = DataLoader(self.captions, batch_size=None, sampler=[rows for _, rows in parts], num_workers=self.workers)  # type: ignore[arg-type]
+        workers = readers(self.captions, self.workers, self.processes.first)
+        loader = DataLoader(self.captions, batch_size=None, sampler=[rows for _, rows in parts], num_workers=workers)  # type: ignore[arg-type]
         told = counted(loader, len(parts), "encoding the data", self.processes.first, rows=lambda raw: len(raw.rows))
         made: list[dict[str, Any]] = []
         for at, ((i, rows), raw) in enumerate(zip(parts, told, strict=True), 1):
