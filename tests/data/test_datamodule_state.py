@@ -102,12 +102,39 @@ def test_the_place_in_the_data_stays_with_other_batches(world: int, batch: int, 
 
 def test_where_batches_of_other_sizes_stand() -> None:
     """Epochs of 100 rows, of one shape or of 60 and 40; what is left over of an epoch belongs to it."""
-    one, two = [torch.arange(100)], [torch.arange(60), torch.arange(60, 100)]
-    eight, ten, thirty = Parting(2, 4), Parting(1, 10), Parting(3, 10)
-    assert carried(66, one, eight, Parting(4, 2)) == carried(66, two, eight, Parting(4, 2)) == 66  # the same batches, in other processes
-    assert carried(12 * 5 + 6, one, eight, ten) == 10 * 5 + 4 and carried(10 * 5 + 4, one, ten, eight) == 12 * 5 + 5
-    assert carried(10 * 5 + 9, one, ten, thirty) == 3 * 5 + 3  # 90 rows are all that an epoch of these has: the next begins
-    assert carried(12 * 5 + 6, two, eight, ten) == 10 * 5 + 4 and carried(10 * 5 + 9, two, ten, thirty) == 3 * 5 + 3
+    one, two = (100,), (60, 40)
+    eight, ten, thirty, four = (lambda groups, shape=shape: Parting(*shape, groups) for shape in ((2, 4), (1, 10), (3, 10), (4, 2)))
+    assert all(carried(66, eight(groups), four(groups)) == 66 for groups in (one, two))  # the same batches, in other processes
+    assert carried(12 * 5 + 6, eight(one), ten(one)) == 10 * 5 + 4 and carried(10 * 5 + 4, ten(one), eight(one)) == 12 * 5 + 5
+    assert carried(10 * 5 + 9, ten(one), thirty(one)) == 3 * 5 + 3  # 90 rows are all that an epoch of these has: the next begins
+    assert carried(12 * 5 + 6, eight(two), ten(two)) == 10 * 5 + 4 and carried(10 * 5 + 9, ten(two), thirty(two)) == 3 * 5 + 3
+    # Of twice as many rows as of half as many: in the same epoch, after the same share of it.
+    assert carried(10 * 5 + 4, ten(one), ten((200,))) == 20 * 5 + 8 and carried(10 * 5 + 4, ten(one), ten((50,))) == 5 * 5 + 2
+    assert carried(10 * 5 + 4, ten(one), ten(two)) == 10 * 5 + 4 and carried(10 * 5 + 4, ten(one), thirty((300, 300))) == 20 * 5 + 8
+
+
+@pytest.mark.parametrize(("rows", "place"), [(20, 7), (40, 14), (12, 4)])
+def test_data_of_another_length_are_told_and_the_epoch_is_kept(rows: int, place: int, caplog: pytest.LogCaptureFixture) -> None:
+    """After seven batches of 4 of 20 rows two of five of the second epoch are done. The counter was taken for that of the present data: of
+    40 rows the run went back to the first epoch, in silence."""
+    before = module(FORWARD_ONLY)
+    first(7, before)
+    after = module(FORWARD_ONLY, data(rows))
+    after.load_state_dict(before.state_dict())
+    assert after._place() == place and after.streams.step == 7
+    expected = module(FORWARD_ONLY, data(rows))
+    expected.done = place
+    assert rows_of([after]) == rows_of([expected])
+    said = [record.getMessage() for record in caplog.records]
+    line = (
+        f"the data have {rows} rows, where the checkpoint had 20 rows: the run goes on in the same epoch, as far into it; in what is "
+        "left of it some rows come a second time and others not at all, and every later epoch is whole"
+    )
+    assert said == ([] if rows == 20 else [line])
+    old = before.state_dict()
+    del old["rows"]  # a checkpoint of before
+    expected.load_state_dict(old)
+    assert expected._place() == 7
 
 
 @pytest.mark.parametrize(("was", "now"), [(1, 2), (2, 1), (3, 2)])

@@ -351,7 +351,7 @@ class DDILDataModule(LightningDataModule, Feed):
         us = Processes(self.trainer)
         every = [mine] * us.world if mine is None or not several else us.collected(mine, self._host)
         shapes = sorted(map(list, self._collected))
-        place = {"done": self.done, "ahead": self._ahead, "batch_size": self.batch_size}
+        place = {"done": self.done, "ahead": self._ahead, "batch_size": self.batch_size, "rows": list(self._parting(us).groups)}
         return {**place, "collected_at": self._collected_at, "collected": shapes, "buffers": every}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -366,10 +366,15 @@ class DDILDataModule(LightningDataModule, Feed):
             self.buffer.load_state_dict(buffers[us.rank], self.learner.wants.ends or self.learner.wants.noise)
             if "collected" not in state:  # a checkpoint of before, of one shape
                 self._collected = self.buffer.shapes()
-        was = Parting(len(buffers), state.get("batch_size", self.batch_size))  # which those of before do not say
-        if was != (now := Parting(us.world, self.batch_size)):
-            assert self.captions is not None  # setup ran
-            groups = [group.rows for group in self.captions.groups()]
-            self._ahead = carried(self._place(), groups, was, now) - self.done
+        now = self._parting(us)
+        # Checkpoints of before do not say how large batches were, nor how many rows there were.
+        was = Parting(len(buffers), state.get("batch_size", now.batch), tuple(state.get("rows", now.groups)))
+        if was != now:
+            self._ahead = carried(self._place(), was, now) - self.done
             if us.first:
-                say_carried(was, now, len(groups) > 1, state["collected_at"] is not None)
+                say_carried(was, now, state["collected_at"] is not None)
+
+    def _parting(self, us: Processes) -> Parting:
+        """How an epoch of the data is shared out."""
+        assert self.captions is not None  # setup ran
+        return Parting(us.world, self.batch_size, tuple(len(group.rows) for group in self.captions.groups()))
