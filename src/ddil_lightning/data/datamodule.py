@@ -139,7 +139,9 @@ class DDILDataModule(LightningDataModule, Feed):
         self._names = {int(rows[0]): name for rows, name in given.groups()}
         self.captions.sizes = given.sizes  # a second fit finds them as they were
         self._stored = None  # of another method, before a second fit
-        self._first = check_latents(self.captions, backbone, given.sizes is None, lambda rows: self._taken(rows).latent)
+        self._first, shapes = check_latents(self.captions, backbone, given.sizes is None, lambda rows: self._taken(rows).latent)
+        if self.buffer is not None:
+            self.buffer.shares = self._parting(us).shares(shapes)
         self._stored = stored(self.learner, given, self.captions.groups(), self._taken, self.batch_size, self.trainer)
         if self._stored is not None and self._stored.reflection is not None:
             self._stored.reflection.to(backbone.device)  # before Lightning moves the method: its own setup looks at the data
@@ -272,6 +274,8 @@ class DDILDataModule(LightningDataModule, Feed):
         made = home(collect(take(batch, slice(self.trajectories)), learner, self.prior, self.streams, shape, self.rollouts))
         together = (lambda mine: mine) if self.trainer is None else self.trainer.strategy.reduce_boolean_decision
         check_finite(made, together, learner.student_updates)
+        if self._collected_at is None and Processes(self.trainer).first:
+            buffer.say_room(len(made.t))
         stage = self.streams.stage
         held = buffer.shapes()
         buffer.expire(self.clock, stage)

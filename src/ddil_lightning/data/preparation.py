@@ -195,20 +195,24 @@ def sort_by_size(captions: Captions, processes: Processes) -> None:
         log.warning(f"no picture is nearest in aspect to {', '.join(empty)} of data.captions.size: the student is not trained at that")
 
 
-def check_latents(captions: Captions, backbone: Any, strict: bool, latent: Callable[[Tensor], Tensor | None]) -> Tensor:
-    """The rows of the size that the pipeline samples at, of the largest group where there are none. `latent` encodes rows.
+def check_latents(
+    captions: Captions, backbone: Any, strict: bool, latent: Callable[[Tensor], Tensor | None]
+) -> tuple[Tensor, list[tuple[int, ...]]]:
+    """The rows of the size that the pipeline samples at, of the largest group where there are none, and the shape of each group's latents,
+    the pipeline's own without images. `latent` encodes rows.
 
     Raises ValueError for latents that it cannot denoise, and if `strict` where none are of the size that it samples at.
     """
     groups = captions.groups()
-    found = [latent(rows[:1]) for rows, _ in groups]
-    shapes = [tuple(x.shape[1:]) for x in found if x is not None]
-    for shape in shapes:
-        backbone.check_latents(shape)
-    own = tuple(backbone.latent_shape)
-    if strict and shapes and own not in shapes:
+    found, own = [latent(rows[:1]) for rows, _ in groups], tuple(backbone.latent_shape)
+    shapes = [own if x is None else tuple(x.shape[1:]) for x in found]
+    for x in found:
+        if x is not None:
+            backbone.check_latents(tuple(x.shape[1:]))
+    if strict and own not in shapes:
         raise ValueError(
             f"the data's latents are {list(shapes[0])} and the pipeline {backbone.path} denoises {list(own)}: "
             "give images of the size that the pipeline was trained for"
         )
-    return groups[shapes.index(own)].rows if own in shapes else max((rows for rows, _ in groups), key=len)
+    rows = groups[shapes.index(own)].rows if own in shapes else max((rows for rows, _ in groups), key=len)
+    return rows, shapes

@@ -91,6 +91,13 @@ class Parting(NamedTuple):
         """Of an epoch, as CounterSampler counts them."""
         return max(1, sum(rows // self.rows for rows in self.groups))
 
+    def shares(self, shapes: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
+        """How much of an epoch's batches are of each of the `shapes` of the groups."""
+        found = dict.fromkeys(shapes, 0.0)
+        for shape, rows in zip(shapes, self.groups, strict=True):
+            found[shape] += rows // self.rows / self.batches
+        return found
+
     def __str__(self) -> str:
         return f"{self.world} process{'es' if self.world > 1 else ''} with batches of {self.batch}"
 
@@ -114,8 +121,8 @@ def say_carried(was: Parting, now: Parting, rolled: bool) -> None:
     log = logging.getLogger(__name__)
     if was.groups != now.groups:
         log.warning(
-            f"the data have {_told(now.groups)}, where the checkpoint had {_told(was.groups)}: the run goes on in the same epoch, as far into "
-            "it; in what is left of it some rows come a second time and others not at all, and every later epoch is whole"
+            f"the data have {_told(now.groups)}, where the checkpoint had {_told(was.groups)}: the run goes on in the same epoch, as far "
+            "into it; in what is left of it some rows come a second time and others not at all, and every later epoch is whole"
         )
     if was[:2] == now[:2]:
         return
