@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import logging
+import logging.handlers
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.data.captions import Captions
@@ -18,6 +20,7 @@ from ddil_lightning.data.encoded import Encoded
 from ddil_lightning.data.sampler import Parting, carried
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.records import FORWARD
+from pair import Pair
 from toys import FORWARD_ONLY, HALF, Toy, attach, data, equal, first, module
 
 # Ranks and states -----------------------------------------------------------------------------------------------------------------
@@ -159,6 +162,43 @@ def test_roll_outs_go_on_with_other_processes(was: int, now: int) -> None:
             seen.append(toy.calls)  # type: ignore[attr-defined]
         calls.append(seen)
     assert all(seen == calls[0] for seen in calls) and (calls[0][0] > 0) == (now > was) and calls[0][-1] > calls[0][1]
+
+
+class Holes(Captions):
+    """Eight rows of which the third and the sixth cannot be read."""
+
+    on_error = "skip"
+
+    def __len__(self) -> int:
+        return 8
+
+    def prompts(self, index: Any) -> list[str]:
+        for row in set(index) & {2, 5}:
+            raise ValueError(f"row {row} is broken")
+        return [""] * len(index)
+
+
+def skipped_by_two(rank: int) -> tuple[list[float], list[str]]:
+    """What the curves say, of a run that goes on too, and what is told at its end, where each process comes by one of the rows."""
+    counts, said = [], logging.handlers.BufferingHandler(99)
+    logging.getLogger("ddil_lightning").addHandler(said)
+    state: list[Any] = [None]
+    for row in (2, 5), (2, 2), (0, 0):
+        made = module(FORWARD_ONLY, Holes(), rank=rank, world=2, buffer={"capacity": 0})
+        if state[0] is not None:
+            made.load_state_dict(state[0])
+        made.notices.hear(made.captions[[row[rank], 7]], 8)  # type: ignore[index]
+        counts.append(made.statistics()["data/skipped"])
+        state = [made.state_dict()]
+        distributed.broadcast_object_list(state)  # a checkpoint has that of the first process
+    made.teardown("fit")
+    return counts, [record.getMessage() for record in said.buffer if "could not be read" in record.getMessage()]
+
+
+def test_rows_that_any_process_skips_are_counted_once_and_for_good(pair: Pair) -> None:
+    """Each process counted its own share, and from 0 whenever the run went on."""
+    told = ["2 rows of the data could not be read and were skipped"]
+    assert pair.run(skipped_by_two) == [([2, 2, 2], told), ([2, 2, 2], [])]
 
 
 def test_every_rank_gets_its_own_buffer_back() -> None:

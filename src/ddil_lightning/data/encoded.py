@@ -18,6 +18,7 @@ from ddil_lightning.counting import counted
 from ddil_lightning.data.buckets import Group
 from ddil_lightning.data.captions import Captions, RawBatch
 from ddil_lightning.data.visits import Visit, Wording, spread
+from ddil_lightning.processes import of_all
 from ddil_lightning.records import CaptionBatch, Context, cat, sent, take, to
 from ddil_lightning.texts import by
 
@@ -140,32 +141,50 @@ class Notices:
     """Rows of a data set that were skipped and pictures that were enlarged: the first of each is told at once, and how many at the end."""
 
     def __init__(self) -> None:
-        self.skipped: dict[str, None] = {}
+        self.skipped: set[int] = set()
         self.enlarged, self._read = 0, 0
+        self._before, self._told = 0, False
+        self._joined: set[int] = set()
+
+    @property
+    def count(self) -> int:
+        """How many rows were skipped, and when the cache was made that stands in their place."""
+        return self._before + len(self.skipped)
 
     def hear(self, raw: RawBatch, rows: int) -> None:
         """Note a batch of a set of `rows` rows. Pictures are counted in the first pass alone."""
         log = logging.getLogger(__name__)
-        if raw.skipped and not self.skipped:
+        if raw.skipped and not self._told:
             log.warning(f"{raw.skipped[0]}; it is skipped, the next row takes its place, and data/skipped counts such rows")
-        self.skipped |= dict.fromkeys(raw.skipped)
+            self._told = True
+        self.skipped |= set(raw.gone)
         if self._read < rows:
             if raw.enlarged and not self.enlarged:
                 log.warning("some pictures are smaller than data.captions.size and are enlarged, which blurs them")
             self.enlarged += raw.enlarged
             self._read += len(raw.rows)
 
-    def recall(self, path: Path, count: int) -> None:
-        """Note the rows that were skipped when the cache `path` was made: whoever trains on it reads no row that says so."""
-        self.skipped |= dict.fromkeys(f"skipped row {i} of the cache {path}" for i in range(count))
+    def join(self) -> None:
+        """Have the rows in every process that any of them has skipped. All ask together."""
+        self.skipped |= of_all(self.skipped - self._joined)
+        self._joined = set(self.skipped)
+
+    def recall(self, count: int) -> None:
+        """Note how many rows were skipped when a cache was made: whoever trains on it reads no row that says so."""
+        self._before = count
 
     def close(self) -> None:
         """Say, at the end of a run, how many rows were skipped and pictures enlarged."""
-        log = logging.getLogger(__name__)
-        if self.skipped:
-            log.warning(f"{len(self.skipped)} rows of the data could not be read and were skipped")
-        if self.enlarged:
-            log.warning(f"{self.enlarged} of {self._read} pictures were smaller than data.captions.size and were enlarged")
+        say_notices(self.count, self.enlarged, self._read)
+
+
+def say_notices(skipped: int, enlarged: int, read: int) -> None:
+    """Say how many rows were skipped, and how many of the pictures that were read are enlarged; nothing of none."""
+    log = logging.getLogger(__name__)
+    if skipped:
+        log.warning(f"{skipped} rows of the data could not be read and were skipped")
+    if enlarged:
+        log.warning(f"{enlarged} of {read} pictures were smaller than data.captions.size and were enlarged")
 
 
 def check_lengths(rows: Sequence[int], texts: Sequence[Sequence[str]], backbone: Backbone) -> None:

@@ -74,7 +74,7 @@ def prepared(
     if isinstance(cache, str) and Path(cache).is_dir():
         folder = open_folder(Path(cache), captions, backbone, truncate, on_error == "skip", processes)
         if processes.first:
-            notices.recall(Path(cache), folder.manifest["skipped"]["count"])
+            notices.recall(folder.manifest["skipped"]["count"])
     if captions is None:
         captions = own_captions(backbone) if folder is None else folder
     captions.on_error = on_error
