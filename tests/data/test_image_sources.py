@@ -318,6 +318,40 @@ def test_prompts_stand_in_a_column(kind: str, tmp_path: Path) -> None:
         Prompts(str(file), caption="words")
 
 
+@pytest.mark.parametrize("kind", ["folder", "pattern", "split", "archives", "pictures", "lines", "saved"])
+def test_prompts_stand_in_many_files(kind: str, tmp_path: Path) -> None:
+    """A folder or a pattern of parquet files, as captions of large data come, was "Is a directory". Pictures beside them are not read."""
+    folder, path, read = tmp_path / "set", tmp_path / "set", ["row 0", "again 0", "row 1", "again 1", "row 2", "again 2"]
+    if kind in ("folder", "pattern", "split"):
+        parquet(folder, rows=3, parts=3, more=lambda i: i)
+        path = folder / "train-*.parquet" if kind == "pattern" else folder
+        if kind == "split":
+            (folder / "train-00002-of-00003.parquet").rename(folder / "test-00000-of-00001.parquet")
+            assert Prompts(str(path), split="test").prompts([0]) == ["row 2"]
+            read = read[:4]
+    elif kind == "archives":
+        archives(folder)
+        read = [f"row {i}" for i in range(6)]
+    elif kind == "pictures":
+        folder.mkdir()
+        for i in range(3):
+            (folder / f"{i}.jpg").write_bytes(b"no picture")
+            (folder / f"{i}.txt").write_text(f"row {i}\nagain {i}")
+    elif kind == "lines":
+        folder.mkdir()
+        (folder / "a.txt").write_text("row 0\nagain 0\n\nrow 1\n")
+        (folder / "b.txt").write_text("again 1\nrow 2\nagain 2")
+        path = folder / "*.txt"
+    else:
+        from datasets import Dataset
+
+        Dataset.from_dict({"text": read}).save_to_disk(str(folder))
+    prompts = Prompts(str(path))
+    assert [text for texts in prompts.texts(range(len(prompts))) for text in texts] == read and prompts[[0]].pixels is None
+    with pytest.raises(ValueError, match=r"could not be read: no file is called .*/gone-\*\.parquet$"):
+        Prompts(str(tmp_path / "gone-*.parquet"))
+
+
 def test_a_prompt_that_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"text": "a"}\n{"text": null}\n{"text": ["b", "c"]}\n{"other": 1}')
     prompts = Prompts(str(tmp_path / "p.jsonl"))
