@@ -164,6 +164,23 @@ def test_roll_outs_go_on_with_other_processes(was: int, now: int) -> None:
     assert all(seen == calls[0] for seen in calls) and (calls[0][0] > 0) == (now > was) and calls[0][-1] > calls[0][1]
 
 
+def test_a_checkpoint_may_leave_the_roll_outs_out() -> None:
+    """Then it holds no state, and a run that goes on rolls out with its next batch, of the same rows."""
+    whole, before = (module(rollouts={"every": 9}, buffer={"saved": saved}) for saved in (True, False))
+    straight = first(6, whole)
+    assert equal(first(3, before), straight[:3])
+    state = before.state_dict()
+    assert state["buffers"] == [None] and whole.state_dict()["buffers"][0]["chunks"]
+    toy = Toy()
+    after = module(toy=toy, rollouts={"every": 9}, buffer={"saved": False})
+    after.load_state_dict(state)
+    toy.stage_updates = 3
+    (batch,) = first(1, after)
+    assert toy.calls > 0 and after.buffer is not None and len(after.buffer) == 16
+    forward = batch.source == FORWARD
+    assert 0 < int(forward.sum()) < 4 and torch.equal(batch.x_t[forward], straight[3].x_t[forward])
+
+
 class Holes(Captions):
     """Eight rows of which the third and the sixth cannot be read."""
 

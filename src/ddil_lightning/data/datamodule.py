@@ -74,7 +74,9 @@ class DDILDataModule(LightningDataModule, Feed):
         self.trajectories = min(rollouts.trajectories or batch_size, batch_size)
         self.cache, self.truncate, self.workers, self.seed, self.on_error = cache, truncate, workers, seed, on_error
         self.notices = Notices()
-        self.buffer = ReplayBuffer(**vars(buffer)) if buffer.capacity else None
+        settings = dict(vars(buffer))
+        self._saves_buffer = settings.pop("saved")
+        self.buffer = ReplayBuffer(**settings) if buffer.capacity else None
         self.done = 0
         self._ahead = 0  # of `done`: the place in the data, where a run has gone on with batches of another size
         self._examples: list[str] = []
@@ -360,7 +362,7 @@ class DDILDataModule(LightningDataModule, Feed):
 
     def state_dict(self) -> dict[str, Any]:
         """The counters and, on rank 0 (whose return is what Lightning keeps), every rank's buffer."""
-        mine: Any = self.buffer.state_dict() if self.buffer is not None else None
+        mine: Any = self.buffer.state_dict() if self.buffer is not None and self._saves_buffer else None
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
         # To rank 0 alone, and over the host: on a device the buffers of all ranks would be beside what trains there.
         us = Processes(self.trainer)
@@ -372,14 +374,14 @@ class DDILDataModule(LightningDataModule, Feed):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore, to the bit with as many processes and batches of the same size. With others the place in the data stays
-        (`sampler.carried`), and every process has its own buffer again; where one has none, all of them begin with an empty one."""
+        (`sampler.carried`), and every process has its own buffer again; where one has none there, all of them begin with an empty one."""
         us, buffers = Processes(self.trainer), state["buffers"]
         self.done, self._ahead, self._collected_at = state["done"], state.get("ahead", 0), state["collected_at"]
         self._collected = {tuple(shape) for shape in state.get("collected", [])}
         self._skipped(state.get("skipped", []))
-        if us.world > len(buffers):
+        if us.world > len(buffers) or buffers[us.rank] is None:
             self.flush()  # on all of them: whether they roll out is the same on all, or they would wait for each other
-        elif self.buffer is not None and buffers[us.rank] is not None:
+        elif self.buffer is not None:
             self.buffer.load_state_dict(buffers[us.rank], self.learner.wants.ends or self.learner.wants.noise)
             if "collected" not in state:  # a checkpoint of before, of one shape
                 self._collected = self.buffer.shapes()
