@@ -150,17 +150,9 @@ class DDILDataModule(LightningDataModule, Feed):
 
     def teardown(self, stage: str) -> None:
         """Say what of the data was not as it should be."""
-        self._skipped()
+        self.notices.on_the_way(self.captions)
         if Processes(self.trainer).first:
             self.notices.close()
-
-    def _skipped(self, known: Sequence[int] = ()) -> list[int]:
-        """The rows that any process has skipped in this run, `known` from before; none where all were encoded first. All ask together."""
-        if self.captions is None or self.captions.on_error == "stop" or isinstance(self.captions, Encoded):
-            return []
-        self.notices.skipped |= set(known)
-        self.notices.join()
-        return sorted(self.notices.skipped)
 
     def needs_images(self, method: Any) -> bool:
         """Whether a forward share of `method`'s prior needs images, on its present grid."""
@@ -348,7 +340,7 @@ class DDILDataModule(LightningDataModule, Feed):
         # Of an empty buffer too, where the prior asks for roll-outs: what it has rejected is then the reason.
         shown = self.buffer is not None and (len(self.buffer) > 0 or self.buffer.rejected > 0 or self.prior.rollouts > 0)
         stats = self.buffer.stats(self.clock) if self.buffer is not None and shown else {}
-        self._skipped()
+        self.notices.on_the_way(self.captions)
         skipped = {"data/skipped": float(self.notices.count)} if self.notices.count else {}
         return shares | skipped | {f"buffer/{name}": value for name, value in stats.items()}
 
@@ -369,7 +361,7 @@ class DDILDataModule(LightningDataModule, Feed):
         every = [mine] * us.world if mine is None or not several else us.collected(mine, self._host)
         shapes = sorted(map(list, self._collected))
         place = {"done": self.done, "ahead": self._ahead, "batch_size": self.batch_size, "rows": list(self._parting(us).groups)}
-        place["skipped"] = self._skipped()
+        place["skipped"] = self.notices.on_the_way(self.captions)
         return {**place, "collected_at": self._collected_at, "collected": shapes, "buffers": every}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -378,7 +370,7 @@ class DDILDataModule(LightningDataModule, Feed):
         us, buffers = Processes(self.trainer), state["buffers"]
         self.done, self._ahead, self._collected_at = state["done"], state.get("ahead", 0), state["collected_at"]
         self._collected = {tuple(shape) for shape in state.get("collected", [])}
-        self._skipped(state.get("skipped", []))
+        self.notices.on_the_way(self.captions, state.get("skipped", []))
         if us.world > len(buffers) or buffers[us.rank] is None:
             self.flush()  # on all of them: whether they roll out is the same on all, or they would wait for each other
         elif self.buffer is not None:

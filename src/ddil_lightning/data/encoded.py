@@ -169,6 +169,15 @@ class Notices:
         self.skipped |= of_all(self.skipped - self._joined)
         self._joined = set(self.skipped)
 
+    def on_the_way(self, captions: Captions | None, known: Sequence[int] = ()) -> list[int]:
+        """The rows of `captions` that any process has skipped while it trained, `known` from before the run went on; none where all were
+        encoded first. All ask together."""
+        if captions is None or captions.on_error == "stop" or isinstance(captions, Encoded):
+            return []
+        self.skipped |= set(known)
+        self.join()
+        return sorted(self.skipped)
+
     def recall(self, count: int) -> None:
         """Note how many rows were skipped when a cache was made: whoever trains on it reads no row that says so."""
         self._before = count
