@@ -88,6 +88,19 @@ def test_without_a_config_and_a_look_at_the_result(pictures: list[str], tiny: Pa
     assert code == 2 and err.startswith("ddil-cache: the cache kept is damaged: rows-00000.safetensors is not as it was written")
 
 
+def test_a_cache_that_goes_on_says_all_that_was_skipped(
+    pictures: list[str], tiny: Path, capsys: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It said what this process had skipped since it began."""
+    Path("set/07.png").write_text("<html>not found</html>")
+    words = ["--pipeline", str(tiny), "--captions.path", "set", "--size", "16", "--out", "kept", "--shard_rows", "5", "on_error=skip"]
+    for go in range(2):
+        assert cache(capsys, *words)[0] == 0
+        told = [record.getMessage() for record in caplog.records]
+        assert told.count("1 rows of the data could not be read and were skipped") == go + 1
+        Path("kept/rows-00000.safetensors").unlink()  # of rows that can be read
+
+
 def test_a_pipeline_of_a_size_and_a_config_with_a_class(pictures: list[str], tiny: Path, capsys: Any) -> None:
     own = json.dumps({"class_path": "Pipeline", "init_args": {"path": {"path": str(tiny), "size": [16, 24]}}})
     words = ["--model=LCM", f"model.pipeline={own}", "--captions.path", "set", "--captions.size=[16,24]", "--out", "kept"]

@@ -54,7 +54,7 @@ data: {DATA}
 
 
 NEW = {
-    *("scores.divergence", "scores.share", "critic.pull", "rollouts.reuse", "buffer.answers"),
+    *("scores.divergence", "scores.share", "critic.pull", "rollouts.reuse", "buffer.answers", "buffer.saved"),
     *(f"gan.{name}" for name in ("layers", "kind", "r1", "r1_noise")),
     *(f"adapter.{name}" for name in ("rank", "alpha", "dropout", "targets", "full", "whole")),
     *("memory.compile", "memory.offload", "memory.quantize", "memory.tf32", "optimizer.kind", "optimizer.options"),
@@ -176,5 +176,5 @@ def test_one_field_on_the_command_line_leaves_the_others_of_the_config(tiny_conf
         "accumulate": 1,
     }
     assert said["model"]["init_args"]["optimizer"] == mine
-    assert said["data"]["buffer"] == {"capacity": 70, "max_age": 7, "priority": 0.0, "answers": "float32"}
+    assert said["data"]["buffer"] == {"capacity": 70, "max_age": 7, "priority": 0.0, "answers": "float32", "saved": True}
     assert said["data"]["rollouts"]["every"] == 4

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -312,6 +313,20 @@ def test_batches_and_buffer_are_of_one_shape() -> None:
     assert made.buffer is not None and made.buffer.shapes() == set(shapes)
 
 
+@pytest.mark.parametrize("capacity", [99, 20])
+def test_the_buffer_is_told_how_often_a_shape_comes(capacity: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Of 31 rows 21 are of one shape and 10 of the other: five batches of four and two; a roll-out has 16 states."""
+    toy = Toy()
+    toy.backbone = SimpleNamespace(**vars(toy.backbone), device=torch.device("cpu"), to=lambda device: None, path="p", size=None)
+    toy.backbone.check_latents = lambda shape: None
+    made = module(HALF, of_two_shapes(31), toy, buffer={"capacity": capacity})
+    made.setup("fit")
+    assert made.buffer is not None and made.buffer.shares == {(2, 4, 4): 5 / 7, (2, 2, 6): 2 / 7}
+    first(9, made)
+    said = [record.getMessage() for record in caplog.records if "data.buffer.capacity" in record.getMessage()]
+    assert [line[:64] for line in said] == ["data.buffer.capacity 20 holds 1 roll-outs of 16 states, and the "] * (capacity == 20)
+
+
 @pytest.mark.parametrize("buffer", [{"capacity": 20}, {"capacity": 99, "max_age": 2}])
 def test_a_shape_that_the_buffer_has_lost_is_rolled_out_again(buffer: Any) -> None:
     """Evicted or too old: its batches were forward latents alone until by chance one of them met the cadence."""
@@ -356,7 +371,7 @@ def test_sizes_are_checked_before_anything_is_encoded(tiny: Path, tmp_path: Path
         sort_by_size(images, Processes())
     assert "no picture is nearest in aspect to 24 x 16, 8 x 32 of data.captions.size" in caplog.text
     whole = encode(images, backbone)
-    assert check_latents(whole, Pipeline(Source(str(tiny), size=WIDE)), False, lambda rows: whole[rows].latent).tolist() == [1]
+    assert check_latents(whole, Pipeline(Source(str(tiny), size=WIDE)), False, lambda rows: whole[rows].latent)[0].tolist() == [1]
 
 
 def test_heads_are_read_side_by_side_and_stay_in_order() -> None:

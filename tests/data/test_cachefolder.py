@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -269,6 +270,34 @@ def test_a_stream_is_kept_in_one_pass(backbone: Pipeline, tmp_path: Path, monkey
     assert one == other
     for cache, stream in (("stream", False), ("table", True)):
         open_folder(tmp_path / cache, Images(folder, 16, stream=stream), backbone, False, False, Processes())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_reads_its_part_of_a_stream_by_one_worker(
+    rank: int, backbone: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of 60 rows in four files each of two processes has 30. Both read them all, by each worker: files were dealt in turn."""
+    from ddil_lightning.data.captions import Images
+    from ddil_lightning.data.streaming import Stream
+
+    images, seen, read = Images(str(parquet(tmp_path, parts=4, rows=60)), 16, stream=True), tmp_path / "read", Stream._from
+
+    def told(self: Stream, row: int) -> Any:
+        for batch in read(self, row):
+            with seen.open("a") as file:  # a worker reads
+                file.write("row\n")
+            yield batch
+
+    monkeypatch.setattr(Stream, "_from", told)
+    us = Processes(SimpleNamespace(global_rank=rank, world_size=2, strategy=None))
+    made_, parts = Writer(tmp_path / "c", images, backbone, Keeping(shard_rows=5), False, 3, us), torch.arange(60).split(5)
+    monkeypatch.setattr(made_, "_encoded", lambda raw, rows: {}), monkeypatch.setattr(made_, "_write_rows", lambda *_: None)
+    mine = made_._mine(12, lambda i: False)
+    assert mine == list(range(6 * rank, 6 * rank + 6))
+    made_._rows([writer.Shard(f"{i}", 0, part) for i, part in enumerate(parts)], mine, [torch.arange(60)])
+    assert len(seen.read_text().split()) == 30
+    said = [record.getMessage() for record in caplog.records if "data.workers" in record.getMessage()]
+    assert said == ["data.workers=3: a stream has one in each process, for every one would read all of it"] * (rank == 0)
 
 
 # Several goes and several processes -------------------------------------------------------------------------------------------------

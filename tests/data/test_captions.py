@@ -265,7 +265,7 @@ def test_the_next_row_takes_the_place_of_one_that_cannot_be_read() -> None:
     batch = rows[[5, 1, 3, 2]]
     assert batch.rows.tolist() == [0, 3, 3, 3] and batch.prompts == ["row 0", "row 3", "row 3", "row 3"]
     assert batch.pixels is not None and batch.images()[:, 0, 0, 0].tolist() == [0, 3, 3, 3]
-    assert batch.skipped == ("row 5 is gone", "row 1 is gone", "row 2 is gone")
+    assert batch.skipped == ("row 5 is gone", "row 1 is gone", "row 2 is gone") and batch.gone == (5, 1, 2)
     assert rows[[0, 3]].skipped == () and rows[[4, 3]].rows.tolist() == [4, 3]
     nothing = Counted(*range(6))
     nothing.on_error = "skip"

@@ -225,6 +225,15 @@ def test_only_rows_that_are_noised_or_rolled_out_are_encoded(control: bool) -> N
         assert a.real is not None and a.real.shape == a.x_t.shape and b.real is None
 
 
+def test_a_probes_rows_are_of_all_the_data() -> None:
+    """Sets that are joined are in the order of their sources: the first rows were a probe of the first of them."""
+    made = module()  # of 20 rows
+    made.learner.backbone.device = torch.device("cpu")
+    rows = made.reference(4).rows
+    assert (rows // 5).tolist() == [0, 1, 2, 3] and made.reference(4).rows.equal(rows)
+    assert made.reference(50).rows.tolist() == list(range(20))
+
+
 def test_captions_alone_train_on_rollouts() -> None:
     batch = first(1, module(SamplingPrior(0, 0.5, 0.5), data(images=False)))[0]
     assert batch.real is None and batch.source.ne(FORWARD).all()

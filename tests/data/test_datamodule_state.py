@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import logging
+import logging.handlers
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.data.captions import Captions
@@ -18,6 +20,7 @@ from ddil_lightning.data.encoded import Encoded
 from ddil_lightning.data.sampler import Parting, carried
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.records import FORWARD
+from pair import Pair
 from toys import FORWARD_ONLY, HALF, Toy, attach, data, equal, first, module
 
 # Ranks and states -----------------------------------------------------------------------------------------------------------------
@@ -102,12 +105,39 @@ def test_the_place_in_the_data_stays_with_other_batches(world: int, batch: int, 
 
 def test_where_batches_of_other_sizes_stand() -> None:
     """Epochs of 100 rows, of one shape or of 60 and 40; what is left over of an epoch belongs to it."""
-    one, two = [torch.arange(100)], [torch.arange(60), torch.arange(60, 100)]
-    eight, ten, thirty = Parting(2, 4), Parting(1, 10), Parting(3, 10)
-    assert carried(66, one, eight, Parting(4, 2)) == carried(66, two, eight, Parting(4, 2)) == 66  # the same batches, in other processes
-    assert carried(12 * 5 + 6, one, eight, ten) == 10 * 5 + 4 and carried(10 * 5 + 4, one, ten, eight) == 12 * 5 + 5
-    assert carried(10 * 5 + 9, one, ten, thirty) == 3 * 5 + 3  # 90 rows are all that an epoch of these has: the next begins
-    assert carried(12 * 5 + 6, two, eight, ten) == 10 * 5 + 4 and carried(10 * 5 + 9, two, ten, thirty) == 3 * 5 + 3
+    one, two = (100,), (60, 40)
+    eight, ten, thirty, four = (lambda groups, shape=shape: Parting(*shape, groups) for shape in ((2, 4), (1, 10), (3, 10), (4, 2)))
+    assert all(carried(66, eight(groups), four(groups)) == 66 for groups in (one, two))  # the same batches, in other processes
+    assert carried(12 * 5 + 6, eight(one), ten(one)) == 10 * 5 + 4 and carried(10 * 5 + 4, ten(one), eight(one)) == 12 * 5 + 5
+    assert carried(10 * 5 + 9, ten(one), thirty(one)) == 3 * 5 + 3  # 90 rows are all that an epoch of these has: the next begins
+    assert carried(12 * 5 + 6, eight(two), ten(two)) == 10 * 5 + 4 and carried(10 * 5 + 9, ten(two), thirty(two)) == 3 * 5 + 3
+    # Of twice as many rows as of half as many: in the same epoch, after the same share of it.
+    assert carried(10 * 5 + 4, ten(one), ten((200,))) == 20 * 5 + 8 and carried(10 * 5 + 4, ten(one), ten((50,))) == 5 * 5 + 2
+    assert carried(10 * 5 + 4, ten(one), ten(two)) == 10 * 5 + 4 and carried(10 * 5 + 4, ten(one), thirty((300, 300))) == 20 * 5 + 8
+
+
+@pytest.mark.parametrize(("rows", "place"), [(20, 7), (40, 14), (12, 4)])
+def test_data_of_another_length_are_told_and_the_epoch_is_kept(rows: int, place: int, caplog: pytest.LogCaptureFixture) -> None:
+    """After seven batches of 4 of 20 rows two of five of the second epoch are done. The counter was taken for that of the present data: of
+    40 rows the run went back to the first epoch, in silence."""
+    before = module(FORWARD_ONLY)
+    first(7, before)
+    after = module(FORWARD_ONLY, data(rows))
+    after.load_state_dict(before.state_dict())
+    assert after._place() == place and after.streams.step == 7
+    expected = module(FORWARD_ONLY, data(rows))
+    expected.done = place
+    assert rows_of([after]) == rows_of([expected])
+    said = [record.getMessage() for record in caplog.records]
+    line = (
+        f"the data have {rows} rows, where the checkpoint had 20 rows: the run goes on in the same epoch, as far into it; in what is "
+        "left of it some rows come a second time and others not at all, and every later epoch is whole"
+    )
+    assert said == ([] if rows == 20 else [line])
+    old = before.state_dict()
+    del old["rows"]  # a checkpoint of before
+    expected.load_state_dict(old)
+    assert expected._place() == 7
 
 
 @pytest.mark.parametrize(("was", "now"), [(1, 2), (2, 1), (3, 2)])
@@ -132,6 +162,60 @@ def test_roll_outs_go_on_with_other_processes(was: int, now: int) -> None:
             seen.append(toy.calls)  # type: ignore[attr-defined]
         calls.append(seen)
     assert all(seen == calls[0] for seen in calls) and (calls[0][0] > 0) == (now > was) and calls[0][-1] > calls[0][1]
+
+
+def test_a_checkpoint_may_leave_the_roll_outs_out() -> None:
+    """Then it holds no state, and a run that goes on rolls out with its next batch, of the same rows."""
+    whole, before = (module(rollouts={"every": 9}, buffer={"saved": saved}) for saved in (True, False))
+    straight = first(6, whole)
+    assert equal(first(3, before), straight[:3])
+    state = before.state_dict()
+    assert state["buffers"] == [None] and whole.state_dict()["buffers"][0]["chunks"]
+    toy = Toy()
+    after = module(toy=toy, rollouts={"every": 9}, buffer={"saved": False})
+    after.load_state_dict(state)
+    toy.stage_updates = 3
+    (batch,) = first(1, after)
+    assert toy.calls > 0 and after.buffer is not None and len(after.buffer) == 16
+    forward = batch.source == FORWARD
+    assert 0 < int(forward.sum()) < 4 and torch.equal(batch.x_t[forward], straight[3].x_t[forward])
+
+
+class Holes(Captions):
+    """Eight rows of which the third and the sixth cannot be read."""
+
+    on_error = "skip"
+
+    def __len__(self) -> int:
+        return 8
+
+    def prompts(self, index: Any) -> list[str]:
+        for row in set(index) & {2, 5}:
+            raise ValueError(f"row {row} is broken")
+        return [""] * len(index)
+
+
+def skipped_by_two(rank: int) -> tuple[list[float], list[str]]:
+    """What the curves say, of a run that goes on too, and what is told at its end, where each process comes by one of the rows."""
+    counts, said = [], logging.handlers.BufferingHandler(99)
+    logging.getLogger("ddil_lightning").addHandler(said)
+    state: list[Any] = [None]
+    for row in (2, 5), (2, 2), (0, 0):
+        made = module(FORWARD_ONLY, Holes(), rank=rank, world=2, buffer={"capacity": 0})
+        if state[0] is not None:
+            made.load_state_dict(state[0])
+        made.notices.hear(made.captions[[row[rank], 7]], 8)  # type: ignore[index]
+        counts.append(made.statistics()["data/skipped"])
+        state = [made.state_dict()]
+        distributed.broadcast_object_list(state)  # a checkpoint has that of the first process
+    made.teardown("fit")
+    return counts, [record.getMessage() for record in said.buffer if "could not be read" in record.getMessage()]
+
+
+def test_rows_that_any_process_skips_are_counted_once_and_for_good(pair: Pair) -> None:
+    """Each process counted its own share, and from 0 whenever the run went on."""
+    told = ["2 rows of the data could not be read and were skipped"]
+    assert pair.run(skipped_by_two) == [([2, 2, 2], told), ([2, 2, 2], [])]
 
 
 def test_every_rank_gets_its_own_buffer_back() -> None:

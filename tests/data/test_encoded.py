@@ -17,7 +17,8 @@ from ddil_lightning.data import cachefile, encoded
 from ddil_lightning.data.cachefile import cached
 from ddil_lightning.data.captions import Captions, RawBatch
 from ddil_lightning.data.encoded import Encoded, Notices, encode, encode_batch
-from ddil_lightning.data.preparation import prepared
+from ddil_lightning.data.preparation import latent_box, prepared, second_moment
+from ddil_lightning.data.visits import spread
 from ddil_lightning.processes import Processes
 from ddil_lightning.records import CaptionBatch, Context
 
@@ -264,7 +265,7 @@ def test_pictures_are_loaded_so_many_pixels_at_a_time(backbone: Pipeline, monkey
 
 def test_rows_that_are_skipped_or_enlarged_are_told_once_and_counted(caplog: pytest.LogCaptureFixture) -> None:
     notices = Notices()
-    raw = RawBatch(None, ["a"] * 4, torch.arange(4), enlarged=1, skipped=("row 2 cannot be read",))
+    raw = RawBatch(None, ["a"] * 4, torch.arange(4), enlarged=1, skipped=("row 2 cannot be read",), gone=(2,))
     for _ in range(3):  # three epochs of one batch
         notices.hear(raw, 4)
     notices.close()
@@ -319,7 +320,7 @@ def test_rows_that_were_skipped_stay_known(backbone: Pipeline, tmp_path: Path, c
         notices = Notices()
         written(path, holes, backbone, notices=notices)
         notices.close()
-        assert len(notices.skipped) == 2
+        assert notices.count == 2
     told = [record.getMessage() for record in caplog.records]
     assert told.count("2 rows of the data could not be read and were skipped") == 2
     mended = Few()
@@ -369,3 +370,49 @@ def test_copies_of_large_data_in_every_process_are_told(
         prepared(Many(), backbone, True, False, 0, "stop", Notices(), us)
     lines = [record.getMessage() for record in caplog.records if "data.cache is true" in record.getMessage()]
     assert len(lines) == told and all("each of the 8 processes encodes all 2000000 rows and holds up to 31.3 GiB" in line for line in lines)
+
+
+# What is found from a part of the rows ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "k"), [(10, 3), (1000, 999), (7, 7), (5, 9), (10**7, 4)])
+def test_some_rows_are_one_of_each_part(n: int, k: int) -> None:
+    rows = spread(n, k)
+    assert len(rows) == min(n, k) and rows.equal(rows.unique()) and rows.equal(spread(n, k))
+    assert (rows * len(rows) // n - torch.arange(len(rows))).abs().max() <= 1
+
+
+class Sources(Captions):
+    """3000 latents in an order of their own: of the first fifth the contrast is low, as that of line drawings is."""
+
+    def __init__(self, order: torch.Tensor) -> None:
+        contrast = torch.where(torch.arange(3000) < 600, 0.1, 1.0)[order]
+        noise = torch.randn(3000, 2, 2, 2, generator=torch.Generator().manual_seed(0))[order]
+        self.latents = noise * contrast.view(-1, 1, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def prompts(self, index: Any) -> list[str]:
+        return [""] * len(index)
+
+    def pixels(self, index: Any) -> torch.Tensor:
+        return self.latents[list(index)]
+
+
+@pytest.mark.parametrize("encodes", [False, True])
+def test_box_and_moment_are_those_of_all_sources(encodes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of N(0, 1) in four fifths of the rows and a tenth of it in the first: the box is +-3.2, the mean square 0.8, in any order.
+
+    They were taken from the first rows: a box of +-0.3 and a mean square of 0.01, to which every estimate of the teacher was clamped.
+    """
+    monkeypatch.setattr("ddil_lightning.data.preparation.ENCODED", 512), monkeypatch.setattr("ddil_lightning.data.preparation.MOMENT", 512)
+    backbone: Any = SimpleNamespace(encode_images=lambda images: images, device=torch.device("cpu"))
+    mixed = torch.randperm(3000, generator=torch.Generator().manual_seed(1))
+    alternating = torch.arange(3000).view(5, 600).T.flatten()  # every fifth row is of the first source
+    for order in (torch.arange(3000), mixed, alternating):
+        rows = Sources(order)
+        data = rows if encodes else Encoded(rows.latents, Context(torch.zeros(3000, 1, 1)))
+        (lo, hi), moment = latent_box(data, backbone, Processes()) or ([], []), second_moment(data)
+        assert all(2.7 < side < 4 for side in (*hi, *(-x for x in lo)))
+        assert moment is None if encodes else moment == pytest.approx(0.8, abs=0.06)

@@ -154,7 +154,7 @@ def test_archives_that_are_cut_short_are_told_together_or_used_as_far_as_they_go
         whole = (tmp_path / f"{k}.tar").read_bytes()
         (tmp_path / f"{k}.tar").write_bytes(whole[: 4 * 1024 + 512 + 10])  # in the picture of the third sample
     images = Images(str(tmp_path), size=8)
-    damaged = [f"{tmp_path}/{k}.tar cannot be read as a tar file: unexpected end of data" for k in (1, 2)]
+    damaged = [f"{k}.tar cannot be read as a tar file: unexpected end of data" for k in (1, 2)]
     said = f"the data set {tmp_path} could not be read: {'; '.join(damaged)}; archives are read uncompressed and whole, or in part by "
     for ask in (lambda: images.check_files(Processes()), lambda: images[[0]]):
         with pytest.raises(ValueError, match="^" + re.escape(said + "data.on_error=skip") + "$"):
@@ -317,6 +317,21 @@ def test_a_stream_is_read_once_in_order_and_again_for_who_goes_back(tmp_path: Pa
         assert [batch.rows.tolist() for batch in loader] == parts
 
 
+def test_a_stream_passes_over_files_of_which_no_row_is_asked_for(tmp_path: Path) -> None:
+    """Four files of 15 rows: who has the rows from 20 on reads neither the first file nor, on the way to row 50, the third.
+
+    It read every row in between, and so did every process and every worker that had a part of them.
+    """
+    images = Images(str(parquet(tmp_path, parts=4, rows=60)), size=8, stream=True)
+    for i in (0, 2):
+        (tmp_path / f"train-0000{i}-of-00004.parquet").write_bytes(b"nothing")
+    assert images[[20, 21]].prompts == ["row 20", "row 21"] and images[range(22, 30)].prompts[-1] == "row 29"
+    assert images[[50, 59]].prompts == ["row 50", "row 59"]
+    with pytest.raises(ValueError, match=r"breaks off at row 30"):
+        images[[30]]
+    assert len(images) == 60 and images[[16]].prompts == ["row 16"]
+
+
 def test_a_stream_skips_what_cannot_be_read_and_names_what_is_not_there(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), (7, 0, 0)).save(tmp_path / "7.png")
     from datasets import Dataset
@@ -404,6 +419,40 @@ def test_prompts_stand_in_a_column(kind: str, tmp_path: Path) -> None:
     assert prompts.stamp() == Prompts(str(file), caption="prompt").stamp()
     with pytest.raises(ValueError, match=rf"^{file} has no column words: it has .*prompt.*; name another with caption="):
         Prompts(str(file), caption="words")
+
+
+@pytest.mark.parametrize("kind", ["folder", "pattern", "split", "archives", "pictures", "lines", "saved"])
+def test_prompts_stand_in_many_files(kind: str, tmp_path: Path) -> None:
+    """A folder or a pattern of parquet files, as captions of large data come, was "Is a directory". Pictures beside them are not read."""
+    folder, path, read = tmp_path / "set", tmp_path / "set", ["row 0", "again 0", "row 1", "again 1", "row 2", "again 2"]
+    if kind in ("folder", "pattern", "split"):
+        parquet(folder, rows=3, parts=3, more=lambda i: i)
+        path = folder / "train-*.parquet" if kind == "pattern" else folder
+        if kind == "split":
+            (folder / "train-00002-of-00003.parquet").rename(folder / "test-00000-of-00001.parquet")
+            assert Prompts(str(path), split="test").prompts([0]) == ["row 2"]
+            read = read[:4]
+    elif kind == "archives":
+        archives(folder)
+        read = [f"row {i}" for i in range(6)]
+    elif kind == "pictures":
+        folder.mkdir()
+        for i in range(3):
+            (folder / f"{i}.jpg").write_bytes(b"no picture")
+            (folder / f"{i}.txt").write_text(f"row {i}\nagain {i}")
+    elif kind == "lines":
+        folder.mkdir()
+        (folder / "a.txt").write_text("row 0\nagain 0\n\nrow 1\n")
+        (folder / "b.txt").write_text("again 1\nrow 2\nagain 2")
+        path = folder / "*.txt"
+    else:
+        from datasets import Dataset
+
+        Dataset.from_dict({"text": read}).save_to_disk(str(folder))
+    prompts = Prompts(str(path))
+    assert [text for texts in prompts.texts(range(len(prompts))) for text in texts] == read and prompts[[0]].pixels is None
+    with pytest.raises(ValueError, match=r"could not be read: no file is called .*/gone-\*\.parquet$"):
+        Prompts(str(tmp_path / "gone-*.parquet"))
 
 
 def test_a_prompt_that_is_none_is_named(tmp_path: Path) -> None:

@@ -55,6 +55,29 @@ def test_a_rare_shape_keeps_what_it_has() -> None:
     assert buffer.held(often) == 0 and len(buffer) == 27  # of as many the oldest
 
 
+def test_shapes_have_their_share_of_the_batches(caplog: pytest.LogCaptureFixture) -> None:
+    """Of ten roll-outs a shape of seven in ten batches holds seven; all held as many, whatever their batches. A rare one keeps one."""
+    shares = {(2, 4, 4): 0.7, (2, 2, 6): 0.28, (2, 8, 2): 0.02}
+    buffer = ReplayBuffer(120)
+    buffer.shares = shares
+    buffer.say_room(40)
+    for k in range(36):
+        buffer.add(rollout(k, shape=list(shares)[k % 3]), clock=k, stage=0)
+    assert [buffer.held(shape) // 12 for shape in shares] == [7, 2, 1]
+    assert set((buffer.sample(200, 36, generator(), shape=(2, 4, 4)).c.text[:, 0, 0] // 300).long().tolist()) == set(range(5, 12))
+    assert caplog.records == []
+    small = ReplayBuffer(24)  # of two: the rarest has none
+    small.shares = shares
+    small.say_room(12)
+    for k in range(12):
+        small.add(rollout(k, shape=list(shares)[2 - k % 3]), clock=k, stage=0)
+    assert [small.held(shape) // 12 for shape in shares] == [1, 1, 0]
+    assert [record.getMessage() for record in caplog.records] == [
+        "data.buffer.capacity 24 holds 2 roll-outs of 12 states, and the data have 3 sizes: one that has none is rolled out with its next "
+        "batch, which is more often than data.rollouts says; raise the capacity to 36, or lower data.rollouts.trajectories"
+    ]
+
+
 def same(a: tuple, b: tuple) -> bool:
     """Two samples, bit for bit."""
     return all(same(x, y) if isinstance(x, tuple) else (x is None and y is None) or torch.equal(x, y) for x, y in zip(a, b, strict=True))

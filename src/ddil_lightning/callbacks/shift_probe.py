@@ -37,7 +37,7 @@ class ShiftProbe(Callback):
 
     Args:
         every: student updates between two probes.
-        count: captions of the data that are sampled, the same ones every time.
+        count: captions that are sampled, spread over the data, the same ones every time.
         steps: of the student's sampler.
         teacher_steps: DDIM steps of the teacher.
         seed: of the noise, the same for every probe.

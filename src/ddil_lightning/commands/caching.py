@@ -17,7 +17,7 @@ from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.commands.assembly import Assembly
 from ddil_lightning.commands.checks import say_data
 from ddil_lightning.commands.launched import together
-from ddil_lightning.data.encoded import Encoded
+from ddil_lightning.data.encoded import Encoded, say_notices
 from ddil_lightning.data.preparation import check_sizes, own_captions
 from ddil_lightning.data.writer import Keeping, Writer
 from ddil_lightning.errors import Refusal
@@ -90,10 +90,10 @@ def cache(words: Sequence[str]) -> int:
     except KeyboardInterrupt as stop:
         said = f"stopped; what is whole in {folder} stays, and the same command goes on"
         raise Stopped(getattr(stop, "number", signal.SIGINT), said) from stop
-    writer.notices.close()
     if processes.first and not about["complete"]:
         print(f"nothing is missing any more; another process, which was here first, looks all files over and completes {folder}")
     elif processes.first:
+        say_notices(about["skipped"]["count"], about["enlarged"], about["rows"])
         size = sum(known["bytes"] for known in about["files"].values()) / 2**20
         made = f"{about['rows']} rows, {about['captions']} captions, {size:.1f} MiB, {time.monotonic() - begun:.0f} s"
         print(f"{made}: {folder}; train on it by data.cache={folder}")

@@ -114,7 +114,7 @@ def _lines(args: argparse.Namespace, why: Exception | None) -> Lines:
 
 
 def _texts(source: str, why: Exception) -> list[str]:
-    for column in COLUMNS:
+    for column in COLUMNS if Path(source).exists() else ():  # of what is not here the Hub was asked before
         try:
             lines = Prompts(source, column)
             return lines.prompts(range(len(lines)))

@@ -21,7 +21,7 @@ class Captions(Dataset[Any]):
     with several captions of an image `texts`: training takes one of them by the seed, the epoch and the row.
 
     `on_error`: what happens to a row whose caption or picture raises ValueError or OSError: `stop` lets it, `skip` takes the next row that
-    can be read in its place, so that a batch keeps its size, and says so in `RawBatch.skipped`.
+    can be read in its place, so that a batch keeps its size, and says so in `RawBatch.skipped` and `gone`.
     `sizes`: those that its pictures are made to, height and width; None where they come as they are.
     """
 
@@ -108,12 +108,12 @@ class Captions(Dataset[Any]):
 
     def _next_readable(self, row: Visit) -> RawBatch:
         """The batch of one row, or of the first of the others that can be read, and why the rows before that cannot."""
-        skipped: list[str] = []
+        skipped: dict[int, str] = {}
         for other in chain(row, self._others(row[0])):  # one by one: there may be millions, and the first is mostly good
             try:
-                return self._raw_batch(row.instead(other))._replace(skipped=tuple(skipped))
+                return self._raw_batch(row.instead(other))._replace(skipped=tuple(skipped.values()), gone=tuple(skipped))
             except (OSError, ValueError) as error:
-                skipped.append(str(error))
+                skipped[other] = str(error)
         return self._raw_batch(row)  # none can be: with the error of the row that was asked for
 
     def _content_parts(self) -> Iterator[Any]:

@@ -50,7 +50,7 @@ def cached(
     else:
         skipped = processes.by_first(lambda: _check_origin(path, captions, backbone, truncate))
         if processes.first:
-            notices.recall(path, skipped)
+            notices.recall(skipped)
     found = Encoded.load(path)
     if len(found) != len(captions):
         raise ValueError(f"the cache {path} holds {len(found)} rows and the data set {len(captions)}: {DAMAGED}")
@@ -148,8 +148,8 @@ def _write(
     with replacing(path, durable=True) if processes.first else nullcontext(Path()) as temporary:
         place = Path(processes.by_first(lambda: str(begun(temporary))))
         processes.by_all(lambda: share(place))
-        skipped = _of_all(notices.skipped)
-        processes.by_first(lambda: _say_skipped(place, len(skipped)))
+        notices.join()
+        processes.by_first(lambda: _say_skipped(place, len(notices.skipped)))
     processes.wait()
 
 
@@ -158,15 +158,6 @@ def columns_of(batch: CaptionBatch) -> dict[str, Tensor]:
     parts = {"latents": batch.latent, **batch.c._asdict()}
     held = {name: value.detach().cpu() for name, value in parts.items() if value is not None}
     return {name: value.half() if value.is_floating_point() and name != "ids" else value for name, value in held.items()}
-
-
-def _of_all(skipped: Mapping[str, None]) -> set[str]:
-    """What all processes have skipped: a row that two of them came by is one row."""
-    every: list[Any] = [list(skipped)]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        every = every * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(every, list(skipped))
-    return {row for rows in every for row in rows}
 
 
 KINDS = {torch.float16: "F16", torch.float32: "F32", torch.int64: "I64", torch.bool: "BOOL"}

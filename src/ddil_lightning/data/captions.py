@@ -14,14 +14,14 @@ from ddil_lightning.data import tables
 from ddil_lightning.data.archives import Archives, said_of
 from ddil_lightning.data.base import Captions as Captions
 from ddil_lightning.data.buckets import Buckets, Group, Size, Sorting, sizes_of
-from ddil_lightning.data.folders import LISTS, Cells, bytes_of, read_column
+from ddil_lightning.data.folders import Cells, bytes_of
 from ddil_lightning.data.pictures import in_range, picture_size, read_pictures
 from ddil_lightning.data.raw import RawBatch as RawBatch
 from ddil_lightning.data.raw import digest
 from ddil_lightning.data.visits import Visit
 from ddil_lightning.processes import Processes
 from ddil_lightning.records import take
-from ddil_lightning.texts import caption_texts, file_text, place, read_lines, shown
+from ddil_lightning.texts import caption_texts, file_text, shown
 
 
 class Shapes(Captions):
@@ -207,17 +207,17 @@ class Prompts(Captions):
     """Captions without images: for data-free training (a prior without a forward share).
 
     Args:
-        path: a text file with one caption a line, of which empty ones are left out; or a json, jsonl, csv or parquet file.
-        caption: the column of captions, where the file has columns; of several in a cell training takes one by chance at each visit.
+        path: a text file with one caption a line, of which empty ones are left out; a json, jsonl, csv or parquet file; a pattern of these
+            (`prompts-*.txt`); or what Images reads, without its pictures: a folder, archives, a hub id.
+        caption: the column of captions, where there are columns; of several in a cell training takes one by chance at each visit.
+        split: of parquet files by their names, and of a Hugging Face dataset.
     """
 
-    def __init__(self, path: str, caption: str = "text") -> None:
-        file = place(path)
-        table = file.suffix.lower() in (*LISTS, ".parquet")
+    def __init__(self, path: str, caption: str = "text", split: str = "train") -> None:
         self._path, self._caption = path, caption
-        self._lines = Cells(read_column(file, caption) if table else (line for line in read_lines(path) if line))
+        self._lines = Cells(tables.load_captions(path, caption, split))
         if not self._lines:
-            raise ValueError(f"the prompt file {path} has no {'row' if table else 'line'}")
+            raise ValueError(f"the prompt file {path} has no {'line' if path.lower().endswith('.txt') else 'row'}")
 
     def __len__(self) -> int:
         return len(self._lines)

@@ -20,6 +20,7 @@ from ddil_lightning.data.encoded import Encoded, Notices, encode_batch
 from ddil_lightning.data.pairs import Stored, stored
 from ddil_lightning.data.preparation import check_latents, encodes, is_encoded, latent_box, prepared, second_moment, settle
 from ddil_lightning.data.sampler import CounterSampler, Parting, carried, say_carried
+from ddil_lightning.data.visits import spread
 from ddil_lightning.diffusion.denoiser import evaluating
 from ddil_lightning.feed import Answer, Ask, Feed
 from ddil_lightning.imitation.buffer import ReplayBuffer
@@ -73,7 +74,9 @@ class DDILDataModule(LightningDataModule, Feed):
         self.trajectories = min(rollouts.trajectories or batch_size, batch_size)
         self.cache, self.truncate, self.workers, self.seed, self.on_error = cache, truncate, workers, seed, on_error
         self.notices = Notices()
-        self.buffer = ReplayBuffer(**vars(buffer)) if buffer.capacity else None
+        settings = dict(vars(buffer))
+        self._saves_buffer = settings.pop("saved")
+        self.buffer = ReplayBuffer(**settings) if buffer.capacity else None
         self.done = 0
         self._ahead = 0  # of `done`: the place in the data, where a run has gone on with batches of another size
         self._examples: list[str] = []
@@ -140,14 +143,18 @@ class DDILDataModule(LightningDataModule, Feed):
         self._names = {int(rows[0]): name for rows, name in (self.captions if there else given).groups()}
         self.captions.sizes = given.sizes  # a second fit finds them as they were
         self._stored = None  # of another method, before a second fit
-        self._first = check_latents(self.captions, backbone, given.sizes is None, lambda rows: self._taken(rows).latent)
+        self._first, shapes = check_latents(self.captions, backbone, given.sizes is None, lambda rows: self._taken(rows).latent)
+        if self.buffer is not None:
+            self.buffer.shares = self._parting(us).shares(shapes)
         self._stored = stored(self.learner, given, self.captions.groups(), self._taken, self.batch_size, self.trainer)
         if self._stored is not None and self._stored.reflection is not None:
             self._stored.reflection.to(backbone.device)  # before Lightning moves the method: its own setup looks at the data
 
     def teardown(self, stage: str) -> None:
         """Say what of the data was not as it should be."""
-        self.notices.close()
+        self.notices.on_the_way(self.captions)
+        if Processes(self.trainer).first:
+            self.notices.close()
 
     def needs_images(self, method: Any) -> bool:
         """Whether a forward share of `method`'s prior needs images, on its present grid."""
@@ -162,12 +169,13 @@ class DDILDataModule(LightningDataModule, Feed):
         return self._examples[:n]
 
     def reference(self, n: int) -> CaptionBatch:
-        """The first `n` captions and images, encoded and on the method's device: the same rows every time, for probes.
+        """Some `n` captions and images, spread over the data, encoded and on the method's device: the same rows every time, for probes.
 
         Of images of several sizes those of the size that the pipeline samples at.
         """
         assert self.captions is not None  # setup ran
-        return self._taken(torch.arange(min(n, len(self.captions))) if self._first is None else self._first[:n])
+        rows = torch.arange(len(self.captions)) if self._first is None else self._first
+        return self._taken(rows[spread(len(rows), n)])
 
     def _taken(self, rows: Tensor) -> CaptionBatch:
         batch: Any = self.captions[rows.tolist()]  # type: ignore[index]
@@ -272,6 +280,8 @@ class DDILDataModule(LightningDataModule, Feed):
         made = home(collect(take(batch, slice(self.trajectories)), learner, self.prior, self.streams, shape, self.rollouts))
         together = (lambda mine: mine) if self.trainer is None else self.trainer.strategy.reduce_boolean_decision
         check_finite(made, together, learner.student_updates)
+        if self._collected_at is None and Processes(self.trainer).first:
+            buffer.say_room(len(made.t))
         stage = self.streams.stage
         held = buffer.shapes()
         buffer.expire(self.clock, stage)
@@ -332,7 +342,8 @@ class DDILDataModule(LightningDataModule, Feed):
         # Of an empty buffer too, where the prior asks for roll-outs: what it has rejected is then the reason.
         shown = self.buffer is not None and (len(self.buffer) > 0 or self.buffer.rejected > 0 or self.prior.rollouts > 0)
         stats = self.buffer.stats(self.clock) if self.buffer is not None and shown else {}
-        skipped = {"data/skipped": float(len(self.notices.skipped))} if self.notices.skipped else {}
+        self.notices.on_the_way(self.captions)
+        skipped = {"data/skipped": float(self.notices.count)} if self.notices.count else {}
         return shares | skipped | {f"buffer/{name}": value for name, value in stats.items()}
 
     def flush(self) -> None:
@@ -345,31 +356,38 @@ class DDILDataModule(LightningDataModule, Feed):
 
     def state_dict(self) -> dict[str, Any]:
         """The counters and, on rank 0 (whose return is what Lightning keeps), every rank's buffer."""
-        mine: Any = self.buffer.state_dict() if self.buffer is not None else None
+        mine: Any = self.buffer.state_dict() if self.buffer is not None and self._saves_buffer else None
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
         # To rank 0 alone, and over the host: on a device the buffers of all ranks would be beside what trains there.
         us = Processes(self.trainer)
         every = [mine] * us.world if mine is None or not several else us.collected(mine, self._host)
         shapes = sorted(map(list, self._collected))
-        place = {"done": self.done, "ahead": self._ahead, "batch_size": self.batch_size}
+        place = {"done": self.done, "ahead": self._ahead, "batch_size": self.batch_size, "rows": list(self._parting(us).groups)}
+        place["skipped"] = self.notices.on_the_way(self.captions)
         return {**place, "collected_at": self._collected_at, "collected": shapes, "buffers": every}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore, to the bit with as many processes and batches of the same size. With others the place in the data stays
-        (`sampler.carried`), and every process has its own buffer again; where one has none, all of them begin with an empty one."""
+        (`sampler.carried`), and every process has its own buffer again; where one has none there, all of them begin with an empty one."""
         us, buffers = Processes(self.trainer), state["buffers"]
         self.done, self._ahead, self._collected_at = state["done"], state.get("ahead", 0), state["collected_at"]
         self._collected = {tuple(shape) for shape in state.get("collected", [])}
-        if us.world > len(buffers):
+        self.notices.on_the_way(self.captions, state.get("skipped", []))
+        if us.world > len(buffers) or buffers[us.rank] is None:
             self.flush()  # on all of them: whether they roll out is the same on all, or they would wait for each other
-        elif self.buffer is not None and buffers[us.rank] is not None:
+        elif self.buffer is not None:
             self.buffer.load_state_dict(buffers[us.rank], self.learner.wants.ends or self.learner.wants.noise)
             if "collected" not in state:  # a checkpoint of before, of one shape
                 self._collected = self.buffer.shapes()
-        was = Parting(len(buffers), state.get("batch_size", self.batch_size))  # which those of before do not say
-        if was != (now := Parting(us.world, self.batch_size)):
-            assert self.captions is not None  # setup ran
-            groups = [group.rows for group in self.captions.groups()]
-            self._ahead = carried(self._place(), groups, was, now) - self.done
+        now = self._parting(us)
+        # Checkpoints of before do not say how large batches were, nor how many rows there were.
+        was = Parting(len(buffers), state.get("batch_size", now.batch), tuple(state.get("rows", now.groups)))
+        if was != now:
+            self._ahead = carried(self._place(), was, now) - self.done
             if us.first:
-                say_carried(was, now, len(groups) > 1, state["collected_at"] is not None)
+                say_carried(was, now, state["collected_at"] is not None)
+
+    def _parting(self, us: Processes) -> Parting:
+        """How an epoch of the data is shared out."""
+        assert self.captions is not None  # setup ran
+        return Parting(us.world, self.batch_size, tuple(len(group.rows) for group in self.captions.groups()))

@@ -17,7 +17,8 @@ from ddil_lightning.backbones.sizes import whole
 from ddil_lightning.counting import counted
 from ddil_lightning.data.buckets import Group
 from ddil_lightning.data.captions import Captions, RawBatch
-from ddil_lightning.data.visits import Visit, Wording
+from ddil_lightning.data.visits import Visit, Wording, spread
+from ddil_lightning.processes import of_all
 from ddil_lightning.records import CaptionBatch, Context, cat, sent, take, to
 from ddil_lightning.texts import by
 
@@ -80,8 +81,9 @@ class Encoded(Captions):
         return self.tables[0].c
 
     def some_latents(self, n: int) -> list[Tensor]:
-        """Some `n` latents, the first of every table in proportion to its rows; empty without images."""
-        return [t.latents[: math.ceil(n * len(t.rows) / len(self))].float() for t in self.tables if t.latents is not None]
+        """Some `n` latents, spread over every table in proportion to its rows (`visits.spread`); empty without images."""
+        tables = [(t.latents, len(t.rows)) for t in self.tables]
+        return [x[spread(rows, math.ceil(n * rows / len(self)))].float() for x, rows in tables if x is not None]
 
     def groups(self) -> list[Group]:
         """The rows of every table."""
@@ -139,32 +141,59 @@ class Notices:
     """Rows of a data set that were skipped and pictures that were enlarged: the first of each is told at once, and how many at the end."""
 
     def __init__(self) -> None:
-        self.skipped: dict[str, None] = {}
+        self.skipped: set[int] = set()
         self.enlarged, self._read = 0, 0
+        self._before, self._told = 0, False
+        self._joined: set[int] = set()
+
+    @property
+    def count(self) -> int:
+        """How many rows were skipped, and when the cache was made that stands in their place."""
+        return self._before + len(self.skipped)
 
     def hear(self, raw: RawBatch, rows: int) -> None:
         """Note a batch of a set of `rows` rows. Pictures are counted in the first pass alone."""
         log = logging.getLogger(__name__)
-        if raw.skipped and not self.skipped:
+        if raw.skipped and not self._told:
             log.warning(f"{raw.skipped[0]}; it is skipped, the next row takes its place, and data/skipped counts such rows")
-        self.skipped |= dict.fromkeys(raw.skipped)
+            self._told = True
+        self.skipped |= set(raw.gone)
         if self._read < rows:
             if raw.enlarged and not self.enlarged:
                 log.warning("some pictures are smaller than data.captions.size and are enlarged, which blurs them")
             self.enlarged += raw.enlarged
             self._read += len(raw.rows)
 
-    def recall(self, path: Path, count: int) -> None:
-        """Note the rows that were skipped when the cache `path` was made: whoever trains on it reads no row that says so."""
-        self.skipped |= dict.fromkeys(f"skipped row {i} of the cache {path}" for i in range(count))
+    def join(self) -> None:
+        """Have the rows in every process that any of them has skipped. All ask together."""
+        self.skipped |= of_all(self.skipped - self._joined)
+        self._joined = set(self.skipped)
+
+    def on_the_way(self, captions: Captions | None, known: Sequence[int] = ()) -> list[int]:
+        """The rows of `captions` that any process has skipped while it trained, `known` from before the run went on; none where all were
+        encoded first. All ask together."""
+        if captions is None or captions.on_error == "stop" or isinstance(captions, Encoded):
+            return []
+        self.skipped |= set(known)
+        self.join()
+        return sorted(self.skipped)
+
+    def recall(self, count: int) -> None:
+        """Note how many rows were skipped when a cache was made: whoever trains on it reads no row that says so."""
+        self._before = count
 
     def close(self) -> None:
         """Say, at the end of a run, how many rows were skipped and pictures enlarged."""
-        log = logging.getLogger(__name__)
-        if self.skipped:
-            log.warning(f"{len(self.skipped)} rows of the data could not be read and were skipped")
-        if self.enlarged:
-            log.warning(f"{self.enlarged} of {self._read} pictures were smaller than data.captions.size and were enlarged")
+        say_notices(self.count, self.enlarged, self._read)
+
+
+def say_notices(skipped: int, enlarged: int, read: int) -> None:
+    """Say how many rows were skipped, and how many of the pictures that were read are enlarged; nothing of none."""
+    log = logging.getLogger(__name__)
+    if skipped:
+        log.warning(f"{skipped} rows of the data could not be read and were skipped")
+    if enlarged:
+        log.warning(f"{enlarged} of {read} pictures were smaller than data.captions.size and were enlarged")
 
 
 def check_lengths(rows: Sequence[int], texts: Sequence[Sequence[str]], backbone: Backbone) -> None:
@@ -257,6 +286,13 @@ def chunk_rows(captions: Captions, rows: Sequence[int]) -> int:
     return CHUNK if pixels is None else max(1, min(CHUNK, LOADED // math.prod(pixels.shape[2:])))
 
 
+def readers(captions: Captions, workers: int, tells: bool) -> int:
+    """How many workers read `captions`: of a stream no more than one, since each would read all of it. The process that `tells` says so."""
+    if workers > 1 and captions.stream and tells:
+        logging.getLogger(__name__).warning(f"data.workers={workers}: a stream has one in each process, for every one would read all of it")
+    return min(workers, 1) if captions.stream else workers
+
+
 def raw_batches(
     captions: Captions,
     groups: Sequence[Sequence[int]],
@@ -274,7 +310,7 @@ def raw_batches(
     for group, rows in enumerate(groups):
         chunk = chunk_rows(captions, rows)
         parts += [(group, i, Visit(rows[i : i + chunk], every=every)) for i in range(0, len(rows), chunk)]
-    loader = DataLoader(captions, batch_size=None, sampler=[rows for *_, rows in parts], num_workers=workers)  # type: ignore[arg-type]
+    loader = DataLoader(captions, batch_size=None, sampler=[rows for *_, rows in parts], num_workers=readers(captions, workers, show))  # type: ignore[arg-type]
     for (group, done, _), raw in zip(parts, counted(loader, len(parts), "encoding the data", show), strict=True):
         notices.hear(raw, len(captions))
         yield group, done, raw

@@ -102,7 +102,7 @@ def read_heads(file: Path, image: str) -> Index:
                         raise ValueError(f"it holds {member.name} twice")
                 archive.members = []  # type: ignore[attr-defined]  # it keeps them all otherwise
     except (tarfile.TarError, OSError, ValueError) as error:
-        damage = f"{file} cannot be read as a tar file: {reason(error)}"
+        damage = f"{file.name} cannot be read as a tar file: {reason(error)}"
         samples.pop(last, None)
     found, lost = _sorted(samples, image)
     note = ""

@@ -19,12 +19,13 @@ from ddil_lightning.data.cachefolder import CacheFolder, open_folder
 from ddil_lightning.data.captions import Captions, builtin
 from ddil_lightning.data.encoded import Encoded, Notices, encode
 from ddil_lightning.data.sorting import sort_by_size
+from ddil_lightning.data.visits import spread
 from ddil_lightning.diffusion.reflection import estimate_box
 from ddil_lightning.processes import Processes
 from ddil_lightning.texts import by
 
-ENCODED, UNENCODED = 5120, 512
-"""Images that the box is estimated from: of those whose latents are there, and of those that must be encoded for it."""
+ENCODED, UNENCODED, MOMENT = 5120, 512, 2048
+"""Images that the box is estimated from, of those whose latents are there and of those that must be encoded for it; and the mean square."""
 
 
 def own_captions(backbone: Any) -> Captions:
@@ -74,7 +75,7 @@ def prepared(
     if isinstance(cache, str) and Path(cache).is_dir():
         folder = open_folder(Path(cache), captions, backbone, truncate, on_error == "skip", processes)
         if processes.first:
-            notices.recall(Path(cache), folder.manifest["skipped"]["count"])
+            notices.recall(folder.manifest["skipped"]["count"])
     if captions is None:
         captions = own_captions(backbone) if folder is None else folder
     captions.on_error = on_error
@@ -107,13 +108,14 @@ def memory_of(captions: Captions, backbone: Any) -> int:
 
 
 def say_copies(captions: Captions, backbone: Any, processes: Processes) -> None:
-    """Warn where every one of several processes is about to encode and to hold a large data set for itself."""
+    """Warn where every one of several processes is about to encode and to hold a large data set for itself, or to read a stream."""
     if processes.world == 1 or not processes.first:
         return
     size = memory_of(captions, backbone)
-    if size > LARGE:
+    if size > LARGE or captions.stream:
+        does = "reads and encodes" if captions.stream else "encodes"
         said = (
-            f"data.cache is true, so each of the {processes.world} processes encodes all {len(captions)} rows and holds up to "
+            f"data.cache is true, so each of the {processes.world} processes {does} all {len(captions)} rows and holds up to "
             f"{size / 2**30:.1f} GiB of them: give data.cache=FILE, which they make and map together, or the folder of ddil-cache"
         )
         logging.getLogger(__name__).warning(said)
@@ -134,17 +136,17 @@ def encodes(captions: Captions | None, cache: bool | str) -> bool:
 def latent_box(captions: Any, backbone: Any, processes: Processes) -> tuple[list[float], list[float]] | None:
     """The latent box of `captions` (reflection.estimate_box), from some hundred images if they are not encoded; None without images.
 
-    One process encodes them for all.
+    They are spread over all rows of each shape. One process reads them, or encodes them, for all.
     """
     if isinstance(captions, Encoded):
-        return None if captions.latents is None else estimate_box(_by_shape(captions.some_latents(ENCODED)))
+        return None if captions.latents is None else processes.by_first(lambda: estimate_box(_by_shape(captions.some_latents(ENCODED))))
     if captions is None or captions[[0]].pixels is None:
         return None
 
     def estimated() -> tuple[list[float], list[float]]:
         parts: list[list[int]] = []
         for rows, _ in captions.groups():
-            some = rows[: math.ceil(UNENCODED * len(rows) / len(captions))].tolist()
+            some = rows[spread(len(rows), math.ceil(UNENCODED * len(rows) / len(captions)))].tolist()
             parts += [some[i : i + 8] for i in range(0, len(some), 8)]
         told = counted(parts, len(parts), "the box of the latents")
         return estimate_box(_by_shape([backbone.encode_images(captions[part].images(backbone.device)).cpu() for part in told]))
@@ -153,10 +155,10 @@ def latent_box(captions: Any, backbone: Any, processes: Processes) -> tuple[list
 
 
 def second_moment(captions: Any) -> float | None:
-    """The mean square of some 2048 latents of `captions`; None where they are not encoded, or without images."""
+    """The mean square of some latents of `captions`, spread over all rows; None where they are not encoded, or without images."""
     if not isinstance(captions, Encoded) or captions.latents is None:
         return None
-    some = captions.some_latents(2048)
+    some = captions.some_latents(MOMENT)
     return float(some[0].square().mean() if len(some) == 1 else torch.cat([x.flatten() for x in some]).square().mean())
 
 
@@ -183,20 +185,24 @@ def check_sizes(captions: Captions, backbone: Any) -> None:
         )
 
 
-def check_latents(captions: Captions, backbone: Any, strict: bool, latent: Callable[[Tensor], Tensor | None]) -> Tensor:
-    """The rows of the size that the pipeline samples at, of the largest group where there are none. `latent` encodes rows.
+def check_latents(
+    captions: Captions, backbone: Any, strict: bool, latent: Callable[[Tensor], Tensor | None]
+) -> tuple[Tensor, list[tuple[int, ...]]]:
+    """The rows of the size that the pipeline samples at, of the largest group where there are none, and the shape of each group's latents,
+    the pipeline's own without images. `latent` encodes rows.
 
     Raises ValueError for latents that it cannot denoise, and if `strict` where none are of the size that it samples at.
     """
     groups = captions.groups()
-    found = [latent(rows[:1]) for rows, _ in groups]
-    shapes = [tuple(x.shape[1:]) for x in found if x is not None]
-    for shape in shapes:
-        backbone.check_latents(shape)
-    own = tuple(backbone.latent_shape)
-    if strict and shapes and own not in shapes:
+    found, own = [latent(rows[:1]) for rows, _ in groups], tuple(backbone.latent_shape)
+    shapes = [own if x is None else tuple(x.shape[1:]) for x in found]
+    for x in found:
+        if x is not None:
+            backbone.check_latents(tuple(x.shape[1:]))
+    if strict and own not in shapes:
         raise ValueError(
             f"the data's latents are {list(shapes[0])} and the pipeline {backbone.path} denoises {list(own)}: "
             "give images of the size that the pipeline was trained for"
         )
-    return groups[shapes.index(own)].rows if own in shapes else max((rows for rows, _ in groups), key=len)
+    rows = groups[shapes.index(own)].rows if own in shapes else max((rows for rows, _ in groups), key=len)
+    return rows, shapes

@@ -21,6 +21,7 @@ class RawBatch(NamedTuple):
     rows: Tensor  # [B], the rows that were read
     enlarged: int = 0  # how many pictures are smaller than the size that was asked for
     skipped: tuple[str, ...] = ()  # why rows that were asked for are not here (`Captions.on_error`)
+    gone: tuple[int, ...] = ()  # which rows these are
     sizes: Tensor | None = None  # [B, 6] original size, top and left of the crop, target size; None: as `pixels` are, and whole
     counts: Tensor | None = None  # [B] how many of the prompts each row has, where all of them were asked for (`Visit.every`)
     latent: Tensor | None = None  # [B, C, h, w] in the place of `pixels`, where the images are encoded and the captions are not
@@ -55,6 +56,7 @@ def joined(batches: Sequence[RawBatch]) -> RawBatch:
         torch.cat([b.rows for b in batches]),
         sum(b.enlarged for b in batches),
         tuple(dict.fromkeys(why for b in batches for why in b.skipped)),
+        tuple(dict.fromkeys(row for b in batches for row in b.gone)),
         torch.cat(sizes) if sizes else None,
         torch.cat(counts) if counts else None,
     )

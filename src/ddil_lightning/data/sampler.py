@@ -74,39 +74,68 @@ class CounterSampler(DistributedSampler):
 
 
 class Parting(NamedTuple):
-    """How a batch is shared out: among how many processes, and how many rows each of them has."""
+    """How an epoch is shared out: among how many processes, how many rows of a batch each of them has, and how many rows there are of each
+    shape."""
 
     world: int
     batch: int
+    groups: tuple[int, ...]
 
     @property
     def rows(self) -> int:
-        """Of all processes together."""
+        """Of all processes together, a step."""
         return self.world * self.batch
+
+    @property
+    def batches(self) -> int:
+        """Of an epoch, as CounterSampler counts them."""
+        return max(1, sum(rows // self.rows for rows in self.groups))
+
+    def shares(self, shapes: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
+        """How much of an epoch's batches are of each of the `shapes` of the groups."""
+        found = dict.fromkeys(shapes, 0.0)
+        for shape, rows in zip(shapes, self.groups, strict=True):
+            found[shape] += rows // self.rows / self.batches
+        return found
 
     def __str__(self) -> str:
         return f"{self.world} process{'es' if self.world > 1 else ''} with batches of {self.batch}"
 
 
-def carried(done: int, groups: Sequence[Tensor], was: Parting, now: Parting) -> int:
-    """How many batches of `now` stand where `done` batches of `was` do, rounded down: in the same epoch, after as many of its rows.
+def carried(done: int, was: Parting, now: Parting) -> int:
+    """How many batches of `now` stand where `done` batches of `was` do, rounded down: in the same epoch, after as many of its rows, or of
+    data that have become more or fewer after the same share of them.
 
-    Of one group it is the same place in the same permutation, and rows of less than one batch come twice. Of several groups the order of
-    an epoch's batches hangs on their number: the epoch and how far it has come are kept, but in what is left of it some rows come a second
-    time and as many not at all. Every later epoch is whole again.
+    Of the same rows in one group it is the same place in the same permutation, and rows of less than one batch come twice. Of several
+    groups the order of an epoch's batches hangs on their number, and of other rows so does the permutation: the epoch and how far it has
+    come are kept, but in what is left of it some rows come a second time and as many not at all. Every later epoch is whole again.
     """
-    before, after = (max(1, sum(len(rows) // parting.rows for rows in groups)) for parting in (was, now))
-    epoch, start = divmod(done, before)
-    return epoch * after + min(start * was.rows // now.rows, after)
+    epoch, start = divmod(done, was.batches)
+    rows = start * was.rows * sum(now.groups) // sum(was.groups)
+    return epoch * now.batches + min(rows // now.rows, now.batches)
 
 
-def say_carried(was: Parting, now: Parting, several: bool, rolled: bool) -> None:
-    """Tell, in one line, that a run goes on with batches that are shared out otherwise, and what of it is exact. `several`: the data have
-    groups; `rolled`: there were roll-outs."""
-    about = "in the same epoch, as far into it" if several else "at the same row, rounded down to a whole batch"
+def say_carried(was: Parting, now: Parting, rolled: bool) -> None:
+    """Tell, in a line each, that a run goes on with other data, and with batches that are shared out otherwise, and what of it is exact.
+    `rolled`: there were roll-outs."""
+    log = logging.getLogger(__name__)
+    if was.groups != now.groups:
+        log.warning(
+            f"the data have {_told(now.groups)}, where the checkpoint had {_told(was.groups)}: the run goes on in the same epoch, as far "
+            "into it; in what is left of it some rows come a second time and others not at all, and every later epoch is whole"
+        )
+    if was[:2] == now[:2]:
+        return
+    about = "in the same epoch, as far into it" if len(now.groups) > 1 else "at the same row, rounded down to a whole batch"
     place = "at the same row" if was.rows == now.rows else about
     kept = "all begin with an empty buffer, for a new process has no roll-outs" if now.world > was.world else "each has its own roll-outs"
-    logging.getLogger(__name__).warning(
+    log.warning(
         f"the run goes on with {now} in place of {was}, {now.rows} rows a step in place of {was.rows}: weights, averages, optimisers and "
-        f"clocks are exactly as they were; the data go on {place}; {kept + '; ' if rolled else ''}noise is not that of an uninterrupted run"
+        f"clocks are exactly as they were; the data go on {place if was.groups == now.groups else 'as said'}; "
+        f"{kept + '; ' if rolled else ''}noise is not that of an uninterrupted run"
     )
+
+
+def _told(groups: Sequence[int]) -> str:
+    each = f" in sizes of {', '.join(map(str, groups))}" if len(groups) > 1 else ""
+    return f"{sum(groups)} rows{each}"

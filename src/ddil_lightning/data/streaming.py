@@ -5,8 +5,12 @@ from __future__ import annotations
 import glob
 import os
 import weakref
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,8 @@ from ddil_lightning.texts import reason
 
 KEPT = 16
 """Rows before the last batch that stay: one that cannot be read is asked for again, and so are those after it."""
+READERS = 16
+"""Threads that ask files for their lengths: of files on a network each waits for its answer."""
 
 
 def open_stream(path: str, files: Sequence[Path], split: str) -> Any:
@@ -33,7 +39,8 @@ def open_stream(path: str, files: Sequence[Path], split: str) -> Any:
 
 
 class Stream:
-    """Two columns of a stream, for who asks for rows in order: it is read once then. Who goes back makes it begin again.
+    """Two columns of a stream, for who asks for rows in order: it is read once then. Who goes back makes it begin again. Parquet files of
+    which no row is asked for are passed over: a process that has a part of the rows reads the files of that part.
 
     `opened`: what `open_stream` answers with. How many rows there are is what its card says, or its files; else it is read once to count.
     """
@@ -97,28 +104,57 @@ class Stream:
         return [str(file) for file in files.get(self._split, [])]
 
     def _counted(self) -> int:
-        import pyarrow.parquet as pq  # type: ignore[import-untyped]
-
         said = (self._builder.info.splits or {}).get(self._split)
         if said is not None and said.num_examples:
             return int(said.num_examples)
         files = self._files()
-        if files and all(os.path.isfile(file) and file.endswith(".parquet") for file in files):
-            return sum(pq.read_metadata(file).num_rows for file in files)
+        if files and all(os.path.isfile(file) for file in files) and self._ends is not None:
+            return self._ends[-1]
         return sum(1 for _ in self._rows)
 
+    @cached_property
+    def _ends(self) -> list[int] | None:
+        """How many rows there are up to the end of each file, as parquet files say; None where others do not, or do not answer."""
+        files = self._files()
+        if not files or len(files) != self._rows.num_shards or not all(file.endswith(".parquet") for file in files):
+            return None
+        try:
+            with ThreadPoolExecutor(READERS) as pool:
+                return list(accumulate(pool.map(_rows_in, files)))
+        except Exception:  # a connection's, a parser's: who reads the rows says what is wrong with them
+            return None
+
     def _begin(self, row: int) -> None:
-        # Not by its __iter__, which gives the workers of a loader a part of the files each.
-        self._iterator = (self._rows.skip(row) if row else self._rows).iter(batch_size=1)
+        self._iterator = self._from(row)
         self._reader = os.getpid()
         weakref.finalize(self, self._iterator.close)  # one that is open when Python ends finds its libraries gone
         self._window: deque[Any] = deque()
         self._start = self._next = row
 
+    def _from(self, row: int) -> Any:
+        """The rows from `row` on."""
+        # Not by its __iter__, which gives the workers of a loader a part of the files each.
+        if row == 0 or self._ends is None or row >= self._ends[-1]:
+            return (self._rows.skip(row) if row else self._rows).iter(batch_size=1)
+        return _joined(self._rows, *self._place(row, self._ends))
+
+    @staticmethod
+    def _place(row: int, ends: Sequence[int]) -> tuple[int, int]:
+        """The file of a row, and how many rows are before it there."""
+        file = bisect_right(ends, row)
+        return file, row - (ends[file - 1] if file else 0)
+
+    def _skips(self, row: int) -> bool:
+        """Whether whole files lie between the next row and `row`, which need not be read."""
+        if row <= self._next or self._ends is None:
+            return False
+        return self._place(row, self._ends)[0] > self._place(self._next, self._ends)[0]
+
     def _read(self, index: Sequence[int]) -> list[Any]:
         """The rows `index`. Raises ValueError where the stream breaks off."""
         low, high = min(index), max(index)
-        if self._iterator is None or low < self._start or self._reader != os.getpid():  # a fork would share the place in the file
+        forked = self._reader != os.getpid()  # it would share the place in the file
+        if self._iterator is None or low < self._start or forked or self._skips(low):
             self._begin(low)
         while self._next <= high:
             try:
@@ -133,3 +169,19 @@ class Stream:
                 self._window.popleft()
                 self._start += 1
         return [self._window[row - self._start] for row in index]
+
+
+def _rows_in(file: str) -> int:
+    """How many rows a parquet file has, here or behind an address."""
+    import fsspec  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    with fsspec.open(file, "rb") as data:
+        return int(pq.read_metadata(data).num_rows)
+
+
+def _joined(rows: Any, first: int, skip: int) -> Iterator[Any]:
+    """The rows of the files from the number `first` on, without so many in that one."""
+    for file in range(first, rows.num_shards):
+        part = rows.shard(rows.num_shards, file)
+        yield from (part.skip(skip) if file == first and skip else part).iter(batch_size=1)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ddil_lightning.data.archives import Archives, expanded
-from ddil_lightning.data.folders import IMAGES, LISTS, METADATA, Listing, Row, list_folder, marks, read_rows, trace_of, walk
+from ddil_lightning.data.folders import IMAGES, LISTS, METADATA, Listing, Row, list_folder, marks, read_column, read_rows, trace_of, walk
 from ddil_lightning.data.streaming import Stream, open_stream
-from ddil_lightning.texts import place, reason
+from ddil_lightning.texts import place, read_lines, reason
 
 HINT = "; name them with image= and caption="
 TABLES = {".parquet": "parquet", ".arrow": "arrow"}
@@ -124,6 +124,38 @@ def load(path: str, image: str, caption: str | None, split: str, limit: int | No
     if len(rows) == 0:
         raise ValueError(f"the data set {path} has no row")
     return rows
+
+
+def load_captions(path: str, caption: str, split: str) -> Iterator[Any]:
+    """What stands as a caption in each row: in the lines of text files, in one column of lists and of parquet files, whose others stay
+    unread, or in whatever else Images reads. Raises ValueError for what cannot be read or has no such column."""
+    file = place(path)
+    try:
+        files = _captions_alone(file, path, split)
+        kind = "" if files else kind_of(file, path)[0]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the data set {path} could not be read: {reason(error)}") from error
+    for one in files:
+        if one.suffix.lower() in (*LISTS, ".parquet"):
+            yield from read_column(one, caption)
+        else:
+            yield from filter(None, read_lines(one))
+    if kind in ("list", "archives"):
+        rows = load(path, "image", caption, split, None)
+        yield from rows.captions(range(len(rows)))
+    elif kind:
+        yield from _prompted(path, caption, split)[caption]
+
+
+def _captions_alone(file: Path, path: str, split: str) -> list[Path]:
+    """The text files, lists and parquet files at a path, of which captions can be read without pictures beside them; none of other data."""
+    suffix, several = Path(path).suffix.lower(), any(c in path for c in "*?[{")
+    if file.is_file() or (suffix in (".txt", *LISTS, *TABLES) and not several and not file.is_dir()):
+        return [] if suffix in (".arrow", ".tar") else [file]
+    if suffix in (".txt", *LISTS) and not file.is_dir():
+        return expanded(path)
+    kind, files = kind_of(file, path)
+    return _of_split(files, split) if kind == "parquet" else []
 
 
 def load_prompts(path: str, caption: str, split: str) -> tuple[list[Any], list[dict[str, Any]]]:

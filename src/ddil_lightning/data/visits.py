@@ -1,4 +1,4 @@
-"""Which rows a batch visits, and which of several captions of a row is taken: functions of seed, epoch and row."""
+"""Which rows a batch visits, which of several captions of a row is taken, and which rows stand for all of them."""
 
 from __future__ import annotations
 
@@ -41,6 +41,17 @@ class Visit(list[int]):
         if self.epoch is None or n < 2:
             return 0
         return Streams(self.seed, self.epoch, rank=row if self.asked is None else self.asked).number("caption") % n
+
+
+def spread(n: int, k: int) -> Tensor:
+    """Some `k` of the numbers below `n`, ascending, for what is found from a part of a data set: of each of `k` equal parts one by chance,
+    always the same. The first ones would be of one source where sources were joined, and those at equal distances where sources take turns.
+    """
+    if k >= n:
+        return torch.arange(n)
+    ends = torch.arange(k + 1) * n // k
+    within = torch.rand(k, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * (ends[1:] - ends[:-1])
+    return ends[:-1] + within.long()
 
 
 class Wording(NamedTuple):

@@ -28,7 +28,7 @@ from ddil_lightning.bounds import within
 from ddil_lightning.counting import counted
 from ddil_lightning.data import manifest
 from ddil_lightning.data.base import Captions
-from ddil_lightning.data.encoded import CHUNK, Notices, check_lengths, chunk_rows
+from ddil_lightning.data.encoded import CHUNK, Notices, check_lengths, chunk_rows, readers
 from ddil_lightning.data.raw import RawBatch
 from ddil_lightning.data.shards import about_shard, checksum, packed, read_shard, too_many, unpacked, write_shard
 from ddil_lightning.data.sharing import Missing
@@ -139,8 +139,13 @@ class Writer:
     # Rows ----------------------------------------------------------------------------------------------------------------------------
 
     def _mine(self, files: int, is_made: Callable[[int], bool]) -> list[int]:
-        """Which of so many files this process has to write: those of its share that are not made of what they would be made of now."""
-        return [i for i in range(self.processes.rank, files, self.processes.world) if not is_made(i)]
+        """Which of so many files this process has to write: those of its share that are not made of what they would be made of now.
+
+        Of a stream a share is one after the other: who reads in order reads what lies in between, too.
+        """
+        rank, world = self.processes.rank, self.processes.world
+        share = range(files * rank // world, files * (rank + 1) // world) if self.captions.stream else range(rank, files, world)
+        return [i for i in share if not is_made(i)]
 
     def _has_rows(self, shard: Shard) -> bool:
         """Whether the file of a shard holds its rows: a picture that can be read only now may belong to another size."""
@@ -194,7 +199,8 @@ class Writer:
                     yield ahead[-1][1]
 
         total = sum(math.ceil(len(shards[i].rows) / chunks[shards[i].group]) for i in mine)
-        loader = DataLoader(self.captions, batch_size=None, sampler=asked(), num_workers=self.workers)
+        workers = readers(self.captions, self.workers, self.processes.first)
+        loader = DataLoader(self.captions, batch_size=None, sampler=asked(), num_workers=workers)
         told = counted(loader, total, "encoding the data", self.processes.first, rows=lambda raw: len(raw.rows))
         made: list[dict[str, Any]] = []
         for raw in self.processes.watching(told):

@@ -8,8 +8,9 @@ The buffer lives on the CPU and belongs to one rank.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
+import logging
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -33,7 +34,8 @@ class ReplayBuffer:
     """States of the last roll-outs, drawn with replacement, uniformly or by priority.
 
     `capacity` counts states (0 keeps nothing); whole roll-outs are evicted, oldest first. `max_age` in student updates.
-    Latents of several shapes share the capacity: the most frequent are evicted. A batch is drawn from those of one shape.
+    Latents of several shapes share the capacity, as `shares` of the batches say (equally where it is empty), and each has a roll-out while
+    all of them fit. A batch is drawn from those of one shape.
     `priority` is the exponent a; `half_life` (updates), `uniform` (eta) and `beta0` only act where it is positive:
     P(j) = (1 - eta) p_j / sum p + eta / n,  p_j = clip(u_j, 0.1, 10)^a 2^(-age_j / half_life),  u_j = loss_j / running mean at its node.
     `storage`: "float16" (states below t = 50 stay float32) or "float32". `answers`: how those of a frozen network to the states are kept
@@ -61,6 +63,7 @@ class ReplayBuffer:
         self.answers = Answers(answers, self._found, lambda: self._chunks)
         self.priority, self.half_life, self.uniform, self.beta0 = priority, half_life, uniform, beta0
         self.rejected = 0
+        self.shares: Mapping[tuple[int, ...], float] = {}
         self._chunks: deque[Chunk] = deque()
         self._next = 0
         self._means: dict[int, tuple[float, int]] = {}  # per time: running mean of the loss, how many losses
@@ -72,6 +75,17 @@ class ReplayBuffer:
     def held(self, shape: Sequence[int]) -> int:
         """How many states of latents of a `shape` there are."""
         return int(sizes(self._of(shape)).sum())
+
+    def say_room(self, states: int) -> None:
+        """Warn where a roll-out of so many `states` of each shape does not fit: then one of a shape that was evicted is made again."""
+        shapes = sum(share > 0 for share in self.shares.values())
+        if shapes * states > self.capacity:
+            said = (
+                f"data.buffer.capacity {self.capacity} holds {self.capacity // states} roll-outs of {states} states, and the data have "
+                f"{shapes} sizes: one that has none is rolled out with its next batch, which is more often than data.rollouts says; raise "
+                f"the capacity to {shapes * states}, or lower data.rollouts.trajectories"
+            )
+            logging.getLogger(__name__).warning(said)
 
     def shapes(self) -> set[tuple[int, ...]]:
         """The shapes of the latents that are kept."""
@@ -257,14 +271,16 @@ class ReplayBuffer:
                 raise ValueError(f"contexts {shapes[0]} do not fit those in the replay buffer {shapes[1]}: flush it first")
 
     def _evict(self) -> None:
-        """Whole roll-outs, the oldest of the shape that has the most states: a rare shape keeps the few that it has. Not the newest one,
-        while there are others."""
-        size, held = len(self), {shape: self.held(shape) for shape in self.shapes()}
+        """Whole roll-outs, the oldest of the shape that has most beyond its share of the capacity; not the last one of a shape while others
+        have several, nor the newest while there are others."""
+        size = len(self)
         while size > self.capacity:
-            old = list(self._chunks)[:-1] or list(self._chunks)
-            gone = max(old, key=lambda chunk: held[_shape(chunk)])  # of equal ones the first, which is the oldest
+            old, held = list(self._chunks)[:-1] or list(self._chunks), Counter(map(_shape, self._chunks))
+            beyond = {shape: self.held(shape) - self.shares.get(shape, 0.0) * self.capacity for shape in held}
+            several = [chunk for chunk in old if held[_shape(chunk)] > 1]
+            gone = max(several or old, key=lambda chunk: beyond[_shape(chunk)])  # of equal ones the first, which is the oldest
             self._chunks = deque(chunk for chunk in self._chunks if chunk is not gone)
-            size, held[_shape(gone)] = size - len(gone.states.t), held[_shape(gone)] - len(gone.states.t)
+            size -= len(gone.states.t)
 
     def _locate(self, slot: Tensor) -> tuple[Tensor, Tensor]:
         """Chunk and row in it of every slot; chunk -1 for slots that are gone."""

@@ -62,12 +62,15 @@ class Buffer:
         priority: the exponent by which states of a larger loss are drawn more often; 0 draws uniformly.
         answers: how the frozen teacher's answers to states are kept, so that it is asked once for each: `float32`, `float16` in half the
             memory, or `none`, which asks again whenever a state is drawn.
+        saved: checkpoints hold the states, so that a run goes on to the bit; without them (false) they are smaller by the buffers of all
+            processes, and a run that goes on rolls out anew.
     """
 
     capacity: int = 2048
     max_age: int = 500
     priority: float = 0.0
     answers: Storage = "float32"
+    saved: bool = True
 
     def __post_init__(self) -> None:
         at_least(0, **{"buffer.capacity": self.capacity})
