@@ -87,7 +87,8 @@ class Descent:
     """What turns a loss into an optimiser step, as `optimizer` says: the optimiser, clipping, several micro-batches per update.
 
     An optimiser is that of one loss. What other losses have left on its weights goes before the first micro-batch of each update.
-    `watch`: whether losses are finite. `student_moved`: whether the student's weights were updated in this training. `micro`: how many
+    `watch`: whether losses are finite. `begun`: whether any loss was descended in this training, and `student_moved`: whether the
+    student's weights were updated in it. `micro`: how many
     micro-batches of the update under way are done, by the name of the loss; it belongs to a checkpoint. `batch`: the latents of the last.
     """
 
@@ -100,7 +101,7 @@ class Descent:
         self._sound: dict[str, Tensor] = {}  # of the micro-batches of the update under way, by the name of the loss
         self.last: Tensor | None = None
         self.batch: LatentBatch | None = None
-        self.student_moved = False
+        self.begun = self.student_moved = False
         self._loss_of: dict[int, str] = {}  # of every optimiser, by identity
         self._begun: set[int] = set()  # the optimisers that have made an update in this training, by identity
         self._told: list[tuple[torch.optim.Optimizer, list[dict[str, Any]]]] = []
@@ -140,7 +141,8 @@ class Descent:
         for optimizer, groups in self._told:
             for group, told in zip(optimizer.param_groups, groups, strict=True):
                 group.update(told)
-        self._told, self._begun, self._loss_of, self.student_moved = [], set(), {}, False
+        self._told, self._begun, self._loss_of = [], set(), {}
+        self.begun = self.student_moved = False
 
     def step(self, method: Any, optimizer: Any, loss: Tensor, name: str) -> bool:
         """One micro-batch of `loss`; True when it completed an update. A loss that is not finite ends the run (`watch`).
@@ -151,7 +153,7 @@ class Descent:
         sound = self.watch.ask(
             torch.isfinite(loss.detach()), partial(self._fault, method, name, loss.detach(), method.student_updates, self.batch)
         )
-        self.last = loss.detach()
+        self.last, self.begun = loss.detach(), True
         if not self.micro.get(name):
             if self._loss_of.setdefault(id(optimizer), name) != name:
                 raise ValueError(
