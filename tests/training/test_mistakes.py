@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from ddil_lightning.callbacks import AnnealPrior, Checkpoints
 from ddil_lightning.callbacks.stages import staged
-from ddil_lightning.commands.checks import cautions
+from ddil_lightning.commands.checks import cautions, check_steps
 from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.data.encoded import encode
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.losses import mse
 from ddil_lightning.diffusion.policy import Policies, Policy
-from ddil_lightning.diffusion.transitions import renoise
+from ddil_lightning.diffusion.transitions import Transition, ddim, renoise
 from ddil_lightning.errors import one_line
 from ddil_lightning.feed import Wants
 from ddil_lightning.imitation.options import Buffer, Rollouts
@@ -36,7 +36,7 @@ from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.optimisation import Optimizer
 from ddil_lightning.training.plan import Stage
-from suite import FORWARD, MIXED, Run, StopAt, equal, fit
+from suite import BY_NAME, FORWARD, MIXED, Run, StopAt, build, equal, fit
 
 
 class Own(Distillation):
@@ -134,6 +134,79 @@ def test_what_would_never_learn_is_named(kind: type[Own], said: str, toy: Toy) -
     with pytest.raises(ValueError, match=said):
         trained(kind, toy)
     assert trained(Own, toy).method.student_updates == 2
+
+
+class ByItself(Own):
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.Adam(self.student.parameters()), super().configure_optimizers()[1]]
+
+
+class Scheduled(Own):
+    def configure_optimizers(self) -> Any:
+        made = super().configure_optimizers()
+        return made, [torch.optim.lr_scheduler.ConstantLR(made[0])]
+
+
+class Attached(Own):
+    def follow(self, critic: Any, b: LatentBatch, x: Tensor) -> None:
+        super().follow(critic, b, self.held)
+
+    def loss(self, b: LatentBatch, x: Tensor) -> Tensor:
+        self.held = x
+        return super().loss(b, x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (ByItself, r"^ByItself.configure_optimizers makes its Adam by itself, .*: use self.optimizer_of\(parameters, lr\), which"),
+        (Scheduled, r"^Scheduled.configure_optimizers returns learning-rate schedulers, which nobody steps: return what self.optimizer_of"),
+        (Attached, r"^the critic_loss of Attached hangs on the graph of a loss that was descended before it: hand it x.detach\(\)"),
+    ],
+)
+def test_optimisers_rates_and_graphs_of_ones_own(kind: type[Own], said: str, toy: Toy) -> None:
+    """They ended in a KeyError, in silence, and in a sentence of torch's about retain_graph."""
+    with pytest.raises(ValueError, match=said):
+        trained(kind, toy)
+
+
+# How it is deployed --------------------------------------------------------------------------------------------------------------------
+
+
+class Undeployed(Own):
+    def deploy(self, student: Any) -> Any:
+        """As if `return` had been forgotten."""
+
+
+@pytest.mark.parametrize("steps", [4, (), (0,), ("4",)])
+def test_how_a_student_is_deployed_is_said_in_full(steps: Any, toy: Toy) -> None:
+    with pytest.raises(ValueError, match=r"^Undeployed.deploy\(student\) returns None: it returns a Deployment$"):
+        check_steps(Undeployed(pipeline=toy), CONFIG)
+    with pytest.raises(ValueError, match=r"^Deployment takes the step counts .* as a tuple, such as \(4,\) or \(4, 2\), not"):
+        replace(Own(pipeline=toy).deployment, steps=steps)
+
+
+@dataclass(frozen=True)
+class Halfway(Transition):
+    """Half the noise of x_t, half fresh noise: a sampler of one's own."""
+
+    def __call__(self, schedule: Any, x_t: Tensor, p: Any, t: Tensor, s: Tensor, generator: Any = None) -> Tensor:
+        return schedule.add_noise(p.x0, (p.eps + torch.randn(p.eps.shape)) / 2**0.5, s)
+
+
+def test_a_sampler_of_ones_own_is_told_the_way_out(tiny: Path) -> None:
+    """Which is one: with DDIM's scheduler and `without` there is something to export, which says what it does."""
+    method = build(BY_NAME["lcm-fixed-guidance"], tiny)
+    own, near = (Policy(method.deployment.denoiser, transition) for transition in (Halfway(), ddim))
+    scheduler = partial(method.backbone.scheduler, own.transition, "eps", "trailing", 4)
+    said = r"a sampler of your own is exported with another's scheduler, as Deployment\(.*\).without\(Policy\(student, ddim\), 'what"
+    grid = partial(Grid.named, "trailing", total=method.student.schedule.steps)
+    for made in (scheduler, None):
+        with pytest.raises(ValueError, match=said):
+            Deployment(own, grid, (4,), 2.0, made).made_scheduler(4)
+    scheduler = partial(method.backbone.scheduler, ddim, "eps", "trailing", 4)
+    deployment = Deployment(own, grid, (4,), 2.0, scheduler).without(near, "It steps as DDIM.")
+    assert type(deployment.made_scheduler(4)).__name__ == "DDIMScheduler" and deployment.exported.policy is near
 
 
 # Gradients of another loss -------------------------------------------------------------------------------------------------------------
@@ -485,7 +558,7 @@ class Headed(Asking):
         self.cast(head=torch.nn.Linear(1, 1))
 
     def configure_optimizers(self) -> Any:
-        student, critic = super().configure_optimizers()
+        _, critic = super().configure_optimizers()
         return [self.optimizer_of([*self.student.weights(), *self.head.parameters()], self.lr), critic]
 
 

@@ -6,7 +6,7 @@ import inspect
 import linecache
 import re
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from types import CodeType
 from typing import Any
@@ -127,23 +127,35 @@ def check_names(method: Any) -> None:
     method.offload.check(method.roles, method.average is not None)
 
 
-def check_trained(method: Any, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """Raises ValueError for what has trained weights none of which an optimiser moves, by its name: it would never learn.
+def check_trained(method: Any, optimizers: Sequence[torch.optim.Optimizer], schedulers: Sequence[Any]) -> None:
+    """Raises ValueError, by its name, for what has trained weights none of which an optimiser moves: it would never learn.
 
-    And for several optimisers of a method that does not say so: DDP waits, in the backward pass of each, for the gradients of all.
+    For optimisers that `optimizer_of` has not made and learning rates by others than the clock. And for several optimisers of a method that
+    does not say so: DDP waits, in the backward pass of each, for the gradients of all.
     """
-    optimizers = list(optimizers)
+    named, use = type(method).__name__, "self.optimizer_of(parameters, lr)"
+    for made in optimizers:
+        if any("base_lr" not in group for group in made.param_groups):
+            raise ValueError(
+                f"{named}.configure_optimizers makes its {type(made).__name__} by itself, whose learning rate no clock moves: use {use}, "
+                "which makes the kind that optimizer.kind says"
+            )
+    if schedulers:
+        raise ValueError(
+            f"{named}.configure_optimizers returns learning-rate schedulers, which nobody steps: return what {use} makes alone, whose rate "
+            "follows optimizer.warmup and optimizer.final_lr"
+        )
     if len(optimizers) > 1 and not method.takes_turns:
         raise ValueError(
-            f"{type(method).__name__} has {len(optimizers)} optimisers, and the backward pass of one leaves the weights of the others "
-            "without a gradient: declare `takes_turns = True` in its class"
+            f"{named} has {len(optimizers)} optimisers, and the backward pass of one leaves the weights of the others without a gradient: "
+            "declare `takes_turns = True` in its class"
         )
     moved = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for name, part in method.named_children():
         trained = [p for p in part.parameters() if p.requires_grad]
         if trained and not any(id(p) in moved for p in trained):
             raise ValueError(
-                f"{type(method).__name__}'s {name} has trained weights that no optimiser moves: give configure_optimizers "
+                f"{named}'s {name} has trained weights that no optimiser moves: give configure_optimizers "
                 f"self.optimizer_of(self.{name}.parameters(), lr), or freeze it by requires_grad_(False)"
             )
 

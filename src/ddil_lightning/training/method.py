@@ -25,18 +25,10 @@ from ddil_lightning.diffusion.reflection import Mode, Reflection
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.feed import Feed, Wants
 from ddil_lightning.records import LatentBatch
+from ddil_lightning.training import completeness
 from ddil_lightning.training.averaging import Averaging
 from ddil_lightning.training.clock import Clock, Clocks
-from ddil_lightning.training.completeness import (
-    check_complete,
-    check_hooks,
-    check_loss,
-    check_losses,
-    check_names,
-    check_source,
-    check_trained,
-)
-from ddil_lightning.training.deployment import Deployment
+from ddil_lightning.training.deployment import Deployment, deployed
 from ddil_lightning.training.measures import Measures
 from ddil_lightning.training.offload import Offload
 from ddil_lightning.training.optimisation import Descent, Optimizer
@@ -96,7 +88,7 @@ class Distillation(Clocks, LightningModule):
         memory: Memory = Memory(),
         log_every: int = 10,
     ) -> None:
-        check_hooks(type(self), Distillation)
+        completeness.check_hooks(type(self), Distillation)
         super().__init__()
         self.automatic_optimization = False
         self.descent, self.averaging = Descent(optimizer), Averaging(ema)
@@ -143,7 +135,7 @@ class Distillation(Clocks, LightningModule):
             average = self.averaging.start(self.student)
             self.average = None if average is None else average.network
         self._trained = frozenset(name for name, role in self.roles.items() if role.weights())
-        check_names(self)
+        completeness.check_names(self)
         share_buffers(self)
 
     @property
@@ -161,7 +153,7 @@ class Distillation(Clocks, LightningModule):
 
         Under fsdp2 it is sharded while it trains, and all processes must call it together; see `gathered`.
         """
-        return self.deploy(self.outgoing.apart(self.shards.whole))
+        return deployed(self, self.deploy(self.outgoing.apart(self.shards.whole)))
 
     def deployments(self) -> list[Deployment]:
         """How the student will be deployed at the end of every stage to come, the present one first."""
@@ -255,7 +247,7 @@ class Distillation(Clocks, LightningModule):
 
         Raises ValueError for losses of another shape.
         """
-        check_losses(self, b, loss)
+        completeness.check_losses(self, b, loss)
         self.descent.batch = b
         self.measures.losses(loss.detach(), b.source, going_on=bool(self.descent.micro.get("loss")))
         self.feed.observe(b, loss)
@@ -267,7 +259,7 @@ class Distillation(Clocks, LightningModule):
         `name`: of the loss in curves and messages; "loss" is the student's. Raises ValueError for a loss that is no scalar, or that hangs
         on nothing that is trained.
         """
-        check_loss(self, loss, name)
+        completeness.check_loss(self, loss, name)
         self.measures.record(**{name: loss})
         return self.descent.step(self, optimizer, loss, name)
 
@@ -294,14 +286,14 @@ class Distillation(Clocks, LightningModule):
     def check_prior(self, prior: Any) -> None:
         """Raises ValueError when `prior` gives a share to a source on which this method has no target, or whose policy it has not."""
         for name in ("forward", "student", "teacher"):
-            check_source(self, name, getattr(prior, name))
+            completeness.check_source(self, name, getattr(prior, name))
 
     def on_fit_start(self) -> None:
         """The box from the data, once it is encoded; then what is not needed leaves the device.
 
         Raises ValueError for what is trained and in no optimiser.
         """
-        check_trained(self, self.trainer.optimizers)
+        completeness.check_trained(self, self.trainer.optimizers, self.trainer.lr_scheduler_configs)
         if self.box is not None:
             self.reflection.move(*self.box)  # of a run that goes on with another one
         if not self.has_box:
@@ -347,7 +339,7 @@ class Distillation(Clocks, LightningModule):
 
         A Trainer calls this hook first: what the method lacks is named before the data ask for it.
         """
-        check_complete(self)
+        completeness.check_complete(self)
         self._settings = settings(self)  # before a checkpoint is restored: what it counts is no setting
         return [Clock(), *([TensorFloat32()] if self._tf32 else [])]
 

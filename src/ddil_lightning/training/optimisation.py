@@ -162,7 +162,7 @@ class Descent:
                 )
             optimizer.zero_grad()  # another loss may have reached these weights since: the student's passes through a critic, say
         done = (self.micro.get(name, 0) + 1) % self.accumulate
-        with self.reduction.of(optimizer, method.trainer.strategy, last=not done):
+        with self.reduction.of(optimizer, method.trainer.strategy, last=not done), detached(method, name):
             method.manual_backward(loss / self.accumulate)
         self._sound[name] = torch.minimum(self._sound[name], sound) if name in self._sound else sound
         self.micro[name] = done
@@ -226,6 +226,20 @@ class Descent:
     def halfway(self) -> bool:
         """Whether an update is under way: accumulated gradients are in no checkpoint."""
         return any(self.micro.values())
+
+
+@contextmanager
+def detached(method: Any, name: str) -> Iterator[None]:
+    """Inside is the backward pass of a loss. Raises ValueError for one that goes on into the graph of another that was descended before."""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(said in str(error) for said in ("backward through the graph a second time", "modified by an inplace operation")):
+            raise ValueError(
+                f"the {name} of {type(method).__name__} hangs on the graph of a loss that was descended before it: hand it x.detach() of "
+                "what the other has made, or ask the network again"
+            ) from error
+        raise
 
 
 @contextmanager
