@@ -62,9 +62,7 @@ def waited(args: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
         seen["the table, and the end"] = at
     seen["first pictures"] = first_trained(run / "samples").stat().st_mtime - started
     out = folder / "picture.png"
-    *_, (seconds, _) = lines(
-        folder, "ddil-sample", "--pipeline", str(run / "pipeline"), "--prompt", "a small red circle", "--out", str(out)
-    )
+    *_, (seconds, _) = lines(folder, "ddil-sample", "--pipeline", str(run / "pipeline"), "--prompt", "a small red circle", "--out", str(out))
     within = {"ddil-fit: first line": 1, "first update": 15, "first pictures": 60, "the table, and the end": 180}
     rows: list[dict[str, object]] = [{"name": name, "seconds": seen[name], "within": limit} for name, limit in within.items()]
     return [*rows, {"name": "ddil-sample: one picture", "seconds": seconds, "within": 8}, *looked_into(run, args)]

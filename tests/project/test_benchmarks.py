@@ -484,6 +484,7 @@ def test_cells_of_the_zoo_and_what_costs_nothing_beside_them(script: Any, tmp_pa
     mine = [x - y for x, y in zip(*(s["energy_distance"] for s in (anew["remedied"]["es1.05"], base["scores"])), strict=True)]
     assert free["es1.05"]["mean"] == pytest.approx(sum(mine) / 2) and free["es1.05"]["mean"]
     assert "without training: the published student" in told["notes"][-1]
+    assert "they are not independent, and t says less than it seems" in module.page(told, module.markdown)
     plain = module.report([base, made["ddil"], *others], 1000)
     assert not any("without training" in part["title"] for part in plain["parts"]) and len(plain["notes"]) == 3
 

@@ -144,7 +144,10 @@ class TCD(Transition):
         return schedule.add_noise(y, normal(p.x0, generator), s, since=below)
 
 
-ddim, renoise = DDIM(), Renoise()
+ddim = DDIM()
+"""The deterministic step of DDIM, which has no parameters."""
+renoise = Renoise()
+"""LCM's and DMD2's step by fresh noise, which has no parameters."""
 
 
 def noise_corrected(schedule: NoiseSchedule) -> Transition:
