@@ -138,7 +138,7 @@ def said(cell: Cell, cells: Path) -> tuple[str, tuple[str, ...]]:
 def trained(cell: Cell, cells: Path) -> dict[str, Any]:
     """What a cell is, trained and scored."""
     config, words = said(cell, cells)
-    return toy2d.trained(cell.task, cell.variant, config, words, cell.remedies)
+    return {**toy2d.trained(cell.task, cell.variant, config, words, cell.remedies)}
 
 
 def make(cell: Cell, cells: Path) -> dict[str, Any]:
