@@ -18,7 +18,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from zoo_table import REMEDIED, REMEDIES, VARIANTS, page, report
 
 from ddil_lightning import assemble
 from ddil_lightning.commands.configs import find_config
+from ddil_lightning.errors import Refusal
 from ddil_lightning.evaluation.table import write_rows
 from ddil_lightning.files import write_text
 from ddil_lightning.runs.finish import machine
@@ -41,6 +42,8 @@ PROBLEM = {"scale": 2.0, "guidance": 2.0, "width": 48}
 """One problem and one size of network for all methods, whatever their configs have; everything else is their config's."""
 EVALUATIONS = 200_000
 """Of all networks, a sample each: what LCM's config spends."""
+NEAR = 0.05
+"""How far from its budget, in shares of it, a training may come to lie."""
 SAMPLED_ANEW = ("pd", "lcm")
 """The methods whose published students are sampled with REMEDIES, at the updates of their configs."""
 
@@ -91,10 +94,20 @@ class Cell:
         return toy2d.Task(self.method, (self.trained,), self.seeds, self.words, self.n, None)
 
     def known(self, cells: Path) -> dict[str, Any] | None:
-        """The finished cell, None where there is none or it was made with other settings."""
+        """The finished cell, None where there is none, it was made with other settings, or it has not spent what it was given."""
         file = cells / self.file
         found = json.loads(file.read_text()) if file.is_file() else None
-        return found if found is not None and found["depends"] == self.depends else None
+        return found if found is not None and found["depends"] == self.depends and self.spends(found) else None
+
+    @property
+    def usual(self) -> Cell:
+        """The same at the updates of its config, from which its length is known."""
+        return replace(self, spent=None)
+
+    def spends(self, record: dict[str, Any]) -> bool:
+        """Whether a training has spent what it was given, to NEAR or to four of its updates: stages and roll-outs are whole."""
+        spent, one = record["evaluations"], record["evaluations"] / record["updates"]
+        return self.spent is None or abs(spent - self.spent) <= max(NEAR * self.spent, 4 * one)
 
 
 def methods() -> list[str]:
@@ -102,18 +115,49 @@ def methods() -> list[str]:
     return sorted(file.name.removesuffix("_ddil.yaml") for file in find_config("toy2d/lcm.yaml").parent.glob("*_ddil.yaml"))
 
 
+def pair(name: str) -> str:
+    """A name of two configs, toy2d/NAME.yaml and toy2d/NAME_ddil.yaml, packaged or in the working directory. Raises ArgumentTypeError."""
+    try:
+        for template in (toy2d.PLAIN, toy2d.DDIL):
+            find_config(template.format(name))
+    except Refusal as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return name
+
+
+def said(cell: Cell, cells: Path) -> tuple[str, tuple[str, ...]]:
+    """The config and the words that a cell is trained by; of a budget of evaluations from what its usual cell has spent."""
+    config, words = cell.task.said(cell.trained)
+    if cell.spent is None:
+        return config, tuple(words)
+    usual = cell.usual.known(cells)
+    assert usual is not None, "cells of equal updates come first"
+    return config, (*words, toy2d.longer(assemble(config, *words).method, cell.spent / usual["evaluations"]))
+
+
+def trained(cell: Cell, cells: Path) -> dict[str, Any]:
+    """What a cell is, trained and scored."""
+    config, words = said(cell, cells)
+    return {**toy2d.trained(cell.task, cell.variant, config, words, cell.remedies)}
+
+
 def make(cell: Cell, cells: Path) -> dict[str, Any]:
-    """Train a cell, score it and keep it."""
+    """Train a cell, score it and keep it.
+
+    Where code of another count has made the cell of equal updates, from which this one's length is known, that is made anew first. Raises
+    ValueError for a training that then still does not spend what it was given.
+    """
     import torch
 
     torch.set_num_threads(1)
     common.quiet()
-    config, words = cell.task.said(cell.trained)
-    if cell.spent is not None:
-        usual = Cell(cell.method, cell.variant, cell.seeds, cell.words, cell.n).known(cells)
-        assert usual is not None, "cells of equal updates come first"
-        words = *words, toy2d.longer(assemble(config, *words).method, cell.spent / usual["evaluations"])
-    record = toy2d.trained(cell.task, cell.variant, config, words, cell.remedies)
+    record = trained(cell, cells)
+    if not cell.spends(record):
+        make(cell.usual, cells)
+        record = trained(cell, cells)
+    if not cell.spends(record):
+        raise ValueError(f"{cell.file} was given {cell.spent:,} evaluations and has spent {record['evaluations']:,}")
+    config, words = said(cell, cells)
     made = {**record, "budget": cell.budget, "depends": cell.depends, "config": config, "told": list(words), "machine": machine()}
     write_rows(cells / cell.file, made)  # type: ignore[arg-type]
     return made
@@ -164,7 +208,9 @@ def main(argv: Sequence[str] | None = None) -> Report:
     """The command line of this benchmark."""
     parser = common.parser(__doc__, pipeline=False)
     parser.set_defaults(seed=2000)
-    parser.add_argument("--methods", nargs="+", choices=methods(), default=methods())
+    parser.add_argument(
+        "--methods", nargs="+", type=pair, default=methods(), metavar="NAME", help="by the names of toy2d/NAME{,_ddil}.yaml"
+    )
     parser.add_argument("--seeds", type=int, default=12, help="independent experiments, from --seed on")
     parser.add_argument("--members", type=int, default=3, help="seeds per process")
     parser.add_argument("--evaluations", type=int, default=EVALUATIONS, help="network evaluations of the equal budget")

@@ -156,7 +156,9 @@ def page(told: Report, markdown: Callable[[Report], str]) -> str:
         "same. What the tables show stands in "
         "[results](results.md#every-method).\n\n"
         "```bash\npython benchmarks/zoo.py --page docs/zoo.md\n```\n\n"
-        f"Seeds from 2000 on, which no setting was chosen on, in groups of three; {machines}; a cell's date and versions stand in its "
+        "Seeds from 2000 on, which no setting was chosen on, in groups of three, which are trained in one process and share the plans of "
+        "their roll-outs: they are not independent, and t says less than it seems; "
+        f"{machines}; a cell's date and versions stand in its "
         "file, `benchmarks/zoo/`.\n\n"
     )
     return head + markdown({**told, "rows": []}) + "\n"

@@ -140,11 +140,12 @@ class Feed:
 
         `ask` must be a function of every row's (x_t, t, s, node, c, noise, end) by itself, and the same one all through a stage: no draw,
         no student, no average. What is asked of two networks is one `ask`, which answers with a tuple. A feed that keeps roll-outs keeps
-        its answers to them, asks for the rest alone, and raises ValueError for a second question or a network that moves.
+        its answers to them, asks for the rest alone, and raises ValueError for a second question. Raises ValueError for an answer with a
+        gradient, and where answers are kept for every network that moves.
         `slot` [B]: which states of the buffer the rows are, by `Origin.slot`, where they are not all of the batch that was drawn; -1 for a
         row that is asked something else than what is asked of its state.
         """
-        return ask(batch)
+        return unmoved(ask(batch), ask)
 
     def observe(self, batch: LatentBatch, loss: Tensor) -> None:
         """Hear the per-sample losses [B] of a batch."""
@@ -158,3 +159,18 @@ class Feed:
 
     def flush(self) -> None:
         """Forget every roll-out, as at the beginning of a stage."""
+
+
+MOVES = (
+    "asks its student, or another network that training moves, through feed.answered: what is kept of it goes stale; ask it in "
+    "training_step itself"
+)
+"""What is said of an answer that is none of a frozen network's."""
+
+
+def unmoved(found: Answer, ask: Ask) -> Answer:
+    """The answer that `ask` has given. Raises ValueError for one with a gradient, which would be that of the rows asked anew alone."""
+    if any(x.requires_grad for x in ((found,) if isinstance(found, Tensor) else found)):
+        function = getattr(ask, "func", ask)
+        raise ValueError(f"{getattr(function, '__qualname__', type(function).__name__)} {MOVES}")
+    return found

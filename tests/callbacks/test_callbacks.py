@@ -146,6 +146,25 @@ def test_the_level_of_a_gate_travels_with_the_checkpoint(tiny: Path, tmp_path: P
     assert second.schedule.level == 6 and sources.seen[0] == (4, {FORWARD, STUDENT})
 
 
+class Hearing(Constant):
+    def hear(self, clock: int, values: Any) -> None:
+        """Follow the training."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "hears", "said"),
+    [
+        (Hearing, "nothing", "Own is told nothing, because hears is 'nothing': set hears = 'updates' or 'measures'"),
+        (Hearing, "losses", "Own.hears is 'losses': give 'updates', 'measures', or 'nothing' for"),
+        (Constant, "updates", "Own hears updates and has no hear.clock, values. to do so: write it"),
+    ],
+)
+def test_a_schedule_that_would_never_be_told_is_refused(kind: type[Constant], hears: str, said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{said}"):
+        AnnealPrior(type("Own", (kind,), {"hears": hears})(PLAIN))
+    AnnealPrior(type("Own", (Hearing,), {"hears": "measures"})(PLAIN))
+
+
 @pytest.mark.parametrize("first", ["probe", "gate"])
 def test_a_schedule_follows_a_measure_that_another_callback_publishes(first: str, tiny: Path) -> None:
     """After every other update the probe publishes; 0.5 passes and 2.0 does not. The next batch follows, whichever callback comes first."""

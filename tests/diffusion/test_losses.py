@@ -45,6 +45,16 @@ def test_losses_are_per_sample():
     assert torch.equal(mse(a, other)[:3], mse(a, b)[:3])
 
 
+@pytest.mark.parametrize("shape", [(2,), (2, 1, 4, 4), (1, 3, 4, 4), (2, 3, 4)])
+@pytest.mark.parametrize("loss", [mse, pseudo_huber, Distance("mse"), Distance("huber")])
+def test_tensors_of_two_shapes_are_refused(loss: Any, shape: tuple[int, ...]) -> None:
+    """Broadcast, they were the loss of other pairs, or of a batch's mean."""
+    a, b = torch.randn(2, 3, 4, 4), torch.randn(shape)
+    for one, other in ((a, b), (b, a)):
+        with pytest.raises(ValueError, match=re.escape(f"tensors of the shapes {list(one.shape)} and {list(other.shape)}: give both the")):
+            loss(one, other)
+
+
 def test_huber_limits():
     """h -> 0 is |a - b|, h -> inf is (a - b)^2 / (2 h)."""
     a, b = pair()

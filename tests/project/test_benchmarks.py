@@ -484,8 +484,56 @@ def test_cells_of_the_zoo_and_what_costs_nothing_beside_them(script: Any, tmp_pa
     mine = [x - y for x, y in zip(*(s["energy_distance"] for s in (anew["remedied"]["es1.05"], base["scores"])), strict=True)]
     assert free["es1.05"]["mean"] == pytest.approx(sum(mine) / 2) and free["es1.05"]["mean"]
     assert "without training: the published student" in told["notes"][-1]
+    assert "they are not independent, and t says less than it seems" in module.page(told, module.markdown)
     plain = module.report([base, made["ddil"], *others], 1000)
     assert not any("without training" in part["title"] for part in plain["parts"]) and len(plain["notes"]) == 3
+
+
+def test_every_cell_of_equal_evaluations_has_spent_them(script: Any) -> None:
+    """Cells of UFOGen had spent two thirds, their length being that of a code with longer roll-outs."""
+    zoo, built_in = script("zoo"), script("zoo_builtin")
+    cells = [json.loads(file.read_text()) for file in zoo.CELLS.glob("*-evaluations-*.json")]
+    spent = {(c["method"], c["variant"], *c["seeds"]): c["evaluations"] / zoo.EVALUATIONS for c in cells}
+    cells = [json.loads(file.read_text()) for file in built_in.CELLS.glob("*-evaluations-*.json")]
+    spent |= {(c["method"], c["variant"]): sum(c["network_evaluations"].values()) / built_in.EVALUATIONS for c in cells}
+    assert len(spent) > 50 and {name: share for name, share in spent.items() if abs(share - 1) > zoo.NEAR} == {}
+
+
+def test_a_cell_of_another_count_is_made_anew(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First the usual one, whose evaluations say how long it is; and where that does not help it is refused, and not kept."""
+    zoo = script("zoo")
+    words = ("model.init_args.updates=100",)
+    cell = zoo.Cell("lcm", "ddil", (2000,), words, 64, 30_000)
+    asked, rate = [], {"usual": 300, "equal": 200}
+
+    def train(task: Any, variant: str, config: str, told: Any, remedies: Any) -> dict[str, Any]:
+        updates = int(str(told[-1]).rpartition("=")[2]) if "updates=" in str(told[-1]) else 100
+        asked.append(updates)
+        count = rate["usual" if updates == 100 else "equal"]
+        return {"method": "lcm", "variant": variant, "seeds": [2000], "updates": updates, "evaluations": updates * count}
+
+    monkeypatch.setattr(zoo.toy2d, "trained", train)
+    zoo.make(cell.usual, tmp_path)
+    rate["usual"] = 200
+    made = zoo.make(cell, tmp_path)
+    assert made["evaluations"] == 30_000 and asked == [100, 100, 100, 150]
+    assert cell.known(tmp_path) is not None and cell.usual.known(tmp_path)["evaluations"] == 20_000
+    (tmp_path / cell.file).write_text(json.dumps({**made, "evaluations": 20_000}))
+    assert cell.known(tmp_path) is None
+    rate["equal"] = 400
+    with pytest.raises(ValueError, match=r"lcm-ddil-evaluations-2000.json was given 30,000 evaluations and has spent 60,000"):
+        zoo.make(cell, tmp_path)
+
+
+def test_the_zoo_takes_a_pair_of_ones_own(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zoo = script("zoo")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toy2d").mkdir()
+    for name in ("headed.yaml", "headed_ddil.yaml", "half.yaml"):
+        (tmp_path / "toy2d" / name).write_text("")
+    assert zoo.pair("headed") == "headed" and zoo.pair("lcm") == "lcm"
+    with pytest.raises(zoo.argparse.ArgumentTypeError, match="no config toy2d/half_ddil.yaml"):
+        zoo.pair("half")
 
 
 @pytest.mark.slow
@@ -722,20 +770,23 @@ def test_first_result_reads_the_first_update_and_the_first_sheet_of_a_trained_st
 def test_first_result_leaves_commands_out(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     module, called = script("first_result"), []
 
-    def lines(*words: str) -> Any:
-        called.append(words)
+    def lines(folder: Path, *words: str) -> Any:
+        called.append((folder, *words))
         yield 2.0, "said"
         yield 3.0, ""
 
     monkeypatch.setattr(module, "lines", lines)
     found = {
-        without: list(module.looked_into(Path("run"), SimpleNamespace(quick=False, without=without)))
+        without: list(module.looked_into(Path("f/run"), SimpleNamespace(quick=False, without=without)))
         for without in ((), ("test",), ("test", "probe"))
     }
     assert [[row["name"] for row in rows] for rows in found.values()] == [
         ["ddil-test: 1000 prompts", "ddil-probe: 256 prompts"], ["ddil-probe: 256 prompts"], []
     ]  # fmt: skip
-    assert called[:2] == [("ddil-test", "run", "--n", "1000"), ("ddil-probe", "--student", "run", "--n", "256")]
+    assert called[:2] == [
+        (Path("f"), "ddil-test", "f/run", "--n", "1000"),
+        (Path("f"), "ddil-probe", "--student", "f/run", "--n", "256"),
+    ]
     assert {row["seconds"] for row in found[()]} == {3.0}
 
 

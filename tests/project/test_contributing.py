@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,14 @@ from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.commands import main
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
-from ddil_lightning.diffusion.transitions import ddim
+from ddil_lightning.diffusion.transitions import Transition, ddim
 from ddil_lightning.evaluation import registry
 from ddil_lightning.evaluation.drawing import Timed
 from ddil_lightning.evaluation.suite import Suite, make_row
 from ddil_lightning.evaluation.table import results_table
 from ddil_lightning.runs.export import export, verify
+from ddil_lightning.training import completeness
+from ddil_lightning.training.deployment import Deployment
 from pixarts import make_pixart
 
 PAGE = pages.read(pages.ROOT / "CONTRIBUTING.md")
@@ -101,6 +104,22 @@ def test_what_ci_runs() -> None:
 def test_the_doors_exist_and_say_how_to_build_them(name: str) -> None:
     module, _, door = name.rpartition(".")
     assert len(getattr(importlib.import_module(f"ddil_lightning.{module}"), door).__doc__.splitlines()) > 3
+
+
+def test_a_sampler_of_ones_own_is_exported_as_the_page_says(tiny: Path) -> None:
+    """With the scheduler of another one, and in the words of its author."""
+    method = suite.build(suite.BY_NAME["lcm-fixed-guidance"], tiny)
+    (said,) = re.findall(r"`(Deployment\(Policy\(student, Halfway.*?)`", PAGE.text, re.S)
+    given = {"Halfway": type("Halfway", (Transition,), {"__call__": lambda self, *given: given[1]}), "n": 4, "g": 2.0, "self": method}
+    given |= {"grid": partial(Grid.named, "trailing", total=1000), "student": method.outgoing.apart(), "partial": partial}
+    deployment = eval(said.replace("\n", " "), given | {"Deployment": Deployment, "Policy": Policy, "ddim": ddim})
+    assert type(deployment.made_scheduler(4)).__name__ == "DDIMScheduler" and "fresh noise for half of it" in deployment.remark
+    assert type(deployment.policy.transition).__name__ == "Halfway" and deployment.exported.policy.transition == ddim
+
+
+def test_every_hook_that_needs_super_is_named() -> None:
+    (said,) = re.findall(r"^- \*\*Hooks\*\* .*?(?=^- )", PAGE.text, re.M | re.S)
+    assert set(completeness.HOOKS) <= set(re.findall(r"`(\w+)`", said))
 
 
 # The method ---------------------------------------------------------------------------------------------------------------------------

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+
+from ddil_lightning.commands.configs import find_config
+from ddil_lightning.training.optimisation import Optimizer
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
@@ -31,6 +37,29 @@ def test_the_method_of_the_notebook_is_the_one_of_contributing() -> None:
     (cell,) = ["".join(c["source"]) for c in cells if "".join(c["source"]).startswith("%%writefile direct.py\n")]
     text = (NOTEBOOKS[0].parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert cell.partition("\n")[2].strip() in text
+
+
+def test_two_methods_of_the_notebook_differ_in_what_it_says_alone() -> None:
+    """LCM's config reflects and does not clip, and the text said that both were trained alike."""
+    cells = json.loads((NOTEBOOKS[0].parent / "your_own_method.ipynb").read_text(encoding="utf-8"))["cells"]
+    codes = ["".join(cell["source"]) for cell in cells]
+    (mine,) = [yaml.safe_load(code.partition("\n")[2]) for code in codes if code.startswith("%%writefile mine.yaml\n")]
+    (told,) = [dict(re.findall(r'"(model\.[\w.]+|data\.\w+)=([^"]+)"', code)) for code in codes if 'toy2d/lcm_ddil.yaml", *same' in code]
+    lcm = yaml.safe_load(find_config("toy2d/lcm_ddil.yaml").read_text(encoding="utf-8"))
+
+    def of(config: dict[str, Any], more: dict[str, str]) -> dict[str, Any]:
+        own = config["model"]["init_args"]
+        given = {f"model.{k}": v for k, v in own.items()} | {f"model.optimizer.{k}": v for k, v in own["optimizer"].items()}
+        given |= {f"model.pipeline.{k}": v for k, v in own["pipeline"]["init_args"].items()} | {
+            "data.batch_size": config["data"]["batch_size"]
+        }
+        usual = {"model.reflect": "off", "model.optimizer.clip": Optimizer().clip}
+        names = ("updates", "ema", "reflect", *(f"optimizer.{k}" for k in ("lr", "warmup", "final_lr", "clip")))
+        names += tuple(f"pipeline.{k}" for k in ("problem", "scale", "guidance", "width", "members"))
+        found = {**usual, **given, **more}
+        return {name: str(found[name]) for name in ("data.batch_size", *(f"model.{name}" for name in names))}
+
+    assert of(mine, {}) == of(lcm, told)
 
 
 def test_notebooks_are_stored_without_outputs_of_a_machine() -> None:

@@ -4,33 +4,39 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor
 
+from ddil_lightning.callbacks import AnnealPrior, Checkpoints
 from ddil_lightning.callbacks.stages import staged
-from ddil_lightning.commands.checks import cautions
+from ddil_lightning.commands.checks import cautions, check_steps
 from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.data.encoded import encode
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.losses import mse
 from ddil_lightning.diffusion.policy import Policies, Policy
-from ddil_lightning.diffusion.transitions import renoise
+from ddil_lightning.diffusion.transitions import Transition, ddim, renoise
 from ddil_lightning.errors import one_line
 from ddil_lightning.feed import Wants
+from ddil_lightning.imitation.options import Buffer, Rollouts
+from ddil_lightning.imitation.prior import Piecewise, SamplingPrior
 from ddil_lightning.records import LatentBatch
 from ddil_lightning.streams import Streams
 from ddil_lightning.toy import Toy
+from ddil_lightning.training import completeness
 from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.optimisation import Optimizer
 from ddil_lightning.training.plan import Stage
-from suite import FORWARD, MIXED, Run, equal, fit
+from suite import BY_NAME, FORWARD, MIXED, Run, StopAt, build, equal, fit
 
 
 class Own(Distillation):
@@ -130,6 +136,79 @@ def test_what_would_never_learn_is_named(kind: type[Own], said: str, toy: Toy) -
     assert trained(Own, toy).method.student_updates == 2
 
 
+class ByItself(Own):
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.Adam(self.student.parameters()), super().configure_optimizers()[1]]
+
+
+class Scheduled(Own):
+    def configure_optimizers(self) -> Any:
+        made = super().configure_optimizers()
+        return made, [torch.optim.lr_scheduler.ConstantLR(made[0])]
+
+
+class Attached(Own):
+    def follow(self, critic: Any, b: LatentBatch, x: Tensor) -> None:
+        super().follow(critic, b, self.held)
+
+    def loss(self, b: LatentBatch, x: Tensor) -> Tensor:
+        self.held = x
+        return super().loss(b, x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (ByItself, r"^ByItself.configure_optimizers makes its Adam by itself, .*: use self.optimizer_of\(parameters, lr\), which"),
+        (Scheduled, r"^Scheduled.configure_optimizers returns learning-rate schedulers, which nobody steps: return what self.optimizer_of"),
+        (Attached, r"^the critic_loss of Attached hangs on the graph of a loss that was descended before it: hand it x.detach\(\)"),
+    ],
+)
+def test_optimisers_rates_and_graphs_of_ones_own(kind: type[Own], said: str, toy: Toy) -> None:
+    """They ended in a KeyError, in silence, and in a sentence of torch's about retain_graph."""
+    with pytest.raises(ValueError, match=said):
+        trained(kind, toy)
+
+
+# How it is deployed --------------------------------------------------------------------------------------------------------------------
+
+
+class Undeployed(Own):
+    def deploy(self, student: Any) -> Any:
+        """As if `return` had been forgotten."""
+
+
+@pytest.mark.parametrize("steps", [4, (), (0,), ("4",)])
+def test_how_a_student_is_deployed_is_said_in_full(steps: Any, toy: Toy) -> None:
+    with pytest.raises(ValueError, match=r"^Undeployed.deploy\(student\) returns None: it returns a Deployment$"):
+        check_steps(Undeployed(pipeline=toy), CONFIG)
+    with pytest.raises(ValueError, match=r"^Deployment takes the step counts .* as a tuple, such as \(4,\) or \(4, 2\), not"):
+        replace(Own(pipeline=toy).deployment, steps=steps)
+
+
+@dataclass(frozen=True)
+class Halfway(Transition):
+    """Half the noise of x_t, half fresh noise: a sampler of one's own."""
+
+    def __call__(self, schedule: Any, x_t: Tensor, p: Any, t: Tensor, s: Tensor, generator: Any = None) -> Tensor:
+        return schedule.add_noise(p.x0, (p.eps + torch.randn(p.eps.shape)) / 2**0.5, s)
+
+
+def test_a_sampler_of_ones_own_is_told_the_way_out(tiny: Path) -> None:
+    """Which is one: with DDIM's scheduler and `without` there is something to export, which says what it does."""
+    method = build(BY_NAME["lcm-fixed-guidance"], tiny)
+    own, near = (Policy(method.deployment.denoiser, transition) for transition in (Halfway(), ddim))
+    scheduler = partial(method.backbone.scheduler, own.transition, "eps", "trailing", 4)
+    said = r"a sampler of your own is exported with another's scheduler, as Deployment\(.*\).without\(Policy\(student, ddim\), 'what"
+    grid = partial(Grid.named, "trailing", total=method.student.schedule.steps)
+    for made in (scheduler, None):
+        with pytest.raises(ValueError, match=said):
+            Deployment(own, grid, (4,), 2.0, made).made_scheduler(4)
+    scheduler = partial(method.backbone.scheduler, ddim, "eps", "trailing", 4)
+    deployment = Deployment(own, grid, (4,), 2.0, scheduler).without(near, "It steps as DDIM.")
+    assert type(deployment.made_scheduler(4)).__name__ == "DDIMScheduler" and deployment.exported.policy is near
+
+
 # Gradients of another loss -------------------------------------------------------------------------------------------------------------
 
 
@@ -195,13 +274,134 @@ class LeakingTurns(Turns, Leaking):
 
 
 class Silent(Own):
-    def advance(self) -> None:
-        """As if it had not been called."""
+    def training_step(self, b: LatentBatch, i: int) -> None:
+        self.descend(self.optimizers()[0], self.feedback(b, self.loss(b, self.student(b.x_t, b.t, b.c).x0)))
 
 
 def test_a_forgotten_advance_is_told_at_the_first_update(toy: Toy) -> None:
     with pytest.raises(ValueError, match=r"^Silent.training_step descends its loss and never calls advance\(\)"):
         trained(Silent, toy, optimizer=Optimizer(accumulate=2))
+
+
+class ReturnsLoss(Own):
+    """As Lightning's own loop would have it."""
+
+    def training_step(self, b: LatentBatch, i: int) -> Any:
+        return self.feedback(b, self.loss(b, self.student(b.x_t, b.t, b.c).x0))
+
+
+class CriticOnly(Own):
+    def training_step(self, b: LatentBatch, i: int) -> None:
+        self.follow(self.optimizers()[1], b, self.student(b.x_t, b.t, b.c).x0.detach())
+
+
+class CriticFirst(CriticOnly):
+    def training_step(self, b: LatentBatch, i: int) -> None:
+        Own.training_step(self, b, i) if i >= 3 else CriticOnly.training_step(self, b, i)
+
+
+def test_a_clock_that_will_never_move_is_told(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a run went on for ever without a word. A critic may have its first updates to itself."""
+    with pytest.raises(ValueError, match="^ReturnsLoss.training_step returns its loss, which nobody descends, for updates are made by"):
+        trained(ReturnsLoss, toy)
+    monkeypatch.setattr(completeness, "PATIENCE", 200)
+    with pytest.raises(ValueError, match="^CriticOnly has not updated its student in the first 200 batches, and its run ends by that"):
+        trained(CriticOnly, toy)
+    with pytest.raises(ValueError, match="^CriticOnly has not updated its student in the first 300 batches"):
+        trained(CriticOnly, toy, optimizer=Optimizer(accumulate=3))
+    monkeypatch.setattr(completeness, "PATIENCE", 4)
+    assert trained(CriticFirst, toy).method.student_updates == 2
+
+
+# Hooks, and what goes into checkpoints --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", completeness.HOOKS)
+def test_a_hook_in_the_place_of_the_bases_is_refused(name: str, toy: Toy) -> None:
+    """It switched off what the base does in it: the box, the clock, a checkpoint's own."""
+    bare: dict[str, Any] = {"bare": lambda self, *given, **named: None}
+    bare["added"] = lambda self, *given, **named: getattr(super(kinds["added"], self), name)(*given, **named)
+    bare["named"] = eval(f"lambda self, *given, **named: Own.{name}(self, *given, **named)", {"Own": Own})
+    kinds = {how: type("Hooked", (Own,), {name: hook}) for how, hook in bare.items()}
+    mixed = type("Inherits", (type("Mixin", (), {name: bare["bare"]}), Own), {})
+    for kind, named in ((kinds["bare"], "Hooked"), (mixed, "Mixin")):
+        with pytest.raises(ValueError, match=rf"^{named}.{name} never calls super\(\).{name}\(...\), without which parts of a run"):
+            kind(pipeline=toy)
+    assert all(trained(kinds[how], toy).method.student_updates == 2 for how in ("added", "named"))
+
+
+class Hyper(Own):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.save_hyperparameters()
+
+
+class Overwrites(Own):
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["ddil"] = {"critic_updates": 3}
+
+
+class Pickles(Own):
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["solvers"] = [Solver()]
+
+
+class Remembers(Callback):
+    def state_dict(self) -> dict[str, Any]:
+        return {"path": Solver()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (Hyper, r"Hyper: its hyper_parameters.pipeline is a Toy, and a checkpoint holds tensors.*; leave save_hyperparameters\(\) out"),
+        (Overwrites, "Overwrites: its on_save_checkpoint leaves out ddil.student_updates; call super"),
+        (Pickles, "Pickles: its solvers holds a Solver, and a checkpoint holds tensors"),
+        (Own, "Own: its callbacks.Remembers holds a Solver, and .* write in its state_dict what it holds"),
+    ],
+)
+def test_a_checkpoint_that_nobody_could_read_is_refused_before_the_first_update(
+    kind: type[Own], said: str, toy: Toy, tmp_path: Path
+) -> None:
+    """It was found by the run that was to go on from it."""
+    method = kind(pipeline=toy, updates=1)
+    data = DDILDataModule(encode(toy.captions, toy), FORWARD, batch_size=4)
+    more = [Remembers()] if kind is Own else []
+    with pytest.raises(ValueError, match=f"^no run could go on from a checkpoint of {said}"):
+        fit(method, data, Checkpoints(folder=str(tmp_path)), *more)
+    assert method.student_updates == 0 and not list(tmp_path.glob("*.ckpt"))
+
+
+# Who acts, and who moves ----------------------------------------------------------------------------------------------------------------
+
+
+class Alone(Own):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.policies = Policies(Policy(self.student, renoise))
+
+
+def test_a_share_of_a_teacher_that_cannot_act_is_refused_at_the_start(toy: Toy) -> None:
+    """Of the prior, and of the last one of a schedule: it ended in a roll-out, after days."""
+    said = "^the prior gives 0.25 to teacher latents, and Alone has no teacher that acts: set self.policies = Policies"
+    with pytest.raises(ValueError, match=said):
+        trained(Alone, toy, MIXED)
+    annealed = AnnealPrior(Piecewise([FORWARD, MIXED], [0, 999]))
+    with pytest.raises(ValueError, match=said):
+        annealed.setup(SimpleNamespace(), Alone(pipeline=toy, updates=1000), "fit")
+    assert trained(Alone, toy, SamplingPrior(0.5, 0.5)).method.student_updates == 2
+
+
+class Undeclared(Own):
+    takes_turns = False
+
+
+def test_two_optimisers_are_declared(toy: Toy) -> None:
+    """Of one process too: under DDP each backward pass waits for the gradients of both."""
+    with pytest.raises(ValueError, match="^Undeclared has 2 optimisers, and the backward pass of one leaves the weights of the others wit"):
+        trained(Undeclared, toy)
 
 
 SHAPES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
@@ -329,8 +529,90 @@ def test_a_target_that_moves_is_not_kept(network: str, toy: Toy) -> None:
         role = method.averaging.role if network == "average" else method.roles[network]
         return method.feed.answered(b, partial(method.by, role)).detach()
 
-    with pytest.raises(ValueError, match="asks its student, or another network that training moves, through feed.answered"):
+    with pytest.raises(ValueError, match=MOVED):
         trained(type("Moving", (Averaged,), {"asks": asks}), toy, MIXED, updates=3, ema=0.5)
+
+
+MOVED = "asks its student, or another network that training moves, through feed.answered"
+
+
+class Copied(Averaged):
+    """Its target is the student of the last update."""
+
+    def advance(self) -> None:
+        super().advance()
+        self.target.follow(self.student, 0.0)
+
+
+def test_a_target_that_is_copied_in_every_step_is_not_kept(toy: Toy) -> None:
+    asks = lambda m, b: m.feed.answered(b, partial(m.by, m.target))  # noqa: E731
+    with pytest.raises(ValueError, match=MOVED):
+        trained(type("Moving", (Copied,), {"asks": asks}), toy, MIXED, updates=3)
+
+
+class Headed(Asking):
+    """A trained module beside the roles."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.cast(head=torch.nn.Linear(1, 1))
+
+    def configure_optimizers(self) -> Any:
+        _, critic = super().configure_optimizers()
+        return [self.optimizer_of([*self.student.weights(), *self.head.parameters()], self.lr), critic]
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("capacity", [64, 0])
+def test_a_trained_module_that_is_no_role_is_not_kept(grad: bool, capacity: int, toy: Toy) -> None:
+    """Its answers went stale, and its gradient was that of the rows asked anew; without a buffer there are none to go stale."""
+
+    def asks(method: Headed, b: LatentBatch) -> Tensor:
+        with torch.set_grad_enabled(grad):
+            found: Tensor = method.feed.answered(b, lambda b: method.head(method.one(b)))
+        return found
+
+    kind = type("Moving", (Headed,), {"asks": asks})
+    data = DDILDataModule(encode(toy.captions, toy), MIXED, batch_size=4, buffer=Buffer(capacity=capacity))
+    if grad or capacity:
+        with pytest.raises(ValueError, match=MOVED):
+            trained(kind, toy, data=data)
+    else:
+        assert trained(kind, toy, data=data).method.student_updates == 2
+
+
+class Counting(Asking):
+    """The counter of CONTRIBUTING."""
+
+    critic_updates = 0
+
+    def advance(self) -> None:
+        super().advance()
+        self.critic_updates += 1
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["ddil"]["critic_updates"] = self.critic_updates
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.critic_updates = checkpoint["ddil"]["critic_updates"]
+
+
+def test_a_counter_of_ones_own_is_no_setting(toy: Toy, tmp_path: Path) -> None:
+    """A resumed run asked its teacher again for all that it had kept."""
+
+    def run(*callbacks: Any, ckpt: Path | None = None) -> Run:
+        torch.manual_seed(1)
+        method = type("Counted", (Counting,), {"asks": ONE["a lambda"]})(pipeline=toy, updates=6, optimizer=Optimizer(lr=1e-2))
+        data = DDILDataModule(encode(toy.captions, toy), MIXED, batch_size=4, buffer=Buffer(capacity=64), rollouts=Rollouts(every=6))
+        return fit(method, data, *callbacks, ckpt=ckpt)
+
+    straight, _ = run(), run(StopAt(3, tmp_path / "3.ckpt"))
+    resumed = run(ckpt=tmp_path / "3.ckpt")
+    assert resumed.method.critic_updates == 6
+    assert resumed.method.evaluations == straight.method.evaluations
+    assert equal(dict(resumed.method.state_dict()), dict(straight.method.state_dict()))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.schedule import NoiseSchedule
-from ddil_lightning.diffusion.transitions import Transition, ddim, renoise
+from ddil_lightning.diffusion.transitions import NEAR, Transition, ddim, renoise
 from ddil_lightning.records import END
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def student(total: int, transition: Transition, sigmas: Tensor, passes_sigmas: b
 
     if transition not in KINDS:
         known = " and ".join(map(str, KINDS))
-        raise ValueError(f"no scheduler of diffusers steps by {transition} on a flow: known are {known}")
+        raise ValueError(f"no scheduler of diffusers steps by {transition} on a flow: known are {known}; {NEAR}")
     n = len(sigmas)
     own = settings(sigmas.tolist(), total, passes_sigmas)
     made = getattr(diffusers, KINDS[transition])(num_train_timesteps=total, **own)

@@ -22,8 +22,9 @@ class Role(Denoiser):
 
     `own`: whether it has weights of its own. The frozen teacher has not: it shares the pipeline's, and stays out of parameters,
     checkpoints, DDP and shards. `shared`: parameters that a role of its own reads and the pipeline has (those below its adapters); they are
-    in no checkpoint either. `follows`: whether it is an average, which moves with every update of what it follows. Everything else of a
-    role is its denoiser's.
+    in no checkpoint either. `follows`: whether it moves with the updates of what it follows, as an average, or as a copy that is made in
+    steps of the training. `moved`: whether it was made to follow something in the present step. Everything else of a role is its
+    denoiser's.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Role(Denoiser):
     ) -> None:
         super().__init__(network, schedule, predicts, null=null, reflection=reflection)
         self.name, self.own, self.shared = name, own, tuple(shared)
-        self.follows = False
+        self.follows = self.moved = False
 
     def weights(self) -> list[nn.Parameter]:
         """The parameters that training moves."""
@@ -52,6 +53,7 @@ class Role(Denoiser):
 
     def follow(self, other: Denoiser, decay: float = 0.0) -> None:
         """self <- decay self + (1 - decay) other, in place: weights alone, whatever the reflection and the null context of either."""
+        self.moved = True
         self.follows |= decay > 0
         lerp_(self.network, other.network, decay)
 

@@ -12,7 +12,7 @@ import torch
 from ddil_lightning.backbones import flows
 from ddil_lightning.diffusion.betas import is_flow
 from ddil_lightning.diffusion.schedule import NoiseSchedule, Predicts
-from ddil_lightning.diffusion.transitions import TCD, Posterior, Transition, ddim, renoise
+from ddil_lightning.diffusion.transitions import NEAR, TCD, Posterior, Transition, ddim, renoise
 from ddil_lightning.errors import one_line
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def student(
         return _made("DDPMScheduler", teacher, variance_type="fixed_small", clip_sample=False, timestep_spacing=rule, **own)
     if transition != ddim:
         known = f"{ddim}, {renoise}, {TCD()} and {Posterior()}"
-        raise ValueError(f"no scheduler of diffusers is known to step by {transition}: known are {known}")
+        raise ValueError(f"no scheduler of diffusers is known to step by {transition}: known are {known}; {NEAR}")
     own["timestep_spacing"] = rule
     # DDIMScheduler steps down by T // N, whatever the next node is.
     if rule == "trailing" and total % steps == 0:

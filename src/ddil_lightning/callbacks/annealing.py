@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -53,9 +53,19 @@ class AnnealPrior(OnClock):
 
     Args:
         schedule: clock -> prior, the clock being the student updates of the present stage.
+
+    Raises ValueError for a schedule that would never be told what it follows.
     """
 
     def __init__(self, schedule: Schedule) -> None:
+        hears, named = schedule.hears, type(schedule).__name__
+        if hears not in get_args(get_type_hints(Schedule)["hears"]):
+            raise ValueError(f"{named}.hears is {hears!r}: give 'updates', 'measures', or 'nothing' for a function of the clock alone")
+        if (hears == "nothing") != (getattr(type(schedule), "hear", None) is Schedule.hear):
+            told = "is told nothing, because hears is 'nothing': set hears = 'updates' or 'measures'"
+            raise ValueError(
+                f"{named} {told if hears == 'nothing' else f'hears {hears} and has no hear(clock, values) to do so: write it'}"
+            )
         self.schedule = schedule
         self._since, self._warned = 0, False
 

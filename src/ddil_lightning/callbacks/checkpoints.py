@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from ddil_lightning.bounds import at_least
 from ddil_lightning.files import replacing
 from ddil_lightning.records import sent
-from ddil_lightning.runs.checkpoint import clock_of, note_run, sorted_checkpoints
+from ddil_lightning.runs.checkpoint import check_readable, clock_of, note_run, sorted_checkpoints
 from ddil_lightning.signals import Stopped, listen, unlisten
 from ddil_lightning.training.clock import batches_of
 from ddil_lightning.training.sharding import share
@@ -60,7 +60,9 @@ class Checkpoints(Checkpoint):
             trainer.strategy.checkpoint_io = Mapped()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Raises ValueError where `folder` holds checkpoints of another run, which are not ours to replace."""
+        """Raises ValueError where `folder` holds checkpoints of another run, which are not ours to replace, and for what a checkpoint
+        would hold and nobody could read again: a resume would find it after all the training."""
+        check_readable(pl_module, trainer.callbacks)
         if self.folder is not None:
             here, resumed = Path(self.folder), Path(trainer.ckpt_path) if trainer.ckpt_path else None
             if sorted_checkpoints(here) and (resumed is None or resumed.resolve().parent != here.resolve()):

@@ -22,7 +22,7 @@ from ddil_lightning.data.preparation import check_latents, encodes, is_encoded, 
 from ddil_lightning.data.sampler import CounterSampler, Parting, carried, say_carried
 from ddil_lightning.data.visits import spread
 from ddil_lightning.diffusion.denoiser import evaluating
-from ddil_lightning.feed import Answer, Ask, Feed
+from ddil_lightning.feed import MOVES, Answer, Ask, Feed, unmoved
 from ddil_lightning.imitation.buffer import ReplayBuffer
 from ddil_lightning.imitation.learner import Learner, check_learner
 from ddil_lightning.imitation.options import Buffer, Rollouts
@@ -314,17 +314,14 @@ class DDILDataModule(LightningDataModule, Feed):
         Raises ValueError for a question of two kinds, and for one to a network that moves: its answers go stale.
         """
         if self.buffer is None:
-            return ask(batch)
+            return super().answered(batch, ask, slot)
         places = torch.tensor(self.origin(batch).slot if slot is None else slot)
         split = self.trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
         before = self.learner.asked_of_moving
         found = self.buffer.answers.of(batch, places, ask, not split, lambda: self.learner.question, self._drawn)
         if self.buffer.answers.storage != "none" and self.learner.asked_of_moving > before:
-            raise ValueError(
-                f"{type(self.learner).__name__} asks its student, or another network that training moves, through feed.answered: what is "
-                "kept of it goes stale; ask it in training_step itself"
-            )
-        return found
+            raise ValueError(f"{type(self.learner).__name__} {MOVES}")
+        return unmoved(found, ask)
 
     def observe(self, batch: LatentBatch, loss: Tensor) -> None:
         """Per-sample losses [B] of a batch: the buffer's priorities."""

@@ -13,14 +13,27 @@ def per_sample(x: Tensor) -> Tensor:
     return x.flatten(1).mean(1)
 
 
+def apart(a: Tensor, b: Tensor) -> Tensor:
+    """a - b [B, ...], elementwise. Raises ValueError for tensors of two shapes, whose broadcasting would be the loss of other pairs."""
+    if a.shape != b.shape:
+        raise ValueError(
+            f"a loss compares tensors of the shapes {list(a.shape)} and {list(b.shape)}: give both the same, [B, C, h, w], and values of a "
+            "sample, [B], as x.view(-1, 1, 1, 1).expand_as(y)"
+        )
+    return a - b
+
+
 def pseudo_huber(a: Tensor, b: Tensor, h: float = 1e-3) -> Tensor:
-    """[B] mean of sqrt((a - b)^2 + h^2) - h, elementwise: |a - b| for h -> 0, (a - b)^2 / (2 h) for h -> inf (METHODS 3)."""
-    return per_sample(((a - b).square() + h * h).sqrt() - h)
+    """[B] mean of sqrt((a - b)^2 + h^2) - h, elementwise: |a - b| for h -> 0, (a - b)^2 / (2 h) for h -> inf (METHODS 3).
+
+    Raises ValueError for tensors of two shapes.
+    """
+    return per_sample((apart(a, b).square() + h * h).sqrt() - h)
 
 
 def mse(a: Tensor, b: Tensor) -> Tensor:
-    """[B] mean squared difference of a and b [B, ...], a sample each."""
-    return per_sample((a - b).square())
+    """[B] mean squared difference of a and b [B, ...], a sample each. Raises ValueError for tensors of two shapes."""
+    return per_sample(apart(a, b).square())
 
 
 @dataclass(frozen=True)
@@ -45,5 +58,5 @@ class Distance:
             )
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """[B] the distance of a and b [B, ...]."""
+        """[B] the distance of a and b [B, ...]. Raises ValueError for tensors of two shapes."""
         return pseudo_huber(a, b, self.width) if self.kind == "huber" else mse(a, b)

@@ -19,9 +19,18 @@ from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.records import Prediction
 from ddil_lightning.streams import Generators, normal
 
+NEAR = (
+    "a sampler of your own is exported with another's scheduler, as Deployment(..., scheduler=partial(self.backbone.scheduler, ddim, "
+    "student.predicts, 'trailing', n)).without(Policy(student, ddim), 'what the card says of it')"
+)
+"""The way out for a transition that no scheduler of diffusers has, for whoever writes `deploy`."""
+
 
 class Transition(ABC):
-    """How a sampler goes from a time to a lower one, given a prediction. Two with equal parameters are equal."""
+    """How a sampler goes from a time to a lower one, given a prediction. Two with equal parameters are equal.
+
+    One of your own is exported with the scheduler of another one (`training.deployment.Deployment.without`).
+    """
 
     noisy: ClassVar[bool] = True
     """Whether it draws noise. To END, where x_s is x0 whatever is drawn, a policy asks for none."""
@@ -135,7 +144,10 @@ class TCD(Transition):
         return schedule.add_noise(y, normal(p.x0, generator), s, since=below)
 
 
-ddim, renoise = DDIM(), Renoise()
+ddim = DDIM()
+"""The deterministic step of DDIM, which has no parameters."""
+renoise = Renoise()
+"""LCM's and DMD2's step by fresh noise, which has no parameters."""
 
 
 def noise_corrected(schedule: NoiseSchedule) -> Transition:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import yaml
 
 from ddil_lightning.files import write_text
 from ddil_lightning.texts import read_text
+from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.sharing import shared_names
 
 CHANGED = "it was changed or written by another version; take another checkpoint"
@@ -58,6 +60,55 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} is damaged: its {'clock' if 'state_dict' in state else 'state_dict'} is missing or no table; take another"
         )
     return state
+
+
+def check_readable(method: Any, callbacks: Sequence[Any] = ()) -> None:
+    """Raises ValueError, naming it, for what a run would write into its checkpoints and no run could go on from.
+
+    Clocks that are not handed on, and objects of classes: `load_checkpoint` reads tensors, numbers, texts, and lists and dicts of such.
+    """
+    named, made = type(method).__name__, dict[str, Any]()
+    method.on_save_checkpoint(made)
+    own: dict[str, Any] = {}
+    Distillation.on_save_checkpoint(method, own)
+    clocks = _table(made.get("ddil"))
+    lost = [f"ddil.{name}" for name in own["ddil"] if name not in clocks]
+    if lost:
+        raise ValueError(
+            f"no run could go on from a checkpoint of {named}: its on_save_checkpoint leaves out {lost[0] if clocks else 'ddil'}; call "
+            'super().on_save_checkpoint(checkpoint) first, and add to checkpoint["ddil"]'
+        )
+    parts = {name: (value, "write in on_save_checkpoint what it holds") for name, value in made.items() if name != "ddil"}
+    parts |= {f"ddil.{name}": (value, "write in on_save_checkpoint what it holds") for name, value in clocks.items()}
+    hint = "leave save_hyperparameters() out, the run's config.yaml has them all"
+    parts |= {f"hyper_parameters.{name}": (value, hint) for name, value in dict(getattr(method, "hparams", {})).items()}
+    for callback in callbacks:
+        parts[f"callbacks.{type(callback).__name__}"] = callback.state_dict(), "write in its state_dict what it holds"
+    for name, (value, remedy) in parts.items():
+        if not _reads(value):
+            raise ValueError(
+                f"no run could go on from a checkpoint of {named}: its {name} {_kind(value)}, and a checkpoint holds tensors, numbers, "
+                f"texts, and lists and dicts of such; {remedy}"
+            )
+
+
+def _reads(value: Any) -> bool:
+    """Whether a value comes back from a checkpoint as `load_checkpoint` reads it."""
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:  # whatever pickle finds that it cannot write, or must not read
+        return False
+    return True
+
+
+def _kind(value: Any) -> str:
+    """What a value that is not read is, or holds, in words."""
+    inner = [*value.values()] if isinstance(value, Mapping) else list(value) if isinstance(value, list | tuple | set) else []
+    odd = [x for x in inner if not _reads(x)]
+    return f"holds a {type(odd[0]).__name__}" if odd else f"is a {type(value).__name__}"
 
 
 def reinstate(method: Any, state: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-from ddil_lightning.training.completeness import unasked
+from ddil_lightning.training.completeness import check_moves, unasked
 from ddil_lightning.training.sharding import in_step
 
 
@@ -24,7 +24,7 @@ class Clock(Callback):
         pl_module.descent.restate()
         self._began = self._logged = pl_module.student_updates
         self._loggers = list(trainer.loggers)
-        self._in_step = False
+        self._in_step, self._stood = False, 0  # micro-batches before the first update of the student
         pl_module.measures.listen(self.write)
         if pl_module.student_updates >= pl_module.updates:
             trainer.should_stop = True
@@ -34,17 +34,15 @@ class Clock(Callback):
         self._open = True
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Commit, log, stop. Raises ValueError for a method that updates its student and never says so: such a run would not end."""
+        """Commit, log, stop. Raises ValueError for a method whose clock does not move: such a run would not end (`check_moves`)."""
         self._commit(pl_module)
         if not self._in_step:  # until the first batch is done one process may have more to prepare than others
             self._in_step = True
             in_step(trainer.strategy, True)
         clock = pl_module.student_updates
-        if pl_module.descent.student_moved and clock == self._began:
-            raise ValueError(
-                f"{type(pl_module).__name__}.training_step descends its loss and never calls advance(): "
-                "write `if self.descend(optimizer, self.feedback(b, loss)): self.advance()`"
-            )
+        if clock == self._began:
+            self._stood += 1
+            check_moves(pl_module, self._stood, isinstance(outputs, Mapping) and "loss" in outputs)
         if clock != self._logged and (clock % pl_module.log_every == 0 or clock >= pl_module.updates):
             self._logged = clock
             factor = pl_module.descent.factor(pl_module.stage_updates, pl_module.stage_length)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import re
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
+from types import CodeType
 from typing import Any
 
 import torch
@@ -17,6 +19,21 @@ from ddil_lightning.records import SOURCES, LatentBatch
 
 DECLARED = ("wants", "sources", "takes_turns")
 """What the class of a method declares, and the base reads."""
+PATIENCE = 10_000
+"""Batches, at least those of 100 updates, in which a method must have updated its student once."""
+HOOKS = (
+    "setup",
+    "configure_model",
+    "configure_callbacks",
+    "on_fit_start",
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "on_train_end",
+    "on_save_checkpoint",
+    "on_load_checkpoint",
+    "advance",
+)
+"""What the base of all methods does something in that a run needs, and a method may add to."""
 NEEDED = {
     "end": "wants = Wants(ends=True)",
     "whole": "wants = Wants(ends=True)",
@@ -47,6 +64,26 @@ def check_complete(method: Any) -> None:
     method.check_guidance(told=bool(getattr(student.network, "w_conditioned", False)) or student.null is not None)
 
 
+def check_hooks(kind: type, base: type) -> None:
+    """Raises ValueError for a hook that a method's class, or one that it inherits before `base`, has in the place of that of `base`.
+
+    Known by its code: it names super, or the hook itself, as in `Distillation.setup(self, stage)`.
+    """
+    for cls in kind.__mro__[: kind.__mro__.index(base)]:
+        for name in HOOKS:
+            code = getattr(inspect.unwrap(vars(cls)[name]), "__code__", None) if name in vars(cls) else None
+            if code is not None and not {"super", name} & _names(code):
+                raise ValueError(
+                    f"{cls.__name__}.{name} never calls super().{name}(...), without which parts of a run are off in silence: call it with "
+                    "the same arguments" + (", and return what it returns with yours added" if name == "configure_callbacks" else "")
+                )
+
+
+def _names(code: CodeType) -> set[str]:
+    """The names that a function's code asks for, and that of functions inside it."""
+    return set(code.co_names).union(*(_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+
+
 def _misspelled(method: Any) -> Iterator[tuple[str, str]]:
     """(name, what it was probably meant to be) of attributes of a method's class that are nearly a declaration, and nothing else."""
     own = [
@@ -65,6 +102,20 @@ def _declares(name: str, value: Any) -> bool:
     return isinstance(value, {"wants": Wants, "takes_turns": bool}.get(name, ()))
 
 
+def check_source(method: Any, name: str, share: float) -> None:
+    """Raises ValueError where a prior gives a `share` to a source on which a method has no target, or to a teacher that cannot act."""
+    if share > 0 and name not in method.sources:
+        raise ValueError(
+            f"the prior gives {share:g} to {name} latents, on which {type(method).__name__} has no target: its sources are "
+            f"{', '.join(method.sources)}"
+        )
+    if share > 0 and name == "teacher" and method.policies.teacher is None:
+        raise ValueError(
+            f"the prior gives {share:g} to teacher latents, and {type(method).__name__} has no teacher that acts: set "
+            "self.policies = Policies(Policy(self.student, ...), Policy(self.teacher, ...))"
+        )
+
+
 def check_names(method: Any) -> None:
     """Raises ValueError for a name, in an option of a method that has cast its roles, that is none of the roles that the option is for."""
     trained = [name for name, role in method.roles.items() if role.weights()]  # a frozen one is a copy of one of them
@@ -76,14 +127,35 @@ def check_names(method: Any) -> None:
     method.offload.check(method.roles, method.average is not None)
 
 
-def check_trained(method: Any, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """Raises ValueError for what has trained weights none of which an optimiser moves, by its name: it would never learn."""
+def check_trained(method: Any, optimizers: Sequence[torch.optim.Optimizer], schedulers: Sequence[Any]) -> None:
+    """Raises ValueError, by its name, for what has trained weights none of which an optimiser moves: it would never learn.
+
+    For optimisers that `optimizer_of` has not made and learning rates by others than the clock. And for several optimisers of a method that
+    does not say so: DDP waits, in the backward pass of each, for the gradients of all.
+    """
+    named, use = type(method).__name__, "self.optimizer_of(parameters, lr)"
+    for made in optimizers:
+        if any("base_lr" not in group for group in made.param_groups):
+            raise ValueError(
+                f"{named}.configure_optimizers makes its {type(made).__name__} by itself, whose learning rate no clock moves: use {use}, "
+                "which makes the kind that optimizer.kind says"
+            )
+    if schedulers:
+        raise ValueError(
+            f"{named}.configure_optimizers returns learning-rate schedulers, which nobody steps: return what {use} makes alone, whose rate "
+            "follows optimizer.warmup and optimizer.final_lr"
+        )
+    if len(optimizers) > 1 and not method.takes_turns:
+        raise ValueError(
+            f"{named} has {len(optimizers)} optimisers, and the backward pass of one leaves the weights of the others without a gradient: "
+            "declare `takes_turns = True` in its class"
+        )
     moved = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for name, part in method.named_children():
         trained = [p for p in part.parameters() if p.requires_grad]
         if trained and not any(id(p) in moved for p in trained):
             raise ValueError(
-                f"{type(method).__name__}'s {name} has trained weights that no optimiser moves: give configure_optimizers "
+                f"{named}'s {name} has trained weights that no optimiser moves: give configure_optimizers "
                 f"self.optimizer_of(self.{name}.parameters(), lr), or freeze it by requires_grad_(False)"
             )
 
@@ -108,6 +180,20 @@ def check_loss(method: Any, loss: Tensor, name: str) -> None:
         raise ValueError(
             f"{type(method).__name__}'s {name} hangs on no trained weights: is it made under no_grad, or detached, or of frozen networks?"
         )
+
+
+def check_moves(method: Any, batches: int, returned: bool) -> None:
+    """Raises ValueError for a method whose clock still stands after so many `batches` of a training, and will: its run would not end.
+
+    `returned`: whether its step has returned a loss. One whose student is idle at first, as while a critic is trained alone, has PATIENCE.
+    """
+    named, write = type(method).__name__, "write `if self.descend(optimizer, self.feedback(b, loss)): self.advance()`"
+    if method.descent.student_moved:
+        raise ValueError(f"{named}.training_step descends its loss and never calls advance(): {write}")
+    if returned and not method.descent.begun:
+        raise ValueError(f"{named}.training_step returns its loss, which nobody descends, for updates are made by hand: {write}")
+    if batches >= max(PATIENCE, 100 * method.descent.accumulate):
+        raise ValueError(f"{named} has not updated its student in the first {batches} batches, and its run ends by that clock: {write}")
 
 
 def unasked(error: BaseException) -> Iterator[str]:

@@ -11,13 +11,20 @@ from torch import nn
 from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
-from ddil_lightning.diffusion.transitions import NoiseCorrected, ddim
+from ddil_lightning.diffusion.transitions import NEAR, NoiseCorrected, ddim
 
 CORRECTED = (
     "DDIM, as its scheduler steps. It was trained and measured with noise correction, which takes the initial noise for the predicted one "
     "in the first step (Kohler et al. 2024) and which no scheduler of diffusers has: ddil-test --compare and ddil-probe do so by ddim-nc"
 )
 """What the card of a student says of its sampler where the first step is corrected."""
+
+
+def deployed(method: Any, made: Any) -> Deployment:
+    """What a method's deploy(student) has answered. Raises ValueError for anything but a Deployment."""
+    if not isinstance(made, Deployment):
+        raise ValueError(f"{type(method).__name__}.deploy(student) returns {made!r}: it returns a Deployment")
+    return made
 
 
 def one_step(steps: int, total: int) -> Grid:
@@ -36,6 +43,7 @@ class Deployment:
     its own. `guidance`: the g that samples are
     asked for; `stands_for`: the g that they stand for, where another was baked in. `scheduled`: the policy that the scheduler steps by,
     where diffusers has none that steps as `policy` does, and `remark` what the card says of that (`without`).
+    Raises ValueError for `steps` that are none.
     """
 
     policy: Policy
@@ -46,6 +54,13 @@ class Deployment:
     stands_for: float | None = None
     scheduled: Policy | None = None
     remark: str = ""
+
+    def __post_init__(self) -> None:
+        counts = self.steps if isinstance(self.steps, tuple | list) else ()
+        if not counts or not all(isinstance(n, int) and n >= 1 for n in counts):
+            raise ValueError(
+                f"Deployment takes the step counts that its student is made for as a tuple, such as (4,) or (4, 2), not {self.steps!r}"
+            )
 
     def without(self, scheduled: Policy, remark: str) -> Deployment:
         """The same, whose exported pipeline samples by another policy, `scheduled`; its card says so in the words of `remark`."""
@@ -73,7 +88,9 @@ class Deployment:
     def made_scheduler(self, steps: int) -> Any:
         """The exported pipeline's scheduler; a flow's holds the nodes of one step count, `steps`. Raises ValueError where there is none."""
         if self.scheduler is None:
-            raise ValueError("a pipeline needs the scheduler that its student was trained for: give Deployment one in deploy(student)")
+            raise ValueError(
+                f"a pipeline needs the scheduler that its student was trained for: give Deployment one in deploy(student); {NEAR}"
+            )
         return self.scheduler(grid=self.grid(steps)) if self.is_flow else self.scheduler()
 
     @property

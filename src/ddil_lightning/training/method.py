@@ -25,15 +25,15 @@ from ddil_lightning.diffusion.reflection import Mode, Reflection
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.feed import Feed, Wants
 from ddil_lightning.records import LatentBatch
+from ddil_lightning.training import completeness
 from ddil_lightning.training.averaging import Averaging
 from ddil_lightning.training.clock import Clock, Clocks
-from ddil_lightning.training.completeness import check_complete, check_loss, check_losses, check_names, check_trained
-from ddil_lightning.training.deployment import Deployment
+from ddil_lightning.training.deployment import Deployment, deployed
 from ddil_lightning.training.measures import Measures
 from ddil_lightning.training.offload import Offload
 from ddil_lightning.training.optimisation import Descent, Optimizer
 from ddil_lightning.training.options import Memory, TensorFloat32, check_precision, checked_box, compile_roles, fit_box, guidance_range
-from ddil_lightning.training.question import question
+from ddil_lightning.training.question import Asked, question, settings
 from ddil_lightning.training.randomness import Borrowed
 from ddil_lightning.training.reducing import prepare
 from ddil_lightning.training.sharding import Shards, check_strategy
@@ -72,7 +72,8 @@ class Distillation(Clocks, LightningModule):
     """The sources on which the method's targets are defined (METHODS 1.4)."""
 
     takes_turns: bool = False
-    """Whether a batch may leave trained parameters without a gradient, as one with a critic does: DDP is told to look for them."""
+    """Whether a backward pass may leave trained parameters without a gradient: DDP is told to look for them. So of every method with two
+    optimisers, whether both of them move in every batch or not."""
 
     def __init__(
         self,
@@ -87,10 +88,12 @@ class Distillation(Clocks, LightningModule):
         memory: Memory = Memory(),
         log_every: int = 10,
     ) -> None:
+        completeness.check_hooks(type(self), Distillation)
         super().__init__()
         self.automatic_optimization = False
         self.descent, self.averaging = Descent(optimizer), Averaging(ema)
         self.shards, self.measures, self.feed, self._random = Shards(), Measures(), Feed(), Borrowed()
+        self._asked, self._settings = Asked(), dict[str, Any]()
         self.roles: dict[str, Role] = {}
         self.offload = Offload(memory.offload)
         self.adapter = adapter
@@ -124,13 +127,15 @@ class Distillation(Clocks, LightningModule):
         for name, part in parts.items():
             if isinstance(part, Role):
                 self.roles[name] = part
+            else:
+                self._asked.listen(part)
             if not isinstance(part, Role) or part.own:
                 setattr(self, name, part)
         if "student" in parts:
             average = self.averaging.start(self.student)
             self.average = None if average is None else average.network
         self._trained = frozenset(name for name, role in self.roles.items() if role.weights())
-        check_names(self)
+        completeness.check_names(self)
         share_buffers(self)
 
     @property
@@ -148,7 +153,7 @@ class Distillation(Clocks, LightningModule):
 
         Under fsdp2 it is sharded while it trains, and all processes must call it together; see `gathered`.
         """
-        return self.deploy(self.outgoing.apart(self.shards.whole))
+        return deployed(self, self.deploy(self.outgoing.apart(self.shards.whole)))
 
     def deployments(self) -> list[Deployment]:
         """How the student will be deployed at the end of every stage to come, the present one first."""
@@ -192,14 +197,19 @@ class Distillation(Clocks, LightningModule):
 
     @property
     def asked_of_moving(self) -> int:
-        """Evaluations so far of the roles that training moves: those with trained weights, and averages of such."""
+        """Evaluations so far of the roles that training moves, those with trained weights and what follows such; and calls of other
+        modules that are trained beside them."""
         average = 0 if self.averaging.role is None else self.averaging.role.evaluations
-        return average + sum(role.evaluations for name, role in self.roles.items() if name in self._trained or role.follows)
+        return (
+            average
+            + self._asked.times
+            + sum(role.evaluations for name, role in self.roles.items() if name in self._trained or role.follows)
+        )
 
     @property
     def question(self) -> str:
         """See `question.question`."""
-        return question(self)
+        return question(self, self._settings or settings(self))
 
     @cached_property
     def taught(self) -> str:
@@ -237,7 +247,7 @@ class Distillation(Clocks, LightningModule):
 
         Raises ValueError for losses of another shape.
         """
-        check_losses(self, b, loss)
+        completeness.check_losses(self, b, loss)
         self.descent.batch = b
         self.measures.losses(loss.detach(), b.source, going_on=bool(self.descent.micro.get("loss")))
         self.feed.observe(b, loss)
@@ -249,7 +259,7 @@ class Distillation(Clocks, LightningModule):
         `name`: of the loss in curves and messages; "loss" is the student's. Raises ValueError for a loss that is no scalar, or that hangs
         on nothing that is trained.
         """
-        check_loss(self, loss, name)
+        completeness.check_loss(self, loss, name)
         self.measures.record(**{name: loss})
         return self.descent.step(self, optimizer, loss, name)
 
@@ -274,20 +284,16 @@ class Distillation(Clocks, LightningModule):
             self.check_prior(self.feed.prior)
 
     def check_prior(self, prior: Any) -> None:
-        """Raises ValueError when `prior` gives a share to a source on which this method has no target."""
+        """Raises ValueError when `prior` gives a share to a source on which this method has no target, or whose policy it has not."""
         for name in ("forward", "student", "teacher"):
-            if getattr(prior, name) > 0 and name not in self.sources:
-                raise ValueError(
-                    f"the prior gives {getattr(prior, name):g} to {name} latents, on which {type(self).__name__} has no target: "
-                    f"its sources are {', '.join(self.sources)}"
-                )
+            completeness.check_source(self, name, getattr(prior, name))
 
     def on_fit_start(self) -> None:
         """The box from the data, once it is encoded; then what is not needed leaves the device.
 
         Raises ValueError for what is trained and in no optimiser.
         """
-        check_trained(self, self.trainer.optimizers)
+        completeness.check_trained(self, self.trainer.optimizers, self.trainer.lr_scheduler_configs)
         if self.box is not None:
             self.reflection.move(*self.box)  # of a run that goes on with another one
         if not self.has_box:
@@ -315,11 +321,15 @@ class Distillation(Clocks, LightningModule):
         And what an earlier batch was asked without waiting is read.
         """
         self.descent.watch.read()
+        for role in self.roles.values():
+            role.moved = False
         self._random.take(self.feed.dropout, self.device)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The module's hook is the last one of a batch: what must not be done before a checkpoint is written is done now."""
         self._random.give_back()
+        for role in self.roles.values():
+            role.follows |= role.moved  # in this step, and so in those to come: what a new stage copies, it copies once
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if hasattr(callback, "after_checkpoints"):
                 callback.after_checkpoints(self.trainer, self)
@@ -329,7 +339,8 @@ class Distillation(Clocks, LightningModule):
 
         A Trainer calls this hook first: what the method lacks is named before the data ask for it.
         """
-        check_complete(self)
+        completeness.check_complete(self)
+        self._settings = settings(self)  # before a checkpoint is restored: what it counts is no setting
         return [Clock(), *([TensorFloat32()] if self._tf32 else [])]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

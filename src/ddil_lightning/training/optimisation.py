@@ -87,7 +87,8 @@ class Descent:
     """What turns a loss into an optimiser step, as `optimizer` says: the optimiser, clipping, several micro-batches per update.
 
     An optimiser is that of one loss. What other losses have left on its weights goes before the first micro-batch of each update.
-    `watch`: whether losses are finite. `student_moved`: whether the student's weights were updated in this training. `micro`: how many
+    `watch`: whether losses are finite. `begun`: whether any loss was descended in this training, and `student_moved`: whether the
+    student's weights were updated in it. `micro`: how many
     micro-batches of the update under way are done, by the name of the loss; it belongs to a checkpoint. `batch`: the latents of the last.
     """
 
@@ -100,7 +101,7 @@ class Descent:
         self._sound: dict[str, Tensor] = {}  # of the micro-batches of the update under way, by the name of the loss
         self.last: Tensor | None = None
         self.batch: LatentBatch | None = None
-        self.student_moved = False
+        self.begun = self.student_moved = False
         self._loss_of: dict[int, str] = {}  # of every optimiser, by identity
         self._begun: set[int] = set()  # the optimisers that have made an update in this training, by identity
         self._told: list[tuple[torch.optim.Optimizer, list[dict[str, Any]]]] = []
@@ -140,7 +141,8 @@ class Descent:
         for optimizer, groups in self._told:
             for group, told in zip(optimizer.param_groups, groups, strict=True):
                 group.update(told)
-        self._told, self._begun, self._loss_of, self.student_moved = [], set(), {}, False
+        self._told, self._begun, self._loss_of = [], set(), {}
+        self.begun = self.student_moved = False
 
     def step(self, method: Any, optimizer: Any, loss: Tensor, name: str) -> bool:
         """One micro-batch of `loss`; True when it completed an update. A loss that is not finite ends the run (`watch`).
@@ -151,7 +153,7 @@ class Descent:
         sound = self.watch.ask(
             torch.isfinite(loss.detach()), partial(self._fault, method, name, loss.detach(), method.student_updates, self.batch)
         )
-        self.last = loss.detach()
+        self.last, self.begun = loss.detach(), True
         if not self.micro.get(name):
             if self._loss_of.setdefault(id(optimizer), name) != name:
                 raise ValueError(
@@ -160,7 +162,7 @@ class Descent:
                 )
             optimizer.zero_grad()  # another loss may have reached these weights since: the student's passes through a critic, say
         done = (self.micro.get(name, 0) + 1) % self.accumulate
-        with self.reduction.of(optimizer, method.trainer.strategy, last=not done):
+        with self.reduction.of(optimizer, method.trainer.strategy, last=not done), detached(method, name):
             method.manual_backward(loss / self.accumulate)
         self._sound[name] = torch.minimum(self._sound[name], sound) if name in self._sound else sound
         self.micro[name] = done
@@ -224,6 +226,20 @@ class Descent:
     def halfway(self) -> bool:
         """Whether an update is under way: accumulated gradients are in no checkpoint."""
         return any(self.micro.values())
+
+
+@contextmanager
+def detached(method: Any, name: str) -> Iterator[None]:
+    """Inside is the backward pass of a loss. Raises ValueError for one that goes on into the graph of another that was descended before."""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(said in str(error) for said in ("backward through the graph a second time", "modified by an inplace operation")):
+            raise ValueError(
+                f"the {name} of {type(method).__name__} hangs on the graph of a loss that was descended before it: hand it x.detach() of "
+                "what the other has made, or ask the network again"
+            ) from error
+        raise
 
 
 @contextmanager

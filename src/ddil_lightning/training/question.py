@@ -3,22 +3,48 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
+
+from torch import nn
 
 ELSEWHERE = frozenset("updates lr log_every training student_updates stage stage_start has_box box taught".split())
 """What of a method moves, is no setting of it, or is said by another."""
 
 
-def question(method: Any) -> str:
-    """A digest of a method's class and settings (numbers, words, and records, lists and dicts of such), its frozen network in the precision
-    that it has, its box and its nodes.
+class Asked:
+    """How often modules that a method trains were called, which are no roles and count nothing by themselves."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def listen(self, module: nn.Module) -> None:
+        """Count the calls of `module`, unless nothing of it is trained."""
+        if any(p.requires_grad for p in module.parameters()):
+            module.register_forward_pre_hook(self)
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        """One more."""
+        self.times += 1
+
+
+def settings(method: Any) -> dict[str, Any]:
+    """A method's settings as they are now, by name: numbers, words, and lists of such in the place of records and dicts.
+
+    Taken at the beginning of a training, when a counter of one's own is what its constructor has made it, in a resumed run too.
+    """
+    own = {name: value for name, value in vars(method).items() if not name.startswith("_") and name not in ELSEWHERE}
+    return {name: _said(value) for name, value in own.items() if value is not None and _plain(value)}
+
+
+def question(method: Any, settings: Mapping[str, Any]) -> str:
+    """A digest of a method's class and `settings`, its frozen network in the precision that it has, its guidance, box and nodes.
 
     The network is known by its weights and not by its path, where other ones may lie by the time that a run goes on.
     A setting too many costs that a run which goes on with another one asks anew; one too few would have it learn from wrong answers.
     """
-    own = {name: value for name, value in vars(method).items() if not name.startswith("_") and name not in ELSEWHERE}
-    plain = {name: _said(value) for name, value in own.items() if value is not None and _plain(value)}
+    plain = {**settings, "guidance": _said(method.guidance)}  # which a checkpoint may bring
     box, backbone = method.reflection, method.backbone
     null = getattr(getattr(method, "teacher", None), "null", None)  # what guidance is taken away from, by encoders of their own
     said = [type(method).__qualname__, method.taught, sorted(plain.items(), key=lambda item: item[0])]
