@@ -53,6 +53,12 @@ def test_commands_of_the_wheel_exist(wheel: zipfile.ZipFile) -> None:
         assert module == "ddil_lightning.commands.main" and function in functions
 
 
+def test_the_floor_of_wandb_appends() -> None:
+    """`wandb sync A B`, which `boards.sync_line` says of a run in two parts, had B replace A up to 0.28 (wandb/wandb#3841)."""
+    (floor,) = re.findall(r'"wandb>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert tuple(map(int, floor.split("."))) >= (0, 29)
+
+
 def test_the_floor_of_diffusers_is_the_one_that_is_tested() -> None:
     """`make test-floor` installs what pyproject.toml allows at least."""
     (floor,) = re.findall(r'"diffusers>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
