@@ -18,7 +18,7 @@ from ddil_lightning.counting import counted
 from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policies, Policy
-from ddil_lightning.evaluation.paired import each
+from ddil_lightning.evaluation.paired import every
 from ddil_lightning.evaluation.suite import Probes, Suite
 from ddil_lightning.imitation.gaps import Seen, see
 from ddil_lightning.imitation.mixing import Actor, Actors, Bernoulli, Mixing, Switch, mix_all
@@ -143,7 +143,7 @@ def swept(contest: Contest, suite: Suite, parts: Sequence[str], seen: Sequence[S
             return sampling.decoded(contest.teacher, made.to(contest.teacher.device))
 
         samplers = [partial(sample, k) for k in range(len(asked))]
-        found = suite.score_all(samplers, look=lambda metrics: values.append(each(metrics)))
+        found = suite.score_all(samplers, look=lambda metrics: values.append(every(metrics)))
     costs = contest.costs(suite.prompts[0])
     for (sweep, said, mixing), metrics in zip(asked, found, strict=True):
         measured = {key: value for key, value in metrics.items() if value is not None}
