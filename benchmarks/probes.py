@@ -1,7 +1,7 @@
 """Where the built-in students leave their teacher: ddil-probe of the reproduction's students, and whether the paper's trends show in them.
 
 Every student is trained as reproduce.py trains its cell, or read from its --cache, exported, and probed with 256 prompts. A finished probe
-is a JSON file in --cells, which belongs to the repository and is not made again; --only_page prints what is there.
+is a JSON file in --cells, which belongs to the repository and is not made again unless its student is; --only_page prints what is there.
 
     python benchmarks/probes.py [--methods lcm pd dmd2] [--variants base both] [--seed 100] [--cells benchmarks/probed] [--only_page]
 """
@@ -17,6 +17,7 @@ from typing import Any
 
 import builtin
 import common
+import reproduce
 from builtin_runs import VARIANTS, Run, Teacher, digest, fingerprint
 from reproduce_table import LABELS, TITLES
 from tables import Part, Report
@@ -27,6 +28,7 @@ from ddil_lightning.evaluation.table import write_rows
 from ddil_lightning.runs.export import export
 from ddil_lightning.runs.finish import machine
 from ddil_lightning.runs.folder import stage_pipelines
+from ddil_lightning.runs.trends import trends
 
 CELLS = Path(__file__).parent / "probed"
 METHODS = ("lcm", "pd", "dmd2")
@@ -48,8 +50,13 @@ def known(run: Run, cells: Path) -> dict[str, Any] | None:
 
 
 def depends(run: Run) -> str:
-    """A digest of all that a probe depends on but for the code and the machine, both of which it names."""
-    return digest(*run.depends, run.teacher.n)
+    """A digest of all that a probe depends on but for the machine, which it names.
+
+    What its student is, beyond what its training was told, is said by the rows of the reproduction's cell, where there is one: they are
+    other ones once the code of the training is.
+    """
+    cell = reproduce.file_of(run, reproduce.CELLS)
+    return digest(*run.depends, run.teacher.n, json.loads(cell.read_text())["rows"] if cell.is_file() else None)
 
 
 def probed(run: Run, cells: Path) -> dict[str, Any]:
@@ -108,10 +115,20 @@ def swept(found: Sequence[Mapping[str, Any]], sweep: str) -> Part:
 
 
 def said(one: Mapping[str, Any]) -> Iterator[str]:
-    """What the probe says of its trends."""
-    for sweep, trends in one["trends"].items():
-        for trend in trends:
-            yield f"{sweep}: {trend['text']}"
+    """What the probe says of its trends. Cells of before have a mixture's of the student alone and the teacher alone, and judged a number
+    without a spread by its ends alone: what is said of it today is said."""
+    today = {(sweep, trend["key"]): trend["text"] for sweep, told in judged(one).items() for trend in told}
+    for sweep, told in one["trends"].items():
+        for trend in told:
+            known = trend["difference"] is not None or "by its interval at" in trend["text"]
+            text = trend["text"] if known else today[sweep, trend["key"]]
+            yield f"{sweep}{'' if sweep != 'mixing' or ' at p = ' in text else ', p = 0 against 1'}: {text}"
+
+
+def judged(one: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """What can be said of a cell's sweeps by their rows alone."""
+    rows = [*one["mixing"], *one["switch"]]
+    return trends(rows, [{}] * len(rows))
 
 
 def notes(found: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -127,17 +144,21 @@ def measure(args: argparse.Namespace) -> Report:
         args.cells = args.cache / "probes" if args.cells == CELLS else args.cells
     args.cells.mkdir(parents=True, exist_ok=True)
     args.cache.mkdir(parents=True, exist_ok=True)
-    found = []
+    pipeline = common.pipeline_at(args.pipeline)
+    teacher = Teacher(pipeline, fingerprint(pipeline), args.n, args.cache)
     if not args.only_page:
-        pipeline = common.pipeline_at(args.pipeline)
-        teacher = Teacher(pipeline, fingerprint(pipeline), args.n, args.cache)
-        for method in args.methods:
-            one = argparse.Namespace(**{**vars(args), "method": method})
-            for run in builtin.runs(one, teacher):
-                found.append(known(run, args.cells) or probed(run, args.cells))
-    else:
-        found = [json.loads(file.read_text()) for file in sorted(args.cells.glob("*-*.json"))]
-    return report(found)
+        every = [argparse.Namespace(**{**vars(args), "method": method}) for method in args.methods]
+        return report([known(run, args.cells) or probed(run, args.cells) for one in every for run in builtin.runs(one, teacher)])
+    cells = [json.loads(file.read_text()) for file in sorted(args.cells.glob("*-*.json"))]
+    told = report(cells)
+    told["notes"] += [f"{named(one)}: its student is another today" for one in cells if one["depends"] != depends(of(one, teacher, args))]
+    return told
+
+
+def of(cell: Mapping[str, Any], teacher: Teacher, args: argparse.Namespace) -> Run:
+    """The run of a cell as these options ask for it."""
+    one = {"method": cell["method"], "variants": [cell["variant"]], "seed": cell["seed"], "seeds": 1}
+    return builtin.runs(argparse.Namespace(**{**vars(args), **one}), teacher)[0]
 
 
 def main(argv: Sequence[str] | None = None) -> Report:

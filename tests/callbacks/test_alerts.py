@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from ddil_lightning.callbacks import Alerts
+from ddil_lightning.training.gan import Gan
 from ddil_lightning.training.measures import Measures
 
 
-def heard(caplog: Any, published: list[dict[str, float]], **options: Any) -> list[tuple[int, str]]:
-    """The warnings of a run that publishes these, one every 100 updates: (update, what follows it)."""
+def heard(caplog: Any, published: list[dict[str, float]], distance: bool = True, **options: Any) -> list[tuple[int, str]]:
+    """The warnings of a run that publishes these, one every 100 updates: (update, what follows it). `distance`: its loss is one."""
     caplog.clear()
     measures, alerts = Measures(), Alerts(**options)
-    method: Any = SimpleNamespace(measures=measures, student_updates=0)
+    method: Any = SimpleNamespace(measures=measures, student_updates=0, loss_is_distance=distance)
     trainer: Any = SimpleNamespace(loggers=[object()], is_global_zero=True)
     alerts.on_train_start(trainer, method)
     with caplog.at_level(logging.WARNING):
@@ -43,7 +45,7 @@ def test_a_mean_of_three_is_held_against_the_bound(name: str, caplog: Any) -> No
     scale = 1.0 if name == "reflect/saturated" else 4.0
     published = [{name: scale * v, "loss/forward": 1.0} if name == "loss/student" else {name: scale * v} for v in seen]
     (warning,) = heard(caplog, published, saturation=0.5, gap=2.0)
-    where = "loss/student over loss/forward" if name == "loss/student" else name
+    where = "the loss on the student's roll-outs over loss/forward" if name == "loss/student" else name
     assert warning[0] == 500 and warning[1].startswith(f"{where} is {scale * 1.6 / 3:.3g}, above {0.5 * scale:g}: ")
     assert heard(caplog, published, saturation=None, gap=None) == []
 
@@ -58,6 +60,34 @@ def test_a_loss_gap_needs_a_loss_on_data(caplog: Any) -> None:
     assert heard(caplog, [{"loss/student": 9.0, "loss/forward": f} for f in (0.0, -1.0, 0.0, -1.0)]) == []
 
 
+def test_a_loss_that_is_no_distance_has_no_gap(caplog: Any) -> None:
+    """LADD's, as docs/healthy.md has it: it crosses 0, where the ratio of two of them is anything."""
+    values = [{"loss/forward": 0.004 * i - 0.11, "loss/student": 0.0045 * i - 0.04} for i in range(40)]
+    assert heard(caplog, values, distance=False) == [] != heard(caplog, values)
+    probed = [{"shift/loss_ratio": 5.0}] * 3  # a distance whatever the method's loss is
+    assert [clock for clock, _ in heard(caplog, probed, distance=False)] == [300]
+
+
+def test_mixed_roll_outs_are_the_student_s_by_their_share(caplog: Any) -> None:
+    alone = {"loss/forward": 1.0, "loss/student": 1.1, "loss/mixed": 9.0}
+    assert heard(caplog, [alone | {"drawn/share_student": 0.3, "drawn/share_mixed": 0.1}] * 4) == []  # 1.23 / 0.4 = 3.1
+    (warning,) = heard(caplog, [alone | {"drawn/share_student": 0.1, "drawn/share_mixed": 0.3}] * 4)
+    assert warning[0] == 300 and "roll-outs over loss/forward is 7.02, above 4" in warning[1]
+    assert heard(caplog, [{"loss/forward": 1.0, "loss/mixed": 9.0, "drawn/share_mixed": 0.4}] * 4)[0][0] == 300
+
+
+def test_methods_say_whether_their_loss_is_a_distance(tiny: Path) -> None:
+    from ddil_lightning import methods
+
+    names = ("LCM", "TCD", "PD", "PCM", "ImagineFlash", "BOOT", "Reflow", "CTM", "SnapFusion", "DMD2", "SiD", "EMD", "ADD", "LADD")
+    said = {name for name in names if getattr(methods, name).loss_is_distance}
+    assert said == {"LCM", "TCD", "PD", "ImagineFlash", "BOOT", "Reflow"}
+    pcm, judged = (methods.PCM(pipeline=str(tiny), gan=Gan(weight, weight, features="teacher")) for weight in (0.0, 0.1))
+    assert pcm.loss_is_distance and not judged.loss_is_distance
+    ctm, soft = (methods.CTM(pipeline=str(tiny), denoising=weight) for weight in (1.0, 0.0))
+    assert soft.loss_is_distance and not ctm.loss_is_distance
+
+
 def test_what_is_not_finite_is_told_at_once(caplog: Any) -> None:
     told = heard(caplog, [{"loss": 1.0, "lr": 1e-3}, {"loss": math.nan, "a": math.inf}, {"shift": 1.0}, {"loss": math.nan}], after=10**6)
     assert told == [(200, "a, loss are not finite")]  # and not again
@@ -68,7 +98,8 @@ def test_a_resumed_run_warns_as_the_whole_one(caplog: Any) -> None:
 
     def run(clocks: range, state: dict[str, Any] | None) -> dict[str, Any]:
         measures, alerts = Measures(), Alerts()
-        method, trainer = SimpleNamespace(measures=measures), SimpleNamespace(loggers=[], is_global_zero=True)
+        method = SimpleNamespace(measures=measures, loss_is_distance=True)
+        trainer = SimpleNamespace(loggers=[], is_global_zero=True)
         alerts.setup(trainer, method, "fit")
         if state is not None:
             alerts.load_state_dict(state)
@@ -89,7 +120,7 @@ def test_a_resumed_run_warns_as_the_whole_one(caplog: Any) -> None:
 
 
 def test_only_the_process_that_writes_listens(caplog: Any) -> None:
-    method: Any = SimpleNamespace(measures=Measures())
+    method: Any = SimpleNamespace(measures=Measures(), loss_is_distance=True)
     Alerts().on_train_start(SimpleNamespace(loggers=[], is_global_zero=False), method)  # type: ignore[arg-type]
     method.measures.publish(100, {"loss": math.nan})
     assert caplog.records == []

@@ -90,6 +90,27 @@ def test_a_run_and_its_checkpoint_score_alike(finished: Path, here: Path, judged
         ) == 17
 
 
+def test_rows_say_their_checkpoint_and_those_of_another_stay(finished: Path, here: Path, judged: None, capsys: Any) -> None:
+    shutil.copytree(finished, here / "r")
+    state = torch.load("r/checkpoints/updates=12.ckpt", weights_only=False)
+    state["ddil"]["student_updates"] = 6
+    state["state_dict"] = {key: 1.01 * x if x.is_floating_point() else x for key, x in state["state_dict"].items()}
+    torch.save(state, "r/checkpoints/updates=6.ckpt")
+
+    def tested(*words: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str]:
+        code, shown, err = call(capsys, main.command("test"), *words, "--steps", 2, "--n", 16)
+        assert code == 0, err
+        found = json.loads(Path("r/metrics.json").read_text())
+        return found["rows"], found.get("earlier", []), shown
+
+    first, none, shown = tested("--ckpt_path", "r/checkpoints/updates=6.ckpt")
+    said = first[0]["generation"]
+    assert said["student_updates"] == 6 and said["checkpoint"] == "r/checkpoints/updates=6.ckpt" and not none and "earlier" not in shown
+    (last,), earlier, shown = tested("--ckpt_path", "r/checkpoints")
+    assert last["generation"]["student_updates"] == 12 and last["generation"]["weights"] != said["weights"] and earlier == first
+    assert "rows of before stay in it, under `earlier`: student@2 of update 6 by digits " in shown
+
+
 def test_any_pipeline_with_steps_and_guidance(tiny: Path, judged: None, capsys: Any) -> None:
     rows = scored(capsys, "--pipeline", tiny, "--steps", 2, 3, "--guidance", 3.5, "--out", "here.json", out="here.json")
     assert [(row["name"], row["nfe"], row["guidance"]) for row in rows] == [("teacher@2", 4, 3.5), ("teacher@3", 6, 3.5)]
@@ -270,6 +291,38 @@ def test_a_later_row_that_cannot_be_written_is_not_said_to_be(tmp_path: Path, mo
             add(make_row(f"teacher@{n}", n, 1.0, n, 0.1, {"frechet": 1.0}, {"n": 16, "seeds": {"first": 0}}))
     out = capsys.readouterr().out
     assert "teacher@2" in out and "written to" not in out
+
+
+def test_rows_of_before_stay_unless_they_are_measured_anew(tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "metrics.json"
+
+    def row(n: int, stamp: str, digest: str, metrics: list[str] | None = None, dtype: str = "float32") -> dict[str, Any]:
+        protocol = {"name": "mine", "n": 16, "seeds": {"first": 0}, "stamp": stamp, "metrics": metrics}
+        return make_row(f"student@{n}", n, 1.0, n, 0.1, {"frechet": 1.0}, protocol, {"digest": digest, "dtype": dtype})
+
+    def measured(*rows: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+        with written(out, Processes()) as add:
+            for one in rows:
+                add(one)
+        found = json.loads(out.read_text())
+        assert found["rows"] == list(rows)
+        return found.get("earlier", []), capsys.readouterr().out
+
+    plain = row(4, "s", "d"), row(2, "s", "e")
+    assert measured(*plain)[0] == [] == measured(*plain)[0]  # the same again is no other
+    assert measured(plain[0])[0] == [plain[1]]  # as of a test that was stopped after its first row
+    assert measured(*plain)[0] == []
+    other = row(4, "30k", "d")
+    earlier, said = measured(other)
+    assert earlier == list(plain) and "under `earlier`: student@4 by mine s, student@2 by mine s\n" in said
+    assert measured(*plain)[0] == [other]
+    anew, half, fewer = row(4, "s", "later"), row(4, "s", "d", dtype="float16"), row(4, "s", "d", ["frechet"])
+    assert measured(anew)[0] == [*plain, other]
+    assert measured(half)[0] == [anew, *plain, other]
+    assert measured(fewer)[0] == [half, anew, *plain, other]  # which lacks numbers that the plain one has
+    assert measured(*plain)[0] == [half, anew, other]
+    out.write_text("somebody's own notes")
+    assert measured(*plain)[0] == []
 
 
 @pytest.mark.slow

@@ -68,6 +68,31 @@ def test_the_teacher_is_what_the_card_says_and_a_student_is_a_word(finished: Pat
     assert (made["rows"][-1]["name"], made["rows"][-1]["nfe"], made["rows"][-1]["guidance_scale"]) == (f"{tiny}:lcm@1#2", 2, 1)
 
 
+def test_prompts_of_a_call_that_failed_are_not_searched_again(tiny: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the last sampler diverged; more images are searched beside them, and another search begins anew."""
+    searched: list[int] = []
+    real, compared = inverting.invert, inverting.compared
+    monkeypatch.setattr(inverting, "invert", lambda *words: searched.append(words[-1]) or real(*words))
+
+    def diverges(*words: Any) -> None:
+        raise ValueError("latents of the last student hold NaN")
+
+    words = ("--teacher", tiny, *QUICK, "--updates", 0, "--passes", 0)
+    monkeypatch.setattr(inverting, "compared", diverges)
+    assert "hold NaN" in refused(capsys, *words)
+    assert searched == [0, 1] and len(list(Path("invert.parts").iterdir())) == 2 and not Path("invert.json").exists()
+    monkeypatch.setattr(inverting, "compared", compared)
+    code, _, err = invert(capsys, *words)
+    assert code == 0 and searched == [0, 1] and not Path("invert.parts").exists(), err
+    made = json.loads(Path("invert.json").read_text())
+    code, _, err = invert(capsys, *words)
+    assert code == 0 and searched == [0, 1, 0, 1] and json.loads(Path("invert.json").read_text()) == made, err
+    monkeypatch.setattr(inverting, "compared", diverges)
+    for more in (("--n", 3), ("--n", 3), ("--tokens", 2)):
+        assert "hold NaN" in refused(capsys, *words, *more)
+    assert searched[4:] == [0, 1, 2, 0, 1]
+
+
 @pytest.mark.slow
 def test_pictures_of_ones_own(xl: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """By two text encoders, and by networks of one's own in the place of CLIP and LPIPS; a picture has no caption and no recovery."""

@@ -15,7 +15,7 @@ from PIL import Image
 from ddil_lightning.backbones import lora
 from ddil_lightning.backbones.adapters import Adapter
 from ddil_lightning.backbones.pipeline import Pipeline
-from ddil_lightning.commands import main
+from ddil_lightning.commands import main, probing
 from ddil_lightning.commands.probing import Window
 from ddil_lightning.evaluation.given import Given, Judge
 from ddil_lightning.evaluation.suite import Suite
@@ -80,11 +80,37 @@ def test_a_run_is_probed_in_all_parts(finished: Path, judged: None, capsys: Any)
     assert len(turns) == 6 and all("all_right" in row["metrics"] for row in (*made["mixing"], *made["switch"]))
     assert "paper's FID" in out and "23.14" in out and "Of the first 16 samples." in out
     (trend,), share = made["trends"]["mixing"], [row["metrics"]["all_right"] for row in made["mixing"]]
-    assert trend["difference"]["mean"] == pytest.approx(share[-1] - share[0]) and trend["difference"]["n"] == 16
+    assert trend["difference"]["mean"] == pytest.approx(share[-2] - share[1]) and trend["difference"]["n"] == 16
     page = Path("p.html").read_text()
     for text in (out, page):  # all three say the same
         assert all(said["text"] in text for told in made["trends"].values() for said in told)
     assert page.count("<svg") >= 5 and "Teacher first, from the time t on the student" in page and "<script" not in page
+
+
+def test_a_probe_that_failed_late_goes_on(finished: Path, judged: None, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that was sampled is sampled again; the nodes are in the file before the sweeps, and another question is answered anew."""
+    asked: list[str] = []
+
+    def counting(name: str) -> None:
+        real = getattr(probing, name)
+        monkeypatch.setattr(probing, name, lambda *words: asked.append(name) or real(*words))
+
+    def fails(*words: Any) -> None:
+        raise ValueError("the disk of the last mixture burns")
+
+    counting("see"), counting("mix_all")
+    costs, words = probing.Contest.costs, ("--student", finished, "--n", 16, "--teacher_steps", 4, "--out", "probe.json")
+    words += ("--only", "nodes", "mixing")
+    monkeypatch.setattr(probing.Contest, "costs", fails)
+    assert "burns" in refused(capsys, *words)
+    early = json.loads(Path("probe.json").read_text())
+    assert len(early["nodes"]) == 4 and early["mixing"] == [] and early["protocol"]["unfinished"] == ["mixing"]
+    assert asked == ["see", "mix_all"] and {file.suffix for file in Path("probe.parts").iterdir()} == {".json", ".safetensors"}
+    monkeypatch.setattr(probing.Contest, "costs", costs)
+    made = found(capsys, *words)
+    assert asked == ["see", "mix_all"] and made["nodes"] == early["nodes"] and "unfinished" not in made["protocol"]
+    assert len(made["mixing"]) == 6 and not Path("probe.parts").exists()
+    assert found(capsys, *words) == made and asked == ["see", "mix_all"] * 2  # the whole of it, in one go
 
 
 @pytest.mark.slow

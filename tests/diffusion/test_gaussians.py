@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddil_lightning.diffusion.gaussians import frechet_distance, gaussian_distance, moments
+from ddil_lightning.diffusion.gaussians import frechet_distance, gaussian_distance, influences, moments
 from ddil_lightning.imitation.shift import frechet_pooled
 
 
@@ -68,3 +68,22 @@ def test_the_shift_of_latents_is_measured_by_the_same_formula():
     assert frechet_pooled(x, y) == frechet_distance(x.double(), y.double())
     small = randn(40, 2, 4, 4), randn(40, 2, 4, 4, seed=1)
     assert frechet_pooled(*small) == frechet_distance(*(z.flatten(1).double() for z in small))
+
+
+def test_the_influence_of_samples_has_the_spread_of_the_distance():
+    """Of the difference of two paired sets, beside the distances of 200 draws themselves; it is a derivative, by finite differences."""
+    rng = torch.Generator().manual_seed(0)
+    scale = torch.arange(1, 9).double() ** -0.7
+    mean, cov = moments(torch.randn(4000, 8, generator=rng).double() * scale)
+    apart, told = [], []
+    for _ in range(200):
+        z, own = (torch.randn(128, 8, generator=rng).double() * scale for _ in "ab")
+        pair = z + 0.2, 0.9 * z + 0.3 * own
+        values = [influences(mean, cov, x) for x in pair]
+        apart.append(float(values[0].mean() - values[1].mean()))
+        told.append(float((values[0] - values[1]).std() / 128**0.5))
+    assert sum(told) / 200 == pytest.approx(float(torch.tensor(apart).std()), rel=0.15)
+    x = torch.randn(5000, 8, generator=rng).double() * scale + 0.2
+    values, again = influences(mean, cov, x), torch.cat([x, x[:5]])  # five that weigh twice as much
+    moved = float(gaussian_distance(mean, cov, *moments(again)) - gaussian_distance(mean, cov, *moments(x)))
+    assert moved == pytest.approx(float((values[:5] - values.mean()).sum()) / 5005, rel=0.02)

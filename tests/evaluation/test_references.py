@@ -196,3 +196,43 @@ def test_files_that_hold_no_statistics(folder: Path, tmp_path: Path) -> None:
             references.load(tmp_path / name, made)
     with pytest.raises(ValueError, match="statistics are written as .safetensors"):
         references.save(tmp_path / "x.pt", Reference(), made)
+
+
+def test_embeddings_are_of_images_as_large_as_they_are(folder: Path, tmp_path: Path) -> None:
+    """Their network alone brings them to its size; what was kept of images at the protocol's `size` is another thing."""
+    sides: list[tuple[int, int]] = []
+
+    def look(images: Tensor) -> Tensor:
+        sides.append(tuple(images.shape[-2:]))  # type: ignore[arg-type]
+        return torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(1)
+
+    named = Named("clip", look)
+    made, plain = (Given(Networks(Look().net, embed=embed), view=View(16)) for embed in (named, look))
+    real = references.gathered(made, Gallery.of_folder(folder), "real")
+    assert sorted(sides) == [(side, side) for side in (20, 21, 22, 23, 24)] and len(real.rows["embeddings"]) == 9  # 24 wide, 20 to 28 high
+    wide = torch.rand(2, 3, 20, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    rows = made.rows("embeddings", wide)
+    assert sides[-1] == (20, 20)
+    torch.testing.assert_close(rows, torch.nn.functional.normalize(look(wide[..., 6:26]), dim=1))
+    assert plain.rows("embeddings", wide).shape == rows.shape and sides[-1] == (16, 16)  # of a function nobody knows what it takes
+    both = Given(Networks(named, embed=named), view=View(16))
+    assert not both.shares and Given(Networks(named, embed=named)).shares
+    assert Suite("mine", ["x"], made).protocol["embedded"] and "embedded" not in Suite("mine", ["x"], plain).protocol
+    # What is kept, in the cache and in files, is of these pixels.
+    assert references.made_with(made, "embeddings")["size"] is None
+    before = len(sides)
+    references.gathered(made, Gallery.of_folder(folder), "real")
+    assert len(sides) == before
+    references.save(tmp_path / "old.safetensors", real, made)
+    _as_before(tmp_path / "old.safetensors")
+    with pytest.raises(ValueError, match="its embeddings were made with size 16 where this protocol has None"):
+        references.load(tmp_path / "old.safetensors", made)
+
+
+def _as_before(path: Path) -> None:
+    """What a file of statistics said when embeddings were of resized images."""
+    from safetensors.torch import load_file, save_file
+
+    found = references._read(path)
+    about = dict(found.about) | {"spaces": dict(found.spaces) | {"embeddings": dict(found.spaces["embeddings"]) | {"size": 16}}}
+    save_file(load_file(path), path, {references.ABOUT: json.dumps(about)})

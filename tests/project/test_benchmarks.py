@@ -451,6 +451,58 @@ def test_schedules_have_the_mean_prior_of_the_config(script: Any, method: str, p
             assert (way[0].rollouts < way[-1].rollouts) is (name != "falling")
 
 
+def test_what_is_said_of_the_probed_students_follows_from_their_cells() -> None:
+    """docs/results.md names every trend with an interval that shows or does not, and no other."""
+    cells = {file.stem: json.loads(file.read_text()) for file in (BENCHMARKS / "probed").glob("*.json")}
+    told = {
+        (trend["verdict"], trend["key"], sweep, name): trend["difference"]["mean"]
+        for name, cell in cells.items() for sweep, made in cell["trends"].items() for trend in made
+        if trend["difference"] and trend["verdict"] != "it cannot be told"
+    }  # fmt: skip
+    shows, not_so, dmd2 = "it shows", "it does not show", ("dmd2-base-100", "dmd2-both-100")
+    rise = [told.pop((shows, "clip", "teacher", f"lcm-{variant}-102")) for variant in ("base", "both")]
+    clip, right = ([told.pop((not_so, key, "mixing", name)) for name in dmd2] for key in ("clip", "all_right"))
+    alone = [told.pop((not_so, key, "student", dmd2[0])) for key in ("clip", "all_right")]
+    assert not told
+    said = " ".join((BENCHMARKS.parent / "docs" / "results.md").read_text().split())
+    assert "CLIP rises for LCM with the teacher first ({:+.3f} and {:+.3f})".format(*rise) in said
+    mixed = "(CLIP {:.3f} and {:.3f}, everything right {:.3f} and {:.3f})".format(*clip, *right)
+    assert f"both fall for DMD2 in the mixing sweep {mixed} and for DMD2 without DDIL with the student first" in said
+    assert "with the student first ({:.3f} and {:.3f}), and all else cannot be told".format(*alone) in said
+
+
+def test_a_probe_is_of_the_student_that_the_reproduction_has(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the code of a training is another, its config may be the same: a cell that is made anew has other rows."""
+    module = script("probes")
+    teacher = module.Teacher("builtin", "w", 256, tmp_path)
+    args = SimpleNamespace(method="dmd2", variants=["both"], seed=100, seeds=1, updates=None, captions=None, set=[])
+    (run,) = module.builtin.runs(args, teacher)
+    monkeypatch.setattr(module.reproduce, "CELLS", tmp_path)
+    depends = [module.depends(run)]
+    for rows in ([{"name": "student@4"}], [{"name": "student@4", "nfe": 4}]):
+        module.reproduce.file_of(run, tmp_path).write_text(json.dumps({"rows": rows, "seconds": 1.0}))
+        depends.append(module.depends(run))
+    assert len(set(depends)) == 3
+
+
+def test_a_number_without_a_spread_is_told_anew_of_older_cells(script: Any) -> None:
+    cell = json.loads((BENCHMARKS / "probed" / "pd-both-100.json").read_text())
+    told = [text for text in script("probes").said(cell) if "Fréchet" in text]
+    assert len(told) == 3 and all(text.endswith("of which no spread is known: it cannot be told") for text in told)
+    assert "mixing: " in told[0] and "0.4216 at p = 0.2 to 0.4200 at p = 0.8" in told[0]
+
+
+def test_schedules_are_paired_against_cells_of_today(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("schedules")
+    monkeypatch.setattr(module.reproduce, "CELLS", tmp_path)
+    found, lesson = module.Teacher("builtin", "w", 1000, tmp_path), (1000, 300)
+    run = module.Run(found, "lcm", "both", 100, "lcm_ddil.yaml", (module.STATIC,), None)
+    for seed, depends in ((100, module.reproduce.depends(run, lesson)), (101, "another")):
+        (tmp_path / f"lcm-both-{seed}.json").write_text(json.dumps({"seed": seed, "depends": depends}))
+    args = SimpleNamespace(captions=None)
+    assert [cell["seed"] for cell in module.constant(args, found, lesson, ())] == [100]
+
+
 @pytest.mark.slow
 def test_schedules(script: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = script("schedules")

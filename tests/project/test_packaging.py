@@ -65,6 +65,12 @@ def test_every_library_that_is_needed_has_a_floor_that_make_test_floor_installs(
     assert "tests/support/floors.py > .venv-floor/floors.txt" in (ROOT / "Makefile").read_text()
 
 
+def test_the_floor_of_wandb_appends() -> None:
+    """`wandb sync A B`, which `boards.sync_line` says of a run in two parts, had B replace A up to 0.28 (wandb/wandb#3841)."""
+    (floor,) = re.findall(r'"wandb>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert tuple(map(int, floor.split("."))) >= (0, 29)
+
+
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a copy without its history, which cannot tell what belongs to it")
 def test_nothing_that_a_run_wrote_belongs_to_the_repository() -> None:
     """Stored pairs of a config once did: its path was relative, and the next `git add` took them."""

@@ -80,6 +80,23 @@ def test_wandb_has_everything_over_student_updates_and_goes_on(tmp_path: Path, s
     assert boards.sync_line(tmp_path) == ""
 
 
+def test_the_id_that_is_kept_is_the_one_that_an_agent_of_a_sweep_gave(
+    tmp_path: Path, silent: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B then ignores ours, and a run that goes on outside of the sweep goes on under the agent's."""
+    config = {"wandb": "offline", "tensorboard": False}
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    monkeypatch.setenv("WANDB_RUN_ID", "xyz123")
+    ids = []
+    for _ in range(2):
+        (board,) = boards.boards(tmp_path, "lcm", lambda: 0, config)
+        ids.append(board.experiment.id)
+        board.close()
+        monkeypatch.delenv("WANDB_SWEEP_ID", raising=False)
+        monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    assert ids == ["xyz123"] * 2 and (tmp_path / "wandb" / "id").read_text() == "xyz123"
+
+
 class Steps:
     """A W&B run as its service keeps it: rows by their steps, of which a lesser one than its own is dropped. `fault`: what it raises."""
 

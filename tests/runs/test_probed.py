@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from ddil_lightning.diffusion.gaussians import moments
+from ddil_lightning.evaluation.metrics.frechet import Frechet
 from ddil_lightning.runs.probed import write_probe
 from ddil_lightning.runs.trends import trends
 from hostile import EVIL, found, probe_page
@@ -18,15 +20,16 @@ N = 256
 
 
 def sweep(key: str, ends: tuple[float, float], noise: float = 0.0, **said: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Three mixtures whose images' values rise evenly from one end to the other, and differ by `noise` besides."""
+    """Three mixtures whose images' values rise evenly from one to the other and differ by `noise` besides; both alone are no mixtures."""
     rng, rows, values = torch.Generator().manual_seed(0), [], []
     base = torch.randn(N, generator=rng)
-    for i, p in enumerate((0.0, 0.5, 1.0)):
+    for i, p in enumerate((0.2, 0.5, 0.8)):
         own = base + noise * torch.randn(N, generator=rng)
         own += ends[0] + (ends[1] - ends[0]) * i / 2 - own.mean()
         rows.append({"p_teacher": p, "metrics": {key: float(own.mean())}})
         values.append({key: own})
-    return rows, values
+    alone = [{"p_teacher": p, "metrics": {key: 9 - 99 * p}} for p in (0.0, 1.0)]
+    return [alone[0], *rows, alone[1]], [values[0], *values, values[0]]
 
 
 @pytest.mark.parametrize(
@@ -42,9 +45,9 @@ def test_a_trend_of_images_is_judged_by_the_paired_interval_of_the_ends(ends: An
     rows, values = sweep("clip", ends, noise)
     (trend,) = trends(rows[::-1], values[::-1])["mixing"]  # in any order
     assert trend["verdict"] == verdict and trend["text"].endswith(f"over {N} pairs of images: {verdict}")
-    assert f"from {ends[0]:.4f} to {ends[1]:.4f}, by {ends[1] - ends[0]:+.4f} [" in trend["text"]
+    assert f"from {ends[0]:.4f} at p = 0.2 to {ends[1]:.4f} at p = 0.8, by {ends[1] - ends[0]:+.4f} [" in trend["text"]
     low, high = trend["difference"]["interval"]
-    apart = values[-1]["clip"] - values[0]["clip"]
+    apart = values[-2]["clip"] - values[1]["clip"]
     assert trend["difference"]["mean"] == pytest.approx(ends[1] - ends[0], abs=1e-6)
     assert high - low == pytest.approx(2 * 1.96 * float(apart.std()) / N**0.5, rel=0.1)  # of the pairs, not of the images' own spread
 
@@ -54,11 +57,38 @@ def test_images_that_are_all_alike_tell_nothing() -> None:
     assert trend["verdict"] == "it cannot be told" and "by +0.0000 without an interval over" in trend["text"]
 
 
-def test_a_distance_is_judged_by_its_steps_and_has_no_interval() -> None:
-    rows = [{"p_teacher": p, "metrics": {"frechet": 5 - p}} for p in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)]
+@pytest.mark.parametrize("values", [(22.42, 21.92, 21.95, 22.33, 23.14, 22.50), (0.4237, 0.422, 0.408, 0.415, 0.420, 0.4289)])
+def test_a_number_without_a_spread_tells_nothing(values: tuple[float, ...]) -> None:
+    """The paper's own sweep between its student and its teacher, and one that is flat: no difference alone says which is which."""
+    rows = [{"p_teacher": p, "metrics": {"frechet": v}} for p, v in zip((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), values, strict=True)]
     (trend,) = trends(rows, [{}] * 6)["mixing"]
-    assert trend["text"].endswith("from 5.0000 to 4.0000, 0 of 5 steps up: it does not show, without an interval")
-    assert trend["difference"] is None and trend["verdict"] == "it does not show"
+    assert trend["difference"] is None and trend["verdict"] == "it cannot be told" and " at p = 0.2 to " in trend["text"]
+
+
+def distances(shifts: dict[Any, float], name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows whose features lie so far from the reference's mean, from the same noise, as the metric itself has them."""
+    rng = torch.Generator().manual_seed(0)
+    real, base = (torch.randn(n, 8, generator=rng) for n in (2000, N))
+    rows, values = [], []
+    for at, shift in shifts.items():
+        metric = Frechet()
+        metric.rows, metric.held = [base * 0.9 + shift], {"reference": moments(real)}
+        rows.append({**(dict(zip(("first", "at"), at, strict=True)) if name == "switch" else {name: at}), "metrics": metric.compute()})
+        values.append(metric.linear())
+        assert float(values[-1]["frechet"].mean()) == pytest.approx(rows[-1]["metrics"]["frechet"])
+    return rows, values
+
+
+def test_a_distance_is_judged_by_how_each_image_moves_it() -> None:
+    (rises,) = trends(*distances({0.2: 0.3, 0.5: 0.3, 0.8: 0.4}, "p_teacher"))["mixing"]
+    assert rises["verdict"] == "it shows" and rises["difference"]["n"] == N
+    (flat,) = trends(*distances({0.2: 0.02, 0.5: 0.3, 0.8: 0.03}, "p_teacher"))["mixing"]
+    assert flat["verdict"] == "it cannot be told"
+    orders = {(who, t): 0.3 + 0.2 * (who == "teacher") for t in (749, 250) for who in ("student", "teacher")}
+    told = trends(*distances(orders, "switch"))["student"]
+    assert told[-1]["text"].endswith("here at 2 of 2 nodes, by its interval at 2: it shows")
+    told = trends(*distances(orders | {("student", 250): 0.9}, "switch"))["student"]
+    assert told[-1]["text"].endswith("here at 1 of 2 nodes, by its interval at 1: it does not show")
 
 
 def test_more_teacher_is_a_later_switch_where_it_is_first() -> None:
@@ -67,10 +97,10 @@ def test_more_teacher_is_a_later_switch_where_it_is_first() -> None:
     for i, v in enumerate(values):
         v["clip"][i] += 0.001  # else the pairs are all alike
     made = trends(rows, values)
-    assert "from 0.2500 to 0.7490" in made["student"][0]["text"] and made["student"][0]["verdict"] == "it shows"
-    assert "from 0.7490 to 0.2500" in made["teacher"][0]["text"] and made["teacher"][0]["verdict"] == "it does not show"
+    assert "from 0.2500 at t = 250 to 0.7490 at t = 749" in made["student"][0]["text"] and made["student"][0]["verdict"] == "it shows"
+    assert "from 0.7490 at t = 749 to 0.2500" in made["teacher"][0]["text"] and made["teacher"][0]["verdict"] == "it does not show"
     assert [trend["key"] for trend in made["student"]] == ["clip", "frechet"]  # the second of who had better be first
-    assert made["student"][1]["text"].endswith("here at 0 of 3 nodes: it does not show, without an interval")
+    assert made["student"][1]["text"].endswith("here at 0 of 3 nodes, of which no spread is known: it cannot be told")
     assert made["mixing"] == []
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from ddil_lightning.evaluation.table import cell, gap_closed, results_table
 from ddil_lightning.runs.charts import HEIGHT, WIDTH, Series, binned, line_chart, log_ticks, smoothed, ticks
-from ddil_lightning.runs.curves import families, read_curves
+from ddil_lightning.runs.curves import families, read_curves, unit
 from ddil_lightning.runs.report import write_report
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + (272).to_bytes(4, "big") + (204).to_bytes(4, "big") + b"rest"
@@ -227,6 +227,13 @@ def test_families_share_a_chart_only_with_like_quantities() -> None:
         ["prior/x", "prior/y"],
         ["shift/node_999", "shift/node_499"],
     ]
+
+
+def test_a_unit_follows_from_whole_words_of_a_name() -> None:
+    units = {"shift/coverage": "share", "drawn/share_student": "share", "reflect/saturated": "share", "prior/student": "share"}
+    units |= {"buffer/age": "updates", "buffer/size": "states", "shift/loss_ratio@249": "times", "step_seconds": "s", "peak_mib": "MiB"}
+    units |= dict.fromkeys(("loss/average", "image/loss", "storage", "estimate", "iteration_loss", "generation/loss", "shift/teacher"), "")
+    assert {name: unit(name) for name in units} == units
 
 
 def test_chart_maps_data_to_pixels() -> None:

@@ -21,7 +21,7 @@ def found() -> dict[str, Any]:
          "ratio": {"teacher": 1.5, "forward": None}, "recovery": {"injected": 0.2, "plain": 0.1} if t == 999 else {}, "asked": 32}
         for t in (999, 499)
     ]  # fmt: skip
-    mixing = [{"p_teacher": p, "nfe": 8.0, "metrics": {"clip": 0.3 + p / 100, "frechet": 5 - p}} for p in (0.0, 0.5, 1.0)]
+    mixing = [{"p_teacher": p, "nfe": 8.0, "metrics": {"clip": 0.3 + p / 100, "frechet": 5 - p}} for p in (0.2, 0.5, 0.8)]
     switch = [{"first": who, "at": 499, "nfe": 8.0, "metrics": {"clip": 0.3, "frechet": 5.0}} for who in ("teacher", "student")]
     values = [{"clip": row["metrics"]["clip"] + torch.arange(20) / 1000} for row in mixing + switch]
     protocol = {"student": EVIL, "teacher": EVIL, "name": EVIL, "prompts": EVIL, "left_out": EVIL, "sampler": EVIL, "times": [999, 499, -1]}

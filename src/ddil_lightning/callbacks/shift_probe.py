@@ -33,7 +33,8 @@ class ShiftProbe(Callback):
     (energy distance, mean over nodes), and the same with a node's time. Node 0 is pure noise for both and is left out. shift/coverage is
     the share of the teacher's latents at the last node that have one of the student's within the distance of their fifth neighbour
     (Naeem et al. 2020): it falls when the student leaves modes out, and is left out with fewer than six captions; four are the least that
-    are measured. Of a student that is finished, `ddil-probe` measures more.
+    are measured. Of a student that is finished, `ddil-probe` measures more. One that learns in stages of fewer and fewer steps (PD) is
+    sampled in `steps` from the first on, for which it is not trained before the last: until then the numbers are of that, too.
 
     Args:
         every: student updates between two probes.

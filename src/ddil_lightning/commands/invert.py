@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ddil_lightning.commands import entries, generating
 from ddil_lightning.commands.arguments import SCALE, SEED, STEPS, Parser, number, path, place
 from ddil_lightning.errors import Refusal
 from ddil_lightning.files import check_writable
+
+if TYPE_CHECKING:
+    from ddil_lightning.evaluation.findings import Findings
 
 
 def invert(argv: list[str]) -> int:
@@ -52,17 +55,20 @@ def invert(argv: list[str]) -> int:
     if args.out.suffix.lower() != ".json":
         raise Refusal(f"--out {args.out}: give a file's name that ends in .json")
     check_writable(args.out)
-    found = _found(args)
+    from ddil_lightning.evaluation.findings import Findings
     from ddil_lightning.evaluation.table import write_rows
     from ddil_lightning.runs.inverted import text
 
-    print(text(found), end="", flush=True)  # first: what cannot be written can still be read
-    write_rows(args.out, found)  # type: ignore[arg-type]
+    findings = Findings(args.out)
+    with findings.going_on():
+        found = _found(args, findings)
+        print(text(found), end="", flush=True)  # first: what cannot be written can still be read
+        write_rows(args.out, found)  # type: ignore[arg-type]
     print(f"written to {args.out}")
     return 0
 
 
-def _found(args: argparse.Namespace) -> dict[str, Any]:
+def _found(args: argparse.Namespace, findings: Findings) -> dict[str, Any]:
     """Everything that is found and measured, and by which settings."""
     from dataclasses import asdict
 
@@ -79,7 +85,7 @@ def _found(args: argparse.Namespace) -> dict[str, Any]:
     longest = [vocabulary.text(torch.zeros(search.tokens, dtype=torch.long)), *(given.captions or [])]
     for sampler in (teacher, *students):  # before an hour of search and not after it
         sampler.backbone.check_length(longest)
-    prompts = inverted(given, vocabulary, search, args.seed)
+    prompts = inverted(given, vocabulary, search, args.seed, findings)
     rows, recovery = compared([teacher, *students], given, [found["prompt"] for found in prompts], measures, args.seeds, args.seed)
     said = {"teacher": teacher.name, "students": [s.name for s in students], "images": given.about, "n": len(given.names)}
     said |= {"search": asdict(search), "seeds": args.seeds, "seed": args.seed, "networks": measures.networks.about()}

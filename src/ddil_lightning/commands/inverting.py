@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.vocabulary import Vocabulary
 from ddil_lightning.counting import counted
 from ddil_lightning.data.folders import IMAGES, walk
+from ddil_lightning.data.raw import digest
+from ddil_lightning.evaluation.findings import Findings
 from ddil_lightning.evaluation.inversion import Denoising, Search, held_noise, invert
 from ddil_lightning.evaluation.likeness import Judge, judged, likeness, worded
 from ddil_lightning.evaluation.metrics.pairs import load_images
@@ -116,18 +118,33 @@ def _looked(words: Sequence[str], device: torch.device) -> Measures:
     return Measures(networks.load(device))
 
 
-def inverted(given: Material, vocabulary: Vocabulary, search: Search, seed: int) -> list[dict[str, Any]]:
-    """Of every image, each searched by itself: its prompt, the loss of this and, on the same noise, of the caption where it has one."""
-    backbone, found = vocabulary.backbone, []
+def inverted(given: Material, vocabulary: Vocabulary, search: Search, seed: int, findings: Findings) -> list[dict[str, Any]]:
+    """Of every image, each searched by itself: its prompt, the loss of this and, on the same noise, of the caption where it has one.
+
+    Each is kept in `findings` when it is found.
+    """
+    backbone = vocabulary.backbone
     latents = torch.cat([backbone.encode_images(part).float() for part in given.images.split(sampling.batch(backbone.latent_shape))])
-    for i, z in enumerate(counted(latents, len(latents), "prompts")):
-        objective, caption, loss = Denoising(vocabulary, z), None, None
+    captions: Sequence[str | None] = given.captions or [None] * len(latents)
+    same = {
+        "teacher": [backbone.content(), str(backbone.predicts), backbone.schedule.sigmas.tolist(), str(backbone.dtype)],
+        **asdict(search),
+    }
+
+    def searched(i: int, z: Tensor) -> dict[str, Any]:
+        objective, caption, loss = Denoising(vocabulary, z), captions[i], None
         prompt, _, own, trace = invert(objective, vocabulary, search, seed + i)
-        if given.captions is not None:
-            caption = given.captions[i]
+        if caption is not None:
             with torch.no_grad():
                 loss = float(objective.told(backbone.encode_text([caption]), held_noise(objective, search, seed + i)))
-        found.append({"image": given.names[i], "prompt": prompt, "loss": own, "caption": caption, "caption_loss": loss, "trace": trace})
+        return {"prompt": prompt, "loss": own, "caption_loss": loss, "trace": trace}
+
+    found = []
+    for i, z in enumerate(counted(latents, len(latents), "prompts")):
+        question = {**same, "latent": digest([z.cpu().contiguous().numpy().tobytes()]), "caption": captions[i], "seed": seed + i}
+        of = {"image": given.names[i], "caption": captions[i]}
+        one = of | findings.answer(question, partial(searched, i, z))
+        found.append({key: one[key] for key in ("image", "prompt", "loss", "caption", "caption_loss", "trace")})
     return found
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ddil_lightning.commands import entries, generating
 from ddil_lightning.commands.arguments import SCALE, SEED, STEPS, Parser, advising, device, is_run, number, path, pipeline_of, place
 from ddil_lightning.commands.protocols import add_sources
 from ddil_lightning.errors import Refusal
 from ddil_lightning.files import check_writable
+
+if TYPE_CHECKING:
+    from ddil_lightning.evaluation.findings import Findings
 
 PARTS = ("nodes", "mixing", "switch")
 SAMPLERS = tuple(name for name in entries.SAMPLERS if name != "dpm")
@@ -65,22 +68,28 @@ def probe(argv: list[str]) -> int:
         raise Refusal(f"--out {out}: give a file's name that ends in .json; the page beside it ends in .html")
     check_writable(out)
     check_writable(out.with_suffix(".html"))
-    found = _found(args)
+    from ddil_lightning.evaluation.findings import Findings
     from ddil_lightning.evaluation.table import write_rows
     from ddil_lightning.runs.probed import text, write_probe
 
-    print(text(found), end="", flush=True)  # first: what cannot be written can still be read
-    write_rows(out, found)  # type: ignore[arg-type]
-    page = write_probe(out.with_suffix(".html"), found)
+    findings = Findings(out)
+    with findings.going_on():
+        found = _found(args, findings, out)
+        print(text(found), end="", flush=True)  # first: what cannot be written can still be read
+        write_rows(out, found)  # type: ignore[arg-type]
+        page = write_probe(out.with_suffix(".html"), found)
     print(f"written to {out} and {page}")
     return 0
 
 
-def _found(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that is measured, and by which protocol."""
+def _found(args: argparse.Namespace, findings: Findings, out: Path) -> dict[str, Any]:
+    """Everything that is measured, and by which protocol.
+
+    The nodes are in `out` before the sweeps begin, unless a probe of before is there, which stays until this one is whole.
+    """
     from ddil_lightning.commands.gathering import asked, material
-    from ddil_lightning.commands.probing import probed, swept
-    from ddil_lightning.imitation.gaps import nodes
+    from ddil_lightning.commands.probing import noded, swept
+    from ddil_lightning.evaluation.table import write_rows
 
     plan = asked(args) if args.protocol is not None else None  # before pipelines are loaded
     contest, said = _contest(args)
@@ -103,12 +112,16 @@ def _found(args: argparse.Namespace) -> dict[str, Any]:
     if without and "nodes" in args.only:
         said["left_out"] = f"distances and losses against forward latents: {without}"
         print(f"left out: {said['left_out']}", flush=True)
-    seen = probed(contest, given.prompts, None if without else latents, given.seed) if "nodes" in args.only else []
+    seen, rows = noded(contest, given.prompts, None if without else latents, given.seed, findings) if "nodes" in args.only else ([], [])
+    found: dict[str, Any] = {"protocol": said, "nodes": rows, "mixing": [], "switch": [], "trends": {}}
+    if suite is None:
+        return found
+    found["protocol"] = suite.protocol | said
+    if rows and not out.exists():
+        write_rows(out, found | {"protocol": found["protocol"] | {"unfinished": sweeps}})  # type: ignore[arg-type]
     # The teacher's walks serve the sweeps too, where these are of the same prompts.
-    again = seen if suite is not None and list(suite.prompts) == given.prompts and suite.seed == given.seed else []
-    found: dict[str, Any] = {"mixing": [], "switch": [], "trends": {}} if suite is None else swept(contest, suite, sweeps, again)
-    rows = nodes(seen, contest.grid) if seen else []
-    return {"protocol": said if suite is None else suite.protocol | said, "nodes": rows, **found}
+    again = seen if list(suite.prompts) == given.prompts and suite.seed == given.seed else []
+    return found | swept(contest, suite, sweeps, findings, again)
 
 
 def _contest(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,12 +15,15 @@ from ddil_lightning.backbones import sampling
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.samplers import context_of
 from ddil_lightning.counting import counted
+from ddil_lightning.data.raw import digest
 from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policies, Policy
-from ddil_lightning.evaluation.paired import each
+from ddil_lightning.evaluation.findings import Findings
+from ddil_lightning.evaluation.paired import every
+from ddil_lightning.evaluation.rows import provenance
 from ddil_lightning.evaluation.suite import Probes, Suite
-from ddil_lightning.imitation.gaps import Seen, see
+from ddil_lightning.imitation.gaps import Seen, nodes, see
 from ddil_lightning.imitation.mixing import Actor, Actors, Bernoulli, Mixing, Switch, mix_all
 from ddil_lightning.runs.trends import trends
 
@@ -40,6 +43,14 @@ class Contest:
     policies: Policies
     grid: Grid
     scales: tuple[float, float]
+
+    @cached_property
+    def question(self) -> dict[str, Any]:
+        """All that latents of the two depend on besides prompts, noise and who acts when."""
+        times, substeps = self.grid.times.tolist(), self.policies.teacher.substeps  # type: ignore[union-attr]
+        student, teacher = provenance(self.student, len(self.grid), self.scales[0]), provenance(self.teacher, substeps, self.scales[1])
+        said = {"times": times, "substeps": substeps, "scales": self.scales, "dtype": str(self.student.dtype)}
+        return said | {"student": student["digest"], "teacher": teacher["digest"]}
 
     def actors(self, prompts: Sequence[str]) -> Actors:
         """Both, and what they are told of the prompts."""
@@ -63,13 +74,20 @@ class Contest:
         return torch.cat([self.teacher.encode_images(part).cpu() for part in pictures(size)])
 
     def mixed(
-        self, prompts: Sequence[str], mixings: Sequence[Mixing], seed: int, seen: Sequence[Seen] = ()
+        self, prompts: Sequence[str], mixings: Sequence[Mixing], seed: int, findings: Findings, seen: Sequence[Seen] = ()
     ) -> Generator[Tensor, None, None]:
-        """Final latents [K, B, C, h, w] of K mixtures of the two, on the CPU, by parts. `seen`: by part, where the teacher has walked."""
-        parts, shape = list(self.parts(len(prompts))), self.student.latent_shape
+        """Final latents [K, B, C, h, w] of K mixtures of the two, on the CPU, by parts, each kept in `findings` as it comes.
+
+        `seen`: by part, where the teacher has walked.
+        """
+        parts = list(self.parts(len(prompts)))
         for i, part in enumerate(counted(parts, len(parts), "sweeps")):
-            walk = seen[i].teacher if seen else None
-            yield mix_all(self.actors(prompts[part]), mixings, self.grid, shape, seed + part.start, walk).cpu()
+            own, first = list(prompts[part]), seed + part.start
+            question = {**self.question, "mixings": [repr(mixing) for mixing in mixings], "prompts": own, "seed": first}
+            yield findings.tensor(question, partial(self._mix, own, mixings, first, seen[i].teacher if seen else None))
+
+    def _mix(self, prompts: Sequence[str], mixings: Sequence[Mixing], seed: int, walk: Mapping[int, Tensor] | None) -> Tensor:
+        return mix_all(self.actors(prompts), mixings, self.grid, self.student.latent_shape, seed, walk).cpu()
 
     def costs(self, prompt: str) -> Tensor:
         """[2, N] network evaluations of a sample in every interval, of the teacher and of the student: counted on one."""
@@ -101,6 +119,22 @@ def probed(contest: Contest, prompts: Sequence[str], data: Tensor | None, seed: 
     return seen
 
 
+def noded(
+    contest: Contest, prompts: Sequence[str], data: Tensor | None, seed: int, findings: Findings
+) -> tuple[list[Seen], list[dict[str, Any]]]:
+    """What `probed` sees, and the rows of the nodes. A call that goes on has the rows from `findings`, and has seen nothing."""
+    seen: list[Seen] = []
+
+    def make() -> list[dict[str, Any]]:
+        seen.extend(probed(contest, prompts, data, seed))
+        return nodes(seen, contest.grid)
+
+    content = None if data is None else digest([data.contiguous().numpy().tobytes()])
+    said = {"prompts": list(prompts), "seed": seed, "data": content, "asked": ASKED}
+    rows: list[dict[str, Any]] = findings.answer({**contest.question, "nodes": said}, make)
+    return seen, rows
+
+
 def _cpu(latents: dict[int, Tensor]) -> dict[int, Tensor]:
     return {t: x.cpu() for t, x in latents.items()}
 
@@ -119,7 +153,7 @@ class Window:
         return self.held[k, :n]
 
 
-def swept(contest: Contest, suite: Suite, parts: Sequence[str], seen: Sequence[Seen] = ()) -> dict[str, Any]:
+def swept(contest: Contest, suite: Suite, parts: Sequence[str], findings: Findings, seen: Sequence[Seen] = ()) -> dict[str, Any]:
     """The rows of the sweeps among `parts`: `mixing` over the teacher's probability, `switch` over the inner nodes, in both orders.
 
     `trends` are what is said of them, by sweep. `seen`: what `probed` has found of these prompts.
@@ -135,7 +169,7 @@ def swept(contest: Contest, suite: Suite, parts: Sequence[str], seen: Sequence[S
     if not asked:  # a student of one step has no node to switch at
         return rows | {"trends": trends([], [])}
     values: list[dict[str, Tensor]] = []
-    with closing(contest.mixed(suite.prompts, [mixing for *_, mixing in asked], suite.seed, seen)) as latents:
+    with closing(contest.mixed(suite.prompts, [mixing for *_, mixing in asked], suite.seed, findings, seen)) as latents:
         window = Window(latents)
 
         def sample(k: int, prompts: list[str], seed: int) -> Tensor:
@@ -143,7 +177,7 @@ def swept(contest: Contest, suite: Suite, parts: Sequence[str], seen: Sequence[S
             return sampling.decoded(contest.teacher, made.to(contest.teacher.device))
 
         samplers = [partial(sample, k) for k in range(len(asked))]
-        found = suite.score_all(samplers, look=lambda metrics: values.append(each(metrics)))
+        found = suite.score_all(samplers, look=lambda metrics: values.append(every(metrics)))
     costs = contest.costs(suite.prompts[0])
     for (sweep, said, mixing), metrics in zip(asked, found, strict=True):
         measured = {key: value for key, value in metrics.items() if value is not None}

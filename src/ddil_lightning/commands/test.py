@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from ddil_lightning.processes import Processes
 
 
+SHOWN = 6
+"""Rows of before that a line names."""
+
+
 def test(argv: list[str]) -> int:
     """Metrics of a run, a checkpoint or a pipeline folder, as a table and in metrics.json."""
     args = _parser().parse_args(argv)
@@ -68,15 +72,21 @@ def test(argv: list[str]) -> int:
 
 @contextmanager
 def _written(out: Path, processes: Processes) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yields what adds a row to the file `out`, whole after each. At the end, also that of an error, the table of all rows is printed."""
+    """Yields what adds a row to the file `out`, whole after each. At the end, also that of an error, the table of all rows is printed.
+
+    Rows that the file has and no new one stands for stay in it, under `earlier`, and are named.
+    """
+    from ddil_lightning.evaluation import earlier
     from ddil_lightning.evaluation.stamps import called
     from ddil_lightning.evaluation.table import table, write_rows
 
     rows: list[dict[str, Any]] = []
-    written = False
+    written, before = False, earlier.read(out) if processes.first else []
 
     def write() -> None:
-        write_rows(out, {"rows": rows, "n": rows[0]["n"], "seed": rows[0]["protocol"]["seeds"]["first"]})  # type: ignore[arg-type]
+        stay = earlier.staying(before, rows)
+        found = {"rows": rows, "n": rows[0]["n"], "seed": rows[0]["protocol"]["seeds"]["first"]}
+        write_rows(out, found | ({"earlier": stay} if stay else {}))  # type: ignore[arg-type]
 
     def add(row: dict[str, Any]) -> None:
         nonlocal written
@@ -92,6 +102,9 @@ def _written(out: Path, processes: Processes) -> Iterator[Callable[[dict[str, An
             print(table(rows), end="", flush=True)  # also of what could not be written
         if written and processes.first:
             print(f"measured by {called(rows[0]['protocol'])}; written to {out}", flush=True)
+            stay = earlier.staying(before, rows)
+            named = ", ".join(map(earlier.called, stay[:SHOWN])) + (f" and {len(stay) - SHOWN} more" if len(stay) > SHOWN else "")
+            print(f"rows of before stay in it, under `earlier`: {named}\n" if stay else "", end="", flush=True)
 
 
 def _parser() -> Parser:
@@ -166,7 +179,8 @@ def _solvers(args: argparse.Namespace, backbone: Any) -> list[bool]:
 def _checkpoint_rows(args: argparse.Namespace, how: Generation, where: Any) -> Iterator[dict[str, Any]]:
     """Each when it is measured. The method leaves the device for its teacher's images."""
     from ddil_lightning.commands.restore import restore
-    from ddil_lightning.evaluation.rows import student_rows
+    from ddil_lightning.evaluation.rows import of_checkpoint, student_rows
+    from ddil_lightning.runs.checkpoint import find_checkpoint
     from ddil_lightning.runs.export import about_student
 
     method = restore(args.ckpt_path)
@@ -187,7 +201,8 @@ def _checkpoint_rows(args: argparse.Namespace, how: Generation, where: Any) -> I
         suite = teacher.taught(suite, how)
         rack.clear()
         deployment = method.to(where).deployment
-    yield from student_rows(suite, method.backbone, {n: deployment.sampler(n) for n in counts}, g, args.dpm, how)
+    of = of_checkpoint(find_checkpoint(str(args.ckpt_path), None, ""), method)
+    yield from student_rows(suite, method.backbone, {n: deployment.sampler(n) for n in counts}, g, args.dpm, how, of)
 
 
 def _teacher(args: argparse.Namespace, card: Mapping[str, Any], rack: Rack) -> Teacher | None:

@@ -32,6 +32,27 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+def influences(mean: Tensor, cov: Tensor, features: Tensor) -> Tensor:
+    """Values [N] of features [N, D] whose mean is their Fréchet distance to the Gaussian of `mean` [D] and `cov` [D, D], float64.
+
+    They are its first-order change with the weight of each sample (the infinitesimal jackknife), of d |m|^2 and tr (I - T) dC with
+    T = S (S C S)^(-1/2) S and S = sqrt(cov), on what the samples span. So the mean of resampled values moves as the distance itself does,
+    for a thousandth of the price and without the bias of resamples, which hold fewer different samples. Raises ValueError as `moments`.
+    """
+    mean, cov, x = mean.double(), cov.double(), features.double()
+    mine, covariance = moments(x)
+    values, vectors = torch.linalg.eigh(cov)
+    half = vectors * values.clamp(min=0).sqrt()
+    roots, turned = torch.linalg.eigh(half.T @ covariance @ half)
+    floor = roots.max() * 1e-10
+    inverse = torch.where(roots > floor, roots.clamp(min=floor).rsqrt(), 0)
+    apart = x - mine
+    moved = 2 * apart @ (mine - mean) + apart.square().sum(1) - ((apart @ half @ turned).square() * inverse).sum(1)
+    distance = (mine - mean).square().sum() + cov.trace() + covariance.trace() - 2 * roots.clamp(min=0).sqrt().sum()
+    return distance.clamp(min=0) + moved - moved.mean()
+
+
+@torch.no_grad()
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """Fréchet distance of features [N, D] and [M, D] (Heusel et al. 2017). Raises ValueError as `moments` does."""
     return float(gaussian_distance(*moments(real), *moments(fake)))

@@ -89,7 +89,7 @@ class Batch:
 
     @property
     def embeddings(self) -> Tensor:
-        """The embeddings [B, E] of the images by a second network, of unit length; the images are resized as the reference is."""
+        """The embeddings [B, E] of the images by a second network, of unit length; the images are as the reference's (`Given.whole`)."""
         return self._read("embeddings")
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +72,12 @@ class Gallery:
             said = f"{small} of {len(self)} images are smaller than {size} pixels and were enlarged"
             logging.getLogger(__name__).warning(said)
 
+    def whole(self, batch: int = 64) -> Iterator[Tensor]:
+        """The central square of each picture as large as it is, [B, 3, s, s] in [-1, 1]: neighbours of one size are a batch."""
+        for some in self._looked(lambda picture: centre(picture, min(picture.size)), batch):
+            for _, alike in groupby(some, lambda square: square.shape):
+                yield torch.stack(list(alike))
+
     def crops(self, crops: Crops, batch: int = 64) -> Iterator[Tensor]:
         """What `crops` are cut out of: squares of `crops.at` pixels, or the centre of each picture as large as it is."""
         if crops.at is not None:
@@ -87,6 +94,10 @@ class Gallery:
         return hashlib.sha256("".join(each).encode()).hexdigest(), len(each) - len(set(each))
 
     def _seen(self, look: Callable[[Picture], Tensor], batch: int) -> Iterator[Tensor]:
+        """The pictures through `look`, which brings all to one size, `batch` at a time."""
+        return map(torch.stack, self._looked(look, batch))
+
+    def _looked(self, look: Callable[[Picture], Tensor], batch: int) -> Iterator[list[Tensor]]:
         """The pictures through `look`, `batch` at a time, without those that cannot be read where these are left out."""
         self.unreadable = {}
         for i in range(0, len(self), batch):
@@ -99,7 +110,7 @@ class Gallery:
                         raise ValueError(f"{error}; repair or remove it, or leave such pictures out by skip_unreadable") from error
                     self.unreadable[row] = str(error)
             if seen:
-                yield torch.stack(seen)
+                yield seen
         if len(self.unreadable) == len(self):
             raise ValueError(f"none of {len(self)} pictures can be read, first {next(iter(self.unreadable.values()), 'none')}")
         if self.unreadable:

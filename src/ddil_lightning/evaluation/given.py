@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from ddil_lightning.diffusion.gaussians import moments
 from ddil_lightning.evaluation.metrics.pairs import middle, resize
-from ddil_lightning.evaluation.networks import Features, Networks, said
+from ddil_lightning.evaluation.networks import Features, Named, Networks, said
 from ddil_lightning.evaluation.views import Crops, tones
 
 SPACES = ("features", "embeddings", "patches", "tones")
@@ -121,7 +121,7 @@ class View:
     """How images are looked at; `distance` and the judge see them as they are.
 
     `size`: the edge in pixels to which real images were resized, and to which generated ones are before they are compared with them; None
-    for as they are. `crops`: the parts for `patches`, None for none.
+    for as they are. Embeddings are of all images as they are (`Given.whole`). `crops`: the parts for `patches`, None for none.
     """
 
     size: int | None = None
@@ -165,9 +165,19 @@ class Given:
         return {name for name in NEEDS if parts[name] is not None}
 
     @property
+    def whole(self) -> bool:
+        """Whether embeddings are of the central squares of images as large as these are, which their network brings to its own size.
+
+        Published numbers are: another size in between would take details away. A function without a name is given `view.size`, for
+        nobody knows what it takes.
+        """
+        return isinstance(self.networks.embed, Named)
+
+    @property
     def shares(self) -> bool:
-        """Whether one network makes both features and embeddings, so that it need be called once only."""
-        return self.networks.embed is not None and self.networks.embed == self.networks.features
+        """Whether one network makes both features and embeddings of the same pixels, so that it need be called once only."""
+        same = self.networks.embed is not None and self.networks.embed == self.networks.features
+        return same and not (self.whole and self.view.size)
 
     def rows(self, space: str, images: Tensor, features: Tensor | None = None) -> Tensor:
         """The rows [B, D] on the CPU of images [B, 3, H, W], as `as_saved` answers them, in one of the SPACES that this suite has.
@@ -181,10 +191,11 @@ class Given:
             return chunked(nets.features, crops(middle(images, crops.side) if crops.at is None else resize(images, crops.at)))
         if space == "embeddings" and self.shares and features is not None:
             return normalize(features, dim=1)
+        if space == "embeddings":
+            seen = middle(images, min(images.shape[-2:])) if self.whole else resize(images, self.view.size)
+            return normalize(chunked(nets.embed, seen), dim=1)
         seen = resize(images, self.view.size)
-        if space == "tones":
-            return tones(seen)
-        return chunked(nets.features, seen) if space == "features" else normalize(chunked(nets.embed, seen), dim=1)
+        return tones(seen) if space == "tones" else chunked(nets.features, seen)
 
     def rows_of(self, batches: Iterable[Tensor], spaces: Sequence[str] = SPACES) -> dict[str, Tensor]:
         """The rows [N, D] of all images of `batches` in those of `spaces` that this suite has, for a `Reference`; none of no batch."""

@@ -26,6 +26,14 @@ def each(metrics: Sequence[Metric]) -> dict[str, Tensor]:
     return found
 
 
+def every(metrics: Sequence[Metric]) -> dict[str, Tensor]:
+    """What `each` has, and values of numbers that are no means over images but move with them (`Metric.linear`): of a distance, too."""
+    found = each(metrics)
+    for metric in (m for m in metrics if m.over == "prompts"):
+        found |= group_means(metric.groups, **metric.linear())
+    return found
+
+
 def difference(mine: Tensor, theirs: Tensor) -> dict[str, Any] | None:
     """The mean of `mine` less `theirs`, [N] each of the same images, and its 95 % interval by resampling the pairs; None without a pair.
 

@@ -39,7 +39,9 @@ def made_with(given: Given, space: str) -> dict[str, Any]:
     networks, view = given.networks, given.view
     net = {"features": networks.features, "patches": networks.features, "embeddings": networks.embed}.get(space)
     about = {"network": said(net), "resizing": getattr(net, "resizing", None)}
-    return {**about, "crops": view.crops and view.crops.about} if space == "patches" else {**about, "size": view.size}
+    if space == "patches":
+        return {**about, "crops": view.crops and view.crops.about}
+    return {**about, "size": None if space == "embeddings" and given.whole else view.size}
 
 
 def gathered(given: Given, gallery: Gallery, about: str) -> Reference:
@@ -58,9 +60,12 @@ def gathered(given: Given, gallery: Gallery, about: str) -> Reference:
     kept = {space: found for space, found in found_of.items() if gallery.skip or not found[1]}
     rows = {space: found[0] for space, found in kept.items()}
     unreadable = next((found[1] for found in kept.values()), 0)
+    apart = {"patches": lambda: gallery.crops(given.view.crops)}  # type: ignore[arg-type]
+    apart |= {"embeddings": gallery.whole} if given.whole else {}
+    missing = [space for space in spaces if space not in rows]
     for part, batches in (
-        ([s for s in spaces if s != "patches" and s not in rows], lambda: gallery.squares(given.view.size or _own(gallery))),
-        ([s for s in spaces if s == "patches" and s not in rows], lambda: gallery.crops(given.view.crops)),  # type: ignore[arg-type]
+        ([space for space in missing if space not in apart], lambda: gallery.squares(given.view.size or _own(gallery))),
+        *(([space], apart[space]) for space in missing if space in apart),
     ):
         if part:
             fresh = given.rows_of(batches(), part)

@@ -33,9 +33,19 @@ ALONE = Generation()
 
 
 def policy_row(
-    suite: Suite, backbone: Backbone, name: str, policy: Policy, grid: Grid, g: float, how: Generation = ALONE
+    suite: Suite,
+    backbone: Backbone,
+    name: str,
+    policy: Policy,
+    grid: Grid,
+    g: float,
+    how: Generation = ALONE,
+    of: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The row of a sampler of this library at guidance `g`; its network evaluations (NFE) are counted, not assumed."""
+    """The row of a sampler of this library at guidance `g`; its network evaluations (NFE) are counted, not assumed.
+
+    `of`: what the row says of its network, with a digest of its `weights`; one of all that decides on its images is added.
+    """
     denoiser = denoiser_of(policy)
 
     def sample(prompts: list[str], seed: int) -> Tensor:
@@ -47,6 +57,8 @@ def policy_row(
     source = Source(name, sample, lambda: denoiser.evaluations, about, sampling.batch(backbone.latent_shape))
     metrics, cost = how.measured(suite, source)
     said = how.said(suite, source, denoiser.network, backbone.size)
+    if of is not None:
+        said |= {**of, "digest": short([json.dumps([of["weights"], walk(policy, grid, g), said.get("size")])])}
     return make_row(name, len(grid), g, cost.nfe, cost.seconds_per_image, metrics, suite.protocol, said)
 
 
@@ -57,11 +69,15 @@ def denoiser_of(policy: Policy) -> Denoiser:
 
 def sampler(backbone: Backbone, policy: Policy, grid: Grid, g: float) -> dict[str, Any]:
     """All that decides on a policy's images besides prompts and noise."""
+    return {"network": weights(denoiser_of(policy).network), "encoders": backbone.encoders(), **walk(policy, grid, g)}
+
+
+def walk(policy: Policy, grid: Grid, g: float) -> dict[str, Any]:
+    """How a policy steps."""
     denoiser = denoiser_of(policy)
     step = {"transition": f"{type(policy.transition).__name__} {vars(policy.transition)}", "solver": type(policy).__name__}
     between = {"substeps": policy.substeps, "fine": policy.fine and policy.fine.times.tolist()}
-    made = step | between | {"nodes": grid.times.tolist(), "guidance": g, "predicts": str(denoiser.predicts)}
-    return {"network": weights(denoiser.network), "encoders": backbone.encoders(), **made}
+    return step | between | {"nodes": grid.times.tolist(), "guidance": g, "predicts": str(denoiser.predicts)}
 
 
 def teacher_row(suite: Suite, method: Distillation, n: int, fresh: bool = False, folder: Path | None = None) -> dict[str, Any]:
@@ -100,13 +116,22 @@ def method_rows(
 
 
 def student_rows(
-    suite: Suite, backbone: Backbone, samplers: Mapping[int, tuple[Policy, Grid]], g: float, dpm: bool = False, how: Generation = ALONE
+    suite: Suite,
+    backbone: Backbone,
+    samplers: Mapping[int, tuple[Policy, Grid]],
+    g: float,
+    dpm: bool = False,
+    how: Generation = ALONE,
+    of: Mapping[str, Any] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """student@N rows of samplers by step count, each when it is measured; with `dpm`, another of each that steps by DDIM."""
+    """student@N rows of samplers by step count, each when it is measured; with `dpm`, another of each that steps by DDIM.
+
+    `of`: as for `policy_row`.
+    """
     for n, (policy, grid) in samplers.items():
-        yield policy_row(suite, backbone, f"student@{n}", policy, grid, g, how)
+        yield policy_row(suite, backbone, f"student@{n}", policy, grid, g, how, of)
         if dpm and policy.transition == ddim:
-            yield policy_row(suite, backbone, f"student@{n} dpm++", Multistep(policy.denoiser), grid, g, how)
+            yield policy_row(suite, backbone, f"student@{n} dpm++", Multistep(policy.denoiser), grid, g, how, of)
 
 
 def folder_sampler(folder: Path, device: torch.device) -> tuple[Policy, Grid]:
@@ -153,7 +178,14 @@ def provenance(backbone: Pipeline, steps: int, guidance_scale: float) -> dict[st
     }
     digest = short([json.dumps([decides, settings(scheduler), steps, guidance_scale])])
     loras = [f"{lora.path} * {lora.scale:g}" for lora in backbone.source.lora]
-    return {"pipeline": backbone.path, "lora": loras, **decides, "digest": digest}
+    clock = {"student_updates": backbone.about["student_updates"]} if "student_updates" in backbone.about else {}
+    return {"pipeline": backbone.path, "lora": loras, **clock, **decides, "digest": digest}
+
+
+def of_checkpoint(path: Path, method: Distillation) -> dict[str, Any]:
+    """What a row says of the checkpoint that its student is from: the file, its student updates, and a digest of the deployed weights."""
+    updates, network = method.student_updates, method.deployment.network
+    return {"checkpoint": str(path), "student_updates": updates, "weights": short([weights(network)])}
 
 
 def pipeline_row(

@@ -161,6 +161,8 @@ class Suite:
             "seeds": {"first": self.seed, **several, "probes": len(probes.prompts), "per_probe": probes.seeds},
             "digests": digests | taught,
         }
+        if given.whole and view.size is not None:
+            told["embedded"] = "centre crop, as large as they are"
         told["metrics"] = None if self.asked is None else list(self.asked)
         return stamped(told | ({"changed": dict(self.changed)} if self.changed else {}))
 

@@ -40,6 +40,7 @@ class BOOT(Distillation):
     """
 
     wants = Wants(noise=True, real=False)
+    loss_is_distance = True
 
     def __init__(self, *, steps: int = 16, boundary: float = 0.1, distance: Distance = Distance("mse"), **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -66,10 +67,10 @@ class BOOT(Distillation):
         schedule, z, last = self.teacher.schedule, b.noise, self.teacher.schedule.steps - 1
         assert z is not None  # `wants` asks for it
         first, wide = sent(chosen, z.device), (-1, *(1,) * (z.ndim - 1))
-        own = schedule.add_noise(signal(self.student, z, b.t, b.c), z, b.t)     # alpha_t y_t + sigma_t z
+        own = schedule.add_noise(signal(self.student, z, b.t, b.c), z, b.t)  # alpha_t y_t + sigma_t z
         x = torch.where((b.source == FORWARD).view(wide), own, b.x_t)
         x, t = torch.where(first.view(wide), z, x), torch.where(first, last, b.t)
-        s = torch.where(first, END, b.s)                                        # where the signal is the x0 of the call itself
+        s = torch.where(first, END, b.s)  # where the signal is the x0 of the call itself
         # Of a state of the buffer the boundary asks something else, which is not kept as its answer.
         slot = [-1 if other else state for other, state in zip(chosen.tolist(), self.feed.origin(b).slot, strict=True)]
         y = self.feed.answered(b._replace(x_t=x, t=t, s=s), self.answer, slot)
@@ -80,7 +81,7 @@ class BOOT(Distillation):
         schedule, z = self.teacher.schedule, b.noise
         assert z is not None
         alpha, sigma = schedule.at(b.s, z)
-        x_s = ddim(schedule, b.x_t, self.teacher(b.x_t, b.t, b.c), b.t, b.s)    # CFG, then reflection
+        x_s = ddim(schedule, b.x_t, self.teacher(b.x_t, b.t, b.c), b.t, b.s)  # CFG, then reflection
         return (x_s - sigma * z) / alpha
 
     def at_first(self, b: LatentBatch) -> Tensor:

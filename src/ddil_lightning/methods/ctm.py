@@ -83,7 +83,7 @@ class CTM(Contest, Distillation):
         walks = [Grid.named("trailing", n, total) for n in rollouts]
         self.grid = Grid(Grid.named("trailing", solver_steps, total).times.tolist(), walks, rule=f"trailing-{solver_steps}")
         student = self.role("student", w_conditioned=w_conditioned, s_conditioned=True)
-        self.head, self.takes_turns = None, gan.is_on
+        self.head, self.takes_turns, self.loss_is_distance = None, gan.is_on, not (gan.is_on or denoising)
         critic.check_pull(student, None)
         self.critic_lr = self.lr if critic.lr is None else critic.lr
         more = self.discriminator(gan)
@@ -117,15 +117,15 @@ class CTM(Contest, Distillation):
         """
         s, end = self.grid.at(j), torch.full_like(b.t, END)
         with torch.no_grad():
-            x_u, u = self.feed.answered(b, self.answer), b.s                    # the first step, which none of s is above
+            x_u, u = self.feed.answered(b, self.answer), b.s  # the first step, which none of s is above
             for k in range(2, self.teacher_steps + 1):
-                v = self.grid.at(torch.minimum(b.node + k, j))                         # the next node, and not beyond s
-                p = self.teacher(x_u, u.clamp(min=0), b.c)                      # CFG, then reflection
+                v = self.grid.at(torch.minimum(b.node + k, j))  # the next node, and not beyond s
+                p = self.teacher(x_u, u.clamp(min=0), b.c)  # CFG, then reflection
                 x_u, u = jump(self.teacher.schedule, x_u, p, u, v), v
             x_s = self.G(self.target, x_u, u, s, b.c, reflect=True)
             target = self.G(self.target, x_s, s, end, b.c, reflect=True)
         x_s = self.G(self.student, b.x_t, b.t, s, b.c)
-        return self.G(self.target, x_s, s, end, b.c), target                    # the gradient passes through the target, to x_s
+        return self.G(self.target, x_s, s, end, b.c), target  # the gradient passes through the target, to x_s
 
     def answer(self, b: LatentBatch) -> Tensor:
         """x_u [B, C, H, W] at the next node: the guided teacher's first step from x_t, which the buffer keeps beside it."""
@@ -133,7 +133,7 @@ class CTM(Contest, Distillation):
 
     def G(self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, c: Context, reflect: bool = False) -> Tensor:
         """The jump t -> s [B, C, H, W] of a network that is told s, with x0 reflected on the target's side; the identity at s = t."""
-        now = t.clamp(min=0)                                                    # no network is told END for its own time
+        now = t.clamp(min=0)  # no network is told END for its own time
         p = denoiser(x, now, c._replace(s=s))
         if reflect:
             self.measures.record(**{"reflect/saturated": self.reflection.saturation(p.x0)})

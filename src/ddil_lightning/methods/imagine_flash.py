@@ -67,6 +67,7 @@ class ImagineFlash(Distillation):
     """
 
     wants = Wants(pure_noise=True, real=False)
+    loss_is_distance = True
 
     def __init__(
         self,

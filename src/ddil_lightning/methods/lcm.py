@@ -42,6 +42,7 @@ class LCM(Distillation):
 
     target: Role
     wants = Wants(real=False)
+    loss_is_distance = True
 
     def __init__(
         self,
@@ -85,8 +86,8 @@ class LCM(Distillation):
 
     def answer(self, b: LatentBatch) -> Tensor:
         """x_s [B, C, H, W]: the guided teacher's one step from x_t, which the buffer keeps beside it."""
-        p = self.teacher(b.x_t, b.t, b.c)                                       # CFG, then reflection
-        return ddim(self.teacher.schedule, b.x_t, p, b.t, b.s)                  # t -> s along the guided flow
+        p = self.teacher(b.x_t, b.t, b.c)  # CFG, then reflection
+        return ddim(self.teacher.schedule, b.x_t, p, b.t, b.s)  # t -> s along the guided flow
 
     def f_target(self, x_s: Tensor, b: LatentBatch) -> Tensor:
         """The target's value [B, C, H, W] at (x_s, s)."""

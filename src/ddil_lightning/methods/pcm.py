@@ -82,7 +82,7 @@ class PCM(Contest, Distillation):
         self.distance, self.target_decay, self.phases = distance, target_decay, phases
         self.grid = Grid(Grid.named("trailing", solver_steps, total).times.tolist(), [Grid.named("trailing", phases, total)])
         student = self.role("student", w_conditioned=w_conditioned)
-        self.head, self.takes_turns = None, gan.is_on
+        self.head, self.takes_turns, self.loss_is_distance = None, gan.is_on, not gan.is_on
         critic.check_pull(student, None)
         self.critic_lr = self.lr if critic.lr is None else critic.lr
         more = self.discriminator(gan)
@@ -117,8 +117,8 @@ class PCM(Contest, Distillation):
 
     def answer(self, b: LatentBatch) -> Tensor:
         """x_u [B, C, H, W]: the guided teacher's one step from x_t, which the buffer keeps beside it."""
-        p = self.teacher(b.x_t, b.t, b.c)                                       # CFG, then reflection
-        return ddim(self.teacher.schedule, b.x_t, p, b.t, b.s)                  # t -> u along the guided flow
+        p = self.teacher(b.x_t, b.t, b.c)  # CFG, then reflection
+        return ddim(self.teacher.schedule, b.x_t, p, b.t, b.s)  # t -> u along the guided flow
 
     def f_target(self, x_u: Tensor, b: LatentBatch) -> Tensor:
         """Where the target's jump from (x_u, u) to the edge ends [B, C, H, W]."""

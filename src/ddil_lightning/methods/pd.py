@@ -50,6 +50,7 @@ class PD(Distillation):
     former: Role | None
     """The former student; None while the plan never needs one."""
     wants = Wants(real=False)
+    loss_is_distance = True
 
     def __init__(
         self,
@@ -90,7 +91,7 @@ class PD(Distillation):
 
     def target(self, b: LatentBatch) -> Tensor:
         """v* [B, C, H, W] (DDIL Eq. 3): what the student must say at x_t to land, in one step, where the teacher lands in two."""
-        if self.now.preliminary:                                                # a network for all times: no steps to match
+        if self.now.preliminary:  # a network for all times: no steps to match
             return self.expert(b.x_t, b.t, b.c if self.now.kind == "guidance" else b.c.guided(None)).v
         v, saturated = self.feed.answered(b, self.answer)
         self.measures.record(**{"reflect/saturated": saturated})
@@ -99,7 +100,7 @@ class PD(Distillation):
     def answer(self, b: LatentBatch) -> tuple[Tensor, Tensor]:
         """(v* [B, C, H, W], the saturation of the teacher's x0 [B]) by its two steps, which the buffer keeps beside x_t for the stage."""
         T, schedule, x_t, t, s = self.expert, self.student.schedule, b.x_t, b.t, b.s
-        m = self.fine.at(2 * b.node + 1)                                        # the teacher's node between t and s
+        m = self.fine.at(2 * b.node + 1)  # the teacher's node between t and s
         p = T(x_t, t, b.c)
         x_m = ddim(schedule, x_t, p, t, m)
         x_s = ddim(schedule, x_m, T(x_m, m, b.c), m, s)

@@ -46,6 +46,8 @@ class Reflow(Distillation):
         pairs: noise and the teacher's answer to it.
     """
 
+    loss_is_distance = True
+
     def __init__(
         self,
         *,
@@ -95,7 +97,7 @@ class Reflow(Distillation):
         assert b.noise is not None and b.end is not None and b.whole is not None  # `wants` asks for them
         ours = (b.source == FORWARD) | (b.whole == TEACHER)
         wide = (-1, *(1,) * (b.end.ndim - 1))
-        on = ours & (b.node > 0)                                                # at the first node every latent is its z
+        on = ours & (b.node > 0)  # at the first node every latent is its z
         x = torch.where(on.view(wide), self.student.schedule.add_noise(b.end, b.noise, b.t), b.x_t)
         origin = self.feed.origin(b)
         if not self.relabel or not origin.rolled:

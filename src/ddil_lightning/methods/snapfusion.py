@@ -54,6 +54,7 @@ class SnapFusion(Distillation):
         within(0, 1, guided=guided)
         within(0, 1000, denoising=denoising)
         self.guided, self.denoising, self.weight, self.distance = guided, denoising, weight, distance
+        self.loss_is_distance = not denoising
         self.grid, self.fine = (Grid.named("trailing", n, total) for n in (steps, 2 * steps))
         if self.fine.nodes[::2].tolist() != self.grid.nodes.tolist():
             raise ValueError(f"the trailing nodes of {steps} steps are not those of {2 * steps}: take a power of two")
@@ -62,7 +63,7 @@ class SnapFusion(Distillation):
 
     def training_step(self, b: LatentBatch, i: int) -> None:
         """One update, of a guided batch or of one that is not."""
-        guided = self.streams.shared("guided").random() < self.guided           # the same in every process
+        guided = self.streams.shared("guided").random() < self.guided  # the same in every process
         c = b.c if guided else b.c.guided(None)
         with torch.no_grad():
             target = self.feed.answered(b._replace(c=c), self.answer)

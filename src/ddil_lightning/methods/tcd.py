@@ -44,6 +44,7 @@ class TCD(Distillation):
 
     target: Role
     wants = Wants(real=False)
+    loss_is_distance = True
 
     def __init__(
         self,
@@ -86,8 +87,8 @@ class TCD(Distillation):
 
     def answer(self, b: LatentBatch) -> Tensor:
         """x_u [B, C, H, W]: the guided teacher's one step from x_t, which the buffer keeps beside it."""
-        p = self.teacher(b.x_t, b.t, b.c)                                       # CFG, then reflection
-        return ddim(self.teacher.schedule, b.x_t, p, b.t, b.s)                  # t -> u along the guided flow
+        p = self.teacher(b.x_t, b.t, b.c)  # CFG, then reflection
+        return ddim(self.teacher.schedule, b.x_t, p, b.t, b.s)  # t -> u along the guided flow
 
     def f(self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, b: LatentBatch, reflect: bool = False) -> Tensor:
         """The trajectory consistency function's value [B, C, H, W] at times t >= s, with x0 reflected on the target's side."""

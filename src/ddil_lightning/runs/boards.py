@@ -34,12 +34,13 @@ class Wandb(WandbLogger):
     W&B's steps follow the clock too, so that files which were written offline join on to each other when they are synced. Updates that a
     resumed run makes again are rows of their own. Once a run has begun, no fault of W&B's ends it (`reaching`).
 
-    `clock`: student updates, asked for what is logged without them. `settings`: of `wandb.init`.
+    `clock`: student updates, asked for what is logged without them. `known`: the file that keeps the run's id. `settings`: of
+    `wandb.init`.
     """
 
-    def __init__(self, clock: Callable[[], int], **settings: Any) -> None:
+    def __init__(self, clock: Callable[[], int], known: Path | None = None, **settings: Any) -> None:
         super().__init__(**settings)
-        self._clock = clock
+        self._clock, self._known = clock, known
 
     @property
     @rank_zero_experiment
@@ -49,6 +50,8 @@ class Wandb(WandbLogger):
             import wandb
 
             self._experiment = run = wandb.init(**self._wandb_init)
+            if self._known is not None and run.id != self._id:  # an agent of a sweep has the last word on it
+                write_text(self._known, run.id)
             run.define_metric(CLOCK, hidden=True)
             run.define_metric("*", step_metric=CLOCK)
         return self._experiment
@@ -115,7 +118,7 @@ def wandb_board(folder: Path, name: str, clock: Callable[[], int], config: Mappi
     # The whole path: W&B's service, which writes, may have been started in another directory.
     own = {"name": f"{name}/{folder.name}", "id": known.read_text(encoding="utf-8").strip(), "save_dir": str(folder.resolve())}
     offline = {"offline": True, "mode": "offline"} if config["wandb"] == "offline" else {}
-    return Wandb(clock, project=PROJECT, resume="allow", config=dict(config), **own, **offline)
+    return Wandb(clock, known, project=PROJECT, resume="allow", config=dict(config), **own, **offline)
 
 
 def check_tensorboard(option: str = "--tensorboard") -> None:
@@ -216,6 +219,9 @@ def _measured(row: Row) -> dict[str, float]:
 
 
 def sync_line(folder: Path) -> str:
-    """How the runs that were written offline below a run folder get to W&B later, as a shell reads it; empty where there are none."""
+    """How the runs that were written offline below a run folder get to W&B later, as a shell reads it; empty where there are none.
+
+    The parts of a run that went on are one line: W&B sends those of one id one after the other, each behind the one before.
+    """
     runs = sorted((folder / "wandb").glob("offline-run-*"))
     return f"wandb sync {' '.join(shlex.quote(str(run)) for run in runs)}" if runs else ""

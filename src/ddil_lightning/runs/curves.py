@@ -17,12 +17,13 @@ FAMILY_LINES = 5  # lines in one chart
 
 UNITS = (
     (r"^buffer/(size|ess|rejected)$", "states"),
-    (r"age", "updates"),
-    (r"^prior/|fraction|share|saturated|coverage", "share"),
-    (r"seconds|time", "s"),
-    (r"memory|_mib$", "MiB"),
-    (r"ratio", "times"),
+    (r"\bage\b", "updates"),
+    (r"^prior/|\b(fraction|share|saturated|coverage)\b", "share"),
+    (r"\b(seconds|time)\b", "s"),
+    (r"\b(memory|mib)\b", "MiB"),
+    (r"\bratio\b", "times"),
 )
+"""By the words of a column's name, which "/", "_" and "@" part: whole words, for an average has no age, an iteration no ratio."""
 
 
 def read_summary(path: Path) -> tuple[dict[str, Any], str]:
@@ -77,7 +78,8 @@ def families(series: Mapping[str, Series]) -> list[list[Series]]:
 
 def unit(name: str) -> str:
     """The unit of a logged column by its name (UNITS), empty for one without a unit or without an entry."""
-    return next((found for pattern, found in UNITS if re.search(pattern, name)), "")
+    words = name.replace("_", " ")  # which is a letter to a pattern
+    return next((found for pattern, found in UNITS if re.search(pattern, words)), "")
 
 
 def _float(text: Any) -> float | None:

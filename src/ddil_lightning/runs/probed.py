@@ -25,8 +25,9 @@ PAPER = {
 NOTE = (
     "paper: appendix E of arXiv 2410.11971, Stable Diffusion 1.5 with a 4-step DDIL student on 5 000 captions of COCO 2017, FID and CLIP "
     "score by its networks; compare trends with it, not values. Which of its switch tables is which was inferred from CLIP. A trend is "
-    "judged by the two ends of its sweep, image by image, with the 95 % interval of resampled pairs: it cannot be told where that holds "
-    "0. The Fréchet distance has no value of an image, and so no interval: another --seed tells how far its trends can be trusted."
+    "judged by the two ends of its sweep, of mixtures by p = 0.2 and 0.8 as the paper has them, image by image, with the 95 % interval of "
+    "resampled pairs: it cannot be told where that holds 0. An image's value of the Fréchet distance is how it moves the distance, to "
+    "first order."
 )
 MEASURES = {"frechet": "Fréchet", "mmd": "MMD", "auc": "probe AUC", "energy_distance": "energy distance", "energy": "energy"}
 MEANING = {

@@ -17,7 +17,7 @@ from torch import Tensor
 from ddil_lightning.feed import Wants
 from ddil_lightning.records import SOURCES, LatentBatch
 
-DECLARED = ("wants", "sources", "takes_turns")
+DECLARED = ("wants", "sources", "takes_turns", "loss_is_distance")
 """What the class of a method declares, and the base reads."""
 PATIENCE = 10_000
 """Batches, at least those of 100 updates, in which a method must have updated its student once."""
@@ -99,7 +99,7 @@ def _declares(name: str, value: Any) -> bool:
     """Whether a value is what the declaration `name` takes: what else has a name like it is a method's own business."""
     if name == "sources":
         return value in SOURCES or (isinstance(value, tuple | list) and bool(value) and all(one in SOURCES for one in value))
-    return isinstance(value, {"wants": Wants, "takes_turns": bool}.get(name, ()))
+    return isinstance(value, {"wants": Wants, "takes_turns": bool, "loss_is_distance": bool}.get(name, ()))
 
 
 def check_source(method: Any, name: str, share: float) -> None:

@@ -75,6 +75,10 @@ class Distillation(Clocks, LightningModule):
     """Whether a backward pass may leave trained parameters without a gradient: DDP is told to look for them. So of every method with two
     optimisers, whether both of them move in every batch or not."""
 
+    loss_is_distance: bool = False
+    """Whether the student's loss on a latent is its distance to a target, measured alike wherever the latent comes from: a signed loss, a
+    discriminator's, or one with a term of data alone is none, and losses by source are then not set beside each other (`Alerts`)."""
+
     def __init__(
         self,
         pipeline: str | Backbone | Source = "builtin",

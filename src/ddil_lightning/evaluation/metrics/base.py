@@ -91,6 +91,14 @@ class Metric(torchmetrics.Metric):
         """
         return {}
 
+    def linear(self) -> dict[str, Tensor]:
+        """{key: values [N]} of numbers that are no means over images: their mean is the number, and they move with the images as it does.
+
+        By them two rows of paired images are compared to first order; no interval of one number alone is made of them, for its bias is not
+        in them.
+        """
+        return {}
+
     def collect(self, processes: Processes) -> None:
         """Put the states of all `processes` together, in their order, in the first of them, which then computes alone.
 

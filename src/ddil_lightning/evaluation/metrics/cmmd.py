@@ -2,7 +2,7 @@
 
 Embeddings have unit length, sigma is 10, and the number is times 1000, as in the authors' code. As there a point is paired with itself too,
 which adds about 1000 (1 - mean kernel) (1/N + 1/M): compare at equal counts where that is no small part. Published numbers are of CLIP
-ViT-L/14 at 336 pixels (the network `clip_l14_336`).
+ViT-L/14 at 336 pixels (the network `clip_l14_336`), to which the central square of every image is brought from the size that it has.
 """
 
 from __future__ import annotations

@@ -5,7 +5,9 @@ FID is biased high for few images: compare numbers only at equal N, features and
 
 from __future__ import annotations
 
-from ddil_lightning.diffusion.gaussians import gaussian_distance, moments
+from torch import Tensor
+
+from ddil_lightning.diffusion.gaussians import gaussian_distance, influences, moments
 from ddil_lightning.evaluation.columns import Column
 from ddil_lightning.evaluation.metrics.base import Compared
 
@@ -33,3 +35,8 @@ class Frechet(Compared):
         """The Fréchet distance between the features of all generated images and of the real ones."""
         (mean, covariance), mine = self.pair
         return {"frechet": float(gaussian_distance(mean, covariance, *moments(mine)))}
+
+    def linear(self) -> dict[str, Tensor]:
+        """By how much every image moves the distance."""
+        (mean, covariance), mine = self.pair
+        return {"frechet": influences(mean, covariance, mine)}
