@@ -75,9 +75,8 @@ def expected(method: Any, data: Any, trainer: Any) -> int:
 
 def recomputing(method: Any, setting: Setting, on: bool) -> Footprint:
     """The footprint with gradient checkpointing on or off; the method is left so."""
-    for role in method.roles.values():
-        if role.weights():
-            role.network.recompute(on)
+    for role in method.roles.values():  # the frozen ones too: gradients may pass through them
+        role.network.recompute(on)
     return footprint(method, setting)
 
 
