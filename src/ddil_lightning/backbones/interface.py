@@ -34,6 +34,12 @@ Dtypes = torch.dtype | Mapping[str, torch.dtype]
 """The precision of a pipeline, or, as diffusers takes it, that of its components by name and the `default` of all others."""
 
 
+def recomputing(network: nn.Module, on: bool) -> None:
+    """Gradient checkpointing on or off: the frozen network, of which others are copies, may have it on by another method's wish."""
+    if on or isinstance(network, Network):
+        network.recompute(on)  # type: ignore[operator]
+
+
 class Backbone(ABC):
     """A teacher and what a method, the data and an evaluation need of it. Loaded once; its own parts stay frozen, in eval mode.
 
@@ -130,14 +136,14 @@ class Backbone(ABC):
         space = self.predicts if predicts is None else predicts
         if name == "teacher":
             null, network = None if self.told else self.null(), self.network()
-            network.recompute(recompute)  # off as well: another method may have asked for it, on the same backbone
+            recomputing(network, recompute)
             return Role(name, network, self.schedule, space, null=null, reflection=reflection, own=False)
         if guided and self.told:
             raise ValueError(f"the network of {self.path} is told its guidance, and is not guided by the empty prompt besides: {OTHER}")
         shares = adapter.is_for(name)
         more = {"s_conditioned": True} if s_conditioned else {}
         network = self.adapted(adapter, w_conditioned, name, **more) if shares else self.trainable(w_conditioned, name, **more)
-        network.recompute(recompute)
+        recomputing(network, recompute)
         shared = list(self.network().parameters()) if shares else []
         return Role(name, network, self.schedule, space, null=self.null() if guided else None, reflection=reflection, shared=shared)
 
