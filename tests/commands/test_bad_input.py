@@ -220,7 +220,7 @@ def test_a_wrong_value_is_answered_in_one_line_and_leaves_no_folder(
 @pytest.mark.parametrize("plan", [False, True], ids=["fit", "plan"])
 @pytest.mark.parametrize("name", ["tcd", pytest.param("moments", marks=pytest.mark.slow)])
 def test_a_student_that_no_pipeline_steps_as_is_refused_before_the_data_are_read(name: str, plan: bool, sd3: Path, capsys: Any) -> None:
-    """No scheduler of a flow steps by TCD or a posterior; the run had encoded everything before its end was tried, and the plan was made."""
+    """No scheduler of a flow steps by TCD or a posterior; the run had encoded all before its end was tried, a plan was made."""
     own = {"tcd": ["model.w_conditioned=false"], "moments": []}[name]
     words = [f"model.pipeline={sd3}", "model.guidance=3", f"data.captions={__name__}.Unread", "previews.every=0", "test.n=0", *own]
     said = refused(capsys, "--config", f"{name}_ddil.yaml", *words, *(["--plan"] if plan else []))

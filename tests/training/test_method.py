@@ -169,7 +169,7 @@ def test_guidance_is_what_the_pipeline_recommends_unless_it_is_given(tiny: Path)
 
 @pytest.mark.parametrize("name", ["lcm", "pd", "dmd2"])
 def test_a_teacher_at_guidance_1_is_asked_once(name: str, tiny: Path) -> None:
-    """For targets and in roll-outs: the empty prompt's share is 0. It is guided by a real score's own guidance, and by that of a checkpoint."""
+    """For targets and in roll-outs: the empty prompt's share is 0. It is guided at a real score's guidance, and at a checkpoint's."""
     entry, found = BY_NAME[name], []
     for once in (True, False):
         method = build(entry, tiny, guidance=1.0)
