@@ -65,6 +65,13 @@ def make(pairs: Pairs, mu: float = MU, g: tuple[float, float] = (1.0, 1.0), word
     return Maker(pairs, Exact(mu), g, taken, batch, Processes()).made(groups, Words(words))
 
 
+@pytest.mark.parametrize(("g", "each"), [((1.0, 1.0), 1), ((1.0, 3.0), 2)])
+def test_a_teacher_without_guidance_is_asked_once_a_step(g: tuple[float, float], each: int) -> None:
+    maker = Maker(Pairs(steps=STEPS), Exact(), g, taken, 4, Processes())
+    maker.made([torch.arange(ROWS)], Words("w"))
+    assert maker.policy.denoiser.evaluations == each * STEPS * ROWS
+
+
 def ddim_map(z: Tensor, schedule: NoiseSchedule = SCHEDULE, steps: int = STEPS) -> Tensor:
     """DDIM on trailing nodes with the closed-form posterior mean of N(mu, S^2)."""
     times = [*(1000 - 1000 * k // steps - 1 for k in range(steps)), -1]

@@ -112,7 +112,9 @@ class Maker:
     ) -> None:
         self.pairs, self.backbone, self.guidance = pairs, backbone, guidance
         self.taken, self.batch, self.processes = taken, batch, processes
-        self.policy = Policy(backbone.role("teacher"), ddim)
+        teacher = backbone.role("teacher")
+        teacher.unguided = guidance == (1, 1)
+        self.policy = Policy(teacher, ddim)
         self.grid = Grid.named("trailing", pairs.steps, backbone.schedule.steps)
 
     def made(self, groups: Sequence[Tensor], captions: Captions) -> Stored:
