@@ -10,7 +10,8 @@ import pickle
 import re
 import shutil
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,10 +23,11 @@ from torch.utils.data import DataLoader
 
 from ddil_lightning.data import captions, indexes, tables
 from ddil_lightning.data.captions import Captions, Images, Prompts
-from ddil_lightning.data.folders import Cells, Listing
+from ddil_lightning.data.folders import READERS, Cells, Listing
 from ddil_lightning.data.sampler import CounterSampler
 from ddil_lightning.data.sorting import sort_by_size
 from ddil_lightning.data.visits import Visit
+from ddil_lightning.errors import Refusal
 from ddil_lightning.processes import Processes
 from pictured import parquet, png
 
@@ -207,11 +209,14 @@ def test_of_a_picture_in_a_file_with_others_no_more_than_its_head_is_read_for_it
         Dataset.from_list([{"image": one, "text": "a"} for one in pictures]).to_parquet(str(folder / "train.parquet"))
     monkeypatch.setattr("ddil_lightning.data.archives._read", lambda *args: pytest.fail("a picture was read whole"))
     monkeypatch.setattr(tables.Table, "pictures", lambda *args: pytest.fail("a picture was read whole"))
-    seen, size_of = [], captions.picture_size
+    seen, far, size_of = [], [], captions.picture_size
 
     def looked_at(source: Any, name: str) -> tuple[int, int]:
         seen.append(source)
-        return size_of(source, name)
+        try:
+            return size_of(source, name)
+        finally:
+            far.append(source.tell())
 
     monkeypatch.setattr(captions, "picture_size", looked_at)
 
@@ -224,10 +229,59 @@ def test_of_a_picture_in_a_file_with_others_no_more_than_its_head_is_read_for_it
     assert [group.rows.tolist() for group in images().groups()] == [[0, 4], [1, 2, 3, 5]]
     assert all(not isinstance(source, bytes) for source in seen) and len(seen) > 6
     if kind == "tar":
-        assert all(source.tell() <= 2**15 < len(one) for source, one in zip(seen[-6:], pictures, strict=True))
+        assert all(read <= 2**15 < len(one) for read, one in zip(far[-6:], pictures, strict=True))
+        assert all(source.closed for source in seen)
     seen.clear()
     assert [group.rows.tolist() for group in images().groups()] == [[0, 4], [1, 2, 3, 5]] and len(seen) == 1
     assert pickle.loads(pickle.dumps(images())).sorting.size([4]) == (16, 16)
+
+
+@contextmanager
+def few_files(more: int) -> Iterator[None]:
+    """Inside, this process may open so many files more."""
+    resource = pytest.importorskip("resource")
+    before, taken = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + more + 1, before[1]))
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(more):
+            os.close(taken.pop())
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for number in taken:
+            os.close(number)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files as Linux lists them")
+def test_archives_are_open_as_long_as_a_picture_is_looked_at(tmp_path: Path) -> None:
+    """Each of a thread's 64 pictures had a file of its own open, 1024 of all threads: as many as a process may mostly have. Those for which
+    there was none were taken for broken ones, and trained at their neighbour's aspect."""
+    pictures = []
+    for size in (8, 8), (24, 8):
+        file = io.BytesIO()
+        Image.new("RGB", size).save(file, "PNG")
+        pictures.append(file.getvalue())
+    members = {name: data for i in range(256) for name, data in ((f"{i}.png", pictures[i % 3 == 0]), (f"{i}.txt", "a"))}
+    images = Images(str(tar(tmp_path / "0.tar", members)), size=[(8, 8), (8, 24)])
+    images.on_error = "skip"
+    with few_files(READERS + 2):
+        assert images.groups()[1].rows.tolist() == [*range(0, 256, 3)]
+    with few_files(0), pytest.raises(Refusal, match=r"0\.tar cannot be opened: Too many open files; .* \(ulimit -n\)"):
+        images.frames([0])
+    with few_files(0), pytest.raises(Refusal, match=r"0\.tar cannot be opened: Too many open files"):
+        images[[0]]
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "0.png").write_bytes(pictures[0])
+    (alone / "0.txt").write_text("a")
+    images = Images(str(alone), size=[(8, 8), (8, 24)])
+    images.on_error = "skip"
+    for ask in (images.frames, images.__getitem__):
+        with few_files(0), pytest.raises(Refusal, match=r"0\.png cannot be opened: Too many open files"):
+            ask([0])
 
 
 def test_pictures_are_looked_for_by_one_process_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -166,7 +167,7 @@ class Images(Captions):
     def frames(self, rows: Sequence[int]) -> list[Size | None]:
         """Height and width of the pictures of `rows`; None for one that cannot be read and may be skipped."""
         try:
-            return [picture_size(*head) for head in sources(self._rows.heads(rows), self._path, self._image, rows)]
+            return [_size_of(*head) for head in sources(self._rows.heads(rows), self._path, self._image, rows)]
         except (OSError, ValueError):
             if self.on_error == "stop":
                 raise
@@ -245,6 +246,12 @@ def sources(pictures: Sequence[tuple[Any, Any]], path: str, image: str, index: S
             except ValueError as error:
                 raise ValueError(f"{_named(path, row)}: {image} is {error}; correct or remove the row") from error
         yield file if data is None else data, _named(path, row, file)
+
+
+def _size_of(head: Any, name: str) -> Size:
+    """`picture_size`, after which a head of `heads` is closed."""
+    with head if hasattr(head, "__exit__") else nullcontext(head) as source:
+        return picture_size(source, name)
 
 
 def _named(path: str, row: int, file: str | None = None) -> str:
