@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -28,7 +29,8 @@ from ddil_lightning.data.sampler import CounterSampler
 from ddil_lightning.data.sorting import sort_by_size
 from ddil_lightning.data.visits import Visit
 from ddil_lightning.errors import Refusal
-from ddil_lightning.processes import Processes
+from ddil_lightning.processes import Elsewhere, Processes
+from pair import Pair, together
 from pictured import parquet, png
 
 
@@ -171,6 +173,47 @@ def test_archives_that_are_cut_short_are_told_together_or_used_as_far_as_they_go
     assert levels(images, range(10)) == [10 * i for i in (0, 1, 2, 3, 4, 6, 7, 9, 10, 11)]
 
 
+def test_an_archive_that_the_system_does_not_read_is_no_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With data.on_error=skip a network that was away for a moment left a process with fewer rows than the others. What a head says of
+    itself is damage, also where the system refuses to go there."""
+    folder = archives(tmp_path)
+
+    def away(self: tarfile.TarFile) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.TarFile, "next", away)
+        with pytest.raises(ValueError, match=r"^the data set .* could not be read: .*/0000\d\.tar cannot be read: Input/output error$"):
+            Images(str(folder), size=8)
+    head = bytearray((folder / "00001.tar").read_bytes())
+    head[124:136] = b"\xff" * 8 + b"\x80\0\0\0"  # of so many bytes less than nothing
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head[:512])
+    (folder / "00001.tar").write_bytes(head)
+    assert Images(str(folder), size=8)._damaged == ["00001.tar cannot be read as a tar file: Invalid argument"]
+
+
+def found_by_two(rank: int, folder: str, cut: bool) -> str:
+    """What is said of archives of which the second process finds one cut short, or not at all."""
+    images = Images(folder if rank == 0 else f"{folder}/0000{'1' if cut else '0'}.tar", size=8)
+    images._path, images.on_error = "x", "skip"
+    if rank == 1 and cut:
+        images._damaged = ["00001.tar is cut"]
+    try:
+        images.check_files(together(rank))
+    except (Elsewhere, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def test_processes_that_find_other_rows_are_told(pair: Pair, tmp_path: Path) -> None:
+    """Each trained on its own: batches of other pictures, and in the end of another number of them."""
+    folder = str(archives(tmp_path))
+    for cut, why in ((False, ""), (True, " (00001.tar is cut)")):
+        said = f"the data set x has 6 rows for process 0 and 3 rows{why} for process 1: see that all of them find the same files, and start"
+        assert [text[: len(said)] for text in pair.run(found_by_two, folder, cut)] == [said] * 2
+
+
 def test_the_heads_of_an_archive_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every process read them all at every start. A file of another time or size is read again, and no other."""
     read: list[str] = []
@@ -293,7 +336,8 @@ def test_pictures_are_looked_for_by_one_process_for_all(tmp_path: Path, monkeypa
     with pytest.raises(ValueError, match=r"1\.png: no such file; 1 of 3 pictures are missing$"):
         images[0].check_files(Processes())
     monkeypatch.setattr(Listing, "missing", lambda *args: pytest.fail("looked for again"))
-    strategy = SimpleNamespace(broadcast=lambda told: (None, None))  # of the second of two, whose first has found nothing missing
+    first = iter([((3, []), None), (None, None)])  # of the second of two, whose first has found as many rows, and nothing missing
+    strategy = SimpleNamespace(broadcast=lambda told: next(first), reduce_boolean_decision=bool)
     images[1].check_files(Processes(SimpleNamespace(global_rank=1, world_size=2, strategy=strategy)))
     assert images[1][[0]].rows.tolist() == [0]
 

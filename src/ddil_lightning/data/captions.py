@@ -141,12 +141,24 @@ class Images(Captions):
         return RawBatch(pixels, prompts, torch.tensor(rows), enlarged, sizes=sizes, counts=counts)
 
     def check_files(self, processes: Processes) -> None:
-        """Pictures that are not there, and archives of which a part is lost: of these `skip` has the rows before the damage."""
+        """Pictures that are not there, and archives of which a part is lost: of these `skip` has the rows before the damage. Raises ValueError
+        also where processes have found other rows: a batch would be of other pictures in each."""
+        rows, damaged = processes.by_first(lambda: (len(self), self._damaged))
+        processes.by_all(lambda: self._check_same(rows, damaged, processes.rank))
         if self.on_error == "stop" and not self._complete:
             processes.by_first(self._check_whole)
             self._complete = True
         elif self._damaged and processes.first:
             logging.getLogger(__name__).warning(f"{'; '.join(self._damaged)}: what is whole of such archives is used")
+
+    def _check_same(self, rows: int, damaged: list[str], rank: int) -> None:
+        """Raises ValueError where this process, of the number `rank`, has found others than the first, which has found these."""
+        if (len(self), self._damaged) != (rows, damaged):
+            found = [f"{n} rows" + (f" ({'; '.join(why)})" if why else "") for n, why in ((rows, damaged), (len(self), self._damaged))]
+            raise ValueError(
+                f"the data set {self._path} has {found[0]} for process 0 and {found[1]} for process {rank}: see that all of them find the "
+                "same files, and start again"
+            )
 
     def _check_whole(self) -> None:
         """Raises ValueError for archives that are damaged, and for pictures that are not there."""

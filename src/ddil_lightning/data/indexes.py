@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import re
@@ -19,6 +20,7 @@ from ddil_lightning.counting import counted
 from ddil_lightning.data.folders import IMAGES, READERS, stat_of
 from ddil_lightning.data.raw import digest
 from ddil_lightning.data.shards import about_shard, packed, read_shard, unpacked, write_shard
+from ddil_lightning.errors import check_exhausted
 from ddil_lightning.files import cache_folder
 from ddil_lightning.texts import reason
 
@@ -82,14 +84,15 @@ def indexed(file: Path, image: str) -> Index:
             columns = read_shard(kept)
             return Index(columns["places"], unpacked(columns), note=told["note"])
     made = read_heads(file, image)
-    if not made.damage:  # which may have been the network's
+    if not made.damage:  # of which a longer file may be on its way
         with suppress(OSError, UnicodeError):  # a cache that cannot be written; names that are no UTF-8
             write_shard(kept, {"places": made.places, **packed(made.names)}, {**about, "note": made.note})
     return made
 
 
 def read_heads(file: Path, image: str) -> Index:
-    """The index of an archive, from the heads of its members."""
+    """The index of an archive, from the heads of its members. Raises ValueError for one that the system does not read: a network that was
+    away for a moment has damaged no archive, and other processes may have read it whole."""
     samples: dict[str, dict[str, Part]] = {}
     last, damage = "", ""
     try:
@@ -102,6 +105,9 @@ def read_heads(file: Path, image: str) -> Index:
                         raise ValueError(f"it holds {member.name} twice")
                 archive.members = []  # type: ignore[attr-defined]  # it keeps them all otherwise
     except (tarfile.TarError, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a head's own nonsense asks for: a place before the file
+            check_exhausted(error, str(file))
+            raise ValueError(f"{file} cannot be read: {reason(error)}") from error
         damage = f"{file.name} cannot be read as a tar file: {reason(error)}"
         samples.pop(last, None)
     found, lost = _sorted(samples, image)
