@@ -164,7 +164,7 @@ def test_what_cannot_be_read_after_the_last_that_can_goes_with_the_first() -> No
     known = Sorting([(8, 24), (8, 8), (24, 8)])
     known.know(torch.tensor([UNREAD, 2, UNREAD, 1, UNREAD, UNREAD], dtype=torch.int16))
     assert [known.size([row]) for row in range(6)] == [(24, 8), (24, 8), (8, 8), (8, 8), (24, 8), (24, 8)]
-    assert list(known.others(5, 6))[0] == 0
+    assert next(known.others(5, 6)) == 0
     known.know(torch.full((2,), UNREAD, dtype=torch.int16))
     assert known.size([0, 1]) == (8, 24)
 

@@ -141,8 +141,10 @@ class Images(Captions):
         return RawBatch(pixels, prompts, torch.tensor(rows), enlarged, sizes=sizes, counts=counts)
 
     def check_files(self, processes: Processes) -> None:
-        """Pictures that are not there, and archives of which a part is lost: of these `skip` has the rows before the damage. Raises ValueError
-        also where processes have found other rows: a batch would be of other pictures in each."""
+        """Pictures that are not there, and archives of which a part is lost: of these `skip` has the rows before the damage.
+
+        Raises ValueError also where processes have found other rows: one number would mean another picture in each.
+        """
         rows, damaged = processes.by_first(lambda: (len(self), self._damaged))
         processes.by_all(lambda: self._check_same(rows, damaged, processes.rank))
         if self.on_error == "stop" and not self._complete:

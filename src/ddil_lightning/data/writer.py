@@ -11,7 +11,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
@@ -86,18 +86,21 @@ class Writer:
 
         Raises ValueError for a folder of another cache, or what cannot be kept.
         """
-        about = self.processes.by_first(self._known)
-        if about["complete"]:
-            return about
+        about = self.processes.by_first(self._about)
+        found = self.processes.by_first(lambda: self._known(about))
+        if found["complete"]:
+            return found
         self.captions.check_files(self.processes)
         sort_by_size(self.captions, self.processes)
-        self.processes.by_first(lambda: self._begin(about))  # not before: data that were mended would be other data
+        found = self.processes.by_first(lambda: self._begin(about))  # not before: data that were mended would be other data
+        if found["complete"]:
+            return found
         groups = self.captions.groups()
         shards: list[Shard] = []
         for group, (rows, _) in enumerate(groups):
             for part in rows.split(self.keeping.shard_rows):
                 shards.append(Shard(f"rows-{len(shards):05d}.safetensors", group, part))
-        self._say_maps(len(shards))
+        self.processes.by_first(lambda: self._say_maps(len(shards)))
         mine = self._mine(len(shards), lambda i: self._has_rows(shards[i]))
         self.processes.by_all(lambda: self._check_captions(shards, mine))
         self.processes.by_all(lambda: self._rows(shards, mine, [rows for rows, _ in groups]))
@@ -109,32 +112,40 @@ class Writer:
             self.processes.wait()
         names = [shard.file for shard in shards] + ["index.safetensors"]
         names += [f"{kind}-{i:05d}.safetensors" for kind in ("captions", *(["text"] if self.keeping.text else [])) for i in range(texts)]
-        with holding(self.folder / LOCK) if self.processes.first else nullcontext(True) as alone:
+        with ExitStack() as held:  # by the first, to the end of this
+            alone = self.processes.by_first(lambda: held.enter_context(holding(self.folder / LOCK)))
             found = self.processes.by_first(lambda: manifest.read(self.folder))
-            if not self.processes.by_first(lambda: alone) or (found["complete"] and found["files"].keys() == set(names)):
+            if not alone or (found["complete"] and found["files"].keys() == set(names)):
                 return found  # of another process, which reads all files for their checksums, or has read them
             files = self._checksums(names)
             return self.processes.by_first(lambda: self._end(about, shards, [group.name for group in groups], unique, files))
 
-    def _known(self) -> dict[str, Any]:
-        """The manifest of a cache that is not complete, for whoever goes on with it; of one that is, its own."""
+    def _about(self) -> dict[str, Any]:
+        """The manifest of a cache that is begun."""
         kept = {"dtype": self.keeping.dtype, "shard_rows": self.keeping.shard_rows}
         images = self.captions.sizes is not None or self.captions[[0]].pixels is not None
-        about = {**manifest.origin(self.captions, self.backbone, self.truncate, images), **kept, "text": self.keeping.text}
         if not self.keeping.text and not images:
             raise ValueError("captions without images, and no text states of them: there is nothing to keep; leave --text at true")
+        about = manifest.origin(self.captions, self.backbone, self.truncate, images)
+        return {**about, **kept, "text": self.keeping.text, "complete": False}
+
+    def _known(self, about: dict[str, Any]) -> dict[str, Any]:
+        """The manifest of a cache that is not complete, for whoever goes on with it; of one that is, its own."""
         known = manifest.check_same(self.folder, about)
         cut = known.get("text") and known["truncate"] != self.truncate
         if known.get("complete") and known["text"] >= about["text"] and not cut and not manifest.drop_damaged(self.folder, known):
             return known
-        return {**about, "complete": False}
+        return about
 
-    def _begin(self, about: dict[str, Any]) -> None:
-        """Begin the folder, or go on with it."""
+    def _begin(self, about: dict[str, Any]) -> dict[str, Any]:
+        """Begin the folder, or go on with it, unless another process has completed it while this one looked at the data."""
+        if (known := self._known(about))["complete"]:
+            return known
         self.folder.mkdir(parents=True, exist_ok=True)
         sweep(self.folder, inside=False)
         if read_table(self.folder / manifest.NAME) != json.loads(json.dumps(about)):  # another process may just be completing it
             manifest.write(self.folder, about)
+        return about
 
     # Rows ----------------------------------------------------------------------------------------------------------------------------
 
@@ -157,7 +168,7 @@ class Writer:
 
     def _say_maps(self, shards: int) -> None:
         """Warn, before all is encoded, where there will be more files than a process can map."""
-        told = self._readable(list(range(min(64, len(self.captions))))) if self.processes.first and not self.captions.stream else []
+        told = [] if self.captions.stream else self._readable(list(range(min(64, len(self.captions)))))
         each = sum(map(len, told)) / max(1, len(told))  # captions of a picture, which are mostly different ones
         files = round(shards * (1 + each * (2 if self.keeping.text else 1)))
         if said := too_many(files):
@@ -266,7 +277,7 @@ class Writer:
 
         def write() -> None:
             nonlocal files, fresh
-            write_shard(self.folder / f"captions-{files:05d}.safetensors", packed(fresh), {})
+            self._keep(f"captions-{files:05d}.safetensors", packed(fresh))
             files, fresh = files + 1, []
 
         for shard in shards:
@@ -282,8 +293,17 @@ class Writer:
             which.append(torch.tensor(numbers, dtype=torch.int32))
         if fresh:
             write()
-        write_shard(self.folder / "index.safetensors", {"which": torch.cat(which)}, {})
+        self._keep("index.safetensors", {"which": torch.cat(which)})
         return len(known), files
+
+    def _keep(self, name: str, columns: dict[str, Tensor]) -> None:
+        """Write a file of captions, unless it is there as it is to be: a run may read it by now, if another process is through."""
+        try:
+            there = read_shard(self.folder / name)
+        except ValueError:  # not there, or cut short
+            there = {}
+        if there.keys() != columns.keys() or any(not torch.equal(there[column], columns[column]) for column in columns):
+            write_shard(self.folder / name, columns, {})
 
     @torch.no_grad()
     def _texts(self, files: int, unique: int) -> None:
@@ -335,8 +355,8 @@ class Writer:
 
     def _checksums(self, names: list[str]) -> dict[str, Any]:
         """Length and checksum of every file, of which each process reads its share."""
-        mine = {name: checksum(self.folder / name) for name in names[self.processes.rank :: self.processes.world]}
-        every = self.processes.gathered(mine)
+        share = self.processes.watching(names[self.processes.rank :: self.processes.world])
+        every = self.processes.gathered(self.processes.by_all(lambda: {name: checksum(self.folder / name) for name in share}))
         found = {name: known for part in every for name, known in part.items()}
         return {name: found[name] for name in names}
 
