@@ -22,7 +22,8 @@ from ddil_lightning.data.base import Captions
 from ddil_lightning.data.buckets import PART, UNREAD, Buckets, Group, Sorting, nearest, sizes_of
 from ddil_lightning.data.cachefile import cached
 from ddil_lightning.data.captions import Images
-from ddil_lightning.data.encoded import Encoded, Notices, Table, encode
+from ddil_lightning.data.encoded import Encoded, Table, encode
+from ddil_lightning.data.notices import Notices
 from ddil_lightning.data.pictures import cut, fitted, picture_size, read_picture
 from ddil_lightning.data.preparation import check_latents, check_sizes, latent_box
 from ddil_lightning.data.sampler import CounterSampler

@@ -23,7 +23,8 @@ from ddil_lightning.data import encoded, manifest, shards, sorting, writer
 from ddil_lightning.data.cachefolder import CacheFolder, open_folder
 from ddil_lightning.data.captions import Captions, Images, RawBatch
 from ddil_lightning.data.datamodule import DDILDataModule
-from ddil_lightning.data.encoded import Notices, encode, encode_batch
+from ddil_lightning.data.encoded import encode, encode_batch
+from ddil_lightning.data.notices import Notices
 from ddil_lightning.data.preparation import prepared
 from ddil_lightning.data.shards import Column, packed, unpacked, write_shard
 from ddil_lightning.data.sharing import Missing

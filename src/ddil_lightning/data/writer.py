@@ -28,7 +28,8 @@ from ddil_lightning.bounds import within
 from ddil_lightning.counting import counted
 from ddil_lightning.data import manifest
 from ddil_lightning.data.base import Captions
-from ddil_lightning.data.encoded import CHUNK, Notices, check_lengths, chunk_rows, readers
+from ddil_lightning.data.encoded import CHUNK, check_lengths, chunk_rows, readers
+from ddil_lightning.data.notices import Notices
 from ddil_lightning.data.raw import RawBatch
 from ddil_lightning.data.shards import about_shard, checksum, packed, read_shard, too_many, unpacked, write_shard
 from ddil_lightning.data.sharing import Missing
