@@ -31,6 +31,7 @@ from ddil_lightning.data.sharing import Missing
 from ddil_lightning.data.visits import Visit
 from ddil_lightning.data.writer import Keeping, Writer
 from ddil_lightning.errors import one_line
+from ddil_lightning.files import holds_anything
 from ddil_lightning.processes import Elsewhere, Processes
 from ddil_lightning.records import CaptionBatch, to
 from options import options
@@ -500,8 +501,8 @@ def test_what_one_of_several_does_ends_all_where_it_fails(fault: str, pair: Pair
     assert pair.run(late_by_two, str(tiny), str(tmp_path / "c"), fault, timeout=60) == [f"No space left on device: {fault}"] * 2
 
 
-def test_a_folder_that_another_has_just_begun_is_a_cache(backbone: Pipeline, tmp_path: Path) -> None:
-    """It was told to hold something else, while the other's manifest was half written."""
+def test_a_folder_that_another_has_just_begun_is_a_cache(backbone: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was told to hold something else, while the other's manifest was half written, or where it came between two looks at the folder."""
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / ".manifest.json.4242-elsewhere-0a1b2c3d.ddil-part").write_text("{")
     assert made(tmp_path / "c", Ten(), backbone)["complete"]
@@ -509,6 +510,9 @@ def test_a_folder_that_another_has_just_begun_is_a_cache(backbone: Pipeline, tmp
     (tmp_path / "d" / "letter.txt").write_text("dear")
     with pytest.raises(ValueError, match="holds something else than a cache"):
         made(tmp_path / "d", Ten(), backbone)
+    looks = iter([lambda folder: made(tmp_path / "e", Ten(), backbone), *[holds_anything] * 9])
+    monkeypatch.setattr(manifest, "holds_anything", lambda folder: (next(looks)(folder), holds_anything(folder))[1])
+    assert made(tmp_path / "e", Ten(), backbone)["complete"]
 
 
 def test_data_that_cannot_be_encoded_yet_begin_no_cache(backbone: Pipeline, tmp_path: Path) -> None:
