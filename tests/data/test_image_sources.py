@@ -11,6 +11,7 @@ import pickle
 import re
 import shutil
 import tarfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,13 +23,14 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ddil_lightning.data import captions, indexes, tables
+from ddil_lightning.data import captions, indexes, streaming, tables
 from ddil_lightning.data.captions import Captions, Images, Prompts
 from ddil_lightning.data.folders import READERS, Cells, Listing
 from ddil_lightning.data.sampler import CounterSampler
 from ddil_lightning.data.sorting import sort_by_size
 from ddil_lightning.data.visits import Visit
 from ddil_lightning.errors import Refusal
+from ddil_lightning.files import PART, UNUSED
 from ddil_lightning.processes import Elsewhere, Processes
 from pair import Pair, together
 from pictured import parquet, png
@@ -37,6 +39,7 @@ from pictured import parquet, png
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setenv("DDIL_CACHE", str(tmp_path_factory.mktemp("known")))  # many archives here are copies of others
 
 
 def levels(captions: Captions, rows: Any) -> list[int]:
@@ -103,7 +106,7 @@ def test_members_of_a_sample_need_not_stand_together(tmp_path: Path) -> None:
 def test_pictures_that_are_no_sample_for_a_dot_in_their_name_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     members = {"img_1.5.png": png(1), "img_1.5.txt": "one and a half", **sample(2), "s/0002.mask.png": png(3)}
     assert len(Images(str(tar(tmp_path / "x.tar", members)), size=8)) == 1
-    said = f"1 pictures of {tmp_path / 'x.tar'} are left out, the first img_1.5.png: a sample is called after its name up to the first dot"
+    said = f"{tmp_path / 'x.tar'}: 1 pictures are left out, the first img_1.5.png: a sample is called after its name up to the first dot"
     assert [record.getMessage().partition(", as in")[0] for record in caplog.records] == [said]
 
 
@@ -233,6 +236,30 @@ def test_the_heads_of_an_archive_are_read_once(tmp_path: Path, monkeypatch: pyte
     assert Images(str(folder), size=8).texts([5]) == [["row 5"]]
 
 
+def test_an_index_serves_copies_and_nothing_else_and_goes_when_nobody_uses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each copy on a node's own disk had one for good, and an archive of the same place, size and time was read at another's places."""
+    read: list[str] = []
+    heads = indexes.read_heads
+    monkeypatch.setattr(indexes, "read_heads", lambda file, image: (read.append(file.name), heads(file, image))[1])
+    folder, kept = archives(tmp_path / "set"), Path(os.environ["DDIL_CACHE"]) / "archives"
+    told = Images(str(folder), size=8).texts(range(6))
+    for copy in "ab":
+        shutil.copytree(folder, tmp_path / copy, copy_function=shutil.copyfile)
+        assert Images(str(tmp_path / copy), size=8).texts(range(6)) == told
+        shutil.rmtree(tmp_path / copy)
+    assert len(read) == len(list(kept.iterdir())) == 2
+    stat = (folder / "00000.tar").stat()
+    tar(folder / "00000.tar", {k: v for i in (2, 1, 0) for k, v in sample(i).items()})
+    os.utime(folder / "00000.tar", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (folder / "00000.tar").stat().st_size == stat.st_size
+    old = time.time() - UNUSED - 60
+    for file in kept.iterdir():
+        os.utime(file, (old, old))
+    (kept / f".x.999999999.{PART}").touch()
+    assert Images(str(folder), size=8).texts(range(3)) == told[2::-1] and len(read) == 3
+    assert len(list(kept.iterdir())) == 2  # the used one and the new one
+
+
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_of_a_picture_in_a_file_with_others_no_more_than_its_head_is_read_for_its_size(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -269,7 +296,11 @@ def test_of_a_picture_in_a_file_with_others_no_more_than_its_head_is_read_for_it
         sort_by_size(made, Processes())
         return made
 
-    assert [group.rows.tolist() for group in images().groups()] == [[0, 4], [1, 2, 3, 5]]
+    other = Path(os.environ["DDIL_CACHE"]) / "sizes" / "of-data-that-are-gone.safetensors"
+    other.parent.mkdir()
+    other.touch()
+    os.utime(other, (0, 0))
+    assert [group.rows.tolist() for group in images().groups()] == [[0, 4], [1, 2, 3, 5]] and not other.exists()
     assert all(not isinstance(source, bytes) for source in seen) and len(seen) > 6
     if kind == "tar":
         assert all(read <= 2**15 < len(one) for read, one in zip(far[-6:], pictures, strict=True))
@@ -428,6 +459,31 @@ def test_a_stream_passes_over_files_of_which_no_row_is_asked_for(tmp_path: Path)
     with pytest.raises(ValueError, match=r"breaks off at row 30"):
         images[[30]]
     assert len(images) == 60 and images[[16]].prompts == ["row 16"]
+
+
+def test_a_stream_asks_a_file_again_for_its_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One answer of thousands that got lost had a process read all rows before its own, for as long as it lived, and nobody was told."""
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr(streaming, "PAUSES", (0.0, 0.0))
+    lost, read_metadata = [0], pq.read_metadata
+
+    def away(data: Any) -> Any:
+        lost[0] -= 1
+        if lost[0] >= 0:
+            raise ConnectionError("no answer")
+        return read_metadata(data)
+
+    monkeypatch.setattr(pq, "read_metadata", away)
+    for times, ends in ((2, [30, 60]), (99, None)):
+        images = Images(str(parquet(tmp_path, parts=2, rows=60)), size=8, stream=True)
+        images._rows.__dict__.pop("_ends", None)
+        lost[0] = times
+        assert images._rows._ends == ends and images[[40]].prompts == ["row 40"]
+        said = f"the files of the data set {tmp_path} do not say how many rows each has (no answer): the rows before those that are asked"
+        assert [said in record.getMessage() for record in caplog.records] == [True] * (ends is None)
 
 
 def test_a_stream_skips_what_cannot_be_read_and_names_what_is_not_there(tmp_path: Path) -> None:

@@ -33,8 +33,9 @@ class Archives:
     def __init__(self, files: Sequence[Path], image: str, caption: str, limit: int | None = None, damaged: bool = False) -> None:
         self._files, self._image, self._caption = list(files), image, caption
         indexes = index_all(self._files, image, limit)
-        for note in (index.note for index in indexes if index.note):
-            logging.getLogger(__name__).warning(note)
+        for file, index in zip(self._files, indexes, strict=False):  # with a limit there may be fewer
+            if index.note:
+                logging.getLogger(__name__).warning(f"{file}: {index.note}")
         self.damaged = [index.damage for index in indexes if index.damage]
         places = [torch.nn.functional.pad(index.places, (1, 0), value=i) for i, index in enumerate(indexes)]
         self._at = torch.cat([torch.zeros(0, 7, dtype=torch.int64), *places])[:limit]
