@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import suite
 from ddil_lightning.backbones.pipeline import Pipeline
-from ddil_lightning.data import encoded, manifest, shards, sorting, writer
+from ddil_lightning.data import encoded, manifest, numbering, shards, sorting, writer
 from ddil_lightning.data.cachefolder import CacheFolder, open_folder
 from ddil_lightning.data.captions import Captions, Images, RawBatch
 from ddil_lightning.data.datamodule import DDILDataModule
@@ -324,7 +324,8 @@ def test_a_cache_goes_on_where_it_was_killed(backbone: Pipeline, tmp_path: Path,
     for after in range(sum(name.endswith(".safetensors") for name in whole)):
         folder = tmp_path / f"killed after {after}"
         count[0] = after
-        monkeypatch.setattr(writer, "write_shard", killed)
+        for module in (writer, numbering):
+            monkeypatch.setattr(module, "write_shard", killed)
         with pytest.raises(KeyboardInterrupt):
             made(folder, rows, backbone)
         monkeypatch.undo()

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -30,6 +29,7 @@ from ddil_lightning.data import manifest
 from ddil_lightning.data.base import Captions
 from ddil_lightning.data.encoded import CHUNK, check_lengths, chunk_rows, readers
 from ddil_lightning.data.notices import Notices
+from ddil_lightning.data.numbering import number_captions
 from ddil_lightning.data.raw import RawBatch
 from ddil_lightning.data.shards import about_shard, checksum, packed, read_shard, too_many, unpacked, write_shard
 from ddil_lightning.data.sharing import Missing
@@ -106,20 +106,21 @@ class Writer:
         self.processes.by_all(lambda: self._check_captions(shards, mine))
         self.processes.by_all(lambda: self._rows(shards, mine, [rows for rows, _ in groups]))
         self.processes.wait()
-        unique, texts = self.processes.by_first(lambda: self._captions(shards))
+        files = [shard.file for shard in shards]
+        unique, texts = self.processes.by_first(lambda: number_captions(self.folder, files, self.keeping.shard_rows))
         self.processes.by_first(lambda: self._drop_others(len(shards), texts))
         if self.keeping.text:
             self.processes.by_all(lambda: self._texts(texts, unique))
             self.processes.wait()
-        names = [shard.file for shard in shards] + ["index.safetensors"]
+        names = [*files, "index.safetensors"]
         names += [f"{kind}-{i:05d}.safetensors" for kind in ("captions", *(["text"] if self.keeping.text else [])) for i in range(texts)]
         with ExitStack() as held:  # by the first, to the end of this
             alone = self.processes.by_first(lambda: held.enter_context(holding(self.folder / LOCK)))
             found = self.processes.by_first(lambda: manifest.read(self.folder))
             if not alone or (found["complete"] and found["files"].keys() == set(names)):
                 return found  # of another process, which reads all files for their checksums, or has read them
-            files = self._checksums(names)
-            return self.processes.by_first(lambda: self._end(about, shards, [group.name for group in groups], unique, files))
+            sums = self._checksums(names)
+            return self.processes.by_first(lambda: self._end(about, shards, [group.name for group in groups], unique, sums))
 
     def _about(self) -> dict[str, Any]:
         """The manifest of a cache that is begun."""
@@ -268,43 +269,6 @@ class Writer:
         return torch.cat([part.cpu() for part in parts if part is not None])[number]
 
     # Captions ------------------------------------------------------------------------------------------------------------------------
-
-    def _captions(self, shards: list[Shard]) -> tuple[int, int]:
-        """Every caption once, in files of their own, and which of them each row has -> how many there are, and in how many files."""
-        known: dict[bytes, int] = {}
-        which: list[Tensor] = []
-        fresh: list[str] = []
-        files = 0
-
-        def write() -> None:
-            nonlocal files, fresh
-            self._keep(f"captions-{files:05d}.safetensors", packed(fresh))
-            files, fresh = files + 1, []
-
-        for shard in shards:
-            numbers = []
-            for text in unpacked(read_shard(self.folder / shard.file)):
-                key = blake2b(text.encode(), digest_size=16).digest()
-                if key not in known:
-                    known[key] = len(known)
-                    fresh.append(text)
-                    if len(fresh) == self.keeping.shard_rows:
-                        write()
-                numbers.append(known[key])
-            which.append(torch.tensor(numbers, dtype=torch.int32))
-        if fresh:
-            write()
-        self._keep("index.safetensors", {"which": torch.cat(which)})
-        return len(known), files
-
-    def _keep(self, name: str, columns: dict[str, Tensor]) -> None:
-        """Write a file of captions, unless it is there as it is to be: a run may read it by now, if another process is through."""
-        try:
-            there = read_shard(self.folder / name)
-        except ValueError:  # not there, or cut short
-            there = {}
-        if there.keys() != columns.keys() or any(not torch.equal(there[column], columns[column]) for column in columns):
-            write_shard(self.folder / name, columns, {})
 
     @torch.no_grad()
     def _texts(self, files: int, unique: int) -> None:
