@@ -121,6 +121,14 @@ def test_a_folder_is_read_and_one_that_was_cut_short_is_gone_on_with(tmp_path: P
     assert torch.equal(memory.end, after.end) and len(solved) == 10
 
 
+def test_a_folder_that_another_has_just_begun_is_one_of_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was told to hold something else, where the other began between two looks at it."""
+    pairs, holds = Pairs(str(tmp_path / "p"), STEPS), stored_pairs.holds_anything
+    looks = iter([lambda folder: make(pairs), holds])
+    monkeypatch.setattr(stored_pairs, "holds_anything", lambda folder: (next(looks)(folder), holds(folder))[1])
+    assert make(pairs).each == 1 and next(looks, None) is None
+
+
 def test_pairs_of_something_else_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "p"
     make(Pairs(str(folder), 4))
