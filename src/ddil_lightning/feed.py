@@ -163,7 +163,7 @@ class Feed:
 
 MOVES = (
     "asks its student, or another network that training moves, through feed.answered: what is kept of it goes stale; ask it in "
-    "training_step itself"
+    "training_step itself, or end a step that copies weights, now and then, in self.feed.flush()"
 )
 """What is said of an answer that is none of a frozen network's."""
 

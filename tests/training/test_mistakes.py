@@ -550,6 +550,33 @@ def test_a_target_that_is_copied_in_every_step_is_not_kept(toy: Toy) -> None:
         trained(type("Moving", (Copied,), {"asks": asks}), toy, MIXED, updates=3)
 
 
+class Renewed(Averaged):
+    """Its target is the student of every third update; where it `flushes`, roll-outs of before do not outlive a copy."""
+
+    flushes = True
+
+    def advance(self) -> None:
+        Own.advance(self)
+        if self.student_updates % 3 == 0:
+            self.target.follow(self.student)
+            if self.flushes:
+                self.feed.flush()
+
+
+def test_a_target_that_is_copied_now_and_then_is_kept_up_to_a_flush(toy: Toy) -> None:
+    """A run that had forgotten what the former weights answered stopped at the next batch all the same."""
+
+    def asks(method: Renewed, b: LatentBatch) -> Tensor:
+        found: Tensor = method.feed.answered(b, partial(method.by, method.target))
+        torch.testing.assert_close(found, method.by(method.target, b).detach())
+        return found
+
+    run = trained(type("Renewing", (Renewed,), {"asks": asks}), toy, MIXED, updates=8)
+    assert run.method.evaluations["target"] < 2 * 8 * 4  # some were kept
+    with pytest.raises(ValueError, match=rf"{MOVED}.* now and then, in self.feed.flush\(\)$"):
+        trained(type("Renewing", (Renewed,), {"asks": asks, "flushes": False}), toy, MIXED, updates=8)
+
+
 class Headed(Asking):
     """A trained module beside the roles."""
 

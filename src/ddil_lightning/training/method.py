@@ -332,8 +332,10 @@ class Distillation(Clocks, LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The module's hook is the last one of a batch: what must not be done before a checkpoint is written is done now."""
         self._random.give_back()
-        for role in self.roles.values():
-            role.follows |= role.moved  # in this step, and so in those to come: what a new stage copies, it copies once
+        copied = [role for role in self.roles.values() if role.moved and not role.follows]
+        if copied and self.feed.statistics().get("buffer/size"):  # a flush in the same step forgets what the former weights answered
+            for role in copied:
+                role.follows = True
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if hasattr(callback, "after_checkpoints"):
                 callback.after_checkpoints(self.trainer, self)

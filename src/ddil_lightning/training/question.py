@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-ELSEWHERE = frozenset("updates lr log_every training student_updates stage stage_start has_box box taught".split())
+ELSEWHERE = frozenset("updates lr log_every training student_updates stage stage_start has_box box taught loss_is_distance".split())
 """What of a method moves, is no setting of it, or is said by another."""
 
 
