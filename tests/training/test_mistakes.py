@@ -26,7 +26,7 @@ from ddil_lightning.diffusion.losses import mse
 from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.transitions import Transition, ddim, renoise
 from ddil_lightning.errors import one_line
-from ddil_lightning.feed import Wants
+from ddil_lightning.feed import Wants, unmoved
 from ddil_lightning.imitation.options import Buffer, Rollouts
 from ddil_lightning.imitation.prior import Piecewise, SamplingPrior
 from ddil_lightning.records import LatentBatch
@@ -611,6 +611,24 @@ def test_a_second_method_on_the_same_data_asks_its_own_question(toy: Toy) -> Non
     assert len(seen) == 3 and all(bool((x == 7).all()) for x in seen)
 
 
+@pytest.mark.parametrize("kind", ["dict", "tuple"])
+def test_an_answer_of_another_kind_is_named_where_it_would_be_kept(kind: str, toy: Toy) -> None:
+    """It ended in an AttributeError; where nothing is kept a method may answer itself as it likes."""
+
+    def asks(method: Asking, b: LatentBatch) -> Tensor:
+        found = method.feed.answered(b, lambda b: {"x": method.one(b)} if kind == "dict" else (method.one(b), None))
+        return found["x"] if kind == "dict" else found[0]
+
+    assert trained(asking(asks), toy).method.student_updates == 2
+    said = rf"lambda> answers with a {kind}, and what is kept is a tensor \[B, ...\] or a tuple of such$"
+    with pytest.raises(ValueError, match=said):
+        trained(asking(asks), toy, MIXED)
+    grad = torch.ones(2, requires_grad=True)
+    for moving in ({"x": grad}, (None, grad), [grad]):
+        with pytest.raises(ValueError, match=MOVED):
+            unmoved(moving, lambda b: None)
+
+
 class Averaged(Asking):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -700,6 +718,16 @@ def test_a_trained_module_that_is_no_role_is_not_kept(grad: bool, capacity: int,
             trained(kind, toy, data=data)
     else:
         assert trained(kind, toy, data=data).method.student_updates == 2
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_trained_module_that_is_counted_is_compiled_once(fullgraph: bool, toy: Toy) -> None:
+    """The count was a guard, so that every call was another graph."""
+    method, graphs = Headed(pipeline=toy), list[Any]()
+    method.head.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward, fullgraph=fullgraph)
+    for _ in range(4):
+        method.head(torch.ones(3, 1)).sum().backward()
+    assert len(graphs) == 1 and method.asked_of_moving == 4
 
 
 class Counting(Asking):
