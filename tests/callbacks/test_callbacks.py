@@ -174,7 +174,7 @@ def test_a_schedule_that_says_what_it_hears_is_believed() -> None:
             self.hears = inner.hears
 
     class Other:
-        hears, unheard, state = "nothing", "", {}  # noqa: RUF012
+        hears, unheard, state = "nothing", "", {}
 
         def __call__(self, clock: int) -> SamplingPrior:
             return PLAIN

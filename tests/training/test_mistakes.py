@@ -463,7 +463,9 @@ def test_what_a_checkpoint_would_hold_is_not_written_to_find_that_it_can_be_read
     large, written = torch.zeros(2**20), list[int]()
     real = torch.load
     monkeypatch.setattr(torch, "load", lambda file, **how: written.append(file.getbuffer().nbytes) or real(file, **how))
-    kind = type("Large", (Own,), {"on_save_checkpoint": lambda self, made: Own.on_save_checkpoint(self, made) or made.update(own=[{"x": large}])})
+    kind = type(
+        "Large", (Own,), {"on_save_checkpoint": lambda self, made: Own.on_save_checkpoint(self, made) or made.update(own=[{"x": large}])}
+    )
     check_readable(kind(pipeline=toy))
     assert written and max(written) < 2**16
 

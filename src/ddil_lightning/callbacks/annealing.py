@@ -141,7 +141,7 @@ class AnnealPrior(OnClock):
 
 
 def _says(schedule: Any) -> bool:
-    """Whether what a schedule hears is said for its own `hear`: by itself, or by a class that has that or is derived from the one that has."""
+    """Whether what a schedule hears is said for its own `hear`: by itself, or by the class that has it or one derived from that."""
     kinds = type(schedule).__mro__
     writes = next((i for i, kind in enumerate(kinds) if "hear" in vars(kind)), len(kinds))
     return "hears" in vars(schedule) or any("hears" in vars(kind) for kind in kinds[: writes + 1])

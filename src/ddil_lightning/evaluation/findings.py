@@ -29,7 +29,8 @@ NAMED = re.compile(rf"[0-9a-f]{{{LENGTH}}}\.(json|safetensors)")
 class Findings:
     """Answers, a file each in a folder beside the result `out`, named by a digest of the question: all that the answer depends on.
 
-    Another question finds nothing, and leaves what is there until a result is written. Where the folder cannot be written a line says so, and nothing is kept.
+    Another question finds nothing, and leaves what is there until a result is written. Where the folder cannot be written a line says so,
+    and nothing is kept.
     """
 
     def __init__(self, out: Path) -> None:

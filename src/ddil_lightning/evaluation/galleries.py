@@ -75,7 +75,7 @@ class Gallery:
             logging.getLogger(__name__).warning(said)
 
     def whole(self, batch: int = 64) -> Iterator[Tensor]:
-        """The central square of each picture as large as it is, [B, 3, s, s] in [-1, 1]: neighbours of one size are a batch, up to `batch`."""
+        """The central square of each picture as large as it is, [B, 3, s, s] in [-1, 1]: up to `batch` neighbours of one size."""
         return self._seen(lambda picture: centre(picture, min(picture.size)), batch)
 
     def crops(self, crops: Crops, batch: int = 64) -> Iterator[Tensor]:

@@ -80,7 +80,9 @@ class Answers:
         found = ask(batch if len(asked) == len(slot) else take(batch, sent(asked, batch.t.device)))
         new = (found,) if isinstance(found, Tensor) else found
         if bool((slot >= 0).any()) and not (isinstance(new, list | tuple) and all(isinstance(x, Tensor) for x in new)):
-            raise ValueError(f"{named(ask)} answers with a {type(found).__name__}, and what is kept is a tensor [B, ...] or a tuple of such")
+            raise ValueError(
+                f"{named(ask)} answers with a {type(found).__name__}, and what is kept is a tensor [B, ...] or a tuple of such"
+            )
         self._keep(kind, slot[asked], new)
         if len(asked) == len(slot):
             return found

@@ -70,7 +70,8 @@ def check_reached(method: Any, *names: str) -> None:
         if name not in method.reached:
             own = " or ".join(f"{cls.__name__}.{name}" for cls in _replacing(method, name))
             raise ValueError(
-                f"{own} never calls super().{name}(...), without which parts of a run are off in silence: call it with the same arguments" + (", and return what it returns with yours added" if name == "configure_callbacks" else "")
+                f"{own} never calls super().{name}(...), without which parts of a run are off in silence: call it with the same arguments"
+                + (", and return what it returns with yours added" if name == "configure_callbacks" else "")
             )
 
 
@@ -126,8 +127,8 @@ def check_names(method: Any) -> None:
 def check_trained(method: Any, optimizers: Sequence[torch.optim.Optimizer], schedulers: Sequence[Any]) -> None:
     """Raises ValueError, by its name, for what has trained weights none of which an optimiser moves: it would never learn.
 
-    For optimisers that `optimizer_of` has not made; learning rates by others than the clock are told. And for several optimisers of a method that
-    does not say so: DDP waits, in the backward pass of each, for the gradients of all.
+    For optimisers that `optimizer_of` has not made; learning rates by others than the clock are told. And for several optimisers of a
+    method that does not say so: DDP waits, in the backward pass of each, for the gradients of all.
     """
     named, use = type(method).__name__, "self.optimizer_of(parameters, lr)"
     for made in optimizers:
@@ -138,7 +139,7 @@ def check_trained(method: Any, optimizers: Sequence[torch.optim.Optimizer], sche
             )
     if schedulers:
         logging.getLogger(__name__).warning(
-            f"{named}.configure_optimizers returns learning-rate schedulers, whose rates hold for no update: the clock sets them before each, "
+            f"{named}.configure_optimizers returns learning-rate schedulers, whose rates hold for no update: the clock sets that of each "
             "by optimizer.warmup and optimizer.final_lr"
         )
     if len(optimizers) > 1 and not method.takes_turns:
