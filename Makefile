@@ -26,7 +26,7 @@ test: $(READY) ## install, then run the tests, JOBS files at a time (ARGS, JOBS)
 
 test-floor: ## install the oldest libraries that pyproject.toml allows in .venv-floor (7 GB), then run the tests
 	@test -x .venv-floor/bin/python || $(PYTHON) -m venv .venv-floor
-	@.venv-floor/bin/python tests/support/floors.py > .venv-floor/floors.txt
+	@.venv-floor/bin/python tests/support/oldest.py > .venv-floor/floors.txt
 	@.venv-floor/bin/python -m pip install --quiet --editable '.[dev]' --constraint .venv-floor/floors.txt
 	.venv-floor/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 
 
@@ -11,6 +12,19 @@ class Refusal(Exception):
 
 EXPECTED = (Refusal, ValueError, FloatingPointError, OSError)
 """Errors whose message is written for the user, so that a command tells it without the type."""
+
+
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+def check_exhausted(error: BaseException, name: str) -> None:
+    """Raises Refusal where the system could not open `name` for want of what every file needs: that says nothing of the file, which nobody
+    who passes over damaged ones may take for one of them."""
+    if isinstance(error, Refusal):  # who looks into an archive has been told already
+        raise error
+    if isinstance(error, OSError) and error.errno in EXHAUSTED:
+        remedy = "have more of them allowed (ulimit -n), or give fewer data.workers" if error.errno != errno.ENOMEM else "free memory"
+        raise Refusal(f"{name} cannot be opened: {error.strerror}; {remedy}") from error
 
 
 def unexpected(error: BaseException) -> str:

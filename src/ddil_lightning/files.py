@@ -23,6 +23,8 @@ from ddil_lightning.signals import lives
 from ddil_lightning.texts import from_json
 
 PART = "ddil-part"
+UNUSED = 8 * 7 * 24 * 3600
+"""Seconds after which what is kept and not used goes."""
 HOST = re.sub(r"\W", "_", socket.gethostname())[:24]
 _TOKEN = secrets.token_hex(4)
 _MASK = os.umask(0)
@@ -158,6 +160,22 @@ def cache_folder() -> Path:
     time."""
     own = os.environ.get("DDIL_CACHE")
     return Path(own).expanduser() if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddil-lightning"
+
+
+def mark_used(file: Path) -> None:
+    """Note that what is kept in a file was used just now, for `tidy`."""
+    with suppress(OSError):  # of another user, who shares the folder
+        os.utime(file)
+
+
+def tidy(folder: Path) -> None:
+    """Remove from a folder in `cache_folder` what was left half written, and what nobody has used for weeks: data are copied, renamed and
+    deleted, and nobody deletes what is known of them."""
+    sweep(folder, inside=False)
+    for file in folder.glob("*"):
+        with suppress(OSError):  # gone by now, or of another user
+            if time.time() - file.stat().st_mtime > UNUSED:
+                file.unlink()
 
 
 def lock(path: Path) -> IO[bytes] | None:

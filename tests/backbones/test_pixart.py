@@ -20,7 +20,7 @@ from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.source import Source
 from ddil_lightning.backbones.vocabulary import Vocabulary
 from ddil_lightning.data.cachefile import cached
-from ddil_lightning.data.encoded import Notices
+from ddil_lightning.data.notices import Notices
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.transitions import ddim

@@ -18,6 +18,7 @@ from ddil_lightning.backbones.interface import Backbone
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.callbacks import Previews
 from ddil_lightning.commands import checks, fit_cli, fitting
+from ddil_lightning.data.captions import Captions
 from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.errors import Refusal
 from ddil_lightning.methods import LCM
@@ -42,6 +43,16 @@ class Half(Backbone):
     def __init__(self) -> None: ...
 
     def network(self) -> Any: ...
+
+
+class Unread(Captions):
+    """Captions that nobody may read."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def prompts(self, index: Any) -> list[str]:
+        raise AssertionError("the data are read")
 
 
 @pytest.fixture(autouse=True)
@@ -204,6 +215,16 @@ def test_a_wrong_value_is_answered_in_one_line_and_leaves_no_folder(
     monkeypatch.setenv("NETRC", str(here / "none"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     assert said in refused(capsys, "--config", str(tiny_config), "previews.every=0", *words)
+
+
+@pytest.mark.parametrize("plan", [False, True], ids=["fit", "plan"])
+@pytest.mark.parametrize("name", ["tcd", pytest.param("moments", marks=pytest.mark.slow)])
+def test_a_student_that_no_pipeline_steps_as_is_refused_before_the_data_are_read(name: str, plan: bool, sd3: Path, capsys: Any) -> None:
+    """No scheduler of a flow steps by TCD or a posterior; the run had encoded all before its end was tried, a plan was made."""
+    own = {"tcd": ["model.w_conditioned=false"], "moments": []}[name]
+    words = [f"model.pipeline={sd3}", "model.guidance=3", f"data.captions={__name__}.Unread", "previews.every=0", "test.n=0", *own]
+    said = refused(capsys, "--config", f"{name}_ddil.yaml", *words, *(["--plan"] if plan else []))
+    assert "could not be exported for 4 steps: no scheduler of diffusers steps by" in said and "on a flow" in said
 
 
 def test_a_run_dir_that_holds_a_run_is_refused(finished: Path, tiny_config: Path, capsys: Any) -> None:

@@ -16,7 +16,7 @@ from commandline import fit
 from ddil_lightning.commands import main
 from ddil_lightning.commands.cache import in_full
 from ddil_lightning.commands.launched import together
-from ddil_lightning.data import writer
+from ddil_lightning.data import numbering, writer
 
 ROWS = 12
 WORDS = "zero one two three four five six seven eight nine small large".split()
@@ -118,7 +118,8 @@ def test_a_signal_leaves_what_is_whole_and_says_how_to_go_on(pictures: list[str]
         if len(written) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(writer, "write_shard", slow)
+    for module in (writer, numbering):
+        monkeypatch.setattr(module, "write_shard", slow)
     code, _, err = cache(capsys, *words)
     assert code == 128 + signal.SIGTERM
     assert err.strip() == "ddil-cache: stopped; what is whole in kept stays, and the same command goes on"

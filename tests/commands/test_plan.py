@@ -103,10 +103,13 @@ def test_a_plan_of_a_network_that_reads_its_text_under_a_mask(
     Image.new("RGB", (side, side)).save(tmp_path / "pictures" / "a.png")
     (tmp_path / "pictures" / "a.txt").write_text("a small red circle")
     words = [f"model.pipeline={make(tmp_path / 'p')}", "data.captions.path=pictures", f"data.captions.size={side}", "data.batch_size=4"]
-    own = ["model.critic.steps=2", "model.gan.layers=[block0,block1]", "trainer.accelerator=cpu", "trainer.devices=1"]
-    assert fit(["--config", "dmd2_lora_sd3.yaml", "--plan", *words, *own]) == 0
-    told = capsys.readouterr().out
-    assert [line.split()[0] for line in told.splitlines()[3:9]] == ["teacher", "encoders", "student", "critic", "head", "together"]
+    words += ["trainer.accelerator=cpu", "trainer.devices=1"]
+    discriminator = ["model.critic.steps=2", "model.gan.layers=[block0,block1]"]
+    roles = {"dmd2": ["student", "critic", "head"], "ladd": ["student", "head"], "lcm": ["student", "target", "average"]}
+    for name, own in (("dmd2", discriminator), ("ladd", discriminator), ("lcm", [])):
+        assert fit(["--config", f"{name}_lora_sd3.yaml", "--plan", *words, *own]) == 0
+        rows = [line.split()[0] for line in capsys.readouterr().out.splitlines()[3:9] if line]
+        assert rows[: rows.index("together")] == ["teacher", "encoders", *roles[name]]
 
 
 def test_a_hub_id_that_cannot_be_asked_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

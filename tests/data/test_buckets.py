@@ -19,10 +19,11 @@ from safetensors import safe_open
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.source import Source
 from ddil_lightning.data.base import Captions
-from ddil_lightning.data.buckets import PART, Buckets, Group, Sorting, nearest, sizes_of
+from ddil_lightning.data.buckets import PART, UNREAD, Buckets, Group, Sorting, nearest, sizes_of
 from ddil_lightning.data.cachefile import cached
 from ddil_lightning.data.captions import Images
-from ddil_lightning.data.encoded import Encoded, Notices, Table, encode
+from ddil_lightning.data.encoded import Encoded, Table, encode
+from ddil_lightning.data.notices import Notices
 from ddil_lightning.data.pictures import cut, fitted, picture_size, read_picture
 from ddil_lightning.data.preparation import check_latents, check_sizes, latent_box
 from ddil_lightning.data.sampler import CounterSampler
@@ -157,6 +158,16 @@ def test_a_row_that_cannot_be_read_is_replaced_within_its_size(tmp_path: Path) -
     batch = images[[2, 4]]
     assert batch.rows.tolist() == [4, 4] and batch.pixels is not None and batch.pixels.shape[2:] == WIDE and len(batch.skipped) == 1
     assert batch.sizes.tolist() == [[24, 40, 0, 1, 16, 24]] * 2 and images[[3, 0]].rows.tolist() == [3, 1]  # type: ignore[union-attr]
+
+
+def test_what_cannot_be_read_after_the_last_that_can_goes_with_the_first() -> None:
+    """It got the first of the sizes: where no picture was of that, a group of rows that nobody can read ended every start."""
+    known = Sorting([(8, 24), (8, 8), (24, 8)])
+    known.know(torch.tensor([UNREAD, 2, UNREAD, 1, UNREAD, UNREAD], dtype=torch.int16))
+    assert [known.size([row]) for row in range(6)] == [(24, 8), (24, 8), (8, 8), (8, 8), (24, 8), (24, 8)]
+    assert next(known.others(5, 6)) == 0
+    known.know(torch.full((2,), UNREAD, dtype=torch.int16))
+    assert known.size([0, 1]) == (8, 24)
 
 
 def test_in_place_of_a_row_no_more_rows_are_looked_at_than_it_takes() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 import time
@@ -17,17 +19,20 @@ from safetensors.torch import load_file
 
 import suite
 from ddil_lightning.backbones.pipeline import Pipeline
-from ddil_lightning.data import encoded, manifest, shards, sorting, writer
+from ddil_lightning.data import encoded, manifest, numbering, shards, sorting, writer
 from ddil_lightning.data.cachefolder import CacheFolder, open_folder
 from ddil_lightning.data.captions import Captions, Images, RawBatch
 from ddil_lightning.data.datamodule import DDILDataModule
-from ddil_lightning.data.encoded import Notices, encode, encode_batch
+from ddil_lightning.data.encoded import encode, encode_batch
+from ddil_lightning.data.notices import Notices
 from ddil_lightning.data.preparation import prepared
 from ddil_lightning.data.shards import Column, packed, unpacked, write_shard
 from ddil_lightning.data.sharing import Missing
 from ddil_lightning.data.visits import Visit
 from ddil_lightning.data.writer import Keeping, Writer
-from ddil_lightning.processes import Processes
+from ddil_lightning.errors import one_line
+from ddil_lightning.files import holds_anything
+from ddil_lightning.processes import Elsewhere, Processes
 from ddil_lightning.records import CaptionBatch, to
 from options import options
 from pair import together
@@ -319,7 +324,8 @@ def test_a_cache_goes_on_where_it_was_killed(backbone: Pipeline, tmp_path: Path,
     for after in range(sum(name.endswith(".safetensors") for name in whole)):
         folder = tmp_path / f"killed after {after}"
         count[0] = after
-        monkeypatch.setattr(writer, "write_shard", killed)
+        for module in (writer, numbering):
+            monkeypatch.setattr(module, "write_shard", killed)
         with pytest.raises(KeyboardInterrupt):
             made(folder, rows, backbone)
         monkeypatch.undo()
@@ -454,8 +460,50 @@ def test_files_that_another_has_made_meanwhile_are_left_to_it(
     assert caplog.text.count(f"another process writes into {tmp_path / 'c'} as well: what is missing is shared") == 1
 
 
-def test_a_folder_that_another_has_just_begun_is_a_cache(backbone: Pipeline, tmp_path: Path) -> None:
-    """It was told to hold something else, while the other's manifest was half written."""
+def test_who_is_late_leaves_a_folder_as_it_is_complete(backbone: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task that had looked before another completed the folder took its manifest away, minutes later, and wrote its captions anew."""
+
+    def state() -> dict[str, tuple[int, int]]:
+        return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in (tmp_path / "c").iterdir()}
+
+    class Late(Ten):
+        def check_files(self, processes: Processes) -> None:
+            made(tmp_path / "c", Ten(), backbone)
+            before.append(state())
+
+    before: list[dict[str, tuple[int, int]]] = []
+    assert made(tmp_path / "c", Late(), backbone)["complete"] and before == [state()]
+    with monkeypatch.context() as patch:  # one that has looked a second time as well
+        patch.setattr(Writer, "_known", lambda self, about: about)
+        patch.setattr(Writer, "_begin", lambda self, about: about)
+        assert made(tmp_path / "c", Ten(), backbone)["complete"] and before == [state()]
+
+
+def late_by_two(rank: int, tiny: str, folder: str, fault: str) -> str:
+    """What ends both processes where something fails that one of them does."""
+
+    def fails(*given: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), fault)
+
+    told = Writer(Path(folder), Ten(), Pipeline(tiny), Keeping(shard_rows=4), False, 0, together(rank))
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == (fault == "sums"):
+            patch.setattr(writer, {"lock": "holding", "sums": "checksum", "maps": "too_many"}[fault], fails)
+        try:
+            told.write()
+        except (Elsewhere, OSError) as error:
+            return one_line(error)
+    return ""
+
+
+@pytest.mark.parametrize("fault", ["maps", "lock", "sums"])
+def test_what_one_of_several_does_ends_all_where_it_fails(fault: str, pair: Pair, tiny: Path, tmp_path: Path) -> None:
+    """The others waited for days."""
+    assert pair.run(late_by_two, str(tiny), str(tmp_path / "c"), fault, timeout=60) == [f"No space left on device: {fault}"] * 2
+
+
+def test_a_folder_that_another_has_just_begun_is_a_cache(backbone: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was told to hold something else, while the other's manifest was half written, or where it came between two looks at the folder."""
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / ".manifest.json.4242-elsewhere-0a1b2c3d.ddil-part").write_text("{")
     assert made(tmp_path / "c", Ten(), backbone)["complete"]
@@ -463,6 +511,9 @@ def test_a_folder_that_another_has_just_begun_is_a_cache(backbone: Pipeline, tmp
     (tmp_path / "d" / "letter.txt").write_text("dear")
     with pytest.raises(ValueError, match="holds something else than a cache"):
         made(tmp_path / "d", Ten(), backbone)
+    looks = iter([lambda folder: made(tmp_path / "e", Ten(), backbone), *[holds_anything] * 9])
+    monkeypatch.setattr(manifest, "holds_anything", lambda folder: (next(looks)(folder), holds_anything(folder))[1])
+    assert made(tmp_path / "e", Ten(), backbone)["complete"]
 
 
 def test_data_that_cannot_be_encoded_yet_begin_no_cache(backbone: Pipeline, tmp_path: Path) -> None:

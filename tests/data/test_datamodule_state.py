@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, distributed
 
 from ddil_lightning.backbones.pipeline import Pipeline
+from ddil_lightning.data import notices
 from ddil_lightning.data.captions import Captions
 from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.data.encoded import Encoded
@@ -216,6 +217,37 @@ def test_rows_that_any_process_skips_are_counted_once_and_for_good(pair: Pair) -
     """Each process counted its own share, and from 0 whenever the run went on."""
     told = ["2 rows of the data could not be read and were skipped"]
     assert pair.run(skipped_by_two) == [([2, 2, 2], told), ([2, 2, 2], [])]
+
+
+def test_processes_tell_each_other_of_a_skipped_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that went on sent all rows of before to all others, and sorted them at every row of its curves."""
+    sent: list[set[int]] = []
+    monkeypatch.setattr(notices, "of_all", lambda mine: (sent.append(mine), mine)[1])
+    made = module(FORWARD_ONLY, Holes(), buffer={"capacity": 0})
+    for rows in ([2, 7], [2, 5]):
+        made.notices.hear(made.captions[rows], 8)  # type: ignore[index]
+        made.statistics()
+    kept = made.state_dict()
+    assert sent == [{2}, {5}, set()] and kept["skipped"].tolist() == [2, 5]
+    again = module(FORWARD_ONLY, Holes(), buffer={"capacity": 0})
+    again.load_state_dict(kept)
+    assert again.statistics()["data/skipped"] == 2 and sent[3:] == [set()] and again.notices.skipped == {2, 5}
+    again.load_state_dict({**kept, "skipped": [2, 3]})
+    assert again.statistics()["data/skipped"] == 3
+
+
+def test_of_rows_of_other_data_no_more_than_their_number_is_kept() -> None:
+    """Data that had gained a file numbered their rows anew: rows that can be read were taken for skipped ones, and those for none."""
+    made = module(FORWARD_ONLY, Holes(), buffer={"capacity": 0})
+    made.notices.hear(made.captions[[2, 5]], 8)  # type: ignore[index]
+    kept = {**made.state_dict(), "rows": [11]}
+    for _ in range(2):  # a run that goes on twice
+        made = module(FORWARD_ONLY, Holes(), buffer={"capacity": 0})
+        made.load_state_dict(kept)
+        assert made.statistics()["data/skipped"] == 2 and made.notices.skipped == set()
+        kept = made.state_dict()
+    made.notices.hear(made.captions[[2, 7]], 8)  # type: ignore[index]
+    assert made.statistics()["data/skipped"] == 3
 
 
 def test_every_rank_gets_its_own_buffer_back() -> None:

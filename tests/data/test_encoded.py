@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +18,15 @@ from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.data import cachefile, encoded
 from ddil_lightning.data.cachefile import cached
 from ddil_lightning.data.captions import Captions, RawBatch
-from ddil_lightning.data.encoded import Encoded, Notices, encode, encode_batch
+from ddil_lightning.data.encoded import Encoded, encode, encode_batch
+from ddil_lightning.data.notices import Notices
 from ddil_lightning.data.preparation import latent_box, prepared, second_moment
 from ddil_lightning.data.visits import spread
-from ddil_lightning.processes import Processes
+from ddil_lightning.errors import one_line
+from ddil_lightning.files import replacing
+from ddil_lightning.processes import Elsewhere, Processes
 from ddil_lightning.records import CaptionBatch, Context
+from pair import Pair, together
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +118,31 @@ def test_several_machines_do_not_write_one_file(backbone: Pipeline, tmp_path: Pa
         cached(path, Few(True), backbone, False, 0, Notices(), Processes(nodes=2))
     assert not path.exists() and len(written(path, Few(True), backbone)) == 6
     assert len(cached(path, Few(True), backbone, False, 0, Notices(), Processes(nodes=2))) == 6
+
+
+def refused_by_two(rank: int, tiny: str, path: str, late: bool) -> str:
+    """What ends both processes where the first cannot begin, or not end, the file of both."""
+
+    @contextmanager
+    def refusing(path: Path, durable: bool = False) -> Iterator[Path]:
+        if late:
+            with replacing(path) as temporary:
+                yield temporary
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cachefile, "replacing", refusing)
+        try:
+            cached(Path(path), Few(True), Pipeline(tiny), False, 0, Notices(), together(rank))
+        except (Elsewhere, OSError) as error:
+            return one_line(error)
+    return ""
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_file_that_the_first_cannot_write_ends_all(late: bool, pair: Pair, tiny: Path, tmp_path: Path) -> None:
+    """The others waited for days."""
+    assert pair.run(refused_by_two, str(tiny), str(tmp_path / "cache"), late, timeout=60) == ["Read-only file system"] * 2
 
 
 @pytest.mark.parametrize("images", [True, False])

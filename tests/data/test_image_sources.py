@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -10,7 +11,9 @@ import pickle
 import re
 import shutil
 import tarfile
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,19 +23,23 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ddil_lightning.data import captions, indexes, tables
+from ddil_lightning.data import captions, indexes, streaming, tables
 from ddil_lightning.data.captions import Captions, Images, Prompts
-from ddil_lightning.data.folders import Cells, Listing
+from ddil_lightning.data.folders import READERS, Cells, Listing
 from ddil_lightning.data.sampler import CounterSampler
 from ddil_lightning.data.sorting import sort_by_size
 from ddil_lightning.data.visits import Visit
-from ddil_lightning.processes import Processes
+from ddil_lightning.errors import Refusal
+from ddil_lightning.files import PART, UNUSED
+from ddil_lightning.processes import Elsewhere, Processes
+from pair import Pair, together
 from pictured import parquet, png
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setenv("DDIL_CACHE", str(tmp_path_factory.mktemp("known")))  # many archives here are copies of others
 
 
 def levels(captions: Captions, rows: Any) -> list[int]:
@@ -99,7 +106,7 @@ def test_members_of_a_sample_need_not_stand_together(tmp_path: Path) -> None:
 def test_pictures_that_are_no_sample_for_a_dot_in_their_name_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     members = {"img_1.5.png": png(1), "img_1.5.txt": "one and a half", **sample(2), "s/0002.mask.png": png(3)}
     assert len(Images(str(tar(tmp_path / "x.tar", members)), size=8)) == 1
-    said = f"1 pictures of {tmp_path / 'x.tar'} are left out, the first img_1.5.png: a sample is called after its name up to the first dot"
+    said = f"{tmp_path / 'x.tar'}: 1 pictures are left out, the first img_1.5.png: a sample is called after its name up to the first dot"
     assert [record.getMessage().partition(", as in")[0] for record in caplog.records] == [said]
 
 
@@ -169,6 +176,47 @@ def test_archives_that_are_cut_short_are_told_together_or_used_as_far_as_they_go
     assert levels(images, range(10)) == [10 * i for i in (0, 1, 2, 3, 4, 6, 7, 9, 10, 11)]
 
 
+def test_an_archive_that_the_system_does_not_read_is_no_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With data.on_error=skip a network that was away for a moment left a process with fewer rows than the others. What a head says of
+    itself is damage, also where the system refuses to go there."""
+    folder = archives(tmp_path)
+
+    def away(self: tarfile.TarFile) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.TarFile, "next", away)
+        with pytest.raises(ValueError, match=r"^the data set .* could not be read: .*/0000\d\.tar cannot be read: Input/output error$"):
+            Images(str(folder), size=8)
+    head = bytearray((folder / "00001.tar").read_bytes())
+    head[124:136] = b"\xff" * 8 + b"\x80\0\0\0"  # of so many bytes less than nothing
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head[:512])
+    (folder / "00001.tar").write_bytes(head)
+    assert Images(str(folder), size=8)._damaged == ["00001.tar cannot be read as a tar file: Invalid argument"]
+
+
+def found_by_two(rank: int, folder: str, cut: bool) -> str:
+    """What is said of archives of which the second process finds one cut short, or not at all."""
+    images = Images(folder if rank == 0 else f"{folder}/0000{'1' if cut else '0'}.tar", size=8)
+    images._path, images.on_error = "x", "skip"
+    if rank == 1 and cut:
+        images._damaged = ["00001.tar is cut"]
+    try:
+        images.check_files(together(rank))
+    except (Elsewhere, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def test_processes_that_find_other_rows_are_told(pair: Pair, tmp_path: Path) -> None:
+    """Each trained on its own: batches of other pictures, and in the end of another number of them."""
+    folder = str(archives(tmp_path))
+    for cut, why in ((False, ""), (True, " (00001.tar is cut)")):
+        said = f"the data set x has 6 rows for process 0 and 3 rows{why} for process 1: see that all of them find the same files, and start"
+        assert [text[: len(said)] for text in pair.run(found_by_two, folder, cut)] == [said] * 2
+
+
 def test_the_heads_of_an_archive_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every process read them all at every start. A file of another time or size is read again, and no other."""
     read: list[str] = []
@@ -186,6 +234,30 @@ def test_the_heads_of_an_archive_are_read_once(tmp_path: Path, monkeypatch: pyte
     assert len(Images(str(folder), size=8, limit=2)) == 2 and read[0] == "00000.tar"
     monkeypatch.setenv("DDIL_CACHE", str(folder / "00000_stats.json"))  # a place that cannot be written
     assert Images(str(folder), size=8).texts([5]) == [["row 5"]]
+
+
+def test_an_index_serves_copies_and_nothing_else_and_goes_when_nobody_uses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each copy on a node's own disk had one for good, and an archive of the same place, size and time was read at another's places."""
+    read: list[str] = []
+    heads = indexes.read_heads
+    monkeypatch.setattr(indexes, "read_heads", lambda file, image: (read.append(file.name), heads(file, image))[1])
+    folder, kept = archives(tmp_path / "set"), Path(os.environ["DDIL_CACHE"]) / "archives"
+    told = Images(str(folder), size=8).texts(range(6))
+    for copy in "ab":
+        shutil.copytree(folder, tmp_path / copy, copy_function=shutil.copyfile)
+        assert Images(str(tmp_path / copy), size=8).texts(range(6)) == told
+        shutil.rmtree(tmp_path / copy)
+    assert len(read) == len(list(kept.iterdir())) == 2
+    stat = (folder / "00000.tar").stat()
+    tar(folder / "00000.tar", {k: v for i in (2, 1, 0) for k, v in sample(i).items()})
+    os.utime(folder / "00000.tar", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (folder / "00000.tar").stat().st_size == stat.st_size
+    old = time.time() - UNUSED - 60
+    for file in kept.iterdir():
+        os.utime(file, (old, old))
+    (kept / f".x.999999999.{PART}").touch()
+    assert Images(str(folder), size=8).texts(range(3)) == told[2::-1] and len(read) == 3
+    assert len(list(kept.iterdir())) == 2  # the used one and the new one
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
@@ -207,11 +279,14 @@ def test_of_a_picture_in_a_file_with_others_no_more_than_its_head_is_read_for_it
         Dataset.from_list([{"image": one, "text": "a"} for one in pictures]).to_parquet(str(folder / "train.parquet"))
     monkeypatch.setattr("ddil_lightning.data.archives._read", lambda *args: pytest.fail("a picture was read whole"))
     monkeypatch.setattr(tables.Table, "pictures", lambda *args: pytest.fail("a picture was read whole"))
-    seen, size_of = [], captions.picture_size
+    seen, far, size_of = [], [], captions.picture_size
 
     def looked_at(source: Any, name: str) -> tuple[int, int]:
         seen.append(source)
-        return size_of(source, name)
+        try:
+            return size_of(source, name)
+        finally:
+            far.append(source.tell())
 
     monkeypatch.setattr(captions, "picture_size", looked_at)
 
@@ -221,13 +296,66 @@ def test_of_a_picture_in_a_file_with_others_no_more_than_its_head_is_read_for_it
         sort_by_size(made, Processes())
         return made
 
-    assert [group.rows.tolist() for group in images().groups()] == [[0, 4], [1, 2, 3, 5]]
+    other = Path(os.environ["DDIL_CACHE"]) / "sizes" / "of-data-that-are-gone.safetensors"
+    other.parent.mkdir()
+    other.touch()
+    os.utime(other, (0, 0))
+    assert [group.rows.tolist() for group in images().groups()] == [[0, 4], [1, 2, 3, 5]] and not other.exists()
     assert all(not isinstance(source, bytes) for source in seen) and len(seen) > 6
     if kind == "tar":
-        assert all(source.tell() <= 2**15 < len(one) for source, one in zip(seen[-6:], pictures, strict=True))
+        assert all(read <= 2**15 < len(one) for read, one in zip(far[-6:], pictures, strict=True))
+        assert all(source.closed for source in seen)
     seen.clear()
     assert [group.rows.tolist() for group in images().groups()] == [[0, 4], [1, 2, 3, 5]] and len(seen) == 1
     assert pickle.loads(pickle.dumps(images())).sorting.size([4]) == (16, 16)
+
+
+@contextmanager
+def few_files(more: int) -> Iterator[None]:
+    """Inside, this process may open so many files more."""
+    resource = pytest.importorskip("resource")
+    before, taken = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + more + 1, before[1]))
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(more):
+            os.close(taken.pop())
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for number in taken:
+            os.close(number)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files as Linux lists them")
+def test_archives_are_open_as_long_as_a_picture_is_looked_at(tmp_path: Path) -> None:
+    """Each of a thread's 64 pictures had a file of its own open, 1024 of all threads: as many as a process may mostly have. Those for which
+    there was none were taken for broken ones, and trained at their neighbour's aspect."""
+    pictures = []
+    for size in (8, 8), (24, 8):
+        file = io.BytesIO()
+        Image.new("RGB", size).save(file, "PNG")
+        pictures.append(file.getvalue())
+    members = {name: data for i in range(256) for name, data in ((f"{i}.png", pictures[i % 3 == 0]), (f"{i}.txt", "a"))}
+    images = Images(str(tar(tmp_path / "0.tar", members)), size=[(8, 8), (8, 24)])
+    images.on_error = "skip"
+    with few_files(READERS + 2):
+        assert images.groups()[1].rows.tolist() == [*range(0, 256, 3)]
+    with few_files(0), pytest.raises(Refusal, match=r"0\.tar cannot be opened: Too many open files; .* \(ulimit -n\)"):
+        images.frames([0])
+    with few_files(0), pytest.raises(Refusal, match=r"0\.tar cannot be opened: Too many open files"):
+        images[[0]]
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "0.png").write_bytes(pictures[0])
+    (alone / "0.txt").write_text("a")
+    images = Images(str(alone), size=[(8, 8), (8, 24)])
+    images.on_error = "skip"
+    for ask in (images.frames, images.__getitem__):
+        with few_files(0), pytest.raises(Refusal, match=r"0\.png cannot be opened: Too many open files"):
+            ask([0])
 
 
 def test_pictures_are_looked_for_by_one_process_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +367,8 @@ def test_pictures_are_looked_for_by_one_process_for_all(tmp_path: Path, monkeypa
     with pytest.raises(ValueError, match=r"1\.png: no such file; 1 of 3 pictures are missing$"):
         images[0].check_files(Processes())
     monkeypatch.setattr(Listing, "missing", lambda *args: pytest.fail("looked for again"))
-    strategy = SimpleNamespace(broadcast=lambda told: (None, None))  # of the second of two, whose first has found nothing missing
+    first = iter([((3, []), None), (None, None)])  # of the second of two, whose first has found as many rows, and nothing missing
+    strategy = SimpleNamespace(broadcast=lambda told: next(first), reduce_boolean_decision=bool)
     images[1].check_files(Processes(SimpleNamespace(global_rank=1, world_size=2, strategy=strategy)))
     assert images[1][[0]].rows.tolist() == [0]
 
@@ -330,6 +459,31 @@ def test_a_stream_passes_over_files_of_which_no_row_is_asked_for(tmp_path: Path)
     with pytest.raises(ValueError, match=r"breaks off at row 30"):
         images[[30]]
     assert len(images) == 60 and images[[16]].prompts == ["row 16"]
+
+
+def test_a_stream_asks_a_file_again_for_its_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One answer of thousands that got lost had a process read all rows before its own, for as long as it lived, and nobody was told."""
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr(streaming, "PAUSES", (0.0, 0.0))
+    lost, read_metadata = [0], pq.read_metadata
+
+    def away(data: Any) -> Any:
+        lost[0] -= 1
+        if lost[0] >= 0:
+            raise ConnectionError("no answer")
+        return read_metadata(data)
+
+    monkeypatch.setattr(pq, "read_metadata", away)
+    for times, ends in ((2, [30, 60]), (99, None)):
+        images = Images(str(parquet(tmp_path, parts=2, rows=60)), size=8, stream=True)
+        images._rows.__dict__.pop("_ends", None)
+        lost[0] = times
+        assert images._rows._ends == ends and images[[40]].prompts == ["row 40"]
+        said = f"the files of the data set {tmp_path} do not say how many rows each has (no answer): the rows before those that are asked"
+        assert [said in record.getMessage() for record in caplog.records] == [True] * (ends is None)
 
 
 def test_a_stream_skips_what_cannot_be_read_and_names_what_is_not_there(tmp_path: Path) -> None:

@@ -65,6 +65,13 @@ def make(pairs: Pairs, mu: float = MU, g: tuple[float, float] = (1.0, 1.0), word
     return Maker(pairs, Exact(mu), g, taken, batch, Processes()).made(groups, Words(words))
 
 
+@pytest.mark.parametrize(("g", "each"), [((1.0, 1.0), 1), ((1.0, 3.0), 2)])
+def test_a_teacher_without_guidance_is_asked_once_a_step(g: tuple[float, float], each: int) -> None:
+    maker = Maker(Pairs(steps=STEPS), Exact(), g, taken, 4, Processes())
+    maker.made([torch.arange(ROWS)], Words("w"))
+    assert maker.policy.denoiser.evaluations == each * STEPS * ROWS
+
+
 def ddim_map(z: Tensor, schedule: NoiseSchedule = SCHEDULE, steps: int = STEPS) -> Tensor:
     """DDIM on trailing nodes with the closed-form posterior mean of N(mu, S^2)."""
     times = [*(1000 - 1000 * k // steps - 1 for k in range(steps)), -1]
@@ -112,6 +119,14 @@ def test_a_folder_is_read_and_one_that_was_cut_short_is_gone_on_with(tmp_path: P
     assert sorted(p.name for p in (tmp_path / "p").iterdir()) == sorted([NAME, *(f.name for f in files)])
     memory = make(Pairs(None, STEPS)).of(rows, rows * 0)
     assert torch.equal(memory.end, after.end) and len(solved) == 10
+
+
+def test_a_folder_that_another_has_just_begun_is_one_of_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was told to hold something else, where the other began between two looks at it."""
+    pairs, holds = Pairs(str(tmp_path / "p"), STEPS), stored_pairs.holds_anything
+    looks = iter([lambda folder: make(pairs), holds])
+    monkeypatch.setattr(stored_pairs, "holds_anything", lambda folder: (next(looks)(folder), holds(folder))[1])
+    assert make(pairs).each == 1 and next(looks, None) is None
 
 
 def test_pairs_of_something_else_are_refused(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_images_are_compared_by_what_the_evaluator_sees(tiny: Path) -> None:
     y = x.detach() + torch.tensor([0.0, 0.5]).view(2, 1, 1, 1)
     d = method._distance(x, y)
     d.sum().backward()
-    assert float(d[0]) < 1e-4 < 1e-3 < float(d[1]) < 4 and x.grad is not None and float(x.grad[1].abs().max()) > 0
+    assert float(d[0]) < 3e-4 < 1e-3 < float(d[1]) < 4 and x.grad is not None and float(x.grad[1].abs().max()) > 0
     assert not any("evaluator" in name or "clip" in name for name in method.state_dict())
     a, b = torch.rand(2, 3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     from ddil_lightning.evaluation.networks.lpips import MapDistance

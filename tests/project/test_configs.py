@@ -24,6 +24,7 @@ LARGE = [
     "dmd2_lora_flux.yaml",
     "dmd2_lora_sd3.yaml",
     "dmd2_lora_sdxl.yaml",
+    "ladd_lora_sd3.yaml",
     "lcm_ddil_sd15.yaml",
     "lcm_lora_qwen.yaml",
     "lcm_lora_sd15.yaml",
@@ -86,6 +87,7 @@ OWN = {  # what makes a large run small; everything else of its config stays
     "lcm_lora_qwen.yaml": ("qwen", ["--updates", "2", "model.optimizer.accumulate=1"]),
     "dmd2_lora_flux.yaml": ("flux", ["--updates", "2", "model.critic.steps=2", "model.gan.layers=[block1,block3]"]),
     "dmd2_lora_sd3.yaml": ("sd3", ["--updates", "2", "model.critic.steps=2", "model.gan.layers=[block1,block2]"]),
+    "ladd_lora_sd3.yaml": ("sd3", ["--updates", "2", "model.critic.steps=2"]),
 }
 
 

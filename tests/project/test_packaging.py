@@ -13,7 +13,7 @@ import pytest
 import tomllib
 import yaml
 
-import floors
+import oldest
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,9 +60,9 @@ def test_every_library_that_is_needed_has_a_floor_that_make_test_floor_installs(
     """All but torchvision, whose version torch decides."""
     needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     names = {re.split(r"[\[><=]", line)[0] for line in needed}
-    constraints = dict(line.split("==") for line in floors.floors())
+    constraints = dict(line.split("==") for line in oldest.oldest())
     assert names - constraints.keys() == {"torchvision"} and constraints["diffusers"] == "0.40.*"
-    assert "tests/support/floors.py > .venv-floor/floors.txt" in (ROOT / "Makefile").read_text()
+    assert "tests/support/oldest.py > .venv-floor/floors.txt" in (ROOT / "Makefile").read_text()
 
 
 def test_the_floor_of_wandb_appends() -> None:

@@ -15,6 +15,8 @@ from torch import Tensor
 from ddil_lightning.backbones.adapters import Adapter
 from ddil_lightning.backbones.outline import Outline
 from ddil_lightning.backbones.pipeline import Pipeline
+from ddil_lightning.commands.plan import recomputing
+from ddil_lightning.methods import LADD, SiD
 from ddil_lightning.training import frugality
 from ddil_lightning.training.footprint import Footprint, Part, Setting, away, footprint, parts, placed
 from ddil_lightning.training.frugality import smaller
@@ -127,6 +129,23 @@ def test_checkpointing_precision_and_micro_batches_change_what_they_should(light
     assert [p.weights for p in encoded.parts if p.name == "encoders"] == [0] and encoded.total < plain.total
     assert method.student_updates == 0 and method._trainer is None
     assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", [LADD, pytest.param(SiD, marks=pytest.mark.slow)])
+def test_checkpointing_reaches_the_frozen_network_that_gradients_pass_through(kind: Any, sd3: Path) -> None:
+    """LADD's heads and SiD's score read it at the student's samples: what it keeps for them is the most of a step. No gradient changes."""
+    gradients, footprints = [], []
+    for flag in (False, True):
+        torch.manual_seed(0)  # of the heads
+        method = made(Entry("x", kind, {"guidance": 3.0}), Pipeline(str(sd3)), memory={"gradient_checkpointing": flag})
+        assert method.teacher.network.model.is_gradient_checkpointing == flag
+        b = latents(method, 2, method.teacher.null)
+        x = torch.randn(b.x_t.shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        judged: Any = method.adversary.realism(x, b) if kind is LADD else method.identity(x, b)
+        gradients += torch.autograd.grad(judged.sum(), x)
+        footprints.append(recomputing(method, Setting(8), flag))
+    assert torch.equal(*gradients) and gradients[0].abs().max() > 0
+    assert footprints[1].activations < 0.36 * footprints[0].activations
 
 
 def test_shards_and_buckets(light: Path) -> None:

@@ -17,7 +17,7 @@ from ddil_lightning.callbacks import AnnealPrior
 from ddil_lightning.data.encoded import Encoded
 from ddil_lightning.imitation.prior import Gated, SamplingPrior
 from ddil_lightning.methods import LCM
-from suite import FORWARD, METHODS, MIXED, Gradients, backbone, build, captions, fit, pictures, train
+from suite import BY_NAME, FORWARD, METHODS, MIXED, Gradients, backbone, build, captions, fit, pictures, train
 
 FIRST = METHODS[0]
 
@@ -165,6 +165,29 @@ def test_a_range_of_guidance_needs_a_student_that_is_told(tiny: Path) -> None:
 def test_guidance_is_what_the_pipeline_recommends_unless_it_is_given(tiny: Path) -> None:
     assert build(FIRST, tiny, guidance=None).guidance == (backbone(tiny).guidance,) * 2 == (2.0, 2.0)
     assert build(FIRST, tiny, guidance=5).guidance == (5.0, 5.0) and build(FIRST, tiny, guidance=[1, 3]).guidance == (1.0, 3.0)
+
+
+@pytest.mark.parametrize("name", ["lcm", "pd", "dmd2"])
+def test_a_teacher_at_guidance_1_is_asked_once(name: str, tiny: Path) -> None:
+    """For targets and in roll-outs: the empty prompt's share is 0. It is guided at a real score's guidance, and at a checkpoint's."""
+    entry, found = BY_NAME[name], []
+    for once in (True, False):
+        method = build(entry, tiny, guidance=1.0)
+        assert method.unguided and method.teacher.unguided and method.teacher.apart().unguided
+        method.teacher.unguided = once  # twice: as before
+        run = fit(method, captions(tiny, SamplingPrior(0.5, 0.0, 0.5), rollouts={"every": 1}), max_steps=4)
+        found.append((method.evaluations["teacher"], [row[entry.falls] for row in run.rows if entry.falls in row]))
+    (asked, losses), (twice, before) = found
+    assert 2 * asked == twice > 0 and losses == pytest.approx(before, rel=1e-4) and losses
+    if name == "dmd2":
+        assert not build(entry, tiny, guidance=1.0, scores={"guidance": 3.0}).teacher.unguided
+        assert build(entry, tiny, guidance=1.0, scores={"guidance": 1.0}).teacher.unguided
+    guided, state = build(entry, tiny, guidance=2.0), dict[str, Any]()
+    guided.on_save_checkpoint(state)
+    assert not guided.teacher.unguided
+    method._recommended = True
+    method.on_load_checkpoint(state)
+    assert method.guidance == (2.0, 2.0) and not method.teacher.unguided
 
 
 def test_a_run_that_names_no_guidance_keeps_that_of_its_checkpoint(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

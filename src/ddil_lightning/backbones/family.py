@@ -124,6 +124,10 @@ class Family(Network):
         """The latents [B, C, h, w], of a `shape` [C, h, w], that its pipelines hold as `x`."""
         return x
 
+    def in_full(self, told: dict[str, Any]) -> dict[str, Any]:
+        """What its `forward` has told its model, as its pipelines tell it: other words where it says the same in fewer."""
+        return told
+
     @property
     @abstractmethod
     def latent_shape(self) -> tuple[int, ...]:

@@ -34,6 +34,12 @@ Dtypes = torch.dtype | Mapping[str, torch.dtype]
 """The precision of a pipeline, or, as diffusers takes it, that of its components by name and the `default` of all others."""
 
 
+def recomputing(network: nn.Module, on: bool) -> None:
+    """Gradient checkpointing on or off: the frozen network, of which others are copies, may have it on by another method's wish."""
+    if on or isinstance(network, Network):
+        network.recompute(on)  # type: ignore[operator]
+
+
 class Backbone(ABC):
     """A teacher and what a method, the data and an evaluation need of it. Loaded once; its own parts stay frozen, in eval mode.
 
@@ -122,21 +128,22 @@ class Backbone(ABC):
 
         A teacher whose network is told the guidance is asked once, and so are all who are made of it. `guided`: the trainable one is guided
         by the empty prompt too, and called twice, as its users will call it: raises ValueError where its network is told the guidance.
-        That is a copy or, where `adapter` has a rank, adapters on the frozen network itself. `recompute`: with gradient checkpointing.
+        That is a copy or, where `adapter` has a rank, adapters on the frozen network itself. `recompute`: with gradient checkpointing, of
+        the frozen network too, through which gradients pass to samples that a discriminator reads by it.
         `predicts`: of its outputs, where that is not the teacher's. `reflection` of its x0.
         A target, an average or a former student is made from a role: `student.copied("target")`.
         """
         space = self.predicts if predicts is None else predicts
         if name == "teacher":
-            null = None if self.told else self.null()
-            return Role(name, self.network(), self.schedule, space, null=null, reflection=reflection, own=False)
+            null, network = None if self.told else self.null(), self.network()
+            recomputing(network, recompute)
+            return Role(name, network, self.schedule, space, null=null, reflection=reflection, own=False)
         if guided and self.told:
             raise ValueError(f"the network of {self.path} is told its guidance, and is not guided by the empty prompt besides: {OTHER}")
         shares = adapter.is_for(name)
         more = {"s_conditioned": True} if s_conditioned else {}
         network = self.adapted(adapter, w_conditioned, name, **more) if shares else self.trainable(w_conditioned, name, **more)
-        if recompute:
-            network.recompute()
+        recomputing(network, recompute)
         shared = list(self.network().parameters()) if shares else []
         return Role(name, network, self.schedule, space, null=self.null() if guided else None, reflection=reflection, shared=shared)
 

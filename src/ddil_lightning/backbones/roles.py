@@ -59,7 +59,9 @@ class Role(Denoiser):
 
     def apart(self, network: nn.Module | None = None) -> Denoiser:
         """The same network (or the whole of it, `network`) as it is used at inference: not reflected, counting for itself."""
-        return Denoiser(self.network if network is None else network, self.schedule, self.predicts, null=self.null)
+        made = Denoiser(self.network if network is None else network, self.schedule, self.predicts, null=self.null)
+        made.unguided = self.unguided
+        return made
 
 
 @torch.no_grad()

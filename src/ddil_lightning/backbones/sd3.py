@@ -104,3 +104,9 @@ class SD3(Transformer):
             if not isinstance(next(iter(self.model.attn_processors.values())), Alike):
                 self.model.set_attn_processor(Alike())
         return self.model(x_t.to(dtype), encoder_hidden_states=text, pooled_projections=pooled, timestep=t, **told, return_dict=False)[0]
+
+    def in_full(self, told: dict[str, Any]) -> dict[str, Any]:
+        """With all the zeros in T5's place, of which `forward` says one."""
+        many = (told.get("joint_attention_kwargs") or {}).get("alike", 1)
+        text = told["encoder_hidden_states"]
+        return {**told, "encoder_hidden_states": torch.cat([text, text[:, -1:].expand(-1, many - 1, -1)], 1)}

@@ -17,7 +17,8 @@ from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.commands.assembly import Assembly
 from ddil_lightning.commands.checks import say_data
 from ddil_lightning.commands.launched import together
-from ddil_lightning.data.encoded import Encoded, say_notices
+from ddil_lightning.data.encoded import Encoded
+from ddil_lightning.data.notices import say_notices
 from ddil_lightning.data.preparation import check_sizes, own_captions
 from ddil_lightning.data.writer import Keeping, Writer
 from ddil_lightning.errors import Refusal

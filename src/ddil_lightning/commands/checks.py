@@ -24,7 +24,7 @@ from ddil_lightning.errors import Refusal
 from ddil_lightning.imitation.prior import Schedule
 from ddil_lightning.runs.boards import check_tensorboard
 from ddil_lightning.runs.export import check_steps as exportable
-from ddil_lightning.runs.export import untrained
+from ddil_lightning.runs.export import unheld, untrained
 from ddil_lightning.runs.finish import Test
 from ddil_lightning.training.completeness import check_complete
 from ddil_lightning.training.method import Distillation
@@ -101,6 +101,19 @@ def check_method(method: Distillation) -> None:
         check_complete(method)
     except TypeError as error:
         raise Refusal(str(error)) from error
+
+
+def check_exports(method: Distillation, export_steps: int | None) -> None:
+    """Raises ValueError now, and not after the data are encoded, for a student that no scheduler of its pipeline steps as, in any stage to
+    come; those that no pipeline can hold leave their weights. `export_steps`: the step count of the last one, by default its own."""
+    if unheld(method) is not None:
+        return
+    *before, last = method.deployments()
+    for deployment, steps in [*((d, d.steps[0]) for d in before), (last, export_steps or last.steps[0])]:
+        try:
+            deployment.made_scheduler(steps)
+        except ValueError as error:
+            raise ValueError(f"the student of {type(method).__name__} could not be exported for {steps} steps: {error}") from error
 
 
 def check_room(method: Distillation, data: DDILDataModule) -> None:

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 
 from ddil_lightning.commands.assembly import Assembly, of_the_trainer
-from ddil_lightning.commands.checks import check_loggers
+from ddil_lightning.commands.checks import check_exports, check_loggers
 from ddil_lightning.commands.configs import configs_folder
 from ddil_lightning.commands.launched import by_srun
 from ddil_lightning.commands.watch import beside
@@ -121,8 +121,9 @@ class FitCLI(Assembly):
         return self._source is not None and (given is None or Path(given).resolve() == self._source.resolve())
 
     def check_parts(self) -> None:
-        """Also whether a checkpoint fits. Raises Refusal or ValueError."""
+        """Also whether the student can be exported, and whether a checkpoint fits. Raises Refusal or ValueError."""
         super().check_parts()
+        check_exports(self.model, self.config_init.export_steps)
         if self.resumed is not None:
             check_fits(self.resumed, self.state, self.model)
             check_whole(self.resumed, self.state, self.model)

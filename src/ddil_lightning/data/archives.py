@@ -16,6 +16,7 @@ import torch
 
 from ddil_lightning.data.folders import Cells, marks
 from ddil_lightning.data.indexes import index_all
+from ddil_lightning.errors import check_exhausted
 from ddil_lightning.texts import parse_json, reason
 
 BRACES = re.compile(r"\{([^{}]*)\}")
@@ -32,8 +33,9 @@ class Archives:
     def __init__(self, files: Sequence[Path], image: str, caption: str, limit: int | None = None, damaged: bool = False) -> None:
         self._files, self._image, self._caption = list(files), image, caption
         indexes = index_all(self._files, image, limit)
-        for note in (index.note for index in indexes if index.note):
-            logging.getLogger(__name__).warning(note)
+        for file, index in zip(self._files, indexes, strict=False):  # with a limit there may be fewer
+            if index.note:
+                logging.getLogger(__name__).warning(f"{file}: {index.note}")
         self.damaged = [index.damage for index in indexes if index.damage]
         places = [torch.nn.functional.pad(index.places, (1, 0), value=i) for i, index in enumerate(indexes)]
         self._at = torch.cat([torch.zeros(0, 7, dtype=torch.int64), *places])[:limit]
@@ -65,7 +67,7 @@ class Archives:
         return found
 
     def heads(self, index: Sequence[int]) -> list[tuple[BinaryIO | None, Any]]:
-        """As `pictures`, but that of each as much is read as is asked for."""
+        """As `pictures`, but that of each as much is read as is asked for: its archive is open from then on until who reads closes it."""
         found: list[tuple[BinaryIO | None, Any]] = []
         for row in index:
             i, begin, size, *_ = self._at[row].tolist()
@@ -102,18 +104,18 @@ def said_of(damaged: Sequence[str]) -> str:
 
 
 class _Window(io.RawIOBase):
-    """A member of an archive as a file of its own. Raises ValueError for an archive that cannot be opened."""
+    """A member of an archive as a file of its own, which is opened when it is first read: many are asked for at a time.
+
+    Reading raises ValueError for an archive that cannot be opened.
+    """
 
     def __init__(self, file: Path, begin: int, size: int) -> None:
-        self._begin, self._size, self._at = begin, size, 0
-        try:
-            self._archive = file.open("rb", buffering=0)
-        except OSError as error:
-            raise ValueError(f"{file} cannot be read: {reason(error)}") from error
+        self._file, self._begin, self._size, self._at = file, begin, size, 0
+        self._archive: io.RawIOBase | None = None
 
     def close(self) -> None:
         """Also when nobody holds it any more."""
-        if hasattr(self, "_archive"):
+        if self._archive is not None:
             self._archive.close()
         super().close()
 
@@ -132,6 +134,8 @@ class _Window(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """What is left of the member, at most as much as the buffer takes."""
+        if self._archive is None:
+            self._archive = _opened(self._file)
         self._archive.seek(self._begin + self._at)
         got = self._archive.readinto(memoryview(buffer)[: max(0, self._size - self._at)]) or 0
         self._at += got
@@ -163,9 +167,17 @@ def _choices(inside: str) -> list[str]:
     return [f"{i:0{len(ends[1])}}" for i in range(int(ends[1]), int(ends[2]) + 1)]
 
 
+def _opened(file: Path) -> io.FileIO:
+    try:
+        return file.open("rb", buffering=0)
+    except OSError as error:
+        check_exhausted(error, str(file))
+        raise ValueError(f"{file} cannot be read: {reason(error)}") from error
+
+
 def _read(file: Path, begin: int, size: int) -> bytes:
     try:
-        with file.open("rb") as archive:
+        with io.BufferedReader(_opened(file)) as archive:
             archive.seek(begin)
             data = archive.read(size)
     except OSError as error:

@@ -113,9 +113,9 @@ class Sorting:
 
     def know(self, numbers: Tensor) -> None:
         """Take over what `read` has found of all rows. A picture that cannot be read goes with the next one that can, which takes its place
-        in a batch."""
+        in a batch; one after the last of these goes with the first."""
         places = torch.where(numbers == UNREAD, len(numbers), torch.arange(len(numbers))).flip(0).cummin(0).values.flip(0)
-        self._found = torch.cat([numbers, numbers.new_zeros(1)])[places]
+        self._found = torch.cat([numbers, numbers[numbers != UNREAD][:1], numbers.new_zeros(1)])[places]  # 0 where none can be read
 
     def hear(self, groups: Sequence[Group], rows: int) -> None:
         """Take over the groups that another process has found."""

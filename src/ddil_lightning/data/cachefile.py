@@ -7,7 +7,7 @@ import logging
 import os
 import struct
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ddil_lightning.backbones.interface import Backbone
 from ddil_lightning.data.captions import Captions
-from ddil_lightning.data.encoded import DAMAGED, Encoded, Notices, encode_batch, raw_batches
+from ddil_lightning.data.encoded import DAMAGED, Encoded, encode_batch, raw_batches
+from ddil_lightning.data.notices import Notices
 from ddil_lightning.files import replacing
 from ddil_lightning.processes import Processes
 from ddil_lightning.records import CaptionBatch
@@ -43,7 +44,7 @@ def cached(
         if processes.nodes > 1:  # one machine's pages of a file that both have mapped overwrite the other's
             raise ValueError(f"the cache {path} is not there, and several machines cannot write one file: encode by ddil-cache first")
         fresh = {"truncate": str(truncate), "skipped": UNKNOWN, "sizes": "own"}
-        if processes.first and _has_several(captions):
+        if processes.by_first(lambda: _has_several(captions)) and processes.first:
             logging.getLogger(__name__).warning(f"the cache {path} holds the first of several captions of a picture: ddil-cache keeps all")
         origin = processes.by_first(lambda: {**_origin(captions, backbone), **fresh, "content": captions.content()})
         _write(path, captions, backbone, truncate, workers, notices, processes, origin)
@@ -145,12 +146,12 @@ def _write(
 
     probes = processes.by_all(shapes)
     probes |= {f"{name}rows": (torch.zeros(1, dtype=torch.long), len(rows)) for name, rows in zip(names, groups, strict=True) if name}
-    with replacing(path, durable=True) if processes.first else nullcontext(Path()) as temporary:
-        place = Path(processes.by_first(lambda: str(begun(temporary))))
+    with ExitStack() as beside:  # of the first alone: what the system refuses there is told to the others, who would wait for days
+        place = Path(processes.by_first(lambda: str(begun(beside.enter_context(replacing(path, durable=True))))))
         processes.by_all(lambda: share(place))
         notices.join()
         processes.by_first(lambda: _say_skipped(place, len(notices.skipped)))
-    processes.wait()
+        processes.by_first(beside.close)  # which gives the file its name
 
 
 def columns_of(batch: CaptionBatch) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -140,12 +141,26 @@ class Images(Captions):
         return RawBatch(pixels, prompts, torch.tensor(rows), enlarged, sizes=sizes, counts=counts)
 
     def check_files(self, processes: Processes) -> None:
-        """Pictures that are not there, and archives of which a part is lost: of these `skip` has the rows before the damage."""
+        """Pictures that are not there, and archives of which a part is lost: of these `skip` has the rows before the damage.
+
+        Raises ValueError also where processes have found other rows: one number would mean another picture in each.
+        """
+        rows, damaged = processes.by_first(lambda: (len(self), self._damaged))
+        processes.by_all(lambda: self._check_same(rows, damaged, processes.rank))
         if self.on_error == "stop" and not self._complete:
             processes.by_first(self._check_whole)
             self._complete = True
         elif self._damaged and processes.first:
             logging.getLogger(__name__).warning(f"{'; '.join(self._damaged)}: what is whole of such archives is used")
+
+    def _check_same(self, rows: int, damaged: list[str], rank: int) -> None:
+        """Raises ValueError where this process, of the number `rank`, has found others than the first, which has found these."""
+        if (len(self), self._damaged) != (rows, damaged):
+            found = [f"{n} rows" + (f" ({'; '.join(why)})" if why else "") for n, why in ((rows, damaged), (len(self), self._damaged))]
+            raise ValueError(
+                f"the data set {self._path} has {found[0]} for process 0 and {found[1]} for process {rank}: see that all of them find the "
+                "same files, and start again"
+            )
 
     def _check_whole(self) -> None:
         """Raises ValueError for archives that are damaged, and for pictures that are not there."""
@@ -166,7 +181,7 @@ class Images(Captions):
     def frames(self, rows: Sequence[int]) -> list[Size | None]:
         """Height and width of the pictures of `rows`; None for one that cannot be read and may be skipped."""
         try:
-            return [picture_size(*head) for head in sources(self._rows.heads(rows), self._path, self._image, rows)]
+            return [_size_of(*head) for head in sources(self._rows.heads(rows), self._path, self._image, rows)]
         except (OSError, ValueError):
             if self.on_error == "stop":
                 raise
@@ -245,6 +260,12 @@ def sources(pictures: Sequence[tuple[Any, Any]], path: str, image: str, index: S
             except ValueError as error:
                 raise ValueError(f"{_named(path, row)}: {image} is {error}; correct or remove the row") from error
         yield file if data is None else data, _named(path, row, file)
+
+
+def _size_of(head: Any, name: str) -> Size:
+    """`picture_size`, after which a head of `heads` is closed."""
+    with head if hasattr(head, "__exit__") else nullcontext(head) as source:
+        return picture_size(source, name)
 
 
 def _named(path: str, row: int, file: str | None = None) -> str:

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 from ddil_lightning.bounds import at_least, seeds, within
 from ddil_lightning.data.cachefolder import CacheFolder
 from ddil_lightning.data.captions import Captions, Prompts, RawBatch
-from ddil_lightning.data.encoded import Encoded, Notices, encode_batch
+from ddil_lightning.data.encoded import Encoded, encode_batch
+from ddil_lightning.data.notices import Notices
 from ddil_lightning.data.pairs import Stored, stored
 from ddil_lightning.data.preparation import check_latents, encodes, is_encoded, latent_box, prepared, second_moment, settle
 from ddil_lightning.data.sampler import CounterSampler, Parting, carried, say_carried
@@ -152,9 +153,15 @@ class DDILDataModule(LightningDataModule, Feed):
 
     def teardown(self, stage: str) -> None:
         """Say what of the data was not as it should be."""
-        self.notices.on_the_way(self.captions)
+        if self._reads:
+            self.notices.join()
         if Processes(self.trainer).first:
             self.notices.close()
+
+    @property
+    def _reads(self) -> bool:
+        """Whether rows that cannot be read are skipped while the run trains: not where all were encoded first."""
+        return self.captions is not None and self.captions.on_error == "skip" and not isinstance(self.captions, Encoded)
 
     def needs_images(self, method: Any) -> bool:
         """Whether a forward share of `method`'s prior needs images, on its present grid."""
@@ -339,7 +346,8 @@ class DDILDataModule(LightningDataModule, Feed):
         # Of an empty buffer too, where the prior asks for roll-outs: what it has rejected is then the reason.
         shown = self.buffer is not None and (len(self.buffer) > 0 or self.buffer.rejected > 0 or self.prior.rollouts > 0)
         stats = self.buffer.stats(self.clock) if self.buffer is not None and shown else {}
-        self.notices.on_the_way(self.captions)
+        if self._reads:
+            self.notices.join()
         skipped = {"data/skipped": float(self.notices.count)} if self.notices.count else {}
         return shares | skipped | {f"buffer/{name}": value for name, value in stats.items()}
 
@@ -360,7 +368,9 @@ class DDILDataModule(LightningDataModule, Feed):
         every = [mine] * us.world if mine is None or not several else us.collected(mine, self._host)
         shapes = sorted(map(list, self._collected))
         place = {"done": self.done, "ahead": self._ahead, "batch_size": self.batch_size, "rows": list(self._parting(us).groups)}
-        place["skipped"] = self.notices.on_the_way(self.captions)
+        if self._reads:
+            self.notices.join()
+            place |= self.notices.state()
         return {**place, "collected_at": self._collected_at, "collected": shapes, "buffers": every}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -369,7 +379,6 @@ class DDILDataModule(LightningDataModule, Feed):
         us, buffers = Processes(self.trainer), state["buffers"]
         self.done, self._ahead, self._collected_at = state["done"], state.get("ahead", 0), state["collected_at"]
         self._collected = {tuple(shape) for shape in state.get("collected", [])}
-        self.notices.on_the_way(self.captions, state.get("skipped", []))
         if us.world > len(buffers) or buffers[us.rank] is None:
             self.flush()  # on all of them: whether they roll out is the same on all, or they would wait for each other
         elif self.buffer is not None:
@@ -379,6 +388,8 @@ class DDILDataModule(LightningDataModule, Feed):
         now = self._parting(us)
         # Checkpoints of before do not say how large batches were, nor how many rows there were.
         was = Parting(len(buffers), state.get("batch_size", now.batch), tuple(state.get("rows", now.groups)))
+        if self._reads:
+            self.notices.restore(state, was.groups == now.groups)
         if was != now:
             self._ahead = carried(self._place(), was, now) - self.done
             if us.first:

@@ -17,8 +17,8 @@ from ddil_lightning.backbones.sizes import whole
 from ddil_lightning.counting import counted
 from ddil_lightning.data.buckets import Group
 from ddil_lightning.data.captions import Captions, RawBatch
+from ddil_lightning.data.notices import Notices
 from ddil_lightning.data.visits import Visit, Wording, spread
-from ddil_lightning.processes import of_all
 from ddil_lightning.records import CaptionBatch, Context, cat, sent, take, to
 from ddil_lightning.texts import by
 
@@ -135,65 +135,6 @@ def _table_of(columns: dict[str, Tensor]) -> Table:
     latents, rows = columns.pop("latents", None), columns.pop("rows", None)
     c = Context(**columns)
     return Table(latents, c, torch.arange(len(c.text)) if rows is None else rows)
-
-
-class Notices:
-    """Rows of a data set that were skipped and pictures that were enlarged: the first of each is told at once, and how many at the end."""
-
-    def __init__(self) -> None:
-        self.skipped: set[int] = set()
-        self.enlarged, self._read = 0, 0
-        self._before, self._told = 0, False
-        self._joined: set[int] = set()
-
-    @property
-    def count(self) -> int:
-        """How many rows were skipped, and when the cache was made that stands in their place."""
-        return self._before + len(self.skipped)
-
-    def hear(self, raw: RawBatch, rows: int) -> None:
-        """Note a batch of a set of `rows` rows. Pictures are counted in the first pass alone."""
-        log = logging.getLogger(__name__)
-        if raw.skipped and not self._told:
-            log.warning(f"{raw.skipped[0]}; it is skipped, the next row takes its place, and data/skipped counts such rows")
-            self._told = True
-        self.skipped |= set(raw.gone)
-        if self._read < rows:
-            if raw.enlarged and not self.enlarged:
-                log.warning("some pictures are smaller than data.captions.size and are enlarged, which blurs them")
-            self.enlarged += raw.enlarged
-            self._read += len(raw.rows)
-
-    def join(self) -> None:
-        """Have the rows in every process that any of them has skipped. All ask together."""
-        self.skipped |= of_all(self.skipped - self._joined)
-        self._joined = set(self.skipped)
-
-    def on_the_way(self, captions: Captions | None, known: Sequence[int] = ()) -> list[int]:
-        """The rows of `captions` that any process has skipped while it trained, `known` from before the run went on; none where all were
-        encoded first. All ask together."""
-        if captions is None or captions.on_error == "stop" or isinstance(captions, Encoded):
-            return []
-        self.skipped |= set(known)
-        self.join()
-        return sorted(self.skipped)
-
-    def recall(self, count: int) -> None:
-        """Note how many rows were skipped when a cache was made: whoever trains on it reads no row that says so."""
-        self._before = count
-
-    def close(self) -> None:
-        """Say, at the end of a run, how many rows were skipped and pictures enlarged."""
-        say_notices(self.count, self.enlarged, self._read)
-
-
-def say_notices(skipped: int, enlarged: int, read: int) -> None:
-    """Say how many rows were skipped, and how many of the pictures that were read are enlarged; nothing of none."""
-    log = logging.getLogger(__name__)
-    if skipped:
-        log.warning(f"{skipped} rows of the data could not be read and were skipped")
-    if enlarged:
-        log.warning(f"{enlarged} of {read} pictures were smaller than data.captions.size and were enlarged")
 
 
 def check_lengths(rows: Sequence[int], texts: Sequence[Sequence[str]], backbone: Backbone) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import re
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor
 
 from ddil_lightning.counting import counted
-from ddil_lightning.data.folders import IMAGES, READERS, stat_of
+from ddil_lightning.data.folders import IMAGES, READERS, mark_of, stat_of
 from ddil_lightning.data.raw import digest
 from ddil_lightning.data.shards import about_shard, packed, read_shard, unpacked, write_shard
-from ddil_lightning.files import cache_folder
+from ddil_lightning.errors import check_exhausted
+from ddil_lightning.files import HOST, cache_folder, mark_used, tidy
 from ddil_lightning.texts import reason
 
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
@@ -46,6 +48,7 @@ class Index(NamedTuple):
     names: list[str]  # of the picture, or of the text where there is none
     damage: str = ""  # why there may be more
     note: str = ""  # what is left out of it
+    kept: bool = False  # whether it was known
 
 
 def index_all(files: Sequence[Path], image: str, limit: int | None = None) -> list[Index]:
@@ -67,29 +70,35 @@ def index_all(files: Sequence[Path], image: str, limit: int | None = None) -> li
                 break
     finally:
         pool.shutdown(cancel_futures=True)
+    if not all(index.kept for index in found.values()):
+        tidy(_folder())
     return [found[i] for i in sorted(found)]
 
 
 def indexed(file: Path, image: str) -> Index:
-    """The index of an archive: what is kept of one of this name, size and time, or else read from its heads, and kept."""
+    """The index of an archive: what is kept of one of this name, size and end, or else read from its heads, and kept.
+
+    A copy on another disk is known by that, such as each job makes on its node's. Where it was read before it has to be of that time, too.
+    """
     name = str(file.resolve())
-    stat = stat_of(name)
-    about = {"of": [name, image, *(stat or ())]}
-    kept = cache_folder() / "archives" / f"{digest([name, image])[:32]}.safetensors"
+    mark, about = mark_of(name), {"of": [HOST, name, *(stat_of(name) or ())]}
+    kept = _folder() / f"{digest([file.name, mark, image])[:32]}.safetensors"
     with suppress(KeyError, ValueError):  # none is kept, or it is cut short
         told = about_shard(kept)
-        if stat is not None and told["of"] == about["of"]:
+        if mark is not None and (told["of"][:2] != [HOST, name] or told["of"] == about["of"]):
             columns = read_shard(kept)
-            return Index(columns["places"], unpacked(columns), note=told["note"])
+            mark_used(kept)
+            return Index(columns["places"], unpacked(columns), note=told["note"], kept=True)
     made = read_heads(file, image)
-    if not made.damage:  # which may have been the network's
+    if not made.damage:  # of which a longer file may be on its way
         with suppress(OSError, UnicodeError):  # a cache that cannot be written; names that are no UTF-8
             write_shard(kept, {"places": made.places, **packed(made.names)}, {**about, "note": made.note})
     return made
 
 
 def read_heads(file: Path, image: str) -> Index:
-    """The index of an archive, from the heads of its members."""
+    """The index of an archive, from the heads of its members. Raises ValueError for one that the system does not read: a network that was
+    away for a moment has damaged no archive, and other processes may have read it whole."""
     samples: dict[str, dict[str, Part]] = {}
     last, damage = "", ""
     try:
@@ -102,12 +111,15 @@ def read_heads(file: Path, image: str) -> Index:
                         raise ValueError(f"it holds {member.name} twice")
                 archive.members = []  # type: ignore[attr-defined]  # it keeps them all otherwise
     except (tarfile.TarError, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a head's own nonsense asks for: a place before the file
+            check_exhausted(error, str(file))
+            raise ValueError(f"{file} cannot be read: {reason(error)}") from error
         damage = f"{file.name} cannot be read as a tar file: {reason(error)}"
         samples.pop(last, None)
     found, lost = _sorted(samples, image)
     note = ""
     if lost:
-        said = f"{len(lost)} pictures of {file} are left out, the first {lost[0]}: a sample is called after its name up to the first dot"
+        said = f"{len(lost)} pictures are left out, the first {lost[0]}: a sample is called after its name up to the first dot"
         note = f"{said}, as in WebDataset, and {image} or a known suffix is to follow it"
     places = torch.tensor([[n for part in parts for n in part[:2]] for parts in found], dtype=torch.int64).reshape(-1, 6)
     return Index(places, [picture.name or text.name for picture, _, text in found], damage, note)
@@ -125,6 +137,11 @@ def _sorted(samples: dict[str, dict[str, Part]], image: str) -> tuple[list[Sampl
         else:
             lost += [part.name for part in parts.values() if Path(part.name).suffix.lower() in IMAGES]
     return found, lost
+
+
+def _folder() -> Path:
+    """Where indexes are kept."""
+    return cache_folder() / "archives"
 
 
 def _speaks() -> bool:

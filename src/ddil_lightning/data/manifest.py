@@ -77,8 +77,9 @@ def write(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 def check_same(folder: Path, mine: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest of a cache that is to be made or gone on with, {} of a new one. Raises ValueError where the folder holds another."""
+    filled = holds_anything(folder)  # before the look for a manifest, with which another process may just begin the folder
     if not (folder / NAME).is_file():
-        if holds_anything(folder):
+        if filled:
             raise ValueError(f"{folder} holds something else than a cache: give another --out, or an empty folder")
         return {}
     theirs = read(folder)

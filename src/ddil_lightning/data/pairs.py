@@ -112,7 +112,9 @@ class Maker:
     ) -> None:
         self.pairs, self.backbone, self.guidance = pairs, backbone, guidance
         self.taken, self.batch, self.processes = taken, batch, processes
-        self.policy = Policy(backbone.role("teacher"), ddim)
+        teacher = backbone.role("teacher")
+        teacher.unguided = guidance == (1, 1)
+        self.policy = Policy(teacher, ddim)
         self.grid = Grid.named("trailing", pairs.steps, backbone.schedule.steps)
 
     def made(self, groups: Sequence[Tensor], captions: Captions) -> Stored:
@@ -171,9 +173,10 @@ class Maker:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"model.pairs.path {folder} is a file: give a folder")
         mine = self._origin(captions, rows)
+        filled = holds_anything(folder)  # before the look for the table, with which another process may just begin the folder
         theirs = read_table(folder / NAME)
         if not theirs:
-            if holds_anything(folder):
+            if filled:
                 raise ValueError(f"model.pairs.path {folder} holds something else than pairs: give another folder, or an empty one")
             write_text(folder / NAME, json.dumps(mine, indent=1) + "\n")
         for name in mine:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from ddil_lightning.errors import check_exhausted
 from ddil_lightning.texts import reason, shown
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ def read_picture(source: bytes | str | Path, name: str = "") -> Picture:
     frame. Whole numbers of 16 bits are divided by 257. Floats reach to 1, else to 255, else to 65535: the first of these that holds the
     picture's maximum; NaN, infinity and values outside are refused, for they would come out black or white.
 
+    Raises Refusal where the process may open no more files (`errors.check_exhausted`).
+
     A picture beyond Pillow's limit of 179 million pixels is refused. From half of that Pillow warns of an attack; such scans are read
     without a word, since whoever trains on a picture means it. That silence holds for the process (`_trust_scans`).
     """
@@ -49,13 +52,14 @@ def read_picture(source: bytes | str | Path, name: str = "") -> Picture:
         what = f"it begins with {data[:20]!r}, as no kind that Pillow knows" if data else "it is empty"
         raise ValueError(f"{name}: not a readable image ({what})") from error
     except Exception as error:  # a decoder raises whatever it likes: SyntaxError, struct.error, an Exception of its own for bombs
+        check_exhausted(error, name)
         raise ValueError(f"{name}: not a readable image ({reason(error)})") from error
 
 
 def picture_size(source: bytes | str | Path | BinaryIO, name: str = "") -> tuple[int, int]:
     """Height and width of a picture as `read_picture` would give it, from its head: no pixel is decoded, and of a file no more is read.
 
-    Raises ValueError as that does.
+    Raises as that does.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -72,6 +76,7 @@ def picture_size(source: bytes | str | Path | BinaryIO, name: str = "") -> tuple
     except UnidentifiedImageError as error:
         raise ValueError(f"{name}: not a readable image (no kind that Pillow knows)") from error
     except Exception as error:  # as in read_picture
+        check_exhausted(error, name)
         raise ValueError(f"{name}: not a readable image ({reason(error)})") from error
 
 

@@ -17,7 +17,8 @@ from ddil_lightning.data import manifest
 from ddil_lightning.data.cachefile import cached
 from ddil_lightning.data.cachefolder import CacheFolder, open_folder
 from ddil_lightning.data.captions import Captions, builtin
-from ddil_lightning.data.encoded import Encoded, Notices, encode
+from ddil_lightning.data.encoded import Encoded, encode
+from ddil_lightning.data.notices import Notices
 from ddil_lightning.data.sorting import sort_by_size
 from ddil_lightning.data.visits import spread
 from ddil_lightning.diffusion.reflection import estimate_box

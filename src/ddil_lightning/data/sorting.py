@@ -14,7 +14,7 @@ from ddil_lightning.data.captions import Captions, Images
 from ddil_lightning.data.encoded import Encoded
 from ddil_lightning.data.raw import digest
 from ddil_lightning.data.shards import about_shard, read_shard, write_shard
-from ddil_lightning.files import cache_folder
+from ddil_lightning.files import cache_folder, mark_used, tidy
 from ddil_lightning.processes import Processes
 from ddil_lightning.texts import by
 
@@ -48,6 +48,7 @@ def _numbers(images: Images, processes: Processes) -> Tensor:
         if processes.first and file is not None:
             with suppress(OSError):  # a cache that cannot be written
                 write_shard(file, {"numbers": numbers}, {"rows": len(numbers)})
+                tidy(file.parent)
     return numbers
 
 
@@ -59,5 +60,6 @@ def _recalled(images: Images) -> tuple[Path | None, Tensor]:
     file = cache_folder() / "sizes" / f"{digest([stamp, images.sizes, len(images)])[:32]}.safetensors"
     with suppress(KeyError, ValueError):  # none is kept, or it is cut short
         if about_shard(file)["rows"] == len(images):
-            return file, read_shard(file)["numbers"].clone()
+            numbers = read_shard(file)["numbers"].clone()
+            mark_used(file)
     return file, numbers

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
+import time
 import weakref
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -19,6 +22,8 @@ from ddil_lightning.texts import reason
 
 KEPT = 16
 """Rows before the last batch that stay: one that cannot be read is asked for again, and so are those after it."""
+PAUSES = (1.0, 5.0)
+"""Seconds after which a file that did not say its length is asked again."""
 READERS = 16
 """Threads that ask files for their lengths: of files on a network each waits for its answer."""
 
@@ -121,7 +126,9 @@ class Stream:
         try:
             with ThreadPoolExecutor(READERS) as pool:
                 return list(accumulate(pool.map(_rows_in, files)))
-        except Exception:  # a connection's, a parser's: who reads the rows says what is wrong with them
+        except Exception as error:  # a connection's, a parser's: who reads the rows says what is wrong with them
+            said = f"the files of the data set {self._path} do not say how many rows each has ({reason(error)})"
+            logging.getLogger(__name__).warning(f"{said}: the rows before those that are asked for are read as well, which takes long")
             return None
 
     def _begin(self, row: int) -> None:
@@ -172,12 +179,19 @@ class Stream:
 
 
 def _rows_in(file: str) -> int:
-    """How many rows a parquet file has, here or behind an address."""
+    """How many rows a parquet file has, here or behind an address, which is asked three times: one answer of thousands gets lost."""
     import fsspec  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-    with fsspec.open(file, "rb") as data:
-        return int(pq.read_metadata(data).num_rows)
+    def told() -> int:
+        with fsspec.open(file, "rb") as data:
+            return int(pq.read_metadata(data).num_rows)
+
+    for pause in PAUSES:
+        with suppress(Exception):  # whatever a file system of an address raises
+            return told()
+        time.sleep(pause)
+    return told()
 
 
 def _joined(rows: Any, first: int, skip: int) -> Iterator[Any]:

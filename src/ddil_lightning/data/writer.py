@@ -11,9 +11,8 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
-from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -28,7 +27,9 @@ from ddil_lightning.bounds import within
 from ddil_lightning.counting import counted
 from ddil_lightning.data import manifest
 from ddil_lightning.data.base import Captions
-from ddil_lightning.data.encoded import CHUNK, Notices, check_lengths, chunk_rows, readers
+from ddil_lightning.data.encoded import CHUNK, check_lengths, chunk_rows, readers
+from ddil_lightning.data.notices import Notices
+from ddil_lightning.data.numbering import number_captions
 from ddil_lightning.data.raw import RawBatch
 from ddil_lightning.data.shards import about_shard, checksum, packed, read_shard, too_many, unpacked, write_shard
 from ddil_lightning.data.sharing import Missing
@@ -86,55 +87,67 @@ class Writer:
 
         Raises ValueError for a folder of another cache, or what cannot be kept.
         """
-        about = self.processes.by_first(self._known)
-        if about["complete"]:
-            return about
+        about = self.processes.by_first(self._about)
+        found = self.processes.by_first(lambda: self._known(about))
+        if found["complete"]:
+            return found
         self.captions.check_files(self.processes)
         sort_by_size(self.captions, self.processes)
-        self.processes.by_first(lambda: self._begin(about))  # not before: data that were mended would be other data
+        found = self.processes.by_first(lambda: self._begin(about))  # not before: data that were mended would be other data
+        if found["complete"]:
+            return found
         groups = self.captions.groups()
         shards: list[Shard] = []
         for group, (rows, _) in enumerate(groups):
             for part in rows.split(self.keeping.shard_rows):
                 shards.append(Shard(f"rows-{len(shards):05d}.safetensors", group, part))
-        self._say_maps(len(shards))
+        self.processes.by_first(lambda: self._say_maps(len(shards)))
         mine = self._mine(len(shards), lambda i: self._has_rows(shards[i]))
         self.processes.by_all(lambda: self._check_captions(shards, mine))
         self.processes.by_all(lambda: self._rows(shards, mine, [rows for rows, _ in groups]))
         self.processes.wait()
-        unique, texts = self.processes.by_first(lambda: self._captions(shards))
+        files = [shard.file for shard in shards]
+        unique, texts = self.processes.by_first(lambda: number_captions(self.folder, files, self.keeping.shard_rows))
         self.processes.by_first(lambda: self._drop_others(len(shards), texts))
         if self.keeping.text:
             self.processes.by_all(lambda: self._texts(texts, unique))
             self.processes.wait()
-        names = [shard.file for shard in shards] + ["index.safetensors"]
+        names = [*files, "index.safetensors"]
         names += [f"{kind}-{i:05d}.safetensors" for kind in ("captions", *(["text"] if self.keeping.text else [])) for i in range(texts)]
-        with holding(self.folder / LOCK) if self.processes.first else nullcontext(True) as alone:
+        with ExitStack() as held:  # by the first, to the end of this
+            alone = self.processes.by_first(lambda: held.enter_context(holding(self.folder / LOCK)))
             found = self.processes.by_first(lambda: manifest.read(self.folder))
-            if not self.processes.by_first(lambda: alone) or (found["complete"] and found["files"].keys() == set(names)):
+            if not alone or (found["complete"] and found["files"].keys() == set(names)):
                 return found  # of another process, which reads all files for their checksums, or has read them
-            files = self._checksums(names)
-            return self.processes.by_first(lambda: self._end(about, shards, [group.name for group in groups], unique, files))
+            sums = self._checksums(names)
+            return self.processes.by_first(lambda: self._end(about, shards, [group.name for group in groups], unique, sums))
 
-    def _known(self) -> dict[str, Any]:
-        """The manifest of a cache that is not complete, for whoever goes on with it; of one that is, its own."""
+    def _about(self) -> dict[str, Any]:
+        """The manifest of a cache that is begun."""
         kept = {"dtype": self.keeping.dtype, "shard_rows": self.keeping.shard_rows}
         images = self.captions.sizes is not None or self.captions[[0]].pixels is not None
-        about = {**manifest.origin(self.captions, self.backbone, self.truncate, images), **kept, "text": self.keeping.text}
         if not self.keeping.text and not images:
             raise ValueError("captions without images, and no text states of them: there is nothing to keep; leave --text at true")
+        about = manifest.origin(self.captions, self.backbone, self.truncate, images)
+        return {**about, **kept, "text": self.keeping.text, "complete": False}
+
+    def _known(self, about: dict[str, Any]) -> dict[str, Any]:
+        """The manifest of a cache that is not complete, for whoever goes on with it; of one that is, its own."""
         known = manifest.check_same(self.folder, about)
         cut = known.get("text") and known["truncate"] != self.truncate
         if known.get("complete") and known["text"] >= about["text"] and not cut and not manifest.drop_damaged(self.folder, known):
             return known
-        return {**about, "complete": False}
+        return about
 
-    def _begin(self, about: dict[str, Any]) -> None:
-        """Begin the folder, or go on with it."""
+    def _begin(self, about: dict[str, Any]) -> dict[str, Any]:
+        """Begin the folder, or go on with it, unless another process has completed it while this one looked at the data."""
+        if (known := self._known(about))["complete"]:
+            return known
         self.folder.mkdir(parents=True, exist_ok=True)
         sweep(self.folder, inside=False)
         if read_table(self.folder / manifest.NAME) != json.loads(json.dumps(about)):  # another process may just be completing it
             manifest.write(self.folder, about)
+        return about
 
     # Rows ----------------------------------------------------------------------------------------------------------------------------
 
@@ -157,7 +170,7 @@ class Writer:
 
     def _say_maps(self, shards: int) -> None:
         """Warn, before all is encoded, where there will be more files than a process can map."""
-        told = self._readable(list(range(min(64, len(self.captions))))) if self.processes.first and not self.captions.stream else []
+        told = [] if self.captions.stream else self._readable(list(range(min(64, len(self.captions)))))
         each = sum(map(len, told)) / max(1, len(told))  # captions of a picture, which are mostly different ones
         files = round(shards * (1 + each * (2 if self.keeping.text else 1)))
         if said := too_many(files):
@@ -257,34 +270,6 @@ class Writer:
 
     # Captions ------------------------------------------------------------------------------------------------------------------------
 
-    def _captions(self, shards: list[Shard]) -> tuple[int, int]:
-        """Every caption once, in files of their own, and which of them each row has -> how many there are, and in how many files."""
-        known: dict[bytes, int] = {}
-        which: list[Tensor] = []
-        fresh: list[str] = []
-        files = 0
-
-        def write() -> None:
-            nonlocal files, fresh
-            write_shard(self.folder / f"captions-{files:05d}.safetensors", packed(fresh), {})
-            files, fresh = files + 1, []
-
-        for shard in shards:
-            numbers = []
-            for text in unpacked(read_shard(self.folder / shard.file)):
-                key = blake2b(text.encode(), digest_size=16).digest()
-                if key not in known:
-                    known[key] = len(known)
-                    fresh.append(text)
-                    if len(fresh) == self.keeping.shard_rows:
-                        write()
-                numbers.append(known[key])
-            which.append(torch.tensor(numbers, dtype=torch.int32))
-        if fresh:
-            write()
-        write_shard(self.folder / "index.safetensors", {"which": torch.cat(which)}, {})
-        return len(known), files
-
     @torch.no_grad()
     def _texts(self, files: int, unique: int) -> None:
         """The text states of the captions in each file. A file says of which captions: these are numbered anew in every go."""
@@ -335,8 +320,8 @@ class Writer:
 
     def _checksums(self, names: list[str]) -> dict[str, Any]:
         """Length and checksum of every file, of which each process reads its share."""
-        mine = {name: checksum(self.folder / name) for name in names[self.processes.rank :: self.processes.world]}
-        every = self.processes.gathered(mine)
+        share = self.processes.watching(names[self.processes.rank :: self.processes.world])
+        every = self.processes.gathered(self.processes.by_all(lambda: {name: checksum(self.folder / name) for name in share}))
         found = {name: known for part in every for name, known in part.items()}
         return {name: found[name] for name in names}
 

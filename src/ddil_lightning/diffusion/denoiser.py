@@ -55,6 +55,9 @@ class Denoiser(nn.Module):
     `evaluations` counts network evaluations of one sample each, guidance included: the NFE of every table.
     """
 
+    unguided: bool = False
+    """Whether every `c.w` that it is given is known to be 0, a guidance of 1: then the empty prompt is not asked, whose share is 0."""
+
     def __init__(
         self,
         network: nn.Module,
@@ -100,9 +103,9 @@ class Denoiser(nn.Module):
 
     def _guided(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
         time = self.schedule.time(t)
-        if self.null is None or c.w is None:
+        if self.null is None or c.w is None or self.unguided:
             self.evaluations += len(x_t)
-            return self.network(x_t, time, c)
+            return self.network(x_t, time, c if self.null is None else c.guided(None))
         self.evaluations += 2 * len(x_t)
         w = c.w.view(-1, *(1,) * (x_t.ndim - 1))
         self.null = to(self.null, x_t.device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -26,7 +27,10 @@ CLOSE = 2**-6
 
 
 ROUNDED = 1e-6
-"""How far a time may be from the other, relative to it: sigma T of a flow, in float32; of one that is told in half precision, that."""
+"""How far a time may be from the other, as a share of the whole range of times: a few roundings of float32, of sigma as of 1 - sigma.
+
+A time that is told in half precision may be off by that rounding besides, relative to itself.
+"""
 
 
 def replayed(deployment: Deployment, made: Pipeline, prompts: Sequence[str], steps: int, seed: int = 0) -> tuple[Tensor, Tensor] | str:
@@ -34,7 +38,7 @@ def replayed(deployment: Deployment, made: Pipeline, prompts: Sequence[str], ste
 
     In words where the two do not ask the same of the network: another time, text, guidance or number of evaluations.
     """
-    (policy, grid), asked, model = deployment.exported.sampler(steps), cast("Family", deployment.network).model, made.network().model
+    (policy, grid), asked, model = deployment.exported.sampler(steps), cast("Family", deployment.network), made.network().model
     calls: list[tuple[dict[str, Any], Tensor]] = []
     rounded = model.dtype  # a pipeline may round the noise to the type of its texts, as Stable Diffusion 3's does, whatever it is given
     with _recording(asked, calls):
@@ -53,14 +57,14 @@ class _Otherwise(Exception):
 
 
 @contextmanager
-def _recording(model: nn.Module, calls: list[Any]) -> Iterator[None]:
-    forward = model.forward
+def _recording(network: Family, calls: list[Any]) -> Iterator[None]:
+    model, forward = network.model, network.model.forward
     signature = inspect.signature(forward)
 
     def record(*args: Any, **kwargs: Any) -> Any:
         (answer,) = forward(*args, **kwargs)
         answer = [x.float() for x in answer] if isinstance(answer, list) else answer.float()  # Z-Image's, a sample each
-        calls.append((dict(signature.bind(*args, **kwargs).arguments), answer))
+        calls.append((network.in_full(dict(signature.bind(*args, **kwargs).arguments)), answer))
         return (answer,)
 
     with _in_place_of(model, record):
@@ -70,6 +74,8 @@ def _recording(model: nn.Module, calls: list[Any]) -> Iterator[None]:
 @contextmanager
 def _replaying(model: nn.Module, calls: list[Any]) -> Iterator[None]:
     signature = inspect.signature(model.forward)
+    times = [value for told, _ in calls for name, value in told.items() if _is_time(name) and isinstance(value, Tensor)]
+    alike = partial(_alike, span=max([1.0, *(float(x.max()) for x in times)]))
 
     def replay(*args: Any, **kwargs: Any) -> Any:
         told = dict(signature.bind(*args, **kwargs).arguments)
@@ -80,7 +86,7 @@ def _replaying(model: nn.Module, calls: list[Any]) -> Iterator[None]:
         if [x.shape for x in before[first]] != [x.shape for x in told[first]]:
             raise _Otherwise("its network is asked of latents of another shape")
         for name in others:
-            if not _alike(before.get(name), told.get(name), name):
+            if not alike(before.get(name), told.get(name), name):
                 raise _Otherwise(f"its network is told another {name}")
         return (answer,)
 
@@ -100,20 +106,25 @@ def _in_place_of(model: Any, forward: Any) -> Iterator[None]:
             model.forward = own
 
 
-def _alike(a: Any, b: Any, name: str) -> bool:
-    """Whether two arguments say the same; one that a sampler leaves out says nothing."""
+def _is_time(name: str) -> bool:
+    """Whether an argument of a network is the time of its latents."""
+    return name == "t" or ("time" in name and "cond" not in name and "ids" not in name)
+
+
+def _alike(a: Any, b: Any, name: str, span: float) -> bool:
+    """Whether two arguments say the same; one that a sampler leaves out says nothing. `span`: what the whole range of times is told as."""
     if isinstance(a, Mapping) or isinstance(b, Mapping):
         a, b = a or {}, b or {}
-        return all(_alike(a.get(key), b.get(key), key) for key in {**a, **b})
+        return all(_alike(a.get(key), b.get(key), key, span) for key in {**a, **b})
     if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(_alike(x, y, name) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(_alike(x, y, name, span) for x, y in zip(a, b, strict=True))
     if not isinstance(a, Tensor) and not isinstance(b, Tensor):
         return True
     if a is None or b is None:
         return False
     a, b = (torch.as_tensor(x).detach().cpu() for x in (a, b))
-    near = max([ROUNDED, *(torch.finfo(x.dtype).eps for x in (a, b) if x.dtype in (torch.float16, torch.bfloat16))])
+    half = max([0.0, *(torch.finfo(x.dtype).eps for x in (a, b) if x.dtype in (torch.float16, torch.bfloat16))])
     a, b = a.double(), b.double()
-    if name == "t" or ("time" in name and "cond" not in name and "ids" not in name):
-        return bool(((a - b).abs() <= near * a.abs()).all())  # one for all samples, or one for each
+    if _is_time(name):
+        return bool(((a - b).abs() <= half * a.abs() + ROUNDED * span).all())  # one for all samples, or one for each
     return a.shape == b.shape and bool((a - b).abs().max() <= CLOSE * a.abs().max())

@@ -135,12 +135,25 @@ class Distillation(Clocks, LightningModule):
                 self._asked.listen(part)
             if not isinstance(part, Role) or part.own:
                 setattr(self, name, part)
+        self._guide()
         if "student" in parts:
             average = self.averaging.start(self.student)
             self.average = None if average is None else average.network
         self._trained = frozenset(name for name, role in self.roles.items() if role.weights())
         completeness.check_names(self)
         share_buffers(self)
+
+    @property
+    def unguided(self) -> bool:
+        """Whether the teacher is asked at guidance 1 alone: then it is asked once, not twice.
+
+        A method of one's own may ask it at another than the config's, which nobody could see: it says here where it does not.
+        """
+        return self.guidance == (1, 1) and type(self).__module__.startswith("ddil_lightning.")
+
+    def _guide(self) -> None:
+        if "teacher" in self.roles:
+            self.teacher.unguided = self.unguided
 
     @property
     def teacher(self) -> Role:
@@ -376,6 +389,7 @@ class Distillation(Clocks, LightningModule):
         self.has_box = self.has_box or state["has_box"]
         if self._recommended:  # what a pipeline recommends may change, and what a student was taught does not
             self.guidance = guidance_range(state.get("guidance", self.backbone.guidance_before))
+            self._guide()
         self.descent.micro = {}  # the gradients of an update that was under way are in no checkpoint: it begins anew
         for name, role in self.roles.items():
             role.evaluations = state["evaluations"][name]

@@ -33,7 +33,8 @@ class Memory:
         offload: roles that lie on the CPU and come to the device for their calls: `average`, and frozen ones such as `target` or `teacher`.
             The encoders do so by themselves once all data are encoded.
         compile: compile the repeated blocks of all networks by torch.compile, which takes minutes at the start of a run.
-        gradient_checkpointing: compute activations of the networks in training a second time for the backward pass, rather than keep them.
+        gradient_checkpointing: compute activations of the networks in training, and of the frozen ones that gradients pass through, a
+            second time for the backward pass, rather than keep them.
         tf32: what trains in float32 multiplies in TensorFloat-32 on a GPU that has it, with 10 bits after the point in place of 23. Under
             bf16-mixed it concerns the little that stays in float32.
     """

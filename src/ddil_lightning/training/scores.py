@@ -136,6 +136,11 @@ class TwoScores(Adversarial):
         self.scores, self.reflects, self.tau = scores, reflects, scores.times(self.backbone.schedule.steps)
         self.asked = partial(scores.asked, told=self.backbone.told)
 
+    @property
+    def unguided(self) -> bool:
+        """Also where neither the real score nor its roll-outs have a guidance of their own."""
+        return super().unguided and self.scores.guidance in (None, 1)
+
     def oppose(self, critic: Critic, gan: Gan = Gan()) -> None:
         """Cast the roles and set the adversary and the policies."""
         self.head, self.wants = None, replace(self.wants, real=gan.is_on)

@@ -11,7 +11,7 @@ import tomllib
 FLOOR = re.compile(r"([\w-]+)(?:\[[\w,]+\])?>=(\d+\.\d+)")
 
 
-def floors() -> Iterator[str]:
+def oldest() -> Iterator[str]:
     """`name==X.Y.*` of every requirement that has a floor."""
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     for line in project["dependencies"]:
@@ -21,4 +21,4 @@ def floors() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(floors()))
+    print("\n".join(oldest()))
