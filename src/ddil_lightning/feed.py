@@ -12,7 +12,7 @@ from ddil_lightning.bounds import seeds, within
 from ddil_lightning.records import CaptionBatch, LatentBatch, Origin
 
 Answer = Any
-"""What a frozen network answers to a batch: a tensor [B, ...], or a plain tuple of such."""
+"""What a frozen network answers to a batch: a tensor [B, ...], or a plain tuple of such; where nothing is kept, anything."""
 
 Ask = Callable[[LatentBatch], Answer]
 """The question: a function of every row of a batch by itself."""
@@ -163,14 +163,20 @@ class Feed:
 
 MOVES = (
     "asks its student, or another network that training moves, through feed.answered: what is kept of it goes stale; ask it in "
-    "training_step itself"
+    "training_step itself, or end a step that copies weights, now and then, in self.feed.flush()"
 )
 """What is said of an answer that is none of a frozen network's."""
 
 
 def unmoved(found: Answer, ask: Ask) -> Answer:
     """The answer that `ask` has given. Raises ValueError for one with a gradient, which would be that of the rows asked anew alone."""
-    if any(x.requires_grad for x in ((found,) if isinstance(found, Tensor) else found)):
-        function = getattr(ask, "func", ask)
-        raise ValueError(f"{getattr(function, '__qualname__', type(function).__name__)} {MOVES}")
+    inner = found.values() if isinstance(found, Mapping) else found if isinstance(found, list | tuple) else (found,)
+    if any(isinstance(x, Tensor) and x.requires_grad for x in inner):
+        raise ValueError(f"{named(ask)} {MOVES}")
     return found
+
+
+def named(ask: Ask | None) -> str:
+    """What a message calls a question."""
+    function = getattr(ask, "func", ask)
+    return str(getattr(function, "__qualname__", type(function).__name__))

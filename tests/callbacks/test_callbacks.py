@@ -154,15 +154,35 @@ class Hearing(Constant):
 @pytest.mark.parametrize(
     ("kind", "hears", "said"),
     [
-        (Hearing, "nothing", "Own is told nothing, because hears is 'nothing': set hears = 'updates' or 'measures'"),
+        (Hearing, None, "Own is told nothing, because it does not say hears: set hears = 'updates' or 'measures' beside its hear"),
         (Hearing, "losses", "Own.hears is 'losses': give 'updates', 'measures', or 'nothing' for"),
         (Constant, "updates", "Own hears updates and has no hear.clock, values. to do so: write it"),
     ],
 )
-def test_a_schedule_that_would_never_be_told_is_refused(kind: type[Constant], hears: str, said: str) -> None:
+def test_a_schedule_that_would_never_be_told_is_refused(kind: type[Constant], hears: str | None, said: str) -> None:
     with pytest.raises(ValueError, match=f"^{said}"):
-        AnnealPrior(type("Own", (kind,), {"hears": hears})(PLAIN))
+        AnnealPrior(type("Own", (kind,), {} if hears is None else {"hears": hears})(PLAIN))
     AnnealPrior(type("Own", (Hearing,), {"hears": "measures"})(PLAIN))
+
+
+def test_a_schedule_that_says_what_it_hears_is_believed() -> None:
+    """One around another hears what that one does; one of another family may have no hear at all."""
+
+    class Around(Hearing):
+        def __init__(self, inner: Any) -> None:
+            super().__init__(PLAIN)
+            self.hears = inner.hears
+
+    class Other:
+        hears, unheard, state = "nothing", "", {}
+
+        def __call__(self, clock: int) -> SamplingPrior:
+            return PLAIN
+
+    for schedule in (Around(Constant(PLAIN)), type("Own", (Hearing,), {"hears": "nothing"})(PLAIN), Other()):
+        AnnealPrior(schedule)
+    with pytest.raises(ValueError, match=r"^Other hears updates and has no hear\(clock, values\) to do so: write it$"):
+        AnnealPrior(type("Other", (Other,), {"hears": "updates"})())
 
 
 @pytest.mark.parametrize("first", ["probe", "gate"])

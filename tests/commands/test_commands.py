@@ -111,6 +111,23 @@ def test_rows_say_their_checkpoint_and_those_of_another_stay(finished: Path, her
     assert "rows of before stay in it, under `earlier`: student@2 of update 6 by digits " in shown
 
 
+def test_the_checkpoint_of_a_run_that_goes_on_is_looked_for_once(
+    finished: Path, here: Path, judged: None, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the time that the teacher's images were drawn it had gone, or a row named the newer one that had come."""
+    shutil.copytree(finished, here / "r")
+    checkpoints = here / "r" / "checkpoints"
+
+    def goes_on(path: Any) -> Any:
+        method = restore(path)
+        (checkpoints / "updates=12.ckpt").rename(checkpoints / "updates=24.ckpt")
+        return method
+
+    monkeypatch.setattr("ddil_lightning.commands.restore.restore", goes_on)
+    (row,) = scored(capsys, "--ckpt_path", "r", "--steps", 2, out=str(here / "r" / "metrics.json"))
+    assert Path(row["generation"]["checkpoint"]).name == "updates=12.ckpt" and row["generation"]["student_updates"] == 12
+
+
 def test_any_pipeline_with_steps_and_guidance(tiny: Path, judged: None, capsys: Any) -> None:
     rows = scored(capsys, "--pipeline", tiny, "--steps", 2, 3, "--guidance", 3.5, "--out", "here.json", out="here.json")
     assert [(row["name"], row["nfe"], row["guidance"]) for row in rows] == [("teacher@2", 4, 3.5), ("teacher@3", 6, 3.5)]

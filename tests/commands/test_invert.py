@@ -93,6 +93,22 @@ def test_prompts_of_a_call_that_failed_are_not_searched_again(tiny: Path, capsys
     assert searched[4:] == [0, 1, 2, 0, 1]
 
 
+def test_prompts_are_known_by_the_pixels_of_their_images(tiny: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A latent may change in its last digits with the batch that it is encoded in."""
+    searched: list[int] = []
+    real, encode = inverting.invert, Pipeline.encode_images
+    monkeypatch.setattr(inverting, "invert", lambda *words: searched.append(words[-1]) or real(*words))
+
+    def diverges(*words: Any) -> None:
+        raise ValueError("latents of the last student hold NaN")
+
+    monkeypatch.setattr(inverting, "compared", diverges)
+    for rounding in (1.0, 1 + 1e-6):
+        monkeypatch.setattr(Pipeline, "encode_images", lambda self, x, rounding=rounding: rounding * encode(self, x))
+        assert "hold NaN" in refused(capsys, "--teacher", tiny, *QUICK, "--updates", 0, "--passes", 0)
+    assert searched == [0, 1]
+
+
 @pytest.mark.slow
 def test_pictures_of_ones_own(xl: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """By two text encoders, and by networks of one's own in the place of CLIP and LPIPS; a picture has no caption and no recovery."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from ddil_lightning.evaluation import findings
 from ddil_lightning.evaluation.findings import Findings
 from ddil_lightning.signals import Stopped
 
@@ -21,8 +22,8 @@ def test_a_question_is_answered_once_and_another_anew(tmp_path: Path) -> None:
         return value
 
     def call(seed: int) -> tuple[Any, torch.Tensor]:
-        findings = Findings(tmp_path / "out.json")
-        return findings.answer({"seed": seed}, lambda: make({"seed": seed, "loss": 0.1})), findings.tensor(
+        kept = Findings(tmp_path / "out.json")
+        return kept.answer({"seed": seed}, lambda: make({"seed": seed, "loss": 0.1})), kept.tensor(
             {"latents": seed}, lambda: make(torch.full((2, 3), float(seed)).T)
         )
 
@@ -35,26 +36,35 @@ def test_a_question_is_answered_once_and_another_anew(tmp_path: Path) -> None:
 
 
 def test_a_signal_says_that_the_call_goes_on_and_the_end_removes_what_it_asked_for(tmp_path: Path) -> None:
-    findings = Findings(tmp_path / "out.json")
-    with pytest.raises(KeyboardInterrupt) as nothing, findings.going_on():
+    kept = Findings(tmp_path / "out.json")
+    with pytest.raises(KeyboardInterrupt) as nothing, kept.going_on():
         raise KeyboardInterrupt
     assert not isinstance(nothing.value, Stopped)
-    with pytest.raises(Stopped, match="what was found stays in .*out.parts, and the same command goes on"), findings.going_on():
-        findings.answer({"seed": 1}, lambda: 1)
+    with pytest.raises(Stopped, match="what was found stays in .*out.parts, and the same command goes on"), kept.going_on():
+        kept.answer({"seed": 1}, lambda: 1)
         raise KeyboardInterrupt
     other = Findings(tmp_path / "out.json")
     other.answer({"seed": 2}, lambda: 2)
-    with findings.going_on():
-        assert findings.answer({"seed": 1}, lambda: 0) == 1
-    assert len(list((tmp_path / "out.parts").iterdir())) == 1  # of the other question
-    with other.going_on():
+    with kept.going_on():
+        assert kept.answer({"seed": 1}, lambda: 0) == 1
+    assert not (tmp_path / "out.parts").exists()  # nor what was asked before, by a call that nobody has gone on with
+    other.answer({"seed": 2}, lambda: 2)
+    (tmp_path / "out.parts" / "notes.json").write_text("somebody's own")
+    with Findings(tmp_path / "out.json").going_on():
         pass
-    assert not (tmp_path / "out.parts").exists()
+    assert [file.name for file in (tmp_path / "out.parts").iterdir()] == ["notes.json"]
+
+
+def test_answers_of_another_version_are_asked_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Findings(tmp_path / "out.json")
+    assert made.answer({"seed": 1}, lambda: 1) == 1
+    monkeypatch.setattr(findings, "VERSION", "2")
+    assert made.answer({"seed": 1}, lambda: 2) == 2
 
 
 def test_what_cannot_be_kept_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "out.parts").write_text("a file, where the folder would be")
-    findings = Findings(tmp_path / "out.json")
-    with caplog.at_level(logging.WARNING), findings.going_on():
-        assert [findings.answer({"seed": seed}, lambda seed=seed: seed) for seed in (1, 2)] == [1, 2]
+    kept = Findings(tmp_path / "out.json")
+    with caplog.at_level(logging.WARNING), kept.going_on():
+        assert [kept.answer({"seed": seed}, lambda seed=seed: seed) for seed in (1, 2)] == [1, 2]
     assert len(caplog.messages) == 1 and "is not kept for a call that goes on" in caplog.messages[0]

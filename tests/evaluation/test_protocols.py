@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 from dataclasses import replace
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ddil_lightning.commands.configs import config_names, find_config
 from ddil_lightning.data.pictures import read_picture
+from ddil_lightning.evaluation import galleries
 from ddil_lightning.evaluation.captioned import choice, read_set
 from ddil_lightning.evaluation.galleries import Gallery
 from ddil_lightning.evaluation.given import Given, View
@@ -237,6 +239,31 @@ def test_crops_at_full_resolution_resize_nothing(tmp_path: Path) -> None:
     assert small.shape == (1, 3, 48, 48)
     with pytest.raises(ValueError, match="crops of 48 pixels: the images have 40 x 60"):
         Crops(48, None)(whole[None])
+
+
+def test_large_pictures_are_held_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 photographs of a megapixel were 800 MB, twice while they became a batch, beside those of the batch before."""
+    sizes = [(8, 8)] * 5 + [(16, 20)] * 3 + [(40, 40)] * 2 + [(8, 8)]
+    gallery = Gallery.of_files([picture(tmp_path / f"{i}.png", i, size) for i, size in enumerate(sizes)])
+    monkeypatch.setattr(galleries, "PIXELS", 4 * 8**2)
+    held, real = list[int](), galleries.centre
+
+    def there() -> int:
+        gc.collect()
+        return sum(x.numel() for x in gc.get_objects() if type(x) is Tensor and x.ndim in (3, 4) and x.dtype == torch.float32)
+
+    def counted(image: Any, side: int) -> Tensor:
+        held.append(there())
+        return real(image, side)
+
+    monkeypatch.setattr(galleries, "centre", counted)
+    before = there()
+    made = [(len(batch), batch.shape[-1]) for batch in gallery.whole()]
+    assert made == [(4, 8), (1, 8), (1, 16), (1, 16), (1, 16), (1, 40), (1, 40), (1, 8)]
+    assert [len(batch) for batch in gallery.whole(batch=3)][:2] == [3, 2] and [len(batch) for batch in gallery.squares(16)] == [1] * 11
+    assert max(held) - before <= 3 * 40 * 40 * 2  # a picture and the batch before
+    expected = [real(read_picture(tmp_path / f"{i}.png"), min(size)) for i, size in enumerate(sizes)]
+    assert all(torch.equal(a, b) for a, b in zip((x for batch in gallery.whole() for x in batch), expected, strict=True))
 
 
 # suites and their stamps

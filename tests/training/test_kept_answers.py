@@ -13,7 +13,9 @@ from lightning.pytorch import Callback
 
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.imitation.prior import SamplingPrior
+from ddil_lightning.toy import Toy
 from ddil_lightning.training.optimisation import Optimizer
+from ddil_lightning.training.question import settings
 from pair import Pair, ddp
 from suite import BY_NAME, METHODS, MIXED, Entry, Run, build, captions, equal, fit
 
@@ -107,6 +109,18 @@ def test_other_weights_at_the_same_path_are_asked_anew(tiny: Path, tmp_path: Pat
         next(other.network().parameters())[0].add_(1e-3)
     other.pipe.save_pretrained(folder)
     assert first == same and len({first, half, question()}) == 3
+
+
+@pytest.mark.parametrize("name", ["pcm", "ctm", "snapfusion", "pd"])
+def test_what_alerts_are_told_of_a_loss_is_no_setting(name: str, tiny: Path) -> None:
+    """PCM, CTM and SnapFusion say it in their constructor: a run of before they did asked its teacher anew for all that it had kept."""
+    made = build(BY_NAME[name], tiny, pipeline=Toy(members=1, width=8, size=64))
+    before = settings(made)
+    assert before["distance"] and "loss_is_distance" not in before
+    if name == "pd":  # whose later stages have grids and rates of their own
+        made.stage = 1
+        made._begin()
+        assert settings(made) == before
 
 
 @pytest.mark.slow

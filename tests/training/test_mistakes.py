@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -25,10 +26,11 @@ from ddil_lightning.diffusion.losses import mse
 from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.transitions import Transition, ddim, renoise
 from ddil_lightning.errors import one_line
-from ddil_lightning.feed import Wants
+from ddil_lightning.feed import Wants, unmoved
 from ddil_lightning.imitation.options import Buffer, Rollouts
 from ddil_lightning.imitation.prior import Piecewise, SamplingPrior
 from ddil_lightning.records import LatentBatch
+from ddil_lightning.runs.checkpoint import check_readable
 from ddil_lightning.streams import Streams
 from ddil_lightning.toy import Toy
 from ddil_lightning.training import completeness
@@ -146,6 +148,10 @@ class Scheduled(Own):
         made = super().configure_optimizers()
         return made, [torch.optim.lr_scheduler.ConstantLR(made[0])]
 
+    def advance(self) -> None:
+        super().advance()
+        self.lr_schedulers().step()
+
 
 class Attached(Own):
     def follow(self, critic: Any, b: LatentBatch, x: Tensor) -> None:
@@ -160,14 +166,20 @@ class Attached(Own):
     ("kind", "said"),
     [
         (ByItself, r"^ByItself.configure_optimizers makes its Adam by itself, .*: use self.optimizer_of\(parameters, lr\), which"),
-        (Scheduled, r"^Scheduled.configure_optimizers returns learning-rate schedulers, which nobody steps: return what self.optimizer_of"),
         (Attached, r"^the critic_loss of Attached hangs on the graph of a loss that was descended before it: hand it x.detach\(\)"),
     ],
 )
-def test_optimisers_rates_and_graphs_of_ones_own(kind: type[Own], said: str, toy: Toy) -> None:
-    """They ended in a KeyError, in silence, and in a sentence of torch's about retain_graph."""
+def test_optimisers_and_graphs_of_ones_own(kind: type[Own], said: str, toy: Toy) -> None:
+    """They ended in a KeyError, and in a sentence of torch's about retain_graph."""
     with pytest.raises(ValueError, match=said):
         trained(kind, toy)
+
+
+def test_schedulers_of_ones_own_are_told_who_sets_the_rate(toy: Toy, caplog: pytest.LogCaptureFixture) -> None:
+    """Those that a method steps itself, too: each update has the rate of the clock."""
+    with caplog.at_level(logging.WARNING):
+        assert trained(Scheduled, toy).method.student_updates == 2
+    assert sum("Scheduled.configure_optimizers returns learning-rate schedulers, whose rates hold" in said for said in caplog.messages) == 1
 
 
 # How it is deployed --------------------------------------------------------------------------------------------------------------------
@@ -316,18 +328,63 @@ def test_a_clock_that_will_never_move_is_told(toy: Toy, monkeypatch: pytest.Monk
 # Hooks, and what goes into checkpoints --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", completeness.HOOKS)
-def test_a_hook_in_the_place_of_the_bases_is_refused(name: str, toy: Toy) -> None:
-    """It switched off what the base does in it: the box, the clock, a checkpoint's own."""
+HOOKS = [name for name, hook in vars(Distillation).items() if getattr(hook, "__code__", None) is completeness.ours(print).__code__]
+AT_ONCE = {"setup", "configure_model", "configure_callbacks", "on_fit_start"}
+
+
+def announced(hook: Any) -> Any:
+    """A decorator without functools.wraps."""
+    return lambda self, *given, **named: hook(self, *given, **named)
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_a_hook_in_the_place_of_the_bases_is_refused(name: str, toy: Toy, tmp_path: Path) -> None:
+    """It switched off what the base does in it: the box, the clock, a checkpoint's own. Whatever way leads to the base's is one."""
     bare: dict[str, Any] = {"bare": lambda self, *given, **named: None}
     bare["added"] = lambda self, *given, **named: getattr(super(kinds["added"], self), name)(*given, **named)
     bare["named"] = eval(f"lambda self, *given, **named: Own.{name}(self, *given, **named)", {"Own": Own})
-    kinds = {how: type("Hooked", (Own,), {name: hook}) for how, hook in bare.items()}
+    bare["decorated"] = announced(bare["named"])
+    begin = lambda self, *given, **named: getattr(super(kinds["by another"], self), name)(*given, **named)  # noqa: E731
+    bare["by another"] = lambda self, *given, **named: self._begin(*given, **named)
+    kinds = {how: type("Hooked", (Own,), {name: hook, "_begin": begin}) for how, hook in bare.items()}
     mixed = type("Inherits", (type("Mixin", (), {name: bare["bare"]}), Own), {})
+    ckpt = tmp_path / "1.ckpt" if name == "on_load_checkpoint" else None
+
+    def run(kind: type[Own]) -> Distillation:
+        method = kind(pipeline=toy, updates=2, optimizer=Optimizer(lr=1e-2))
+        data = DDILDataModule(encode(toy.captions, toy), FORWARD, batch_size=4)
+        try:
+            fit(method, data, ckpt=ckpt)
+        finally:
+            assert method.student_updates == 0 or name not in AT_ONCE or kind not in (kinds["bare"], mixed)
+        return method
+
+    if ckpt is not None:
+        fit(Own(pipeline=toy, updates=2), DDILDataModule(encode(toy.captions, toy), FORWARD, batch_size=4), StopAt(1, ckpt))
     for kind, named in ((kinds["bare"], "Hooked"), (mixed, "Mixin")):
-        with pytest.raises(ValueError, match=rf"^{named}.{name} never calls super\(\).{name}\(...\), without which parts of a run"):
-            kind(pipeline=toy)
-    assert all(trained(kinds[how], toy).method.student_updates == 2 for how in ("added", "named"))
+        said = rf"{named}\.{name} never calls super\(\)\.{name}\("
+        with pytest.raises(ValueError, match=said if name == "advance" else rf"^{said}\.\.\.\), without which parts of a run"):
+            run(kind)
+    assert all(run(kinds[how]).student_updates == 2 for how in bare if how != "bare")
+
+
+def test_callbacks_that_are_made_and_not_returned_are_lost(toy: Toy) -> None:
+    def forgets(self: Own) -> list[Any]:
+        Own.configure_callbacks(self)
+        return []
+
+    with pytest.raises(ValueError, match=r"^Forgets.configure_callbacks never calls super.*, and return what it returns with yours added$"):
+        trained(type("Forgets", (Own,), {"configure_callbacks": forgets}), toy)
+
+
+def test_an_advance_that_moves_the_clock_by_itself_is_refused(toy: Toy) -> None:
+    """The average stood still, and no measure was told."""
+
+    def counts(self: Own) -> None:
+        self.student_updates += 1
+
+    with pytest.raises(ValueError, match=r"^Counts.advance never calls super\(\).advance\(...\), without which parts of a run are off"):
+        trained(type("Counts", (Own,), {"advance": counts}), toy)
 
 
 class Hyper(Own):
@@ -372,6 +429,45 @@ def test_a_checkpoint_that_nobody_could_read_is_refused_before_the_first_update(
     with pytest.raises(ValueError, match=f"^no run could go on from a checkpoint of {said}"):
         fit(method, data, Checkpoints(folder=str(tmp_path)), *more)
     assert method.student_updates == 0 and not list(tmp_path.glob("*.ckpt"))
+
+
+class Begun(Own):
+    """Its checkpoints hold what its training begins with, and what its first step makes."""
+
+    def on_train_start(self) -> None:
+        self.began = 3
+
+    def training_step(self, b: LatentBatch, i: int) -> None:
+        super().training_step(b, i)
+        self.stepped = 4
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["own"] = [self.began, self.stepped]
+
+
+@pytest.mark.parametrize("stepped", [True, False])
+def test_a_checkpoint_of_what_the_training_makes_is_written(stepped: bool, toy: Toy, tmp_path: Path) -> None:
+    """It was asked for before there was a training; what cannot be read is refused as soon as it can be asked for."""
+    kind = Begun if stepped else type("Begun", (Begun,), {"stepped": Solver()})
+    method, data = kind(pipeline=toy, updates=1), DDILDataModule(encode(toy.captions, toy), FORWARD, batch_size=4)
+    if stepped:
+        fit(method, data, Checkpoints(folder=str(tmp_path)))
+        assert torch.load(tmp_path / "updates=1.ckpt", weights_only=True)["own"] == [3, 4]
+    else:
+        with pytest.raises(ValueError, match="^no run could go on from a checkpoint of Begun: its own holds a Solver"):
+            fit(method, data, Checkpoints(folder=str(tmp_path)))
+
+
+def test_what_a_checkpoint_would_hold_is_not_written_to_find_that_it_can_be_read(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    large, written = torch.zeros(2**20), list[int]()
+    real = torch.load
+    monkeypatch.setattr(torch, "load", lambda file, **how: written.append(file.getbuffer().nbytes) or real(file, **how))
+    kind = type(
+        "Large", (Own,), {"on_save_checkpoint": lambda self, made: Own.on_save_checkpoint(self, made) or made.update(own=[{"x": large}])}
+    )
+    check_readable(kind(pipeline=toy))
+    assert written and max(written) < 2**16
 
 
 # Who acts, and who moves ----------------------------------------------------------------------------------------------------------------
@@ -517,6 +613,24 @@ def test_a_second_method_on_the_same_data_asks_its_own_question(toy: Toy) -> Non
     assert len(seen) == 3 and all(bool((x == 7).all()) for x in seen)
 
 
+@pytest.mark.parametrize("kind", ["dict", "tuple"])
+def test_an_answer_of_another_kind_is_named_where_it_would_be_kept(kind: str, toy: Toy) -> None:
+    """It ended in an AttributeError; where nothing is kept a method may answer itself as it likes."""
+
+    def asks(method: Asking, b: LatentBatch) -> Tensor:
+        found = method.feed.answered(b, lambda b: {"x": method.one(b)} if kind == "dict" else (method.one(b), None))
+        return found["x"] if kind == "dict" else found[0]
+
+    assert trained(asking(asks), toy).method.student_updates == 2
+    said = rf"lambda> answers with a {kind}, and what is kept is a tensor \[B, ...\] or a tuple of such$"
+    with pytest.raises(ValueError, match=said):
+        trained(asking(asks), toy, MIXED)
+    grad = torch.ones(2, requires_grad=True)
+    for moving in ({"x": grad}, (None, grad), [grad]):
+        with pytest.raises(ValueError, match=MOVED):
+            unmoved(moving, lambda b: None)
+
+
 class Averaged(Asking):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -550,6 +664,33 @@ def test_a_target_that_is_copied_in_every_step_is_not_kept(toy: Toy) -> None:
         trained(type("Moving", (Copied,), {"asks": asks}), toy, MIXED, updates=3)
 
 
+class Renewed(Averaged):
+    """Its target is the student of every third update; where it `flushes`, roll-outs of before do not outlive a copy."""
+
+    flushes = True
+
+    def advance(self) -> None:
+        Own.advance(self)
+        if self.student_updates % 3 == 0:
+            self.target.follow(self.student)
+            if self.flushes:
+                self.feed.flush()
+
+
+def test_a_target_that_is_copied_now_and_then_is_kept_up_to_a_flush(toy: Toy) -> None:
+    """A run that had forgotten what the former weights answered stopped at the next batch all the same."""
+
+    def asks(method: Renewed, b: LatentBatch) -> Tensor:
+        found: Tensor = method.feed.answered(b, partial(method.by, method.target))
+        torch.testing.assert_close(found, method.by(method.target, b).detach())
+        return found
+
+    run = trained(type("Renewing", (Renewed,), {"asks": asks}), toy, MIXED, updates=8)
+    assert run.method.evaluations["target"] < 2 * 8 * 4  # some were kept
+    with pytest.raises(ValueError, match=rf"{MOVED}.* now and then, in self.feed.flush\(\)$"):
+        trained(type("Renewing", (Renewed,), {"asks": asks, "flushes": False}), toy, MIXED, updates=8)
+
+
 class Headed(Asking):
     """A trained module beside the roles."""
 
@@ -579,6 +720,16 @@ def test_a_trained_module_that_is_no_role_is_not_kept(grad: bool, capacity: int,
             trained(kind, toy, data=data)
     else:
         assert trained(kind, toy, data=data).method.student_updates == 2
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_trained_module_that_is_counted_is_compiled_once(fullgraph: bool, toy: Toy) -> None:
+    """The count was a guard, so that every call was another graph."""
+    method, graphs = Headed(pipeline=toy), list[Any]()
+    method.head.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward, fullgraph=fullgraph)
+    for _ in range(4):
+        method.head(torch.ones(3, 1)).sum().backward()
+    assert len(graphs) == 1 and method.asked_of_moving == 4
 
 
 class Counting(Asking):

@@ -22,9 +22,9 @@ class Role(Denoiser):
 
     `own`: whether it has weights of its own. The frozen teacher has not: it shares the pipeline's, and stays out of parameters,
     checkpoints, DDP and shards. `shared`: parameters that a role of its own reads and the pipeline has (those below its adapters); they are
-    in no checkpoint either. `follows`: whether it moves with the updates of what it follows, as an average, or as a copy that is made in
-    steps of the training. `moved`: whether it was made to follow something in the present step. Everything else of a role is its
-    denoiser's.
+    in no checkpoint either. `follows`: whether it moves with the updates of what it follows, as an average, or as a copy that a step has
+    made while states that the former weights may have answered were kept. `moved`: whether it was made to follow something in the
+    present step. Everything else of a role is its denoiser's.
     """
 
     def __init__(

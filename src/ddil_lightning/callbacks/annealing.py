@@ -61,11 +61,12 @@ class AnnealPrior(OnClock):
         hears, named = schedule.hears, type(schedule).__name__
         if hears not in get_args(get_type_hints(Schedule)["hears"]):
             raise ValueError(f"{named}.hears is {hears!r}: give 'updates', 'measures', or 'nothing' for a function of the clock alone")
-        if (hears == "nothing") != (getattr(type(schedule), "hear", None) is Schedule.hear):
-            told = "is told nothing, because hears is 'nothing': set hears = 'updates' or 'measures'"
-            raise ValueError(
-                f"{named} {told if hears == 'nothing' else f'hears {hears} and has no hear(clock, values) to do so: write it'}"
-            )
+        own = getattr(schedule, "hear", None)
+        own = None if getattr(own, "__func__", None) is Schedule.hear else own
+        if own is not None and hears == "nothing" and not _says(schedule):
+            raise ValueError(f"{named} is told nothing, because it does not say hears: set hears = 'updates' or 'measures' beside its hear")
+        if own is None and hears != "nothing":
+            raise ValueError(f"{named} hears {hears} and has no hear(clock, values) to do so: write it")
         self.schedule = schedule
         self._since, self._warned = 0, False
 
@@ -137,6 +138,13 @@ class AnnealPrior(OnClock):
         """Give the schedule back what it remembered when the checkpoint was written."""
         if state_dict:
             self.schedule.state = state_dict
+
+
+def _says(schedule: Any) -> bool:
+    """Whether what a schedule hears is said for its own `hear`: by itself, or by the class that has it or one derived from that."""
+    kinds = type(schedule).__mro__
+    writes = next((i for i, kind in enumerate(kinds) if "hear" in vars(kind)), len(kinds))
+    return "hears" in vars(schedule) or any("hears" in vars(kind) for kind in kinds[: writes + 1])
 
 
 class Cadence(OnClock):

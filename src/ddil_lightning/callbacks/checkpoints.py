@@ -49,7 +49,7 @@ class Checkpoints(Checkpoint):
         self.seconds = 0.0  # of training, over all the resumes of a run
         self._before: dict[int, Any] = {}
         self._saved_at: int | None = None
-        self._stop = self._saving = False
+        self._stop = self._saving = self._checked = False
         self._batches = 0  # of this process, over all its epochs
         self._look, self._looked = 1, (0, time.monotonic())  # the batch of the next look; that of the last one and its time
         self._alive, self._longest = time.monotonic(), 0.0
@@ -60,9 +60,7 @@ class Checkpoints(Checkpoint):
             trainer.strategy.checkpoint_io = Mapped()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Raises ValueError where `folder` holds checkpoints of another run, which are not ours to replace, and for what a checkpoint
-        would hold and nobody could read again: a resume would find it after all the training."""
-        check_readable(pl_module, trainer.callbacks)
+        """Raises ValueError where `folder` holds checkpoints of another run, which are not ours to replace."""
         if self.folder is not None:
             here, resumed = Path(self.folder), Path(trainer.ckpt_path) if trainer.ckpt_path else None
             if sorted_checkpoints(here) and (resumed is None or resumed.resolve().parent != here.resolve()):
@@ -72,6 +70,7 @@ class Checkpoints(Checkpoint):
         """Listen for signals, and take the checkpoint that the run goes on from for the last good one."""
         if self.last is None and trainer.ckpt_path:
             self.last = Path(trainer.ckpt_path)
+        self._checked = False
         self._saved_at, self._since = pl_module.student_updates, time.perf_counter() - self.seconds
         self._alive = time.monotonic()
         self._look, self._looked = self._batches + 1, (self._batches, self._alive)
@@ -80,6 +79,15 @@ class Checkpoints(Checkpoint):
         # to answer. That handler is no longer there: `_agreed` asks in its place.
         if hasattr(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor"):
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Raises ValueError for what a checkpoint would hold and nobody could read again: a resume would find it after all the training.
+
+        At the first batch, when whatever has a state for the training has made it.
+        """
+        if not self._checked:
+            self._checked = True
+            check_readable(pl_module, trainer.callbacks)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save when the clock has moved on by `every`, when a stage or the run is done, and when a signal came."""

@@ -121,7 +121,7 @@ def _looked(words: Sequence[str], device: torch.device) -> Measures:
 def inverted(given: Material, vocabulary: Vocabulary, search: Search, seed: int, findings: Findings) -> list[dict[str, Any]]:
     """Of every image, each searched by itself: its prompt, the loss of this and, on the same noise, of the caption where it has one.
 
-    Each is kept in `findings` when it is found.
+    Each is kept in `findings` when it is found, by the pixels of its image: a latent may hang on the batch that it was encoded in.
     """
     backbone = vocabulary.backbone
     latents = torch.cat([backbone.encode_images(part).float() for part in given.images.split(sampling.batch(backbone.latent_shape))])
@@ -141,7 +141,7 @@ def inverted(given: Material, vocabulary: Vocabulary, search: Search, seed: int,
 
     found = []
     for i, z in enumerate(counted(latents, len(latents), "prompts")):
-        question = {**same, "latent": digest([z.cpu().contiguous().numpy().tobytes()]), "caption": captions[i], "seed": seed + i}
+        question = {**same, "image": digest([given.images[i].numpy().tobytes()]), "caption": captions[i], "seed": seed + i}
         of = {"image": given.names[i], "caption": captions[i]}
         one = of | findings.answer(question, partial(searched, i, z))
         found.append({key: one[key] for key in ("image", "prompt", "loss", "caption", "caption_loss", "trace")})

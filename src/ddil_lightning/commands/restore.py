@@ -43,7 +43,8 @@ def restore(ckpt_path: str | Path) -> Any:
 
     Raises ValueError where either is missing, lacks something, or they do not fit.
     """
-    path, config = find_checkpoint(str(ckpt_path), None, ""), config_of(ckpt_path)
+    path = find_checkpoint(str(ckpt_path), None, "")
+    config = config_of(path)
     state = load_checkpoint(path)
     quiet()
     method = rebuild(config)

@@ -183,7 +183,8 @@ def _checkpoint_rows(args: argparse.Namespace, how: Generation, where: Any) -> I
     from ddil_lightning.runs.checkpoint import find_checkpoint
     from ddil_lightning.runs.export import about_student
 
-    method = restore(args.ckpt_path)
+    path = find_checkpoint(str(args.ckpt_path), None, "")  # once: a run that goes on removes it, or has a newer one by the time of the rows
+    method = restore(path)
     rack = Rack(where, {"dtype": method.backbone.dtype})
     teacher = _teacher(args, about_student(method, method.deployment.steps[0]), rack)
     rack.clear()
@@ -201,7 +202,7 @@ def _checkpoint_rows(args: argparse.Namespace, how: Generation, where: Any) -> I
         suite = teacher.taught(suite, how)
         rack.clear()
         deployment = method.to(where).deployment
-    of = of_checkpoint(find_checkpoint(str(args.ckpt_path), None, ""), method)
+    of = of_checkpoint(path, method)
     yield from student_rows(suite, method.backbone, {n: deployment.sampler(n) for n in counts}, g, args.dpm, how, of)
 
 

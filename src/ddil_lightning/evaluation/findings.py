@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -13,17 +14,23 @@ from typing import Any
 from torch import Tensor
 
 from ddil_lightning.errors import one_line
-from ddil_lightning.evaluation.stamps import short
+from ddil_lightning.evaluation.stamps import LENGTH, short
 from ddil_lightning.files import replacing, write_text
 from ddil_lightning.signals import Stopped
 
 log = logging.getLogger(__name__)
 
+VERSION = "1"
+"""Of what is computed for a question: raised where a measurement changes, so that nobody goes on with answers of before."""
+NAMED = re.compile(rf"[0-9a-f]{{{LENGTH}}}\.(json|safetensors)")
+"""Files of answers: what else lies in the folder is not ours."""
+
 
 class Findings:
     """Answers, a file each in a folder beside the result `out`, named by a digest of the question: all that the answer depends on.
 
-    Another question finds nothing, and leaves what is there. Where the folder cannot be written a line says so, and nothing is kept.
+    Another question finds nothing, and leaves what is there until a result is written. Where the folder cannot be written a line says so,
+    and nothing is kept.
     """
 
     def __init__(self, out: Path) -> None:
@@ -61,7 +68,8 @@ class Findings:
 
     @contextmanager
     def going_on(self) -> Iterator[None]:
-        """Inside, a signal that stops the command says that it can go on. At the end the answers, which are in the result, are removed."""
+        """Inside, a signal that stops the command says that it can go on. At the end, when the result is there, the folder is emptied:
+        of what was asked for it and of what earlier calls have left that were never gone on with."""
         try:
             yield
         except KeyboardInterrupt as stop:
@@ -70,13 +78,14 @@ class Findings:
             said = f"stopped; what was found stays in {self.folder}, and the same command goes on"
             raise Stopped(getattr(stop, "number", signal.SIGINT), said) from stop
         with suppress(OSError):
-            for file in self._asked:
-                file.unlink(missing_ok=True)
+            for file in self.folder.iterdir():
+                if NAMED.fullmatch(file.name):
+                    file.unlink(missing_ok=True)
             if not any(self.folder.iterdir()):
                 self.folder.rmdir()
 
     def _file(self, question: Mapping[str, Any], suffix: str) -> Path:
-        file = self.folder / f"{short([json.dumps(question, sort_keys=True)])}{suffix}"
+        file = self.folder / f"{short([VERSION, json.dumps(question, sort_keys=True)])}{suffix}"
         self._asked.append(file)
         return file
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,9 @@ if TYPE_CHECKING:
 
 Source = tuple[bytes | str | Path, str]
 """A picture as bytes or as a file, and what a message calls it."""
+
+PIXELS = 64 * 512**2
+"""Of a batch, whatever the size of its pictures: 200 MB. While the next one is read, whoever looks at it still has it."""
 
 
 class Gallery:
@@ -56,7 +58,7 @@ class Gallery:
         return Gallery(self.sources, list(rows), self.skip if skip is None else skip)
 
     def squares(self, size: int, batch: int = 64) -> Iterator[Tensor]:
-        """The pictures as [B, 3, size, size] in [-1, 1], `batch` in memory at a time: the central square of each, resized (Lanczos).
+        """The pictures as [B, 3, size, size] in [-1, 1], at most `batch` at a time: the central square of each, resized (Lanczos).
 
         How many had to be enlarged is logged once, at the end.
         """
@@ -73,10 +75,8 @@ class Gallery:
             logging.getLogger(__name__).warning(said)
 
     def whole(self, batch: int = 64) -> Iterator[Tensor]:
-        """The central square of each picture as large as it is, [B, 3, s, s] in [-1, 1]: neighbours of one size are a batch."""
-        for some in self._looked(lambda picture: centre(picture, min(picture.size)), batch):
-            for _, alike in groupby(some, lambda square: square.shape):
-                yield torch.stack(list(alike))
+        """The central square of each picture as large as it is, [B, 3, s, s] in [-1, 1]: up to `batch` neighbours of one size."""
+        return self._seen(lambda picture: centre(picture, min(picture.size)), batch)
 
     def crops(self, crops: Crops, batch: int = 64) -> Iterator[Tensor]:
         """What `crops` are cut out of: squares of `crops.at` pixels, or the centre of each picture as large as it is."""
@@ -94,28 +94,43 @@ class Gallery:
         return hashlib.sha256("".join(each).encode()).hexdigest(), len(each) - len(set(each))
 
     def _seen(self, look: Callable[[Picture], Tensor], batch: int) -> Iterator[Tensor]:
-        """The pictures through `look`, which brings all to one size, `batch` at a time."""
-        return map(torch.stack, self._looked(look, batch))
+        """The pictures through `look`, neighbours of one size together: `batch` of them, or as many as have PIXELS."""
+        held: list[Tensor] = []
+        for one in self._looked(look):
+            if held and one.shape != held[0].shape:
+                yield _stacked(held)
+            held.append(one)
+            if len(held) == batch or len(held) * one[0].numel() >= PIXELS:
+                yield _stacked(held)
+        if held:
+            yield _stacked(held)
 
-    def _looked(self, look: Callable[[Picture], Tensor], batch: int) -> Iterator[list[Tensor]]:
-        """The pictures through `look`, `batch` at a time, without those that cannot be read where these are left out."""
+    def _looked(self, look: Callable[[Picture], Tensor]) -> Iterator[Tensor]:
+        """The pictures through `look`, without those that cannot be read where these are left out."""
         self.unreadable = {}
-        for i in range(0, len(self), batch):
-            rows, seen = self.rows[i : i + batch], []
+        for i in range(0, len(self), 64):
+            rows = self.rows[i : i + 64]
             for row, (source, name) in zip(rows, self.sources(rows), strict=True):
                 try:
-                    seen.append(look(read_picture(source, name)))
+                    seen = look(read_picture(source, name))
                 except ValueError as error:
                     if not self.skip:
                         raise ValueError(f"{error}; repair or remove it, or leave such pictures out by skip_unreadable") from error
                     self.unreadable[row] = str(error)
-            if seen:
-                yield seen
+                else:
+                    yield seen
         if len(self.unreadable) == len(self):
             raise ValueError(f"none of {len(self)} pictures can be read, first {next(iter(self.unreadable.values()), 'none')}")
         if self.unreadable:
             said = f"{len(self.unreadable)} of {len(self)} pictures cannot be read and are left out, first "
             logging.getLogger(__name__).warning(said + next(iter(self.unreadable.values())))
+
+
+def _stacked(held: list[Tensor]) -> Tensor:
+    """Pictures as a batch, which are then held no more."""
+    made = torch.stack(held) if len(held) > 1 else held[0][None]
+    held.clear()
+    return made
 
 
 def centre(picture: Picture, side: int) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ddil_lightning.feed import Answer, Ask
+from ddil_lightning.feed import Answer, Ask, named
 from ddil_lightning.imitation.states import Chunk, Kept
 from ddil_lightning.records import LatentBatch, sent, take
 
@@ -61,7 +61,7 @@ class Answers:
         `slot` [B], on the CPU: which states the rows are, -1 for none. `question`: what is asked besides the state, read once in a run;
         what was kept of another is forgotten. Unless this process may be `alone` in asking, at least one row is asked for: a network that
         is split over all of them waits for every one. `drawn`: the draw that the batch belongs to, by identity. Raises ValueError for a
-        second question in a stage.
+        second question in a stage, and for an answer that cannot be kept.
         """
         if self.storage == "none":
             return ask(batch)
@@ -79,6 +79,10 @@ class Answers:
             return fields if len(fields) > 1 else fields[0]
         found = ask(batch if len(asked) == len(slot) else take(batch, sent(asked, batch.t.device)))
         new = (found,) if isinstance(found, Tensor) else found
+        if bool((slot >= 0).any()) and not (isinstance(new, list | tuple) and all(isinstance(x, Tensor) for x in new)):
+            raise ValueError(
+                f"{named(ask)} answers with a {type(found).__name__}, and what is kept is a tensor [B, ...] or a tuple of such"
+            )
         self._keep(kind, slot[asked], new)
         if len(asked) == len(slot):
             return found
@@ -100,7 +104,7 @@ class Answers:
         again = last is None or ask == last or (_code(ask) == _code(last) and (drawn is None or drawn is not before))
         if not again:
             raise ValueError(
-                f"feed.answered asks {_named(last)} and {_named(ask)}, and answers are kept by the state that was asked at alone: ask both "
+                f"feed.answered asks {named(last)} and {named(ask)}, and answers are kept by the state that was asked at alone: ask both "
                 "in one answer(b), which returns a tuple"
             )
 
@@ -164,11 +168,6 @@ def _code(ask: Ask) -> tuple[Any, Any]:
     function = getattr(ask, "func", ask)
     code = getattr(getattr(function, "__func__", function), "__code__", function)
     return getattr(function, "__self__", None), code
-
-
-def _named(ask: Ask | None) -> str:
-    function = getattr(ask, "func", ask)
-    return str(getattr(function, "__qualname__", type(function).__name__))
 
 
 def missing(slot: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import re
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
@@ -16,6 +17,7 @@ import yaml
 
 from ddil_lightning.files import write_text
 from ddil_lightning.texts import read_text
+from ddil_lightning.training.completeness import check_reached
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.sharing import shared_names
 
@@ -66,9 +68,14 @@ def check_readable(method: Any, callbacks: Sequence[Any] = ()) -> None:
     """Raises ValueError, naming it, for what a run would write into its checkpoints and no run could go on from.
 
     Clocks that are not handed on, and objects of classes: `load_checkpoint` reads tensors, numbers, texts, and lists and dicts of such.
+    Nothing is refused where a hook asks for an attribute that is not there yet.
     """
     named, made = type(method).__name__, dict[str, Any]()
-    method.on_save_checkpoint(made)
+    try:
+        method.on_save_checkpoint(made)
+        states = [(type(callback).__name__, callback.state_dict()) for callback in callbacks]
+    except AttributeError:  # of whatever state is made in the steps alone
+        return
     own: dict[str, Any] = {}
     Distillation.on_save_checkpoint(method, own)
     clocks = _table(made.get("ddil"))
@@ -82,8 +89,7 @@ def check_readable(method: Any, callbacks: Sequence[Any] = ()) -> None:
     parts |= {f"ddil.{name}": (value, "write in on_save_checkpoint what it holds") for name, value in clocks.items()}
     hint = "leave save_hyperparameters() out, the run's config.yaml has them all"
     parts |= {f"hyper_parameters.{name}": (value, hint) for name, value in dict(getattr(method, "hparams", {})).items()}
-    for callback in callbacks:
-        parts[f"callbacks.{type(callback).__name__}"] = callback.state_dict(), "write in its state_dict what it holds"
+    parts |= {f"callbacks.{name}": (state, "write in its state_dict what it holds") for name, state in states}
     for name, (value, remedy) in parts.items():
         if not _reads(value):
             raise ValueError(
@@ -96,12 +102,21 @@ def _reads(value: Any) -> bool:
     """Whether a value comes back from a checkpoint as `load_checkpoint` reads it."""
     file = io.BytesIO()
     try:
-        torch.save(value, file)
+        torch.save(_emptied(value), file)
         file.seek(0)
         torch.load(file, map_location="cpu", weights_only=True)
     except Exception:  # whatever pickle finds that it cannot write, or must not read
         return False
     return True
+
+
+def _emptied(value: Any) -> Any:
+    """A value with tensors of no element in the place of its own, which may be as large as a network."""
+    if type(value) in (torch.Tensor, torch.nn.Parameter):
+        return torch.empty(0, dtype=value.dtype)
+    if type(value) in (dict, OrderedDict):
+        return type(value)((key, _emptied(x)) for key, x in value.items())
+    return type(value)(map(_emptied, value)) if type(value) in (list, tuple) else value
 
 
 def _kind(value: Any) -> str:
@@ -117,6 +132,7 @@ def reinstate(method: Any, state: Mapping[str, Any]) -> None:
     First the clocks, as Lightning has it: they say of which stage the networks are. Optimisers, data and callbacks are the trainer's.
     """
     method.on_load_checkpoint(state)
+    check_reached(method, "on_load_checkpoint")
     if method.backbone.bare:
         _adopt(method, state["state_dict"])
     else:

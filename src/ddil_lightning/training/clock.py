@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-from ddil_lightning.training.completeness import check_moves, unasked
+from ddil_lightning.training.completeness import check_moves, check_reached, unasked
 from ddil_lightning.training.sharding import in_step
 
 
@@ -19,8 +19,13 @@ class Clock(Callback):
 
     _open = False  # whether a batch has begun whose place in the data is not committed
 
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Raises ValueError for a hook of a method that replaces that of the base, as all that follow here do (`check_reached`)."""
+        check_reached(pl_module, "setup", "configure_model")
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Nothing is left to do in a run that resumes from its end. A checkpoint's optimisers have been restored by now."""
+        check_reached(pl_module, "on_fit_start", *(["on_load_checkpoint"] if trainer.ckpt_path else []))
         pl_module.descent.restate()
         self._began = self._logged = pl_module.student_updates
         self._loggers = list(trainer.loggers)
@@ -32,14 +37,16 @@ class Clock(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """A step on one more batch begins."""
         self._open = True
+        check_reached(pl_module, *(["on_train_batch_end"] if self._in_step else []))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Commit, log, stop. Raises ValueError for a method whose clock does not move: such a run would not end (`check_moves`)."""
+        clock = pl_module.student_updates
+        check_reached(pl_module, "on_train_batch_start", *(["advance"] if clock != self._began else []))
         self._commit(pl_module)
         if not self._in_step:  # until the first batch is done one process may have more to prepare than others
             self._in_step = True
             in_step(trainer.strategy, True)
-        clock = pl_module.student_updates
         if clock == self._began:
             self._stood += 1
             check_moves(pl_module, self._stood, isinstance(outputs, Mapping) and "loss" in outputs)
@@ -55,6 +62,10 @@ class Clock(Callback):
         """This trainer's loggers hear no other run of the method."""
         in_step(trainer.strategy, False)
         pl_module.measures.forget(self.write)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """The last checkpoint is written: a hook that was called after it is judged, too."""
+        check_reached(pl_module, "on_train_end", *(["on_train_batch_end"] if self._in_step else []))
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """The same for a run that was broken off. An error for want of latents that the method did not ask for says so.

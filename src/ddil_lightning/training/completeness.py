@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import linecache
+import logging
 import re
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
-from types import CodeType
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,19 +21,8 @@ DECLARED = ("wants", "sources", "takes_turns", "loss_is_distance")
 """What the class of a method declares, and the base reads."""
 PATIENCE = 10_000
 """Batches, at least those of 100 updates, in which a method must have updated its student once."""
-HOOKS = (
-    "setup",
-    "configure_model",
-    "configure_callbacks",
-    "on_fit_start",
-    "on_train_batch_start",
-    "on_train_batch_end",
-    "on_train_end",
-    "on_save_checkpoint",
-    "on_load_checkpoint",
-    "advance",
-)
-"""What the base of all methods does something in that a run needs, and a method may add to."""
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+
 NEEDED = {
     "end": "wants = Wants(ends=True)",
     "whole": "wants = Wants(ends=True)",
@@ -64,24 +53,32 @@ def check_complete(method: Any) -> None:
     method.check_guidance(told=bool(getattr(student.network, "w_conditioned", False)) or student.null is not None)
 
 
-def check_hooks(kind: type, base: type) -> None:
-    """Raises ValueError for a hook that a method's class, or one that it inherits before `base`, has in the place of that of `base`.
+def ours(hook: Hook) -> Hook:
+    """A hook of the base, which a method adds to by `super()`: that it was reached is noted, for `check_reached`."""
 
-    Known by its code: it names super, or the hook itself, as in `Distillation.setup(self, stage)`.
-    """
-    for cls in kind.__mro__[: kind.__mro__.index(base)]:
-        for name in HOOKS:
-            code = getattr(inspect.unwrap(vars(cls)[name]), "__code__", None) if name in vars(cls) else None
-            if code is not None and not {"super", name} & _names(code):
-                raise ValueError(
-                    f"{cls.__name__}.{name} never calls super().{name}(...), without which parts of a run are off in silence: call it with "
-                    "the same arguments" + (", and return what it returns with yours added" if name == "configure_callbacks" else "")
-                )
+    @wraps(hook)
+    def noted(method: Any, *args: Any, **kwargs: Any) -> Any:
+        method.reached.add(hook.__name__)
+        return hook(method, *args, **kwargs)
+
+    return cast(Hook, noted)
 
 
-def _names(code: CodeType) -> set[str]:
-    """The names that a function's code asks for, and that of functions inside it."""
-    return set(code.co_names).union(*(_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+def check_reached(method: Any, *names: str) -> None:
+    """Raises ValueError for a hook of these `names` that was called by now and has not reached that of the base."""
+    for name in names:
+        if name not in method.reached:
+            own = " or ".join(f"{cls.__name__}.{name}" for cls in _replacing(method, name))
+            raise ValueError(
+                f"{own} never calls super().{name}(...), without which parts of a run are off in silence: call it with the same arguments"
+                + (", and return what it returns with yours added" if name == "configure_callbacks" else "")
+            )
+
+
+def _replacing(method: Any, name: str) -> list[type]:
+    """The classes of a method that have a hook of this name before that of the base."""
+    kinds = [cls for cls in type(method).__mro__ if name in vars(cls)]
+    return kinds[: next(i for i, cls in enumerate(kinds) if cls.__name__ == "Distillation")]
 
 
 def _misspelled(method: Any) -> Iterator[tuple[str, str]]:
@@ -130,8 +127,8 @@ def check_names(method: Any) -> None:
 def check_trained(method: Any, optimizers: Sequence[torch.optim.Optimizer], schedulers: Sequence[Any]) -> None:
     """Raises ValueError, by its name, for what has trained weights none of which an optimiser moves: it would never learn.
 
-    For optimisers that `optimizer_of` has not made and learning rates by others than the clock. And for several optimisers of a method that
-    does not say so: DDP waits, in the backward pass of each, for the gradients of all.
+    For optimisers that `optimizer_of` has not made; learning rates by others than the clock are told. And for several optimisers of a
+    method that does not say so: DDP waits, in the backward pass of each, for the gradients of all.
     """
     named, use = type(method).__name__, "self.optimizer_of(parameters, lr)"
     for made in optimizers:
@@ -141,9 +138,9 @@ def check_trained(method: Any, optimizers: Sequence[torch.optim.Optimizer], sche
                 "which makes the kind that optimizer.kind says"
             )
     if schedulers:
-        raise ValueError(
-            f"{named}.configure_optimizers returns learning-rate schedulers, which nobody steps: return what {use} makes alone, whose rate "
-            "follows optimizer.warmup and optimizer.final_lr"
+        logging.getLogger(__name__).warning(
+            f"{named}.configure_optimizers returns learning-rate schedulers, whose rates hold for no update: the clock sets that of each "
+            "by optimizer.warmup and optimizer.final_lr"
         )
     if len(optimizers) > 1 and not method.takes_turns:
         raise ValueError(
@@ -189,7 +186,8 @@ def check_moves(method: Any, batches: int, returned: bool) -> None:
     """
     named, write = type(method).__name__, "write `if self.descend(optimizer, self.feedback(b, loss)): self.advance()`"
     if method.descent.student_moved:
-        raise ValueError(f"{named}.training_step descends its loss and never calls advance(): {write}")
+        lost = "".join(f", or {cls.__name__}.advance never calls super().advance()" for cls in _replacing(method, "advance")[:1])
+        raise ValueError(f"{named}.training_step descends its loss and never calls advance(){lost}: {write}")
     if returned and not method.descent.begun:
         raise ValueError(f"{named}.training_step returns its loss, which nobody descends, for updates are made by hand: {write}")
     if batches >= max(PATIENCE, 100 * method.descent.accumulate):

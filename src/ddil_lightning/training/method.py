@@ -92,8 +92,8 @@ class Distillation(Clocks, LightningModule):
         memory: Memory = Memory(),
         log_every: int = 10,
     ) -> None:
-        completeness.check_hooks(type(self), Distillation)
         super().__init__()
+        self.reached = set[str]()  # hooks of the base that were called by now
         self.automatic_optimization = False
         self.descent, self.averaging = Descent(optimizer), Averaging(ema)
         self.shards, self.measures, self.feed, self._random = Shards(), Measures(), Feed(), Borrowed()
@@ -280,6 +280,7 @@ class Distillation(Clocks, LightningModule):
         self.measures.record(**{name: loss})
         return self.descent.step(self, optimizer, loss, name)
 
+    @completeness.ours
     def advance(self) -> None:
         """The student was updated: the clock, the average and those who listen to every update follow."""
         self.student_updates += 1
@@ -291,8 +292,12 @@ class Distillation(Clocks, LightningModule):
 
     # Lightning -------------------------------------------------------------------------------------------------------------------
 
+    @completeness.ours
     def setup(self, stage: str) -> None:
         """Check strategy and precision, and the prior against the method. Raises ValueError."""
+        if stage == "fit" and not any(isinstance(callback, Clock) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            self.reached.discard("configure_callbacks")  # or what it has returned is lost
+            completeness.check_reached(self, "configure_callbacks")
         shares = any(role.shared for role in self.roles.values())
         check_strategy(self.trainer.strategy, self.trainer.precision, shares, offload=bool(self.offload.names))
         check_precision(self.trainer.precision, self.takes_turns and self.descent.accumulate > 1)
@@ -305,6 +310,7 @@ class Distillation(Clocks, LightningModule):
         for name in ("forward", "student", "teacher"):
             completeness.check_source(self, name, getattr(prior, name))
 
+    @completeness.ours
     def on_fit_start(self) -> None:
         """The box from the data, once it is encoded; then what is not needed leaves the device.
 
@@ -319,6 +325,7 @@ class Distillation(Clocks, LightningModule):
         self.offload.begin(self)
         self.descent.reduction.begin(self.trainer.strategy, self.takes_turns)
 
+    @completeness.ours
     def configure_model(self) -> None:
         """Share out and shard, as the strategy says, and compile, where the config does."""
         leave_to_each_process(self)
@@ -326,12 +333,14 @@ class Distillation(Clocks, LightningModule):
         if self.compiles:
             compile_roles(self.roles.values())
 
+    @completeness.ours
     def on_train_end(self) -> None:
         """What comes after training is the first process's alone, and finds everything on the device."""
         self.descent.watch.read(all_of_them=True)
         self.offload.end(self)
         self.shards.gather(self.outgoing.network, self.device)
 
+    @completeness.ours
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Dropout takes torch's own numbers: for this step they are the feed's, so that a resumed run repeats them.
 
@@ -342,15 +351,19 @@ class Distillation(Clocks, LightningModule):
             role.moved = False
         self._random.take(self.feed.dropout, self.device)
 
+    @completeness.ours
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The module's hook is the last one of a batch: what must not be done before a checkpoint is written is done now."""
         self._random.give_back()
-        for role in self.roles.values():
-            role.follows |= role.moved  # in this step, and so in those to come: what a new stage copies, it copies once
+        copied = [role for role in self.roles.values() if role.moved and not role.follows]
+        if copied and self.feed.statistics().get("buffer/size"):  # a flush in the same step forgets what the former weights answered
+            for role in copied:
+                role.follows = True
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if hasattr(callback, "after_checkpoints"):
                 callback.after_checkpoints(self.trainer, self)
 
+    @completeness.ours
     def configure_callbacks(self) -> list[Callback]:
         """The clock travels with the method, so that a bare Trainer gets it too.
 
@@ -367,6 +380,7 @@ class Distillation(Clocks, LightningModule):
         own = {"has_box": self.has_box and self.reflection.mode != "off", "sharded": self.shards.split, "strength": self.adapter.strength}
         checkpoint["ddil"] = {**{name: getattr(self, name) for name in names}, **own, "guidance": list(self.guidance)}
 
+    @completeness.ours
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what `on_save_checkpoint` has added."""
         state = checkpoint["ddil"]

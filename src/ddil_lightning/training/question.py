@@ -7,17 +7,26 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-ELSEWHERE = frozenset("updates lr log_every training student_updates stage stage_start has_box box taught".split())
+ELSEWHERE = frozenset("updates lr log_every training student_updates stage stage_start has_box box taught loss_is_distance".split())
 """What of a method moves, is no setting of it, or is said by another."""
 
 
 class Asked:
-    """How often modules that a method trains were called, which are no roles and count nothing by themselves."""
+    """How often modules that a method trains were called, which are no roles and count nothing by themselves.
+
+    Counted in a tensor on the CPU, which may be a part of a compiled graph: a number would have torch.compile compile every call anew.
+    """
 
     def __init__(self) -> None:
-        self.times = 0
+        self._times = torch.zeros((), dtype=torch.long, device="cpu")
+
+    @property
+    def times(self) -> int:
+        """The number of calls so far."""
+        return int(self._times)
 
     def listen(self, module: nn.Module) -> None:
         """Count the calls of `module`, unless nothing of it is trained."""
@@ -26,7 +35,7 @@ class Asked:
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         """One more."""
-        self.times += 1
+        self._times.add_(1)
 
 
 def settings(method: Any) -> dict[str, Any]:
