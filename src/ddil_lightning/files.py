@@ -105,7 +105,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_table(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} where the file is missing, is no JSON, or holds something else."""
+    """The object in a JSON file; {} where the file is missing, is a device or a pipe, is no JSON, or holds something else."""
+    if not file.is_file():
+        return {}
     try:
         found = from_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -111,6 +111,7 @@ def test_of_a_point_mass_the_signal_is_mu_at_every_time() -> None:
     assert float(loss(method, drawn(method)).max()) < 1e-12
 
 
+@torch.no_grad()
 def test_a_teachers_state_asks_for_the_signal_of_the_next_one() -> None:
     method = made()
     c = Context(torch.zeros(3, 1, 1)).guided(0.0)
@@ -126,6 +127,7 @@ def test_a_teachers_state_asks_for_the_signal_of_the_next_one() -> None:
         assert torch.equal(time, s) and torch.allclose(target.double(), ((states[i + 1] - sigma * z) / alpha).double(), atol=1e-4)  # type: ignore[operator]
 
 
+@torch.no_grad()
 def test_a_students_own_state_is_made_of_its_answer_to_the_noise() -> None:
     """And then its loss is the forward one, since the state that is stored is the one that is made there."""
     method = made()

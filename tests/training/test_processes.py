@@ -20,6 +20,7 @@ from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.callbacks import Checkpoints
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.processes import PATIENCE, Elsewhere, Processes, wait_at_most
+from ddil_lightning.training.clock import Clock
 from ddil_lightning.training.sharding import be_patient
 from pair import WORLD, Pair, ddp, together
 from suite import BATCH, BY_NAME, FORWARD, METHODS, MIXED, PER_METHOD, Entry, Gradients, Run, build, captions, equal, fit, state
@@ -88,10 +89,11 @@ def test_ranks_make_the_same_calls_on_their_own_samples(ranks: Any) -> None:
         assert x["at"] == y["at"] and not torch.equal(x["states"]["x_t"], y["states"]["x_t"])
 
 
-def test_the_gradient_is_the_mean_over_the_ranks(ranks: Any, tiny: Path) -> None:
+def test_the_gradient_is_the_mean_over_the_ranks(ranks: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first averaged gradient against two single processes, each of which takes itself for one of the ranks."""
     entry, (a, b), _ = ranks
     alone = []
+    monkeypatch.setattr(Processes, "by_first", lambda self, job: job())  # there is nobody to hear it of
     for rank in range(WORLD):
         seen = Gradients()
         fit(*settings(entry, tiny, optimizer={"clip": 0.0}), seen, limit_train_batches=1, max_epochs=1, strategy=Pretend(rank))
@@ -168,7 +170,7 @@ def test_a_quantised_base_is_each_process_own(pair: Pair, tiny: Path) -> None:
 def test_a_method_with_turns_has_ddp_look_for_unused_parameters(name: str, given: dict[str, bool], looks: bool | None, tiny: Path) -> None:
     """Else it stops at the first batch, of which the student has no gradient."""
     method, strategy = build(BY_NAME[name], tiny), DDPStrategy(**given)
-    method.trainer = SimpleNamespace(strategy=strategy, precision="32-true")
+    method.trainer = SimpleNamespace(strategy=strategy, precision="32-true", callbacks=[Clock()])
     method.setup("fit")
     assert strategy._ddp_kwargs.get("find_unused_parameters") is looks
 

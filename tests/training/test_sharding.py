@@ -18,6 +18,7 @@ from ddil_lightning.callbacks import Checkpoints
 from ddil_lightning.commands.fitting import fit as ddil_fit
 from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.methods import DMD2
+from ddil_lightning.training.clock import Clock
 from ddil_lightning.training.sharding import Sharded
 from pair import WORLD, Pair, ddp
 from pixarts import make_pixart
@@ -246,21 +247,21 @@ def test_all_processes_stop_when_one_meets_a_number_that_is_not_finite(pair: Pai
 def test_another_strategy_that_splits_networks_is_refused(entry: Entry, strategy: Any, tiny: Path) -> None:
     """Before anything is sharded: in setup, which comes before the strategy's own."""
     method = build(entry, tiny)
-    method.trainer = SimpleNamespace(strategy=strategy(), precision="32-true")
+    method.trainer = SimpleNamespace(strategy=strategy(), precision="32-true", callbacks=[Clock()])
     with pytest.raises(ValueError, match=f"trainer.strategy {strategy.__name__} splits the networks .* not supported: take fsdp2"):
         method.setup("fit")
 
 
 def test_adapters_on_one_network_are_refused_over_shards(tiny: Path) -> None:
     method = build(BY_NAME["lcm-lora"], tiny)
-    method.trainer = SimpleNamespace(strategy=Sharded(), precision="32-true")
+    method.trainer = SimpleNamespace(strategy=Sharded(), precision="32-true", callbacks=[Clock()])
     with pytest.raises(ValueError, match=r"model.adapter puts all roles on one frozen network.* take trainer.strategy ddp"):
         method.setup("fit")
 
 
 def test_a_gradient_scaler_is_refused_over_shards(tiny: Path) -> None:
     method = build(METHODS[0], tiny)
-    method.trainer = SimpleNamespace(strategy=Sharded(), precision="16-mixed")
+    method.trainer = SimpleNamespace(strategy=Sharded(), precision="16-mixed", callbacks=[Clock()])
     with pytest.raises(ValueError, match="16-mixed scales gradients, which is not supported under fsdp2: take bf16-mixed"):
         method.setup("fit")
 

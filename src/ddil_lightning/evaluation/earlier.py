@@ -13,7 +13,12 @@ Row = Mapping[str, Any]
 
 
 def read(path: Path) -> list[Row]:
-    """All rows of a file of results, the last measurement's first; none where it is not there or is no such file."""
+    """All rows of a file of results, the last measurement's first; none where it is not there or is no such file.
+
+    A device or a pipe, which results may be written to, is not read: it may have no end.
+    """
+    if not path.is_file():
+        return []
     try:
         found = from_json(path.read_text(encoding="utf-8"))
         rows = [*found["rows"], *found.get("earlier", [])]
