@@ -69,6 +69,7 @@ def probed(run: Run, cells: Path) -> dict[str, Any]:
         asked = ["--student", str(folder), "--teacher", run.teacher.pipeline, "--n", str(run.teacher.n), "--steps", str(STEPS)]
         probe([*asked, "--out", str(out)])
         found = json.loads(out.read_text())
+    found["protocol"]["student"] = folder.name  # where it lay on this machine says nothing elsewhere
     made = {"method": run.method, "variant": run.variant, "seed": run.seed, "depends": depends(run), "machine": machine(), **found}
     write_rows(file_of(run, cells), made)  # type: ignore[arg-type]
     return made

@@ -451,6 +451,15 @@ def test_schedules_have_the_mean_prior_of_the_config(script: Any, method: str, p
             assert (way[0].rollouts < way[-1].rollouts) is (name != "falling")
 
 
+def test_no_kept_result_has_a_path_of_the_machine_it_was_made_on() -> None:
+    kept = [
+        file
+        for folder in ("probed", "reproduced", "reproduced_flow", "scheduled", "zoo", "zoo_builtin")
+        for file in (BENCHMARKS / folder).glob("*.json")
+    ]
+    assert len(kept) > 100 and not [file.name for file in kept if '"/' in file.read_text()]
+
+
 def test_what_is_said_of_the_probed_students_follows_from_their_cells() -> None:
     """docs/results.md names every trend with an interval that shows or does not, and no other."""
     cells = {file.stem: json.loads(file.read_text()) for file in (BENCHMARKS / "probed").glob("*.json")}
