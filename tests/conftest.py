@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from toys import WORDS
+from ddil_lightning.testing.subject import WORDS, make_pipeline
 
 if TYPE_CHECKING:
     from pair import Pair
@@ -61,21 +60,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Statistics of real images are kept for one run of the tests, and not in the cache of whoever runs it."""
     os.environ["DDIL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-
-
-def make_pipeline(folder: Path, prediction_type: str = "v_prediction", unet: tuple[int, ...] = (16, 32)) -> Path:
-    """An untrained Stable Diffusion in miniature: 8 x 8 latents, 250 k parameters."""
-    from ddil_lightning.miniature import networks
-
-    torch.manual_seed(0)
-    sizes = networks.Sizes(image=16, tokens=16, text=16, autoencoder=(8, 8), unet=unet)
-    tokenizer = networks.build_tokenizer(WORDS, sizes.tokens)
-    text = networks.build_text_encoder(len(tokenizer), sizes)
-    pipe = networks.assemble(networks.build_autoencoder(sizes), text, tokenizer, networks.build_unet(sizes))
-    pipe.scheduler = type(pipe.scheduler).from_config({**pipe.scheduler.config, "prediction_type": prediction_type})
-    pipe.save_pretrained(folder)
-    (folder / "ddil.json").write_text(json.dumps({"guidance": 2.0, "dataset": "digits"}))
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -98,6 +98,11 @@ class Feed:
         self._given = own
 
     @property
+    def holds_rollouts(self) -> bool:
+        """Whether it keeps roll-outs of former weights, and what was answered to them."""
+        return False
+
+    @property
     def own_prior(self) -> Any:
         """What it was given, which holds where nobody steers."""
         return self._given

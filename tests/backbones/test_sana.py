@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_resume import TOTAL
 from torch import Tensor
 
 import suite
@@ -27,6 +26,7 @@ from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.runs.export import export, verify
 from ddil_lightning.runs.release import Release, check_formats, release
+from ddil_lightning.testing.checks import TOTAL
 from distilled import distilled, each, entries
 from pair import Pair, ddp
 from sanas import FLOW, captions, instruction, make_sana

@@ -185,6 +185,17 @@ def test_tables_made_for_a_preview_serve_training():
     assert float(out.grad) == pytest.approx(-float((SD.sigmas / SD.alphas)[3]), rel=1e-6)
 
 
+@SCHEDULES
+def test_mean_squares_of_forward_latents(schedule: NoiseSchedule) -> None:
+    """Of data at the two points +-m; at END of the data themselves."""
+    m, g = 1.7, torch.Generator().manual_seed(0)
+    x0 = m * (2 * torch.randint(0, 2, (40_000,), generator=g) - 1)
+    for t in (999, 500, 0, -1):
+        x_t = schedule.add_noise(x0, torch.randn(x0.shape, generator=g), torch.full((len(x0),), t))
+        assert float(schedule.mean_square(t, m * m)) == pytest.approx(float(x_t.square().mean()), rel=0.04)
+    assert float(schedule.mean_square(-1, m * m)) == m * m
+
+
 def test_rates_of_the_linear_path_are_those_of_t() -> None:
     alpha, sigma = FLOW.rates(torch.arange(1000), torch.zeros(1000, 2, 2, dtype=torch.float64))
     torch.testing.assert_close(alpha, torch.full((1000, 1, 1), -1.0, dtype=torch.float64), rtol=0, atol=1e-9)

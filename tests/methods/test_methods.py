@@ -8,18 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningDataModule
-from torch.utils.data import DataLoader
+from lightning.pytorch import Callback
 
 from ddil_lightning import assemble
-from ddil_lightning.data.pairs import stored
-from ddil_lightning.data.sampler import CounterSampler
-from ddil_lightning.feed import Feed
-from ddil_lightning.imitation.rollout import forward
-from ddil_lightning.streams import Streams
+from ddil_lightning.testing import follows_its_seed, is_itself_without_rollouts
 from suite import (
     ALL,
-    BATCH,
     EPOCH,
     FORWARD,
     MIXED,
@@ -29,12 +23,10 @@ from suite import (
     build,
     captions,
     digest,
-    equal,
     fit,
     frozen,
     one_of,
-    pictures,
-    state,
+    subject,
     train,
 )
 
@@ -115,44 +107,12 @@ def test_only_the_student_side_is_trained(long: tuple[Entry, Run, str], tiny: Pa
 
 @pytest.mark.parametrize("entry", **ALL)
 def test_a_seed_is_a_run(entry: Entry, tiny: Path) -> None:
-    runs = [state(train(entry, tiny, seed=seed, updates=2)) for seed in (0, 0, 1)]
-    assert equal(runs[0], runs[1])
-    assert not equal(runs[0]["weights"], runs[2]["weights"])
-
-
-class Plain(LightningDataModule, Feed):
-    """The underlying method's own training: noised data, no prior, no buffer, no roll-outs."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.rows, self.done = pictures(folder), 0
-
-    def setup(self, stage: str) -> None:
-        method: Any = self.trainer.lightning_module  # type: ignore[union-attr]
-        method.feed = self
-        self.pairs = stored(method, self.rows, self.rows.groups(), lambda rows: self.rows[rows.tolist()], BATCH, self.trainer)
-
-    def train_dataloader(self) -> DataLoader:
-        sampler = CounterSampler(len(self.rows), 4, 0, 1, 0, lambda: self.done)
-        return DataLoader(self.rows, batch_size=None, sampler=sampler)
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        batch = batch if self.pairs is None else self.pairs.joined(batch)
-        return forward(batch, self.trainer.lightning_module, Streams(0, self.done))  # type: ignore[arg-type,union-attr]
-
-    def commit(self) -> None:
-        self.done += 1
+    follows_its_seed(subject(entry, tiny))
 
 
 @pytest.mark.parametrize("entry", **ALL)
 def test_prior_1_0_0_is_the_method_without_ddil(entry: Entry, tiny: Path) -> None:
-    box = [[-0.2] * 4, [0.2] * 4]
-    plain = fit(build(entry, tiny, box=box, updates=3), Plain(tiny))
-    with_ddil = fit(build(entry, tiny, box=box, updates=3), captions(tiny, FORWARD, rollouts={"every": 1}, buffer={"priority": 0.6}))
-    assert equal(state(plain)["weights"], state(with_ddil)["weights"])
-    assert equal(state(plain)["optimizers"], state(with_ddil)["optimizers"])
-    assert plain.method.evaluations == with_ddil.method.evaluations
-    assert [row["loss"] for row in plain.rows] == [row["loss"] for row in with_ddil.rows]
+    is_itself_without_rollouts(subject(entry, tiny))
 
 
 # Trouble --------------------------------------------------------------------------------------------------------------------------

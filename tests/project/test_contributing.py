@@ -14,8 +14,6 @@ from typing import Any
 
 import pages
 import pytest
-import test_methods
-import test_resume
 import torch
 from PIL import Image
 from test_layers import ORDER, ROOT
@@ -36,6 +34,7 @@ from ddil_lightning.evaluation.drawing import Timed
 from ddil_lightning.evaluation.suite import Suite, make_row
 from ddil_lightning.evaluation.table import results_table
 from ddil_lightning.runs.export import export, verify
+from ddil_lightning.testing import CHECKS
 from ddil_lightning.training import completeness
 from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.method import Distillation
@@ -154,16 +153,10 @@ def test_the_config_trains_tests_and_exports_it(entry: Any, place: Path, tiny: P
     assert (about["method"], about["timesteps"], about["guidance_scale"]) == ("Direct", [999, 749, 499, 249], 1.0)
 
 
-def test_it_behaves_as_every_method(entry: Any, tiny: Path) -> None:
-    test_methods.test_a_seed_is_a_run(entry, tiny)
-    test_methods.test_prior_1_0_0_is_the_method_without_ddil(entry, tiny)
-
-
-def test_it_resumes_exactly(entry: Any, tiny: Path, tmp_path: Path) -> None:
-    run = suite.fit(*test_resume.objects(entry, tiny, "buffer"))
-    suite.fit(*test_resume.objects(entry, tiny, "buffer"), suite.StopAt(test_resume.CUT, tmp_path / "cut.ckpt"))
-    resumed = suite.fit(*test_resume.objects(entry, tiny, "buffer"), ckpt=tmp_path / "cut.ckpt")
-    test_resume.same(run, resumed)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_it_keeps_what_every_method_has_to(check: Any, entry: Any, place: Path, tiny: Path) -> None:
+    """By the test that the page has for it."""
+    importlib.import_module("test_direct").test_direct(check, tiny)
 
 
 @pytest.mark.parametrize(("k", "exact"), [(1, True), (2, False)])

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_resume import CUT, same
 from torch import Tensor
 
 import suite
@@ -17,6 +16,7 @@ from ddil_lightning.callbacks import Checkpoints
 from ddil_lightning.diffusion import transitions
 from ddil_lightning.records import Context
 from ddil_lightning.runs.export import export, verify
+from ddil_lightning.testing.checks import CUT, check_same
 from ddil_lightning.training.plan import Stage
 
 
@@ -46,7 +46,7 @@ def distilled(objects: Callable[[], tuple[Any, Any]], tmp_path: Path, prompts: S
     """A run on forward latents and roll-outs of both, which goes on exactly from its middle, and its export for as many steps as it is made
     for, which samples as the trainer does. `objects`: a new method and its data."""
     run = suite.fit(*objects(), Checkpoints(every=CUT, keep=9, folder=str(tmp_path)))
-    same(run, suite.fit(*objects(), ckpt=tmp_path / f"updates={CUT}.ckpt"))
+    check_same(run, suite.fit(*objects(), ckpt=tmp_path / f"updates={CUT}.ckpt"))
     assert all(sum(row[f"drawn/share_{name}"] for row in run.rows) > 0 for name in ("forward", "student", "teacher"))
     steps = run.method.deployment.steps[0]
     folder = export(run.method, tmp_path / "student", steps)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from ddil_lightning.testing.subject import WORDS
 from sd3 import t5_tokenizer
-from toys import WORDS
 
 SHIFTED: dict[str, Any] = {"use_dynamic_shifting": True, "shift": 3.0}
 """Dev's scheduler as it is published; schnell's has neither."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from toys import WORDS
+from ddil_lightning.testing.subject import WORDS
 
 NETWORK: dict[str, Any] = {
     "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "cross_attention_dim": 24, "caption_channels": 16,

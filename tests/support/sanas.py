@@ -13,8 +13,8 @@ from torch import Tensor
 import suite
 from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.data.encoded import Encoded, encode
+from ddil_lightning.testing.subject import WORDS
 from options import options
-from toys import WORDS
 
 FLOW: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 """SANA's scheduler, DPM-Solver++ of the second order on a flow's nodes, as it is published."""

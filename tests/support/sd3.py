@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from toys import WORDS
+from ddil_lightning.testing.subject import WORDS
 
 SHIFTED: dict[str, Any] = {"shift": 3.0}
 """Stable Diffusion 3's scheduler, as it is published."""

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers.logger import Logger
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddil_lightning.backbones.adapters import Adapter
-from ddil_lightning.backbones.pipeline import Pipeline
-from ddil_lightning.callbacks import Stages
-from ddil_lightning.data.captions import Captions
 from ddil_lightning.data.datamodule import DDILDataModule
-from ddil_lightning.data.encoded import Encoded, encode
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.methods import (
     ADD,
@@ -42,6 +34,15 @@ from ddil_lightning.methods import (
     SnapFusion,
     UFOGen,
 )
+from ddil_lightning.testing.fitting import Log as Log
+from ddil_lightning.testing.fitting import Run, fit
+from ddil_lightning.testing.fitting import digest as digest
+from ddil_lightning.testing.fitting import equal as equal
+from ddil_lightning.testing.fitting import frozen as frozen
+from ddil_lightning.testing.fitting import state as state
+from ddil_lightning.testing.subject import BATCH, Subject, backbone, pictures
+from ddil_lightning.testing.subject import EPOCH as EPOCH
+from ddil_lightning.testing.subject import Pictures as Pictures
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.plan import Stage
 from options import options
@@ -127,39 +128,6 @@ def one_of(name: str) -> dict[str, Any]:
 
 
 FORWARD, MIXED = SamplingPrior(), SamplingPrior(0.5, 0.25, 0.25)
-BATCH, EPOCH = 4, 7  # samples per batch, batches per epoch
-_fits = itertools.count(100)
-
-
-class Pictures(Captions):
-    """Grey discs of ten sizes with captions that the tiny tokenizer knows."""
-
-    def __len__(self) -> int:
-        return BATCH * EPOCH + 2  # two captions of every epoch are left over
-
-    def prompts(self, index: Any) -> list[str]:
-        return [f"a handwritten {('zero', 'one', 'two', 'three', 'four')[i % 5]}" for i in index]
-
-    def pixels(self, index: Any) -> Tensor:
-        y, x = torch.meshgrid(torch.linspace(-1, 1, 16), torch.linspace(-1, 1, 16), indexing="ij")
-        return torch.stack([(x.square() + y.square() < (1 + i % 10) / 8).float().expand(3, -1, -1) * 2 - 1 for i in index])
-
-
-class Log(Logger):
-    """The rows that a run writes to its loggers."""
-
-    name, version = "log", 0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[dict[str, float]] = []
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        assert step == metrics["student_updates"]
-        self.rows.append(dict(metrics))
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to keep."""
 
 
 class Gradients(Callback):
@@ -197,26 +165,6 @@ class StopInside(Checkpoint):
             trainer.should_stop = True
 
 
-class Run(NamedTuple):
-    """A finished fit."""
-
-    method: Any
-    data: Any
-    trainer: Trainer
-    rows: list[dict[str, float]]
-
-
-@lru_cache
-def backbone(folder: Path) -> Pipeline:
-    """Shared by all runs of a session: a frozen pipeline has nothing to lose."""
-    return Pipeline(str(folder))
-
-
-@lru_cache
-def pictures(folder: Path) -> Encoded:
-    return encode(Pictures(), backbone(folder))
-
-
 def build(entry: Entry, folder: Path, seed: int = 0, **kwargs: Any) -> Any:
     """The method in a setting that has everything on: an average, reflection, a range of guidance. `pipeline`: one of its own."""
     torch.manual_seed(seed)
@@ -225,50 +173,16 @@ def build(entry: Entry, folder: Path, seed: int = 0, **kwargs: Any) -> Any:
     return entry.method(pipeline=pipeline, **options(entry.method, settings, entry.kwargs, kwargs))
 
 
+def subject(entry: Entry, folder: Path) -> Subject:
+    """The same for the checks that a method of anybody's is put through."""
+    return Subject(lambda **base: entry.method(**options(entry.method, {"guidance": [1.0, 4.0]}, base, entry.kwargs)), folder)
+
+
 def captions(folder: Path, prior: SamplingPrior = MIXED, **kwargs: Any) -> DDILDataModule:
     settings = {"batch_size": BATCH, "rollouts": {"every": 2}, "buffer": {"capacity": 64}}
     return DDILDataModule(pictures(folder), prior, **options(DDILDataModule, settings, kwargs))
 
 
-def fit(method: Any, data: LightningDataModule, *callbacks: Callback, ckpt: Path | None = None, **kwargs: Any) -> Run:
-    """One fit. The global generator starts anywhere: results may hang on the seeds of method and data alone."""
-    torch.manual_seed(next(_fits))
-    saves = any(isinstance(callback, Checkpoint) for callback in callbacks)
-    quiet = {"enable_checkpointing": saves, "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
-    log, every = Log(), [Stages(pipelines=False), *callbacks]
-    trainer = Trainer(**{"max_epochs": -1, "accelerator": "cpu", "logger": log, "callbacks": every, **quiet, **kwargs})
-    trainer.fit(method, data, ckpt_path=None if ckpt is None else str(ckpt))
-    return Run(method, data, trainer, log.rows)
-
-
 def train(entry: Entry, folder: Path, *callbacks: Callback, prior: SamplingPrior = MIXED, seed: int = 0, **kwargs: Any) -> Run:
     """A method on the small problem: keyword arguments are the method's."""
     return fit(build(entry, folder, seed, **kwargs), captions(folder, prior, seed=seed), *callbacks)
-
-
-def equal(a: Any, b: Any) -> bool:
-    """Bitwise equality of tensors in dicts, lists and tuples."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
-    return torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b)
-
-
-def state(run: Run) -> dict[str, Any]:
-    """Everything that decides how a run goes on."""
-    method, data = run.method, run.data
-    found = {"weights": method.state_dict(), "clock": method.student_updates, "evaluations": method.evaluations}
-    found["optimizers"] = [o.state_dict() for o in run.trainer.optimizers]
-    return found | ({"data": data.state_dict()} if isinstance(data, DDILDataModule) else {})
-
-
-def digest(*modules: nn.Module) -> str:
-    """A hash of all parameters and buffers."""
-    tensors = (x for m in modules for x in itertools.chain(m.parameters(), m.buffers()))
-    return hashlib.sha256(b"".join(x.detach().cpu().numpy().tobytes() for x in tensors)).hexdigest()
-
-
-def frozen(method: Any) -> list[nn.Module]:
-    """The networks of the pipeline."""
-    return [part for part in method.backbone.pipe.components.values() if isinstance(part, nn.Module)]

@@ -28,9 +28,6 @@ from options import options
 SCHEDULE = NoiseSchedule.scaled_linear()
 FORWARD_ONLY, STUDENT_ONLY, HALF = SamplingPrior(), SamplingPrior(0, 1, 0), SamplingPrior(0.5, 0.5)
 
-WORDS = "a an handwritten digit zero one two three four five six seven eight nine small large red blue circle square left of above".split()
-"""What the tiny pipelines' tokenizers know."""
-
 
 class Toy:
     """What the DataModule sees of a method: exact policies on four nodes, a clock, and dropout that would show in roll-outs."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from toys import WORDS
+from ddil_lightning.testing.subject import WORDS
 
 NETWORK: dict[str, Any] = {
     "in_channels": 4, "dim": 16, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 12,

@@ -138,6 +138,7 @@ def test_checkpointing_reaches_the_frozen_network_that_gradients_pass_through(ki
     for flag in (False, True):
         torch.manual_seed(0)  # of the heads
         method = made(Entry("x", kind, {"guidance": 3.0}), Pipeline(str(sd3)), memory={"gradient_checkpointing": flag})
+        assert method.backbone.role("teacher").network is method.teacher.network  # as whoever makes pairs asks for it
         assert method.teacher.network.model.is_gradient_checkpointing == flag
         b = latents(method, 2, method.teacher.null)
         x = torch.randn(b.x_t.shape, generator=torch.Generator().manual_seed(0)).requires_grad_()

@@ -12,10 +12,10 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from ddil_lightning.callbacks import Checkpoints
+from ddil_lightning.testing.checks import CUT, TOTAL, check_same
 from ddil_lightning.training.contest import Contest
 from suite import ALL_AND_LORA, BY_NAME, EPOCH, METHODS, Entry, Run, StopAt, StopInside, build, captions, equal, fit, frozen, one_of, state
 
-TOTAL, CUT = 9, 5
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "buffer": ({}, {}),
     "priority": ({}, {"buffer": {"priority": 0.6, "capacity": 40}}),  # small: old roll-outs are evicted
@@ -52,29 +52,18 @@ def straight(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
     return get
 
 
-def same(run: Run, resumed: Run, cut: int = CUT) -> None:
-    """`resumed` ends as `run` does, and logged the updates after `cut` alone: not only where it ends, but every loss on the way.
-
-    Without the second, a checkpoint that is ignored would pass: training again from the start ends in the same state.
-    """
-    mine, theirs = state(run), state(resumed)
-    for part in mine:
-        assert equal(mine[part], theirs[part]), part
-    assert len(run.rows) == TOTAL and resumed.rows == run.rows[cut:]
-
-
 @pytest.mark.parametrize("entry", **ALL_AND_LORA)
 def test_resuming_is_exact(entry: Entry, tiny: Path, straight: Any) -> None:
     """From a checkpoint that was written while the run went on."""
     run, ckpt = straight(entry)
-    same(run, fit(*objects(entry, tiny, "buffer"), ckpt=ckpt))
+    check_same(run, fit(*objects(entry, tiny, "buffer"), ckpt=ckpt))
 
 
 @pytest.mark.parametrize("variant", ["accumulate", pytest.param("priority", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("entry", **one_of("dmd2"))
 def test_resuming_is_exact_in_every_variant(entry: Entry, variant: str, tiny: Path, straight: Any) -> None:
     run, ckpt = straight(entry, variant)
-    same(run, fit(*objects(entry, tiny, variant), ckpt=ckpt))
+    check_same(run, fit(*objects(entry, tiny, variant), ckpt=ckpt))
 
 
 class Left(Callback):
@@ -98,7 +87,7 @@ def test_resuming_is_exact_with_dropout(entry: Entry, tiny: Path, tmp_path: Path
 
     left = Left()
     run = fit(*dropping(), Checkpoints(every=CUT, keep=9, folder=str(tmp_path)), left)
-    same(run, fit(*dropping(), ckpt=tmp_path / f"updates={CUT}.ckpt"))
+    check_same(run, fit(*dropping(), ckpt=tmp_path / f"updates={CUT}.ckpt"))
     assert len(left.seeds) >= TOTAL and len(set(left.seeds)) == 1  # nobody has reseeded them
     assert run.rows != straight(entry)[0].rows  # it was on
 
@@ -109,7 +98,7 @@ def test_a_run_that_was_stopped_goes_on(entry: Entry, tiny: Path, tmp_path: Path
     stopped = fit(*objects(entry, tiny, "buffer"), StopAt(CUT))
     assert stopped.method.student_updates == CUT
     stopped.trainer.save_checkpoint(tmp_path / "after.ckpt")
-    same(straight(entry)[0], fit(*objects(entry, tiny, "buffer"), ckpt=tmp_path / "after.ckpt"))
+    check_same(straight(entry)[0], fit(*objects(entry, tiny, "buffer"), ckpt=tmp_path / "after.ckpt"))
 
 
 class Fails(Callback):
@@ -129,7 +118,7 @@ def test_a_run_whose_callback_fails_goes_on_from_there(entry: Entry, last: bool,
         saved.on_train_batch_end = Fails().on_train_batch_end  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="no room"):
         fit(*objects(entry, tiny, "buffer"), saved, *([] if last else [Fails()]))
-    same(straight(entry)[0], fit(*objects(entry, tiny, "buffer"), ckpt=tmp_path / f"updates={CUT}.ckpt"))
+    check_same(straight(entry)[0], fit(*objects(entry, tiny, "buffer"), ckpt=tmp_path / f"updates={CUT}.ckpt"))
 
 
 def test_what_failed_first_is_what_is_told(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,21 +172,21 @@ def test_checkpoints_are_plain_and_hold_no_frozen_network(entry: Entry, straight
 def test_resuming_is_exact_around_the_end_of_an_epoch(cut: int, tiny: Path, tmp_path: Path, straight: Any) -> None:
     entry = METHODS[0]
     fit(*objects(entry, tiny, "buffer"), StopAt(cut, tmp_path / "cut.ckpt"))
-    same(straight(entry)[0], fit(*objects(entry, tiny, "buffer"), ckpt=tmp_path / "cut.ckpt"), cut)
+    check_same(straight(entry)[0], fit(*objects(entry, tiny, "buffer"), ckpt=tmp_path / "cut.ckpt"), cut)
 
 
 def test_resuming_is_exact_with_short_epochs(tiny: Path, tmp_path: Path, straight: Any) -> None:
     """limit_train_batches ends Lightning's epochs early; the position in the data is a counter of our own."""
     entry, limit = METHODS[0], {"limit_train_batches": 3}
     fit(*objects(entry, tiny, "buffer"), StopAt(CUT, tmp_path / "cut.ckpt"), **limit)
-    same(straight(entry)[0], fit(*objects(entry, tiny, "buffer"), ckpt=tmp_path / "cut.ckpt", **limit))
+    check_same(straight(entry)[0], fit(*objects(entry, tiny, "buffer"), ckpt=tmp_path / "cut.ckpt", **limit))
 
 
 def test_a_finished_run_has_nothing_left_to_do(tiny: Path, straight: Any) -> None:
     run, ckpt = straight(METHODS[0])
     again = fit(*objects(METHODS[0], tiny, "buffer"), ckpt=ckpt.with_name(f"updates={TOTAL}.ckpt"))
     assert again.method.student_updates == TOTAL and again.rows == []
-    same(run, again, TOTAL)
+    check_same(run, again, TOTAL)
 
 
 def test_a_finished_run_can_be_made_longer(tiny: Path, straight: Any) -> None:

@@ -119,7 +119,7 @@ class Backbone(ABC):
         w_conditioned: bool = False,
         s_conditioned: bool = False,
         guided: bool = False,
-        recompute: bool = False,
+        recompute: bool | None = None,
         predicts: Predicts | None = None,
         reflection: Reflection | None = None,
         adapter: Adapter = Adapter(),
@@ -129,21 +129,22 @@ class Backbone(ABC):
         A teacher whose network is told the guidance is asked once, and so are all who are made of it. `guided`: the trainable one is guided
         by the empty prompt too, and called twice, as its users will call it: raises ValueError where its network is told the guidance.
         That is a copy or, where `adapter` has a rank, adapters on the frozen network itself. `recompute`: with gradient checkpointing, of
-        the frozen network too, through which gradients pass to samples that a discriminator reads by it.
+        the frozen network too, through which gradients pass to samples that a discriminator reads by it, and which is left as it is where nothing is said.
         `predicts`: of its outputs, where that is not the teacher's. `reflection` of its x0.
         A target, an average or a former student is made from a role: `student.copied("target")`.
         """
         space = self.predicts if predicts is None else predicts
         if name == "teacher":
             null, network = None if self.told else self.null(), self.network()
-            recomputing(network, recompute)
+            if recompute is not None:
+                recomputing(network, recompute)
             return Role(name, network, self.schedule, space, null=null, reflection=reflection, own=False)
         if guided and self.told:
             raise ValueError(f"the network of {self.path} is told its guidance, and is not guided by the empty prompt besides: {OTHER}")
         shares = adapter.is_for(name)
         more = {"s_conditioned": True} if s_conditioned else {}
         network = self.adapted(adapter, w_conditioned, name, **more) if shares else self.trainable(w_conditioned, name, **more)
-        recomputing(network, recompute)
+        recomputing(network, bool(recompute))
         shared = list(self.network().parameters()) if shares else []
         return Role(name, network, self.schedule, space, null=self.null() if guided else None, reflection=reflection, shared=shared)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -25,12 +25,13 @@ from ddil_lightning.data.visits import spread
 from ddil_lightning.diffusion.denoiser import evaluating
 from ddil_lightning.feed import MOVES, Answer, Ask, Feed, unmoved
 from ddil_lightning.imitation.buffer import ReplayBuffer
+from ddil_lightning.imitation.collecting import Collecting
 from ddil_lightning.imitation.learner import Learner, check_learner
 from ddil_lightning.imitation.options import Buffer, Rollouts
 from ddil_lightning.imitation.prior import SamplingPrior
-from ddil_lightning.imitation.rollout import REJECTED, check_finite, collect, counts, drawn
+from ddil_lightning.imitation.rollout import counts, drawn
 from ddil_lightning.processes import Processes
-from ddil_lightning.records import CaptionBatch, LatentBatch, Origin, home, send, take
+from ddil_lightning.records import CaptionBatch, LatentBatch, Origin, send, take
 from ddil_lightning.streams import Streams
 
 
@@ -82,13 +83,10 @@ class DDILDataModule(LightningDataModule, Feed):
         self._ahead = 0  # of `done`: the place in the data, where a run has gone on with batches of another size
         self._examples: list[str] = []
         self._stored: Stored | None = None
-        self._moment: float | None = None
-        self._collected_at: int | None = None
-        self._collected: set[tuple[int, ...]] = set()
+        self.collecting = Collecting()
         self._first: Tensor | None = None
         self._names: dict[int, str] = {}
         self._shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # of latents, by `RawBatch.shape`: `setup` asks for each
-        self._warned = False
         self._drawn: tuple[LatentBatch, Origin] | None = None
         self._host: Any = None  # the processes' group for what is large and lies on the host
 
@@ -240,7 +238,8 @@ class DDILDataModule(LightningDataModule, Feed):
             # Switching some hundred submodules costs more than the draw itself, so only where a network will be called.
             with evaluating(learner.policies.student) if rolls else nullcontext():
                 if rolls and self.buffer is not None:
-                    self._collect(encoded, shape, self.buffer)
+                    some, together = take(encoded, slice(self.trajectories)), self.trainer.strategy.reduce_boolean_decision
+                    self.collecting.collect(some, learner, self.prior, streams, shape, self.rollouts, self.buffer, self._moment, together)
                 if len(encoded.rows) < size and self.buffer is not None and not self.buffer.held(shape):  # all states were rejected
                     encoded = encode_batch(batch, learner.backbone, self.truncate)
                 self._drawn = drawn(
@@ -268,46 +267,18 @@ class DDILDataModule(LightningDataModule, Feed):
 
     def _rolls(self, shape: tuple[int, ...]) -> bool:
         """Whether the next batch needs a roll-out: at the buffer's cadence and for a shape that it lacks, or always without one."""
-        if self.prior.rollouts == 0:
-            return False
-        if self.buffer is None or self._collected_at is None or shape not in self._collected:
-            return True
         share, own = self.prior.rollouts, self.rollouts
-        every = own.batches(share, self.batch_size, self.trajectories, self.learner.grid) if own.reuse else self.collect_every
-        return not 0 <= self._now - self._collected_at < every
+        if share == 0 or self.buffer is None:
+            return share > 0
+        if own.reuse is None:
+            return self.collecting.due(shape, self.clock, self.collect_every)
+        # In batches, not in updates of the student.
+        return self.collecting.due(shape, self.done, own.batches(share, self.batch_size, self.trajectories, self.learner.grid))
 
-    @property
-    def _now(self) -> int:
-        """The clock of cadence: student updates of the stage or, where the reuse of states sets it, batches."""
-        return self.clock if self.rollouts.reuse is None else self.done
-
-    def _collect(self, batch: CaptionBatch, shape: tuple[int, ...], buffer: ReplayBuffer) -> None:
-        """Algorithm 2: a roll-out into the buffer. Raises FloatingPointError for one that is not finite."""
-        learner = self.learner
-        made = home(collect(take(batch, slice(self.trajectories)), learner, self.prior, self.streams, shape, self.rollouts))
-        together = (lambda mine: mine) if self.trainer is None else self.trainer.strategy.reduce_boolean_decision
-        check_finite(made, together, learner.student_updates)
-        if self._collected_at is None and Processes(self.trainer).first:
-            buffer.say_room(len(made.t))
-        stage = self.streams.stage
-        held = buffer.shapes()
-        buffer.expire(self.clock, stage)
-        buffer.add(made, self.clock, stage, self._expected(made.t))
-        gone = held - buffer.shapes()  # whose next batch is rolled out again, on all processes if on one
-        self._collected = {shape, *(known for known in sorted(self._collected - {shape}) if together(known not in gone))}
-        if len(buffer) == 0 and not self._warned:
-            self._warned = True
-            logging.getLogger(__name__).warning(f"all {len(made.t)} {REJECTED}")
-        self._collected_at = self._now
-
-    def _expected(self, t: Tensor) -> Tensor | None:
-        """[M] mean square of forward latents at `t`: the buffer refuses states far from it. None without data in memory."""
-        if self._moment is None:
-            self._moment = second_moment(self.captions)
-        if self._moment is None:
-            return None
-        schedule = self.learner.policies.student.schedule
-        return (schedule.alphas[t.cpu()].square() * self._moment + schedule.sigmas[t.cpu()].square()).float()
+    @cached_property
+    def _moment(self) -> float | None:
+        """The mean square of the data's latents; None where they are not in memory."""
+        return second_moment(self.captions)
 
     def origin(self, batch: LatentBatch) -> Origin:
         """Where the rows of a batch come from: of the one that was drawn last the host knows it."""
@@ -351,9 +322,14 @@ class DDILDataModule(LightningDataModule, Feed):
         skipped = {"data/skipped": float(self.notices.count)} if self.notices.count else {}
         return shares | skipped | {f"buffer/{name}": value for name, value in stats.items()}
 
+    @property
+    def holds_rollouts(self) -> bool:
+        """Whether the buffer of this process holds any state."""
+        return self.buffer is not None and len(self.buffer) > 0
+
     def flush(self) -> None:
         """Forget every roll-out (a new stage)."""
-        self._collected_at, self._collected = None, set()
+        self.collecting.forget()
         if self.buffer is not None:
             self.buffer.flush()
 
@@ -366,25 +342,24 @@ class DDILDataModule(LightningDataModule, Feed):
         # To rank 0 alone, and over the host: on a device the buffers of all ranks would be beside what trains there.
         us = Processes(self.trainer)
         every = [mine] * us.world if mine is None or not several else us.collected(mine, self._host)
-        shapes = sorted(map(list, self._collected))
         place = {"done": self.done, "ahead": self._ahead, "batch_size": self.batch_size, "rows": list(self._parting(us).groups)}
         if self._reads:
             self.notices.join()
             place |= self.notices.state()
-        return {**place, "collected_at": self._collected_at, "collected": shapes, "buffers": every}
+        return {**place, **self.collecting.state_dict(), "buffers": every}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore, to the bit with as many processes and batches of the same size. With others the place in the data stays
         (`sampler.carried`), and every process has its own buffer again; where one has none there, all of them begin with an empty one."""
         us, buffers = Processes(self.trainer), state["buffers"]
-        self.done, self._ahead, self._collected_at = state["done"], state.get("ahead", 0), state["collected_at"]
-        self._collected = {tuple(shape) for shape in state.get("collected", [])}
+        self.done, self._ahead = state["done"], state.get("ahead", 0)
+        self.collecting.load_state_dict(state)
         if us.world > len(buffers) or buffers[us.rank] is None:
             self.flush()  # on all of them: whether they roll out is the same on all, or they would wait for each other
         elif self.buffer is not None:
             self.buffer.load_state_dict(buffers[us.rank], self.learner.wants.ends or self.learner.wants.noise)
             if "collected" not in state:  # a checkpoint of before, of one shape
-                self._collected = self.buffer.shapes()
+                self.collecting.shapes = self.buffer.shapes()
         now = self._parting(us)
         # Checkpoints of before do not say how large batches were, nor how many rows there were.
         was = Parting(len(buffers), state.get("batch_size", now.batch), tuple(state.get("rows", now.groups)))

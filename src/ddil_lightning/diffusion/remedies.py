@@ -77,7 +77,7 @@ class Remedy:
         if t <= self.cutoff or t == last:  # what sampling begins with is noise and no one's error
             return torch.full((len(x_t),), t, device=x_t.device)
         times = torch.arange(max(t - self.window // 2, s + 1), min(t + self.window // 2, last) + 1)
-        level = schedule.alphas[times].square() * self.variance + schedule.sigmas[times].square()
+        level = schedule.mean_square(times, self.variance)
         found = x_t.flatten(1).double().var(1)[:, None]
         nearest = (found - level.to(x_t.device)).abs().argmin(1)
         return times.to(x_t.device)[nearest]

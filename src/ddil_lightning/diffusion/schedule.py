@@ -103,6 +103,10 @@ class NoiseSchedule:
                 self.told = self.told.to(t.device)
         return self.told[t]
 
+    def mean_square(self, t: Tensor | int, moment: float) -> Tensor:
+        """E |x_t|^2 / d in float64 at times `t`, on the CPU or one int, of data whose mean square is `moment`."""
+        return self.alphas[t].square() * moment + self.sigmas[t].square()
+
     def at(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) at times `t` ([B] or one int), shaped to multiply `like` [B, ...], in float32 or like's wider type."""
         dtype = torch.promote_types(like.dtype, torch.float32)

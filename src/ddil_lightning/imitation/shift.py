@@ -72,7 +72,7 @@ def probe_auc(x: Tensor, y: Tensor, seed: int = 0, paired: bool = False) -> floa
 
 def energy_gap(x_t: Tensor, schedule: NoiseSchedule, t: int, data_second_moment: float) -> float:
     """Mean of |x_t|^2 / d minus its forward expectation alpha_t^2 m + sigma_t^2, m = `data_second_moment` = E|x0|^2 / d (exposure bias)."""
-    return _energy(x_t) - float(schedule.alphas[t].square() * data_second_moment + schedule.sigmas[t].square())
+    return _energy(x_t) - float(schedule.mean_square(t, data_second_moment))
 
 
 def shift_report(

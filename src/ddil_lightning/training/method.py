@@ -356,7 +356,7 @@ class Distillation(Clocks, LightningModule):
         """The module's hook is the last one of a batch: what must not be done before a checkpoint is written is done now."""
         self._random.give_back()
         copied = [role for role in self.roles.values() if role.moved and not role.follows]
-        if copied and self.feed.statistics().get("buffer/size"):  # a flush in the same step forgets what the former weights answered
+        if copied and self.feed.holds_rollouts:  # a flush in the same step forgets what the former weights answered
             for role in copied:
                 role.follows = True
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]

@@ -1,0 +1,77 @@
+"""Algorithm 2 into the replay buffer, at its cadence."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from ddil_lightning.imitation.buffer import ReplayBuffer
+from ddil_lightning.imitation.learner import Learner
+from ddil_lightning.imitation.options import Rollouts
+from ddil_lightning.imitation.prior import SamplingPrior
+from ddil_lightning.imitation.rollout import REJECTED, check_finite, collect
+from ddil_lightning.records import CaptionBatch, home
+from ddil_lightning.streams import Streams
+
+Shape = tuple[int, ...]
+
+
+class Collecting:
+    """When the last roll-out was made, and which shapes of latents have had one since roll-outs were last forgotten.
+
+    Whether one is due is the same on all processes: the clock and the shapes of batches are, and what the buffer of one has lost, all hear.
+    """
+
+    def __init__(self) -> None:
+        self.at: int | None = None
+        self.shapes = set[Shape]()
+        self._warned = False
+
+    def due(self, shape: Shape, now: int, every: int) -> bool:
+        """Whether a batch of latents of a `shape` is preceded by a roll-out: `every` so often, and where that shape has none."""
+        return self.at is None or shape not in self.shapes or not 0 <= now - self.at < every
+
+    def collect(
+        self,
+        batch: CaptionBatch,
+        learner: Learner,
+        prior: SamplingPrior,
+        streams: Streams,
+        shape: Shape,
+        rollouts: Rollouts,
+        buffer: ReplayBuffer,
+        moment: float | None,
+        together: Callable[[bool], bool],
+    ) -> None:
+        """A roll-out by all captions of a `batch` into the `buffer`, at the stage's clock.
+
+        `moment`: the mean square of the data's latents, by which the buffer refuses states; `together`: whether something holds in all
+        processes. Raises FloatingPointError for a roll-out that is not finite.
+        """
+        made = home(collect(batch, learner, prior, streams, shape, rollouts))
+        check_finite(made, together, learner.student_updates)
+        if self.at is None and streams.rank == 0:
+            buffer.say_room(len(made.t))
+        held, clock = buffer.shapes(), learner.stage_updates
+        buffer.expire(clock, streams.stage)
+        schedule = learner.policies.student.schedule
+        buffer.add(made, clock, streams.stage, None if moment is None else schedule.mean_square(made.t, moment).float())
+        gone = held - buffer.shapes()  # whose next batch is rolled out again, on all processes if on one
+        self.shapes = {shape, *(known for known in sorted(self.shapes - {shape}) if together(known not in gone))}
+        if len(buffer) == 0 and not self._warned:
+            self._warned = True
+            logging.getLogger(__name__).warning(f"all {len(made.t)} {REJECTED}")
+        self.at = streams.step if rollouts.reuse is not None else clock
+
+    def forget(self) -> None:
+        """The next batch is preceded by a roll-out, whatever its shape."""
+        self.at, self.shapes = None, set()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As numbers and lists."""
+        return {"collected_at": self.at, "collected": sorted(map(list, self.shapes))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`."""
+        self.at, self.shapes = state["collected_at"], {tuple(shape) for shape in state.get("collected", [])}
