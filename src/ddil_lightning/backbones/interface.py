@@ -129,7 +129,8 @@ class Backbone(ABC):
         A teacher whose network is told the guidance is asked once, and so are all who are made of it. `guided`: the trainable one is guided
         by the empty prompt too, and called twice, as its users will call it: raises ValueError where its network is told the guidance.
         That is a copy or, where `adapter` has a rank, adapters on the frozen network itself. `recompute`: with gradient checkpointing, of
-        the frozen network too, through which gradients pass to samples that a discriminator reads by it, and which is left as it is where nothing is said.
+        the frozen network too, through which gradients pass to samples that a discriminator reads by it. Where nothing is said, that one
+        is left as it is.
         `predicts`: of its outputs, where that is not the teacher's. `reflection` of its x0.
         A target, an average or a former student is made from a role: `student.copied("target")`.
         """
