@@ -27,7 +27,7 @@ import toy2d
 import zoo_builtin
 from builtin_runs import digest, trains
 from tables import Report, markdown
-from zoo_table import REMEDIED, REMEDIES, VARIANTS, page, report
+from zoo_table import REMEDIED, REMEDIES, VARIANTS, keeps_to, page, report
 
 from ddil_lightning import assemble
 from ddil_lightning.commands.configs import find_config
@@ -42,8 +42,6 @@ PROBLEM = {"scale": 2.0, "guidance": 2.0, "width": 48}
 """One problem and one size of network for all methods, whatever their configs have; everything else is their config's."""
 EVALUATIONS = 200_000
 """Of all networks, a sample each: what LCM's config spends."""
-NEAR = 0.05
-"""How far from its budget, in shares of it, a training may come to lie."""
 SAMPLED_ANEW = ("pd", "lcm")
 """The methods whose published students are sampled with REMEDIES, at the updates of their configs."""
 
@@ -105,9 +103,8 @@ class Cell:
         return replace(self, spent=None)
 
     def spends(self, record: dict[str, Any]) -> bool:
-        """Whether a training has spent what it was given, to NEAR or to four of its updates: stages and roll-outs are whole."""
-        spent, one = record["evaluations"], record["evaluations"] / record["updates"]
-        return self.spent is None or abs(spent - self.spent) <= max(NEAR * self.spent, 4 * one)
+        """Whether a training has spent what it was given."""
+        return keeps_to(self.spent, record["evaluations"], record["updates"])
 
 
 def methods() -> list[str]:

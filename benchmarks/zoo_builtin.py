@@ -27,7 +27,7 @@ import torch
 from builtin_runs import VARIANTS, Run, Teacher, digest, fingerprint
 from tables import Part, Report
 from toy2d import longer
-from zoo_table import BUDGETS, built_in
+from zoo_table import BUDGETS, built_in, keeps_to
 
 from ddil_lightning import assemble
 from ddil_lightning.evaluation.table import write_rows
@@ -121,8 +121,7 @@ def make(one: Cell, cells: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     common.quiet()
     before = time.perf_counter()
-    run = one.run if one.spent is None else replace(one.run, words=(*one.run.words, longer(*lasting(one.run, one.spent))))
-    method, seconds = builtin.trained(run)
+    run, method, seconds = trained(one)
     spent = method.evaluations  # of the training: what the test calls is counted too
     reference = torch.load(run.teacher.reference, weights_only=True)
     held_out = builtin.Paired.beside(builtin.suite(method.backbone.about["dataset"], run.teacher.n), reference)
@@ -145,6 +144,25 @@ def make(one: Cell, cells: Path) -> dict[str, Any]:
     }
     write_rows(cells / one.file, made)  # type: ignore[arg-type]
     return made
+
+
+def trained(one: Cell) -> tuple[Run, Distillation, float]:
+    """The training of a cell, its method and its seconds.
+
+    Where its updates spend otherwise than those of the trial, for roll-outs and what is kept of them are not the same all the time, it is
+    trained anew, as long as that says. Raises ValueError where it then still has not spent what it was given.
+    """
+    if one.spent is None:
+        return (one.run, *builtin.trained(one.run))
+    method, times = lasting(one.run, one.spent)
+    for _ in range(2):
+        run = replace(one.run, words=(*one.run.words, longer(method, times)))
+        made, seconds = builtin.trained(run)
+        spent = sum(made.evaluations.values())
+        if keeps_to(one.spent, spent, made.student_updates):
+            return run, made, seconds
+        times *= one.spent / spent
+    raise ValueError(f"{one.file} was given {one.spent:,} evaluations and has spent {spent:,}")
 
 
 def lasting(run: Run, spent: int) -> tuple[Distillation, float]:

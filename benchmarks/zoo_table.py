@@ -20,7 +20,15 @@ REMEDIES = ("es0.99", "es1.01", "es1.02", "es1.05", "ts20", "ts50")
 MEASURES = ("energy_distance", "coverage", "mode_kl", "high_quality")
 PICTURES = ("frechet", "patch_frechet", "coverage", "mode_coverage", "all_right", "attribute_accuracy", "lpips_diversity")
 """The measures of the built-in pipeline's tables."""
+NEAR = 0.05
+"""How far from its budget, in shares of it, a training may come to lie."""
+
 BUDGETS = {"updates": "each at its config's updates", "evaluations": "at equal network evaluations"}
+
+
+def keeps_to(given: int | None, spent: int, updates: int) -> bool:
+    """Whether a training of so many `updates` has spent what it was `given`, to NEAR or to four of them: stages and roll-outs are whole."""
+    return given is None or abs(spent - given) <= max(NEAR * given, 4 * spent / updates)
 
 
 def report(cells: Sequence[dict[str, Any]], evaluations: int) -> Report:
