@@ -19,6 +19,7 @@ from ddil_lightning.feed import Feed
 from ddil_lightning.imitation.options import Buffer, Rollouts
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.imitation.rollout import forward
+from ddil_lightning.messages import quiet
 from ddil_lightning.runs import export
 from ddil_lightning.streams import Streams
 from ddil_lightning.testing.fitting import Run, difference, digest, fit, frozen, state
@@ -171,6 +172,7 @@ def check_method(method: Callable[..., Distillation], folder: str | Path, **sett
 
     Raises Broken for the first that it does not keep.
     """
+    quiet()
     subject = Subject(method, folder, **settings)
     for check in CHECKS:
         check(subject)
