@@ -130,3 +130,36 @@ def test_the_reader_of_imports_sees_them(tmp_path: Path, monkeypatch: pytest.Mon
     mine = {"ddil_lightning.methods.base", "ddil_lightning.prior.A", "ddil_lightning.rollout"}
     assert set(imported(path)) == mine | {"wandb.sdk", "peft", "lpips", "diffusers"}
     assert set(imported(path, at_import_time(ast.parse(path.read_text())))) == mine | {"wandb.sdk", "lpips"}
+
+
+ON_THE_HOST = {f"{name}.py" for name in ("diffusion/schedule", "diffusion/betas", "diffusion/analytic", "backbones/flows", "runs/replay")}
+ON_THE_HOST |= {"imitation/buffer.py", "evaluation/intervals.py"}
+"""Files whose float64 numbers are always on the CPU."""
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_float64_is_made_on_the_cpu_or_where_the_device_has_it(path: Path) -> None:
+    """Apple's GPUs have none: `records.wide` and `records.widest` know it."""
+    file = str(path.relative_to(ROOT))
+    if file in ON_THE_HOST | {"records.py"} or file.split("/")[0] in ("miniature", "toy"):
+        return
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    named = [(call, call.func.attr) for call in calls if isinstance(call.func, ast.Attribute)]
+    bare = [call.lineno for call, name in named if name == "double" and not _of_the_cpu(call.func)]
+    bare += [call.lineno for call in calls for word in call.keywords if word.arg == "device" and _asks_for_float64(call)]
+    assert not bare, f"{file}, lines {bare}: use records.wide, or records.widest(device)"
+
+
+def _of_the_cpu(function: ast.expr) -> bool:
+    """Whether `.double` is asked of something that is on the CPU by its own words: of what `.cpu()`, or a comparison of such, has made."""
+    assert isinstance(function, ast.Attribute)
+    inner = function.value
+    while isinstance(inner, ast.Call) and isinstance(inner.func, ast.Attribute):
+        if inner.func.attr == "cpu":
+            return True
+        inner = inner.func.value
+    return False
+
+
+def _asks_for_float64(call: ast.Call) -> bool:
+    return any(word.arg == "dtype" and isinstance(word.value, ast.Attribute) and word.value.attr == "float64" for word in call.keywords)

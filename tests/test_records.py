@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ddil_lightning.records import (
     END,
@@ -19,6 +20,8 @@ from ddil_lightning.records import (
     cat,
     take,
     to,
+    wide,
+    widest,
 )
 
 
@@ -101,3 +104,11 @@ def test_one_context_expands_to_a_batch():
 def test_predictions_are_records_too():
     p = Prediction(*torch.randn(3, 5, 2))
     assert torch.equal(take(p, [4, 0]).v, p.v[[4, 0]]) and torch.equal(cat([p, p]).eps, torch.cat([p.eps, p.eps]))
+
+
+@pytest.mark.parametrize(("device", "where"), [("cpu", "cpu"), ("cuda", "cuda"), ("mps", "cpu")])
+def test_float64_is_not_asked_of_a_device_that_has_none(device: str, where: str) -> None:
+    with FakeTensorMode():
+        made = wide(torch.zeros(3, device=device))
+    assert made.dtype == torch.float64 and made.device.type == where
+    assert (widest(torch.device(device)) == torch.float64) is (device == where)

@@ -168,6 +168,16 @@ def to(record: T, *args: Any, **kwargs: Any) -> T:
     return _map(move, record)
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """The type of the longest numbers that a device has: Apple's GPUs have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in float64: where it lies or, if that device has none, on the CPU."""
+    return (x if widest(x.device) == torch.float64 else x.cpu()).double()
+
+
 def sent(x: Tensor, device: torch.device) -> Tensor:
     """`x` on `device`: from the CPU to a GPU out of pinned memory, so that the host goes on while it is copied."""
     if device.type == "cuda" and x.device.type == "cpu":

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 from lightning.pytorch import Callback
+from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from commandline import refused
 from ddil_lightning import PD, AnnealPrior, DDILDataModule, Stages, assemble
+from ddil_lightning.commands.assembly import elsewhere
 from ddil_lightning.errors import EXPECTED, Refusal, one_line
 from ddil_lightning.runs.checkpoint import load_checkpoint
 from suite import equal
@@ -120,6 +122,18 @@ def test_processes_wait_for_the_one_that_prepares_the_data(tiny_config: Path) ->
     ):
         strategy: Any = assemble(tiny_config, f"trainer.strategy={given}", "trainer.devices=2").trainer.strategy
         assert strategy._timeout.total_seconds() == days * 86400, given
+
+
+def test_an_apple_gpu_is_used_by_whoever_asks_for_it(
+    tiny_config: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody has measured a run on one, and Lightning would take it before the CPU."""
+    monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: True))
+    with caplog.at_level("INFO", "ddil_lightning"):
+        trainer = assemble(tiny_config).trainer
+        assert type(trainer.accelerator).__name__ == "CPUAccelerator" and trainer.strategy.root_device.type == "cpu"
+    assert sum("trainer.accelerator=mps takes" in r.getMessage() for r in caplog.records) == 1
+    assert elsewhere("mps") == elsewhere("cpu") == elsewhere("gpu") == {}
 
 
 @pytest.mark.slow

@@ -197,7 +197,7 @@ class Assembly(LightningCLI):
     def checked_trainer(self, callbacks: list[Callback], **settings: Any) -> Trainer:
         """The trainer of the config with these callbacks and settings. Raises Refusal or ValueError where they do not go together."""
         with of_the_trainer():
-            trainer = super().instantiate_trainer(callbacks=callbacks, **settings)
+            trainer = super().instantiate_trainer(callbacks=callbacks, **settings, **elsewhere(self.config.trainer.accelerator))
             be_patient(trainer.strategy)
             check_precision(trainer.precision)
             check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
@@ -205,6 +205,18 @@ class Assembly(LightningCLI):
                 if isinstance(callback, (AnnealPrior, Stages)):
                     callback.setup(trainer, self.model, "fit")  # now, and not after the data have been encoded
         return trainer
+
+
+def elsewhere(accelerator: Any) -> dict[str, Any]:
+    """What a trainer is told besides, for a config that leaves its `accelerator` open: an Apple GPU, on which nobody has measured a run, is
+    left alone."""
+    from lightning.pytorch.accelerators import MPSAccelerator
+
+    if accelerator != "auto" or not MPSAccelerator.is_available():
+        return {}
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        logging.getLogger(__name__).info("training on the CPU: nothing was measured on this GPU, which trainer.accelerator=mps takes")
+    return {"accelerator": "cpu"}
 
 
 @contextmanager

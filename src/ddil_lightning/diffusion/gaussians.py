@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ddil_lightning.records import wide
+
 
 def gaussian_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of means [D] and covariances [D, D], in float64. Scalar, never negative.
@@ -15,7 +17,7 @@ def gaussian_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) 
     The trace of the root is taken of sqrt(C1) C2 sqrt(C1), which has the eigenvalues of C1 C2 and is symmetric: rank-deficient
     covariances (fewer images than features) need no ridge and give no complex numbers.
     """
-    mean1, cov1, mean2, cov2 = (x.double() for x in (mean1, cov1, mean2, cov2))
+    mean1, cov1, mean2, cov2 = (wide(x) for x in (mean1, cov1, mean2, cov2))
     values, vectors = torch.linalg.eigh(cov1)
     half = vectors * values.clamp(min=0).sqrt()
     root = torch.linalg.eigvalsh(half.T @ cov2 @ half).clamp(min=0).sqrt().sum()
@@ -26,7 +28,7 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean [D] and unbiased covariance [D, D] of features [N, D], float64. Raises ValueError for fewer than two."""
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"features: {tuple(features.shape)}; a covariance needs [N, D] with N >= 2")
-    x = features.double()
+    x = wide(features)
     mean = x.mean(0)
     return mean, (x - mean).T @ (x - mean) / (len(x) - 1)
 
@@ -39,7 +41,7 @@ def influences(mean: Tensor, cov: Tensor, features: Tensor) -> Tensor:
     T = S (S C S)^(-1/2) S and S = sqrt(cov), on what the samples span. So the mean of resampled values moves as the distance itself does,
     for a thousandth of the price and without the bias of resamples, which hold fewer different samples. Raises ValueError as `moments`.
     """
-    mean, cov, x = mean.double(), cov.double(), features.double()
+    mean, cov, x = wide(mean), wide(cov), wide(features)
     mine, covariance = moments(x)
     values, vectors = torch.linalg.eigh(cov)
     half = vectors * values.clamp(min=0).sqrt()

@@ -16,7 +16,7 @@ from ddil_lightning.bounds import at_least, within
 from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.diffusion.transitions import NoiseCorrected, ddim
-from ddil_lightning.records import Context, Prediction
+from ddil_lightning.records import Context, Prediction, wide
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class Remedy:
             return torch.full((len(x_t),), t, device=x_t.device)
         times = torch.arange(max(t - self.window // 2, s + 1), min(t + self.window // 2, last) + 1)
         level = schedule.mean_square(times, self.variance)
-        found = x_t.flatten(1).double().var(1)[:, None]
-        nearest = (found - level.to(x_t.device)).abs().argmin(1)
+        found = wide(x_t.flatten(1)).var(1)[:, None]
+        nearest = (found - level.to(found.device)).abs().argmin(1).to(x_t.device)
         return times.to(x_t.device)[nearest]
 
 

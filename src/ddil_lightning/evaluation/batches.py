@@ -182,9 +182,9 @@ class Batch:
         if need == "cosine" and nets.text is not None:
             return cosine(self._made_once("features"), nets.text(self.prompts).cpu())
         if need == "cosine":
-            return nets.clip(self.images, self.prompts).double().cpu()
+            return nets.clip(self.images, self.prompts).cpu().double()
         if need in PREFERRED:
-            return getattr(nets, need)(self.images, self.prompts).double().cpu()
+            return getattr(nets, need)(self.images, self.prompts).cpu().double()
         if need == "verdict":
             return judge.verdict(self.images, self.prompts)
         return {"distance": nets.distance, "modes": judge.modes}[need]

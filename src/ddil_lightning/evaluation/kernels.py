@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ddil_lightning.records import wide
+
 Kernel = Callable[[Tensor, Tensor], Tensor]
 """Points [A, D] and [B, D] to a number for each pair, [A, B]."""
 
@@ -37,7 +39,7 @@ def squared_mmd(kernel: Kernel, x: Tensor, y: Tensor, unbiased: bool = True, chu
     """
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
         raise ValueError(f"kernel distance: features {tuple(x.shape)} and {tuple(y.shape)}; both must be [N >= 2, D]")
-    x, y = x.double(), y.double()
+    x, y = wide(x), wide(y)
     across = sum(float(kernel(part, y).sum()) for part in x.split(chunk)) / (len(x) * len(y))
     return _within(kernel, x, unbiased, chunk) + _within(kernel, y, unbiased, chunk) - 2 * across
 

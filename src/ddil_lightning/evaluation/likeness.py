@@ -14,6 +14,7 @@ from ddil_lightning.evaluation.given import Verdict, chunked
 from ddil_lightning.evaluation.intervals import means
 from ddil_lightning.evaluation.metrics.diversity import seed_diversity
 from ddil_lightning.evaluation.networks import Distance, Features
+from ddil_lightning.records import wide
 
 CHUNK = 32
 SHIFTS = 8
@@ -29,10 +30,10 @@ def likeness(images: Tensor, references: Tensor, features: Features, distance: D
     """
     p, s = images.shape[:2]
     seen, real = as_saved(images.flatten(0, 1)), as_saved(references)
-    a, b = (normalize(chunked(features, x), dim=-1).double() for x in (seen, real))
+    a, b = (wide(normalize(chunked(features, x), dim=-1)) for x in (seen, real))
     cosines = (a @ b.T).view(p, s, p).mean(1)
     apart = [distance(x, y).flatten().cpu() for x, y in zip(seen.split(CHUNK), real.repeat_interleave(s, 0).split(CHUNK), strict=True)]
-    values = {"similarity": cosines.diagonal(), "lpips": torch.cat(apart).double().view(p, s).mean(1)}
+    values = {"similarity": cosines.diagonal(), "lpips": wide(torch.cat(apart)).view(p, s).mean(1)}
     if p > 1:
         values["similarity_others"] = (cosines.sum(1) - cosines.diagonal()) / (p - 1)
     if s > 1:
@@ -76,10 +77,10 @@ def _beside_chance(captions: Sequence[str], rates: Callable[[Sequence[str]], dic
 
 def _rates(right: Mapping[str, Tensor]) -> dict[str, Any]:
     """The share of what was asked that is right, the share of rows with all of it right, and both by attribute."""
-    table = torch.stack([values.double() for values in right.values()], 1)
+    table = torch.stack([wide(values) for values in right.values()], 1)
     shares = {name: None if bool(v.isnan().all()) else float(v.nanmean()) for name, v in right.items()}
     return {
         "attributes": float(table.nanmean(1).nanmean()),
-        "all": float((table.nan_to_num(1.0) == 1).all(1).double().mean()),
+        "all": float(wide((table.nan_to_num(1.0) == 1).all(1)).mean()),
         "by": shares,
     }

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ddil_lightning.evaluation.intervals import group_means, interval
 from ddil_lightning.evaluation.metrics.base import Metric
+from ddil_lightning.records import wide
 
 Row = Mapping[str, Any]
 Values = Mapping[str, Tensor]
@@ -41,7 +42,7 @@ def difference(mine: Tensor, theirs: Tensor) -> dict[str, Any] | None:
     """
     if mine.shape != theirs.shape:
         raise ValueError(f"paired difference: {tuple(mine.shape)} and {tuple(theirs.shape)}; the images must be paired")
-    apart = mine.double() - theirs.double()
+    apart = wide(mine) - wide(theirs)
     apart = apart[apart.isfinite()]
     return {"mean": float(apart.mean()), "interval": interval(apart), "n": len(apart)} if len(apart) else None
 
@@ -50,7 +51,7 @@ def paired_distance(a: Tensor, b: Tensor) -> float:
     """Mean squared difference of images [N, 3, H, W] that two samplers made from the same noise. Raises ValueError for unequal shapes."""
     if a.shape != b.shape or not len(a):
         raise ValueError(f"paired_distance: {tuple(a.shape)} and {tuple(b.shape)}; the images must be paired")
-    return float((a.double().cpu() - b.double().cpu()).square().mean())
+    return float((a.cpu().double() - b.cpu().double()).square().mean())
 
 
 def partner(row: Row, firsts: Sequence[Row]) -> Row | None:

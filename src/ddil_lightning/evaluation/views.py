@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ddil_lightning.records import wide
+
 LUMINANCE = (0.299, 0.587, 0.114)
 """The shares of red, green and blue in the luminance of a pixel (ITU-R BT.601)."""
 
@@ -61,7 +63,7 @@ def tones(images: Tensor) -> Tensor:
     Saturation is the mean over pixels of (max - min) / max of their colours, 0 for black, as in HSV; contrast the standard deviation of
     luminance. Both rise under strong guidance (Sadat et al. 2024, adaptive projected guidance). Noise in dark pixels counts as saturation.
     """
-    x = (images.double() + 1) / 2
+    x = (wide(images) + 1) / 2
     high, low = x.amax(1), x.amin(1)
     saturation = (high - low) / high.clamp(min=1 / 512)  # below the darkest grey of 8 bits, so only black is held away from 0 / 0
     luminance = torch.tensordot(x, x.new_tensor(LUMINANCE), dims=([1], [0]))

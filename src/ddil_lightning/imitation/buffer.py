@@ -19,7 +19,7 @@ from torch import Tensor
 from ddil_lightning.imitation.answers import Answers, Storage, restored, saved
 from ddil_lightning.imitation.states import Chunk, States, gather, per_state, sizes, sound
 from ddil_lightning.imitation.states import Sample as Sample
-from ddil_lightning.records import SOURCES, Context, Rollout, take
+from ddil_lightning.records import SOURCES, Context, Rollout, take, widest
 
 FINE = 50
 """Below this time (and at END) sigma is so small that half precision would show: such states are kept in float32."""
@@ -151,7 +151,7 @@ class ReplayBuffer:
         size = int(sizes(chunks).sum())
         if size == 0:
             raise ValueError("the replay buffer is empty: collect a roll-out before sampling")
-        u = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64).cpu()
+        u = torch.rand(n, generator=generator, device=generator.device, dtype=widest(generator.device)).cpu().double()
         if self.priority == 0:
             index, weight = (u * size).long().clamp(max=size - 1), torch.ones(n)
         else:
@@ -183,7 +183,7 @@ class ReplayBuffer:
         if not slot.shape == loss.shape == t.shape:
             raise ValueError(f"update needs a slot, a loss and a time per sample, got {[tuple(x.shape) for x in (slot, loss, t)]}")
         self.settle()
-        there = loss.detach().to(torch.float64).to("cpu", non_blocking=True)
+        there = loss.detach().to(widest(loss.device)).to("cpu", non_blocking=True)
         self._arriving.append((slot.contiguous(), there, t, torch.cuda.current_stream().record_event() if loss.is_cuda else None))
         if not loss.is_cuda:
             self.settle()
@@ -194,7 +194,7 @@ class ReplayBuffer:
         for slot, loss, t, there in arrived:
             if there is not None:
                 there.synchronize()
-            self._prefer(slot, loss, t)
+            self._prefer(slot, loss.double(), t)
 
     def _prefer(self, slot: Tensor, loss: Tensor, t: Tensor) -> None:
         chunk, local = self._locate(slot)

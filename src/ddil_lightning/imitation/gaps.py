@@ -13,7 +13,7 @@ from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policy
 from ddil_lightning.imitation.mixing import Actor, Actors
 from ddil_lightning.imitation.shift import shift_report
-from ddil_lightning.records import Context, take
+from ddil_lightning.records import Context, take, wide
 from ddil_lightning.streams import Generators
 
 
@@ -149,4 +149,4 @@ def nodes(seen: Sequence[Seen], grid: Grid) -> list[dict[str, object]]:
 
 
 def _squares(x: Tensor) -> Tensor:
-    return x.double().square().flatten(1).mean(1)
+    return wide(x).square().flatten(1).mean(1)

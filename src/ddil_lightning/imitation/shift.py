@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ddil_lightning.diffusion.gaussians import frechet_distance
 from ddil_lightning.diffusion.schedule import NoiseSchedule
+from ddil_lightning.records import wide
 
 POOL = 4
 """Side of the grid of channel means that stands for a latent in the Frechet distance and the probe."""
@@ -67,7 +68,7 @@ def probe_auc(x: Tensor, y: Tensor, seed: int = 0, paired: bool = False) -> floa
     w = _logistic((train[0] - mean) / std, (train[1] - mean) / std)
     a, b = ((f - mean) / std @ w for f in test)
     above = a[:, None] - b
-    return float((above > 0).double().mean() + (above == 0).double().mean() / 2)
+    return float(wide(above > 0).mean() + wide(above == 0).mean() / 2)
 
 
 def energy_gap(x_t: Tensor, schedule: NoiseSchedule, t: int, data_second_moment: float) -> float:
@@ -107,7 +108,7 @@ def _pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"shift needs two sets of at least 4 latents [N, C, H, W] or points [N, D] (or [N, D, members]) of one shape, {got}"
         )
-    return x.detach().double(), y.detach().double()
+    return wide(x.detach()), wide(y.detach())
 
 
 def _pooled(x: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ def _distances(x: Tensor, y: Tensor, paired: bool) -> tuple[Tensor, Tensor, Tens
 
 
 def _energy(x: Tensor) -> float:
-    return float(x.detach().double().square().mean())
+    return float(wide(x.detach()).square().mean())
 
 
 def _logistic(a: Tensor, b: Tensor, steps: int = 200) -> Tensor:

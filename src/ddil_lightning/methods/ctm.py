@@ -17,7 +17,7 @@ from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.processes import averaged
-from ddil_lightning.records import END, Context, LatentBatch, Prediction, sent, take
+from ddil_lightning.records import END, Context, LatentBatch, Prediction, sent, take, widest
 from ddil_lightning.training.adversary import Adversary, Critic
 from ddil_lightning.training.contest import Contest
 from ddil_lightning.training.deployment import Deployment
@@ -142,7 +142,7 @@ class CTM(Contest, Distillation):
 
     def below(self, node: Tensor) -> Tensor:
         """[B] indices of s in the grid's times, uniform below every node, the clean end among them."""
-        share = torch.rand(node.shape, generator=numbers_of(self).local("s", node.device), device=node.device, dtype=torch.float64)
+        share = torch.rand(node.shape, generator=numbers_of(self).local("s", node.device), device=node.device, dtype=widest(node.device))
         return node + 1 + (share * (len(self.grid) - node)).long()
 
     def denoised(self, b: LatentBatch) -> Tensor:

@@ -17,7 +17,7 @@ from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.transitions import TCD as Strategic
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.feed import Wants
-from ddil_lightning.records import LatentBatch
+from ddil_lightning.records import LatentBatch, widest
 from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.randomness import numbers_of
@@ -100,7 +100,7 @@ class TCD(Distillation):
 
     def below(self, u: Tensor) -> Tensor:
         """[B] times s ~ U{0..u}, whole: sampling ends its jumps between the nodes, at floor((1 - gamma) s)."""
-        share = torch.rand(u.shape, generator=numbers_of(self).local("s", u.device), device=u.device, dtype=torch.float64)
+        share = torch.rand(u.shape, generator=numbers_of(self).local("s", u.device), device=u.device, dtype=widest(u.device))
         return (share * (u + 1)).long()
 
     def deploy(self, student: Denoiser) -> Deployment:

@@ -18,7 +18,7 @@ from ddil_lightning.backbones.roles import Role
 from ddil_lightning.bounds import within
 from ddil_lightning.diffusion.losses import mse
 from ddil_lightning.diffusion.schedule import NoiseSchedule
-from ddil_lightning.records import END, Context, LatentBatch, Prediction
+from ddil_lightning.records import END, Context, LatentBatch, Prediction, widest
 from ddil_lightning.streams import Streams
 from ddil_lightning.training.gan import Gan, Logits, leaves, slope, voices
 from ddil_lightning.training.sharding import kept, share
@@ -246,7 +246,7 @@ class Adversary:
         elif isinstance(low, int) and isinstance(high, int):
             t = torch.randint(low, high + 1, (len(x),), generator=generator, device=x.device)
         else:
-            share = torch.rand(len(x), generator=generator, device=x.device, dtype=torch.float64)
+            share = torch.rand(len(x), generator=generator, device=x.device, dtype=widest(x.device))
             t = low + (share * (high - low + 1)).long()
         eps = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         return schedule.add_noise(x, eps, t, since), t, eps

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddil_lightning.records import SOURCES
+from ddil_lightning.records import SOURCES, widest
 
 Hear = Callable[[int, Mapping[str, float]], None]
 """Called with student updates and the numbers that were published at that time, on every process."""
@@ -100,7 +100,6 @@ def read(pairs: Iterable[tuple[Tensor | float, Tensor | int]]) -> list[tuple[flo
     flat: list[Any] = [x for pair in pairs for x in pair]
     for device in {x.device for x in flat if isinstance(x, Tensor)}:
         there = [i for i, x in enumerate(flat) if isinstance(x, Tensor) and x.device == device]
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        for i, value in zip(there, torch.stack([flat[i].to(wide) for i in there]).tolist(), strict=True):
+        for i, value in zip(there, torch.stack([flat[i].to(widest(device)) for i in there]).tolist(), strict=True):
             flat[i] = value
     return list(zip(flat[::2], flat[1::2], strict=True))

@@ -28,14 +28,15 @@ class Borrowed:
         self.give_back()  # of a step that was broken off
         if seed is not None:
             self._device = device
-            self._found = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+            own = {"cuda": lambda: torch.cuda.get_rng_state(device), "mps": torch.mps.get_rng_state}.get(device.type, lambda: None)
+            self._found = torch.get_rng_state(), own()
             torch.manual_seed(seed)
 
     def give_back(self) -> None:
         """Torch's numbers go on as `take` found them."""
         if self._found is not None:
-            cpu, cuda = self._found
+            cpu, own = self._found
             torch.set_rng_state(cpu)
-            if cuda is not None:
-                torch.cuda.set_rng_state(cuda, self._device)
+            if own is not None:
+                torch.get_device_module(self._device).set_rng_state(own, *([self._device] if self._device.type == "cuda" else []))
             self._found = None

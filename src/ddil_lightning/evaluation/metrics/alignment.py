@@ -12,6 +12,7 @@ from ddil_lightning.evaluation.batches import Batch
 from ddil_lightning.evaluation.columns import Column
 from ddil_lightning.evaluation.intervals import intervals
 from ddil_lightning.evaluation.metrics.base import Metric
+from ddil_lightning.records import wide
 
 
 def attribute_accuracy(verdicts: Mapping[str, Tensor], groups: Tensor | None = None) -> dict[str, Any]:
@@ -33,14 +34,14 @@ def attribute_accuracy(verdicts: Mapping[str, Tensor], groups: Tensor | None = N
 
 def _by_image(verdicts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Which attributes [N, A] were asked and are right, and both numbers of each image, NaN where nothing was asked of it."""
-    table = torch.stack([v.double().cpu() for v in verdicts.values()], 1)
+    table = torch.stack([wide(v.cpu()) for v in verdicts.values()], 1)
     asked = ~table.isnan()
     right = table.nan_to_num(0)
     if not ((right >= 0) & (right <= 1)).all():
         raise ValueError("attribute accuracy: a verdict is a share right in [0, 1], or NaN where nothing was asked")
     unasked = ~asked.any(1)
     accuracy = (right.sum(1) / asked.sum(1).clamp(min=1)).masked_fill(unasked, torch.nan)
-    perfect = ((right == 1) | ~asked).all(1).double().masked_fill(unasked, torch.nan)
+    perfect = wide(((right == 1) | ~asked).all(1)).masked_fill(unasked, torch.nan)
     return asked, right, {"attribute_accuracy": accuracy, "all_right": perfect}
 
 
@@ -79,7 +80,7 @@ class Alignment(Metric):
         names = self.held.setdefault("names", list(correct))
         if set(names) != set(correct):
             raise ValueError(f"attribute accuracy: verdicts on {sorted(correct)}, expected {sorted(names)}")
-        self.verdicts.append(torch.stack([correct[name].double().cpu() for name in names], 1))
+        self.verdicts.append(torch.stack([wide(correct[name].cpu()) for name in names], 1))
 
     def each(self) -> dict[str, Tensor]:
         """The share that is right and whether all is, of each image."""

@@ -22,7 +22,7 @@ class Blur(Metric):
 
     def update(self, batch: Batch) -> None:
         """Append the residual [B] of each image."""
-        self.residuals.append(batch.verdict.residual.double().cpu())
+        self.residuals.append(batch.verdict.residual.cpu().double())
 
     def each(self) -> dict[str, Tensor]:
         """The residuals [N] themselves."""

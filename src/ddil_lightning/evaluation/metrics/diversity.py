@@ -17,6 +17,7 @@ from ddil_lightning.evaluation.columns import Column
 from ddil_lightning.evaluation.intervals import means
 from ddil_lightning.evaluation.metrics.base import Metric
 from ddil_lightning.evaluation.networks import Distance
+from ddil_lightning.records import wide
 
 
 def check_range(images: Tensor, who: str = "LPIPS") -> Tensor:
@@ -52,7 +53,7 @@ def seed_diversity(images: Tensor, distance: Distance, chunk: int = 32) -> Tenso
             pairs = torch.cat([(e[a] - e[b]).square().sum(1) for a, b in zip(i.split(chunk), j.split(chunk), strict=True)])
         else:
             pairs = torch.cat([distance(group[a], group[b]).flatten() for a, b in zip(i.split(chunk), j.split(chunk), strict=True)])
-        out.append(pairs.double().mean().cpu())
+        out.append(wide(pairs).mean().cpu())
     return torch.stack(out)
 
 

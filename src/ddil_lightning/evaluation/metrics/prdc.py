@@ -16,6 +16,7 @@ from torch import Tensor
 from ddil_lightning.evaluation.columns import Column
 from ddil_lightning.evaluation.intervals import intervals
 from ddil_lightning.evaluation.metrics.base import Compared
+from ddil_lightning.records import wide
 
 
 class Neighbours(NamedTuple):
@@ -61,7 +62,7 @@ def neighbours(real: Tensor, fake: Tensor, k: int = 5, chunk: int = 1024, recall
         raise ValueError(f"density_coverage: features {tuple(real.shape)} and {tuple(fake.shape)}; both must be [*, D]")
     if not 1 <= k < len(real) or not len(fake):
         raise ValueError(f"density_coverage: k={k} needs more than k real features, got {len(real)}, and some generated, got {len(fake)}")
-    real, fake = real.double(), fake.double()
+    real, fake = wide(real), wide(fake)
     real, fake = real - real.mean(0), fake - real.mean(0)
     around_real = _radii(real, k, chunk)
     around_fake = _radii(fake, k, chunk) if recall and len(fake) > k else None

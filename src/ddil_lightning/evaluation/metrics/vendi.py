@@ -16,6 +16,7 @@ from ddil_lightning.evaluation.batches import Batch
 from ddil_lightning.evaluation.columns import Column
 from ddil_lightning.evaluation.intervals import means
 from ddil_lightning.evaluation.metrics.base import Metric
+from ddil_lightning.records import wide
 
 
 def spread(embeddings: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,7 +26,7 @@ def spread(embeddings: Tensor) -> tuple[Tensor, Tensor]:
     """
     if embeddings.ndim != 3 or embeddings.shape[1] < 2:
         raise ValueError(f"diversity in features: embeddings {tuple(embeddings.shape)}; pass [prompts, seeds >= 2, D]")
-    e, seeds = normalize(embeddings.double(), dim=2), embeddings.shape[1]
+    e, seeds = normalize(wide(embeddings), dim=2), embeddings.shape[1]
     cosines = e @ e.mT
     shares = torch.linalg.eigvalsh(cosines / seeds).clamp(min=0)
     entropy = -torch.special.xlogy(shares, shares).sum(1)

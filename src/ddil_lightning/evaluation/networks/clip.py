@@ -13,13 +13,14 @@ from torch import Tensor
 from ddil_lightning.backbones.sampling import to_uint8
 from ddil_lightning.evaluation.networks.kinds import Features, Named, Scorer, Unpackaged, paired, said
 from ddil_lightning.evaluation.networks.weights import PICKLED, given_file, hub_file, told, url_file
+from ddil_lightning.records import wide
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """The cosine [B], float64, of paired embeddings [B, D]. Raises ValueError for other shapes."""
     if a.shape != b.shape or a.ndim != 2:
         raise ValueError(f"cosine: embeddings {tuple(a.shape)} and {tuple(b.shape)}; they must be paired [B, D]")
-    return torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=1)
+    return torch.nn.functional.cosine_similarity(wide(a), wide(b), dim=1)
 
 
 class ClipNet(NamedTuple):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ddil_lightning.backbones.sampling import to_uint8
 from ddil_lightning.evaluation.networks.kinds import Named, Scorer, paired
 from ddil_lightning.evaluation.networks.weights import beside, fit, given_file, hub_file, hub_folder, read, told
+from ddil_lightning.records import wide
 from ddil_lightning.texts import from_json
 
 REPOSITORY, WORDS = "THUDM/ImageReward", "google-bert/bert-base-uncased"
@@ -90,7 +91,7 @@ class Reward(nn.Module):
         x = self.text(input_ids=tokens, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state[:, 0]
         for layer in self.mlp["layers"].values():  # type: ignore[operator, union-attr]
             x = layer(x)  # the authors' head has no activation, and no dropout when it is asked
-        return (x[:, 0].double() - MEAN) / STD
+        return (wide(x[:, 0]) - MEAN) / STD
 
 
 def image_reward(path: str | None, device: str | torch.device, words: str | None = None) -> Scorer:

@@ -17,6 +17,7 @@ from ddil_lightning.evaluation.networks.clip import open_clip_net
 from ddil_lightning.evaluation.networks.kinds import Absent, Named, Scorer, paired
 from ddil_lightning.evaluation.networks.transformer import SETTINGS, WORDS, folder_model, pictures
 from ddil_lightning.evaluation.networks.weights import beside, given_file, hub_file, hub_folder, told
+from ddil_lightning.records import wide
 
 HPS = {"2.1": "HPS_v2.1_compressed.pt", "2.0": "HPS_v2_compressed.pt"}
 """The authors' files of either version, in xswu/HPSv2 on the hub."""
@@ -69,8 +70,8 @@ def pick_scores(path: str | None, device: str | torch.device, processor: str | N
         for i in range(0, len(texts), chunk):
             words = tokenizer(texts[i : i + chunk], padding=True, truncation=True, max_length=longest, return_tensors="pt").to(device)
             found = net(pixel_values=see(images[i : i + chunk]).to(device), **words)  # whose embeddings have unit length
-            cosines = (found.image_embeds.double() * found.text_embeds.double()).sum(1)
-            out.append((net.logit_scale.double().exp() * cosines).cpu())
+            cosines = (wide(found.image_embeds) * wide(found.text_embeds)).sum(1)
+            out.append((wide(net.logit_scale).exp() * cosines).cpu())
         return torch.cat(out)
 
     own = beside(folder, SETTINGS[0]) if given else []
