@@ -71,10 +71,15 @@ class Cell:
         """The finished cell: here, or of equal updates among the reproduction's."""
         file = cells / self.file
         found = json.loads(file.read_text()) if file.is_file() else None
-        if found is not None and found["depends"] == self.depends:
+        if found is not None and found["depends"] == self.depends and keeps_to(self.spent, total(found), found["updates"]):
             return found
         theirs = reproduce.known(self.run, reproduce.CELLS, reproduce.LESSON) if self.spent is None else None
         return None if theirs is None else {**theirs, "budget": "updates"}
+
+
+def total(cell: dict[str, Any]) -> int:
+    """The evaluations of all networks together that a cell's training has spent."""
+    return sum(cell["network_evaluations"].values())
 
 
 def wanted(args: argparse.Namespace, teacher: Teacher) -> list[Cell]:

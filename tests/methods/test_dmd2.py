@@ -271,7 +271,8 @@ def test_the_denoising_target_is_the_networks_own_space(kind: Any) -> None:
     x0, eps, t = *torch.randn(2, 5, 3, dtype=torch.float64), torch.tensor([1, 250, 500, 750, 998])
     out = schedule.target(kind, x0, eps, t)
     p = schedule.prediction(kind, schedule.add_noise(x0, eps, t), t, out)
-    torch.testing.assert_close(p.x0, x0) and torch.testing.assert_close(p.eps, eps)
+    torch.testing.assert_close(p.x0, x0)
+    torch.testing.assert_close(p.eps, eps)
 
 
 # The GAN ------------------------------------------------------------------------------------------------------------------------------

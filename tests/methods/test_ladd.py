@@ -179,6 +179,9 @@ def test_with_synthetic_data_only_the_ends_of_the_teachers_trajectories_are_real
     assert float(a) == float(z)
     none = b._replace(source=source * 0 + STUDENT)
     assert float(method.adversary.real(none)[2].sum()) == 0  # type: ignore[index]
+    loss = method.adversary.following(b.x_t, none)  # of fakes alone nothing is learned
+    gradients = torch.autograd.grad(loss, method.adversary.weights())
+    assert float(loss) == 0 and all(float(g.abs().max()) == 0 for g in gradients)
 
 
 def test_a_run_on_the_teachers_samples_needs_no_images(tiny: Path) -> None:

@@ -181,6 +181,5 @@ def test_a_discriminator_reads_the_student_as_it_starts_where_the_teacher_has_no
     trainer.fit(method, datamodule=data)
     assert method.student_updates == 2 and len(list(method.head.parameters())) > 0
     assert all(torch.equal(a, b) for a, b in zip(before, method.roles["initial"].parameters(), strict=True))
-    trainer, method, data = assemble(f"toy2d/{name}.yaml", *words, "model.gan.features=teacher")
-    with pytest.raises(NotImplementedError, match="Exact gives no features, .*: set gan.features to initial, or its weights to 0"):
-        trainer.fit(method, datamodule=data)
+    with pytest.raises(ValueError, match="^Exact, the teacher's network, gives no features: set gan.features to initial$"):
+        assemble(f"toy2d/{name}.yaml", *words, "model.gan.features=teacher")

@@ -18,7 +18,7 @@ from ddil_lightning.callbacks import Checkpoints
 from ddil_lightning.diffusion.analytic import Gaussian
 from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.diffusion.transitions import ddim
-from ddil_lightning.methods import DMD2, LADD, LCM, PCM, PD, TCD
+from ddil_lightning.methods import DMD2, LADD, LCM, PCM, PD, TCD, MomentMatching, UFOGen
 from ddil_lightning.methods.pd import one_step
 from ddil_lightning.records import END, Context
 from ddil_lightning.runs import export
@@ -241,7 +241,7 @@ def test_a_pull_needs_a_critic_of_the_students_kind(sd3: Path) -> None:
     pulled: dict[str, Any] = {"guidance": 3.0, "critic": {"pull": 0.02}}
     with pytest.raises(ValueError, match="critic.pull needs a critic of the student's architecture, both whole or both adapters"):
         build(Entry("dmd2", DMD2, {**pulled, "adapter": {"rank": 4, "whole": ("critic",)}}), sd3)
-    for method, more in ((LADD, {}), (PCM, {"w_conditioned": False})):
+    for method, more in ((LADD, {}), (PCM, {"w_conditioned": False}), (UFOGen, {}), (MomentMatching, {})):
         with pytest.raises(ValueError, match="critic.pull is for a critic that is a denoiser, and this method has none"):
             build(Entry("x", method, {**pulled, **more}), sd3)
     with pytest.raises(ValueError, match="critic.pull"):

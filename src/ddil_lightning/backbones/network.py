@@ -50,9 +50,7 @@ class Network(nn.Module, ABC):
 
     def with_features(self, x_t: Tensor, t: Tensor, c: Context, layers: Sequence[str] = ()) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The output [B, C, H, W] and `features`, from one forward. Raises ValueError for a layer that it does not have."""
-        raise NotImplementedError(
-            f"{type(self).__name__} gives no features, which a discriminator reads: set gan.features to initial, or its weights to 0"
-        )
+        raise NotImplementedError(f"{type(self).__name__} gives no features, which a discriminator reads: set gan.features to initial")
 
     def head(self, layers: Sequence[str] = ()) -> nn.Module:
         """A new discriminator's head: called with the features of `layers`, an argument each, it answers with logits [B, ...]."""

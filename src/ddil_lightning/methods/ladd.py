@@ -41,7 +41,13 @@ class Ends(Told):
         """All ends, of which those of the teacher's trajectories have a weight, one on average of all processes, others never any."""
         assert b.end is not None
         ours = (b.source == TEACHER).to(b.weight)
-        return b.end, b.c, ours / averaged(ours.mean()).clamp(min=1e-6)  # 0 where nobody has any
+        self._share = averaged(ours.mean())
+        return b.end, b.c, ours / self._share.clamp(min=1e-6)  # 0 where nobody has any
+
+    def telling(self, *given: Any, **named: Any) -> Tensor | None:
+        """Nothing is learned of fakes alone, in a step where no process has a real one."""
+        told = super().telling(*given, **named)
+        return None if told is None else told * (self._share > 0)
 
 
 class LADD(Adversarial):

@@ -78,8 +78,9 @@ class MomentMatching(Adversarial):
         fine = self.nodes(steps, rollouts, teacher_steps)
         at_least(1, cap=cap)
         self.cap, self.reflects = cap, reflects
-        teacher = self.role("teacher", reflection=self.reflection if reflects.real else None)
-        self.cast(student=self.role("student"), critic=self.role("critic"), teacher=teacher)
+        student, teacher = self.role("student"), self.role("teacher", reflection=self.reflection if reflects.real else None)
+        critic.check_pull(student, None)  # the auxiliary learns the mean of two networks, and is nobody's denoiser
+        self.cast(student=student, critic=self.role("critic"), teacher=teacher)
         self.against(Auxiliary(self, self.critic, None, critic.steps, Gan()), critic, fine)
         self.policies = Policies(Policy(self.student, Posterior()), self.policies.teacher)
 

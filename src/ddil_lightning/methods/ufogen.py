@@ -78,8 +78,9 @@ class UFOGen(Adversarial):
             raise ValueError("UFOGen is a diffusion GAN, and gan.weight is 0: give a number above 0")
         self.reconstruction, self.label_steps = reconstruction, label_steps
         whole: dict[str, Role] = {"critic": self.role("critic")} if gan.features == "critic" else {}
-        teacher = self.role("teacher", reflection=self.reflection)
-        self.cast(student=self.role("student"), **whole, **self.discriminator(gan), teacher=teacher)
+        student, teacher = self.role("student"), self.role("teacher", reflection=self.reflection)
+        critic.check_pull(student, None)  # who tells samples from data does not denoise them
+        self.cast(student=student, **whole, **self.discriminator(gan), teacher=teacher)
         self.against(Pairs(self, whole.get("critic"), self.head, critic.steps, gan), critic, fine)
 
     def training_step(self, b: LatentBatch, i: int) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ddil_lightning.backbones.network import Network
 from ddil_lightning.training.adversary import Adversary
 from ddil_lightning.training.gan import Gan
 
@@ -31,6 +32,9 @@ class Contest(Base):
         none that does (`initial`). `head`: the method's own, by default the backbone's."""
         if not gan.is_on:
             return {}
+        network = self.backbone.network()
+        if gan.features == "teacher" and getattr(type(network), "with_features", None) is Network.with_features:
+            raise ValueError(f"{type(network).__name__}, the teacher's network, gives no features: set gan.features to initial")
         initial = gan.features == "initial"
         read = {"initial": self.role("student").copied("initial")} if initial else {}
         return {**read, "head": self.backbone.head(gan.layers, "student" if initial else gan.features) if head is None else head}
