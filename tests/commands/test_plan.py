@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import commandline
 from ddil_lightning.backbones.outline import Outline
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.commands import fitting, main, plan
@@ -110,6 +111,21 @@ def test_a_plan_of_a_network_that_reads_its_text_under_a_mask(
         assert fit(["--config", f"{name}_lora_sd3.yaml", "--plan", *words, *own]) == 0
         rows = [line.split()[0] for line in capsys.readouterr().out.splitlines()[3:9] if line]
         assert rows[: rows.index("together")] == ["teacher", "encoders", *roles[name]]
+
+
+def test_a_plan_checks_what_a_run_would_check(light: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A step count that the student's grid cannot take: the run was refused, and a plan of it was made."""
+    words = [
+        "--config",
+        "lcm_ddil.yaml",
+        "--plan",
+        f"model.pipeline={light}",
+        "model.guidance=2",
+        "data.cache=false",
+        "test.student_steps=[60]",
+    ]
+    said = commandline.refused(capsys, *words)
+    assert "60 steps" in said
 
 
 def test_a_hub_id_that_cannot_be_asked_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

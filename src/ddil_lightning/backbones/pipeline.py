@@ -32,7 +32,7 @@ from ddil_lightning.backbones.weights import Weights
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.remedies import Remedy
 from ddil_lightning.diffusion.schedule import Predicts
-from ddil_lightning.diffusion.transitions import NEAR, TCD, Transition
+from ddil_lightning.diffusion.transitions import TCD, Transition
 from ddil_lightning.texts import by
 
 
@@ -310,10 +310,7 @@ class Pipeline(Prompted):
         kind = type(self._network)
         if not isinstance(network, kind):
             raise ValueError(f"pipelines of {self.path} hold a {kind.__name__}, and this student is a {type(network).__name__}")
-        if scheduler is None:
-            raise ValueError(
-                f"a pipeline needs the scheduler that its student was trained for: give Deployment one in deploy(student); {NEAR}"
-            )
+        assert scheduler is not None  # a deployment without one is refused before (made_scheduler)
         own = {kind.component: network.model, "scheduler": scheduler()}
         square = self.size[0] == self.size[1]  # no pipeline of SDXL could keep two sides
         if self.resized and square and kind.resizable:  # then a plain call makes this size

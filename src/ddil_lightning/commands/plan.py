@@ -12,7 +12,7 @@ from ddil_lightning import plugins
 from ddil_lightning.backbones.outline import Outline
 from ddil_lightning.backbones.source import Source
 from ddil_lightning.commands.assembly import Assembly
-from ddil_lightning.commands.checks import check_exports, check_method, check_room, check_trainer
+from ddil_lightning.commands.checks import check_exports
 from ddil_lightning.data.encoded import Encoded
 from ddil_lightning.data.preparation import encodes, memory_of, own_captions
 from ddil_lightning.imitation.buffer import FINE
@@ -36,11 +36,8 @@ class PlanCLI(Assembly):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """None, after what the parts ask of each other was checked."""
-        check_method(self.model)
+        self.check_parts()
         check_exports(self.model, self.config_init.export_steps)
-        self.model.check_prior(self.datamodule.prior)
-        check_room(self.model, self.datamodule)
-        check_trainer(self.config.trainer)
         return None  # type: ignore[return-value]
 
 

@@ -69,8 +69,13 @@ class Stored:
         where = self._where[number, rows]
         if bool((where < 0).any()):
             raise ValueError(f"row {int(rows[(where < 0).any(1)][0])} (from 0) of the data has no pair")
-        found = [{name: self._parts[i][name][place].float() for name in Pair._fields} for i, place in where.tolist()]
-        return Pair(**{name: torch.stack([one[name] for one in found]) for name in Pair._fields})
+        made: dict[str, Tensor] = {}
+        for i in where[:, 0].unique().tolist():  # mostly one: a read each, and not one of every row
+            mine = where[:, 0] == i
+            for name in Pair._fields:
+                found = self._parts[i][name][where[mine, 1]].float()
+                made.setdefault(name, found.new_empty(len(where), *found.shape[1:]))[mine] = found
+        return Pair(**made)
 
     def joined(self, batch: CaptionBatch, streams: Streams | None = None, rows: Tensor | None = None) -> CaptionBatch:
         """The batch with a pair of each of its rows: one by chance of several, the first without `streams`.
@@ -124,7 +129,8 @@ class Maker:
         here: list[int] = []
         if folder is not None:
             here = self.processes.by_first(lambda: self._open(folder, parts, captions, count))
-        missing = [i for i in range(len(parts)) if i not in here]
+        there = set(here)
+        missing = [i for i in range(len(parts)) if i not in there]
         shared = torch.distributed.is_available() and torch.distributed.is_initialized()
         mine = missing[self.processes.rank :: self.processes.world] if shared else missing
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from ddil_lightning.records import SOURCES, widest
 
@@ -67,7 +68,9 @@ class Measures:
 
     def losses(self, loss: Tensor, source: Tensor, going_on: bool) -> None:
         """Add the per-sample losses [B] of a batch by their `source` [B]. `going_on`: it belongs to the same update as the last one."""
-        sums = {name: ((loss * (source == tag)).sum(), (source == tag).sum()) for tag, name in enumerate(SOURCES)}
+        which = one_hot(source.long(), len(SOURCES))
+        totals, numbers = (loss[:, None] * which).sum(0), which.sum(0)
+        sums = {name: (totals[tag], numbers[tag]) for tag, name in enumerate(SOURCES)}
         for name, (total, n) in sums.items():
             self.add(f"loss/{name}", total, n)
         for name, (_, n) in sums.items():

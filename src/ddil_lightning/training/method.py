@@ -296,8 +296,9 @@ class Distillation(Clocks, LightningModule):
     def setup(self, stage: str) -> None:
         """Check strategy and precision, and the prior against the method. Raises ValueError."""
         if stage == "fit" and not any(isinstance(callback, Clock) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
-            self.reached.discard("configure_callbacks")  # or what it has returned is lost
             completeness.check_reached(self, "configure_callbacks")
+            lost = f"{type(self).__name__}.configure_callbacks drops what super().configure_callbacks() returns, the clock of the run"
+            raise ValueError(f"{lost}: return that with yours added")
         shares = any(role.shared for role in self.roles.values())
         check_strategy(self.trainer.strategy, self.trainer.precision, shares, offload=bool(self.offload.names))
         check_precision(self.trainer.precision, self.takes_turns and self.descent.accumulate > 1)

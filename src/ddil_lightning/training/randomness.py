@@ -30,7 +30,12 @@ class Borrowed:
             self._device = device
             own = {"cuda": lambda: torch.cuda.get_rng_state(device), "mps": torch.mps.get_rng_state}.get(device.type, lambda: None)
             self._found = torch.get_rng_state(), own()
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed costs as much as a small step, and seeds every device there is
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
+            elif device.type == "mps":
+                torch.mps.manual_seed(seed)
 
     def give_back(self) -> None:
         """Torch's numbers go on as `take` found them."""
