@@ -126,6 +126,19 @@ def test_a_jump_to_its_own_time_is_the_identity(tiny: Path) -> None:
         torch.testing.assert_close(method.f(method.student, x, t, t, b, reflect), x, rtol=0, atol=2e-5)
 
 
+def test_the_target_is_not_asked_from_time_0(tiny: Path) -> None:
+    """Of the last node's rows it is x_u, whatever a network answers: METHODS 1.7."""
+    method = build(TCD_W, tiny, box=TIGHT, solver_steps=4, rollouts=(4,))
+    b = batch(method, 8)._replace(x_t=torch.randn(8, 4, 8, 8), c=backbone(tiny).encode_text(["a"] * 8).guided(1.0))
+    s, before = method.below(b.s), method.target.evaluations
+    _, target = method.ends(b, s)
+    assert method.target.evaluations - before == 7 and int((b.s == 0).sum()) == 1
+    x_u = method.answer(b)
+    whole = method.f_target(x_u, b._replace(t=b.s, s=s))
+    torch.testing.assert_close(target, whole, rtol=0, atol=2e-5)
+    assert torch.equal(target[7:], x_u[7:])
+
+
 def test_known_data_leave_no_loss_at_any_time() -> None:
     """With data of one point every flow line is a DDIM step: all jumps t -> s and u -> s end in one point."""
     method = exact(PointMass(0.7, SD), AsV(PointMass(0.7, SD), SD))
@@ -156,7 +169,7 @@ def test_the_exact_jump_of_gaussian_data_is_the_fixed_point_of_a_fine_solver() -
     gaussian, errors = Gaussian(0.5, 0.6, SD), []
     for solver_steps in (50, 200):
         method = exact(gaussian, Flow(gaussian, 99), solver_steps=solver_steps)
-        b = batch(method, 51)._replace(x_t=noise(51))
+        b = batch(method, 51)._replace(x_t=noise(51), node=torch.zeros(51, dtype=torch.long))  # of the times below
         b = b._replace(t=b.t.clamp(min=119), s=b.t.clamp(min=119) - 1000 // solver_steps)
         y, target = method.ends(b, torch.full_like(b.t, 99))
         errors.append((y - target).square().mean().sqrt())

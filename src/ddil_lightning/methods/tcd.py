@@ -19,6 +19,7 @@ from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.feed import Wants
 from ddil_lightning.records import LatentBatch, widest
 from ddil_lightning.training.deployment import Deployment
+from ddil_lightning.training.identity import identity_but
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.randomness import numbers_of
 
@@ -81,7 +82,7 @@ class TCD(Distillation):
         t, u = b.t, b.s
         with torch.no_grad():
             x_u = self.feed.answered(b, self.answer)
-            target = self.f(self.target, x_u, u, s, b, reflect=True)
+            target = identity_but(self.inside(b), x_u, b._replace(t=u, s=s), self.f_target, self.shards.split)
         # The student comes last: its activations do not lie in memory, and out of the cache, while the other two work.
         return self.f(self.student, b.x_t, t, s, b), target
 
@@ -89,6 +90,14 @@ class TCD(Distillation):
         """x_u [B, C, H, W]: the guided teacher's one step from x_t, which the buffer keeps beside it."""
         p = self.teacher(b.x_t, b.t, b.c)  # CFG, then reflection
         return ddim(self.teacher.schedule, b.x_t, p, b.t, b.s)  # t -> u along the guided flow
+
+    def f_target(self, x_u: Tensor, jump: LatentBatch) -> Tensor:
+        """The value of the target's function [B, C, H, W], of jumps from t to s."""
+        return self.f(self.target, x_u, jump.t, jump.s, jump, reflect=True)
+
+    def inside(self, b: LatentBatch) -> list[int]:
+        """The rows whose step does not end at time 0, from which the one jump is none, whatever a network answers."""
+        return [row for row, node in enumerate(self.feed.origin(b).node) if node < len(self.grid) - 1]
 
     def f(self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, b: LatentBatch, reflect: bool = False) -> Tensor:
         """The trajectory consistency function's value [B, C, H, W] at times t >= s, with x0 reflected on the target's side."""
