@@ -68,6 +68,7 @@ def failing(rank: int, how: str, folder: Path) -> Any:
     (folder / f"{rank}").write_text(str(os.getpid()))
     if rank == 0:
         time.sleep(600)
+    until((folder / "0").exists)  # or it is ended before it has said who it is
     (folder / "2").write_text(str(subprocess.Popen(["sleep", "600"]).pid))
     print("the last words")
     if how == "raises":

@@ -553,7 +553,7 @@ def one_of_an_array(rank: int, tiny: str, folder: str) -> tuple[bool, int]:
     backbone, count, encode_images = Pipeline(tiny), [0], Pipeline.encode_images
 
     def slowly(pixels: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.1)
+        time.sleep(0.2)
         count[0] += len(pixels)
         return encode_images(backbone, pixels)
 
@@ -566,7 +566,7 @@ def test_tasks_of_an_array_share_a_folder(pair: Pair, tiny: Path, backbone: Pipe
     """Two processes without a launcher: one of them completes the folder, and neither encodes all of it."""
     made(tmp_path / "one", Ten(several=True), backbone, shard_rows=1)
     found = pair.run(one_of_an_array, str(tiny), str(tmp_path / "two"))
-    assert any(complete for complete, _ in found) and sum(count for _, count in found) < 18
+    assert any(complete for complete, _ in found) and sum(count for _, count in found) < 20
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 

@@ -34,7 +34,7 @@ def weights(rows: slice) -> dict[str, Tensor]:
     source = torch.tensor([TEACHER, STUDENT, STUDENT, STUDENT, TEACHER, TEACHER, TEACHER, STUDENT])
     b = latents(x, 999, end=real, source=STUDENT)._replace(source=source, weight=torch.linspace(0.5, 2, N).double())
     part = b._replace(**{name: getattr(b, name)[rows] for name in ("x_t", "end", "source", "weight")})
-    found = {"emphasis": emphasis(x[rows, :1], "kl", 2), "LADD's ends": Ends.real(None, part)[2]}  # type: ignore[arg-type,index]
+    found = {"emphasis": emphasis(x[rows, :1], "kl", 2), "LADD's ends": Ends.real(SimpleNamespace(), part)[2]}  # type: ignore[arg-type,index]
     found["normaliser"] = scale(x[rows], real[rows], "batch").expand(len(x[rows]), -1)
 
     net = Layer(2, 2, bias=False).double()
@@ -62,5 +62,5 @@ def test_two_half_batches_weigh_as_one_whole_batch(pair: Pair) -> None:
 
 @pytest.mark.parametrize("source", [STUDENT, TEACHER])
 def test_ends_of_nobody_have_no_weight(source: int) -> None:
-    found = Ends.real(None, latents(noise(4), 999, end=noise(4), source=source))  # type: ignore[arg-type]
+    found = Ends.real(SimpleNamespace(), latents(noise(4), 999, end=noise(4), source=source))  # type: ignore[arg-type]
     assert found is not None and found[2].tolist() == [float(source == TEACHER)] * 4

@@ -15,10 +15,10 @@ import toys
 from ddil_lightning.backbones import roles
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.callbacks.checkpoints import finite
-from ddil_lightning.data import datamodule
 from ddil_lightning.data.encoded import encode_batch
 from ddil_lightning.data.pairs import Stored
 from ddil_lightning.data.raw import RawBatch
+from ddil_lightning.imitation import collecting
 from ddil_lightning.imitation.buffer import ReplayBuffer
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.imitation.rollout import collect, forward
@@ -88,7 +88,7 @@ def test_no_batch_of_the_data_module_has_the_host_wait(monkeypatch: pytest.Monke
         values = torch.randn(made.x_t.shape, generator=torch.Generator().manual_seed(len(homes)))
         return made._replace(x_t=values, c=made.c._replace(text=torch.zeros(made.c.text.shape), w=torch.ones(len(made.c.text))))
 
-    monkeypatch.setattr(datamodule, "home", home)
+    monkeypatch.setattr(collecting, "home", home)
     feed = toys.module(toys.HALF, rollouts={"every": 3})
     asked: list[int] = []
 

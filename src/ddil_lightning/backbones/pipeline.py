@@ -251,7 +251,7 @@ class Pipeline(Prompted):
         if dpm and self._network.passes_sigmas:
             kind = type(self.pipe).__name__
             raise ValueError(
-                f"the {kind} of {self.path} tells its scheduler a shift, which diffusers' DPM-Solver++ does not take: use euler"
+                f"the {kind} of {self.path} hands its scheduler sigmas or a shift, for which DPM-Solver++ is not set up here: use euler"
             )
         return self.stepping(schedulers.dpm(self.pipe.scheduler, self.shift)) if dpm else self
 

@@ -84,11 +84,12 @@ class QwenImage(Packed):
 
     def forward(self, x_t: Tensor, t: Tensor, c: Context) -> Tensor:
         """[B, C, H, W] the velocity. A context without mask is read whole."""
-        dtype, shape, (text, mask) = self.dtype, x_t.shape[1:], _read(c)
+        dtype, (text, mask) = self.dtype, _read(c)
+        packed, shape = self.packed(x_t.to(dtype)), x_t.shape[1:]
         places = (1, shape[1] // self.patch, shape[2] // self.patch)
         self._turn(places, x_t.device)
         out = self.model(
-            hidden_states=self.packed(x_t.to(dtype)),
+            hidden_states=packed,
             timestep=t.to(dtype) / 1000,
             encoder_hidden_states=text.to(dtype),
             encoder_hidden_states_mask=mask,
