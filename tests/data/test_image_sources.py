@@ -244,7 +244,7 @@ def test_an_index_serves_copies_and_nothing_else_and_goes_when_nobody_uses_it(tm
     folder, kept = archives(tmp_path / "set"), Path(os.environ["DDIL_CACHE"]) / "archives"
     told = Images(str(folder), size=8).texts(range(6))
     for copy in "ab":
-        shutil.copytree(folder, tmp_path / copy, copy_function=shutil.copyfile)
+        shutil.copytree(folder, tmp_path / copy)  # which keeps the time
         assert Images(str(tmp_path / copy), size=8).texts(range(6)) == told
         shutil.rmtree(tmp_path / copy)
     assert len(read) == len(list(kept.iterdir())) == 2
@@ -258,6 +258,39 @@ def test_an_index_serves_copies_and_nothing_else_and_goes_when_nobody_uses_it(tm
     (kept / f".x.999999999.{PART}").touch()
     assert Images(str(folder), size=8).texts(range(3)) == told[2::-1] and len(read) == 3
     assert len(list(kept.iterdir())) == 2  # the used one and the new one
+
+
+def test_an_index_is_none_of_an_archive_whose_captions_were_corrected(tmp_path: Path) -> None:
+    """Neither its size nor its last 64 KiB had changed: texts were cut, or ended in zeros, where a copy had been indexed."""
+    large = noisy(300)
+
+    def written(*captions: str) -> Path:
+        tar(tmp_path / "set" / "0.tar", {k: v for i, text in enumerate(captions) for k, v in ((f"{i}.txt", text), (f"{i}.png", large))})
+        return tmp_path / "set" / "0.tar"
+
+    file = written("a small cat that sits on a red chair", "two")
+    shutil.copytree(file.parent, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert Images(str(tmp_path / "copy"), size=8).texts(range(2)) == Images(str(file.parent), size=8).texts(range(2))
+    before = file.stat().st_size
+    written("a cat", "two birds on a wire")
+    assert file.stat().st_size == before
+    os.utime(file, (9, 9))
+    assert Images(str(file.parent), size=8).texts(range(2)) == [["a cat"], ["two birds on a wire"]]
+
+
+def test_an_archive_that_is_away_ends_the_run_whatever_is_asked_for(tmp_path: Path) -> None:
+    """Rows of it had been passed over, and others trained in their place, or cached."""
+    images = Images(str(archives(tmp_path / "set")), size=8)
+    images.on_error = "skip"
+    (tmp_path / "set" / "00000.tar").unlink()
+    with pytest.raises(Refusal, match=r"00000.tar cannot be read: No such file or directory$"):
+        images[[0, 1]]
+
+
+def noisy(side: int) -> bytes:
+    file = io.BytesIO()
+    Image.effect_noise((side, side), 90).convert("RGB").save(file, "PNG")
+    return file.getvalue()
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])

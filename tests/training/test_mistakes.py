@@ -462,6 +462,26 @@ def test_a_checkpoint_of_what_the_training_makes_is_written(stepped: bool, toy: 
             fit(method, data, Checkpoints(folder=str(tmp_path)))
 
 
+class Later(Own):
+    """Its first step makes what its checkpoints hold, an object of a class."""
+
+    def training_step(self, b: Any, i: int) -> None:
+        self.plan = SimpleNamespace(steps=4)
+        super().training_step(b, i)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["plan"] = self.plan
+
+
+def test_what_the_first_step_makes_is_looked_at_after_it(toy: Toy, tmp_path: Path) -> None:
+    """The run had gone on to its end, and left checkpoints that none could be resumed from."""
+    method, data = Later(pipeline=toy, updates=3), DDILDataModule(encode(toy.captions, toy), FORWARD, batch_size=4)
+    with pytest.raises(ValueError, match="^no run could go on from a checkpoint of Later: its plan "):
+        fit(method, data, Checkpoints(folder=str(tmp_path)))
+    assert method.student_updates == 1
+
+
 def test_what_a_checkpoint_would_hold_is_not_written_to_find_that_it_can_be_read(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     large, written = torch.zeros(2**20), list[int]()
     real = torch.load

@@ -83,11 +83,11 @@ class Checkpoints(Checkpoint):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Raises ValueError for what a checkpoint would hold and nobody could read again: a resume would find it after all the training.
 
-        At the first batch, when whatever has a state for the training has made it.
+        At the first batch, when whatever has a state for the training has made it, or after the first update of who makes it there.
         """
         if not self._checked:
-            self._checked = True
-            check_readable(pl_module, trainer.callbacks)
+            begun = pl_module.student_updates != self._saved_at
+            self._checked = check_readable(pl_module, trainer.callbacks, begun)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save when the clock has moved on by `every`, when a stage or the run is done, and when a signal came."""

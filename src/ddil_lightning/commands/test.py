@@ -183,7 +183,8 @@ def _checkpoint_rows(args: argparse.Namespace, how: Generation, where: Any) -> I
     from ddil_lightning.runs.checkpoint import find_checkpoint
     from ddil_lightning.runs.export import about_student
 
-    path = find_checkpoint(str(args.ckpt_path), None, "")  # once: a run that goes on removes it, or has a newer one by the time of the rows
+    # Once, for all processes: a run that goes on removes it, or has a newer one by the time of the rows.
+    path = how.processes.by_first(lambda: find_checkpoint(str(args.ckpt_path), None, ""))
     method = restore(path)
     rack = Rack(where, {"dtype": method.backbone.dtype})
     teacher = _teacher(args, about_student(method, method.deployment.steps[0]), rack)

@@ -16,7 +16,7 @@ import torch
 
 from ddil_lightning.data.folders import Cells, marks
 from ddil_lightning.data.indexes import index_all
-from ddil_lightning.errors import check_exhausted
+from ddil_lightning.errors import Refusal, check_exhausted
 from ddil_lightning.texts import parse_json, reason
 
 BRACES = re.compile(r"\{([^{}]*)\}")
@@ -172,7 +172,12 @@ def _opened(file: Path) -> io.FileIO:
         return file.open("rb", buffering=0)
     except OSError as error:
         check_exhausted(error, str(file))
-        raise ValueError(f"{file} cannot be read: {reason(error)}") from error
+        raise _away(file, error) from error
+
+
+def _away(file: Path, error: OSError) -> Refusal:
+    """Of an archive that the system does not read now: that says nothing of its rows, which nobody may pass over for it."""
+    return Refusal(f"{file} cannot be read: {reason(error)}")
 
 
 def _read(file: Path, begin: int, size: int) -> bytes:
@@ -181,7 +186,7 @@ def _read(file: Path, begin: int, size: int) -> bytes:
             archive.seek(begin)
             data = archive.read(size)
     except OSError as error:
-        raise ValueError(f"{file} cannot be read: {reason(error)}") from error
+        raise _away(file, error) from error
     if len(data) < size:
         raise ValueError(f"{file} is shorter than when it was indexed")
     return data

@@ -21,7 +21,7 @@ from ddil_lightning.data.folders import IMAGES, READERS, mark_of, stat_of
 from ddil_lightning.data.raw import digest
 from ddil_lightning.data.shards import about_shard, packed, read_shard, unpacked, write_shard
 from ddil_lightning.errors import check_exhausted
-from ddil_lightning.files import HOST, cache_folder, mark_used, tidy
+from ddil_lightning.files import cache_folder, mark_used, tidy
 from ddil_lightning.texts import reason
 
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
@@ -76,16 +76,17 @@ def index_all(files: Sequence[Path], image: str, limit: int | None = None) -> li
 
 
 def indexed(file: Path, image: str) -> Index:
-    """The index of an archive: what is kept of one of this name, size and end, or else read from its heads, and kept.
+    """The index of an archive: what is kept of one of this name, size, time and end, or else read from its heads, and kept.
 
-    A copy on another disk is known by that, such as each job makes on its node's. Where it was read before it has to be of that time, too.
+    A copy that keeps the time (`cp -p`, `rsync -t`) is known by that on another disk, such as each job makes on its node's. Captions that
+    were corrected may leave size and end as they were, not the time.
     """
     name = str(file.resolve())
-    mark, about = mark_of(name), {"of": [HOST, name, *(stat_of(name) or ())]}
+    mark, about = mark_of(name), {"of": list(stat_of(name) or ())}
     kept = _folder() / f"{digest([file.name, mark, image])[:32]}.safetensors"
     with suppress(KeyError, ValueError):  # none is kept, or it is cut short
         told = about_shard(kept)
-        if mark is not None and (told["of"][:2] != [HOST, name] or told["of"] == about["of"]):
+        if mark is not None and told["of"][-2:] == about["of"]:
             columns = read_shard(kept)
             mark_used(kept)
             return Index(columns["places"], unpacked(columns), note=told["note"], kept=True)

@@ -54,7 +54,7 @@ class Notices:
         """Go on with what was skipped before: every process with the same. Of data that are not the `same` any more a number names another
         row, and how many they were is all that is left of them."""
         known = torch.as_tensor(state.get("skipped", []), dtype=torch.int64).tolist()  # checkpoints of before have none
-        self._before += state.get("skipped_before", 0) + (0 if same else len(known))
+        self._before = state.get("skipped_before", 0) + (0 if same else len(known))
         if same:
             self.skipped |= set(known)
             self._fresh -= set(known)

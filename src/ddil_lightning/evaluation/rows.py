@@ -77,7 +77,8 @@ def walk(policy: Policy, grid: Grid, g: float) -> dict[str, Any]:
     denoiser = denoiser_of(policy)
     step = {"transition": f"{type(policy.transition).__name__} {vars(policy.transition)}", "solver": type(policy).__name__}
     between = {"substeps": policy.substeps, "fine": policy.fine and policy.fine.times.tolist()}
-    return step | between | {"nodes": grid.times.tolist(), "guidance": g, "predicts": str(denoiser.predicts)}
+    once = {"unguided": True} if denoiser.unguided else {}  # half the evaluations of a guided one at guidance 1
+    return step | between | once | {"nodes": grid.times.tolist(), "guidance": g, "predicts": str(denoiser.predicts)}
 
 
 def teacher_row(suite: Suite, method: Distillation, n: int, fresh: bool = False, folder: Path | None = None) -> dict[str, Any]:

@@ -64,18 +64,21 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def check_readable(method: Any, callbacks: Sequence[Any] = ()) -> None:
-    """Raises ValueError, naming it, for what a run would write into its checkpoints and no run could go on from.
+def check_readable(method: Any, callbacks: Sequence[Any] = (), begun: bool = True) -> bool:
+    """Whether that could be said, for a hook may ask for what the first steps make: of a run that has not `begun` it is asked again.
+
+    Raises ValueError, naming it, for what a run would write into its checkpoints and no run could go on from.
 
     Clocks that are not handed on, and objects of classes: `load_checkpoint` reads tensors, numbers, texts, and lists and dicts of such.
-    Nothing is refused where a hook asks for an attribute that is not there yet.
     """
     named, made = type(method).__name__, dict[str, Any]()
     try:
         method.on_save_checkpoint(made)
         states = [(type(callback).__name__, callback.state_dict()) for callback in callbacks]
-    except AttributeError:  # of whatever state is made in the steps alone
-        return
+    except AttributeError:
+        if begun:
+            raise
+        return False
     own: dict[str, Any] = {}
     Distillation.on_save_checkpoint(method, own)
     clocks = _table(made.get("ddil"))
@@ -96,6 +99,7 @@ def check_readable(method: Any, callbacks: Sequence[Any] = ()) -> None:
                 f"no run could go on from a checkpoint of {named}: its {name} {_kind(value)}, and a checkpoint holds tensors, numbers, "
                 f"texts, and lists and dicts of such; {remedy}"
             )
+    return True
 
 
 def _reads(value: Any) -> bool:
