@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1] / "src" / "ddil_lightning"
 FILES = [p for p in sorted(ROOT.rglob("*.py")) if p != ROOT / "__init__.py"]
 
 # A package imports only packages that stand before it, wherever in a file the import stands; the modules at the top are the ground.
-ORDER = "ground diffusion miniature backbones imitation data training methods evaluation toy runs callbacks testing commands".split()
+ORDER = "ground diffusion miniature backbones imitation data training methods evaluation toy runs callbacks commands testing".split()
 # Which x_t is trained on is not a method's business, and what is learned from it not the data's.
 NEVER = {"training": {"imitation", "data"}, "methods": {"imitation", "data"}, "data": {"training", "methods"}}
 MAY_BUILD_PIPELINES = {"backbones", "miniature", "runs/export.py"}

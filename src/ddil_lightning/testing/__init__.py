@@ -5,15 +5,16 @@ The behaviour suite of the built-in methods calls the same. Nothing else of the 
 
 from ddil_lightning.testing.checks import (
     CHECKS,
-    Broken,
     check_method,
     exports,
     fits,
     follows_its_seed,
     is_itself_without_rollouts,
+    refuses_other_sources,
     resumes,
 )
 from ddil_lightning.testing.subject import Subject, make_pipeline
+from ddil_lightning.testing.witness import Broken
 
 __all__ = [
     "CHECKS",
@@ -25,5 +26,6 @@ __all__ = [
     "follows_its_seed",
     "is_itself_without_rollouts",
     "make_pipeline",
+    "refuses_other_sources",
     "resumes",
 ]

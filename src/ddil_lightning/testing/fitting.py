@@ -37,6 +37,27 @@ class Log(Logger):
         """Nothing to keep."""
 
 
+class Inside(Checkpoint):
+    """A checkpoint from within the turns of a method, of the first batch after `update` updates of the student that has not moved it.
+
+    A method whose every batch updates its student has no such batch, and `file` is not written.
+    """
+
+    def __init__(self, update: int, file: Path) -> None:
+        self.update, self.file = update, file
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """No batch is done yet."""
+        self._before = -1
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Save it, if this is the batch. Accumulated gradients are in no checkpoint, and it waits until they are used."""
+        clock, stood = pl_module.student_updates, pl_module.student_updates == self._before
+        if clock == self.update and stood and not pl_module.descent.halfway and not self.file.exists():
+            trainer.save_checkpoint(self.file)
+        self._before = clock
+
+
 class Run(NamedTuple):
     """A finished fit."""
 
