@@ -482,6 +482,25 @@ def test_what_the_first_step_makes_is_looked_at_after_it(toy: Toy, tmp_path: Pat
     assert method.student_updates == 1
 
 
+class Late(Callback):
+    """Has its state at the second update, before any checkpoint."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if pl_module.student_updates == 2:
+            self.best = 0.5
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+
+def test_a_state_that_is_there_by_the_first_checkpoint_is_in_time(toy: Toy, tmp_path: Path) -> None:
+    method, data = Own(pipeline=toy, updates=3), DDILDataModule(encode(toy.captions, toy), FORWARD, batch_size=4)
+    fit(method, data, Late(), Checkpoints(every=3, folder=str(tmp_path)))
+    assert method.student_updates == 3
+    kept = torch.load(tmp_path / "updates=3.ckpt", weights_only=True)
+    assert {"best": 0.5} in kept["callbacks"].values()
+
+
 def test_what_a_checkpoint_would_hold_is_not_written_to_find_that_it_can_be_read(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     large, written = torch.zeros(2**20), list[int]()
     real = torch.load

@@ -50,6 +50,7 @@ class Checkpoints(Checkpoint):
         self._before: dict[int, Any] = {}
         self._saved_at: int | None = None
         self._stop = self._saving = self._checked = False
+        self._asked = self._began = 0  # how often what a checkpoint would hold was looked at; the clock of the start
         self._batches = 0  # of this process, over all its epochs
         self._look, self._looked = 1, (0, time.monotonic())  # the batch of the next look; that of the last one and its time
         self._alive, self._longest = time.monotonic(), 0.0
@@ -70,7 +71,7 @@ class Checkpoints(Checkpoint):
         """Listen for signals, and take the checkpoint that the run goes on from for the last good one."""
         if self.last is None and trainer.ckpt_path:
             self.last = Path(trainer.ckpt_path)
-        self._checked = False
+        self._checked, self._asked, self._began = False, 0, pl_module.student_updates
         self._saved_at, self._since = pl_module.student_updates, time.perf_counter() - self.seconds
         self._alive = time.monotonic()
         self._look, self._looked = self._batches + 1, (self._batches, self._alive)
@@ -83,11 +84,13 @@ class Checkpoints(Checkpoint):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Raises ValueError for what a checkpoint would hold and nobody could read again: a resume would find it after all the training.
 
-        At the first batch, when whatever has a state for the training has made it, or after the first update of who makes it there.
+        At the first batch, when whatever has a state for the training has made it, or after the first update of who makes it there. Who
+        makes it later still is asked at the first checkpoint.
         """
-        if not self._checked:
-            begun = pl_module.student_updates != self._saved_at
-            self._checked = check_readable(pl_module, trainer.callbacks, begun)
+        moved = pl_module.student_updates != self._began
+        if not self._checked and (self._asked, moved) in ((0, False), (1, True)):
+            self._asked += 1
+            self._checked = check_readable(pl_module, trainer.callbacks, last=False)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save when the clock has moved on by `every`, when a stage or the run is done, and when a signal came."""
@@ -135,6 +138,8 @@ class Checkpoints(Checkpoint):
         path = folder / f"updates={clock}.ckpt"
         if not trainer.strategy.reduce_boolean_decision(finite(method)):
             raise FloatingPointError(f"weights of the student are not finite at student update {clock}, so they are not saved")
+        if not self._checked:
+            self._checked = check_readable(method, trainer.callbacks)
         self._saving = True
         try:
             if self.folder is not None and trainer.is_global_zero:

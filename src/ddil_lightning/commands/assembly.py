@@ -215,7 +215,7 @@ def elsewhere(accelerator: Any) -> dict[str, Any]:
     if accelerator != "auto" or not MPSAccelerator.is_available():
         return {}
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        logging.getLogger(__name__).info("training on the CPU: nothing was measured on this GPU, which trainer.accelerator=mps takes")
+        logging.getLogger(__name__).warning("training on the CPU: nothing was measured on this GPU, which trainer.accelerator=mps takes")
     return {"accelerator": "cpu"}
 
 

@@ -64,8 +64,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def check_readable(method: Any, callbacks: Sequence[Any] = (), begun: bool = True) -> bool:
-    """Whether that could be said, for a hook may ask for what the first steps make: of a run that has not `begun` it is asked again.
+def check_readable(method: Any, callbacks: Sequence[Any] = (), last: bool = True) -> bool:
+    """Whether that could be said, for a hook may ask for what some step makes: it is asked again, unless this is the `last` time.
 
     Raises ValueError, naming it, for what a run would write into its checkpoints and no run could go on from.
 
@@ -76,7 +76,7 @@ def check_readable(method: Any, callbacks: Sequence[Any] = (), begun: bool = Tru
         method.on_save_checkpoint(made)
         states = [(type(callback).__name__, callback.state_dict()) for callback in callbacks]
     except AttributeError:
-        if begun:
+        if last:
             raise
         return False
     own: dict[str, Any] = {}

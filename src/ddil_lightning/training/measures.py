@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from ddil_lightning.records import SOURCES, widest
 
@@ -68,7 +67,7 @@ class Measures:
 
     def losses(self, loss: Tensor, source: Tensor, going_on: bool) -> None:
         """Add the per-sample losses [B] of a batch by their `source` [B]. `going_on`: it belongs to the same update as the last one."""
-        which = one_hot(source.long(), len(SOURCES))
+        which = source[:, None] == torch.arange(len(SOURCES), device=source.device)
         totals, numbers = (loss[:, None] * which).sum(0), which.sum(0)
         sums = {name: (totals[tag], numbers[tag]) for tag, name in enumerate(SOURCES)}
         for name, (total, n) in sums.items():
