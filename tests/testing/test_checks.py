@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import ddil_lightning
-from ddil_lightning import LCM, SamplingPrior
+from ddil_lightning import LCM, Distillation, SamplingPrior
 from ddil_lightning.testing import (
     CHECKS,
     Broken,
@@ -154,7 +154,20 @@ def test_what_is_broken_is_found_by_name(name: str, tmp_path: Path) -> None:
 
 def test_sources_may_be_a_property(tiny: Path) -> None:
     edits = added("@property", "def sources(self):", "    return ('forward', 'student', 'teacher')")
-    refuses_other_sources(Subject(direct(edits), tiny, guidance=2.0))
+    kind = direct(edits)
+    refuses_other_sources(Subject(kind, tiny, guidance=2.0))
+    assert isinstance(vars(kind)["sources"], property)  # as it was
+
+
+def test_a_method_is_left_the_only_one_of_its_name(tiny: Path) -> None:
+    """Configs know methods by their names: a second class of one, alive for as long as anything held it, made every config of it ambiguous."""
+    refuses_other_sources(Subject(LCM, tiny, guidance=2.0, w_conditioned=False))
+    todo, alike = [Distillation], list[type]()
+    while todo:
+        kind = todo.pop()
+        todo += kind.__subclasses__()
+        alike += [kind] if kind.__name__ == "LCM" else []
+    assert alike == [LCM] and "sources" not in vars(LCM) and LCM.sources == Distillation.sources
 
 
 def test_turns_that_are_in_checkpoints_go_on(tiny: Path) -> None:
