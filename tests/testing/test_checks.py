@@ -160,7 +160,7 @@ def test_sources_may_be_a_property(tiny: Path) -> None:
 
 
 def test_a_method_is_left_the_only_one_of_its_name(tiny: Path) -> None:
-    """Configs know methods by their names: a second class of one, alive for as long as anything held it, made every config of it ambiguous."""
+    """Configs know methods by their names: a second class of one, alive as long as anything held it, made its configs ambiguous."""
     refuses_other_sources(Subject(LCM, tiny, guidance=2.0, w_conditioned=False))
     todo, alike = [Distillation], list[type]()
     while todo:
