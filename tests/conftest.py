@@ -178,6 +178,30 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def zimage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random miniature of Z-Image, a flow whose text and image go through its blocks as one stream."""
+    from zimages import make_zimage
+
+    return make_zimage(tmp_path_factory.mktemp("zimage") / "tiny-zimage")
+
+
+@pytest.fixture(scope="session")
+def sana(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random miniature of SANA, a flow with linear attention, Gemma and an autoencoder of its own."""
+    from sanas import make_sana
+
+    return make_sana(tmp_path_factory.mktemp("sana") / "tiny-sana")
+
+
+@pytest.fixture(scope="session")
+def pixart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random miniature of PixArt-Sigma, a transformer that is no flow."""
+    from pixarts import make_pixart
+
+    return make_pixart(tmp_path_factory.mktemp("pixart") / "tiny-pixart")
+
+
+@pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """Two processes that run functions as one process group: `pair.run(job, ...)`."""
     from pair import Pair

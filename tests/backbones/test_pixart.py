@@ -37,11 +37,6 @@ CALL = {"clean_caption": False, "use_resolution_binning": False}
 
 
 @pytest.fixture(scope="module")
-def sigma(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pixart(tmp_path_factory.mktemp("pixart") / "sigma")
-
-
-@pytest.fixture(scope="module")
 def alpha(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Alpha's for latents of 128 x 128: it is told the size of the image, though its configuration does not say so."""
     return make_pixart(tmp_path_factory.mktemp("pixart") / "alpha", 256, ALPHA)
@@ -54,8 +49,8 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 # Text ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_text_is_encoded_as_its_pipeline_does_it(sigma: Path, alpha: Path) -> None:
-    for folder, length in ((sigma, 300), (alpha, 120)):
+def test_text_is_encoded_as_its_pipeline_does_it(pixart: Path, alpha: Path) -> None:
+    for folder, length in ((pixart, 300), (alpha, 120)):
         backbone = Pipeline(str(folder))
         c, null = backbone.encode_text(PROMPTS), backbone.null()
         text, mask, no_text, no_mask = backbone.pipe.encode_prompt(PROMPTS, True, negative_prompt="", device="cpu")
@@ -70,8 +65,8 @@ def test_text_is_encoded_as_its_pipeline_does_it(sigma: Path, alpha: Path) -> No
         assert int(backbone.encode_text([long], truncate=True).mask.sum()) == length  # type: ignore[union-attr]
 
 
-def test_masked_places_do_not_count_and_others_do(sigma: Path) -> None:
-    backbone = Pipeline(str(sigma))
+def test_masked_places_do_not_count_and_others_do(pixart: Path) -> None:
+    backbone = Pipeline(str(pixart))
     x_t, t, c = noise(2, 4, 8, 8), torch.tensor([20, 999]), backbone.encode_text(PROMPTS)
     assert c.mask is not None
     network, changed = backbone.network(), c.text + (1 - c.mask[..., None]) * 9
@@ -82,8 +77,8 @@ def test_masked_places_do_not_count_and_others_do(sigma: Path) -> None:
         network(x_t, t, c._replace(mask=None))
 
 
-def test_the_mask_goes_through_a_cache(sigma: Path, tmp_path: Path) -> None:
-    backbone, captions = Pipeline(str(sigma)), suite.Pictures()
+def test_the_mask_goes_through_a_cache(pixart: Path, tmp_path: Path) -> None:
+    backbone, captions = Pipeline(str(pixart)), suite.Pictures()
     for _ in range(2):  # written, and read again
         made = cached(tmp_path / "cache", captions, backbone, False, 0, Notices(), Processes())
     batch = made[[4, 1]]
@@ -92,16 +87,16 @@ def test_the_mask_goes_through_a_cache(sigma: Path, tmp_path: Path) -> None:
     assert torch.equal(batch.c.mask, c.mask) and torch.equal(batch.c.text, c.text.half().float())
 
 
-def test_blank_texts_are_as_large_as_real_ones(sigma: Path, alpha: Path) -> None:
-    for folder in (sigma, alpha):
+def test_blank_texts_are_as_large_as_real_ones(pixart: Path, alpha: Path) -> None:
+    for folder in (pixart, alpha):
         real, blank = Pipeline(str(folder)).encode_text(PROMPTS), Outline(str(folder)).encode_text(PROMPTS)
         assert [x is None for x in real] == [x is None for x in blank]
         assert real.text.shape[2] == blank.text.shape[2] and blank.text.shape[1] == 300 and blank.mask is not None
         assert real.mask is not None and blank.mask.dtype == real.mask.dtype and bool(blank.mask.all())
 
 
-def test_prompts_are_searched_among_its_words(sigma: Path) -> None:
-    backbone = Pipeline(str(sigma))
+def test_prompts_are_searched_among_its_words(pixart: Path) -> None:
+    backbone = Pipeline(str(pixart))
     vocabulary = Vocabulary(backbone)
     assert vocabulary.longest == 299
     rows = vocabulary.rows(PROMPTS[0])
@@ -126,7 +121,7 @@ def sampled(backbone: Pipeline, x: Tensor, steps: int, g: float) -> Tensor:
 
 @pytest.mark.parametrize("size", [pytest.param((16, 16), marks=pytest.mark.slow), (16, 24)])
 @pytest.mark.parametrize("steps", [4, pytest.param(20, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("which", ["sigma", "alpha"])
+@pytest.mark.parametrize("which", ["pixart", "alpha"])
 @torch.no_grad()
 def test_its_samples_are_the_pipelines_own(which: str, steps: int, size: tuple[int, int], request: pytest.FixtureRequest) -> None:
     """Guided, by DPM-Solver++ as it comes and by DDIM; alpha's are told the size."""
@@ -171,12 +166,12 @@ LORA = suite.Entry("lcm-lora", suite.LCM, {"w_conditioned": False, "guidance": 4
 
 
 @pytest.mark.parametrize("entry", [LORA, *(pytest.param(e, marks=pytest.mark.slow) for e in (LCM, PD, DMD2))], ids=lambda entry: entry.name)
-def test_methods_distil_it_and_diffusers_loads_the_student(entry: suite.Entry, sigma: Path, tmp_path: Path) -> None:
+def test_methods_distil_it_and_diffusers_loads_the_student(entry: suite.Entry, pixart: Path, tmp_path: Path) -> None:
     """With roll-outs of both; resumed exactly; the export samples as the trainer does, called by diffusers alone."""
     from diffusers import DiffusionPipeline, PixArtSigmaPipeline
 
-    run, folder = distilled(lambda: objects(entry, sigma, "buffer"), tmp_path, PROMPTS)
-    c = suite.pictures(sigma).c
+    run, folder = distilled(lambda: objects(entry, pixart, "buffer"), tmp_path, PROMPTS)
+    c = suite.pictures(pixart).c
     for chunk in run.data.buffer._chunks:  # a rolled-out state keeps the mask of its caption
         assert chunk.c.mask.dtype == torch.int64 and c.mask is not None
         nearest = torch.stack([(c.text - text.float()).flatten(1).abs().amax(1).argmin() for text in chunk.c.text])
@@ -187,11 +182,11 @@ def test_methods_distil_it_and_diffusers_loads_the_student(entry: suite.Entry, s
     assert type(pipe) is PixArtSigmaPipeline
     policy, grid = method.deployment.sampler(n)
     seeds = [torch.Generator().manual_seed(i) for i in range(2)]
-    mine = policy.sample(x_T := noise(2, 4, 8, 8), grid, suite.backbone(sigma).encode_text(PROMPTS), seeds)
+    mine = policy.sample(x_T := noise(2, 4, 8, 8), grid, suite.backbone(pixart).encode_text(PROMPTS), seeds)
     seeds = [torch.Generator().manual_seed(i) for i in range(2)]
     theirs = pipe(PROMPTS, num_inference_steps=n, guidance_scale=1.0, latents=x_T, generator=seeds, output_type="latent", **CALL).images
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
-    before, after = suite.backbone(sigma).pipe.transformer.state_dict(), pipe.transformer.state_dict()
+    before, after = suite.backbone(pixart).pipe.transformer.state_dict(), pipe.transformer.state_dict()
     for name in ("proj_out.weight", "proj_out.bias"):  # [p, q, channel]: the learned variance is the teacher's
         rows = [(x[name].unflatten(0, (2, 2, 8))[:, :, :4], x[name].unflatten(0, (2, 2, 8))[:, :, 4:]) for x in (before, after)]
         assert torch.equal(rows[0][1], rows[1][1])
@@ -201,45 +196,45 @@ def test_methods_distil_it_and_diffusers_loads_the_student(entry: suite.Entry, s
 
 
 @pytest.mark.slow
-def test_adapters_on_half_precision(sigma: Path, tmp_path: Path) -> None:
+def test_adapters_on_half_precision(pixart: Path, tmp_path: Path) -> None:
     """As large models are trained: T5, which keeps some of its weights in float32, and the base in bfloat16."""
-    backbone = Pipeline(str(sigma), dtype=torch.bfloat16)
-    run = suite.fit(suite.build(LORA, sigma, pipeline=backbone, updates=3), suite.captions(sigma))
+    backbone = Pipeline(str(pixart), dtype=torch.bfloat16)
+    run = suite.fit(suite.build(LORA, pixart, pipeline=backbone, updates=3), suite.captions(pixart))
     assert len(run.rows) == 3 and all(math.isfinite(row["loss"]) for row in run.rows)
     folder = export(run.method, tmp_path / "student", 4)
     assert verify(run.method, folder, PROMPTS, 4) < 1e-3
 
 
-def test_a_student_of_another_size_says_it_in_its_card(sigma: Path, tmp_path: Path) -> None:
+def test_a_student_of_another_size_says_it_in_its_card(pixart: Path, tmp_path: Path) -> None:
     """Its positions are counted in shares of sample_size, so that no other one may be written into its configuration."""
-    backbone = Pipeline(Source(str(sigma), size=24))
-    method = suite.build(LCM, sigma, pipeline=backbone)
+    backbone = Pipeline(Source(str(pixart), size=24))
+    method = suite.build(LCM, pixart, pipeline=backbone)
     folder = export(method, tmp_path / "student", 4)
     assert verify(method, folder, PROMPTS, 4) < 1e-4
     assert "height=24, width=24, clean_caption=False" in (folder / "README.md").read_text()
     assert json.loads((folder / "transformer" / "config.json").read_text())["sample_size"] == 8
 
 
-def test_a_student_of_fewer_blocks(sigma: Path, tmp_path: Path) -> None:
-    backbone = Pipeline(Source(str(sigma), networks={"student": {"num_layers": 1}}))
+def test_a_student_of_fewer_blocks(pixart: Path, tmp_path: Path) -> None:
+    backbone = Pipeline(Source(str(pixart), networks={"student": {"num_layers": 1}}))
     student = backbone.trainable()
     assert len(student.blocks()) == 1 and len(backbone.network().blocks()) == 2
     kept = backbone.network().model.transformer_blocks[0].state_dict()
     assert all(torch.equal(value, kept[name]) for name, value in student.model.transformer_blocks[0].state_dict().items())
     with pytest.raises(ValueError, match=r"networks\.student: its text width.* is 8 and the teacher's 16: it cannot take the teacher's"):
-        Pipeline(Source(str(sigma), networks={"student": {"caption_channels": 8}})).trainable()
+        Pipeline(Source(str(pixart), networks={"student": {"caption_channels": 8}})).trainable()
 
 
 # What discriminators, memory and sharding ask of it -----------------------------------------------------------------------------------
 
 
-def asked(sigma: Path) -> tuple[Any, Tensor, Tensor, Any]:
-    backbone = Pipeline(Source(str(sigma), size=(16, 24)))
+def asked(pixart: Path) -> tuple[Any, Tensor, Tensor, Any]:
+    backbone = Pipeline(Source(str(pixart), size=(16, 24)))
     return backbone.trainable(), noise(2, 4, 8, 12), torch.tensor([20, 999]), backbone.encode_text(PROMPTS)
 
 
-def test_features_are_the_tokens_that_leave_its_blocks(sigma: Path) -> None:
-    network, x_t, t, c = asked(sigma)
+def test_features_are_the_tokens_that_leave_its_blocks(pixart: Path) -> None:
+    network, x_t, t, c = asked(pixart)
     assert network.layers == ("block0", "block1")
     seen: dict[str, Tensor] = {}
     for i, block in enumerate(network.model.transformer_blocks):
@@ -256,9 +251,9 @@ def test_features_are_the_tokens_that_leave_its_blocks(sigma: Path) -> None:
 
 
 @pytest.mark.parametrize("features", [False, True])
-def test_gradients_are_the_same_with_checkpointing(features: bool, sigma: Path) -> None:
+def test_gradients_are_the_same_with_checkpointing(features: bool, pixart: Path) -> None:
     """Also of features alone, whose forward ends within a block that is computed again."""
-    network, x_t, t, c = asked(sigma)
+    network, x_t, t, c = asked(pixart)
     grads = []
     for on in (False, True):
         network.recompute(on)
@@ -271,11 +266,11 @@ def test_gradients_are_the_same_with_checkpointing(features: bool, sigma: Path) 
     assert float(grads[0]["transformer.transformer_blocks.0.attn2.to_k.weight"].abs().max()) > 0
 
 
-def test_its_blocks_and_its_last_layer(sigma: Path) -> None:
-    network = asked(sigma)[0]
+def test_its_blocks_and_its_last_layer(pixart: Path) -> None:
+    network = asked(pixart)[0]
     assert network.blocks() == list(network.model.transformer_blocks)
     assert network.last_layer() is network.model.proj_out.weight
-    adapted = Pipeline(str(sigma)).adapted(Adapter(2, targets=["attn1.to_q"]))
+    adapted = Pipeline(str(pixart)).adapted(Adapter(2, targets=["attn1.to_q"]))
     name = next(name for name, p in adapted.named_parameters() if p is adapted.last_layer())
     assert name.startswith("transformer.transformer_blocks.1.attn1.to_q.lora_")
 
@@ -283,21 +278,21 @@ def test_its_blocks_and_its_last_layer(sigma: Path) -> None:
 # What it refuses ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_what_it_has_no_place_for_is_refused(sigma: Path) -> None:
+def test_what_it_has_no_place_for_is_refused(pixart: Path) -> None:
     with pytest.raises(ValueError, match=r"^PixArt cannot be told the guidance: set model\.w_conditioned to false$"):
-        suite.build(suite.Entry("lcm", suite.LCM), sigma)
+        suite.build(suite.Entry("lcm", suite.LCM), pixart)
     with pytest.raises(ValueError, match="PixArt cannot be told the time that it jumps to"):
-        Pipeline(str(sigma)).trainable(s_conditioned=True)
-    method = suite.build(LORA, sigma)
+        Pipeline(str(pixart)).trainable(s_conditioned=True)
+    method = suite.build(LORA, pixart)
     with pytest.raises(ValueError, match="--format lora: diffusers loads no LoRA into a PixArtSigmaPipeline; choose diffusers"):
         check_formats(method, ["lora"])
     with pytest.raises(ValueError, match="--format kohya is for U-Nets, and this student is a PixArt"):
         check_formats(method, ["kohya"])
 
 
-def test_sizes_that_its_patches_do_not_divide_are_refused(sigma: Path) -> None:
+def test_sizes_that_its_patches_do_not_divide_are_refused(pixart: Path) -> None:
     with pytest.raises(ValueError, match="sides are multiples of 8 pixels, not of 20 x 16: the nearest is 16 x 16"):
-        Pipeline(Source(str(sigma), size=(20, 16)))
+        Pipeline(Source(str(pixart), size=(20, 16)))
 
 
 def test_networks_of_another_task_are_refused(tmp_path: Path) -> None:
@@ -313,9 +308,9 @@ def test_a_size_that_its_pipeline_never_says_is_refused(kind: str, side: int, tm
         backbone.encode_text(PROMPTS)
 
 
-def test_its_first_class_in_diffusers_is_known(sigma: Path, tmp_path: Path) -> None:
+def test_its_first_class_in_diffusers_is_known(pixart: Path, tmp_path: Path) -> None:
     """The published pipelines name their transformer a Transformer2DModel, as it once was."""
-    shutil.copytree(sigma, old := tmp_path / "old")
+    shutil.copytree(pixart, old := tmp_path / "old")
     for file, name in ((old / "model_index.json", "model_index"), (old / "transformer" / "config.json", "config")):
         said = json.loads(file.read_text())
         if name == "config":
@@ -323,7 +318,7 @@ def test_its_first_class_in_diffusers_is_known(sigma: Path, tmp_path: Path) -> N
         else:
             said["transformer"] = ["diffusers", "Transformer2DModel"]
         file.write_text(json.dumps(said))
-    backbone, plain = Pipeline(str(old)), Pipeline(str(sigma))
+    backbone, plain = Pipeline(str(old)), Pipeline(str(pixart))
     assert suite.digest(backbone.network()) == suite.digest(plain.network())
     assert suite.digest(backbone.trainable()) == suite.digest(plain.trainable()) and backbone.trainable().w_conditioned is False
     assert Outline(str(old)).encode_text(PROMPTS).text.shape == (2, 300, 16)

@@ -42,11 +42,6 @@ EULERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def sana(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_sana(tmp_path_factory.mktemp("sana") / "tiny")
-
-
-@pytest.fixture(scope="module")
 def newer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As SANA-1.5, with norms of queries and keys; times in other units, and positions as the largest have them."""
     more = {"qk_norm": "rms_norm_across_heads", "timestep_scale": 0.5, "interpolation_scale": 2.0}

@@ -36,11 +36,6 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def zimage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_zimage(tmp_path_factory.mktemp("zimage") / "tiny")
-
-
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

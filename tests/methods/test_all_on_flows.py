@@ -1,6 +1,6 @@
 """Every method of the suite on transformers in miniature: trained on roll-outs too and exported, or refused in a line.
 
-Stable Diffusion 3's and Flux's are flows, of which Flux is told its guidance; PixArt's is none.
+All are flows but PixArt's; Flux is told its guidance, and CFG on Qwen-Image keeps a norm.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import sanas
 from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.diffusion.transitions import NoiseCorrected, ddim
 from ddil_lightning.methods import CTM, DMD2, EMD, LCM, PD, TCD, ImagineFlash, MomentMatching, SnapFusion
@@ -19,17 +20,18 @@ from ddil_lightning.records import MIXED as MIXTURE
 from ddil_lightning.records import STUDENT, TEACHER
 from ddil_lightning.runs import export
 from ddil_lightning.training.plan import Stage
-from pixarts import make_pixart
 from suite import METHODS, MIXED, Entry, build, captions, fit
 
 PROMPTS = ["a handwritten one", "a small red circle"]
 MORE = [Entry("diff-instruct", DMD2, {"guidance": 2.0, "scores": {"normaliser": "none"}, "gan": {"weight": 0.0, "critic_weight": 0.0}})]
 EVERY = [pytest.param(entry, id=entry.name) for entry in (*METHODS, *MORE)]
 BUILT: dict[tuple[str, type], str] = {
-    ("sd3", CTM): "SD3 cannot be told the time that it jumps to: take another method",
+    **{
+        (family, CTM): f"{name} cannot be told the time that it jumps to: take another method"
+        for family, name in (("sd3", "SD3"), ("pixart", "PixArt"), ("sana", "Sana"), ("zimage", "ZImage"), ("qwen", "QwenImage"))
+    },
     ("flux", CTM): "is told the guidance already, and has no place for the time of a jump: take another one",
     ("flux", SnapFusion): "is told its guidance, and is not guided by the empty prompt besides: take another method",
-    ("pixart", CTM): "PixArt cannot be told the time that it jumps to: take another method",
 }
 """By what is said of methods that a family has no place for, when they are built."""
 REFUSED: dict[type, str] = {
@@ -37,11 +39,6 @@ REFUSED: dict[type, str] = {
     MomentMatching: r"no scheduler of diffusers steps by Posterior\(eta=1.0\) on a flow: known are Renoise\(\) and DDIM\(\)",
 }
 """Of the methods that a flow trains by, those whose steps no pipeline of one takes: by what fit says of it before its first update."""
-
-
-@pytest.fixture(scope="module")
-def pixart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pixart(tmp_path_factory.mktemp("pixart") / "p")
 
 
 def settings(entry: Entry, family: str) -> dict[str, Any]:
@@ -55,7 +52,7 @@ def settings(entry: Entry, family: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("entry", EVERY)
-@pytest.mark.parametrize("family", ["sd3", "flux", "pixart"])
+@pytest.mark.parametrize("family", ["sd3", "flux", "pixart", "sana", "zimage", "qwen"])
 def test_a_method_trains_and_its_pipeline_samples_as_the_trainer_does(
     entry: Entry, family: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -65,7 +62,8 @@ def test_a_method_trains_and_its_pipeline_samples_as_the_trainer_does(
         with pytest.raises(ValueError, match=why):
             build(entry, folder)
         return
-    run = fit(build(entry, folder, updates=3, **settings(entry, family)), captions(folder, MIXED, rollouts={"every": 1}))
+    data = sanas.captions(folder, rollouts={"every": 1}) if family == "sana" else captions(folder, MIXED, rollouts={"every": 1})
+    run = fit(build(entry, folder, updates=3, **settings(entry, family)), data)
     rolled = {source for chunk in run.data.buffer._chunks for source in chunk.states.source.tolist()}
     assert rolled & {TEACHER, MIXTURE}
     assert rolled & {STUDENT, MIXTURE} or family == "pixart"  # both have acted; on PixArt's few draws it may be the teacher alone

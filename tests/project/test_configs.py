@@ -26,10 +26,13 @@ LARGE = [
     "dmd2_lora_sdxl.yaml",
     "ladd_lora_sd3.yaml",
     "lcm_ddil_sd15.yaml",
+    "lcm_lora_pixart.yaml",
     "lcm_lora_qwen.yaml",
+    "lcm_lora_sana.yaml",
     "lcm_lora_sd15.yaml",
     "lcm_lora_sd3.yaml",
     "lcm_lora_sdxl.yaml",
+    "lcm_lora_zimage.yaml",
     "pd_ddil_sd15.yaml",
 ]
 PROTOCOLS = [name for name in config_names() if name.startswith("protocols/")]  # of ddil-test, in tests/evaluation/test_protocols.py
@@ -85,6 +88,9 @@ OWN = {  # what makes a large run small; everything else of its config stays
     "lcm_lora_sdxl.yaml": ("ssd1b", ["--updates", "2"]),
     "lcm_lora_sd3.yaml": ("sd3", ["--updates", "2"]),
     "lcm_lora_qwen.yaml": ("qwen", ["--updates", "2", "model.optimizer.accumulate=1"]),
+    "lcm_lora_zimage.yaml": ("zimage", ["--updates", "2", "model.optimizer.accumulate=1"]),
+    "lcm_lora_sana.yaml": ("sana", ["--updates", "2", "data.captions.size=32"]),
+    "lcm_lora_pixart.yaml": ("pixart", ["--updates", "2"]),
     "dmd2_lora_flux.yaml": ("flux", ["--updates", "2", "model.critic.steps=2", "model.gan.layers=[block1,block3]"]),
     "dmd2_lora_sd3.yaml": ("sd3", ["--updates", "2", "model.critic.steps=2", "model.gan.layers=[block1,block2]"]),
     "ladd_lora_sd3.yaml": ("sd3", ["--updates", "2", "model.critic.steps=2"]),
@@ -105,7 +111,7 @@ def test_large_configs_run_to_their_end_on_a_small_pipeline_of_their_layout(
     for i in range(8):
         Image.new("RGB", (20, 16), (30 * i, 0, 0)).save(here / "pictures" / f"{i}.png")
         (here / "pictures" / f"{i}.txt").write_text("a small red circle " * (1 + 9 * (i % 2)))
-    words = ["--config", name, *own, f"model.pipeline={request.getfixturevalue(layout)}", "--run_dir", "r", "data.captions.path=pictures"]
+    words = ["--config", name, f"model.pipeline={request.getfixturevalue(layout)}", "--run_dir", "r", "data.captions.path=pictures"]
     words += [
         "data.captions.size=16",
         "data.batch_size=4",
@@ -114,7 +120,7 @@ def test_large_configs_run_to_their_end_on_a_small_pipeline_of_their_layout(
         "previews.prompts=null",
         "model.optimizer.warmup=0",
     ]
-    words += ["trainer.accelerator=cpu", "trainer.devices=1", "trainer.strategy=auto", "previews.teacher_steps=[2]"]
+    words += ["trainer.accelerator=cpu", "trainer.devices=1", "trainer.strategy=auto", "previews.teacher_steps=[2]", *own]
     assert ddil_fit(expand(words, FIT_SHORT)) == 0
     said = capsys.readouterr().out
     assert "export, test and report were tried on the untrained student" in said and "pipeline written and checked: r/pipeline" in said
@@ -124,7 +130,7 @@ def test_large_configs_run_to_their_end_on_a_small_pipeline_of_their_layout(
     assert stages == (["01-eps_to_v", "02-guidance", "03-16-steps", "04-8-steps", "05-4-steps", "06-2-steps"] if "pd" in name else [])
     assert not any("safety" in str(p) or "unverified" in str(p) for p in (here / "r").rglob("*"))
     pipe = DiffusionPipeline.from_pretrained(here / "r" / "pipeline")
-    network = pipe.transformer if layout in ("sd3", "flux", "qwen") else pipe.unet
+    network = pipe.unet if layout in ("sd15", "ssd1b") else pipe.transformer
     assert {x.dtype for x in pipe.vae.parameters()} == {x.dtype for x in network.parameters()} == {torch.float32}
 
 

@@ -18,7 +18,6 @@ from ddil_lightning.runs.replay import replayed
 from distilled import drawn
 from sd3 import make_sd3, rescheduled
 from suite import LORA, Entry, build
-from zimages import make_zimage
 
 PROMPTS = ["a handwritten one", "a small red circle"]
 SIZE = (16, 24)
@@ -31,11 +30,6 @@ CALLS: dict[str, dict[str, float]] = {
     "zimage": {"guidance_scale": 0.0},
 }
 """How a student's card says that each is called: Flux is told the guidance, of the others it is a part of the weights."""
-
-
-@pytest.fixture(scope="module")
-def zimage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_zimage(tmp_path_factory.mktemp("zimage") / "p")
 
 
 @pytest.mark.parametrize("name", METHODS)
