@@ -50,6 +50,15 @@ def lengths(count: int | None = None, /, **options: Any) -> None:
             raise ValueError(f"{name} is {_told(list(value))}: give {count or 'at least one'}{' numbers' if count else ''}")
 
 
+def divides(total: int, what: str, **options: int) -> None:
+    """Raises ValueError, naming the nearest that do, unless options divide `total`, which is `what`."""
+    for name, value in options.items():
+        if value < 1 or total % value:
+            known = [n for n in range(1, total + 1) if total % n == 0]
+            below, above = [n for n in known if n < value][-1:], [n for n in known if n > value][:1]
+            raise ValueError(f"{name} = {value} does not divide {what}: take {' or '.join(map(str, below + above))}")
+
+
 def is_number(value: Any) -> bool:
     """Whether it is a number that a float can hold, and neither NaN nor infinite."""
     if not isinstance(value, int | float) or isinstance(value, bool):

@@ -145,7 +145,7 @@ VALUES = {
     "min steps": (["trainer.min_steps=0"], "trainer.min_steps is 0: leave it out, --updates says how long a run is"),
     "min epochs": (["trainer.min_epochs=1"], "trainer.min_epochs is 1: leave it out, --updates says how long a run is"),
     "share": (["data.prior.student=-1"], "share student = -1.0 is not between 0 and 1"),
-    "grid": (["model.solver_steps=30"], "solver_steps = 30 does not divide the schedule's 1000 times: take 25"),
+    "grid": (["model.solver_steps=30"], "solver_steps = 30 does not divide the schedule's 1000 times: take 25 or 40"),
     "rollouts": (["model.rollouts=[60]"], "an LCM grid of 60 steps does not fit on the 50 nodes of its solver"),
     "no grid": (["model.solver_steps=0"], "solver_steps = 0 does not divide the schedule's 1000 times: take 1"),
     "range of guidance": (

@@ -199,7 +199,7 @@ def test_without_a_gan_captions_are_enough(tiny: Path) -> None:
 
 
 WRONG = {
-    "steps": ({"steps": 3}, "steps = 3 does not divide the schedule's 1000 times"),
+    "steps": ({"steps": 3}, "steps = 3 does not divide the schedule's 1000 times: take 2 or 4"),
     "teacher": ({"teacher_steps": 6}, "teacher_steps = 6 is no multiple of steps = 4"),
     "critic": ({"critic": {"steps": 0}}, "critic.steps is 0: give a number from 1"),
     "tau": ({"scores": {"tau": (0.9, 0.1)}}, "0 <= tau"),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ddil_lightning.bounds import divides
 from ddil_lightning.records import END
 
 
@@ -113,10 +114,8 @@ class Grid:
 
         `rule`: of its `rollouts`. Raises ValueError when `solver_steps` does not divide `total`.
         """
-        if solver_steps < 1 or total % solver_steps:
-            near = min((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - solver_steps))
-            # Such a grid would start below the noisiest time, at which sampling starts, and fail in silence.
-            raise ValueError(f"solver_steps = {solver_steps} does not divide the schedule's {total} times: take {near}")
+        # Such a grid would start below the noisiest time, at which sampling starts, and fail in silence.
+        divides(total, f"the schedule's {total} times", solver_steps=solver_steps)
         skip = total // solver_steps
         times = [k * skip - 1 for k in range(solver_steps, 0, -1)]
         walks = [cls.named(rule, n, total, solver_steps=solver_steps) for n in rollouts]

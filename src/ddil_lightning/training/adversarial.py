@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import nn
 
-from ddil_lightning.bounds import lengths, within
+from ddil_lightning.bounds import divides, lengths, within
 from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policies, Policy
@@ -51,8 +51,7 @@ class Adversarial(Contest, Distillation):
         within(1, total, rollouts=rollouts, steps=steps, teacher_steps=teacher_steps)
         within(0, total - 1, start=start)
         self.times = total if start is None else start + 1
-        if self.times % steps:
-            raise ValueError(f"steps = {steps} does not divide the schedule's {self.times} times{' up to its start' if start else ''}")
+        divides(self.times, f"the schedule's {self.times} times{' up to its start' if start else ''}", steps=steps)
         if teacher_steps % steps:
             raise ValueError(
                 f"teacher_steps = {teacher_steps} is no multiple of steps = {steps}: the teacher must stop at the student's nodes"
