@@ -136,6 +136,9 @@ def test_its_samples_are_the_pipelines_own(which: str, steps: int, size: tuple[i
 
     expected = theirs()
     torch.testing.assert_close(sampled(backbone, x_T, steps, 4.5), expected, rtol=1e-4, atol=1e-4)
+    call["guidance_scale"] = 1.0  # by the caption alone
+    torch.testing.assert_close(sampled(backbone, x_T, steps, 1.0), theirs(), rtol=1e-4, atol=1e-4)
+    call["guidance_scale"] = 4.5
     config = backbone.pipe.scheduler.config
     backbone.pipe.scheduler = DDIMScheduler.from_config(config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True)
     policy, c = Policy(backbone.role("teacher"), ddim), backbone.encode_text(PROMPTS)
