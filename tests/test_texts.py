@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ddil_lightning.texts import caption_text, check_prompts, file_text, parse_json, place, read_lines, read_text, shown
+from ddil_lightning.texts import caption_texts, check_prompts, file_text, parse_json, place, read_lines, read_text, shown
 
 SEPARATORS = ["\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029", "\r"]  # str.splitlines and open() end lines at these too
 
@@ -61,15 +61,15 @@ def test_broken_json_is_named() -> None:
 
 
 def test_captions() -> None:
-    assert caption_text(" a cat\n") == caption_text(["a cat", "two"]) == caption_text(("a cat",)) == "a cat" and caption_text("") == ""
-    assert caption_text(json.loads(r'"\ud83d\ude00"')) == "😀"  # a whole pair
+    assert caption_texts(" a cat\n") == caption_texts(("a cat",)) == ["a cat"] and caption_texts("") == [""]
+    assert caption_texts(["a cat ", "two"]) == ["a cat", "two"] and caption_texts(json.loads(r'"\ud83d\ude00"')) == ["😀"]  # a whole pair
     for value in (None, 5, [], {}, [None], float("nan")):
         with pytest.raises(ValueError, match=" and no caption"):
-            caption_text(value)
+            caption_texts(value)
     with pytest.raises(ValueError, match=r"a text with \\udc00, half a character that no tokenizer takes"):
-        caption_text(json.loads(r'"a \udc00"'))
+        caption_texts(json.loads(r'"a \udc00"'))
     with pytest.raises(ValueError, match="^cannot be read: why$"):
-        caption_text(ValueError("cannot be read: why"))
+        caption_texts(ValueError("cannot be read: why"))
 
 
 def test_prompts_with_half_a_character_are_named() -> None:

@@ -63,11 +63,6 @@ def parse_json(text: str, where: str) -> Any:
         raise ValueError(f"{where}: no JSON: {reason(error)}") from error
 
 
-def caption_text(value: Any) -> str:
-    """The caption in a cell, of several the first. Raises ValueError for what is none, without saying where."""
-    return caption_texts(value)[0]
-
-
 def caption_texts(value: Any) -> list[str]:
     """The captions in a cell: of a text one, of a list of texts each. Raises ValueError for what is none, without saying where."""
     if isinstance(value, ValueError):  # of reading its file
