@@ -117,13 +117,6 @@ class Sorting:
         places = torch.where(numbers == UNREAD, len(numbers), torch.arange(len(numbers))).flip(0).cummin(0).values.flip(0)
         self._found = torch.cat([numbers, numbers[numbers != UNREAD][:1], numbers.new_zeros(1)])[places]  # 0 where none can be read
 
-    def hear(self, groups: Sequence[Group], rows: int) -> None:
-        """Take over the groups that another process has found."""
-        names = [by(size) for size in self.sizes]
-        self._found = torch.zeros(rows, dtype=torch.int16)
-        for group in groups:
-            self._found[group.rows] = names.index(group.name)
-
     def others(self, row: int, rows: int) -> Iterator[int]:
         """The other rows of the size of `row`: those after it, then from the first; looked for a part at a time."""
         for begin, end in ((row + 1, rows), (0, row)):
