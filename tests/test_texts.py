@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ddil_lightning.texts import caption_texts, check_prompts, file_text, parse_json, place, read_lines, read_text, shown
+from ddil_lightning.texts import caption_texts, check_prompts, file_text, json_digest, parse_json, place, read_lines, read_text, shown
 
 SEPARATORS = ["\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029", "\r"]  # str.splitlines and open() end lines at these too
 
@@ -58,6 +58,12 @@ def test_broken_json_is_named() -> None:
         with pytest.raises(ValueError, match=f"^set.json, line 7: no JSON: {why}") as error:
             parse_json(text, "set.json, line 7")
         assert len(str(error.value)) < 400
+
+
+def test_a_digest_of_what_is_said_is_the_same_in_any_order_and_for_good() -> None:
+    """Rows of a teacher, caches and references are kept under such: another digest would have them all made again."""
+    assert json_digest({"b": [1, "ö"], "a": Path("x")}) == json_digest({"a": "x", "b": [1, "ö"]}) != json_digest({"a": "x", "b": ["ö", 1]})
+    assert json_digest({"a": "x", "b": [1, "ö"]})[:12] == "74f692a12690"
 
 
 def test_captions() -> None:
