@@ -23,7 +23,7 @@ from ddil_lightning.data.preparation import check_latents, encodes, is_encoded, 
 from ddil_lightning.data.sampler import CounterSampler, Parting, carried, say_carried
 from ddil_lightning.data.visits import spread
 from ddil_lightning.diffusion.denoiser import evaluating
-from ddil_lightning.feed import MOVES, Answer, Ask, Feed, unmoved
+from ddil_lightning.feed import MOVES, Answer, Ask, Feed, unmoved, without_images
 from ddil_lightning.imitation.buffer import ReplayBuffer
 from ddil_lightning.imitation.collecting import Collecting
 from ddil_lightning.imitation.learner import Learner, check_learner
@@ -136,7 +136,7 @@ class DDILDataModule(LightningDataModule, Feed):
         self.encodes = encodes(self.captions, self.cache)
         no_images = self.captions.latents is None if isinstance(self.captions, Encoded) else isinstance(self.captions, Prompts)
         if self.prior.forward > 0 and no_images and self.needs_images(self.learner):
-            raise ValueError("the prior has a forward share but the data set has no images: give that share to the teacher, or give images")
+            raise without_images("the prior")
         there = isinstance(self.captions, Encoded) and self.captions.file is not None
         # Of a cache its own: pictures that are named besides would all be opened for it, by every process.
         self._names = {int(rows[0]): name for rows, name in (self.captions if there else given).groups()}
@@ -151,9 +151,10 @@ class DDILDataModule(LightningDataModule, Feed):
 
     def teardown(self, stage: str) -> None:
         """Say what of the data was not as it should be."""
+        us = Processes(self.trainer)
         if self._reads:
-            self.notices.join()
-        if Processes(self.trainer).first:
+            self.notices.join(us)
+        if us.first:
             self.notices.close()
 
     @property
@@ -318,7 +319,7 @@ class DDILDataModule(LightningDataModule, Feed):
         shown = self.buffer is not None and (len(self.buffer) > 0 or self.buffer.rejected > 0 or self.prior.rollouts > 0)
         stats = self.buffer.stats(self.clock) if self.buffer is not None and shown else {}
         if self._reads:
-            self.notices.join()
+            self.notices.join(Processes(self.trainer))
         skipped = {"data/skipped": float(self.notices.count)} if self.notices.count else {}
         return shares | skipped | {f"buffer/{name}": value for name, value in stats.items()}
 
@@ -344,7 +345,7 @@ class DDILDataModule(LightningDataModule, Feed):
         every = [mine] * us.world if mine is None or not several else us.collected(mine, self._host)
         place = {"done": self.done, "ahead": self._ahead, "batch_size": self.batch_size, "rows": list(self._parting(us).groups)}
         if self._reads:
-            self.notices.join()
+            self.notices.join(us)
             place |= self.notices.state()
         return {**place, **self.collecting.state_dict(), "buffers": every}
 
