@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ddil_lightning.texts import caption_text, check_prompts, file_text, parse_json, place, read_lines, read_text, shown
+from ddil_lightning.texts import caption_texts, check_prompts, file_text, json_digest, parse_json, place, read_lines, read_text, shown
 
 SEPARATORS = ["\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029", "\r"]  # str.splitlines and open() end lines at these too
 
@@ -60,16 +60,22 @@ def test_broken_json_is_named() -> None:
         assert len(str(error.value)) < 400
 
 
+def test_a_digest_of_what_is_said_is_the_same_in_any_order_and_for_good() -> None:
+    """Rows of a teacher, caches and references are kept under such: another digest would have them all made again."""
+    assert json_digest({"b": [1, "ö"], "a": Path("x")}) == json_digest({"a": "x", "b": [1, "ö"]}) != json_digest({"a": "x", "b": ["ö", 1]})
+    assert json_digest({"a": "x", "b": [1, "ö"]})[:12] == "74f692a12690"
+
+
 def test_captions() -> None:
-    assert caption_text(" a cat\n") == caption_text(["a cat", "two"]) == caption_text(("a cat",)) == "a cat" and caption_text("") == ""
-    assert caption_text(json.loads(r'"\ud83d\ude00"')) == "😀"  # a whole pair
+    assert caption_texts(" a cat\n") == caption_texts(("a cat",)) == ["a cat"] and caption_texts("") == [""]
+    assert caption_texts(["a cat ", "two"]) == ["a cat", "two"] and caption_texts(json.loads(r'"\ud83d\ude00"')) == ["😀"]  # a whole pair
     for value in (None, 5, [], {}, [None], float("nan")):
         with pytest.raises(ValueError, match=" and no caption"):
-            caption_text(value)
+            caption_texts(value)
     with pytest.raises(ValueError, match=r"a text with \\udc00, half a character that no tokenizer takes"):
-        caption_text(json.loads(r'"a \udc00"'))
+        caption_texts(json.loads(r'"a \udc00"'))
     with pytest.raises(ValueError, match="^cannot be read: why$"):
-        caption_text(ValueError("cannot be read: why"))
+        caption_texts(ValueError("cannot be read: why"))
 
 
 def test_prompts_with_half_a_character_are_named() -> None:

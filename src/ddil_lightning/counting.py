@@ -1,13 +1,18 @@
-"""How far a long piece of work is, said while it goes on."""
+"""Long work: how far it is, said while it goes on, and what several threads ask for."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import TypeVar
 
+S = TypeVar("S")
 T = TypeVar("T")
 PATIENCE = 15.0  # seconds without a word
+READERS = 16
+"""Threads that ask for files, each of which waits for its answer where they lie on a network."""
 
 
 def counted(
@@ -34,3 +39,14 @@ def counted(
             if show and bar.disable and tenth > told and seconds > PATIENCE:
                 print(f"{what}: {i} of {total}, {rate}about {seconds / i * (total - i):.0f} s left", flush=True)
                 told = tenth
+
+
+def in_threads(ask: Callable[[S], T], items: Sequence[S], what: str, show: bool = True) -> Generator[T, None, None]:
+    """What `ask` says of each of the items, in order, asked by several threads; `what` is being done, where it takes long."""
+    ahead = 16 * READERS  # no more, or all answers would be in memory before the first is taken
+    pool = ThreadPoolExecutor(READERS)
+    try:
+        rounds = (pool.map(ask, items[i : i + ahead]) for i in range(0, len(items), ahead))
+        yield from counted(chain.from_iterable(rounds), len(items), what, show)
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -166,6 +166,11 @@ class Feed:
         """Forget every roll-out, as at the beginning of a stage."""
 
 
+def without_images(what: str, remedy: str = "give that share to the teacher, or give images") -> ValueError:
+    """The refusal of `what`, which has a forward share, where data lack the images that it needs."""
+    return ValueError(f"{what} has a forward share but the data set has no images: {remedy}")
+
+
 MOVES = (
     "asks its student, or another network that training moves, through feed.answered: what is kept of it goes stale; ask it in "
     "training_step itself, or end a step that copies weights, now and then, in self.feed.flush()"

@@ -50,17 +50,6 @@ def averaged(x: Tensor) -> Tensor:
     return total / distributed.get_world_size()
 
 
-def of_all(mine: set[T]) -> set[T]:
-    """What any process has in its set; of one process alone what it has. All ask together."""
-    from torch import distributed
-
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return mine
-    every: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(every, mine)
-    return set().union(*every)
-
-
 def wait_at_most(time: timedelta) -> None:
     """Have this process wait so long for the others in all that they do together from now on."""
     from torch import distributed

@@ -6,6 +6,7 @@ and at Unicode's separators, which stand inside captions that were copied from d
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -63,9 +64,9 @@ def parse_json(text: str, where: str) -> Any:
         raise ValueError(f"{where}: no JSON: {reason(error)}") from error
 
 
-def caption_text(value: Any) -> str:
-    """The caption in a cell, of several the first. Raises ValueError for what is none, without saying where."""
-    return caption_texts(value)[0]
+def json_digest(said: Any) -> str:
+    """The sha256 of what is said in lists and mappings, in whatever order a mapping says it; what JSON has no word for counts as text."""
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def caption_texts(value: Any) -> list[str]:

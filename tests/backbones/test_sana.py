@@ -260,7 +260,7 @@ def test_a_plain_call_makes_one_size_whatever_the_network(sana: Path) -> None:
         assert Pipeline(Source(str(sana), size=size)).says_size is said
     large = Pipeline(str(sana))
     large._network.model.register_to_config(sample_size=256)
-    large.sample_at(None)
+    large.latent_shape = large._network.latent_shape
     assert large.size == (1024, 1024) and not large.says_size
 
 

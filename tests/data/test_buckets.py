@@ -19,7 +19,7 @@ from safetensors import safe_open
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.source import Source
 from ddil_lightning.data.base import Captions
-from ddil_lightning.data.buckets import PART, UNREAD, Buckets, Group, Sorting, nearest, sizes_of
+from ddil_lightning.data.buckets import PART, UNREAD, Buckets, Sorting, nearest, sizes_of
 from ddil_lightning.data.cachefile import cached
 from ddil_lightning.data.captions import Images
 from ddil_lightning.data.encoded import Encoded, Table, encode
@@ -188,7 +188,7 @@ def test_in_place_of_a_row_no_more_rows_are_looked_at_than_it_takes() -> None:
     rows.on_error = "skip"
     assert rows[[6, 7, len(rows) - 1]].rows.tolist() == [6, 9, 0] and len(tried) == 1 + 1 + 3 + 2
     sorting = Sorting(SIZES)
-    sorting.hear([Group(torch.arange(0, 10**6, 2), "16 x 16"), Group(torch.arange(1, 10**6, 2), "16 x 24")], 10**6)
+    sorting.know((torch.arange(10**6) % 2).to(torch.int16))
     assert list(islice(sorting.others(10**6 - 3, 10**6), 3)) == [10**6 - 1, 1, 3] and list(sorting.others(10, 10**6))[-1] == 8
     assert len(list(sorting.others(10, 10**6))) == 10**6 // 2 - 1
 

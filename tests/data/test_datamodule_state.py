@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, distributed
 
 from ddil_lightning.backbones.pipeline import Pipeline
-from ddil_lightning.data import notices
 from ddil_lightning.data.captions import Captions
 from ddil_lightning.data.datamodule import DDILDataModule
 from ddil_lightning.data.encoded import Encoded
 from ddil_lightning.data.sampler import Parting, carried
 from ddil_lightning.imitation.prior import SamplingPrior
+from ddil_lightning.processes import Processes
 from ddil_lightning.records import FORWARD
 from pair import Pair
 from toys import FORWARD_ONLY, HALF, Toy, attach, data, equal, first, module
@@ -222,7 +222,7 @@ def test_rows_that_any_process_skips_are_counted_once_and_for_good(pair: Pair) -
 def test_processes_tell_each_other_of_a_skipped_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that went on sent all rows of before to all others, and sorted them at every row of its curves."""
     sent: list[set[int]] = []
-    monkeypatch.setattr(notices, "of_all", lambda mine: (sent.append(mine), mine)[1])
+    monkeypatch.setattr(Processes, "gathered", lambda self, mine: (sent.append(mine), [mine])[1])
     made = module(FORWARD_ONLY, Holes(), buffer={"capacity": 0})
     for rows in ([2, 7], [2, 5]):
         made.notices.hear(made.captions[rows], 8)  # type: ignore[index]

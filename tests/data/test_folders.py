@@ -17,7 +17,9 @@ from PIL import Image
 
 from ddil_lightning.data.captions import Images, Prompts
 from ddil_lightning.data.folders import Listing, Row
-from ddil_lightning.evaluation.metrics.pairs import load_images, read_pairs
+from ddil_lightning.evaluation.captioned import Captioned, read_set
+from ddil_lightning.evaluation.metrics.pairs import load_images
+from ddil_lightning.evaluation.protocols import PromptSource
 
 # Names that `datasets` and globs take for splits, patterns and addresses.
 NAMES = ["test.png", "validation.png", "a [1].png", "sub [1]/größe.png", "test/train.png", "x*y?/{a,b}.PNG", "we::ird/~.png"]
@@ -48,13 +50,29 @@ def write(file: Path, rows: list[dict[str, Any]]) -> None:
         file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8-sig")
 
 
+def evaluated(source: Path | str, images: Path | str | None = None) -> Captioned:
+    """What evaluation reads of a set."""
+    return read_set(PromptSource(str(source), None if images is None else str(images)))
+
+
+def by_file(found: Captioned) -> dict[str, list[str]]:
+    """Its captions by picture."""
+    assert found.pictures is not None
+    files = [str(file) for file, _ in found.pictures.sources(found.pictures.rows)]
+    return dict(zip(files, found.captions, strict=True))
+
+
 def both(folder: Path, **options: Any) -> list[tuple[str, str]]:
-    """File and caption of every row, which training and evaluation must agree on."""
+    """File and caption of every row, which training and evaluation must agree on; of the latter a picture's captions are together."""
     images = Images(str(folder), size=8, **options)
     index = range(len(images))
     files = [file for _, file in images._rows.pictures(index)]
     trained = list(zip(files, images.prompts(index), strict=True))
-    assert trained == [(str(p.image), p.caption) for p in read_pairs(folder)]
+    every: dict[str, list[str]] = {}
+    for file, caption in trained:
+        every.setdefault(file, []).append(caption)
+    found = by_file(evaluated(folder))
+    assert list(found.items()) == list(every.items())
     assert (images.pixels(index) == load_images([Path(f) for f in files], 8)).all()
     return [(os.path.relpath(file, folder), caption) for file, caption in trained]
 
@@ -77,7 +95,7 @@ def test_an_unquoted_comma_does_not_cut_a_caption(tmp_path: Path) -> None:
     assert both(tmp_path) == [("a.png", "a barn, snow"), ("b.png", "a dog")]
     metadata.write_text("file_name,text\na.png,a dog\nb.png,a barn, snow\n")
     said = f"^{re.escape(str(metadata))}, line 3: more cells than the head names, first ' snow': put captions with commas in quotes$"
-    for read in (lambda: Images(str(tmp_path)), lambda: read_pairs(tmp_path), lambda: Prompts(str(metadata))):
+    for read in (lambda: Images(str(tmp_path)), lambda: evaluated(tmp_path), lambda: Prompts(str(metadata))):
         with pytest.raises(ValueError, match=said):
             read()
 
@@ -166,13 +184,13 @@ def test_a_list_of_files(kind: str, tmp_path: Path) -> None:
     assert batch.prompts == [row["text"] for row in rows] and batch.pixels is not None
     assert ((batch.images()[:, 0, 0, 0] + 1) * 127.5).round().tolist() == list(range(7))
     if kind != "json":  # of which evaluation reads COCO's
-        assert [(str(p.image), p.caption) for p in read_pairs(file)] == [(str(folder / r["image"]), r["text"]) for r in rows]
+        assert by_file(evaluated(file)) == {str(folder / r["image"]): [r["text"]] for r in rows}
 
 
 def test_a_message_is_one_line_whatever_the_file_is_called(tmp_path: Path) -> None:
     (tmp_path / "a\nb.png").write_text("no picture")
     (tmp_path / "a\nb.txt").write_text("two lines")
-    for read in (lambda p: load_images([q.image for q in read_pairs(p)], 8), lambda p: Images(str(p), size=8)[[0]]):
+    for read in (lambda p: load_images([*map(Path, by_file(evaluated(p)))], 8), lambda p: Images(str(p), size=8)[[0]]):
         with pytest.raises(ValueError, match=r"a\\nb\.png': not a readable image") as error:
             read(tmp_path)
         assert "\n" not in str(error.value)
@@ -180,7 +198,7 @@ def test_a_message_is_one_line_whatever_the_file_is_called(tmp_path: Path) -> No
 
 def refused(said: str, path: Path) -> None:
     """Both readers name what is wrong, training at the latest when it reads the rows."""
-    for read in (read_pairs, lambda p: Images(str(p), size=8)[[0, 1]]):
+    for read in (evaluated, lambda p: Images(str(p), size=8)[[0, 1]]):
         with pytest.raises((ValueError, FileNotFoundError), match=re.escape(said)) as error:
             read(path)
         assert "\n" not in str(error.value)
@@ -207,7 +225,7 @@ def test_a_faulty_row_is_named(fault: str, tmp_path: Path) -> None:
     refused(said, tmp_path)
     if said.startswith("metadata") or fault != "no file":
         with pytest.raises(ValueError, match=r"metadata\.jsonl, line 2: "):
-            read_pairs(tmp_path)
+            evaluated(tmp_path)
 
 
 def test_folders_that_hold_nothing_or_too_much(tmp_path: Path) -> None:
@@ -244,7 +262,7 @@ def test_evaluation_finds_pictures_in_another_folder(tmp_path: Path) -> None:
     pictures(tmp_path / "pictures", ["a/1.png"])
     (tmp_path / "texts" / "a").mkdir(parents=True)
     write(tmp_path / "texts" / "a" / "metadata.jsonl", [{"image": "1.png", "prompt": "one"}])
-    assert read_pairs(tmp_path / "texts", tmp_path / "pictures") == [(tmp_path / "pictures" / "a" / "1.png", "one")]
+    assert by_file(evaluated(tmp_path / "texts", tmp_path / "pictures")) == {str(tmp_path / "pictures" / "a" / "1.png"): ["one"]}
 
 
 def test_a_list_survives_the_way_into_a_worker() -> None:
@@ -261,7 +279,8 @@ def test_a_folder_at_home_is_found_by_its_short_name(tmp_path: Path, monkeypatch
     pictures(tmp_path / "set", ["a.png"])
     write(tmp_path / "set.jsonl", [{"file_name": "a.png", "text": "a"}])
     (tmp_path / "set" / "a.txt").write_text("a")
-    assert read_pairs("~/set") == read_pairs("~/set.jsonl", "~/set") == read_pairs(tmp_path / "set")
+    found = [by_file(evaluated(*where)) for where in (("~/set",), ("~/set.jsonl", "~/set"), (tmp_path / "set",))]
+    assert found == [{str(tmp_path / "set" / "a.png"): ["a"]}] * 3
     assert Images("~/set", size=8).prompts([0]) == ["a"]
-    with pytest.raises(FileNotFoundError, match="^~nosuchuser/set: no such folder or file; "):
-        read_pairs("~nosuchuser/set")
+    with pytest.raises(ValueError, match="^the data set ~nosuchuser/set could not be read: there is no such folder or file$"):
+        evaluated("~nosuchuser/set")

@@ -23,9 +23,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from ddil_lightning.counting import READERS
 from ddil_lightning.data import captions, indexes, streaming, tables
 from ddil_lightning.data.captions import Captions, Images, Prompts
-from ddil_lightning.data.folders import READERS, Cells, Listing
+from ddil_lightning.data.folders import Cells, Listing
 from ddil_lightning.data.sampler import CounterSampler
 from ddil_lightning.data.sorting import sort_by_size
 from ddil_lightning.data.visits import Visit

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddil_lightning.data.pictures import check_size, read_picture, read_squares, square
+from ddil_lightning.data.pictures import check_size, read_picture, read_pictures, square
 from ddil_lightning.texts import shown
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
@@ -264,8 +264,8 @@ def test_square_keeps_values() -> None:
 
 def test_pictures_that_were_enlarged_are_counted() -> None:
     sources = [(saved(halves(size)), "x") for size in ((48, 32), (48, 31), (200, 10), (32, 32))]
-    squares, enlarged = read_squares(iter(sources), 32)
-    assert squares.shape == (4, 3, 32, 32) and enlarged == 2
+    made = read_pictures(iter(sources), (32, 32))
+    assert made.pixels.shape == (4, 3, 32, 32) and made.enlarged == 2
 
 
 def test_sides_that_no_picture_has() -> None:

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.source import Source
+from ddil_lightning.evaluation.captioned import read_set
 from ddil_lightning.evaluation.drawing import Timed
 from ddil_lightning.evaluation.given import Given, Judge, Reference, View
-from ddil_lightning.evaluation.metrics.pairs import choose, load_images, read_pairs, resize
-from ddil_lightning.evaluation.metrics.prdc import expected_coverage
+from ddil_lightning.evaluation.metrics.pairs import choose, load_images, resize
 from ddil_lightning.evaluation.networks import Networks, lpips_distance
 from ddil_lightning.evaluation.presence import as_made
+from ddil_lightning.evaluation.protocols import PromptSource
 from ddil_lightning.evaluation.registry import ROW, columns, keys
 from ddil_lightning.evaluation.rows import pipeline_row
 from ddil_lightning.evaluation.stamps import notes, protocols, stamp
@@ -81,7 +82,7 @@ def test_the_true_law_scores_as_it_should():
     out = suite().score(sampler())
     assert list(out) == [*keys(), "per_attribute", "intervals"]
     assert 0 <= out["frechet"] < 0.02
-    assert out["density"] == pytest.approx(1, abs=0.15) and out["coverage"] == pytest.approx(expected_coverage(300, 300), abs=0.04)
+    assert out["density"] == pytest.approx(1, abs=0.15) and out["coverage"] == pytest.approx(1 - 2**-5, abs=0.04)
     spread = 0.2 / 3**0.5  # of an image's mean over three channels
     assert out["clip"] == pytest.approx(1 - spread * (2 / math.pi) ** 0.5, abs=0.02)
     assert out["lpips_diversity"] == pytest.approx(2 * 0.2**2, rel=0.4)  # E (a - b)^2 = 2 sigma^2
@@ -202,59 +203,24 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_read_pairs_knows_three_layouts(folder):
-    expected = [(folder / f"{i:02d}.png", f"picture number {i}") for i in range(12)]
-    assert read_pairs(folder) == expected
-    rows = [{"image": f"{i:02d}.png", "caption": f"picture number {i}"} for i in range(12)]
-    (folder / "list.jsonl").write_text("\n".join(json.dumps(r) for r in rows) + "\n\n")
-    assert read_pairs(folder / "list.jsonl") == expected
-    (folder / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": r["image"], "text": "x"}) for r in rows[:3]))
-    assert read_pairs(folder) == [(p, "x") for p, _ in expected[:3]]
+def test_a_set_that_cannot_be_read_is_named(folder):
+    for name, text, said in (
+        ("gone.jsonl", '{"file_name": "gone.png", "text": "fine"}\n', "1 of 1 images are missing"),
+        ("x.json", "[]", "not a COCO captions file"),
+        ("nothing.csv", None, "nothing.csv: no such folder or file; give a folder of images"),
+    ):
+        if text is not None:
+            (folder / name).write_text(text)
+        with pytest.raises((FileNotFoundError, ValueError), match=said):
+            read_set(PromptSource(str(folder / name)))
 
 
-def test_read_pairs_coco_takes_the_first_caption_by_annotation_id(folder):
-    coco = {
-        "images": [{"id": 9, "file_name": "01.png"}, {"id": 4, "file_name": "00.png"}],
-        "annotations": [
-            {"id": 30, "image_id": 4, "caption": "late"},
-            {"id": 7, "image_id": 9, "caption": "Nine.\n"},
-            {"id": 2, "image_id": 4, "caption": "first"},
-        ],
-    }
-    (folder / "annotations").mkdir()
-    path = folder / "annotations" / "captions_val2017.json"
-    path.write_text(json.dumps(coco))
-    expected = [(folder / "00.png", "first"), (folder / "01.png", "Nine.")]
-    assert read_pairs(path, folder) == expected
-    (folder / "val2017").mkdir()
-    for name in ("00.png", "01.png"):
-        (folder / name).rename(folder / "val2017" / name)
-    assert read_pairs(path) == [(p.parent / "val2017" / p.name, c) for p, c in expected]  # COCO's own folder layout
-
-
-def test_read_pairs_says_what_is_wrong(folder):
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        read_pairs(folder / "nothing")
-    (folder / "bad.jsonl").write_text('{"file_name": "00.png", "text": "fine"}\n{"file": 3}\n')
-    with pytest.raises(ValueError, match="line 2"):
-        read_pairs(folder / "bad.jsonl")
-    (folder / "gone.jsonl").write_text('{"file_name": "gone.png", "text": "fine"}\n')
-    with pytest.raises(FileNotFoundError, match="1 of 1 images are missing"):
-        read_pairs(folder / "gone.jsonl")
-    (folder / "x.json").write_text("[]")
-    with pytest.raises(ValueError, match="not a COCO captions file"):
-        read_pairs(folder / "x.json")
-    (folder / "empty").mkdir()
-    with pytest.raises(ValueError, match="no image with a caption"):
-        read_pairs(folder / "empty")
-    with pytest.raises(ValueError, match="choose 2 to 12"):
-        choose(read_pairs(folder), 13, seed=0)
-
-
-def test_choose_is_fixed_by_its_seed(folder):
-    pairs = read_pairs(folder)
+def test_choose_is_fixed_by_its_seed():
+    pairs = list("abcdefghijkl")
     assert choose(pairs, 5, seed=1) == choose(pairs, 5, seed=1) != choose(pairs, 5, seed=2)
     assert choose(pairs, 5, seed=1) == sorted(choose(pairs, 5, seed=1)) and choose(pairs, None, 0) == pairs
+    with pytest.raises(ValueError, match="choose 2 to 12"):
+        choose(pairs, 13, seed=0)
 
 
 def test_load_images_crops_the_long_edge(tmp_path):
@@ -286,7 +252,7 @@ def tiny(d: int = 4) -> nn.Module:
 def test_suite_from_folder(folder):
     """The real images themselves as a sampler: distance 0, everything covered; only where generated and real sizes agree."""
     s = Suite.from_folder(folder, size=16, networks=Networks(tiny(), distance=lpips_distance(random_trunk=True)), probes=(2, 3))
-    real = load_images([p.image for p in read_pairs(folder)], 16)
+    real = load_images(sorted(folder.glob("*.png")), 16)
     number = [int(p.split()[-1]) for p in s.prompts]
 
     def sample(prompts, seed):

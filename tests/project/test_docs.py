@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
@@ -269,6 +269,21 @@ def test_the_reference_has_every_public_name_where_it_is_defined(hooks: ModuleTy
     assert sorted(public) == ddil_lightning.__all__
     assert {name: getattr(ddil_lightning, name).__module__ for name in public} == public
     assert sorted(re.findall(r"^::: (.*)$", hooks.reference(), re.M)) == sorted(f"{module}.{name}" for name, module in public.items())
+
+
+def test_what_a_public_class_is_made_of_is_public_too() -> None:
+    """An adapter, buckets, a law of times are arguments: whoever calls from Python would have to look for them in the source."""
+    classes = [made for made in (getattr(ddil_lightning, name) for name in ddil_lightning.__all__) if isinstance(made, type)]
+    parts = {part for made in classes for hint in get_type_hints(made.__init__).values() for part in inside(hint)}
+    own = {part for part in parts if part.__module__.startswith("ddil_lightning.")}
+    assert len(own) > 20 and {part.__name__ for part in own} <= set(ddil_lightning.__all__)
+    assert {"Adversary", "Feed", "LatentBatch", "Streams"} <= set(ddil_lightning.__all__)  # what CONTRIBUTING tells an author of
+
+
+def inside(hint: Any) -> Iterator[type]:
+    """The classes that a type is written with."""
+    for part in get_args(hint) or [hint]:
+        yield from inside(part) if get_args(hint) else [part] if isinstance(part, type) else []
 
 
 CODE = "```\n[f](../README.md)\n```\n"

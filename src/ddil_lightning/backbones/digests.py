@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ddil_lightning.backbones.autoencoder import scale
+from ddil_lightning.texts import json_digest
 
 
 def fingerprints(pipe: Any, network: str) -> dict[str, str]:
@@ -35,7 +36,7 @@ def fingerprints(pipe: Any, network: str) -> dict[str, str]:
 
 def digest(pipe: Any, network: str) -> str:
     """One digest of all `fingerprints`."""
-    return hashlib.sha256(json.dumps(fingerprints(pipe, network), sort_keys=True).encode()).hexdigest()
+    return json_digest(fingerprints(pipe, network))
 
 
 def weights(module: nn.Module) -> str:
@@ -48,7 +49,7 @@ def weights(module: nn.Module) -> str:
 def settings(part: Any) -> str:
     """A digest of the configuration of a part of diffusers, such as a scheduler, but for where it was read from."""
     said = {key: value for key, value in part.config.items() if not key.startswith("_")}
-    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+    return json_digest(said)
 
 
 def _read(digest: Any, module: nn.Module) -> None:

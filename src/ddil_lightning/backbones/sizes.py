@@ -67,10 +67,6 @@ class Sized(Backbone):
     pipe: Any
     _network: Family
 
-    def sample_at(self, size: int | Sequence[int] | None) -> None:
-        """Take a size for what is sampled; None for the network's own. Raises ValueError for one that cannot be."""
-        self.latent_shape = shaped(size, self._network, self._scale, self.path)
-
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels of the images that it samples."""

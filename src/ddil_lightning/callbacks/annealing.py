@@ -14,6 +14,7 @@ from typing import Any, get_args, get_type_hints
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ddil_lightning.bounds import at_least
+from ddil_lightning.feed import without_images
 from ddil_lightning.imitation.prior import SamplingPrior, Schedule
 
 PATIENCE = 1000
@@ -42,10 +43,10 @@ class OnClock(Callback):
         """Do what is due at `clock`; called again for a clock that has not moved."""
 
 
-def check_images(method: Any, what: str, remedy: str = "give that share to the teacher, or give images") -> None:
+def check_images(method: Any, what: str, **remedy: str) -> None:
     """Raises ValueError for `what`, which has a forward share, on data without the images that `method` then needs."""
     if method.feed.needs_images(method) and not method.feed.has_images():
-        raise ValueError(f"{what} has a forward share but the data set has no images: {remedy}")
+        raise without_images(what, **remedy)
 
 
 class AnnealPrior(OnClock):

@@ -46,7 +46,7 @@ class Stages(Callback):
             pl_module.check_prior(self._of(part, pl_module))
         forward = [s for s in pl_module.stages if any(part.forward > 0 for part in s.parts) or (s.preliminary and not s.parts)]
         if forward:
-            check_images(pl_module, f"the plan's stage {forward[0]}", "give it parts without one")
+            check_images(pl_module, f"the plan's stage {forward[0]}", remedy="give it parts without one")
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Raises ValueError where `folder` holds pipelines of another run, which are not ours to replace."""

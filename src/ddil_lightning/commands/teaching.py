@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ddil_lightning.commands.arguments import SCALE, STEPS, check_prompts, guidance_scale, place
 from ddil_lightning.errors import Refusal, one_line
+from ddil_lightning.texts import json_digest
 
 if TYPE_CHECKING:
     from ddil_lightning.backbones.pipeline import Pipeline
@@ -67,8 +66,7 @@ class Teacher(NamedTuple):
 
     def _content(self, suite: Suite) -> str:
         """A digest of all that decides on its images of the suite's prompts."""
-        told = [self.digest, list(suite.prompts), suite.part("teacher").seed]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        return json_digest([self.digest, list(suite.prompts), suite.part("teacher").seed])
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -134,7 +132,7 @@ def teacher_of(args: argparse.Namespace, asked: Asked | None, take: Take) -> Tea
             print(f"left out: the distances to the teacher {source.path}, for {one_line(error)}; give one by --teacher", flush=True)
             return None
         raise Refusal(f"the teacher {source.path}: {one_line(error)}; give another by --teacher, or other --teacher_steps") from error
-    digest = hashlib.sha256(json.dumps([VERSION, decides], sort_keys=True, default=str).encode()).hexdigest()
+    digest = json_digest([VERSION, decides])
     told = "".join(f", {name} {value}" for name, value in sorted(source.options.items()))
     about = f"{source.path}{told} in {steps} steps, guidance_scale {scale:g}"
     return Teacher(lambda: take(source), steps, scale, about, digest, args.truncate)

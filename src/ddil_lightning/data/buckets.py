@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -12,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ddil_lightning.bounds import at_least, lengths, within
-from ddil_lightning.counting import counted
-from ddil_lightning.data.folders import READERS
+from ddil_lightning.counting import in_threads
 from ddil_lightning.data.pictures import MAX_SIZE, check_size
 from ddil_lightning.texts import by
 
@@ -117,13 +115,6 @@ class Sorting:
         places = torch.where(numbers == UNREAD, len(numbers), torch.arange(len(numbers))).flip(0).cummin(0).values.flip(0)
         self._found = torch.cat([numbers, numbers[numbers != UNREAD][:1], numbers.new_zeros(1)])[places]  # 0 where none can be read
 
-    def hear(self, groups: Sequence[Group], rows: int) -> None:
-        """Take over the groups that another process has found."""
-        names = [by(size) for size in self.sizes]
-        self._found = torch.zeros(rows, dtype=torch.int16)
-        for group in groups:
-            self._found[group.rows] = names.index(group.name)
-
     def others(self, row: int, rows: int) -> Iterator[int]:
         """The other rows of the size of `row`: those after it, then from the first; looked for a part at a time."""
         for begin, end in ((row + 1, rows), (0, row)):
@@ -149,10 +140,6 @@ class Sorting:
         """[n] the number of the size of each of `rows`, by several threads; UNREAD of one that cannot be read and may be skipped."""
         parts = [rows[start : start + PART] for start in range(0, len(rows), PART)]
         found: list[int] = []
-        pool = ThreadPoolExecutor(READERS)
-        try:
-            for read in counted(pool.map(pictures, parts), len(parts), "the sizes of the pictures", show):
-                found += [UNREAD if size is None else nearest(size, self.sizes) for size in read]
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for read in in_threads(pictures, parts, "the sizes of the pictures", show):
+            found += [UNREAD if size is None else nearest(size, self.sizes) for size in read]
         return torch.tensor(found, dtype=torch.int16)

@@ -149,7 +149,7 @@ def _write(
     with ExitStack() as beside:  # of the first alone: what the system refuses there is told to the others, who would wait for days
         place = Path(processes.by_first(lambda: str(begun(beside.enter_context(replacing(path, durable=True))))))
         processes.by_all(lambda: share(place))
-        notices.join()
+        notices.join(processes)
         processes.by_first(lambda: _say_skipped(place, len(notices.skipped)))
         processes.by_first(beside.close)  # which gives the file its name
 

@@ -174,10 +174,6 @@ class Images(Captions):
         """The rows by the size that their pictures get; those of several sizes are told apart by the heads of the files, once."""
         return self.sorting.groups(self.frames, len(self))
 
-    def group_by(self, groups: list[Group]) -> None:
-        """Hear what `groups` has found in another process."""
-        self.sorting.hear(groups, len(self))
-
     def frames(self, rows: Sequence[int]) -> list[Size | None]:
         """Height and width of the pictures of `rows`; None for one that cannot be read and may be skipped."""
         try:

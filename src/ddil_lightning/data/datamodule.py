@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, Literal
@@ -23,19 +22,17 @@ from ddil_lightning.data.preparation import check_latents, encodes, is_encoded, 
 from ddil_lightning.data.sampler import CounterSampler, Parting, carried, say_carried
 from ddil_lightning.data.visits import spread
 from ddil_lightning.diffusion.denoiser import evaluating
-from ddil_lightning.feed import MOVES, Answer, Ask, Feed, unmoved
-from ddil_lightning.imitation.buffer import ReplayBuffer
-from ddil_lightning.imitation.collecting import Collecting
+from ddil_lightning.feed import without_images
 from ddil_lightning.imitation.learner import Learner, check_learner
 from ddil_lightning.imitation.options import Buffer, Rollouts
 from ddil_lightning.imitation.prior import SamplingPrior
-from ddil_lightning.imitation.rollout import counts, drawn
+from ddil_lightning.imitation.replay import Replay
 from ddil_lightning.processes import Processes
-from ddil_lightning.records import CaptionBatch, LatentBatch, Origin, send, take
+from ddil_lightning.records import CaptionBatch, LatentBatch, send
 from ddil_lightning.streams import Streams
 
 
-class DDILDataModule(LightningDataModule, Feed):
+class DDILDataModule(LightningDataModule, Replay):
     """Data, prior, roll-outs and buffer of DDIL, for any method.
 
     Args:
@@ -71,23 +68,16 @@ class DDILDataModule(LightningDataModule, Feed):
         seeds(seed=seed)
         if cache == "":
             raise ValueError("cache is an empty path: give a file's name, true or false")
-        self.captions, self.prior, self.batch_size = captions, prior, batch_size
-        self.rollouts, self.collect_every = rollouts, rollouts.every
-        self.trajectories = min(rollouts.trajectories or batch_size, batch_size)
+        self.captions, self.prior = captions, prior
+        self.remember(rollouts, buffer, batch_size)
         self.cache, self.truncate, self.workers, self.seed, self.on_error = cache, truncate, workers, seed, on_error
         self.notices = Notices()
-        settings = dict(vars(buffer))
-        self._saves_buffer = settings.pop("saved")
-        self.buffer = ReplayBuffer(**settings) if buffer.capacity else None
-        self.done = 0
         self._ahead = 0  # of `done`: the place in the data, where a run has gone on with batches of another size
         self._examples: list[str] = []
         self._stored: Stored | None = None
-        self.collecting = Collecting()
         self._first: Tensor | None = None
         self._names: dict[int, str] = {}
         self._shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # of latents, by `RawBatch.shape`: `setup` asks for each
-        self._drawn: tuple[LatentBatch, Origin] | None = None
         self._host: Any = None  # the processes' group for what is large and lies on the host
 
     # The learner ---------------------------------------------------------------------------------------------------------------
@@ -101,9 +91,9 @@ class DDILDataModule(LightningDataModule, Feed):
         return method
 
     @property
-    def clock(self) -> int:
-        """Student updates of the present stage, the clock of cadence and age."""
-        return self.learner.stage_updates
+    def split(self) -> bool:
+        """Whether all processes ask a network together, for it is sharded."""
+        return self.trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
 
     @property
     def streams(self) -> Streams:
@@ -136,7 +126,7 @@ class DDILDataModule(LightningDataModule, Feed):
         self.encodes = encodes(self.captions, self.cache)
         no_images = self.captions.latents is None if isinstance(self.captions, Encoded) else isinstance(self.captions, Prompts)
         if self.prior.forward > 0 and no_images and self.needs_images(self.learner):
-            raise ValueError("the prior has a forward share but the data set has no images: give that share to the teacher, or give images")
+            raise without_images("the prior")
         there = isinstance(self.captions, Encoded) and self.captions.file is not None
         # Of a cache its own: pictures that are named besides would all be opened for it, by every process.
         self._names = {int(rows[0]): name for rows, name in (self.captions if there else given).groups()}
@@ -151,19 +141,16 @@ class DDILDataModule(LightningDataModule, Feed):
 
     def teardown(self, stage: str) -> None:
         """Say what of the data was not as it should be."""
+        us = Processes(self.trainer)
         if self._reads:
-            self.notices.join()
-        if Processes(self.trainer).first:
+            self.notices.join(us)
+        if us.first:
             self.notices.close()
 
     @property
     def _reads(self) -> bool:
         """Whether rows that cannot be read are skipped while the run trains: not where all were encoded first."""
         return self.captions is not None and self.captions.on_error == "skip" and not isinstance(self.captions, Encoded)
-
-    def needs_images(self, method: Any) -> bool:
-        """Whether a forward share of `method`'s prior needs images, on its present grid."""
-        return self.rollouts.wanted(method.wants).images(len(method.grid))
 
     def has_images(self) -> bool:
         """Whether the data set has images."""
@@ -233,19 +220,15 @@ class DDILDataModule(LightningDataModule, Feed):
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             size, encoded = len(batch.rows), self._encoded(batch)
             shape = tuple(learner.backbone.latent_shape if encoded.latent is None else encoded.latent.shape[1:])
-            rolls, streams = self._rolls(shape), self.streams
-            self.dropout = streams.number("dropout")
+            rolls = self.rolls(shape)
+            self.dropout = self.streams.number("dropout")
             # Switching some hundred submodules costs more than the draw itself, so only where a network will be called.
             with evaluating(learner.policies.student) if rolls else nullcontext():
-                if rolls and self.buffer is not None:
-                    some, together = take(encoded, slice(self.trajectories)), self.trainer.strategy.reduce_boolean_decision
-                    self.collecting.collect(some, learner, self.prior, streams, shape, self.rollouts, self.buffer, self._moment, together)
+                if rolls:
+                    self.collect(encoded, shape, self.trainer.strategy.reduce_boolean_decision)
                 if len(encoded.rows) < size and self.buffer is not None and not self.buffer.held(shape):  # all states were rejected
                     encoded = encode_batch(batch, learner.backbone, self.truncate)
-                self._drawn = drawn(
-                    encoded, learner, self.prior, streams, shape=shape, buffer=self.buffer, rollouts=self.rollouts, size=size
-                )
-                return self._drawn[0]
+                return self.draw(encoded, shape, size)
 
     def _encoded(self, batch: Any) -> CaptionBatch:
         """A batch of a loader after the frozen encoders; of a raw one its first rows, as many as are needed."""
@@ -256,82 +239,21 @@ class DDILDataModule(LightningDataModule, Feed):
         return batch if self._stored is None or batch.pair is not None else self._stored.joined(batch, self.streams, rows)
 
     def _needed(self, raw: RawBatch) -> int:
-        """How many rows of a raw batch, the first ones, are noised or rolled out and must be encoded. All of them for a method that reads
-        the data's latents, and where there is no state in the place of the others."""
-        size, learner, buffer = len(raw.rows), self.learner, self.buffer
-        shape = self._shapes.get(raw.shape)
-        if shape is None or learner.wants.real or self._stored is not None or buffer is None or not buffer.held(shape):
-            return size
-        k = counts(self.prior, size, self.rollouts.granularity, self.streams.shared("source"))
-        return max(size - k, self.trajectories if self._rolls(shape) else 1)
-
-    def _rolls(self, shape: tuple[int, ...]) -> bool:
-        """Whether the next batch needs a roll-out: at the buffer's cadence and for a shape that it lacks, or always without one."""
-        share, own = self.prior.rollouts, self.rollouts
-        if share == 0 or self.buffer is None:
-            return share > 0
-        if own.reuse is None:
-            return self.collecting.due(shape, self.clock, self.collect_every)
-        # In batches, not in updates of the student.
-        return self.collecting.due(shape, self.done, own.batches(share, self.batch_size, self.trajectories, self.learner.grid))
+        """How many rows of a raw batch, the first ones, must be encoded: all of them for a method that reads the data's latents."""
+        size, shape = len(raw.rows), self._shapes.get(raw.shape)
+        return size if shape is None or self.learner.wants.real or self._stored is not None else self.needed(size, shape)
 
     @cached_property
     def _moment(self) -> float | None:
         """The mean square of the data's latents; None where they are not in memory."""
         return second_moment(self.captions)
 
-    def origin(self, batch: LatentBatch) -> Origin:
-        """Where the rows of a batch come from: of the one that was drawn last the host knows it."""
-        if self._drawn is not None and batch.source is self._drawn[0].source and batch.slot is self._drawn[0].slot:
-            return self._drawn[1]
-        return super().origin(batch)
-
-    def answered(self, batch: LatentBatch, ask: Ask, slot: Sequence[int] | None = None) -> Answer:
-        """`ask(batch)`; states of the buffer that were answered before are not asked for again (imitation.answers).
-
-        Raises ValueError for a question of two kinds, and for one to a network that moves: its answers go stale.
-        """
-        if self.buffer is None:
-            return super().answered(batch, ask, slot)
-        places = torch.tensor(self.origin(batch).slot if slot is None else slot)
-        split = self.trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
-        before = self.learner.asked_of_moving
-        found = self.buffer.answers.of(batch, places, ask, not split, lambda: self.learner.question, self._drawn)
-        if self.buffer.answers.storage != "none" and self.learner.asked_of_moving > before:
-            raise ValueError(f"{type(self.learner).__name__} {MOVES}")
-        return unmoved(found, ask)
-
-    def observe(self, batch: LatentBatch, loss: Tensor) -> None:
-        """Per-sample losses [B] of a batch: the buffer's priorities."""
-        if self.buffer is not None and self.buffer.priority > 0:
-            origin = self.origin(batch)
-            self.buffer.update(torch.tensor(origin.slot), loss, self.learner.grid.times[list(origin.node)])
-
-    def commit(self) -> None:
-        """The step that used the last batch is complete. Called by the method's Clock callback, before checkpoints are written."""
-        self.done += 1
-
     def statistics(self) -> dict[str, float]:
-        """What the run's curves show of the prior and the buffer."""
-        shares = {f"prior/{name}": getattr(self.prior, name) for name in ("forward", "student", "teacher")}
-        # Of an empty buffer too, where the prior asks for roll-outs: what it has rejected is then the reason.
-        shown = self.buffer is not None and (len(self.buffer) > 0 or self.buffer.rejected > 0 or self.prior.rollouts > 0)
-        stats = self.buffer.stats(self.clock) if self.buffer is not None and shown else {}
+        """What the run's curves show of the prior, the buffer and rows that were skipped."""
         if self._reads:
-            self.notices.join()
+            self.notices.join(Processes(self.trainer))
         skipped = {"data/skipped": float(self.notices.count)} if self.notices.count else {}
-        return shares | skipped | {f"buffer/{name}": value for name, value in stats.items()}
-
-    @property
-    def holds_rollouts(self) -> bool:
-        """Whether the buffer of this process holds any state."""
-        return self.buffer is not None and len(self.buffer) > 0
-
-    def flush(self) -> None:
-        """Forget every roll-out (a new stage)."""
-        self.collecting.forget()
-        if self.buffer is not None:
-            self.buffer.flush()
+        return super().statistics() | skipped
 
     # State -----------------------------------------------------------------------------------------------------------------------
 
@@ -344,7 +266,7 @@ class DDILDataModule(LightningDataModule, Feed):
         every = [mine] * us.world if mine is None or not several else us.collected(mine, self._host)
         place = {"done": self.done, "ahead": self._ahead, "batch_size": self.batch_size, "rows": list(self._parting(us).groups)}
         if self._reads:
-            self.notices.join()
+            self.notices.join(us)
             place |= self.notices.state()
         return {**place, **self.collecting.state_dict(), "buffers": every}
 

@@ -11,14 +11,13 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from ddil_lightning.counting import counted
+from ddil_lightning.counting import in_threads
 from ddil_lightning.texts import file_text, parse_json, read_lines, read_text, reason
 
 T = TypeVar("T")
@@ -27,8 +26,8 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 LISTS = (".json", ".jsonl", ".csv")
 END, LOOKED_INTO = 2**16, 1024
 """How much of a file tells it from others of its size, and into how many of many files is looked for it."""
-READERS, ASKED = 16, 256
-"""Threads that ask for files, each of which waits for its answer where they lie on a network; and how many a thread asks for at a time."""
+ASKED = 256
+"""How many files a thread asks for at a time."""
 
 
 class Row(NamedTuple):
@@ -123,12 +122,12 @@ class Listing:
 
     def missing(self) -> list[tuple[int, str]]:
         """Rows whose file is not there; what is no name of a file is found when the row is read."""
-        gone = in_threads(lambda i: (i, self._files[i]) if _is_gone(self._files[i]) else None, len(self), "looking for the pictures")
+        gone = _of_rows(lambda i: (i, self._files[i]) if _is_gone(self._files[i]) else None, len(self), "looking for the pictures")
         return [found for found in gone if found is not None]
 
     def stamps(self, times: bool = True) -> Iterator[Any]:
         """What changes with any caption, any picture file and the order; without `times` what a copy of the folder has as well."""
-        traces = in_threads(lambda i: trace_of(self._files[i], i, len(self), times), len(self), "sizes and times of the pictures")
+        traces = _of_rows(lambda i: trace_of(self._files[i], i, len(self), times), len(self), "sizes and times of the pictures")
         for file, caption, trace in zip(self._files, self._captions, traces, strict=True):
             yield caption
             if isinstance(file, str):
@@ -164,19 +163,6 @@ class Cells:
         start, end = self._ends[i : i + 2].tolist()
         text = self._bytes[start:end].decode("utf-8", "surrogatepass")
         return json.loads(text) if self._several[i] else text
-
-
-def in_threads(ask: Callable[[int], T], n: int, what: str) -> Iterator[T]:
-    """What `ask` says of 0 to n - 1, in order, asked by several threads; `what` is being done, where it takes long."""
-    parts = [range(start, min(start + ASKED, n)) for start in range(0, n, ASKED)]
-    ahead = 16 * READERS  # no more, or all answers would be in memory before the first is taken
-    pool = ThreadPoolExecutor(READERS)
-    try:
-        rounds = (pool.map(lambda part: [ask(i) for i in part], parts[i : i + ahead]) for i in range(0, len(parts), ahead))
-        for answers in counted(chain.from_iterable(rounds), len(parts), what):
-            yield from answers
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def table_rows(file: Path) -> list[dict[str, Any]]:
@@ -224,6 +210,12 @@ def bytes_of(file: Any) -> Any:
         return Path(file_text(file)).read_bytes()
     except (OSError, ValueError):
         return file
+
+
+def _of_rows(ask: Callable[[int], T], n: int, what: str) -> Iterator[T]:
+    """`counting.in_threads` of 0 to n - 1, some at a time."""
+    parts = [range(start, min(start + ASKED, n)) for start in range(0, n, ASKED)]
+    return chain.from_iterable(in_threads(lambda part: [ask(i) for i in part], parts, what))
 
 
 def _is_gone(file: Any) -> bool:

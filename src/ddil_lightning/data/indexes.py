@@ -8,16 +8,15 @@ import random
 import re
 import tarfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ddil_lightning.counting import counted
-from ddil_lightning.data.folders import IMAGES, READERS, mark_of, stat_of
+from ddil_lightning.counting import in_threads
+from ddil_lightning.data.folders import IMAGES, mark_of, stat_of
 from ddil_lightning.data.raw import digest
 from ddil_lightning.data.shards import about_shard, packed, read_shard, unpacked, write_shard
 from ddil_lightning.errors import check_exhausted
@@ -61,15 +60,12 @@ def index_all(files: Sequence[Path], image: str, limit: int | None = None) -> li
     if limit is None:
         random.SystemRandom().shuffle(order)
     found: dict[int, Index] = {}
-    pool, count = ThreadPoolExecutor(READERS), 0
-    try:
-        read = pool.map(lambda i: indexed(files[i], image), order)
-        for i, index in zip(order, counted(read, len(files), "the heads of the archives", _speaks()), strict=True):
+    count, read = 0, in_threads(lambda i: indexed(files[i], image), order, "the heads of the archives", _speaks())
+    with closing(read):
+        for i, index in zip(order, read, strict=True):
             found[i], count = index, count + len(index.names)
             if limit is not None and count >= limit:
                 break
-    finally:
-        pool.shutdown(cancel_futures=True)
     if not all(index.kept for index in found.values()):
         tidy(_folder())
     return [found[i] for i in sorted(found)]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ddil_lightning.data.raw import RawBatch
-from ddil_lightning.processes import of_all
+from ddil_lightning.processes import Processes
 
 
 class Notices:
@@ -41,9 +41,9 @@ class Notices:
             self.enlarged += raw.enlarged
             self._read += len(raw.rows)
 
-    def join(self) -> None:
-        """Have the rows in every process that any of them has skipped since they last asked. All ask together."""
-        self.skipped |= of_all(self._fresh)
+    def join(self, processes: Processes) -> None:
+        """Have the rows in every one of `processes` that any of them has skipped since they last asked. All ask together."""
+        self.skipped.update(*processes.gathered(self._fresh))
         self._fresh = set()
 
     def state(self) -> dict[str, Any]:

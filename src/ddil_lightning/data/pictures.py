@@ -151,12 +151,6 @@ def read_pictures(sources: Iterable[tuple[bytes | str | Path, str]], size: tuple
     return Pictures(torch.stack(made), torch.tensor(sizes), enlarged)
 
 
-def read_squares(sources: Iterable[tuple[bytes | str | Path, str]], size: int) -> tuple[Tensor, int]:
-    """`read_pictures` of squares of `size`: [N, 3, size, size] in [-1, 1], and how many of them had to be enlarged."""
-    pixels, _, enlarged = read_pictures(sources, (size, size))
-    return in_range(pixels), enlarged
-
-
 def _rgb(image: Picture) -> Picture:
     from PIL import Image
 

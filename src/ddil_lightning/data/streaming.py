@@ -17,6 +17,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from ddil_lightning.counting import READERS
 from ddil_lightning.data.folders import marks
 from ddil_lightning.texts import reason
 
@@ -24,8 +25,6 @@ KEPT = 16
 """Rows before the last batch that stay: one that cannot be read is asked for again, and so are those after it."""
 PAUSES = (1.0, 5.0)
 """Seconds after which a file that did not say its length is asked again."""
-READERS = 16
-"""Threads that ask files for their lengths: of files on a network each waits for its answer."""
 
 
 def open_stream(path: str, files: Sequence[Path], split: str) -> Any:

@@ -6,7 +6,6 @@ any case, and an image depends on its own seed alone.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -29,6 +28,7 @@ from ddil_lightning.evaluation.known import machine
 from ddil_lightning.evaluation.layouts import grid, laid_out, ungrid
 from ddil_lightning.files import PART, read_table, replacing, sweep, write_text
 from ddil_lightning.processes import Processes
+from ddil_lightning.texts import json_digest
 
 if TYPE_CHECKING:
     from ddil_lightning.evaluation.suite import Suite
@@ -61,7 +61,7 @@ class Kept:
         self.folder, self.sample, self.processes = keep.of(name), sample, processes
         self.passes = {part.name: (part, laid_out(keep.layout, part, suite.notes)) for part in suite.passes()}
         probes = suite.probes
-        asked = hashlib.sha256(json.dumps([list(suite.prompts), list(probes.prompts)]).encode()).hexdigest()
+        asked = json_digest([list(suite.prompts), list(probes.prompts)])
         counts = {"prompts": [len(suite.prompts), suite.samples], "probes": [len(probes.prompts), probes.seeds]}
         sampler = {key: value for key, value in about.items() if key != "name"}  # whose folder this is, and no part of the images
         stamp = {"sampler": sampler, "layout": keep.layout, "seed": suite.seed, "images": counts, "prompts": asked}

@@ -6,7 +6,6 @@ Kept in the user's cache, and shipped for the built-in pipelines (`benchmarks/te
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import platform
@@ -19,7 +18,7 @@ from ddil_lightning.evaluation.registry import keys
 from ddil_lightning.evaluation.table import write_rows
 from ddil_lightning.files import cache_folder, read_table
 from ddil_lightning.miniature import weights_path
-from ddil_lightning.texts import reason
+from ddil_lightning.texts import json_digest, reason
 
 VERSION = 1
 """Of how rows are measured: raised where a change of the code changes their numbers, it forgets all that were kept."""
@@ -31,7 +30,7 @@ def key_of(about: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
     """What a row is kept under: `about` its sampler, weights included, the protocol's stamp, the metrics there are and those asked for."""
     asked = [sorted(protocol["metrics"])] if protocol.get("metrics") is not None else []
     told = [VERSION, about, protocol["stamp"], list(keys()), *asked]
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    return json_digest(told)[:32]
 
 
 def recalled(key: str, measure: Callable[[], dict[str, Any]], fresh: bool = False, folder: Path | None = None) -> dict[str, Any]:

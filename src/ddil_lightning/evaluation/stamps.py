@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ddil_lightning.backbones.sampling import to_uint8
-from ddil_lightning.texts import by
+from ddil_lightning.texts import by, json_digest
 
 LENGTH = 12
 WORDS = ("stamp", "name", "changed", "prompts", "batch", "metrics")
@@ -20,7 +20,7 @@ contents count (`digests`), wherever they lie."""
 
 def short(texts: Sequence[str]) -> str:
     """A short digest of texts in their order."""
-    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:LENGTH]
+    return json_digest(list(texts))[:LENGTH]
 
 
 def content(images: Tensor) -> str:
@@ -36,7 +36,7 @@ def stamp(protocol: Mapping[str, Any]) -> str:
         digests = protocol.get("digests", {})
         named = [key for key, digest in (("source", "reference"), ("teacher", "teacher")) if digests.get(digest)]
         told["reference"] = {key: value for key, value in protocol["reference"].items() if key not in named}
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:LENGTH]
+    return json_digest(told)[:LENGTH]
 
 
 def stamped(protocol: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ddil_lightning.diffusion.denoiser import to_w
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policies
 from ddil_lightning.diffusion.schedule import NoiseSchedule
-from ddil_lightning.feed import Wants
+from ddil_lightning.feed import Wants, without_images
 from ddil_lightning.imitation.buffer import ReplayBuffer, Sample
 from ddil_lightning.imitation.learner import Learner
 from ddil_lightning.imitation.options import Granularity, Rollouts
@@ -166,7 +166,7 @@ def _forward(
         raise ValueError("forward latents need pairs of the teacher's and the data bring none: set model.pairs.each to 1 or more")
     x0, device = batch.latent if pair is None else pair.end, batch.c.text.device
     if x0 is None and (shape is None or wants.images(len(grid))):
-        raise ValueError("the prior has a forward share but the data set has no images: give that share to the teacher, or give images")
+        raise without_images("the prior")
     size, dtype = ((len(batch.rows), *(shape or ())), torch.float32) if x0 is None else (x0.shape, x0.dtype)
     here = grid.draw(size[0], streams.local("node"))
     node = sent(here, device)

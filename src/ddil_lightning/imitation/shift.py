@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddil_lightning.diffusion.gaussians import frechet_distance
-from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.records import wide
 
 POOL = 4
@@ -69,11 +68,6 @@ def probe_auc(x: Tensor, y: Tensor, seed: int = 0, paired: bool = False) -> floa
     a, b = ((f - mean) / std @ w for f in test)
     above = a[:, None] - b
     return float(wide(above > 0).mean() + wide(above == 0).mean() / 2)
-
-
-def energy_gap(x_t: Tensor, schedule: NoiseSchedule, t: int, data_second_moment: float) -> float:
-    """Mean of |x_t|^2 / d minus its forward expectation alpha_t^2 m + sigma_t^2, m = `data_second_moment` = E|x0|^2 / d (exposure bias)."""
-    return _energy(x_t) - float(schedule.mean_square(t, data_second_moment))
 
 
 def shift_report(

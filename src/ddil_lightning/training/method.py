@@ -33,7 +33,7 @@ from ddil_lightning.training.measures import Measures
 from ddil_lightning.training.offload import Offload
 from ddil_lightning.training.optimisation import Descent, Optimizer
 from ddil_lightning.training.options import Memory, TensorFloat32, check_precision, checked_box, compile_roles, fit_box, guidance_range
-from ddil_lightning.training.question import Asked, question, settings
+from ddil_lightning.training.question import Asked
 from ddil_lightning.training.randomness import Borrowed
 from ddil_lightning.training.reducing import prepare
 from ddil_lightning.training.sharding import Shards, check_strategy
@@ -97,7 +97,7 @@ class Distillation(Clocks, LightningModule):
         self.automatic_optimization = False
         self.descent, self.averaging = Descent(optimizer), Averaging(ema)
         self.shards, self.measures, self.feed, self._random = Shards(), Measures(), Feed(), Borrowed()
-        self._asked, self._settings = Asked(), dict[str, Any]()
+        self._asked = Asked()
         self.roles: dict[str, Role] = {}
         self.offload = Offload(memory.offload)
         self.adapter = adapter
@@ -216,17 +216,13 @@ class Distillation(Clocks, LightningModule):
     def asked_of_moving(self) -> int:
         """Evaluations so far of the roles that training moves, those with trained weights and what follows such; and calls of other
         modules that are trained beside them."""
-        average = 0 if self.averaging.role is None else self.averaging.role.evaluations
-        return (
-            average
-            + self._asked.times
-            + sum(role.evaluations for name, role in self.roles.items() if name in self._trained or role.follows)
-        )
+        moving = [role for name, role in self.roles.items() if name in self._trained or role.follows]
+        return self._asked.times + sum(role.evaluations for role in (*moving, self.averaging.role) if role is not None)
 
     @property
     def question(self) -> str:
         """See `question.question`."""
-        return question(self, self._settings or settings(self))
+        return self._asked.question(self)
 
     @cached_property
     def taught(self) -> str:
@@ -371,7 +367,7 @@ class Distillation(Clocks, LightningModule):
         A Trainer calls this hook first: what the method lacks is named before the data ask for it.
         """
         completeness.check_complete(self)
-        self._settings = settings(self)  # before a checkpoint is restored: what it counts is no setting
+        self._asked.begin(self)  # before a checkpoint is restored: what it counts is no setting
         return [Clock(), *([TensorFloat32()] if self._tf32 else [])]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

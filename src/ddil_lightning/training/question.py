@@ -15,13 +15,15 @@ ELSEWHERE = frozenset("updates lr log_every training student_updates stage stage
 
 
 class Asked:
-    """How often modules that a method trains were called, which are no roles and count nothing by themselves.
+    """How often modules that a method trains were called, which are no roles and count nothing by themselves; and under which settings
+    it asks its frozen networks.
 
     Counted in a tensor on the CPU, which may be a part of a compiled graph: a number would have torch.compile compile every call anew.
     """
 
     def __init__(self) -> None:
         self._times = torch.zeros((), dtype=torch.long, device="cpu")
+        self._settings: dict[str, Any] = {}
 
     @property
     def times(self) -> int:
@@ -36,6 +38,14 @@ class Asked:
     def __call__(self, module: nn.Module, args: Any) -> None:
         """One more."""
         self._times.add_(1)
+
+    def begin(self, method: Any) -> None:
+        """A training begins: the settings of `method` are those that it has now."""
+        self._settings = settings(method)
+
+    def question(self, method: Any) -> str:
+        """See `question`: under the settings at the beginning of the training, or as they are now where there is none."""
+        return question(method, self._settings or settings(method))
 
 
 def settings(method: Any) -> dict[str, Any]:

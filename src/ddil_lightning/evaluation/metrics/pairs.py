@@ -1,4 +1,4 @@
-"""The user's own images and captions for an evaluation: a folder, a .jsonl or .csv, or COCO's captions file; and how images are read."""
+"""The user's own images for an evaluation: COCO's captions file, a choice of many, and how pictures become tensors."""
 
 from __future__ import annotations
 
@@ -11,50 +11,13 @@ import torch
 from torch import Tensor
 
 from ddil_lightning.backbones.sampling import to_uint8
-from ddil_lightning.data.folders import Row, list_folder, read_rows
+from ddil_lightning.data.folders import Row
 from ddil_lightning.data.pictures import square
 from ddil_lightning.evaluation.galleries import Gallery, centre
-from ddil_lightning.texts import caption_text, file_text, parse_json, place, read_text, shown
+from ddil_lightning.texts import shown
 
 T = TypeVar("T")
 COLUMNS = ("file_name", "image"), ("text", "caption", "prompt")
-
-
-class Pair(NamedTuple):
-    """An image file and its caption."""
-
-    image: Path
-    caption: str
-
-
-def read_pairs(source: str | Path, images: str | Path | None = None) -> list[Pair]:
-    """Pairs in a fixed order, one per image, from one of
-
-    * a folder with `metadata.jsonl`, `.csv` or `.parquet`, or a `name.txt` beside each `name.jpg` (`folders.list_folder`);
-    * a `.jsonl` or `.csv` with `file_name` (or `image`) and `text` (or `caption`, `prompt`) per line, paths relative to `images` or to the
-      file;
-    * COCO's `captions_*.json`: images by id, of each the caption with the lowest annotation id; the pictures in `images`, or in the
-      split's folder beside `annotations/`.
-
-    Raises FileNotFoundError for what is missing and ValueError for what cannot be understood.
-    """
-    source = place(source)
-    pictures = None if images is None else place(images)
-    if source.is_dir():
-        rows = list_folder(source, *COLUMNS, pictures)
-    elif not source.is_file():
-        raise FileNotFoundError(f"{source}: no such folder or file; give a folder of images, a .jsonl, or COCO's captions_*.json")
-    elif source.suffix in (".jsonl", ".csv"):
-        rows = read_rows(source, *COLUMNS, pictures or source.parent)
-    elif source.suffix == ".json":
-        rows = [image.rows[0] for image in coco(source, parse_json(read_text(source), str(source)), pictures)]
-    else:
-        raise ValueError(f"{source}: cannot read {source.suffix or 'this'} files; give a folder, a .jsonl, or COCO's captions_*.json")
-    if not rows:
-        raise ValueError(f"{source}: no image with a caption was found")
-    pairs = [_pair(row) for row in rows]
-    check_there(source, [pair.image for pair in pairs])
-    return pairs
 
 
 def check_there(source: Path, files: Sequence[Path]) -> None:
@@ -100,15 +63,6 @@ def middle(images: Tensor, side: int) -> Tensor:
     from PIL import Image
 
     return torch.stack([centre(Image.fromarray(x.permute(1, 2, 0).numpy()), side) for x in to_uint8(images)])
-
-
-def _pair(row: Row) -> Pair:
-    for column, value, read in (("image", row.file, file_text), ("caption", row.caption, caption_text)):
-        try:
-            read(value)
-        except ValueError as error:
-            raise ValueError(f"{row.where}: the {column} is {error}; correct or remove the row") from error
-    return Pair(Path(row.file), caption_text(row.caption))
 
 
 class CocoImage(NamedTuple):

@@ -28,14 +28,6 @@ class Neighbours(NamedTuple):
     reached: Tensor | None
 
 
-def expected_coverage(n: int, m: int, k: int = 5) -> float:
-    """Coverage that `m` samples of the real law itself reach on average over `n` balls: the ceiling to read a value against."""
-    out = 1.0
-    for j in range(1, k + 1):
-        out *= (n - j) / (m + n - j)
-    return 1 - out
-
-
 def _squared(a: Tensor, b: Tensor) -> Tensor:
     """Squared distances [A, B]; float64 and centred inputs keep the cancellation of the matmul form harmless."""
     return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp_(min=0)
