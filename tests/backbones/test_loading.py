@@ -66,6 +66,11 @@ def test_missing_places_are_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"no pipeline at {path}"):
             pipeline_folder(path)
     assert pipeline_folder("owner/name") is None  # can only be a hub id
+    for path in ("builtin/lcm", "builtin:lcm", "lcm"):  # a method's name is no pipeline's, and the hub is not asked for one of ours
+        with pytest.raises(
+            ValueError, match=f"no pipeline at {path}: give .*, or one of builtin, builtin/shapes, builtin/digits, builtin/flow"
+        ):
+            pipeline_folder(path)
 
 
 def test_a_hub_id_that_cannot_be_read_is_one_line() -> None:
