@@ -193,6 +193,26 @@ def test_pipelines_that_are_no_text_to_image_are_refused(tiny: Path, tmp_path: P
     assert "reads 4 channels and writes 8" in refused(folder)
 
 
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("StableDiffusionImg2ImgPipeline", ": give the StableDiffusionPipeline of this model"),
+        ("StableDiffusionXLInpaintPipeline", ": give the StableDiffusionXLPipeline of this model"),
+        ("StableDiffusion3ControlNetInpaintingPipeline", ""),
+        ("FluxControlImg2ImgPipeline", ": give the FluxPipeline of this model"),
+        ("QwenImageEditPlusPipeline", ": give the QwenImagePipeline of this model"),
+    ],
+)
+def test_pipelines_that_are_given_a_picture_say_which_one_to_give(kind: str, told: str, tiny: Path, tmp_path: Path) -> None:
+    folder = edited(tiny, tmp_path / "p", "ddil.json")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": kind}))
+    with pytest.raises(ValueError) as error:
+        load_pipeline(folder)
+    said = "which is given a picture besides the prompt, and only text-to-image pipelines are distilled"
+    assert str(error.value) == f"the pipeline {folder} is a {kind}, {said}{told}"
+
+
 def test_files_that_are_no_checkpoints_are_told_what_to_do(tmp_path: Path) -> None:
     told = {"sd.safetensors": "are cut short or damaged", "sd.ckpt": "is a pickled file, which may run code", "x.txt": "is a file and no"}
     for name, said in told.items():
