@@ -239,7 +239,7 @@ def test_read_pairs_says_what_is_wrong(folder):
     with pytest.raises(ValueError, match="line 2"):
         read_pairs(folder / "bad.jsonl")
     (folder / "gone.jsonl").write_text('{"file_name": "gone.png", "text": "fine"}\n')
-    with pytest.raises(FileNotFoundError, match="1 of 1 images are missing"):
+    with pytest.raises(FileNotFoundError, match="1 of 1 images are missing, first .*; say where with images=$"):
         read_pairs(folder / "gone.jsonl")
     (folder / "x.json").write_text("[]")
     with pytest.raises(ValueError, match="not a COCO captions file"):

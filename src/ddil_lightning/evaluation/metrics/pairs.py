@@ -53,17 +53,15 @@ def read_pairs(source: str | Path, images: str | Path | None = None) -> list[Pai
     if not rows:
         raise ValueError(f"{source}: no image with a caption was found")
     pairs = [_pair(row) for row in rows]
-    check_there(source, [pair.image for pair in pairs])
+    check_there(source, [pair.image for pair in pairs], "; say where with images=")
     return pairs
 
 
-def check_there(source: Path, files: Sequence[Path]) -> None:
-    """Raises FileNotFoundError, naming `source` and the first, for picture files that are not there."""
+def check_there(source: Path, files: Sequence[Path], advice: str = "") -> None:
+    """Raises FileNotFoundError, naming `source` and the first, for picture files that are not there. `advice`: what the message ends in."""
     missing = [file for file in files if not file.is_file()]
     if missing:
-        raise FileNotFoundError(
-            f"{source}: {len(missing)} of {len(files)} images are missing, first {shown(missing[0])}; say where with images="
-        )
+        raise FileNotFoundError(f"{source}: {len(missing)} of {len(files)} images are missing, first {shown(missing[0])}{advice}")
 
 
 def choose(pairs: list[T], n: int | None, seed: int) -> list[T]:
@@ -80,7 +78,7 @@ def load_images(paths: Sequence[Path], size: int) -> Tensor:
 
     Raises ValueError for one that cannot be read.
     """
-    return torch.cat(list(Gallery.of_files(paths).squares(size)))
+    return torch.cat(list(Gallery.of_files(paths, skip=None).squares(size)))
 
 
 def resize(images: Tensor, size: int | None) -> Tensor:
