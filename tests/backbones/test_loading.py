@@ -66,6 +66,11 @@ def test_missing_places_are_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"no pipeline at {path}"):
             pipeline_folder(path)
     assert pipeline_folder("owner/name") is None  # can only be a hub id
+    for path in ("builtin/lcm", "builtin:lcm", "lcm"):  # a method's name is no pipeline's, and the hub is not asked for one of ours
+        with pytest.raises(
+            ValueError, match=f"no pipeline at {path}: give .*, or one of builtin, builtin/shapes, builtin/digits, builtin/flow"
+        ):
+            pipeline_folder(path)
 
 
 def test_a_hub_id_that_cannot_be_read_is_one_line() -> None:
@@ -186,6 +191,26 @@ def test_pipelines_that_are_no_text_to_image_are_refused(tiny: Path, tmp_path: P
     assert "reads 9 channels and writes 4" in said and "no inpainting" in said
     UNet2DConditionModel.from_config({**config, "out_channels": 8}).save_pretrained(folder / "unet")
     assert "reads 4 channels and writes 8" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("StableDiffusionImg2ImgPipeline", ": give the StableDiffusionPipeline of this model"),
+        ("StableDiffusionXLInpaintPipeline", ": give the StableDiffusionXLPipeline of this model"),
+        ("StableDiffusion3ControlNetInpaintingPipeline", ""),
+        ("FluxControlImg2ImgPipeline", ": give the FluxPipeline of this model"),
+        ("QwenImageEditPlusPipeline", ": give the QwenImagePipeline of this model"),
+    ],
+)
+def test_pipelines_that_are_given_a_picture_say_which_one_to_give(kind: str, told: str, tiny: Path, tmp_path: Path) -> None:
+    folder = edited(tiny, tmp_path / "p", "ddil.json")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": kind}))
+    with pytest.raises(ValueError) as error:
+        load_pipeline(folder)
+    said = "which is given a picture besides the prompt, and only text-to-image pipelines are distilled"
+    assert str(error.value) == f"the pipeline {folder} is a {kind}, {said}{told}"
 
 
 def test_files_that_are_no_checkpoints_are_told_what_to_do(tmp_path: Path) -> None:

@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 
 from ddil_lightning.callbacks import Alerts
+from ddil_lightning.callbacks.alerts import SATURATED, mean_of_own
+from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.training.gan import Gan
 from ddil_lightning.training.measures import Measures
+from suite import METHODS, Entry, train
 
 
 def heard(caplog: Any, published: list[dict[str, float]], distance: bool = True, **options: Any) -> list[tuple[int, str]]:
@@ -74,6 +77,25 @@ def test_mixed_roll_outs_are_the_student_s_by_their_share(caplog: Any) -> None:
     (warning,) = heard(caplog, [alone | {"drawn/share_student": 0.1, "drawn/share_mixed": 0.3}] * 4)
     assert warning[0] == 300 and "roll-outs over loss/forward is 7.02, above 4" in warning[1]
     assert heard(caplog, [{"loss/forward": 1.0, "loss/mixed": 9.0, "drawn/share_mixed": 0.4}] * 4)[0][0] == 300
+
+
+OWN = ("add", "boot", "dmd2", "ladd", "moments", "reflow", "ufogen")  # the others share what records it with one of these, or have had it
+EACH = [
+    pytest.param(entry, marks=() if entry.name in OWN else pytest.mark.slow, id=entry.name)
+    for i, entry in enumerate(METHODS)
+    if entry.method not in [other.method for other in METHODS[:i]]
+]
+
+
+@pytest.mark.parametrize("entry", EACH)
+def test_every_method_publishes_what_alerts_listen_to(entry: Entry, light: Path) -> None:
+    """But for what a ShiftProbe measures, and the gap where no loss is a distance."""
+    run = train(entry, light, updates=4, box=[[-0.01] * 4, [0.01] * 4], prior=SamplingPrior(0.5, 0.5, 0.0))
+    held = [row[SATURATED] for row in run.rows if SATURATED in row]
+    assert held and 0.2 < min(held) <= max(held) <= 1  # most of any estimate lies beyond such a box
+    said = {name for row in run.rows for name in row}
+    assert {"loss/forward", "loss/student"} <= said
+    assert not run.method.loss_is_distance or any(mean_of_own(row) is not None for row in run.rows)
 
 
 def test_methods_say_whether_their_loss_is_a_distance(tiny: Path) -> None:

@@ -232,7 +232,7 @@ def test_bad_input_ends_in_a_line_before_anything_is_sampled(capsys: Any, monkey
     Path("list.yaml").write_text("- {path: base, sampler: lcm, colour: red}\n")
     monkeypatch.setattr(rows_module, "pipeline_row", None)
     for words, told in (
-        (["base"], "--compare needs at least two pipelines"),
+        (["base"], "--compare has one pipeline, base: give another beside it"),
         (["base", "base"], "base and base are both called base: name them, by NAME=base"),
         (["base", "gone/away/it"], "it: no pipeline at gone/away/it"),
         (["base", "base+gone/away/it"], "base+it: no LoRA at gone/away/it"),

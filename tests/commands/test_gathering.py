@@ -160,6 +160,7 @@ def test_prompts_without_pictures_say_why(here: Path) -> None:
     assert len(alone.prompts) == 256 and alone.pictures is None and alone.without == "lines.txt has captions without images"
     gone = gathered(protocol="set/captions.jsonl", images="nowhere")
     assert gone.without.startswith("set/captions.jsonl has captions without images (") and "20 of 20 images are missing" in gone.without
+    assert gone.without.endswith("; say where by --images (in a protocol prompts.images))")  # as the command has it
     (here / "none.yaml").write_text(MINE.replace("images: pictures", "images: nowhere") + "references: {source: null}\n")
     assert "20 of 20 images are missing" in gathered(protocol="none.yaml", data="set").without
 

@@ -155,6 +155,10 @@ def test_bad_input_is_refused_in_a_line(tiny: Path, sd15: Path, xl: Path, capsys
     Path("empty").mkdir()
     assert "digits has networks of its own" in refused(capsys, "--teacher", tiny, "--network", "lpips")
     assert "empty holds no pictures" in refused(capsys, "--teacher", tiny, "--images", "empty")
+    Path("empty/cut.png").write_bytes(b"x")
+    said = refused(capsys, "--teacher", tiny, "--images", "empty")
+    assert "cut.png" in said and "repair or remove it" in said and "skip_unreadable" not in said  # which the command has not
+    Path("empty/cut.png").unlink()
     Path("empty/a.png").write_bytes(b"no picture")
     assert "a.png: not a readable image" in refused(capsys, "--teacher", tiny, "--images", "empty")
     assert "--n 3: empty holds 1 picture" in refused(capsys, "--teacher", tiny, "--images", "empty", "--n", 3)

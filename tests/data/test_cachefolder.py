@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -477,6 +478,27 @@ def test_who_is_late_leaves_a_folder_as_it_is_complete(backbone: Pipeline, tmp_p
         patch.setattr(Writer, "_known", lambda self, about: about)
         patch.setattr(Writer, "_begin", lambda self, about: about)
         assert made(tmp_path / "c", Ten(), backbone)["complete"] and before == [state()]
+
+
+def test_who_begins_while_another_completes_the_folder_leaves_its_manifest(
+    backbone: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task that had looked, and had not written yet, put the manifest of a cache that is begun in the place of the complete one."""
+    states = []
+
+    def meanwhile(folder: Path, **given: Any) -> None:
+        monkeypatch.undo()
+        made(folder, Ten(), backbone)
+        states.append((folder / "manifest.json").read_bytes())
+        assert json.loads(states[0])["complete"]
+
+    monkeypatch.setattr(writer, "sweep", meanwhile)
+    ten = Writer(tmp_path / "c", Ten(), backbone, Keeping(shard_rows=4), False, 0, Processes())
+    assert ten._begin(ten._about())["complete"] and states == [(tmp_path / "c" / "manifest.json").read_bytes()]
+    begun = json.dumps({**json.loads(states[0]), "complete": False})
+    (tmp_path / "c" / "manifest.json").write_text(begun)
+    monkeypatch.setattr(writer, "holding", lambda path: nullcontext(False))  # by one that is just completing it
+    assert not ten._begin(ten._about())["complete"] and (tmp_path / "c" / "manifest.json").read_text() == begun
 
 
 def late_by_two(rank: int, tiny: str, folder: str, fault: str) -> str:

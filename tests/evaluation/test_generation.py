@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,6 +112,28 @@ def test_images_depend_on_no_batch_and_several_of_a_prompt_have_seeds_in_a_row()
     assert twice.passes()[0].asked[:3] == ["caption 0", "caption 0", "caption 1"]
     assert twice.protocol["n"] == 46 and twice.protocol["seeds"]["per_prompt"] == 2 and "batch" not in twice.protocol
     assert twice.protocol != replace(twice, samples=1).protocol and suite(batch=1).protocol == suite().protocol
+
+
+def test_memory_is_given_back_after_every_batch_when_its_images_are_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+    left: list[int] = []
+
+    class Watched(Drawer):
+        def __call__(self, prompts: list[str], seed: int) -> Tensor:
+            images = super().__call__(prompts, seed)
+            alive.append(weakref.ref(images))
+            return images
+
+    def given_back() -> None:
+        left.append(sum(images() is not None for images in alive))
+
+    monkeypatch.setattr("ddil_lightning.evaluation.suite.give_back", given_back)
+    monkeypatch.setattr("ddil_lightning.evaluation.given.give_back", given_back)
+    over = suite()
+    over.score(Watched())
+    assert left == [0] * (5 + 3)  # 23 prompts and 3 probes of 4 seeds, at most 5 at a time
+    over.taught(Watched(), "teacher")
+    assert left == [0] * (5 + 3 + 5)
 
 
 def test_a_long_row_is_told_by_tenths_where_no_terminal_is(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -363,6 +364,11 @@ def test_data_sets_of_every_kind_as_references(coco: Path, tmp_path: Path) -> No
     ):
         with pytest.raises(ValueError, match=told):
             suite_of(coco, references=one)
+    shutil.copy(coco, away / "alone.json")
+    with pytest.raises(
+        FileNotFoundError, match=r"references.source: .*alone.json: 6 of 6 images are missing, first [^;]*$"
+    ):  # no option says where
+        suite_of(coco, references=ReferenceSource(str(away / "alone.json")))
 
 
 def test_only_what_is_asked_for_is_measured(coco: Path) -> None:

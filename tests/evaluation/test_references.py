@@ -141,7 +141,7 @@ def test_a_cache_that_cannot_be_written_is_told_and_gone_without(folder: Path, m
 def test_images_that_cannot_be_read_are_named_or_counted(folder: Path, caplog: Any) -> None:
     (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:200])
     with pytest.raises(
-        ValueError, match=r"3.png: not a readable image .*; repair or remove it, or leave such pictures out by skip_unreadable"
+        ValueError, match=r"3.png: not a readable image .*; repair or remove it, or leave such pictures out by --skip_unreadable "
     ):
         references.gathered(given(Look()), Gallery.of_folder(folder), "real")
     for _ in range(2):  # from the cache the second time

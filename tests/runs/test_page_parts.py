@@ -81,7 +81,14 @@ def test_the_shift_is_drawn_by_node(tmp_path: Path) -> None:
     page = write_report(tmp_path).read_text()
     assert "t = 749: 0.4 at 10 student updates" in page and "t = 249: -0.05 at 30 student updates" in page
     assert "update 10: 0.15 at 249 time t of the node" in page and "update 30: 0.2 at 749 time t of the node" in page
+    assert "Not measured" not in page
     assert "<b>shift/teacher</b>" in page and list(read_curves(tmp_path / "metrics.csv")) == [*lines[0].split(",")[1:]]
+
+
+def test_a_run_without_a_probe_says_how_the_shift_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("student_updates,loss\n10,0.5\n")
+    page = write_report(tmp_path).read_text()
+    assert "<h2>Covariate shift</h2>" in page and "{callbacks: [{class_path: ShiftProbe}]}" in page and "ddil-probe" in page
 
 
 def test_what_a_run_cost() -> None:

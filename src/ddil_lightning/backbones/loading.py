@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 REQUIRED = ("vae", "text_encoder", "tokenizer", "scheduler")
 """Components that a pipeline must have besides its network."""
+PICTURED = re.compile("ControlNet|Control(?=Inpaint|Img2Img|Pipeline)|Img2Img|Inpaint|Edit(Plus)?(?=Pipeline|Inpaint)")
+"""What diffusers adds to the name of a pipeline's class for one that is given a picture besides the prompt."""
 RENAMED = {"CLIPFeatureExtractor": "CLIPImageProcessor"}
 """Classes that older pipelines name and transformers has no more."""
 
@@ -81,6 +84,7 @@ def load_pipeline(
     if source.vae is not None and "vae" not in given:
         given["vae"] = load_part(source.vae, "vae", dtypes["vae" if "vae" in dtypes else "default"], "model.pipeline.vae")
     place = stored(source, given)
+    _check_kind(source.path, str(place.listed.get("_class_name")))
     name = next((name for name in DENOISERS if name in place.listed and name not in given), None) if quantize else None
     now = quantize if name is not None and place.file is None and not source.lora else None
     try:
@@ -97,6 +101,20 @@ def load_pipeline(
         setattr(pipe, name, quantising.quantised(getattr(pipe, name), dtypes["default"], quantize))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _check_kind(path: str, kind: str) -> None:
+    """Raises ValueError for the class of a pipeline that is given a picture, which says what is to be given instead."""
+    import diffusers
+
+    plain = PICTURED.sub("", kind)
+    if plain != kind:
+        known = hasattr(diffusers, plain)
+        other = f": give the {plain} of this model" if known else ""
+        raise ValueError(
+            f"the pipeline {path} is a {kind}, which is given a picture besides the prompt, and only text-to-image pipelines are "
+            f"distilled{other}"
+        )
 
 
 def _read(place: Stored, dtypes: dict[str, Any], spare: bool, given: dict[str, Any], quantize: str | None) -> Any:

@@ -117,7 +117,7 @@ def local_folder(path: str | Path, kind: str = "pipeline") -> Path | None:
     if folder.is_file():
         raise ValueError(_no_folder(folder))
     if not folder.exists():
-        if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1 or not str(path).isprintable():
+        if str(path).startswith((".", "/", "~", "builtin/")) or str(path).count("/") != 1 or not str(path).isprintable():
             known = f", or one of {', '.join(BUILTIN)}" if kind == "pipeline" else ""
             raise ValueError(f"no {kind} at {path!s:.200}: give a diffusers folder, a hub id such as owner/name{known}")
         return None

@@ -19,7 +19,7 @@ SATURATED, GAP, RATIO = "reflect/saturated", "the loss on the student's roll-out
 OWN = ("student", "mixed")
 """The sources of latents that the student has had a part in."""
 SAYS = {
-    SATURATED: "more and more of the teacher's estimates are held at the edge of the box",
+    SATURATED: "more and more of the estimates are held at the edge of the box",
     GAP: "the student goes wrong on latents of its own making",
     RATIO: "the student goes wrong on latents of its own making",
 }
@@ -32,13 +32,15 @@ class Alerts(Callback):
     as a text. A number that is not finite is always told, and so is the end of a run that a loss or weights which are not finite break off.
 
     Args:
-        saturation: the share of the teacher's estimates on the edge of the box, `reflect/saturated`, above which there is a warning,
-            if it has also doubled since the run began. A healthy run on images is below 0.01. null for none.
+        saturation: the share of the teacher's estimates (the target's, if there is one; the student's samples in LADD and UFOGen) on the
+            edge of the box, `reflect/saturated`, above which there is a warning, if it has also doubled since the run began. A healthy run
+            on images is below 0.01. null for none.
         gap: how many times as large the loss on latents that the student has had a part in may be (`loss/student` and `loss/mixed`, by
             how many were drawn) as that on noised data (`loss/forward`), of methods whose loss is a distance (`loss_is_distance`); or the
             loss on the student's own as that on the teacher's latents (`shift/loss_ratio`, of a ShiftProbe with `losses`). Healthy runs
             are below 2, but for PD's `shift/loss_ratio`, which is 2.4 to 2.6 in two steps. null for none.
-        coverage: how far a published coverage, every name that ends in `coverage`, may fall below its best value so far. null for none.
+        coverage: how far a published coverage, every name that ends in `coverage`, may fall below its best value so far; that of a
+            ShiftProbe is the one there is, and no config has that callback by itself. null for none.
         after: student updates at the beginning of a run that are not judged.
     """
 

@@ -92,7 +92,8 @@ def read_entries(words: Sequence[str]) -> list[Entry]:
     """The entries of --compare: words of FORM, and YAML files of a list of them or of tables. Raises Refusal for what is none."""
     entries = [entry for word in words for entry in (_listed(word) if word.endswith((".yaml", ".yml")) else [parsed(word)])]
     if len(entries) < 2:
-        raise Refusal(f"--compare needs at least two pipelines to compare, each {FORM}, or a YAML file of them")
+        alone = entries[0].source.path
+        raise Refusal(f"--compare has one pipeline, {alone}: give another beside it, each {FORM}, or test it alone, by --pipeline {alone}")
     seen: dict[str, Entry] = {}
     for entry in entries:
         filed = re.sub(r"\W+", "-", entry.name)  # as their files are named

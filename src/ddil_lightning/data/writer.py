@@ -145,9 +145,15 @@ class Writer:
             return known
         self.folder.mkdir(parents=True, exist_ok=True)
         sweep(self.folder, inside=False)
-        if read_table(self.folder / manifest.NAME) != json.loads(json.dumps(about)):  # another process may just be completing it
+        written = read_table(self.folder / manifest.NAME)
+        if not written:
             manifest.write(self.folder, about)
-        return about
+        if not written or written == json.loads(json.dumps(about)):
+            return about
+        with holding(self.folder / LOCK) as alone:  # as who completes it does: nobody can between this look and the writing
+            if not (known := self._known(about))["complete"] and alone:
+                manifest.write(self.folder, about)
+            return known
 
     # Rows ----------------------------------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,8 @@ ADVICE = {
     "name another with caption=": "name another by --caption_column (in a protocol prompts.caption)",
 }
 """What is said of data where options are called otherwise."""
+WHERE = "; say where by --images (in a protocol prompts.images)"
+"""What is said of pictures that are not where a file of captions has them."""
 Notes = Sequence[Mapping[str, Any]]
 """What a file says of prompts besides, the row of each: GenEval's classes and counts, the ids of DPG-Bench."""
 
@@ -212,7 +214,7 @@ def _coco(file: Path, data: Any, source: PromptSource, there: bool) -> Captioned
     pictures = None if source.images is None else place(source.images)
     images = coco(file, data, pictures, by_id=source.captions != "first")
     if there:
-        check_there(file, [image.file for image in images])
+        check_there(file, [image.file for image in images], WHERE)
     captions = [[text for row in image.rows for text in _captions(row)] for image in images]
     names = [(str(image.id), image.file.name) for image in images]
     return Captioned(captions, Gallery.of_files([image.file for image in images]), names)
@@ -234,7 +236,7 @@ def _grouped(place_: Path, rows: Sequence[Row], source: PromptSource, there: boo
         raise ValueError(f"{place_}: no image with a caption was found")
     files = [Path(name) for name in of]
     if there:
-        check_there(place_, files)
+        check_there(place_, files, WHERE)
     if len(of) < len(rows):
         said = f"{place_}: {len(rows) - len(of)} rows name an image again and are further captions of it"
         logging.getLogger(__name__).warning(said)

@@ -25,19 +25,23 @@ Source = tuple[bytes | str | Path, str]
 PIXELS = 64 * 512**2
 """Of a batch, whatever the size of its pictures: 200 MB. While the next one is read, whoever looks at it still has it."""
 
+LEAVING = ", or leave such pictures out by --skip_unreadable (in a protocol references.skip_unreadable)"
+"""Advice for those who may leave pictures out."""
+
 
 class Gallery:
     """Pictures by number: `sources` answers those of the numbers that it is asked for, of which the gallery has `rows`.
 
-    `skip`: leave out pictures that cannot be read and remember them in `unreadable`; otherwise the first of them is a ValueError.
+    `skip`: leave out pictures that cannot be read and remember them in `unreadable`; otherwise the first of them is a ValueError, which
+    says how such are left out, unless `skip` is None: where nobody can say that they may be.
     """
 
-    def __init__(self, sources: Callable[[Sequence[int]], Iterable[Source]], rows: Sequence[int], skip: bool = False) -> None:
+    def __init__(self, sources: Callable[[Sequence[int]], Iterable[Source]], rows: Sequence[int], skip: bool | None = False) -> None:
         self.sources, self.rows, self.skip = sources, list(rows), skip
         self.unreadable: dict[int, str] = {}
 
     @classmethod
-    def of_files(cls, files: Sequence[Path], skip: bool = False) -> Gallery:
+    def of_files(cls, files: Sequence[Path], skip: bool | None = False) -> Gallery:
         """The pictures of these files."""
         return cls(lambda rows: [(files[i], shown(files[i])) for i in rows], range(len(files)), skip)
 
@@ -115,7 +119,7 @@ class Gallery:
                     seen = look(read_picture(source, name))
                 except ValueError as error:
                     if not self.skip:
-                        raise ValueError(f"{error}; repair or remove it, or leave such pictures out by skip_unreadable") from error
+                        raise ValueError(f"{error}; repair or remove it{'' if self.skip is None else LEAVING}") from error
                     self.unreadable[row] = str(error)
                 else:
                     yield seen

@@ -14,6 +14,7 @@ from ddil_lightning.diffusion.gaussians import moments
 from ddil_lightning.evaluation.metrics.pairs import middle, resize
 from ddil_lightning.evaluation.networks import Features, Named, Networks, said
 from ddil_lightning.evaluation.views import Crops, tones
+from ddil_lightning.heap import give_back
 
 SPACES = ("features", "embeddings", "patches", "tones")
 """Where images are points: rows of numbers that generated and real ones alike are turned into, by `Given.rows`."""
@@ -204,4 +205,6 @@ class Given:
         for images in batches:
             for space, rows in found.items():
                 rows.append(self.rows(space, images, found["features"][-1] if space == "embeddings" and "features" in found else None))
+            del images  # before its memory is given back
+            give_back()
         return {space: torch.cat(rows) for space, rows in found.items() if rows}

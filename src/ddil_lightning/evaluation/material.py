@@ -16,7 +16,7 @@ from ddil_lightning.data.captions import sources
 from ddil_lightning.data.folders import LISTS, Listing, columns_of
 from ddil_lightning.evaluation import references
 from ddil_lightning.evaluation.batches import as_saved
-from ddil_lightning.evaluation.captioned import Chosen, Notes, choice, read_set
+from ddil_lightning.evaluation.captioned import WHERE, Chosen, Notes, choice, read_set
 from ddil_lightning.evaluation.galleries import Gallery
 from ddil_lightning.evaluation.given import Given, Judge, Reference, View
 from ddil_lightning.evaluation.metrics.pairs import COLUMNS, check_there, choose
@@ -111,6 +111,8 @@ def _gallery(protocol: Protocol, chosen: Chosen) -> Gallery | None:
     except ValueError as error:
         advised = re.sub("name (them|another) with image=( and caption=)?", "name the column of images by references.image", str(error))
         raise ValueError(f"references.source: {advised}") from error
+    except FileNotFoundError as error:  # the pictures of a reference lie where its file says
+        raise FileNotFoundError(f"references.source: {str(error).removesuffix(WHERE)}") from error
     return gallery.take(range(len(gallery)), skip)
 
 

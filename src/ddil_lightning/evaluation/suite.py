@@ -30,6 +30,7 @@ from ddil_lightning.evaluation.references import recalled
 from ddil_lightning.evaluation.registry import PASSES, computed, wanted
 from ddil_lightning.evaluation.stamps import short, stamped
 from ddil_lightning.evaluation.views import Crops
+from ddil_lightning.heap import give_back
 from ddil_lightning.processes import Processes
 from ddil_lightning.texts import by
 
@@ -224,6 +225,8 @@ class Suite:
                         batch = self._batch(sample, part, call)
                         for metric in (metric for metric in metrics if metric.over == part.name):
                             metric.update(batch.read_by(type(metric).__name__, (*metric.needs, *metric.wants)))
+                        del batch  # before its memory is given back
+                        give_back()
 
         together.alike(draw)
         for metric in (metric for metrics in made for metric in metrics) if together.world > 1 else ():

@@ -117,6 +117,7 @@ class ADD(Adversarial):
         y, t, _ = self.adversary.diffuse(x.detach(), "teaching")
         with torch.no_grad():
             target = self.teacher(y, t, b.c).x0
+        self.record_saturation(target)
         alpha, _ = self.teacher.schedule.at(t, x)
         loss = alpha.flatten() * mse(x, target)
         self.measures.record(distillation=loss)

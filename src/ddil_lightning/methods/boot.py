@@ -81,7 +81,9 @@ class BOOT(Distillation):
         schedule, z = self.teacher.schedule, b.noise
         assert z is not None
         alpha, sigma = schedule.at(b.s, z)
-        x_s = ddim(schedule, b.x_t, self.teacher(b.x_t, b.t, b.c), b.t, b.s)  # CFG, then reflection
+        p = self.teacher(b.x_t, b.t, b.c)  # CFG, then reflection
+        self.record_saturation(p.x0)  # of answers that the buffer keeps, when they are asked for
+        x_s = ddim(schedule, b.x_t, p, b.t, b.s)
         return (x_s - sigma * z) / alpha
 
     def at_first(self, b: LatentBatch) -> Tensor:

@@ -136,7 +136,7 @@ class CTM(Contest, Distillation):
         now = t.clamp(min=0)  # no network is told END for its own time
         p = denoiser(x, now, c._replace(s=s))
         if reflect:
-            self.measures.record(**{"reflect/saturated": self.reflection.saturation(p.x0)})
+            self.record_saturation(p.x0)
             p = denoiser.reflected(x, now, p, self.reflection)
         return jump(denoiser.schedule, x, p, t, s)
 

@@ -114,7 +114,7 @@ class ImagineFlash(Distillation):
         schedule = self.teacher.schedule
         t = self.shift(b.t, schedule.steps)
         made = solve(self.teacher, schedule.add_noise(x, eps, t), t, b.c, self.solver_steps)
-        self.measures.record(**{"reflect/saturated": self.reflection.saturation(made)})
+        self.record_saturation(made)
         return made
 
     def _noise(self, like: Tensor) -> Tensor:

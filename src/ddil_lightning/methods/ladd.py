@@ -109,6 +109,7 @@ class LADD(Adversarial):
         student, heads = optimizers
         with torch.set_grad_enabled(self.adversary.student_turn):
             x = self.reflection.through(self.student(b.x_t, b.t, b.c).x0)
+        self.record_saturation(x)
 
         if self.adversary.student_turn:
             with self.adversary.still():

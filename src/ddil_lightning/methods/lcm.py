@@ -102,7 +102,7 @@ class LCM(Distillation):
         """The consistency function's value [B, C, H, W]: c_skip x + c_out x0, with x0 reflected on the target's side."""
         p = denoiser(x, t, b.c)
         if reflect:
-            self.measures.record(**{"reflect/saturated": self.reflection.saturation(p.x0)})
+            self.record_saturation(p.x0)
             p = denoiser.reflected(x, t, p, self.reflection)
         return p.x0 if self.boundary is None else Consistency(denoiser, self.boundary).bounded(x, t, p).x0
 

@@ -101,8 +101,9 @@ class MomentMatching(Adversarial):
         """[B] pseudo-loss whose gradient in x is that of w(s) <x, h_phi(z_s) - h_T(z_s)>; its value is the squared gap of the moments."""
         z, s = self.earlier(x, b, "matching")
         with torch.no_grad():
-            h = self.critic(z, s, b.c).x0
-            gap = (self.reflection(h) if self.reflects.critic else h) - self.teacher(z, s, b.c).x0
+            h, real = self.critic(z, s, b.c).x0, self.teacher(z, s, b.c).x0
+            gap = (self.reflection(h) if self.reflects.critic else h) - real
+        self.record_saturation(real)
         return 0.5 * self.weight(s, x) * mse(x, (x - gap).detach())
 
     def earlier(self, x: Tensor, b: LatentBatch, purpose: str) -> tuple[Tensor, Tensor]:

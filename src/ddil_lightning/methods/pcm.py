@@ -134,7 +134,7 @@ class PCM(Contest, Distillation):
         now = t.clamp(min=0)  # no network is told END
         p = denoiser(x, now, b.c)
         if reflect:
-            self.measures.record(**{"reflect/saturated": self.reflection.saturation(p.x0)})
+            self.record_saturation(p.x0)
             p = denoiser.reflected(x, now, p, self.reflection)
         return torch.where((t == e).view(-1, *(1,) * (x.ndim - 1)), x, ddim(denoiser.schedule, x, p, t, e))
 

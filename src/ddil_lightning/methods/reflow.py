@@ -111,7 +111,9 @@ class Reflow(Distillation):
 
     def answer(self, b: LatentBatch) -> Tensor:
         """y [B, C, H, W]: where the teacher's flow ends from x_t, in `relabel` steps, which the buffer keeps beside it."""
-        return self.policies.teacher.solve(b.x_t, b.t, b.c, self.relabel)  # type: ignore[union-attr]
+        y = self.policies.teacher.solve(b.x_t, b.t, b.c, self.relabel)  # type: ignore[union-attr]
+        self.record_saturation(y)  # of answers that the buffer keeps, when they are asked for
+        return y
 
     def slope(self, b: LatentBatch, like: Tensor) -> Tensor:
         """[B, 1, ...] |dv| / |dx0| = (alpha + sigma) / sigma on the line; 1 at the first node, where r is 0."""

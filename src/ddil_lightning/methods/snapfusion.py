@@ -81,7 +81,9 @@ class SnapFusion(Distillation):
         T, schedule, x_t, t, s = self.teacher, self.student.schedule, b.x_t, b.t, b.s
         m = self.fine.at(2 * b.node + 1)
         x_m = ddim(schedule, x_t, T(x_t, t, b.c), t, m)
-        x_s = ddim(schedule, x_m, T(x_m, m, b.c), m, s)
+        p = T(x_m, m, b.c)
+        self.record_saturation(p.x0)  # of answers that the buffer keeps, when they are asked for
+        x_s = ddim(schedule, x_m, p, m, s)
         return one_step(schedule, x_t, x_s, t, s)
 
     def original(self, out: Tensor, b: LatentBatch) -> Tensor:

@@ -103,7 +103,7 @@ class TCD(Distillation):
         """The trajectory consistency function's value [B, C, H, W] at times t >= s, with x0 reflected on the target's side."""
         p = denoiser(x, t, b.c)
         if reflect:
-            self.measures.record(**{"reflect/saturated": self.reflection.saturation(p.x0)})
+            self.record_saturation(p.x0)
             p = denoiser.reflected(x, t, p, self.reflection)
         return ddim(denoiser.schedule, x, p, t, s)
 

@@ -90,6 +90,7 @@ class UFOGen(Adversarial):
         with torch.set_grad_enabled(self.adversary.student_turn):
             x = self.student(b.x_t, b.t, b.c).x0
             seen = self.reflection.through(x)
+        self.record_saturation(seen)
 
         if self.adversary.student_turn:
             with self.adversary.still():

@@ -41,7 +41,8 @@ def find_checkpoint(ckpt_path: str, run_dir: str | None, config: str) -> Path:
     found = checkpoints_of(folder)
     if not found:
         what = "holds no checkpoint" if folder.exists() else "does not exist"
-        raise ValueError(f"--ckpt_path {ckpt_path}: {folder} {what}; give a file, a run folder, or `last` after a run of this config")
+        newest = ", or `last` after a run of this config" if config else ""  # of no config there is no last run
+        raise ValueError(f"--ckpt_path {ckpt_path}: {folder} {what}; give a file{' or' if not newest else ','} a run folder{newest}")
     return found[-1].resolve()
 
 

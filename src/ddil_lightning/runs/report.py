@@ -221,7 +221,12 @@ def _shift(series: Mapping[str, Series], ground: Bands) -> str:
         "The student's own latents, node by node, by the energy distance (unbiased: also below 0 where there is none). Sampling goes from "
         "the largest t to the smallest."
     )
-    return f'<h2>Covariate shift</h2><p class="note">{note}</p><div class="charts">{"".join(charts)}</div>' if charts else ""
+    if not charts:
+        note = (
+            "Not measured, for the run had no ShiftProbe: give ddil-fit a second --config of "
+            "trainer: {callbacks: [{class_path: ShiftProbe}]}, or measure the finished student by ddil-probe."
+        )
+    return f'<h2>Covariate shift</h2><p class="note">{note}</p>' + (f'<div class="charts">{"".join(charts)}</div>' if charts else "")
 
 
 def _config(path: Path) -> str:

@@ -283,6 +283,11 @@ class Distillation(Clocks, LightningModule):
         self.averaging.follow(self.student, self.stage_updates)
         self.measures.updated(self.student_updates)
 
+    def record_saturation(self, x0: Tensor) -> None:
+        """Add estimates x0 [B, ...] of the teacher, a target or a student that are held in the box: the share of them on its edge or
+        outside, `reflect/saturated`, is what `Alerts` listens to, with `reflect` off too."""
+        self.measures.record(**{"reflect/saturated": self.reflection.saturation(x0.detach())})
+
     def on_student_turn(self) -> None:
         """Go on to the batch that updates the student, in a method with turns: a memory plan tries the largest step of them."""
 

@@ -161,6 +161,7 @@ class TwoScores(Adversarial):
     def estimates(self, y: Tensor, t: Tensor, b: LatentBatch, fake: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x0 [B, ...] at y by the real score and by the fake one, reflected as `reflects` says. `fake`: what the critic has said before."""
         real = self.teacher(y, t, self.asked(b.c)).x0
+        self.record_saturation(real)
         fake = self.critic(y, t, b.c).x0 if fake is None else fake
         return real, self.reflection(fake) if self.reflects.critic else fake
 

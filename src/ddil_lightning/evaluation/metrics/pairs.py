@@ -20,13 +20,11 @@ T = TypeVar("T")
 COLUMNS = ("file_name", "image"), ("text", "caption", "prompt")
 
 
-def check_there(source: Path, files: Sequence[Path]) -> None:
-    """Raises FileNotFoundError, naming `source` and the first, for picture files that are not there."""
+def check_there(source: Path, files: Sequence[Path], advice: str = "") -> None:
+    """Raises FileNotFoundError, naming `source` and the first, for picture files that are not there. `advice`: what the message ends in."""
     missing = [file for file in files if not file.is_file()]
     if missing:
-        raise FileNotFoundError(
-            f"{source}: {len(missing)} of {len(files)} images are missing, first {shown(missing[0])}; say where with images="
-        )
+        raise FileNotFoundError(f"{source}: {len(missing)} of {len(files)} images are missing, first {shown(missing[0])}{advice}")
 
 
 def choose(pairs: list[T], n: int | None, seed: int) -> list[T]:
@@ -43,7 +41,7 @@ def load_images(paths: Sequence[Path], size: int) -> Tensor:
 
     Raises ValueError for one that cannot be read.
     """
-    return torch.cat(list(Gallery.of_files(paths).squares(size)))
+    return torch.cat(list(Gallery.of_files(paths, skip=None).squares(size)))
 
 
 def resize(images: Tensor, size: int | None) -> Tensor:
