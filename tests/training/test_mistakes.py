@@ -329,7 +329,7 @@ def test_a_clock_that_will_never_move_is_told(toy: Toy, monkeypatch: pytest.Monk
 
 
 HOOKS = [name for name, hook in vars(Distillation).items() if getattr(hook, "__code__", None) is completeness.ours(print).__code__]
-AT_ONCE = {"setup", "configure_model", "configure_callbacks", "on_fit_start", "on_train_end"}
+AT_ONCE = {"setup", "configure_model", "configure_callbacks", "on_fit_start"}
 
 
 def announced(hook: Any) -> Any:
@@ -366,22 +366,6 @@ def test_a_hook_in_the_place_of_the_bases_is_refused(name: str, toy: Toy, tmp_pa
         with pytest.raises(ValueError, match=said if name == "advance" else rf"^{said}\.\.\.\), without which parts of a run"):
             run(kind)
     assert all(run(kinds[how]).student_updates == 2 for how in bare if how != "bare")
-
-
-class Ending:
-    def end(self, method: Any) -> None:
-        Own.on_train_end(method)
-
-
-def test_an_end_that_is_left_to_an_object_or_found_by_name_is_no_mistake(toy: Toy) -> None:
-    def left(self: Any) -> None:
-        self.ending.end(self)
-
-    def found(self: Any) -> None:
-        getattr(Own, "on_train_end")(self)  # noqa: B009
-
-    for hook in (left, found):
-        assert trained(type("Ends", (Own,), {"on_train_end": hook, "ending": Ending()}), toy).method.student_updates == 2
 
 
 def test_callbacks_that_are_made_and_not_returned_are_lost(toy: Toy) -> None:

@@ -9,8 +9,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from functools import wraps
-from inspect import isfunction
-from types import CellType, CodeType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,8 +19,6 @@ from ddil_lightning.records import SOURCES, LatentBatch
 
 DECLARED = ("wants", "sources", "takes_turns", "loss_is_distance")
 """What the class of a method declares, and the base reads."""
-LIBRARIES = ("ddil_lightning", "lightning", "torch", "builtins")
-"""Whose code is nobody's own."""
 PATIENCE = 10_000
 """Batches, at least those of 100 updates, in which a method must have updated its student once."""
 Hook = TypeVar("Hook", bound=Callable[..., Any])
@@ -40,7 +36,7 @@ NEEDED = {
 def check_complete(method: Any) -> None:
     """Raises TypeError, naming it, for what a method has not set that it must, and for a declaration that nobody would read.
 
-    Raises ValueError for a range of guidance that its student cannot be told, and for the hook of the end that replaces the base's.
+    Raises ValueError for a range of guidance that its student cannot be told.
     """
     lacking = [f"{name} (cast it in the constructor)" for name in ("student", "teacher") if name not in method.roles]
     lacking += [name for name in ("policies", "grid") if not hasattr(method, name)]
@@ -53,7 +49,6 @@ def check_complete(method: Any) -> None:
     known = SOURCES[:3]
     if isinstance(method.sources, str) or not method.sources or not set(method.sources) <= set(known):
         raise TypeError(f'{type(method).__name__}.sources is {method.sources!r}: give a tuple of {", ".join(known)}, such as ("forward",)')
-    _check_reaches(method, "on_train_end")
     student = method.student
     method.check_guidance(told=bool(getattr(student.network, "w_conditioned", False)) or student.null is not None)
 
@@ -73,47 +68,11 @@ def check_reached(method: Any, *names: str) -> None:
     """Raises ValueError for a hook of these `names` that was called by now and has not reached that of the base."""
     for name in names:
         if name not in method.reached:
-            raise ValueError(_unreached(name, _replacing(method, name)))
-
-
-def _unreached(name: str, own: Sequence[type]) -> str:
-    return (
-        f"{' or '.join(f'{cls.__name__}.{name}' for cls in own)} never calls super().{name}(...), without which parts of a run are off in "
-        "silence: call it with the same arguments"
-        + (", and return what it returns with yours added" if name == "configure_callbacks" else "")
-    )
-
-
-def _check_reaches(method: Any, name: str) -> None:
-    """Raises ValueError for a hook that is called when all is trained and leads nowhere to that of the base, as far as its code can be
-    followed: what goes unseen here is judged when it was called (`check_reached`)."""
-    for cls in _replacing(method, name):
-        if not _leads(method, vars(cls)[name], name, set()):
-            raise ValueError(_unreached(name, [cls]))
-
-
-def _leads(method: Any, hook: Any, name: str, seen: set[Any]) -> bool:
-    """Whether the code of `hook`, or of functions and methods of one's own that it names, says `super` or `name`."""
-    if not isfunction(hook):
-        return True  # nobody knows
-    codes, names = [hook.__code__], set[Any]()
-    for code in codes:
-        names |= {*code.co_names, *code.co_freevars, *(text for text in code.co_consts if isinstance(text, str))}
-        codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
-    if names & {name, "super", "__class__"}:
-        return True
-    seen.add(hook)
-    held = [cell.cell_contents for cell in hook.__closure__ or () if cell != CellType()]
-    places = (hook.__globals__, vars(method), {each: getattr(type(method), each, None) for each in names})
-    found = [*held, *(place.get(each) for each in names for place in places)]
-    if any(_root(one if isinstance(one, type) else type(one)) == _root(hook) for one in found):
-        return True  # objects of one's own, to which it may be left
-    return any(_leads(method, one, name, seen) for one in found if isfunction(one) and one not in seen and _root(one) not in LIBRARIES)
-
-
-def _root(what: Any) -> str:
-    """The package of a class or function."""
-    return str(what.__module__).partition(".")[0]
+            own = " or ".join(f"{cls.__name__}.{name}" for cls in _replacing(method, name))
+            raise ValueError(
+                f"{own} never calls super().{name}(...), without which parts of a run are off in silence: call it with the same arguments"
+                + (", and return what it returns with yours added" if name == "configure_callbacks" else "")
+            )
 
 
 def _replacing(method: Any, name: str) -> list[type]:
@@ -124,7 +83,9 @@ def _replacing(method: Any, name: str) -> list[type]:
 
 def _misspelled(method: Any) -> Iterator[tuple[str, str]]:
     """(name, what it was probably meant to be) of attributes of a method's class that are nearly a declaration, and nothing else."""
-    own = [cls for cls in type(method).__mro__ if _root(cls) not in LIBRARIES]
+    own = [
+        cls for cls in type(method).__mro__ if cls.__module__.partition(".")[0] not in ("ddil_lightning", "lightning", "torch", "builtins")
+    ]
     for name, value in (item for cls in own for item in vars(cls).items()):
         near = get_close_matches(name, DECLARED, 1, 0.85)
         if near and near[0] != name and _declares(near[0], value):
