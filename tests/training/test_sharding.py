@@ -277,7 +277,7 @@ def test_a_transformer_is_sharded(pair: Pair, tmp_path: Path) -> None:
     """PixArt's blocks, whose discriminator reads what leaves them, train and resume as whole networks do."""
     entry = Entry("dmd2", DMD2, {"guidance": 4.5, "critic": {"steps": 2}, "gan": {"layers": ["block0", "block1"]}}, unused=True)
     found = pair.run(loaded_before, entry, make_pixart(tmp_path / "pixart"), tmp_path)
-    runs = {"updates": length(entry)} | {kind: [reported[kind] for reported in found] for kind in found[0]}
+    runs = {"name": entry.name, "updates": length(entry)} | {kind: [reported[kind] for reported in found] for kind in found[0]}
     test_training_is_that_of_whole_networks(runs)
     test_a_process_holds_its_share_alone(runs)
     assert equal(runs["fsdp2"][0]["deployed"], runs["resumed"][0]["deployed"])
