@@ -13,8 +13,8 @@ import torch
 import yaml
 
 from ddil_lightning import Pipeline
-from ddil_lightning.commands.configs import find_config
 from ddil_lightning.evaluation.registry import keys
+from ddil_lightning.packaged import find_config
 
 FLOW = "builtin/flow"
 OFF, STATIC = "model.init_args.reflect=off", "model.init_args.reflect=static"

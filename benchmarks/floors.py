@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ddil_lightning import assemble
-from ddil_lightning.commands.configs import find_config
 from ddil_lightning.data.encoded import encode
+from ddil_lightning.packaged import find_config
 from ddil_lightning.training.method import Distillation
 
 LIMIT, LIMITS = 1.15, {"lcm": 1.05, "pd": 1.05, "dmd2": 1.05}

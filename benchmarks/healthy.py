@@ -26,10 +26,10 @@ from tables import Report
 
 from ddil_lightning import Pipeline, ShiftProbe, assemble
 from ddil_lightning.backbones import samplers
-from ddil_lightning.commands.configs import find_config
 from ddil_lightning.evaluation.rows import method_rows, pipeline_row
 from ddil_lightning.evaluation.suite import Suite
 from ddil_lightning.evaluation.table import write_rows
+from ddil_lightning.packaged import find_config
 from ddil_lightning.runs.finish import Test
 from ddil_lightning.training.method import Distillation
 

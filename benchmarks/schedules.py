@@ -33,7 +33,7 @@ from tables import Part, Report
 from toy2d import STATIC, Task
 from toy2d_table import MEASURES, NAMES, join, row
 
-from ddil_lightning.commands.configs import find_config
+from ddil_lightning.packaged import find_config
 
 CONSTANT = "constant"
 SCHEDULES = (CONSTANT, "linear", "cosine", "exponential", "falling", "gated", "gated_by", "piecewise", "dagger", "mixed")

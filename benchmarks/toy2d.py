@@ -29,9 +29,9 @@ from toy2d_table import Record, plot, report
 
 from ddil_lightning import assemble
 from ddil_lightning.callbacks.stages import staged
-from ddil_lightning.commands.configs import find_config
 from ddil_lightning.diffusion.remedies import Remedy
 from ddil_lightning.evaluation.table import write_rows
+from ddil_lightning.packaged import find_config
 from ddil_lightning.toy import Toy
 from ddil_lightning.toy.scores import Exam
 from ddil_lightning.training.method import Distillation

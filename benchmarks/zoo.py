@@ -30,10 +30,10 @@ from tables import Report, markdown
 from zoo_table import REMEDIED, REMEDIES, VARIANTS, keeps_to, page, report
 
 from ddil_lightning import assemble
-from ddil_lightning.commands.configs import find_config
 from ddil_lightning.errors import Refusal
 from ddil_lightning.evaluation.table import write_rows
 from ddil_lightning.files import write_text
+from ddil_lightning.packaged import find_config
 from ddil_lightning.runs.finish import machine
 
 CELLS = Path(__file__).parent / "zoo"

@@ -24,7 +24,16 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell starts its back
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-PAIRED = ("test_sharding", "test_processes", "test_lockstep", "test_metrics", "test_cachefolder", "test_several_sizes", "test_generation")
+PAIRED = (
+    "test_sharding",
+    "test_processes",
+    "test_lockstep",
+    "test_metrics",
+    "test_cachefolder",
+    "test_several_sizes",
+    "test_generation",
+    "test_validation",
+)
 """Files that use `pair`. They are one to those who share out the files, so that its two interpreters import everything once."""
 LONG = (
     *PAIRED, "test_readme", "test_methods", "test_tail", "test_fit_cli", "test_stages", "test_bad_input", "test_configs", "test_resume",

@@ -4,7 +4,7 @@ from ddil_lightning.backbones.interface import Backbone as Backbone
 from ddil_lightning.backbones.pipeline import Pipeline as Pipeline
 from ddil_lightning.backbones.roles import Role as Role
 from ddil_lightning.backbones.source import Lora as Lora, Source as Source
-from ddil_lightning.callbacks import AnnealPrior as AnnealPrior, Cadence as Cadence, Checkpoints as Checkpoints, FlushBuffer as FlushBuffer, Previews as Previews, Progress as Progress, ShiftProbe as ShiftProbe, Stages as Stages
+from ddil_lightning.callbacks import AnnealPrior as AnnealPrior, Cadence as Cadence, Checkpoints as Checkpoints, FlushBuffer as FlushBuffer, Previews as Previews, Progress as Progress, ShiftProbe as ShiftProbe, Stages as Stages, Validation as Validation
 from ddil_lightning.commands.assembly import assemble as assemble
 from ddil_lightning.data.buckets import Buckets as Buckets
 from ddil_lightning.data.captions import Captions as Captions, Digits as Digits, Images as Images, Prompts as Prompts, Shapes as Shapes

@@ -34,9 +34,10 @@ def heard(caplog: Any, published: list[dict[str, float]], distance: bool = True,
     return [(int(clock), said) for clock, _, said in words]
 
 
-def test_coverage_is_held_against_its_best(caplog: Any) -> None:
-    values = [{"eval/coverage": v} for v in (0.7, 0.9, 0.75, 0.6, 0.5, 0.8, 0.65)]
-    fell = "eval/coverage has fallen from 0.900 to {}: the student leaves modes out"
+@pytest.mark.parametrize("name", ["shift/coverage", "validation/mode_coverage_4"])
+def test_coverage_is_held_against_its_best(name: str, caplog: Any) -> None:
+    values = [{name: v, "coverage_of_4_things": 1 / (1 + i)} for i, v in enumerate((0.7, 0.9, 0.75, 0.6, 0.5, 0.8, 0.65))]
+    fell = f"{name} has fallen from 0.900 to {{}}: the student leaves modes out"
     assert heard(caplog, values) == [(400, fell.format("0.600")), (700, fell.format("0.650"))]  # again after it had recovered
     assert heard(caplog, values, coverage=None) == [] == heard(caplog, values, after=800)
 

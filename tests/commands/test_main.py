@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from ddil_lightning.commands import main
-from ddil_lightning.commands.configs import FIT_SHORT, config_names, expand, find_config
+from ddil_lightning.commands.configs import FIT_SHORT, expand
 from ddil_lightning.errors import Refusal
 from ddil_lightning.messages import lasting
+from ddil_lightning.packaged import config_names, find_config
 
 LIGHT = """
 import sys
@@ -65,7 +66,7 @@ def test_a_file_wins_over_a_packaged_name_and_a_folder_does_not(tmp_path: Path, 
 def test_configs_in_folders_keep_their_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "pd.yaml").touch()
-    monkeypatch.setattr("ddil_lightning.commands.configs.configs_folder", lambda: tmp_path)
+    monkeypatch.setattr("ddil_lightning.packaged.configs_folder", lambda: tmp_path)
     assert config_names() == ["toy/pd.yaml"] and find_config("toy/pd") == tmp_path / "toy" / "pd.yaml"
     with pytest.raises(Refusal, match=r"did you mean toy/pd\.yaml"):
         find_config("pd")

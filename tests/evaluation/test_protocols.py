@@ -17,7 +17,6 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from ddil_lightning.commands.configs import config_names, find_config
 from ddil_lightning.data.pictures import read_picture
 from ddil_lightning.evaluation import galleries
 from ddil_lightning.evaluation.captioned import choice, read_set
@@ -30,6 +29,7 @@ from ddil_lightning.evaluation.registry import wanted
 from ddil_lightning.evaluation.stamps import comparable, covers, note, stamp
 from ddil_lightning.evaluation.suite import Suite
 from ddil_lightning.evaluation.views import Crops
+from ddil_lightning.packaged import config_names, find_config
 
 PACKAGED = [name for name in config_names() if name.startswith("protocols/")]
 

@@ -424,8 +424,8 @@ def test_a_classifier_learns_from_pictures_that_differ(script: Any) -> None:
 def test_schedules_have_the_mean_prior_of_the_config(script: Any, method: str, place: str) -> None:
     import yaml
 
-    from ddil_lightning.commands.configs import find_config
     from ddil_lightning.imitation import prior as priors
+    from ddil_lightning.packaged import find_config
 
     module, config = script("schedules"), f"{place}{method}_ddil.yaml"
     found = yaml.safe_load(find_config(config).read_text())

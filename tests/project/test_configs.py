@@ -13,9 +13,10 @@ import yaml
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from ddil_lightning.commands.configs import FIT_SHORT, config_names, configs_folder, expand, find_config
+from ddil_lightning.commands.configs import FIT_SHORT, expand
 from ddil_lightning.commands.fitting import fit as ddil_fit
 from ddil_lightning.miniature import pretrain
+from ddil_lightning.packaged import config_names, configs_folder, find_config
 
 PRETRAIN = [name for name in config_names() if name.startswith("pretrain")]
 TOY = [name for name in config_names() if name.startswith("toy2d/")]

@@ -18,9 +18,9 @@ from pages import COMMANDS, FILES, GUIDES, INLINE, PAGES, ROOT, TEXT, Page, anch
 
 import ddil_lightning
 from ddil_lightning.backbones.repositories import BUILTIN
-from ddil_lightning.commands.configs import config_names, find_config
 from ddil_lightning.evaluation.registry import columns
 from ddil_lightning.evaluation.table import results_table
+from ddil_lightning.packaged import config_names, find_config
 
 EVERY = pytest.mark.parametrize("page", PAGES.values(), ids=list(PAGES))
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ddil_lightning.commands.configs import find_config
+from ddil_lightning.packaged import find_config
 from ddil_lightning.training.optimisation import Optimizer
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))

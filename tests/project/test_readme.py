@@ -21,8 +21,8 @@ from pages import COMMANDS, FILES, GUIDES, ROOT, SNIPPETS, TEXT, call, smaller, 
 from PIL import Image
 
 from ddil_lightning.backbones.repositories import BUILTIN
-from ddil_lightning.commands.configs import find_config
 from ddil_lightning.evaluation.registry import columns
+from ddil_lightning.packaged import find_config
 
 pytestmark = pytest.mark.timeout(900)  # a page is carried out as a whole, before the first test of one of its lines
 ORDINARY = ("README.md", "methods-and-priors.md")

@@ -208,8 +208,10 @@ def test_the_workspace_has_what_runs_log_over_student_updates() -> None:
     assert (made["entity"], made["project"], made["displayName"]) == ("me", "mine", "all of it")
     assert section["settings"]["xAxis"] == "student_updates"
     panels = {s["name"]: [p["config"] for p in s["panels"]] for s in section["panelBankConfig"]["sections"]}
-    assert list(panels) == ["Previews", *CURVES, "Results"] and panels["Previews"][0]["mediaKeys"] == ["previews/sheet"]
+    assert list(panels) == ["Previews", *CURVES, "Validation", "Results"] and panels["Previews"][0]["mediaKeys"] == ["previews/sheet"]
     curves = [config for name in CURVES for config in panels[name]]
     assert {config["xAxis"] for config in curves} == {"student_updates"}
     assert {"train/loss", "prior/student", "buffer/size", "shift/teacher"} <= {m for config in curves for m in config["metrics"]}
+    (measured,) = [config for config in panels["Validation"] if "frechet_" in json.dumps(config)]
+    assert measured["xAxis"] == "student_updates" and measured["metricRegex"] == r"^validation/frechet_\d+$"
     assert "eval/frechet_student_4" in json.dumps(panels["Results"]) and "eval/rows" in json.dumps(panels["Results"])

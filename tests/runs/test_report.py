@@ -216,7 +216,7 @@ def test_curves_are_sparse_ordered_and_follow_the_clock(tmp_path: Path) -> None:
 
 def test_families_share_a_chart_only_with_like_quantities() -> None:
     tops = {"loss": 1, "loss/a": 1, "loss/b": 0.1, "loss/c": 0.001, "buffer/size": 900, "buffer/age": 800, "prior/x": 1, "prior/y": 0.001}
-    tops |= {"shift/node_999": 0.001, "shift/node_499": 5}
+    tops |= {"shift/node_999": 0.001, "shift/node_499": 5, "validation/clip_4": 0.8, "validation/kid_4": 0.7, "validation/clip_1": 0.2}
     groups = families({k: Series(k, [0, 1], [0.0, v]) for k, v in tops.items()})
     assert [[s.name for s in g] for g in groups] == [
         ["loss"],
@@ -226,6 +226,8 @@ def test_families_share_a_chart_only_with_like_quantities() -> None:
         ["buffer/age"],
         ["prior/x", "prior/y"],
         ["shift/node_999", "shift/node_499"],
+        ["validation/clip_4", "validation/clip_1"],
+        ["validation/kid_4"],
     ]
 
 

@@ -74,7 +74,7 @@ def test_losses_and_weights_are_the_same_bits(entry: Entry, tiny: Path) -> None:
 
 def test_with_the_shipped_shares_and_two_threads(tiny: Path) -> None:
     """LCM as lcm_ddil.yaml has it, where a batch asks for few rows and its kernels may round otherwise than for all: the same to that."""
-    from ddil_lightning.commands.configs import find_config
+    from ddil_lightning.packaged import find_config
 
     shipped = yaml.safe_load(find_config("lcm_ddil.yaml").read_text())
     options = {name: shipped["model"]["init_args"][name] for name in ("guidance", "solver_steps", "rollouts", "distance", "reflect")}

@@ -1,4 +1,4 @@
-"""Lightning callbacks: DAgger scheduling, checkpoints, previews, progress, the shift probe, stages."""
+"""Lightning callbacks: DAgger scheduling, checkpoints, previews, progress, the shift probe, stages, validation."""
 
 from ddil_lightning.callbacks.alerts import Alerts
 from ddil_lightning.callbacks.annealing import AnnealPrior, Cadence, FlushBuffer
@@ -8,5 +8,18 @@ from ddil_lightning.callbacks.profile import Profile
 from ddil_lightning.callbacks.progress import Progress
 from ddil_lightning.callbacks.shift_probe import ShiftProbe
 from ddil_lightning.callbacks.stages import Stages
+from ddil_lightning.callbacks.validation import Validation
 
-__all__ = ["Alerts", "AnnealPrior", "Cadence", "Checkpoints", "FlushBuffer", "Previews", "Profile", "Progress", "ShiftProbe", "Stages"]
+__all__ = [
+    "Alerts",
+    "AnnealPrior",
+    "Cadence",
+    "Checkpoints",
+    "FlushBuffer",
+    "Previews",
+    "Profile",
+    "Progress",
+    "ShiftProbe",
+    "Stages",
+    "Validation",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,6 +14,8 @@ from lightning.pytorch import Callback
 from ddil_lightning.bounds import at_least, within
 from ddil_lightning.runs.boards import alert
 
+COVERAGE = re.compile(r"coverage(_\d+)?$")
+"""The names of numbers that are a coverage: shift/coverage of a ShiftProbe, validation/mode_coverage_4 of a Validation in four steps."""
 WINDOW = 3
 """Published values, of a logging interval each, whose mean is compared with a bound: one batch is noise."""
 SATURATED, GAP, RATIO = "reflect/saturated", "the loss on the student's roll-outs over loss/forward", "shift/loss_ratio"
@@ -39,8 +42,8 @@ class Alerts(Callback):
             how many were drawn) as that on noised data (`loss/forward`), of methods whose loss is a distance (`loss_is_distance`); or the
             loss on the student's own as that on the teacher's latents (`shift/loss_ratio`, of a ShiftProbe with `losses`). Healthy runs
             are below 2, but for PD's `shift/loss_ratio`, which is 2.4 to 2.6 in two steps. null for none.
-        coverage: how far a published coverage, every name that ends in `coverage`, may fall below its best value so far; that of a
-            ShiftProbe is the one there is, and no config has that callback by itself. null for none.
+        coverage: how far a published coverage may fall below its best value so far: that of a ShiftProbe, and those of a Validation in each
+            step count. No config has these callbacks by itself. null for none.
         after: student updates at the beginning of a run that are not judged.
     """
 
@@ -112,7 +115,7 @@ class Alerts(Callback):
             yield f"not finite: {', '.join(fresh[:5])} at {clock}", said
         fine = {name: float(value) for name, value in values.items() if math.isfinite(value)}
         for name, value in fine.items():
-            if name.endswith("coverage") and self.coverage is not None:
+            if COVERAGE.search(name) and self.coverage is not None:
                 best = self._best[name] = max(value, self._best.get(name, value))
                 fell = f"{name} has fallen from {best:.3f} to {value:.3f}: the student leaves modes out"
                 yield f"coverage falls ({name})", fell if best - value > self.coverage and clock >= self.after else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import time
 from contextlib import suppress
@@ -13,6 +14,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from ddil_lightning.bounds import at_least
+from ddil_lightning.callbacks.best import Best
+from ddil_lightning.callbacks.validation import Validation
 from ddil_lightning.files import replacing
 from ddil_lightning.records import sent
 from ddil_lightning.runs.checkpoint import check_readable, clock_of, note_run, sorted_checkpoints
@@ -37,13 +40,16 @@ class Checkpoints(Checkpoint):
     Args:
         every: student updates between two checkpoints; 0 for those at an end alone.
         keep: how many of the newest stay.
+        best: a number that a callback publishes, such as validation/frechet_4 of a `Validation`: a checkpoint is written whenever it is
+            better than ever before, and that of the best stays. null for none.
         folder: where they are written, by default `checkpoints/` below the trainer's root. It then says, in `ddil-run.txt`, whose they are.
     """
 
-    def __init__(self, every: int = 200, keep: int = 2, folder: str | None = None) -> None:
+    def __init__(self, every: int = 200, keep: int = 2, folder: str | None = None, best: str | None = None) -> None:
         at_least(0, **{"checkpoints.every": every})
         at_least(1, **{"checkpoints.keep": keep})
         self.every, self.keep, self.folder = every, keep, folder
+        self.best = None if best is None else Best(best)
         self.last: Path | None = None
         self.signal: int | None = None  # the one that asked the run to end
         self.seconds = 0.0  # of training, over all the resumes of a run
@@ -68,7 +74,15 @@ class Checkpoints(Checkpoint):
                 raise ValueError(f"checkpoints.folder {here} holds checkpoints of another run, which would be replaced: give another")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Listen for signals, and take the checkpoint that the run goes on from for the last good one."""
+        """Listen for signals and to what is published, and take the checkpoint that the run goes on from for the last good one.
+
+        Raises ValueError for a best of a `Validation` that the run has not, and of what is neither better nor worse.
+        """
+        if self.best is not None:
+            if self.best.name.startswith("validation/") and not any(isinstance(c, Validation) for c in trainer.callbacks):
+                raise ValueError(f"checkpoints.best {self.best.name} is published by the callback Validation: give trainer.callbacks one")
+            self.best.sign  # noqa: B018 (raises)
+            pl_module.measures.listen(self.best.hear)
         if self.last is None and trainer.ckpt_path:
             self.last = Path(trainer.ckpt_path)
         self._checked, self._asked, self._began = False, 0, pl_module.student_updates
@@ -104,14 +118,18 @@ class Checkpoints(Checkpoint):
             trainer.should_stop = True
             return
         due = (self.every and clock % self.every == 0) or clock >= pl_module.updates or pl_module.stage_is_over
-        if due and clock != self._saved_at:
+        if (due or (self.best is not None and self.best.due)) and clock != self._saved_at:
             self.save(trainer, pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Save a run that something else has ended (a time limit, another callback), as its last whole update has left it."""
-        self._listen_no_more()
+        self._listen_no_more(pl_module)
         if pl_module.student_updates != self._saved_at:
             self.save(trainer, pl_module)
+        if self.best is not None and not self.best.heard and trainer.is_global_zero:
+            logging.getLogger(__name__).warning(
+                f"checkpoints.best: {self.best.name} was never published, so that no checkpoint is the best"
+            )
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Give the signals back, and save what was reached before whatever failed between two steps: data that cannot be read, a loader's
@@ -119,7 +137,7 @@ class Checkpoints(Checkpoint):
 
         Of one process alone: several would have to save together. Not in the midst of a step, which may have changed half of the weights.
         """
-        self._listen_no_more()
+        self._listen_no_more(pl_module)
         batches = batches_of(trainer)
         between = self._saved_at is not None and batches.started == batches.processed and not pl_module.descent.halfway
         # On a GPU numbers that are not finite are known a batch late, when their update is counted but was not taken.
@@ -153,22 +171,35 @@ class Checkpoints(Checkpoint):
         finally:
             self._saving = False
         self.last = path
+        if self.best is not None:
+            self.best.due = False
         if trainer.is_global_zero:
-            for old in [p for p in sorted_checkpoints(folder) if (clock_of(p) or 0) < clock][: -(self.keep - 1) or None]:
+            before = [p for p in sorted_checkpoints(folder) if (clock_of(p) or 0) < clock and not self._is_best(p)]
+            for old in before[: -(self.keep - 1) or None]:
                 old.unlink(missing_ok=True)
         return path
+
+    def of_best(self) -> Path | None:
+        """The checkpoint of the best student so far, by `best`; None without one."""
+        found = [] if self.last is None else sorted_checkpoints(self.last.parent)
+        return next((p for p in found if self._is_best(p)), None)
+
+    def _is_best(self, path: Path) -> bool:
+        return self.best is not None and self.best.clock is not None and clock_of(path) == self.best.clock
 
     def alive(self) -> tuple[float, float] | None:
         """When a batch last ended (time.monotonic) and how many seconds the longest one took; None while a checkpoint is written."""
         return None if self._saving else (self._alive, self._longest)
 
     def state_dict(self) -> dict[str, Any]:
-        """The seconds of training that the run has taken so far."""
-        return {"seconds": self.seconds}
+        """The seconds of training that the run has taken so far, and the best value."""
+        return {"seconds": self.seconds} | ({"best": self.best.state()} if self.best is not None else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting the seconds of training from those in the checkpoint."""
+        """Go on counting the seconds of training from those in the checkpoint, and know its best value."""
         self.seconds = state_dict.get("seconds", 0.0)
+        if self.best is not None:
+            self.best.remember(state_dict.get("best", {}))
 
     def _agreed(self, trainer: Any) -> bool:
         if trainer.world_size == 1:
@@ -188,9 +219,11 @@ class Checkpoints(Checkpoint):
             raise Stopped(number)
         self.signal = number
 
-    def _listen_no_more(self) -> None:
+    def _listen_no_more(self, method: Any) -> None:
         unlisten(self._before)
         self._before = {}
+        if self.best is not None:
+            method.measures.forget(self.best.hear)
 
 
 def _nothing() -> None:

@@ -22,7 +22,7 @@ import ddil_lightning.methods  # noqa: F401
 from ddil_lightning import plugins
 from ddil_lightning.backbones.interface import Backbone
 from ddil_lightning.bounds import seeds
-from ddil_lightning.callbacks import AnnealPrior, Cadence, FlushBuffer, ShiftProbe, Stages  # noqa: F401 (short names in configs)
+from ddil_lightning.callbacks import AnnealPrior, Cadence, FlushBuffer, ShiftProbe, Stages, Validation  # noqa: F401 (short names in configs)
 from ddil_lightning.commands.checks import (
     OWN,
     cautions,
@@ -202,7 +202,7 @@ class Assembly(LightningCLI):
             check_precision(trainer.precision)
             check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
             for callback in callbacks:
-                if isinstance(callback, (AnnealPrior, Stages)):
+                if isinstance(callback, (AnnealPrior, Stages, Validation)):
                     callback.setup(trainer, self.model, "fit")  # now, and not after the data have been encoded
         return trainer
 

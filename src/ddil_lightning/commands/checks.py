@@ -14,7 +14,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from ddil_lightning.callbacks import Alerts, Checkpoints, Previews, Profile, Progress, ShiftProbe, Stages
+from ddil_lightning.callbacks import Alerts, Checkpoints, Previews, Profile, Progress, ShiftProbe, Stages, Validation
 from ddil_lightning.callbacks.annealing import AnnealPrior, OnClock
 from ddil_lightning.callbacks.stages import staged
 from ddil_lightning.commands.configs import read_config
@@ -48,9 +48,12 @@ def check_steps(method: Distillation, config: Any) -> None:
         asked += [("previews.student_steps", previews.student_steps or [], student)]
         asked += [("previews.teacher_steps", previews.teacher_steps, teacher)]
     callbacks = config.trainer.callbacks or []
-    for probe in (c for c in (callbacks if isinstance(callbacks, list) else [callbacks]) if isinstance(c, ShiftProbe)):
-        asked += [("the steps of ShiftProbe", [probe.steps], student)]
-        asked += [("its teacher_steps", [probe.teacher_steps], teacher)]
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        if isinstance(callback, ShiftProbe):
+            asked += [("the steps of ShiftProbe", [callback.steps], student)]
+            asked += [("its teacher_steps", [callback.teacher_steps], teacher)]
+        if isinstance(callback, Validation):
+            asked += [("the steps of Validation", callback.steps or [], student)]
     for name, steps, sampler in asked:
         for n in steps:
             try:
@@ -155,7 +158,8 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
         if monitor is not None:
             raise ValueError(
                 f"trainer.callbacks: {type(callback).__name__} watches {monitor!r}, and no metric is logged to Lightning by a name: "
-                "leave it out; --updates says how long a run is, and checkpoints.keep how many states stay"
+                "leave it out; --updates says how long a run is, checkpoints.keep how many states stay, and checkpoints.best keeps the "
+                "best by a number that a callback publishes, such as validation/frechet_4 of a Validation"
             )
 
 

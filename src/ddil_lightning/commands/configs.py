@@ -1,48 +1,15 @@
-"""Command lines and configs as texts: packaged names, short options, YAML files that are none. Needs no torch."""
+"""Command lines as texts: short options, names of configs, and the config.yaml of runs of older versions. Needs no torch."""
 
 from __future__ import annotations
 
-import difflib
-import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from ddil_lightning.errors import Refusal
-
-
-def configs_folder() -> Path:
-    """Where the packaged configs are: inside an installed wheel, or at the top of a checkout."""
-    package = Path(str(resources.files("ddil_lightning")))
-    inside = package / "configs"
-    return inside if any(inside.glob("*.yaml")) else package.parents[1] / "configs"
-
-
-def config_names() -> list[str]:
-    """The names of all packaged configs, relative to their folder, in order."""
-    folder = configs_folder()
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*.yaml"))
-
-
-def find_config(name: str) -> Path:
-    """A config by path, or by its bare name (`lcm_ddil` or `lcm_ddil.yaml`) among the packaged ones, from any directory.
-
-    A file wins over a packaged name, a directory of that name does not. Raises Refusal with the nearest names.
-    """
-    given = Path(os.path.expanduser(name))
-    if given.is_file():
-        return given
-    wanted = name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"
-    packaged = configs_folder() / wanted
-    if packaged.is_file():
-        return packaged
-    names = config_names()
-    near = difflib.get_close_matches(wanted, names, n=2, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(names)}"
-    raise Refusal(f"no config {name}: it is neither a file nor a packaged config; {hint}")
+from ddil_lightning.packaged import check_table, check_text, find_config, inline, table_of, text_of
 
 
 def expand(argv: Sequence[str], short: dict[str, str]) -> list[str]:
@@ -69,7 +36,7 @@ def expand(argv: Sequence[str], short: dict[str, str]) -> list[str]:
                 if not words:
                     raise Refusal("--config needs a name or a file, such as --config lcm_ddil")
                 value = words.pop(0)
-            configs += ["--config", value if _inline(value) else str(find_config(value))]
+            configs += ["--config", value if inline(value) else str(find_config(value))]
             continue
         key = short.get(key, key)
         if key in SWITCHES and not equals and words[:1] not in (["true"], ["false"]):
@@ -98,10 +65,10 @@ def check_yaml(words: Sequence[str]) -> None:
     """Raises Refusal, naming the file, for a YAML text in an expanded command line that is none, or that its aliases blow up."""
     for key, value in zip(words, words[1:], strict=False):
         if key == "--config":
-            _check_text(_config_text(value), "--config {...}" if _inline(value) else value, top=True)
+            check_table(value)
     for word in words:
         if "&" in word and "*" in word:
-            _check_text(word.partition("=")[2] if word.startswith("--") else word, word[:80])
+            check_text(word.partition("=")[2] if word.startswith("--") else word, word[:80])
 
 
 def read_config(given: Path | str) -> dict[str, Any]:
@@ -109,10 +76,7 @@ def read_config(given: Path | str) -> dict[str, Any]:
 
     The config.yaml of a run of an older version is translated (`MOVED`).
     """
-    import yaml
-
-    check_yaml(["--config", str(given)])
-    config = yaml.safe_load(_config_text(str(given)))
+    config = table_of(given)
     return _translated(config) if _is_of_an_older_run(config) else config
 
 
@@ -125,7 +89,7 @@ def in_present_names(words: Sequence[str]) -> list[str]:
         if key != "--config":
             continue
         with suppress(yaml.YAMLError):  # the parser says what is wrong with such a text
-            config = yaml.safe_load(_config_text(value))
+            config = yaml.safe_load(text_of(value))
             if not isinstance(config, dict) or not _is_of_an_older_run(config):
                 continue
             found[i + 1] = yaml.safe_dump(_translated(config), default_flow_style=True, sort_keys=False, width=10**9)
@@ -155,46 +119,6 @@ def _grouped(options: dict[str, Any], moved: dict[str, str]) -> dict[str, Any]:
         record, _, field = moved.get(name, name).partition(".")
         grouped[record] = {**grouped.get(record, {}), field: value} if field else value
     return grouped
-
-
-def _inline(config: str) -> bool:
-    return config.lstrip().startswith("{")
-
-
-def _config_text(config: str) -> str:
-    try:
-        return config if _inline(config) else Path(config).read_bytes().decode("utf-8-sig")
-    except ValueError as error:
-        raise Refusal(f"{config} is no text in UTF-8: save it as such") from error
-
-
-def _check_text(text: str, name: str, top: bool = False) -> None:
-    import yaml
-
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        size = _size(root, {}) if root is not None else 0
-    except yaml.YAMLError as error:
-        if top:
-            raise Refusal(f"{name}: {' '.join(str(error).split())}") from error
-        return  # a word that is no YAML is for the parser to judge
-    except RecursionError as error:
-        raise Refusal(f"{name} is nested too deeply") from error
-    if size > NODES:
-        raise Refusal(f"{name}: its aliases (&, *) stand for {'endless' if size == float('inf') else f'{size:.0e}'} values: write them out")
-    if top and (root is None or not isinstance(root, yaml.MappingNode)):
-        what = "empty" if root is None else f"a {root.id}"
-        raise Refusal(f"{name} is {what}: a config is a table of keys, such as `model: {{class_path: LCM}}`")
-
-
-def _size(node: Any, known: dict[int, float]) -> float:
-    """How many values a YAML node stands for when its aliases are written out; infinite for one that holds itself."""
-    if id(node) not in known:
-        known[id(node)] = float("inf")  # while it is being counted
-        inner = node.value if isinstance(node.value, list) else []
-        parts = [part for entry in inner for part in (entry if isinstance(entry, tuple) else (entry,))]
-        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
-    return known[id(node)]
 
 
 OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*\+?=.*", re.DOTALL)
@@ -236,8 +160,6 @@ PRETRAIN_MOVED = {
     },
 }
 """Options of ddil-pretrain that were at one level, and where they are now."""
-
-NODES = 100_000  # values in a config; the largest one of ours has some hundred
 
 FIT_SHORT = {
     "--updates": "--model.init_args.updates",

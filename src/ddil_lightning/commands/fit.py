@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
-from ddil_lightning.commands.configs import FIT_SHORT, config_names, expand
+from ddil_lightning.commands.configs import FIT_SHORT, expand
 from ddil_lightning.errors import Refusal
+from ddil_lightning.packaged import config_names
 
 
 def fit(argv: list[str], patience: bool = False) -> int:

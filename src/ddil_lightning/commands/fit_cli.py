@@ -15,11 +15,11 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from ddil_lightning.commands.assembly import Assembly, of_the_trainer
 from ddil_lightning.commands.checks import check_exports, check_loggers
-from ddil_lightning.commands.configs import configs_folder
 from ddil_lightning.commands.launched import by_srun
 from ddil_lightning.commands.watch import beside
 from ddil_lightning.errors import Refusal, one_line
 from ddil_lightning.files import unused, write_text
+from ddil_lightning.packaged import configs_folder
 from ddil_lightning.processes import Processes
 from ddil_lightning.runs.boards import boards
 from ddil_lightning.runs.checkpoint import (

@@ -168,6 +168,7 @@ def conclude(cli: FitCLI, checkpoints: Checkpoints, begun: float) -> None:
         before = cli.state["callbacks"].get(checkpoints.state_key, {}).get("seconds", 0.0) if cli.state else 0.0
         summary |= {"seconds": round(time.time() - begun + before, 1), "seconds_training": round(checkpoints.seconds, 1)}
         summary = {key: value for key, value in summary.items() if key != "failed" or value} | peak(cli, checkpoints.seconds)
+        summary |= best(checkpoints)
         # A page that cannot be drawn is no reason to call a run failed.
         unmade: dict[str, str] = {}
         with trying("report", unmade):
@@ -176,6 +177,7 @@ def conclude(cli: FitCLI, checkpoints: Checkpoints, begun: float) -> None:
         with trying("summary.json", failed):
             write_rows(cli.folder / "summary.json", summary)  # type: ignore[arg-type]
         print(told_of_memory(summary), end="")
+        print(told_of_best(summary), end="")
         print(told_to_boards(cli, summary), end="")
         page = f"no report, {unmade['report']}" if unmade else f"report {cli.folder / 'report.html'}"
         print(f"{method.student_updates} updates, {summary['seconds']:.0f} s; {page}")
@@ -202,6 +204,23 @@ def peak(cli: FitCLI, seconds: float) -> dict[str, float]:
 
             found["planned_memory_gib"] = round(gib(expected(cli.model, cli.datamodule, cli.trainer)), 3)
     return found
+
+
+def best(checkpoints: Checkpoints) -> dict[str, Any]:
+    """The best student of the run by `checkpoints.best`, for summary.json; nothing where its checkpoint is not there."""
+    found = checkpoints.of_best()
+    if found is None or checkpoints.best is None:
+        return {}
+    return {"best": checkpoints.best.state() | {"checkpoint": str(found)}}
+
+
+def told_of_best(summary: dict[str, Any]) -> str:
+    """A line of what `best` has found, if anything."""
+    if "best" not in summary:
+        return ""
+    name, value, clock, found = summary["best"].values()
+    again = shlex.join(["ddil-export", "--ckpt_path", found, "--out"])
+    return f"the best by {name}, {value:.4g}, is the student of update {clock}: {again} FOLDER\n"
 
 
 def told_to_boards(cli: FitCLI, summary: dict[str, Any]) -> str:

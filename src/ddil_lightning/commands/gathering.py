@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 
 from ddil_lightning.backbones.pipeline import Pipeline
-from ddil_lightning.commands.configs import config_names
 from ddil_lightning.commands.protocols import BUILTIN, LEAST, Plan, planned, suite_of
 from ddil_lightning.data.captions import Prompts
 from ddil_lightning.errors import Refusal
@@ -24,6 +23,7 @@ from ddil_lightning.evaluation.presence import needing, present
 from ddil_lightning.evaluation.protocols import ProbePlan, PromptSource, Protocol
 from ddil_lightning.evaluation.registry import wanted
 from ddil_lightning.evaluation.suite import Probes, Suite
+from ddil_lightning.packaged import config_names
 from ddil_lightning.processes import Processes
 
 COLUMNS = ("text", "caption", "prompt")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ddil_lightning.commands.arguments import advising, path, place
-from ddil_lightning.commands.configs import config_names, find_config, read_config
 from ddil_lightning.commands.generating import several
 from ddil_lightning.errors import Refusal
+from ddil_lightning.packaged import config_names
 
 if TYPE_CHECKING:
     from ddil_lightning.commands.teaching import Teacher
@@ -79,7 +79,9 @@ def planned(args: argparse.Namespace, most: int = 1000) -> Plan | None:
     if args.protocol is not None and made.prompts.source not in BUILTIN:
         changed.update(_other_networks(args, made))
     if args.reference is not None:
-        made = _against(made, args.reference)
+        from ddil_lightning.evaluation.placing import against
+
+        made = against(made, args.reference)
     if args.skip_unreadable:
         made = replace(made, references=replace(made.references, skip_unreadable=True))
     return Plan(made, changed, _networks(args, made))
@@ -195,10 +197,9 @@ def _other_networks(args: argparse.Namespace, made: Protocol) -> dict[str, Any]:
 
 def _named(args: argparse.Namespace) -> Plan:
     """A packaged protocol or a file, with what the command line says of its places, its n and its seed."""
-    from ddil_lightning.evaluation.protocols import protocol
+    from ddil_lightning.evaluation.placing import against, named_protocol, placed
 
-    file = find_config(args.protocol if args.protocol.endswith((".yaml", ".yml")) else f"protocols/{args.protocol}")
-    made, changed = protocol(read_config(file), str(file)).differing(args.n, args.seed)
+    made, changed = named_protocol(args.protocol).differing(args.n, args.seed)
     made = replace(made, prompts=_columns(args, made.prompts))
     if made.prompts.source in BUILTIN:
         if args.data not in (None, made.prompts.source):
@@ -206,59 +207,11 @@ def _named(args: argparse.Namespace) -> Plan:
         return Plan(made, changed)
     if args.reference is not None:  # first: then the images need not be there
         changed["reference"] = Path(args.reference).name
-        made = _against(made, os.path.abspath(args.reference))
-    placed = _placed(made, args.data, args.images)
+        made = against(made, os.path.abspath(args.reference))
+    there = placed(made, args.data, args.images, ("--data", "--images"))
     if args.data is not None and not Path(args.data).is_dir() and Path(args.data).name != Path(str(made.prompts.source)).name:
         changed["data"] = Path(args.data).name
-    return Plan(placed, changed)
-
-
-def _against(made: Protocol, source: str) -> Protocol:
-    """The protocol with other real images. Statistics of them have neither split nor column; a data set is read as the protocol says."""
-    from ddil_lightning.evaluation.protocols import STATISTICS
-
-    read: dict[str, Any] = {"image": None, "split": None} if Path(source).suffix in STATISTICS else {}
-    return replace(made, references=replace(made.references, source=source, **read))
-
-
-def _placed(made: Protocol, data: str | None, images: str | None) -> Protocol:
-    """The protocol with its files in their places. Raises Refusal, naming them all, where some are not there."""
-    from ddil_lightning.evaluation.protocols import ALL, OWN
-
-    prompts, against = made.prompts, made.references
-    below = Path(data) if data is not None and Path(data).is_dir() else None
-    if data is not None and below is None:
-        prompts = replace(prompts, source=data)
-    if below is not None:
-        sources = prompts.source if isinstance(prompts.source, list) else [prompts.source]
-        found = [str(below / name) for name in sources]
-        prompts = replace(prompts, source=found if isinstance(prompts.source, list) else found[0])
-        inside: dict[str, Any] = {key: str(below / value) for key in ("images", "only") if (value := getattr(prompts, key)) is not None}
-        prompts = replace(prompts, **inside)
-        if against.source not in (None, OWN, ALL) and (below / str(against.source)).exists():  # an absolute one stays
-            against = replace(against, source=str(below / str(against.source)))
-    if images is not None:
-        prompts = replace(prompts, images=images)
-    placed = replace(made, prompts=prompts, references=against)
-    _check_there(made, placed)
-    return placed
-
-
-def _check_there(made: Protocol, placed: Protocol) -> None:
-    """Raises Refusal for a protocol's files that are not there. What looks like a data set of the Hub is left to `datasets`."""
-    from ddil_lightning.evaluation.protocols import ALL, OWN
-
-    sources = placed.prompts.source if isinstance(placed.prompts.source, list) else [placed.prompts.source]
-    gone = [name for name in sources if Path(name).suffix and not Path(name).exists() and not any(c in name for c in "*?[{")]
-    needs_images = placed.references.source in (OWN, ALL) and placed.prompts.images is not None
-    gone += [placed.prompts.only] if placed.prompts.only is not None and not Path(placed.prompts.only).is_file() else []
-    gone += [str(placed.prompts.images)] if needs_images and not Path(str(placed.prompts.images)).is_dir() else []
-    if gone:
-        where = f": they are {made.obtain}" if made.obtain else ""
-        raise Refusal(
-            f"protocol {made.name}: no {', no '.join(gone)}; give --data DIR that holds what the protocol names, or --data FILE and "
-            f"--images DIR{where}"
-        )
+    return Plan(there, changed)
 
 
 def _builtin(args: argparse.Namespace, most: int = 1000) -> Protocol:

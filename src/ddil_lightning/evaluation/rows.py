@@ -46,20 +46,25 @@ def policy_row(
 
     `of`: what the row says of its network, with a digest of its `weights`; one of all that decides on its images is added.
     """
-    denoiser = denoiser_of(policy)
-
-    def sample(prompts: list[str], seed: int) -> Tensor:
-        return sampling.images(backbone, policy, grid, prompts, g, seed, how.batch)
-
-    def about() -> dict[str, Any]:
-        return {"name": name, **sampler(backbone, policy, grid, g)}
-
-    source = Source(name, sample, lambda: denoiser.evaluations, about, sampling.batch(backbone.latent_shape))
+    source, denoiser = policy_source(backbone, name, policy, grid, g, how.batch), denoiser_of(policy)
     metrics, cost = how.measured(suite, source)
     said = how.said(suite, source, denoiser.network, backbone.size)
     if of is not None:
         said |= {**of, "digest": short([json.dumps([of["weights"], walk(policy, grid, g), said.get("size")])])}
     return make_row(name, len(grid), g, cost.nfe, cost.seconds_per_image, metrics, suite.protocol, said)
+
+
+def policy_source(backbone: Backbone, name: str, policy: Policy, grid: Grid, g: float, batch: int | None = None) -> Source:
+    """A sampler of this library at guidance `g` as a row's sampler, `batch` images at a time."""
+    denoiser = denoiser_of(policy)
+
+    def sample(prompts: list[str], seed: int) -> Tensor:
+        return sampling.images(backbone, policy, grid, prompts, g, seed, batch)
+
+    def about() -> dict[str, Any]:
+        return {"name": name, **sampler(backbone, policy, grid, g)}
+
+    return Source(name, sample, lambda: denoiser.evaluations, about, sampling.batch(backbone.latent_shape))
 
 
 def denoiser_of(policy: Policy) -> Denoiser:

@@ -90,10 +90,12 @@ def _float(text: Any) -> float | None:
 
 
 def _kin(a: Series, b: Series) -> bool:
-    """Whether two series can share a chart."""
+    """Whether two series can share a chart: those of a Validation the step counts of one number alone."""
     if "/" not in a.name or a.name.split("/")[0] != b.name.split("/")[0] or unit(a.name) != unit(b.name):
         return False
     if re.sub(r"\d+", "#", a.name) == re.sub(r"\d+", "#", b.name):  # shift/node_999 and shift/node_759: one quantity
         return True
+    if a.name.startswith("validation/"):
+        return False
     low, high = sorted(max((abs(v) for v in s.y if math.isfinite(v)), default=0.0) for s in (a, b))
     return unit(a.name) == "share" or high <= 20 * low

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
@@ -45,7 +46,7 @@ COLUMNS = (("name", ""), ("steps", "Steps"), ("guidance", "Guidance"), ("nfe", "
 UPDATES = CLOCK.replace("_", " ")
 BRIEFLY = ("name", "n", "prompts", "reference/source", "resize", "seeds/first")
 """What of a protocol stands right below the table."""
-APART = "config config_name name rows seconds seconds_training network_evaluations peak_memory_gib planned_memory_gib".split()
+APART = "config config_name name rows seconds seconds_training network_evaluations peak_memory_gib planned_memory_gib best".split()
 """What of a summary stands elsewhere on the page than among the facts at its top."""
 
 
@@ -179,6 +180,7 @@ def _curves(path: Path, series: Mapping[str, Series], ground: Bands) -> str:
         first, values = group[0].name, [v for s in group for v in s.y if math.isfinite(v)]
         prefix = first.split("/")[0]
         title = first if len(group) == 1 else f"{prefix}, by part" if prefix in drawable else prefix
+        title = re.sub(r"_\d+$", "", first) if prefix == "validation" else title
         wide = "loss" in first and min(values) > 0 and max(values) > 30 * min(values)
         y_range = (0.0, 1.0) if unit(first) == "share" and min(values) >= 0 and 0.3 < max(values) <= 1 else None
         charts.append(line_chart(group, title=title, unit=unit(first), x_label=UPDATES, log_y=wide, y_range=y_range, ground=ground))

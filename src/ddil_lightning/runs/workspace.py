@@ -68,9 +68,13 @@ def workspace(entity: str, project: str = PROJECT, name: str = NAME) -> Any:
     ]
     shown = [column for column in columns() if column.shown]
     bars = [wr.BarPlot(title=c.heading, metrics=[wr.SummaryMetric(f"eval/{c.key}_student_{n}") for n in (4, 2, 1)]) for c in shown]
+    measured = tuple(Lines(c.heading, regex=rf"^validation/{c.key}_\d+$") for c in shown)
     sections = [
         ws.Section("Previews", previews, is_open=True),
-        *(ws.Section(title, [_panel(wr, lines) for lines in found], is_open=True) for title, found in CURVES.items()),
+        *(
+            ws.Section(title, [_panel(wr, lines) for lines in found], is_open=True)
+            for title, found in {**CURVES, "Validation": measured}.items()
+        ),
         ws.Section("Results", [wr.WeavePanelSummaryTable(table_name="eval/rows"), *bars], is_open=True),
     ]
     settings = ws.WorkspaceSettings(x_axis=CLOCK, group_by_prefix="first", max_runs=20)
