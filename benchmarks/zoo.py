@@ -27,7 +27,7 @@ import toy2d
 import zoo_builtin
 from builtin_runs import digest, trains
 from tables import Report, markdown
-from zoo_table import REMEDIED, REMEDIES, VARIANTS, keeps_to, page, report
+from zoo_table import REMEDIED, REMEDIES, SAME_TIMES, VARIANTS, keeps_to, page, report
 
 from ddil_lightning import assemble
 from ddil_lightning.errors import Refusal
@@ -44,6 +44,11 @@ EVALUATIONS = 200_000
 """Of all networks, a sample each: what LCM's config spends."""
 SAMPLED_ANEW = ("pd", "lcm")
 """The methods whose published students are sampled with REMEDIES, at the updates of their configs."""
+
+
+CONTROLLED = ("diff_instruct", "dmd2", "moments", "pd", "snapfusion", "ufogen")
+"""The methods that gain by roll-outs at the updates of their configs, and can have the control: of reflow, DMD and BOOT every latent is a
+part of a trajectory."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +175,7 @@ def wanted(args: argparse.Namespace, spent: int | None) -> list[Cell]:
             problem = [f"model.init_args.pipeline.init_args.{key}={value}" for key, value in PROBLEM.items()]
             words = (*problem, *(toy2d.quick(method) if args.quick else ()), *args.set)
             variants = [*VARIANTS, *([REMEDIED] if spent is None and method in SAMPLED_ANEW else [])]
+            variants += [SAME_TIMES] if spent is None and method in CONTROLLED else []
             every += [Cell(method, variant, group, words, args.n, spent) for variant in variants]
     return every
 

@@ -53,8 +53,9 @@ class Wants:
             on to their end, which costs the transitions that are left.
         noise: every latent comes with the noise that its trajectory began in, `LatentBatch.noise`, and forward latents are that noise at
             every node: for a method without data (BOOT).
-        pairs: forward latents are mixed from the two ends of a stored pair made as these say, noise and what the teacher's deterministic
-            sampler makes of it, in the place of data and independent noise; `LatentBatch.noise` and `end` are these ends.
+        pairs: forward latents are of a stored pair made as these say, noise and what the teacher's deterministic sampler makes of it: the
+            noise at node 0, and at later nodes what it makes, in the place of data, under independent noise. `LatentBatch.noise` and `end`
+            are the two ends of the pair, which a method that trains on the line between them mixes itself (reflow).
         real: the data's own latents come with every batch, `LatentBatch.real` and `real_c` (a GAN, a denoising loss). Of data that are
             encoded on the fly a method that reads none of them spares the images of rows which roll-outs take the place of.
     """

@@ -21,7 +21,7 @@ from ddil_lightning.feed import Pairs, Wants
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.imitation.rollout import forward
 from ddil_lightning.processes import Processes
-from ddil_lightning.records import CaptionBatch, Context, LatentBatch
+from ddil_lightning.records import CaptionBatch, Context, LatentBatch, Pair
 from ddil_lightning.streams import Streams
 from toys import SCHEDULE, Toy, data, first, module
 
@@ -181,18 +181,33 @@ def test_a_teacher_is_known_by_its_weights_and_its_schedule(tiny: Path, tiny_eps
 
 
 def test_forward_latents_are_mixed_from_the_ends_of_a_pair() -> None:
-    toy, stored = Toy(), make(Pairs(steps=STEPS), g=(3.0, 5.0))
-    batch = stored.joined(taken(torch.tensor([4, 1, 9]))._replace(latent=torch.ones(3, 1, 2, 2)))
+    toy, stored, rows = Toy(), make(Pairs(steps=STEPS), g=(3.0, 5.0)), torch.tensor([4, 1, 9, 0, 2, 7])
+    batch = stored.joined(taken(rows)._replace(latent=torch.ones(len(rows), 1, 2, 2)))
     got = forward(batch, toy, Streams(0, 0), Wants(pairs=Pairs()))  # type: ignore[arg-type]
     assert batch.pair is not None and got.noise is batch.pair.noise and got.end is batch.pair.end
-    alpha, sigma = SCHEDULE.at(got.t, got.x_t)
-    assert torch.equal(got.x_t, alpha * batch.pair.end + sigma * batch.pair.noise)
+    first = (got.node == 0).view(-1, 1, 1, 1)
+    mixed = SCHEDULE.add_noise(batch.pair.end, batch.pair.noise, got.t)
+    assert 0 < first.sum() < len(rows) and torch.equal(torch.where(first, got.x_t, mixed), mixed)
     assert torch.equal(got.c.w, batch.pair.w) and got.real is batch.latent
     plain = forward(batch, toy, Streams(0, 0), Wants())  # type: ignore[arg-type]
     bare = forward(batch._replace(pair=None), toy, Streams(0, 0), Wants())  # type: ignore[arg-type]
     assert plain.noise is None and torch.equal(plain.x_t, bare.x_t)  # who does not ask for pairs sees nothing of them
     with pytest.raises(ValueError, match="the data bring none: set model.pairs.each to 1 or more"):
         forward(batch._replace(pair=None), toy, Streams(0, 0), Wants(pairs=Pairs()))  # type: ignore[arg-type]
+
+
+def test_forward_latents_of_pairs_have_the_law_of_their_noise_level() -> None:
+    """A pair's end under its own noise has not: of the flow to N(mu, S^2), y = mu + S z, its variance were (alpha S + sigma)^2."""
+    n, toy = 20_000, Toy()
+    z = torch.randn(n, 1, 1, 1, generator=torch.Generator().manual_seed(3))
+    pair = Pair(z, MU + S * z, torch.ones(n))
+    batch = CaptionBatch(None, Context(torch.zeros(n, 1, 1)), torch.arange(n), pair)
+    got = forward(batch, toy, Streams(0, 0), Wants(pairs=Pairs(), pure_noise=True))  # type: ignore[arg-type]
+    for node, t in enumerate(toy.grid.nodes.tolist()):
+        alpha, sigma = (float(v) for v in SCHEDULE.at(torch.tensor([t]), torch.zeros(1, 1)))
+        x = got.x_t[got.node == node]
+        mean, variance = (alpha * MU, alpha**2 * S**2 + sigma**2) if node else (0.0, 1.0)
+        assert float(x.mean()) == pytest.approx(mean, abs=0.06) and float(x.var()) == pytest.approx(variance, rel=0.06)
 
 
 @pytest.mark.parametrize("mode", ["static", "dynamic", "off"])

@@ -158,6 +158,26 @@ def test_s_is_uniform_below_every_node() -> None:
     assert not torch.equal(j, method.below(node))
 
 
+def test_s_is_drawn_anew_for_every_batch_of_a_discriminator(tiny: Path) -> None:
+    """The student's clock stands still in its batches: with five of them to one of the student's, all jumps ended at the same s."""
+    drawn: list[list[int]] = []
+    method = build(Entry("ctm", CTM, {"denoising": 0.0}), tiny, updates=2, gan={"weight": 0.1, "critic_weight": 0.1}, critic={"steps": 3})
+    below = method.below
+    method.below = lambda node: (drawn.append(below(torch.zeros(8, dtype=torch.long)).tolist()), below(node))[1]
+    fit(method, captions(tiny, MIXED))
+    assert len(drawn) == 6 and len({tuple(s) for s in drawn}) == 6
+
+
+@pytest.mark.parametrize(
+    ("solver_steps", "rollouts", "counts"), [(40, (4,), (4, 2, 1)), (50, (5,), (5, 2, 1)), (10, (5,), (5, 2, 1)), (25, (5,), (5, 1))]
+)
+def test_it_is_used_at_times_that_it_is_trained_at(solver_steps: int, rollouts: tuple[int, ...], counts: tuple[int, ...]) -> None:
+    method = exact(PointMass(0.0, SD), solver_steps=solver_steps, rollouts=rollouts)
+    assert method.deployment.steps == counts
+    for n in counts:
+        method.grid.rows(method.deployment.grid(n).nodes)  # raises for a time that is none of its own
+
+
 def test_known_data_leave_no_loss_at_any_time() -> None:
     class Point(AsV):
         w_conditioned, s_conditioned = False, True

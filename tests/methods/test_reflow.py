@@ -103,6 +103,15 @@ def test_of_a_linear_coupling_the_straight_line_error_is_0_and_every_step_count_
     torch.testing.assert_close(policy.sample(x, Grid([749, 400, 33, -1]), b.c), b.end)
 
 
+@pytest.mark.parametrize(("rollouts", "teacher_steps", "counts"), [((4,), 32, (4, 2, 1)), ((5,), 20, (5, 1)), ((3,), 30, (3, 1))])
+def test_it_is_used_at_times_that_it_is_trained_at(tiny: Path, rollouts: Any, teacher_steps: int, counts: tuple[int, ...]) -> None:
+    entry = Entry("reflow", Reflow, {"guidance": 2.0, "pairs": {"steps": 2}})
+    method = build(entry, tiny, rollouts=rollouts, teacher_steps=teacher_steps)
+    assert method.deployment.steps == counts
+    for n in counts:
+        method.grid.rows(method.deployment.grid(n).nodes)  # raises for a time that is none of its own
+
+
 def test_ddims_own_first_step_leaves_the_line_and_the_card_of_several_steps_says_so(tiny: Path) -> None:
     """The exported pipeline's: of y = z it ends short of y by the share of y that DDIM takes noise to hold."""
     method = made()

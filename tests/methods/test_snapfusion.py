@@ -21,6 +21,7 @@ from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.methods import SnapFusion
 from ddil_lightning.records import FORWARD, STUDENT, LatentBatch
 from ddil_lightning.runs import export
+from ddil_lightning.training.randomness import numbers_of
 from suite import Entry, backbone, build, captions, fit
 
 SD = NoiseSchedule.scaled_linear()
@@ -86,8 +87,8 @@ def test_the_coin_is_one_for_a_batch_and_falls_as_often_as_asked(tiny: Path) -> 
     fell = []
     for update in range(400):
         method.student_updates = update
-        fell.append(method.streams.shared("guided").random() < method.guided)
-        assert fell[-1] == (method.streams.shared("guided").random() < method.guided)
+        fell.append(numbers_of(method).shared("guided").random() < method.guided)
+        assert fell[-1] == (numbers_of(method).shared("guided").random() < method.guided)
     assert abs(sum(fell) / 400 - 0.3) < 0.08
 
 

@@ -551,6 +551,20 @@ def test_cells_of_the_zoo_and_what_costs_nothing_beside_them(script: Any, tmp_pa
     assert not any("without training" in part["title"] for part in plain["parts"]) and len(plain["notes"]) == 3
 
 
+def test_what_ddil_adds_to_data_at_the_same_times(script: Any) -> None:
+    """Seed by seed: of the two groups of base and DDIL the control has one."""
+    scores = {"base": [[4.0, 6.0], [0.0, 0.0]], "ddil": [[1.0, 2.0], [9.0, 9.0]], "same_times": [[3.0, 3.0]]}
+    cells = [
+        {"method": "pd", "variant": variant, "budget": "updates", "seeds": [2000 + 2 * g], "scores": {"mode_kl": values}}
+        for variant, groups in scores.items()
+        for g, values in enumerate(groups)
+    ]
+    (row,) = script("zoo_table").controlled(cells, "mode_kl")["rows"]
+    assert (row["seeds"], row["base"]["mean"]) == (2, 5.0)
+    assert [row[name]["mean"] for name in ("same", "ddil", "latents")] == [-2.0, -3.5, -1.5]
+    assert script("zoo_table").controlled(cells[:4], "mode_kl")["rows"] == []  # no control, no row
+
+
 def test_every_cell_of_equal_evaluations_has_spent_them(script: Any) -> None:
     """Cells of UFOGen had spent two thirds, their length being that of a code with longer roll-outs."""
     zoo, built_in = script("zoo"), script("zoo_builtin")
@@ -631,7 +645,7 @@ def test_the_zoo_is_made_cell_by_cell(script: Any, tmp_path: Path, capsys: pytes
         (m, b, 2) for m in ("sid", "pd") for b in ("updates", "evaluations")
     }
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "cells").iterdir()}
-    assert len(files) == 2 * 2 * 4 + 1  # and PD's published student, sampled anew
+    assert len(files) == 2 * 2 * 4 + 2  # and PD's published student, sampled anew, and its control
     for file in files:  # of the equal budget nobody is given more than a step beyond it, and PD's stages are as long as that allows
         cell = json.loads(file.read_text())
         assert cell["budget"] == "updates" or 0.5 * 20_000 < cell["evaluations"] < 2 * 20_000
@@ -641,6 +655,7 @@ def test_the_zoo_is_made_cell_by_cell(script: Any, tmp_path: Path, capsys: pytes
     torch.set_num_threads(threads)
     assert sum(file.stat().st_mtime_ns != before for file, before in files.items()) == 1
     page = (tmp_path / "zoo.md").read_text()
+    assert "Energy distance ↓, DDIL beside data at the same times" in page
     assert page.startswith("# Every method") and "| sid | 2 |" in page and "Coverage ↑, at equal network evaluations" in page
 
 

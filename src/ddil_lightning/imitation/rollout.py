@@ -150,8 +150,9 @@ def forward(
     """The forward source: data noised to uniform nodes, x_t = alpha x0 + sigma eps.
 
     `wants` (default: the learner's): with its `pure_noise` node 0 is noise without signal, as in DMD2. Where it is the only node, no images
-    are needed, and captions alone give noise of the latents' `shape`. With its `pairs` x0, eps and w are those of the batch's pairs, and
-    with its `noise` every latent is its eps.
+    are needed, and captions alone give noise of the latents' `shape`. With its `pairs` x0 and w are those of the batch's pairs; at node 0
+    eps is a pair's too, elsewhere its end is noised anew: only there is x_t at its own noise level, for the two ends are not independent.
+    With its `noise` every latent is its eps.
     """
     return _forward(batch, learner, streams, wants, shape)[0]
 
@@ -171,10 +172,11 @@ def _forward(
     here = grid.draw(size[0], streams.local("node"))
     node = sent(here, device)
     t, s = grid.at(node), grid.at(node + 1)
-    eps = torch.randn(size, generator=streams.local("noise", device), device=device, dtype=dtype) if pair is None else pair.noise
-    x_t = eps if x0 is None else schedule.add_noise(x0, eps, t)
+    drawn = torch.randn(size, generator=streams.local("noise", device), device=device, dtype=dtype)
+    eps, first = drawn if pair is None else pair.noise, (node == 0).view(-1, *(1,) * (len(size) - 1))
+    x_t = eps if x0 is None else schedule.add_noise(x0, torch.where(first, eps, drawn), t)
     if wants.pure_noise or wants.noise:
-        x_t = torch.where(((node == 0) | wants.noise).view(-1, *(1,) * (eps.ndim - 1)), eps, x_t)
+        x_t = torch.where(first | wants.noise, eps, x_t)
     c = guided(batch.c, learner.guidance, streams.local("guidance")) if pair is None else batch.c.guided(pair.w)
     tag, weight = torch.full_like(t, FORWARD), torch.ones(len(t), device=device)
     ends = (eps, x0, tag) if wants.ends or wants.pairs else (eps if wants.noise else None, None, None)

@@ -16,9 +16,10 @@ from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.feed import Wants
 from ddil_lightning.records import END, FORWARD, Context, LatentBatch, sent
-from ddil_lightning.streams import Generators, Streams
+from ddil_lightning.streams import Generators
 from ddil_lightning.training.deployment import Deployment, one_step
 from ddil_lightning.training.method import Distillation
+from ddil_lightning.training.randomness import numbers_of
 
 
 class BOOT(Distillation):
@@ -88,9 +89,7 @@ class BOOT(Distillation):
 
     def at_first(self, b: LatentBatch) -> Tensor:
         """[B] on the CPU, which samples are trained at the first time: by seed and clock, so that a resumed run repeats it."""
-        step = self.student_updates * self.descent.accumulate + self.descent.micro.get("loss", 0)
-        generator = Streams(self.feed.seed, step, self.stage, self.global_rank).local("boundary")
-        return torch.rand(len(b.t), generator=generator) < self.boundary
+        return torch.rand(len(b.t), generator=numbers_of(self).local("boundary")) < self.boundary
 
     def deploy(self, student: Denoiser) -> Deployment:
         """One step from noise: there the student is told the last time, and its answer is that of the end."""

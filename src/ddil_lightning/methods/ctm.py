@@ -20,7 +20,7 @@ from ddil_lightning.processes import averaged
 from ddil_lightning.records import END, Context, LatentBatch, Prediction, sent, take, widest
 from ddil_lightning.training.adversary import Adversary, Critic
 from ddil_lightning.training.contest import Contest
-from ddil_lightning.training.deployment import Deployment
+from ddil_lightning.training.deployment import Deployment, trained_counts
 from ddil_lightning.training.gan import Gan
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.randomness import numbers_of
@@ -184,9 +184,9 @@ class CTM(Contest, Distillation):
 
     def deploy(self, student: Denoiser) -> Deployment:
         """Deterministic jumps from node to node (gamma = 0), each told where it ends. No pipeline of diffusers could tell it so."""
-        n, total = len(self.grid), student.schedule.steps
+        total = student.schedule.steps
         grid = partial(Grid.named, "trailing", total=total)
-        return Deployment(Policy(student, ddim), grid, tuple(k for k in (4, 2, 1) if k <= n), self.eval_guidance)
+        return Deployment(Policy(student, ddim), grid, trained_counts(self.grid, total), self.eval_guidance)
 
 
 def jump(schedule: NoiseSchedule, x: Tensor, p: Prediction, t: Tensor, s: Tensor) -> Tensor:

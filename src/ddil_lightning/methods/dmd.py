@@ -21,7 +21,8 @@ class DMD(DMD2):
     L = L_matching(x) + lambda d(x, y) with x the student's x0 at x_t and y where the teacher's flow takes x_t. There is a y for the noise
     of a stored pair, which is a forward latent at the first node, and for any state of a trajectory that is the teacher's as a whole;
     other latents are matched alone. The student source at the first node is fresh noise, as the paper adds to its pairs (Alg. 1). Critic
-    and student are updated by turns, one to one. With several nodes forward latents at the later ones are mixed from a pair.
+    and student are updated by turns, one to one. With several nodes forward latents at the later ones are
+    the teacher's answers under independent noise, as the student's own are when it is sampled.
 
     Args:
         steps: nodes of the grid; the paper's generator has one. A divisor of the schedule's times.

@@ -17,9 +17,9 @@ from ddil_lightning.diffusion.policy import Policies, Policy, solve
 from ddil_lightning.diffusion.transitions import Transition, ddim, noise_corrected
 from ddil_lightning.feed import Wants
 from ddil_lightning.records import LatentBatch
-from ddil_lightning.streams import Streams
 from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.method import Distillation
+from ddil_lightning.training.randomness import numbers_of
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,7 @@ class ImagineFlash(Distillation):
 
     def _noise(self, like: Tensor) -> Tensor:
         """eps, a function of the feed's seed and of the clocks, so that a resumed run repeats it."""
-        step = self.student_updates * self.descent.accumulate + self.descent.micro.get("loss", 0)
-        generator = Streams(self.feed.seed, step, self.stage, self.global_rank).local("reconstruction", like.device)
+        generator = numbers_of(self).local("reconstruction", like.device)
         return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
 
     def deploy(self, student: Denoiser) -> Deployment:

@@ -16,7 +16,7 @@ from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.diffusion.transitions import Transition, ddim, noise_corrected
 from ddil_lightning.feed import Pairs, Wants
 from ddil_lightning.records import END, FORWARD, TEACHER, LatentBatch, sent, take
-from ddil_lightning.training.deployment import Deployment, one_step
+from ddil_lightning.training.deployment import Deployment, one_step, trained_counts
 from ddil_lightning.training.method import Distillation
 from ddil_lightning.training.regression import Regression
 
@@ -134,7 +134,7 @@ class Reflow(Distillation):
     def deploy(self, student: Denoiser) -> Deployment:
         """Euler steps along the line, on trailing nodes: DDIM's, of which the first is corrected; the pipeline's is DDIM's own."""
         total = self.student.schedule.steps
-        counts = tuple(sorted({*self.steps, *(n for n in (2, 1) if n < max(self.steps))}, reverse=True))
+        counts = trained_counts(self.grid, total)
         scheduler = partial(self.backbone.scheduler, ddim, student.predicts, "trailing", counts[0])
         grid = partial(one_step, total=total) if self.steps == (1,) else partial(Grid.named, "trailing", total=total)
         return Deployment(Policy(student, self.transition), grid, counts, self.eval_guidance, scheduler).by_ddim()

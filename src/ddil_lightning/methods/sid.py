@@ -1,4 +1,4 @@
-"""Score identity distillation, SiD (Zhou et al. 2024, arXiv 2404.04057; with guidance SiD-LSG, arXiv 2406.01561; METHODS 5.7)."""
+"""Score identity distillation, SiD (Zhou et al. 2024, arXiv 2404.04057; METHODS 5.7)."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class SiD(TwoScores):
 
     With f_T and f_p the x0 of teacher and critic at y, x noised, the loss is <f_T - f_p, (f_T - x) - alpha (f_T - f_p)>, whose gradient
     passes through both frozen networks to y (SiD, Eq. 23 and Alg. 1). A latent needs no x0 and no image, so all sources are legal.
+    Guidance is the teacher's alone, as in DMD2; SiD-LSG (arXiv 2406.01561), which guides the critic too, is another method.
 
     Args:
         critic: the critic's time scale.

@@ -16,9 +16,9 @@ from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.diffusion.transitions import ddim
 from ddil_lightning.methods.pd import Weight, one_step, v_weight
 from ddil_lightning.records import FORWARD, LatentBatch
-from ddil_lightning.streams import Streams
 from ddil_lightning.training.deployment import Deployment
 from ddil_lightning.training.method import Distillation
+from ddil_lightning.training.randomness import numbers_of
 
 
 class SnapFusion(Distillation):
@@ -63,7 +63,7 @@ class SnapFusion(Distillation):
 
     def training_step(self, b: LatentBatch, i: int) -> None:
         """One update, of a guided batch or of one that is not."""
-        guided = self.streams.shared("guided").random() < self.guided  # the same in every process
+        guided = numbers_of(self).shared("guided").random() < self.guided  # the same in every process
         c = b.c if guided else b.c.guided(None)
         with torch.no_grad():
             target = self.feed.answered(b._replace(c=c), self.answer)
@@ -95,12 +95,6 @@ class SnapFusion(Distillation):
         schedule = self.student.schedule
         eps = schedule.from_x0(b.x_t, b.t, b.real).eps
         return ((b.source == FORWARD) & (b.slot < 0)) * mse(out, schedule.target(self.student.predicts, b.real, eps, b.t))
-
-    @property
-    def streams(self) -> Streams:
-        """Random numbers by the feed's seed and the clock, so that a resumed run repeats them."""
-        step = self.student_updates * self.descent.accumulate + self.descent.micro.get("loss", 0)
-        return Streams(self.feed.seed, step, self.stage)
 
     def deploy(self, student: Denoiser) -> Deployment:
         """DDIM with classifier-free guidance, two evaluations a step, as the teacher's users sample."""

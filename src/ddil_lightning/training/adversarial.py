@@ -24,7 +24,8 @@ class Adversarial(Contest, Distillation):
     """A student of a few nodes, whose samples are re-noised from one to the next, against a discriminator with an optimiser of its own.
 
     A method calls `nodes` and `against` in its constructor, in this order, and writes `training_step`. The first node is noise without
-    signal. The guidance is baked into the student.
+    signal, as the deployed student sees it, unless a method's `wants` are others: UFOGen's and moment matching's forward latents are data
+    noised to the last time there, as in their papers. The guidance is baked into the student.
     """
 
     wants = Wants(pure_noise=True)

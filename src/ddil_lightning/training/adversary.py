@@ -19,8 +19,8 @@ from ddil_lightning.bounds import within
 from ddil_lightning.diffusion.losses import mse
 from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.records import END, Context, LatentBatch, Prediction, widest
-from ddil_lightning.streams import Streams
 from ddil_lightning.training.gan import Gan, Logits, leaves, slope, voices
+from ddil_lightning.training.randomness import numbers_of
 from ddil_lightning.training.sharding import kept, share
 
 
@@ -253,8 +253,7 @@ class Adversary:
 
     def generator(self, purpose: str, device: torch.device) -> torch.Generator:
         """Random numbers of this rank for a `purpose` in the present micro-batch."""
-        step = self.updates * self.method.descent.accumulate + self.method.descent.micro.get("critic_loss", 0)
-        return Streams(self.method.feed.seed, step, self.method.stage, self.method.global_rank).local(purpose, device)
+        return numbers_of(self.method).local(purpose, device)
 
     def _features(self, x: Tensor, t: Tensor, c: Context) -> tuple[Tensor, ...]:
         """The features [B, F, ...] that the head reads, a layer each."""

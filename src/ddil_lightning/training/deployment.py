@@ -34,6 +34,13 @@ def one_step(steps: int, total: int) -> Grid:
     return Grid.named("trailing", 1, total)
 
 
+def trained_counts(grid: Grid, total: int) -> tuple[int, ...]:
+    """The step counts, most first, whose trailing nodes are all nodes of the training `grid`: those of its roll-outs, and 4, 2 and 1."""
+    nodes = set(grid.nodes.tolist())
+    few = {n for n in (4, 2, 1) if nodes >= set(Grid.named("trailing", n, total).nodes.tolist())}
+    return tuple(sorted({*few, *map(len, grid.rollouts)}, reverse=True))
+
+
 @dataclass(frozen=True, eq=False)
 class Deployment:
     """Inference, whole: `policy` down `grid(steps)` at `guidance`, and the scheduler that makes diffusers do the same.

@@ -11,8 +11,12 @@ from ddil_lightning.streams import Streams
 
 
 def numbers_of(method: Any) -> Streams:
-    """What is random in the loss of a method's present micro-batch: it follows from seed and clocks, so that a resumed run repeats it."""
-    step = method.student_updates * method.descent.accumulate + method.descent.micro.get("loss", 0)
+    """What is random in the loss of a method's present micro-batch: it follows from seed and clocks, so that a resumed run repeats it.
+
+    The clock is the one that moves with every update: where a critic takes turns the critic's, for the student's stands still meanwhile.
+    """
+    clock, loss = (method.adversary.updates, "critic_loss") if method.takes_turns else (method.student_updates, "loss")
+    step = clock * method.descent.accumulate + method.descent.micro.get(loss, 0)
     return Streams(method.feed.seed, step, method.stage, method.global_rank)
 
 
