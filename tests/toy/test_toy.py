@@ -46,7 +46,7 @@ from ddil_lightning.toy.problems import PROBLEMS, Problem
 from ddil_lightning.toy.scores import Exam, high_quality, method_rows, mode_kl, outside
 from ddil_lightning.training.plan import Stage
 from options import options
-from suite import MIXED, Run, equal, fit, state
+from suite import MIXED, Run, StopInside, equal, fit, state
 
 BOX = [[-2.4, -2.4], [2.4, 2.4]]  # given, not estimated: the data of all members would have a say in it
 ENTRIES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -226,7 +226,7 @@ def test_bad_arguments_are_refused(toy: Toy) -> None:
 # Methods -------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ("lcm", "pd", "dmd2", "sid") else pytest.mark.slow) for n in ENTRIES])
+@pytest.mark.parametrize("name", ENTRIES)
 def test_members_of_a_run_do_not_talk(toy: Toy, name: str) -> None:
     """Other data for member 0, the same for member 1: after updates on forward latents and roll-outs, member 1 has not noticed."""
     points = toy.captions.points
@@ -239,13 +239,30 @@ def test_members_of_a_run_do_not_talk(toy: Toy, name: str) -> None:
     assert any(not torch.equal(a[key][0], b[key][0]) for key in a) is (name not in ("dmd", "reflow", "boot"))
 
 
-@pytest.mark.parametrize("name", ["lcm", "pd"])
+@pytest.mark.parametrize("name", ENTRIES)
 def test_resuming_is_exact(toy: Toy, name: str, tmp_path: Path) -> None:
     """In the middle of a run; of PD in its second stage, whose teacher is the former student."""
     run = train(toy, name, None, None, Checkpoints(every=4, keep=9, folder=str(tmp_path)))
     resumed = train(toy, name, None, tmp_path / "updates=4.ckpt")
     mine, theirs = state(run), state(resumed)
     assert all(equal(mine[part], theirs[part]) for part in mine) and resumed.rows == run.rows[4:]
+
+
+TURNS = [name for name, (cls, _) in ENTRIES.items() if cls.takes_turns is True]
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_resuming_within_a_cycle_is_exact(toy: Toy, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The critic has followed twice and the student once; the next batch is the student's."""
+    cls, kwargs = ENTRIES[name]
+    monkeypatch.setitem(ENTRIES, name, (cls, kwargs | {"critic": {"steps": 2}}))
+    run = train(toy, name)
+    train(toy, name, None, None, StopInside(3, tmp_path / "inside.ckpt"))
+    resumed = train(toy, name, None, tmp_path / "inside.ckpt")
+    assert torch.load(tmp_path / "inside.ckpt", weights_only=True)["ddil"]["student_updates"] == 1
+    mine, theirs = state(run), state(resumed)
+    assert all(equal(mine[part], theirs[part]) for part in mine)
+    assert resumed.rows[1:] == run.rows[2:]  # the first has the means of what is left of its cycle
 
 
 # Scores --------------------------------------------------------------------------------------------------------------------------
