@@ -4,7 +4,7 @@ As published and + DDIL, neither with reflection, with the two budgets of the to
 together, for which a short trial training counts what an update spends. PD's, LCM's and DMD2's trainings of their own updates are those of
 the reproduction (reproduce.py), which are not made twice. A finished cell is a JSON file in --cells, as there. docs/zoo.md shows them.
 
-    python benchmarks/zoo_builtin.py [--methods lcm emd ...] [--budgets evaluations updates] [--seeds 2] [--seed 100] [--jobs 2]
+    python benchmarks/zoo_builtin.py [--methods lcm emd ...] [--budgets evaluations updates] [--seeds 3] [--seed 100] [--jobs 2]
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="names of config pairs")
     parser.add_argument("--budgets", nargs="+", choices=list(BUDGETS), default=list(BUDGETS)[::-1], help="what is the same for all")
     parser.add_argument("--evaluations", type=int, default=EVALUATIONS, help="network evaluations of the equal budget")
-    parser.add_argument("--seeds", type=int, default=2, help="trainings of every variant, from --seed on")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of every variant, from --seed on")
     parser.add_argument("--n", type=int, default=1000, help="held-out prompts")
     parser.add_argument("--captions", type=int, help="train on so many captions only (default: the whole built-in set)")
     parser.add_argument("--jobs", type=int, default=2, help="processes; each takes one cell at a time")
