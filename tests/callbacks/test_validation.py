@@ -136,6 +136,7 @@ def test_points_are_measured_by_their_own_law() -> None:
         ({"protocol": None}, "Validation: data and images are where a protocol's files lie: give the protocol, too"),
         ({"protocol": "shapes"}, "Validation: shapes has its own images: leave data and images out"),
         ({"protocol": "shapes", "data": None}, "shapes are pictures of 32 pixels and the pipeline"),
+        ({"n": 41}, "41"),
         ({"protocol": "coco2017_5k"}, "give data DIR that holds what the protocol names, or data FILE and images DIR"),
         ({"protocol": "coco2017"}, "no config protocols/coco2017: .*did you mean protocols/coco2017_5k.yaml"),
         ({"metrics": ["contrst"]}, "no metric 'contrst': did you mean contrast"),
@@ -149,6 +150,18 @@ def test_what_cannot_be_measured_is_refused_before_the_first_update(options: Any
         method = build(LCM, tiny)
         fit(method, captions(tiny), asked)
     assert method is None or method.student_updates == 0
+
+
+def test_prompts_are_looked_at_before_data_are_encoded(tiny: Path, protocol: Path) -> None:
+    method = build(LCM, tiny)
+    (protocol.parent / "prompts.txt").write_text("a small circle\n" * 15)
+    with pytest.raises(ValueError, match="Validation: the protocol own has 15 prompts, and 16 are the least"):
+        validation(protocol, n=None).setup(None, method, "fit")
+    (protocol.parent / "prompts.txt").write_text("a small circle\n" * 15 + "circle " * 90)
+    with pytest.raises(ValueError, match="tokens"):
+        validation(protocol, n=None).setup(None, method, "fit")
+    method.feed.truncate = True
+    validation(protocol, n=None).setup(None, method, "fit")
 
 
 def test_a_pipeline_that_names_no_data_needs_a_protocol(tiny: Path) -> None:

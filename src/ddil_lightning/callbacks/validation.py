@@ -18,6 +18,7 @@ from ddil_lightning.runs.finish import Test
 if TYPE_CHECKING:
     from ddil_lightning.evaluation.protocols import Protocol
     from ddil_lightning.evaluation.suite import Suite
+    from ddil_lightning.feed import Feed
 
 LEAST = 16
 """Prompts without which numbers mean nothing."""
@@ -67,18 +68,36 @@ class Validation(Callback):
         self._measured: int | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Raises ValueError or Refusal now for a protocol that is none, for files that are not there and for a key that is no metric's."""
+        """Check the prompts, for runs that are not started by ddil-fit, which does so earlier."""
+        if stage == "fit":
+            self.check(pl_module.backbone, pl_module.feed)
+
+    def check(self, backbone: Any, feed: Feed) -> None:
+        """Raises ValueError or Refusal for what can be known without real images.
+
+        That is a protocol that is none, files that are not there, a key that is no metric's, too few prompts, and one that would be cut,
+        unless `feed` cuts its captions too.
+        """
+        from ddil_lightning.evaluation.captioned import choice, read_set
+        from ddil_lightning.evaluation.protocols import BUILTIN
         from ddil_lightning.evaluation.registry import wanted
 
-        if stage == "fit" and pl_module.backbone.samples != "points":
-            self.asked(pl_module.backbone)
-            wanted(self.metrics)
+        if backbone.samples == "points":
+            return
+        made, _ = self.asked(backbone)
+        wanted(made.metrics)
+        if made.prompts.source not in BUILTIN:
+            prompts = choice(read_set(made.prompts, there=False), made.prompts).prompts
+            if len(prompts) < LEAST:
+                raise ValueError(f"Validation: the protocol {made.name} has {len(prompts)} prompts, and {LEAST} are the least")
+            if not feed.truncate:
+                backbone.check_length(prompts)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Look at the real images, the first process before the others, which find its statistics.
 
-        Raises ValueError on all of them for what cannot be measured. What is due at the clock that a run goes on from
-        was measured before the stop.
+        Raises ValueError on all of them for what cannot be measured. What is due at the clock that a run goes on from was measured before
+        the stop.
         """
         self._measured, together = pl_module.student_updates, Processes(trainer)
         if pl_module.backbone.samples != "points":
@@ -113,10 +132,6 @@ class Validation(Callback):
 
         backbone, (made, changed) = method.backbone, self.asked(method.backbone)
         suite = Suite.of(made, device=method.device, changed=changed).for_pipeline(backbone)
-        if len(suite.prompts) < LEAST:
-            raise ValueError(f"Validation: the protocol {suite.name} has {len(suite.prompts)} prompts, and {LEAST} are the least")
-        if not method.feed.truncate:
-            backbone.check_length(suite.prompts)
         if made.metrics is None:
             suite = replace(suite, asked=[c.key for metric in suite.measured() for c in metric.columns if c.shown])
         suite.measured()  # raises for what cannot be measured

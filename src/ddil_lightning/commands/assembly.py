@@ -202,7 +202,7 @@ class Assembly(LightningCLI):
             check_precision(trainer.precision)
             check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
             for callback in callbacks:
-                if isinstance(callback, (AnnealPrior, Stages, Validation)):
+                if isinstance(callback, (AnnealPrior, Stages)):
                     callback.setup(trainer, self.model, "fit")  # now, and not after the data have been encoded
         return trainer
 

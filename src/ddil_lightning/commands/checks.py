@@ -36,7 +36,7 @@ OWN = (Alerts, Checkpoints, Previews, Profile, Progress, Stages)
 def check_steps(method: Distillation, config: Any) -> None:
     """Raises ValueError now, and not after the training, for a step count that the student or its teacher cannot take.
 
-    Also for a prompt of the previews that their text encoder cannot take whole: it is known before the data are encoded.
+    Also for a prompt of the previews or of a Validation that their text encoder cannot take whole: it is known before the data are encoded.
     """
     test, previews, student, teacher = config.test, config.previews, method.deployment.sampler, method.baseline.sampler
     exported: Callable[[int], Any] = partial(exportable, method.deployments()[-1])
@@ -53,6 +53,7 @@ def check_steps(method: Distillation, config: Any) -> None:
             asked += [("the steps of ShiftProbe", [callback.steps], student)]
             asked += [("its teacher_steps", [callback.teacher_steps], teacher)]
         if isinstance(callback, Validation):
+            callback.check(method.backbone, config.data)
             asked += [("the steps of Validation", callback.steps or [], student)]
     for name, steps, sampler in asked:
         for n in steps:
