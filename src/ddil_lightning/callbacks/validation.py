@@ -14,6 +14,7 @@ from ddil_lightning.bounds import at_least, lengths, seeds
 from ddil_lightning.diffusion.denoiser import evaluating
 from ddil_lightning.processes import Processes
 from ddil_lightning.runs.finish import Test
+from ddil_lightning.training.randomness import undisturbed
 
 if TYPE_CHECKING:
     from ddil_lightning.evaluation.protocols import Protocol
@@ -144,7 +145,7 @@ class Validation(Callback):
             return
         self._measured, begun = clock, time.perf_counter()
         network = pl_module.deployment.network
-        with torch.no_grad(), torch.random.fork_rng(), trainer.precision_plugin.forward_context(), evaluating(network):
+        with torch.no_grad(), undisturbed(pl_module.device), trainer.precision_plugin.forward_context(), evaluating(network):
             found = dict(self.measure(pl_module))
         values = {f"validation/{key}_{n}": value for n, numbers in found.items() for key, value in numbers.items()}
         pl_module.measures.publish(clock, values)

@@ -19,6 +19,7 @@ from ddil_lightning.diffusion.denoiser import evaluating
 from ddil_lightning.errors import one_line
 from ddil_lightning.files import replacing_folder
 from ddil_lightning.training.method import Distillation
+from ddil_lightning.training.randomness import undisturbed
 from ddil_lightning.training.sharing import merged
 
 
@@ -113,7 +114,7 @@ def rehearse(method: Distillation, folder: Path, test: Test, export_steps: int |
     from ddil_lightning.runs.report import write_report
 
     counts = method.evaluations
-    with torch.random.fork_rng(), evaluating(method.deployment.network), replacing_folder(folder / "rehearsal", keep=False) as place:
+    with undisturbed(method.device), evaluating(method.deployment.network), replacing_folder(folder / "rehearsal", keep=False) as place:
         if export.unheld(method) is None:
             export.rehearse(method, place / "pipeline", export.check_prompts(method, examples), export_steps)
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +20,13 @@ def numbers_of(method: Any) -> Streams:
     clock, loss = (method.adversary.updates, "critic_loss") if method.takes_turns else (method.student_updates, "loss")
     step = clock * method.descent.accumulate + method.descent.micro.get(loss, 0)
     return Streams(method.feed.seed, step, method.stage, method.global_rank)
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Afterwards torch's random numbers go on as before, those of the CPU and of `device`; torch warns where all of many devices are meant."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
 
 
 class Borrowed:
