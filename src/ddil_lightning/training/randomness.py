@@ -24,7 +24,7 @@ def numbers_of(method: Any) -> Streams:
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """Afterwards the random numbers of the CPU and of `device` go on as before. Of all devices at once torch would warn where there are many."""
+    """Afterwards the random numbers of the CPU and of `device` go on as before. Of all devices torch would warn where there are many."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
 
