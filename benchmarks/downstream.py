@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from ddil_lightning.evaluation.batches import as_saved
 from ddil_lightning.miniature import shapes
-from ddil_lightning.miniature.sources import HELD_OUT
+from ddil_lightning.miniature.sources import held_out
 
 HEADS = {"shape": len(shapes.SHAPES), "colour": len(shapes.COLOURS), "size": len(shapes.SIZES), "position": 9, "background": 3}
 """What is asked of a scene of one object, and how many answers there are."""
-CAPTIONS = 1 << 40
-"""The seed of the scenes whose captions are drawn: far from those of the training data and below HELD_OUT."""
+CAPTIONS = 3 << 30
+"""The seed of the scenes whose captions are drawn: of no training data and no suite."""
 
 
 class Lesson(NamedTuple):
@@ -97,7 +97,7 @@ def _loss(logits: Tensor, wanted: Tensor) -> Tensor:
 @torch.no_grad()
 def tested(net: Classifier, n: int = 2000, seed: int = 0) -> dict[str, float]:
     """Its accuracies on `n` real held-out scenes: `cas`, the share that has every answer right, and one for each of HEADS."""
-    scenes = single(n, HELD_OUT + seed)
+    scenes = single(n, held_out(seed))
     device, wanted = next(net.parameters()).device, labels(scenes)
     logits = [net(part.to(device)) for part in shapes.render(scenes).split(256)]
     right = {name: torch.cat([found[name].argmax(1).cpu() for found in logits]) == wanted[name] for name in HEADS}

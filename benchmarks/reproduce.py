@@ -50,6 +50,9 @@ LESSON = (1000, 300)
 VARIANTS = ("base", "reflected", "ddil", "both")
 AGAIN = 1
 """The suite's seed for the second time."""
+SETS = 2
+"""What the second set and the lesson are: scenes that nothing else is made of. In cells that do not say so they are others
+(`reproduce_table.SETS`)."""
 
 
 def file_of(run: Run, cells: Path) -> Path:
@@ -105,6 +108,7 @@ def cell(run: Run, cells: Path, threads: int, lesson: tuple[int, int]) -> dict[s
         "machine": machine(),
         "protocol": rows[0]["protocol"],
         "rows": [slim(row) for row in rows],
+        "sets": SETS,
         "again": [slim(row) for row in again],
         "downstream": {str(k): taught(run, method, k, lesson) for k in steps},
     }

@@ -65,13 +65,30 @@ PAPER: dict[tuple[str, int], dict[str, tuple[float, float, float]]] = {
 """The paper's FID, CLIP score and LPIPS-diversity, COCO-2017 5k: SD1.5 (PD, LCM), SSD-1B with a batch of 7 (DMD2)."""
 
 
+SETS = {
+    1: (
+        "again: with the prompts and pictures of the training data's first scenes, which the students have seen, and the noise of the "
+        "first set one place further on; that of the probes, of which mode coverage and LPIPS diversity are, is nearly the same",
+        "; its captions are those of half of these scenes, and the real pictures of the first row these scenes themselves",
+    ),
+    2: ("again: with other prompts, noise and real images", ""),
+}
+"""What the second set and the lesson of a cell are, by its `sets`, in words."""
+
+
+def sets(cells: Sequence[Mapping[str, Any]]) -> int:
+    """Those that the most cells have: of others neither the second set nor the lesson can be compared with theirs."""
+    return statistics.mode([cell.get("sets", 1) for cell in cells] or [2])
+
+
 def values(cells: Sequence[Mapping[str, Any]], rows: str = "rows") -> dict[tuple[str, int, str, int], dict[str, float | None]]:
     """All numbers by (method, steps, variant, seed)."""
-    found = {}
+    found, alike = {}, sets(cells)
     for cell in cells:
-        for row in cell[rows]:
+        same = cell.get("sets", 1) == alike
+        for row in cell[rows] if same or rows == "rows" else ():
             numbers = {k: v for k, v in row["metrics"].items() if v is None or isinstance(v, int | float)}
-            taught = cell["downstream"].get(str(row["steps"]), {}) if rows == "rows" else {}
+            taught = cell["downstream"].get(str(row["steps"]), {}) if rows == "rows" and same else {}
             found[cell["method"], row["steps"], cell["variant"], cell["seed"]] = {**numbers, **taught}
     return found
 
@@ -214,10 +231,10 @@ def notes(cells: Sequence[Mapping[str, Any]]) -> list[str]:
         "± is the standard error of the mean over seeds, [t] that of the paired difference to base; no p is corrected for the number of "
         "comparisons; evaluations: of all networks, one sample each, of one training",
         "Taught: the share of real scenes in which a small classifier that was taught by 1000 images of the sampler alone reads everything "
-        "right (benchmarks/downstream.py)",
+        f"right (benchmarks/downstream.py){SETS[sets(cells)][1]}",
         f"trained with {ANEW}: the teacher is asked whenever a state is drawn, as the algorithm is counted in the published tables; the "
         "shipped configs keep its answers and are cheaper",
-        "again: with other prompts, noise and real images",
+        SETS[sets(cells)][0],
         "same student: between two sets of prompts, noise and real images; other seed: between trainings of one variant, of which the "
         "former is a part",
     ]

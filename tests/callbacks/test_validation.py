@@ -228,6 +228,34 @@ def test_the_checkpoint_of_the_best_stays(tiny: Path, tmp_path: Path) -> None:
     assert clocks(tmp_path) == [7] and onwards.of_best() == tmp_path / "updates=7.ckpt"
 
 
+def local(rank: int, tiny: Path, folder: Path) -> Any:
+    """The number of each process is its own: falling in the first, rising in the second."""
+    from pair import ddp
+
+    values = [0.9, 0.8, 0.7, 0.6] if rank == 0 else [0.1, 0.2, 0.3, 0.4]
+    save = Checkpoints(every=9, keep=1, folder=str(folder), best="mine/distance")
+    fit(build(LCM, tiny, updates=4), captions(tiny), Says(values), save, **ddp(LCM))
+    return save.best.state()
+
+
+def test_the_first_process_says_which_is_the_best(pair: Pair, tiny: Path, tmp_path: Path) -> None:
+    """A loss is of the batches of one process: where each went by its own, one would save while another trains on."""
+    first, second = pair.run(local, tiny, tmp_path)
+    assert first == second and (first["value"], first["clock"]) == (0.6, 4) and clocks(tmp_path) == [4]
+
+
+def test_a_best_of_another_measurement_is_no_rival() -> None:
+    first, second = Best("validation/frechet_4"), Best("validation/frechet_4")
+    first.measured_on("a, n 1000")
+    first.hear(1, {"validation/frechet_4": 9.0})
+    second.remember(first.state())
+    second.measured_on("a, n 1000")
+    assert (second.value, second.clock) == (9.0, 1)
+    second.measured_on("a, n 256")  # whose distances are all larger
+    second.hear(2, {"validation/frechet_4": 14.0})
+    assert second.due and second.state() == {"name": "validation/frechet_4", "of": "a, n 256", "value": 14.0, "clock": 2}
+
+
 def test_a_best_that_nobody_can_tell_is_refused_or_told(tiny: Path, tmp_path: Path, caplog: Any) -> None:
     for name, said in (
         ("validation/frechet_4", "validation/frechet_4 is published by the callback Validation: give trainer.callbacks one"),

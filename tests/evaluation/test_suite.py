@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from ddil_lightning.evaluation.stamps import notes, protocols, stamp
 from ddil_lightning.evaluation.suite import Probes, Suite, make_row
 from ddil_lightning.evaluation.table import table, write_rows
 from ddil_lightning.evaluation.views import Crops
+from ddil_lightning.streams import apart
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -403,13 +405,39 @@ def test_builtin_suite(untrained, data):
     assert constant["coverage"] < 0.5 * true["coverage"] and constant["frechet"] > 3 * true["frechet"]
 
 
+def test_what_is_held_out_is_in_no_training_data():
+    """Torch's generator reads 32 bits of a seed: an offset of 2^50 was none, and a suite of seed 1 had the training set's scenes."""
+    from ddil_lightning.data.captions import Shapes
+    from ddil_lightning.miniature import shapes
+    from ddil_lightning.miniature.sources import held_out
+
+    trained = {draw for seed in range(1, 9) for draw in drawn(shapes.draw_scenes(64, seed))}
+    held = [drawn(shapes.draw_scenes(64, held_out(seed))) for seed in range(9)]
+    assert len({*trained, *(draw for each in held for draw in each)}) == 64 * 17
+    with pytest.raises(ValueError, match="seed is 0: give a number from 1 to 2147483647"):
+        Shapes(seed=0)
+
+
+def drawn(scenes):
+    return [tuple(centre) for centre in scenes.centre.flatten(1).tolist()]
+
+
+def test_no_noise_of_a_suite_is_in_one_of_another_seed():
+    """Of neighbouring seeds all but one were the same: seed i was that of image i, and the next suite's began at i + 1."""
+    first = sorted(apart(seed) for seed in range(200))
+    assert apart(0) == 0 and min(b - a for a, b in pairwise(first)) > 10**6 and max(first) < 2**32
+    noises = [Suite.builtin("shapes", n=16, seed=seed).part(over) for seed in range(4) for over in ("prompts", "probes", "teacher")]
+    seeds = [part.seed + i for part in noises for i in range(len(part.asked))]
+    assert len(set(seeds)) == len(seeds)
+
+
 def test_builtin_prompts_and_images_are_one_held_out_set(untrained):
     """The reference's own captions say what its images show, and another seed is other data."""
     from ddil_lightning.miniature import judge, shapes
-    from ddil_lightning.miniature.sources import HELD_OUT
+    from ddil_lightning.miniature.sources import held_out
 
     s = Suite.builtin("shapes", n=48, seed=3)
-    reference = shapes.render(shapes.draw_scenes(48, HELD_OUT + 3))
+    reference = shapes.render(shapes.draw_scenes(48, held_out(3)))
     assert float(judge.judge(reference, s.prompts).all_right.mean()) == 1
     out = Suite.builtin("shapes", n=48, seed=3, batch=48).score(lambda p, seed: reference.repeat(9, 1, 1, 1)[: len(p)])
     assert out["frechet"] == pytest.approx(0, abs=1e-6) and (out["density"], out["coverage"]) == (1, 1)

@@ -18,7 +18,7 @@ from ddil_lightning.miniature import networks, shapes, weights_path
 from ddil_lightning.miniature.card import card, measure, sample, save_teacher
 from ddil_lightning.miniature.flow import MIDDLE, FlowStage
 from ddil_lightning.miniature.pretrain import Snapshots, main, pretrain
-from ddil_lightning.miniature.sources import HELD_OUT, load_source
+from ddil_lightning.miniature.sources import held_out, load_source
 from ddil_lightning.miniature.stages import AutoencoderStage, Denoiser, DenoiserStage, FreshLatents, Stage, held_then_cosine, token_ids
 from ddil_lightning.runs.card import licence_of
 
@@ -270,7 +270,7 @@ def test_focus_draws_more_timesteps_from_the_middle() -> None:
 
 def test_sources() -> None:
     source = load_source("shapes")
-    assert source.prompts(5, 1) == shapes.captions(shapes.draw_scenes(5, HELD_OUT + 1), 1, full=True)
+    assert source.prompts(5, 1) == shapes.captions(shapes.draw_scenes(5, held_out(1)), 1, full=True)
     with pytest.raises(ValueError, match="unknown built-in data set 'cats'"):
         load_source("cats")
     with pytest.raises(FileNotFoundError, match="no built-in weights 'cats'"):

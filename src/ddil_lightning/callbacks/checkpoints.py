@@ -79,8 +79,13 @@ class Checkpoints(Checkpoint):
         Raises ValueError for a best of a `Validation` that the run has not, and of what is neither better nor worse.
         """
         if self.best is not None:
-            if self.best.name.startswith("validation/") and not any(isinstance(c, Validation) for c in trainer.callbacks):
-                raise ValueError(f"checkpoints.best {self.best.name} is published by the callback Validation: give trainer.callbacks one")
+            measured = [c.of for c in trainer.callbacks if isinstance(c, Validation)]
+            if self.best.name.startswith("validation/"):
+                if not measured:
+                    raise ValueError(
+                        f"checkpoints.best {self.best.name} is published by the callback Validation: give trainer.callbacks one"
+                    )
+                self.best.measured_on("; ".join(measured))
             self.best.sign  # noqa: B018 (raises)
             pl_module.measures.listen(self.best.hear)
         if self.last is None and trainer.ckpt_path:
@@ -117,6 +122,8 @@ class Checkpoints(Checkpoint):
             self.save(trainer, pl_module)
             trainer.should_stop = True
             return
+        if self.best is not None:
+            self.best.agree(trainer.strategy.broadcast)
         due = (self.every and clock % self.every == 0) or clock >= pl_module.updates or pl_module.stage_is_over
         if (due or (self.best is not None and self.best.due)) and clock != self._saved_at:
             self.save(trainer, pl_module)

@@ -152,6 +152,11 @@ class Validation(Callback):
         if trainer.is_global_zero:
             print(f"validation after {clock} updates, {time.perf_counter() - begun:.0f} s: {told(found)}", flush=True)
 
+    @property
+    def of(self) -> str:
+        """What is measured, in words: two numbers of one key can be compared where these are the same."""
+        return f"{self.protocol or 'the data of the pipeline'}, n {self.n}, seed {self.seed}, data {self.data}"
+
     def measure(self, method: Any) -> Iterator[tuple[int, dict[str, float]]]:
         """(steps, numbers) of the present student, those of the suite that it is measured by or, of points, of their own law."""
         from ddil_lightning.evaluation.rows import policy_source

@@ -218,9 +218,9 @@ def told_of_best(summary: dict[str, Any]) -> str:
     """A line of what `best` has found, if anything."""
     if "best" not in summary:
         return ""
-    name, value, clock, found = summary["best"].values()
-    again = shlex.join(["ddil-export", "--ckpt_path", found, "--out"])
-    return f"the best by {name}, {value:.4g}, is the student of update {clock}: {again} FOLDER\n"
+    best = summary["best"]
+    again = shlex.join(["ddil-export", "--ckpt_path", best["checkpoint"], "--out"])
+    return f"the best by {best['name']}, {best['value']:.4g}, is the student of update {best['clock']}: {again} FOLDER\n"
 
 
 def told_to_boards(cli: FitCLI, summary: dict[str, Any]) -> str:

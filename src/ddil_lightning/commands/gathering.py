@@ -25,6 +25,7 @@ from ddil_lightning.evaluation.registry import wanted
 from ddil_lightning.evaluation.suite import Probes, Suite
 from ddil_lightning.packaged import config_names
 from ddil_lightning.processes import Processes
+from ddil_lightning.streams import apart
 
 COLUMNS = ("text", "caption", "prompt")
 MOST = 256
@@ -161,7 +162,7 @@ def material(args: argparse.Namespace, found: Plan | Lines, backbone: Pipeline) 
     Raises ValueError for fewer than 16 prompts, and as what reads them does.
     """
     if isinstance(found, Lines):
-        return Material(found.prompts, found.seed, None, found.why, lambda: _texts_suite(args, found, backbone))
+        return Material(found.prompts, apart(found.seed), None, found.why, lambda: _texts_suite(args, found, backbone))
     args = argparse.Namespace(**vars(args) | {"samples": 1})
     protocol = found.protocol
 
@@ -173,10 +174,10 @@ def material(args: argparse.Namespace, found: Plan | Lines, backbone: Pipeline) 
     if source in BUILTIN:
         n = 512 if protocol.prompts.n is None else protocol.prompts.n  # as `Suite.of` has it
         images, prompts = drawn(str(source), _enough(n, f"{protocol.name} asks for {n} prompts"), seed)
-        return Material(prompts, seed, lambda size: iter(images.split(size)), "", suite)
+        return Material(prompts, apart(seed), lambda size: iter(images.split(size)), "", suite)
     chosen, why = _chosen(protocol)
     _enough(len(chosen.prompts), f"{protocol.name} asks for {len(chosen.prompts)} prompts")
-    height, width = backbone.size
+    height, width, seed = *backbone.size, apart(seed)
     if chosen.pictures is None:
         return Material(chosen.prompts, seed, None, why, suite)
     if height != width:
@@ -221,17 +222,17 @@ def _texts_suite(args: argparse.Namespace, found: Lines, backbone: Pipeline) -> 
     networks = named(Protocol(PromptSource(found.source), networks={"clip": "open_clip"}), args.network)
     given = Given(present(replace(networks, strict=args.strict), backbone.device))
     source = f"the first {len(found.prompts)} of {found.source}"
-    return Suite(Path(found.source).stem, found.prompts, given, Probes(), found.seed, source=source)
+    return Suite(Path(found.source).stem, found.prompts, given, Probes(), apart(found.seed), source=source)
 
 
 def drawn(data: str, n: int, seed: int) -> tuple[Tensor, list[str]]:
     """Held-out images of the built-in data, and prompts that say of each what is on it: those of `Suite.builtin`."""
     from ddil_lightning.miniature import digits, shapes
-    from ddil_lightning.miniature.sources import HELD_OUT, load_source
+    from ddil_lightning.miniature.sources import held_out, load_source
 
     prompts: Sequence[str] = load_source(data).prompts(n, seed)
     if data == "shapes":
-        return shapes.render(shapes.draw_scenes(n, HELD_OUT + seed)), list(prompts)
+        return shapes.render(shapes.draw_scenes(n, held_out(seed))), list(prompts)
     images, labels = digits.split("held_out")
     of = {k: (labels == k).nonzero().flatten().tolist() for k in range(10)}
     rows = [of[k][i // 10 % len(of[k])] for i, k in enumerate(digits.parse(prompt)["digit"] for prompt in prompts)]

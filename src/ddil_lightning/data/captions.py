@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddil_lightning.bounds import seeds, within
+from ddil_lightning.bounds import within
 from ddil_lightning.data import tables
 from ddil_lightning.data.archives import Archives, said_of
 from ddil_lightning.data.base import Captions as Captions
@@ -30,14 +30,15 @@ class Shapes(Captions):
 
     Args:
         n: how many scenes.
-        seed: of the scenes and of their captions.
+        seed: of the scenes and of their captions, from 1 on: those of 0 are held out.
     """
 
     def __init__(self, n: int = 8192, seed: int = 1) -> None:
         from ddil_lightning.miniature import shapes
+        from ddil_lightning.miniature.sources import HELD_OUT
 
         within(1, 10**7, n=n)
-        seeds(seed=seed)
+        within(1, HELD_OUT - 1, seed=seed)
         self._scenes = shapes.draw_scenes(n, seed)
         self._captions = shapes.captions(self._scenes, seed)
 

@@ -160,10 +160,11 @@ def held_out(data: str, n: int, seed: int) -> Material:
 def _held_out(data: str, n: int, seed: int) -> tuple[list[str], Tensor, list[str], Any]:
     """Prompts, real images of the held-out law, prompts that leave something open, and the module with judge and mode coverage."""
     from ddil_lightning.miniature import digits, judge, shapes
-    from ddil_lightning.miniature.sources import HELD_OUT, load_source
+    from ddil_lightning.miniature.sources import held_out as scenes_of
+    from ddil_lightning.miniature.sources import load_source
 
     prompts = load_source(data).prompts(n, seed)
     if data == "shapes":
-        return prompts, shapes.render(shapes.draw_scenes(n, HELD_OUT + seed)), judge.partial_prompts(), judge
+        return prompts, shapes.render(shapes.draw_scenes(n, scenes_of(seed))), judge.partial_prompts(), judge
     # one open prompt only: five times, so that the ten digits can show; and the ten digits, whose diversity is the writers'
     return prompts, digits.split("held_out")[0], digits.partial_prompts() * 5 + digits.prompts(10, 0), digits

@@ -107,7 +107,7 @@ class Protocol:
         crops: parts at full resolution, for a patch FID; null for none.
         networks: what is looked through, by name or NAME:PATH: features, clip, distance, embed, hps, pickscore, image_reward.
         probes: prompts with several seeds.
-        seed: of the first image's noise; each image has the next one.
+        seed: of the noise of all images; those of 0 have the seeds 0, 1 and so on, and no other seed shares any of them.
         batch: images asked of the sampler at a time; null for 16, or 128 of the small built-in ones. No number depends on it.
         metrics: keys of the metrics that are asked for; null for all that can be had.
         obtain: where the data can be had, for who has not got them.

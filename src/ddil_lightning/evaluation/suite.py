@@ -32,6 +32,7 @@ from ddil_lightning.evaluation.stamps import short, stamped
 from ddil_lightning.evaluation.views import Crops
 from ddil_lightning.heap import give_back
 from ddil_lightning.processes import Processes
+from ddil_lightning.streams import apart
 from ddil_lightning.texts import by
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class Suite:
             raise ValueError(f"n={n}: at least 16 prompts, and some hundreds for numbers that mean something")
         made = held_out(data, n, seed)
         seeds = max(2, round((3 * n / 8 if extra is None else extra) / len(made.probes)))
-        return cls(data, made.prompts, made.given, Probes(made.probes, seeds), seed, batch, made.source)
+        return cls(data, made.prompts, made.given, Probes(made.probes, seeds), apart(seed), batch, made.source)
 
     @classmethod
     def from_folder(
@@ -131,7 +132,7 @@ class Suite:
         kept |= {"notes": made.notes, "groups": made.groups}
         probes = Probes(made.probes, protocol.probes.seeds)
         name = protocol.name or Path(str(source)).stem
-        return cls(name, made.prompts, made.given, probes, protocol.seed, protocol.batch or 16, made.source, **kept)
+        return cls(name, made.prompts, made.given, probes, apart(protocol.seed), protocol.batch or 16, made.source, **kept)
 
     @property
     def side(self) -> int | None:

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 
 from ddil_lightning.miniature import shapes
 from ddil_lightning.miniature.evaluator import Evaluator, load_evaluator, tokenise
-from ddil_lightning.miniature.sources import HELD_OUT, load_source
+from ddil_lightning.miniature.sources import held_out, load_source
 from ddil_lightning.miniature.stages import Stage, loader, stream_seed
 
 _SWAPS: tuple[tuple[str, ...], ...] = (shapes.COLOURS, shapes.SIZES, shapes.SHAPES, shapes.BACKGROUNDS)
@@ -84,7 +84,7 @@ class EvaluatorStage(Stage):
 @torch.no_grad()
 def scores(evaluator: Evaluator, n: int = 512) -> dict[str, float]:
     """Held-out figures: top-1 retrieval both ways, share of spoiled and of object-swapped captions scored below the true one."""
-    scenes = shapes.draw_scenes(n, HELD_OUT)
+    scenes = shapes.draw_scenes(n, held_out(0))
     images, captions = shapes.render(scenes), shapes.captions(scenes, 0, full=True)
     a, b = (F.normalize(f, dim=1) for f in (evaluator.image_features(images), evaluator.text_features(captions)))
     rng, own, right = random.Random(0), (a * b).sum(1), torch.arange(n)
