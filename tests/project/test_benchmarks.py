@@ -551,6 +551,19 @@ def test_cells_of_the_zoo_and_what_costs_nothing_beside_them(script: Any, tmp_pa
     assert not any("without training" in part["title"] for part in plain["parts"]) and len(plain["notes"]) == 3
 
 
+def test_second_sets_of_other_scenes_stand_in_no_table_together(script: Any) -> None:
+    """A cell that was made anew has another second set and another lesson than those beside it."""
+    table, row = script("reproduce_table"), {"steps": 4, "metrics": {"frechet": 1.0}}
+    cells = [
+        {"method": "pd", "variant": "base", "seed": seed, "rows": [row], "again": [row], "downstream": {"4": {"cas": 0.5}}, **more}
+        for seed, more in ((100, {}), (101, {}), (102, {"sets": 2}))
+    ]
+    found, again = table.values(cells), table.values(cells, "again")
+    assert [at[3] for at in found] == [100, 101, 102] and [at[3] for at in again] == [100, 101]
+    assert ["cas" in numbers for numbers in found.values()] == [True, True, False]
+    assert table.sets(cells) == 1 and table.sets(cells[2:]) == 2
+
+
 def test_what_ddil_adds_to_data_at_the_same_times(script: Any) -> None:
     """Seed by seed: of the two groups of base and DDIL the control has one."""
     scores = {"base": [[4.0, 6.0], [0.0, 0.0]], "ddil": [[1.0, 2.0], [9.0, 9.0]], "same_times": [[3.0, 3.0]]}
