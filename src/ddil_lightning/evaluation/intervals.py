@@ -50,18 +50,6 @@ def _summed(x: Tensor, groups: Tensor | None) -> tuple[Tensor, Tensor]:
     return none.index_add(0, numbers, x), none.index_add(0, numbers, ones_like(x))
 
 
-def group_means(groups: Tensor | None = None, /, **values: Tensor) -> dict[str, Tensor]:
-    """The means [G] by key of the values of each group that are numbers; NaN where none is."""
-    if groups is None:
-        return values
-    found = {}
-    for key, x in values.items():
-        asked = ~x.double().isnan()
-        sums, _ = _summed(x.double().nan_to_num(0), groups)
-        found[key] = sums / _summed(asked.double(), groups)[0]
-    return found
-
-
 def intervals(groups: Tensor | None = None, /, **values: Tensor) -> dict[str, list[float]]:
     """{key: [low, high]} of values [N] by key, for the `intervals` of what a metric computes; without those that have none.
 

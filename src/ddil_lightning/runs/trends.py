@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from ddil_lightning.evaluation.paired import Values, difference
 from ddil_lightning.evaluation.table import cell, values_of
 
@@ -20,12 +22,13 @@ CLAIMS = {
 }
 
 
-def trends(rows: Sequence[Row], values: Sequence[Values]) -> dict[str, list[Trend]]:
+def trends(rows: Sequence[Row], values: Sequence[Values], groups: Tensor | None = None) -> dict[str, list[Trend]]:
     """What is said of the sweeps among `rows`: `mixing`, and who acts first, `teacher` or `student`. Nothing is asserted of it.
 
-    `values` of every row's images by key (`paired.every`): a claim is judged by the paired 95 % interval of the mean by which the end with
-    most of the teacher lies above that with least. Of a mixture the ends are the paper's, of which both have a part: either alone is
-    another sampler, whose own weaknesses would be compared. Without values nothing can be told of a number.
+    `values` of every row's images by key (`paired.every`), and their `groups`, the same in all rows (`paired.grouped`): a claim is judged
+    by the paired 95 % interval of the mean by which the end with most of the teacher lies above that with least. Of a mixture the ends are
+    the paper's, of which both have a part: either alone is another sampler, whose own weaknesses would be compared. Without values nothing
+    can be told of a number.
     """
     # Whoever acts first has more where the switch is later, at a smaller t.
     more = {"mixing": lambda row: row["p_teacher"], "teacher": lambda row: -row["at"], "student": lambda row: row["at"]}
@@ -35,18 +38,18 @@ def trends(rows: Sequence[Row], values: Sequence[Values]) -> dict[str, list[Tren
         own = [(row, x) for row, x in own if 0 < row.get("p_teacher", 0.5) < 1]
         own.sort(key=lambda pair: float(share(pair[0])))
         keys = [key for key in CLAIMS if sweep != "student" or key != "frechet"]  # where it is first, the paper's FID goes down and up
-        made[sweep] = [trend for trend in (_trend([row for row, _ in own], [x for _, x in own], key) for key in keys) if trend is not None]
-    made["student"] += _turns(rows, values)
+        made[sweep] = [trend for trend in (_trend([row for row, _ in own], [x for _, x in own], key, groups) for key in keys) if trend]
+    made["student"] += _turns(rows, values, groups)
     return made
 
 
-def _trend(rows: Sequence[Row], values: Sequence[Values], key: str) -> Trend | None:
+def _trend(rows: Sequence[Row], values: Sequence[Values], key: str, groups: Tensor | None) -> Trend | None:
     numbers = [values_of(row).get(key) for row in rows]
     if len(numbers) < 2 or None in numbers:
         return None
     first, last = (f"{cell(number, 4)} at {_where(row)}" for number, row in ((numbers[0], rows[0]), (numbers[-1], rows[-1])))
     said = f"with more teacher {CLAIMS[key]}; here it goes from {first} to {last}"
-    apart = _apart(values[-1], values[0], key)
+    apart = _apart(values[-1], values[0], key, groups)
     if apart is None:
         return _told(key, f"{said}, of which no spread is known", UNTOLD)
     between = "without an interval" if apart["interval"] is None else "[{:+.4f}, {:+.4f}]".format(*apart["interval"])
@@ -58,9 +61,9 @@ def _where(row: Row) -> str:
     return f"p = {row['p_teacher']:g}" if "p_teacher" in row else f"t = {row['at']}"
 
 
-def _apart(mine: Values, theirs: Values, key: str) -> dict[str, Any] | None:
+def _apart(mine: Values, theirs: Values, key: str, groups: Tensor | None) -> dict[str, Any] | None:
     """The paired difference of two rows, None where the values of one are not known."""
-    return difference(mine[key], theirs[key]) if key in mine and key in theirs else None
+    return difference(mine[key], theirs[key], groups) if key in mine and key in theirs else None
 
 
 def _side(apart: Mapping[str, Any] | None) -> int:
@@ -69,7 +72,7 @@ def _side(apart: Mapping[str, Any] | None) -> int:
     return (low > 0) - (high < 0)
 
 
-def _turns(rows: Sequence[Row], values: Sequence[Values]) -> list[Trend]:
+def _turns(rows: Sequence[Row], values: Sequence[Values], groups: Tensor | None) -> list[Trend]:
     """Who had better be first, in the paper and here; none without the Fréchet distances of both at every node."""
     at = {(row["first"], row["at"]): (values_of(row).get("frechet"), x) for row, x in zip(rows, values, strict=True) if "first" in row}
     pairs = [(mine, at.get(("teacher", t), (None, {}))) for (who, t), mine in at.items() if who == "student"]
@@ -77,7 +80,7 @@ def _turns(rows: Sequence[Row], values: Sequence[Values]) -> list[Trend]:
         return []
     lower = sum(a < b for (a, _), (b, _) in pairs)  # type: ignore[operator]
     said = "with the student first the Fréchet distance is lower in the paper, at every node, than with the teacher first; here"
-    apart = [_apart(mine, theirs, "frechet") for (_, mine), (_, theirs) in pairs]
+    apart = [_apart(mine, theirs, "frechet", groups) for (_, mine), (_, theirs) in pairs]
     if None in apart:
         return [_told("frechet", f"{said} at {lower} of {len(pairs)} nodes, of which no spread is known", UNTOLD)]
     sides = [_side(one) for one in apart]

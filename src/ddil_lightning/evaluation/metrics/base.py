@@ -87,7 +87,8 @@ class Metric(torchmetrics.Metric):
     def each(self) -> dict[str, Tensor]:
         """{key: values [N]} of those numbers that are means over images, in the images' order; NaN for one that does not count.
 
-        By them two samplers of the same prompts and noise are compared image by image (`evaluation.paired`).
+        By them two samplers of the same prompts and noise are compared image by image (`evaluation.paired`), those of one of the `groups`
+        together.
         """
         return {}
 
