@@ -2,8 +2,8 @@
 
 FID-like numbers have none. Their bias falls with the number of images, and a resample holds fewer different images than the sample: its
 distances are those of a smaller sample, all to one side of the number. A kernel's distance and the share of real images that is reached are
-no means over generated images either. Compare such numbers between seeds; of two rows of paired images that bias is nearly the same, and
-their Fréchet distances can be compared to first order (`Metric.linear`).
+no means over generated images either. Compare such numbers between seeds. The Fréchet distances of two rows of paired images can be
+compared to first order (`Metric.linear`), by an interval without their bias: the two rows' differ, so there is none for few images.
 """
 
 from __future__ import annotations

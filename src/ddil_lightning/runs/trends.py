@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ddil_lightning.evaluation.metrics.frechet import PER_FEATURE
 from ddil_lightning.evaluation.paired import Values, difference
 from ddil_lightning.evaluation.table import cell, values_of
 
@@ -14,6 +15,7 @@ Row = Mapping[str, Any]
 Trend = dict[str, Any]
 """Of one number: its `key`, the `difference` of the ends (`evaluation.paired.difference`, or None), the `verdict`, and all in a `text`."""
 
+UNKNOWN = {"frechet": f"of which no spread is known: it takes {PER_FEATURE} images a feature"}
 SHOWS, NOT, UNTOLD = "it shows", "it does not show", "it cannot be told"
 CLAIMS = {
     "clip": "the CLIP score rises in the paper",
@@ -51,7 +53,7 @@ def _trend(rows: Sequence[Row], values: Sequence[Values], key: str, groups: Tens
     said = f"with more teacher {CLAIMS[key]}; here it goes from {first} to {last}"
     apart = _apart(values[-1], values[0], key, groups)
     if apart is None:
-        return _told(key, f"{said}, of which no spread is known", UNTOLD)
+        return _told(key, f"{said}, {UNKNOWN.get(key, 'of which no spread is known')}", UNTOLD)
     between = "without an interval" if apart["interval"] is None else "[{:+.4f}, {:+.4f}]".format(*apart["interval"])
     verdict = {1: SHOWS, -1: NOT, 0: UNTOLD}[_side(apart)]
     return _told(key, f"{said}, by {apart['mean']:+.4f} {between} over {apart['n']} pairs of images", verdict, apart)
@@ -82,7 +84,7 @@ def _turns(rows: Sequence[Row], values: Sequence[Values], groups: Tensor | None)
     said = "with the student first the Fréchet distance is lower in the paper, at every node, than with the teacher first; here"
     apart = [_apart(mine, theirs, "frechet", groups) for (_, mine), (_, theirs) in pairs]
     if None in apart:
-        return [_told("frechet", f"{said} at {lower} of {len(pairs)} nodes, of which no spread is known", UNTOLD)]
+        return [_told("frechet", f"{said} at {lower} of {len(pairs)} nodes, {UNKNOWN['frechet']}", UNTOLD)]
     sides = [_side(one) for one in apart]
     verdict = NOT if 1 in sides else SHOWS if set(sides) == {-1} else UNTOLD
     return [_told("frechet", f"{said} at {lower} of {len(pairs)} nodes, by its interval at {sides.count(-1)}", verdict)]

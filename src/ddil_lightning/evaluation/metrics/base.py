@@ -96,7 +96,7 @@ class Metric(torchmetrics.Metric):
         """{key: values [N]} of numbers that are no means over images: their mean is the number, and they move with the images as it does.
 
         By them two rows of paired images are compared to first order; no interval of one number alone is made of them, for its bias is not
-        in them.
+        in them. Nothing where the images are so few that the bias of the two could outweigh their difference.
         """
         return {}
 
