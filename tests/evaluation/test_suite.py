@@ -288,6 +288,26 @@ def test_rows_of_different_sizes_are_told(light: Path) -> None:
     assert as_made(["contrast"], made) == [] != as_made(["contrast"], Given()) and as_made(["clip"], Given()) == []
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_score_that_is_no_number_is_refused_by_key_and_image(number):
+    """It made the mean none, which a row writes as if it had not been measured. Verdicts may be NaN, where a prompt says nothing."""
+
+    def score(images, prompts):
+        return torch.where(images.flatten(1)[:, 0] == images.flatten(1)[:, 0].max(), number, 0.5)
+
+    def sample(prompts, seed):
+        return torch.stack([torch.full((3, 4, 4), float(p) / 20) for p in prompts])
+
+    suite = Suite("s", [str(i) for i in (*range(13), 19, *range(13))], Given(Networks(hps=score)), batch=27)
+    with pytest.raises(ValueError, match=rf"^hps: value 13 \(from 0\) of 27, an image's or a prompt's, is {number}"):
+        suite.score(sample)
+    with pytest.raises(ValueError, match="frechet|kid"):
+        features = Networks(features=lambda x: x.flatten(1)[:, :2] * number)
+        Suite("s", ["a"] * 30, Given(features, Reference({"features": torch.rand(30, 2)})), asked=["kid"]).score(
+            lambda p, seed: torch.rand(len(p), 3, 4, 4)
+        )
+
+
 def test_rows_are_complete_json_without_nan(tmp_path):
     metrics = {"frechet": 1.5, "clip": math.nan, "density": None, "per_attribute": {"a": math.inf, "b": torch.tensor(0.5)}}
     row = make_row("lcm@4", 4, 7.5, 4, 0.01, metrics, {"n": 512})

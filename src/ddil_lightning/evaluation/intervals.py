@@ -53,12 +53,22 @@ def _summed(x: Tensor, groups: Tensor | None) -> tuple[Tensor, Tensor]:
 def intervals(groups: Tensor | None = None, /, **values: Tensor) -> dict[str, list[float]]:
     """{key: [low, high]} of values [N] by key, for the `intervals` of what a metric computes; without those that have none.
 
-    `groups`: as for `interval`; a metric has them as `self.groups`.
+    `groups`: as for `interval`; a metric has them as `self.groups`. Values of images that do not count are left out before. Raises
+    ValueError for one that is no finite number, for the mean of all would be none either and be read as not measured.
     """
+    for key, x in values.items():
+        wrong = (~x.flatten().isfinite()).nonzero().flatten()
+        if len(wrong):
+            i = int(wrong[0])
+            raise ValueError(
+                f"{key}: value {i} (from 0) of {x.numel()}, an image's or a prompt's, is {float(x.flatten()[i])}: "
+                "mend what measures it, or leave out those that do not count"
+            )
     found = {key: interval(x, groups) for key, x in values.items()}
     return {key: ends for key, ends in found.items() if ends is not None}
 
 
 def means(groups: Tensor | None = None, /, **values: Tensor) -> dict[str, Any]:
-    """What a metric of plain means computes: {key: mean} of values [N] by key, and their `intervals`."""
-    return {key: float(x.mean()) for key, x in values.items()} | {"intervals": intervals(groups, **values)}
+    """What a metric of plain means computes: {key: mean} of values [N] by key, and their `intervals`. Raises ValueError as that does."""
+    ends = intervals(groups, **values)
+    return {key: float(x.mean()) for key, x in values.items()} | {"intervals": ends}

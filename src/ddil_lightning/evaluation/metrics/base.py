@@ -79,7 +79,7 @@ class Metric(torchmetrics.Metric):
 
     @abstractmethod
     def compute(self) -> dict[str, Any]:
-        """{key: number} for every column, None where a number is not defined, and every one of `details`.
+        """{key: number} for every column, None where a number is not defined, never NaN, and every one of `details`.
 
         A number that is a mean over images or prompts has its 95 % interval under `intervals`, {key: [low, high]} (`evaluation.intervals`).
         """
