@@ -275,9 +275,17 @@ def test_suite_from_folder(folder):
 # rows
 
 
+def colour(images: Tensor) -> Tensor:
+    return images.mean((2, 3))
+
+
+def apart(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).square().mean((1, 2, 3))
+
+
 def test_rows_of_different_sizes_are_told(light: Path) -> None:
     """Where a number sees images as large as they are made; where it does not, and of one size, there is nothing to tell."""
-    made = Given(Networks(lambda x: x.mean((2, 3)), distance=lambda a, b: (a - b).square().mean((1, 2, 3))), view=View(8, Crops(8, None)))
+    made = Given(Networks(colour, distance=apart), view=View(8, Crops(8, None)))
     mine = Suite("mine", ["a handwritten one"] * 2, made, Probes(["a handwritten one"], 2), batch=4, asked=["lpips_diversity", "contrast"])
     small, large = (pipeline_row(mine, Pipeline(Source(str(light), size=s)), 1, 2.0, name=f"of {s}") for s in (16, 24))
     assert (small["generation"]["size"], large["generation"]["size"]) == ([16, 16], [24, 24])
@@ -332,7 +340,8 @@ def test_table_shows_what_there_is():
 
 
 def test_a_row_says_what_it_was_measured_by(folder):
-    s = Suite.from_folder(folder, size=16, networks=Networks(tiny(), distance=lpips_distance(random_trunk=True)), probes=(2, 3))
+    features = tiny()
+    s = Suite.from_folder(folder, size=16, networks=Networks(features, distance=lpips_distance(random_trunk=True)), probes=(2, 3))
     told = dict(s.protocol)
     assert set(told.pop("digests")) == {"prompts", "probes", "reference"} and len(told.pop("stamp")) == 12
     assert told == {
@@ -343,7 +352,7 @@ def test_a_row_says_what_it_was_measured_by(folder):
         "resize": "centre crop, Lanczos 16",
         "crops": None,
         "networks": {
-            "features": "torch.nn.modules.container.Sequential",
+            "features": Networks(features).about()["features"],
             "clip": None,
             "distance": "LPIPS 0.1 alex with a random trunk",
             "text": None,
