@@ -25,7 +25,7 @@ from torchvision.transforms.functional import center_crop
 from ddil_lightning.diffusion.gaussians import frechet_distance
 from ddil_lightning.evaluation.batches import Batch, as_saved
 from ddil_lightning.evaluation.given import Given, Reference, View
-from ddil_lightning.evaluation.intervals import group_means, interval, means
+from ddil_lightning.evaluation.intervals import interval, means
 from ddil_lightning.evaluation.kernels import Gaussian, cubic, squared_mmd
 from ddil_lightning.evaluation.metrics.base import Metric
 from ddil_lightning.evaluation.metrics.cmmd import Cmmd, cmmd
@@ -299,7 +299,6 @@ def test_images_of_one_prompt_are_resampled_together() -> None:
     assert interval(uneven, groups) == pytest.approx(ends, abs=0.03)
     with pytest.raises(ValueError, match="75 values and the groups of 50"):
         interval(uneven, g[:50])
-    assert group_means(torch.tensor([3, 3, 5]), a=torch.tensor([1.0, torch.nan, torch.nan]))["a"].tolist()[:1] == [1.0]
 
     def alike(prompts: list[str], seed: int) -> Tensor:
         return torch.stack([torch.full((3, 4, 4), float(p) / 20 - 1) for p in prompts])

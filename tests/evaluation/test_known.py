@@ -10,6 +10,8 @@ import pytest
 
 from ddil_lightning import assemble
 from ddil_lightning.evaluation import known, rows, stamps
+from ddil_lightning.evaluation.given import Given
+from ddil_lightning.evaluation.networks import Networks
 from ddil_lightning.evaluation.suite import Suite, make_row
 from ddil_lightning.evaluation.table import results_table, table
 from ddil_lightning.runs.finish import Test
@@ -85,6 +87,15 @@ def test_rows_that_ship_are_of_the_teachers_that_ship(config: str, pipeline: str
     found = [rows.teacher_row(suite, method, n) for n in Test().teacher_steps]
     assert [one["name"] for one in found] == [f"teacher@{n}" for n in Test().teacher_steps]
     assert all(one["metrics"]["all_right"] is not None and one["protocol"]["stamp"] == suite.protocol["stamp"] for one in found)
+
+
+def test_a_row_by_a_network_known_by_name_alone_is_measured_each_time(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its stamp is that of any other closure of that name, whose row would be taken for this one's."""
+    made = iter((1.0, 2.0))
+    monkeypatch.setattr(rows, "policy_row", lambda *_: row(next(made)))
+    _, method, _ = assemble("pd.yaml")
+    suite = Suite("s", ["a"] * 16, Given(Networks(hps=lambda images, prompts: images.mean((1, 2, 3)))))
+    assert [rows.teacher_row(suite, method, 4)["metrics"]["frechet"] for _ in range(2)] == [1.0, 2.0] and not cache.exists()
 
 
 @pytest.mark.slow

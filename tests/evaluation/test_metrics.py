@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -30,7 +31,8 @@ from ddil_lightning.evaluation.networks import (
     said,
 )
 from ddil_lightning.evaluation.registry import metrics, unmeasured
-from ddil_lightning.evaluation.suite import Probes, Suite
+from ddil_lightning.evaluation.stamps import notes
+from ddil_lightning.evaluation.suite import Probes, Suite, make_row
 from ddil_lightning.evaluation.views import Crops
 from pair import Pair
 
@@ -352,6 +354,69 @@ def test_no_metric_owns_a_network():
     assert not any(isinstance(c, nn.Conv2d) for c in holder.modules())
 
 
+def test_two_networks_of_one_name_have_two_stamps_or_are_said_to_be_unverified():
+    """Rows by two closures of one factory, two partials of a function, or two modules of a class were compared in silence."""
+
+    def scaled(images, prompts=None, by=1.0):
+        return images.mean((1, 2, 3)) * by
+
+    def factory(by):
+        def scorer(images, prompts):
+            return images.mean((1, 2, 3)) * by
+
+        return scorer
+
+    class Held:
+        def __init__(self, by):
+            self.by = by
+
+        def __call__(self, images, prompts):
+            return images.mean((1, 2, 3)) * self.by
+
+    def protocol(**networks):
+        return Suite("s", ["a"] * 4, Given(Networks(**networks))).protocol
+
+    def stamps(*nets, key="hps"):
+        return len({protocol(**{key: x})["stamp"] for x in nets})
+
+    torch.manual_seed(0)
+    one, other = nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
+    same = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
+    same.load_state_dict(one.state_dict())
+    assert stamps(one, other, key="features") == 2 and stamps(one, same, key="features") == 1
+    with torch.no_grad():
+        same[1].bias[0] += 1
+    assert stamps(one, same, key="features") == 2
+    assert stamps(one.forward, other.forward, key="features") == 2
+    assert stamps(nn.Sequential(nn.AvgPool2d(2), nn.Flatten()), nn.Sequential(nn.AvgPool2d(4), nn.Flatten()), key="features") == 2
+    module = partial(brightness)
+    assert stamps(partial(module, 2), partial(module, 3), partial(module, torch.ones(2)), partial(module, torch.zeros(2))) == 4
+    assert "unverified" not in said(partial(brightness, by=2)) and "unverified" not in said(brightness)
+    assert "unverified" in said(partial(brightness, object()))
+    for net in (factory(1.0), Held(1.0), lambda x, p: x, Held(1.0).__call__, scaled, partial(factory(1.0), by=2)):
+        words = said(net)
+        assert "(unverified)" in words and words.startswith(("test_metrics.", f"{__name__}."))
+        rows = [make_row(name, 4, 1.0, 4, 0.1, {}, protocol(hps=net)) for name in "ab"]
+        assert notes(rows) == [f"Known by name alone, so that it may not be the same in all rows: {words}."]
+        assert notes(rows[:1]) == []
+
+
+@pytest.mark.parametrize(("data", "judge"), [("shapes", "judge"), ("digits", "digits")])
+def test_the_built_in_evaluator_is_named_as_in_published_rows(data, judge):
+    """Its weights are the package's own; other words would part every row from those that are kept and published."""
+    mine, read = "ddil_lightning.miniature.evaluator.Evaluator", f"ddil_lightning.miniature.{judge}"
+    images = f"{mine}.image_features"
+    assert Suite.builtin(data, 16, 0).protocol["networks"] == {
+        "features": images,
+        "clip": None,
+        "distance": f"unweighted LPIPS of {mine}.image_feature_maps",
+        "text": f"{mine}.text_features",
+        "embed": images,
+        "judge": f"{read}.judge",
+        "modes": f"{read}.mode_coverage",
+    }
+
+
 def test_networks_are_named_in_words():
     assert Networks("inception", "open_clip", "lpips").about() == {
         "features": "Inception-v3 pool3 (TensorFlow FID weights, torch-fidelity)",
@@ -361,7 +426,7 @@ def test_networks_are_named_in_words():
         "embed": None,
     }
     assert said(lpips_distance(random_trunk=True)) == "LPIPS 0.1 alex with a random trunk"
-    assert said(net()) == "torch.nn.modules.container.Sequential" and said(brightness) == f"{__name__}.brightness"
+    assert str(said(net())).startswith("torch.nn.modules.container.Sequential ") and said(brightness) == f"{__name__}.brightness"
     assert said(MapDistance(encoders().score)).startswith("unweighted LPIPS of torch.nn")
     with pytest.raises(ValueError, match="no network 'dinov9': did you mean dinov2. choose inception, inception_clean_fid, open_clip, "):
         Networks(distance="dinov9").load()

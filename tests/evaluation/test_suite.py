@@ -277,9 +277,17 @@ def test_suite_from_folder(folder):
 # rows
 
 
+def colour(images: Tensor) -> Tensor:
+    return images.mean((2, 3))
+
+
+def apart(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).square().mean((1, 2, 3))
+
+
 def test_rows_of_different_sizes_are_told(light: Path) -> None:
     """Where a number sees images as large as they are made; where it does not, and of one size, there is nothing to tell."""
-    made = Given(Networks(lambda x: x.mean((2, 3)), distance=lambda a, b: (a - b).square().mean((1, 2, 3))), view=View(8, Crops(8, None)))
+    made = Given(Networks(colour, distance=apart), view=View(8, Crops(8, None)))
     mine = Suite("mine", ["a handwritten one"] * 2, made, Probes(["a handwritten one"], 2), batch=4, asked=["lpips_diversity", "contrast"])
     small, large = (pipeline_row(mine, Pipeline(Source(str(light), size=s)), 1, 2.0, name=f"of {s}") for s in (16, 24))
     assert (small["generation"]["size"], large["generation"]["size"]) == ([16, 16], [24, 24])
@@ -288,6 +296,26 @@ def test_rows_of_different_sizes_are_told(light: Path) -> None:
     assert small["protocol"]["stamp"] == large["protocol"]["stamp"] and notes([small, large]) == [said] and notes([small, small]) == []
     assert said in table([small, large]) and as_made(["patch_frechet"], made) == ["patch_frechet", "patch_frechet_teacher"]
     assert as_made(["contrast"], made) == [] != as_made(["contrast"], Given()) and as_made(["clip"], Given()) == []
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_score_that_is_no_number_is_refused_by_key_and_image(number):
+    """It made the mean none, which a row writes as if it had not been measured. Verdicts may be NaN, where a prompt says nothing."""
+
+    def score(images, prompts):
+        return torch.where(images.flatten(1)[:, 0] == images.flatten(1)[:, 0].max(), number, 0.5)
+
+    def sample(prompts, seed):
+        return torch.stack([torch.full((3, 4, 4), float(p) / 20) for p in prompts])
+
+    suite = Suite("s", [str(i) for i in (*range(13), 19, *range(13))], Given(Networks(hps=score)), batch=27)
+    with pytest.raises(ValueError, match=rf"^hps: value 13 \(from 0\) of 27, an image's or a prompt's, is {number}"):
+        suite.score(sample)
+    with pytest.raises(ValueError, match="frechet|kid"):
+        features = Networks(features=lambda x: x.flatten(1)[:, :2] * number)
+        Suite("s", ["a"] * 30, Given(features, Reference({"features": torch.rand(30, 2)})), asked=["kid"]).score(
+            lambda p, seed: torch.rand(len(p), 3, 4, 4)
+        )
 
 
 def test_rows_are_complete_json_without_nan(tmp_path):
@@ -314,7 +342,8 @@ def test_table_shows_what_there_is():
 
 
 def test_a_row_says_what_it_was_measured_by(folder):
-    s = Suite.from_folder(folder, size=16, networks=Networks(tiny(), distance=lpips_distance(random_trunk=True)), probes=(2, 3))
+    features = tiny()
+    s = Suite.from_folder(folder, size=16, networks=Networks(features, distance=lpips_distance(random_trunk=True)), probes=(2, 3))
     told = dict(s.protocol)
     assert set(told.pop("digests")) == {"prompts", "probes", "reference"} and len(told.pop("stamp")) == 12
     assert told == {
@@ -325,7 +354,7 @@ def test_a_row_says_what_it_was_measured_by(folder):
         "resize": "centre crop, Lanczos 16",
         "crops": None,
         "networks": {
-            "features": "torch.nn.modules.container.Sequential",
+            "features": Networks(features).about()["features"],
             "clip": None,
             "distance": "LPIPS 0.1 alex with a random trunk",
             "text": None,

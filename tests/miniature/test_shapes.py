@@ -211,6 +211,13 @@ def test_mode_coverage_of_real_and_collapsed_images() -> None:
     assert one < few < 0.6
 
 
+def test_mode_coverage_of_a_perfect_sampler_depends_on_the_number_of_images() -> None:
+    """Chance above 1 is cut and chance below is not, so that even draws are below 1, and the nearer to it the more there are."""
+    rng = torch.Generator().manual_seed(0)
+    few, many = (sum(J.evenness(torch.randint(9, (n,), generator=rng), 9) for _ in range(200)) / 200 for n in (8, 64))
+    assert 0.85 < few < 0.95 < 0.97 < many < 0.995
+
+
 def test_mode_coverage_counts_unreadable_images_as_lost_mass() -> None:
     good, texts = matching("a red shape", 64), ["a red shape"] * 64
     bad = good.clone()

@@ -95,6 +95,21 @@ def test_an_older_row_has_the_numbers_that_it_has(tmp_path: Path) -> None:
     assert made.kept("one@4", every, "d")
 
 
+def test_values_of_groups_from_before_are_measured_again(tmp_path: Path) -> None:
+    """An older file has a mean of each group, from which no gap of two rows comes; what is written now has each image and its group."""
+    made, groups = Comparison(tmp_path / "x.json", ["one"]), torch.tensor([0, 0, 0, 1])
+    row, seen = measured(MINE, clip=0.5)
+    made.add(row, seen._replace(values={"clip": torch.ones(2)}))
+    assert not made.kept("one@4", MINE, "d") and made.against() == []
+    made.add(row, seen._replace(groups=groups))
+    again = made.seen("one@4")
+    assert made.kept("one@4", MINE, "d") and again is not None and again.groups is not None and again.groups.tolist() == groups.tolist()
+    other, theirs = measured(MINE, "e", clip=0.0)
+    made.add({**other, "name": "two@4"}, theirs._replace(groups=groups))
+    (pair,) = made.against()
+    assert pair["differences"]["clip"] == {"mean": -0.5, "interval": None, "n": 4}
+
+
 def test_numbers_that_stay_keep_the_caution_about_sizes(tmp_path: Path) -> None:
     """A joined row was told to be of numbers that see no size, for those asked for now see none."""
     made = Comparison(tmp_path / "x.json", ["one"])

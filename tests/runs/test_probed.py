@@ -91,6 +91,27 @@ def test_a_distance_is_judged_by_how_each_image_moves_it() -> None:
     assert told[-1]["text"].endswith("here at 1 of 2 nodes, by its interval at 1: it does not show")
 
 
+def test_a_distance_of_few_images_has_no_interval_and_no_verdict() -> None:
+    """Of 48 images in 64 features the interval of the difference lay on the wrong side of 0, by a bias that no resample shows.
+
+    The true distances fall, from 64 * 0.4^2 of images that are too narrow to 64 * 0.39^2 of those that lie elsewhere.
+    """
+    rng, n, wide = torch.Generator().manual_seed(0), 48, 64
+    rows, values, real = [], [], (torch.zeros(wide), torch.eye(wide))
+    for p, scale, shift in ((0.2, 0.6, 0.0), (0.8, 1.0, 0.39)):
+        metric = Frechet()
+        metric.rows, metric.held = [torch.randn(n, wide, generator=rng) * scale + shift], {"reference": real}
+        rows.append({"p_teacher": p, "metrics": metric.compute()})
+        values.append(metric.linear())
+    (told,) = trends(rows, values)["mixing"]
+    assert told["difference"] is None and told["text"].endswith(
+        "of which no spread is known: it takes 4 images a feature: it cannot be told"
+    )
+    for name, many in (("255", 4 * wide - 1), ("256", 4 * wide)):
+        metric.rows = [torch.randn(many, wide, generator=rng)]
+        assert (set(metric.linear()) == {"frechet"}) == (name == "256"), name  # the built-in evaluator's features, and the probe's prompts
+
+
 def test_more_teacher_is_a_later_switch_where_it_is_first() -> None:
     rows = [{"first": who, "at": t, "metrics": {"clip": t / 1000, "frechet": t}} for who in ("student", "teacher") for t in (749, 500, 250)]
     values = [{"clip": torch.arange(20) / 100 + row["metrics"]["clip"] + torch.arange(20) % 2 / 1000} for row in rows]
@@ -100,7 +121,9 @@ def test_more_teacher_is_a_later_switch_where_it_is_first() -> None:
     assert "from 0.2500 at t = 250 to 0.7490 at t = 749" in made["student"][0]["text"] and made["student"][0]["verdict"] == "it shows"
     assert "from 0.7490 at t = 749 to 0.2500" in made["teacher"][0]["text"] and made["teacher"][0]["verdict"] == "it does not show"
     assert [trend["key"] for trend in made["student"]] == ["clip", "frechet"]  # the second of who had better be first
-    assert made["student"][1]["text"].endswith("here at 0 of 3 nodes, of which no spread is known: it cannot be told")
+    assert made["student"][1]["text"].endswith(
+        "here at 0 of 3 nodes, of which no spread is known: it takes 4 images a feature: it cannot be told"
+    )
     assert made["mixing"] == []
 
 

@@ -43,7 +43,8 @@ class Alerts(Callback):
             loss on the student's own as that on the teacher's latents (`shift/loss_ratio`, of a ShiftProbe with `losses`). Healthy runs
             are below 2, but for PD's `shift/loss_ratio`, which is 2.4 to 2.6 in two steps. null for none.
         coverage: how far a published coverage may fall below its best value so far: that of a ShiftProbe, and those of a Validation in each
-            step count. No config has these callbacks by itself. null for none.
+            step count. That of a ShiftProbe sees whole regions that are left out, and no student that draws one image for each prompt:
+            look at `shift/teacher` for that. No config has these callbacks by itself. null for none.
         after: student updates at the beginning of a run that are not judged.
     """
 

@@ -32,7 +32,9 @@ class ShiftProbe(Callback):
     alone are the wrong yard-stick under guidance: the guided teacher is shifted against them itself. Writes shift/teacher and shift/forward
     (energy distance, mean over nodes), and the same with a node's time. Node 0 is pure noise for both and is left out. shift/coverage is
     the share of the teacher's latents at the last node that have one of the student's within the distance of their fifth neighbour
-    (Naeem et al. 2020): it falls when the student leaves modes out, and is left out with fewer than six captions; four are the least that
+    (Naeem et al. 2020): it falls when the student leaves whole regions out. Both sets are of the same prompts, and the latent of the same
+    prompt is counted like any other: a student that draws one image for each prompt, whatever the noise, is not seen by it, but by the
+    energy distance. It is left out with fewer than six captions; four are the least that
     are measured. Of a student that is finished, `ddil-probe` measures more. One that learns in stages of fewer and fewer steps (PD) is
     sampled in `steps` from the first on, for which it is not trained before the last: until then the numbers are of that, too.
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ddil_lightning.backbones.pipeline import Pipeline
     from ddil_lightning.commands.teaching import Teacher
     from ddil_lightning.evaluation.generation import Generation
+    from ddil_lightning.evaluation.metrics.base import Metric
     from ddil_lightning.evaluation.suite import Suite
     from ddil_lightning.runs.comparison import Comparison
 
@@ -244,7 +245,7 @@ def _finish(comparison: Comparison) -> None:
 def _row(rack: Rack, suite: Suite, job: Job, how: Generation) -> tuple[dict[str, Any], Any]:
     """A row, and what is seen of its images: those of the first prompts, and every image's values."""
     from ddil_lightning.backbones import sampling
-    from ddil_lightning.evaluation.paired import each
+    from ddil_lightning.evaluation.paired import each, grouped
     from ddil_lightning.evaluation.rows import pipeline_row
     from ddil_lightning.runs.comparison import Seen, small
 
@@ -255,9 +256,15 @@ def _row(rack: Rack, suite: Suite, job: Job, how: Generation) -> tuple[dict[str,
 
     backbone, pictures = how.processes.alike(begun)
     values: dict[str, Any] = {}
-    how = replace(how, look=lambda metrics: values.update(each(metrics)))
+    groups: list[Tensor | None] = []
+
+    def look(metrics: Sequence[Metric]) -> None:
+        values.update(each(metrics))
+        groups.append(grouped(metrics))
+
+    how = replace(how, look=look)
     row = pipeline_row(suite, backbone, job.steps, job.scale, how=how, name=job.name)
-    return row, Seen(pictures, values)
+    return row, Seen(pictures, values, groups[0] if groups else None)
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from ddil_lightning.diffusion.denoiser import Denoiser
 from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.policy import Policies, Policy
 from ddil_lightning.evaluation.findings import Findings
-from ddil_lightning.evaluation.paired import every
+from ddil_lightning.evaluation.metrics.base import Metric
+from ddil_lightning.evaluation.paired import every, grouped
 from ddil_lightning.evaluation.rows import provenance
 from ddil_lightning.evaluation.suite import Probes, Suite
 from ddil_lightning.imitation.gaps import Seen, nodes, see
@@ -169,6 +170,12 @@ def swept(contest: Contest, suite: Suite, parts: Sequence[str], findings: Findin
     if not asked:  # a student of one step has no node to switch at
         return rows | {"trends": trends([], [])}
     values: list[dict[str, Tensor]] = []
+    groups: list[Tensor | None] = []
+
+    def look(metrics: Sequence[Metric]) -> None:
+        values.append(every(metrics))
+        groups.append(grouped(metrics))
+
     with closing(contest.mixed(suite.prompts, [mixing for *_, mixing in asked], suite.seed, findings, seen)) as latents:
         window = Window(latents)
 
@@ -177,11 +184,11 @@ def swept(contest: Contest, suite: Suite, parts: Sequence[str], findings: Findin
             return sampling.decoded(contest.teacher, made.to(contest.teacher.device))
 
         samplers = [partial(sample, k) for k in range(len(asked))]
-        found = suite.score_all(samplers, look=lambda metrics: values.append(every(metrics)))
+        found = suite.score_all(samplers, look=look)
     costs = contest.costs(suite.prompts[0])
     for (sweep, said, mixing), metrics in zip(asked, found, strict=True):
         measured = {key: value for key, value in metrics.items() if value is not None}
         by_student = mixing.by_student(contest.grid, len(suite.prompts), suite.seed).float().mean(0)
         nfe = round(float(((1 - by_student) * costs[0] + by_student * costs[1]).sum()), 1)
         rows[sweep].append({**said, "nfe": nfe, "metrics": measured})
-    return rows | {"trends": trends([*rows["mixing"], *rows["switch"]], values)}
+    return rows | {"trends": trends([*rows["mixing"], *rows["switch"]], values, groups[0])}

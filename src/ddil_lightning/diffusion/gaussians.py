@@ -1,6 +1,7 @@
 """Gaussians that are fitted to samples, and the Fréchet distance of two of them: of images' features (FID) and of latents alike.
 
-The distance is biased upwards for few samples, by about their number of features over their number: compare at equal counts alone.
+The distance is biased upwards for few samples, by about their number of features over their number: compare at equal counts alone, and not
+with fewer samples than a few times the features, where the bias, which other samples have another of, can outweigh a difference.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def influences(mean: Tensor, cov: Tensor, features: Tensor) -> Tensor:
 
     They are its first-order change with the weight of each sample (the infinitesimal jackknife), of d |m|^2 and tr (I - T) dC with
     T = S (S C S)^(-1/2) S and S = sqrt(cov), on what the samples span. So the mean of resampled values moves as the distance itself does,
-    for a thousandth of the price and without the bias of resamples, which hold fewer different samples. Raises ValueError as `moments`.
+    for a thousandth of the price and without the bias of resamples, which hold fewer different samples. The bias of the distance itself
+    stays in their mean, and no spread of theirs shows it: of two samplers it is not the same, and with fewer samples than a few times the
+    features their difference can have the wrong sign. Raises ValueError as `moments`.
     """
     mean, cov, x = wide(mean), wide(cov), wide(features)
     mine, covariance = moments(x)

@@ -2,8 +2,8 @@
 
 FID-like numbers have none. Their bias falls with the number of images, and a resample holds fewer different images than the sample: its
 distances are those of a smaller sample, all to one side of the number. A kernel's distance and the share of real images that is reached are
-no means over generated images either. Compare such numbers between seeds; of two rows of paired images that bias is nearly the same, and
-their Fréchet distances can be compared to first order (`Metric.linear`).
+no means over generated images either. Compare such numbers between seeds. The Fréchet distances of two rows of paired images can be
+compared to first order (`Metric.linear`), by an interval without their bias: the two rows' differ, so there is none for few images.
 """
 
 from __future__ import annotations
@@ -50,27 +50,25 @@ def _summed(x: Tensor, groups: Tensor | None) -> tuple[Tensor, Tensor]:
     return none.index_add(0, numbers, x), none.index_add(0, numbers, ones_like(x))
 
 
-def group_means(groups: Tensor | None = None, /, **values: Tensor) -> dict[str, Tensor]:
-    """The means [G] by key of the values of each group that are numbers; NaN where none is."""
-    if groups is None:
-        return values
-    found = {}
-    for key, x in values.items():
-        asked = ~x.double().isnan()
-        sums, _ = _summed(x.double().nan_to_num(0), groups)
-        found[key] = sums / _summed(asked.double(), groups)[0]
-    return found
-
-
 def intervals(groups: Tensor | None = None, /, **values: Tensor) -> dict[str, list[float]]:
     """{key: [low, high]} of values [N] by key, for the `intervals` of what a metric computes; without those that have none.
 
-    `groups`: as for `interval`; a metric has them as `self.groups`.
+    `groups`: as for `interval`; a metric has them as `self.groups`. Values of images that do not count are left out before. Raises
+    ValueError for one that is no finite number, for the mean of all would be none either and be read as not measured.
     """
+    for key, x in values.items():
+        wrong = (~x.flatten().isfinite()).nonzero().flatten()
+        if len(wrong):
+            i = int(wrong[0])
+            raise ValueError(
+                f"{key}: value {i} (from 0) of {x.numel()}, an image's or a prompt's, is {float(x.flatten()[i])}: "
+                "mend what measures it, or leave out those that do not count"
+            )
     found = {key: interval(x, groups) for key, x in values.items()}
     return {key: ends for key, ends in found.items() if ends is not None}
 
 
 def means(groups: Tensor | None = None, /, **values: Tensor) -> dict[str, Any]:
-    """What a metric of plain means computes: {key: mean} of values [N] by key, and their `intervals`."""
-    return {key: float(x.mean()) for key, x in values.items()} | {"intervals": intervals(groups, **values)}
+    """What a metric of plain means computes: {key: mean} of values [N] by key, and their `intervals`. Raises ValueError as that does."""
+    ends = intervals(groups, **values)
+    return {key: float(x.mean()) for key, x in values.items()} | {"intervals": ends}

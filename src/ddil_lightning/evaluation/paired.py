@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ddil_lightning.evaluation.intervals import group_means, interval
+from ddil_lightning.evaluation.intervals import interval
 from ddil_lightning.evaluation.metrics.base import Metric
 from ddil_lightning.records import wide
 
@@ -17,13 +17,10 @@ Values = Mapping[str, Tensor]
 
 
 def each(metrics: Sequence[Metric]) -> dict[str, Tensor]:
-    """The values [N] of each image that metrics over all prompts have, by their keys; of each group where images are of one prompt.
-
-    Images of one prompt are no pairs that are independent. For the `look` of `Suite.score`.
-    """
+    """The values [N] of each image that metrics over all prompts have, by their keys. For the `look` of `Suite.score`."""
     found: dict[str, Tensor] = {}
     for metric in (m for m in metrics if m.over == "prompts"):
-        found |= group_means(metric.groups, **metric.each())
+        found |= metric.each()
     return found
 
 
@@ -31,20 +28,28 @@ def every(metrics: Sequence[Metric]) -> dict[str, Tensor]:
     """What `each` has, and values of numbers that are no means over images but move with them (`Metric.linear`): of a distance, too."""
     found = each(metrics)
     for metric in (m for m in metrics if m.over == "prompts"):
-        found |= group_means(metric.groups, **metric.linear())
+        found |= metric.linear()
     return found
 
 
-def difference(mine: Tensor, theirs: Tensor) -> dict[str, Any] | None:
+def grouped(metrics: Sequence[Metric]) -> Tensor | None:
+    """The `groups` [N] of the images that `each` and `every` have the values of; None where each image is a group of its own."""
+    return next((metric.groups for metric in metrics if metric.over == "prompts"), None)
+
+
+def difference(mine: Tensor, theirs: Tensor, groups: Tensor | None = None) -> dict[str, Any] | None:
     """The mean of `mine` less `theirs`, [N] each of the same images, and its 95 % interval by resampling the pairs; None without a pair.
 
-    Raises ValueError for another number of images.
+    `groups` [N]: as for `interval`, for images of one prompt are no pairs that are independent. The mean is that over images whatever
+    their groups, so that it is the gap of the two rows. Raises ValueError for another number of images.
     """
     if mine.shape != theirs.shape:
         raise ValueError(f"paired difference: {tuple(mine.shape)} and {tuple(theirs.shape)}; the images must be paired")
     apart = wide(mine) - wide(theirs)
-    apart = apart[apart.isfinite()]
-    return {"mean": float(apart.mean()), "interval": interval(apart), "n": len(apart)} if len(apart) else None
+    both = apart.isfinite()
+    groups = None if groups is None else groups.to(both.device)[both]
+    apart = apart[both]
+    return {"mean": float(apart.mean()), "interval": interval(apart, groups), "n": len(apart)} if len(apart) else None
 
 
 def paired_distance(a: Tensor, b: Tensor) -> float:
@@ -61,17 +66,21 @@ def partner(row: Row, firsts: Sequence[Row]) -> Row | None:
     return same[0] if same else max(alike, key=lambda first: first["steps"], default=None)
 
 
-def against(rows: Sequence[Row], first: str, values: Mapping[str, Values]) -> list[dict[str, Any]]:
+def against(
+    rows: Sequence[Row], first: str, values: Mapping[str, Values], groups: Mapping[str, Tensor | None] | None = None
+) -> list[dict[str, Any]]:
     """The paired differences of every row from its `partner` among those of the entry `first`, by the rows' names.
 
-    `values`: of each row by its name. An entry's rows are those whose name begins with it and an @; those of the first are left out.
+    `values`, and the `groups` of the images, of each row by its name. An entry's rows are those whose name begins with it and an @; those
+    of the first are left out.
     """
     firsts = [row for row in rows if _entry(row) == first]
     found = []
     for row in rows:
         other = None if _entry(row) == first else partner(row, firsts)
         mine, theirs = values.get(row["name"], {}), values.get(other["name"], {}) if other else {}
-        paired = {key: difference(mine[key], theirs[key]) for key in mine if key in theirs}
+        own = (groups or {}).get(row["name"])
+        paired = {key: difference(mine[key], theirs[key], own) for key in mine if key in theirs}
         paired = {key: value for key, value in paired.items() if value is not None}
         if other is not None and paired:
             found.append({"name": row["name"], "against": other["name"], "differences": paired})

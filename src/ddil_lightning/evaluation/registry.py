@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib import import_module
@@ -119,11 +120,15 @@ def computed(made: Sequence[Metric]) -> dict[str, Any]:
 
 
 def _declared(metric: Metric, found: dict[str, Any]) -> dict[str, Any]:
-    """What a metric computed. Raises ValueError where that is not what it has declared."""
+    """What a metric computed. Raises ValueError where that is not what it has declared, and for a number that is none: one that is not
+    defined is None, and NaN would be written as if nothing had been measured."""
     declared = {c.key for c in metric.columns} | set(metric.details)
     given = {*found, *found.get("intervals", {})} - {"intervals"}
     if given != declared:
         raise ValueError(f"metric {type(metric).__name__}: it computes {sorted(given)} and declares {sorted(declared)}")
+    wrong = [c.key for c in metric.columns if isinstance(value := found.get(c.key), float) and not math.isfinite(value)]
+    if wrong:
+        raise ValueError(f"metric {type(metric).__name__}: {wrong[0]} is {found[wrong[0]]}; mend what it is made of, or give None")
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ddil_lightning.backbones.sampling import to_uint8
+from ddil_lightning.evaluation.networks.kinds import UNVERIFIED
 from ddil_lightning.texts import by, json_digest
 
 LENGTH = 12
@@ -111,9 +112,20 @@ def sized(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"Images as large as they are made are seen by {', '.join(keys)}: compare these only among rows of one size. {sizes}."
 
 
+def by_name(protocol: Mapping[str, Any]) -> list[str]:
+    """The networks of a protocol that are known by their names alone (`kinds.UNVERIFIED`): its stamp may be that of others, too."""
+    return [words for words in (protocol.get("networks") or {}).values() if words and UNVERIFIED in words]
+
+
+def unverified(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for a table of several rows by networks that are known by their names alone; empty where none is."""
+    names = ", ".join(dict.fromkeys(words for protocol in protocols(rows) for words in by_name(protocol)))
+    return f"Known by name alone, so that it may not be the same in all rows: {names}." if names and len(rows) > 1 else ""
+
+
 def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The lines below a table of rows."""
-    return [line for line in (note(rows), sized(rows), remembered(rows)) if line]
+    return [line for line in (note(rows), unverified(rows), sized(rows), remembered(rows)) if line]
 
 
 def _key(protocol: Mapping[str, Any]) -> str:

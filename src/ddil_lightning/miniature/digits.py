@@ -114,6 +114,8 @@ def partial_prompts() -> list[str]:
 def mode_coverage(images: Tensor, captions: Sequence[str]) -> float:
     """How evenly images whose caption leaves the digit open cover the ten digits, in [0, 1]; see `judge.mode_coverage`.
 
+    Even draws are below 1, as there.
+
     Raises ValueError where no caption leaves the digit open.
     """
     rows = [i for i, text in enumerate(captions) if not parse(text)]

@@ -188,13 +188,15 @@ _VALUES = {"shape": 4, "colour": 6, "size": 2, "relation": 2, "position": 9, "ba
 
 
 def mode_coverage(images: Tensor, captions: Sequence[str]) -> float:
-    """How evenly images [N, 3, 32, 32] cover the modes that their captions leave open, in [0, 1]; 1 is the data's own law.
+    """How evenly images [N, 3, 32, 32] cover the modes that their captions leave open, in [0, 1]; 1 is as even as can be.
 
     For each caption and each attribute that it leaves open (of each object), the law of the data is uniform over V values.
     With TV the total variation distance of the histogram of what the judge reads, the score is
     1 - (TV - e) / (1 - 1/V - e), clamped to [0, 1]: e is what n perfect samples are expected to show (exact, from the
     binomial), 1 - 1/V what a sampler shows that knows one value only. The answer is the mean over captions and attributes.
-    Use some 50 images per caption. Images whose attribute cannot be read count as lost mass.
+    As each score is clamped before, what chance puts above 1 is cut: the data's own law has some 0.92 on average with 8 images a
+    caption, and 0.98 with 64. Compare at equal numbers of images per caption alone, and use some 50 of each. Images whose attribute
+    cannot be read count as lost mass.
 
     Raises ValueError where no caption leaves anything open, and for a caption outside the grammar.
     """
@@ -232,7 +234,10 @@ def _open(seen: S.Scenes, said: S.Scenes, rows: Tensor) -> list[tuple[Tensor, in
 
 
 def evenness(values: Tensor, v: int) -> float:
-    """Score of one histogram against the uniform law over `v` values; see `mode_coverage`. Negative values are lost mass."""
+    """Score of one histogram against the uniform law over `v` values; see `mode_coverage`. Negative values are lost mass.
+
+    Below 1 on average for draws of that law itself, for it is clamped: by less the more draws there are.
+    """
     n = len(values)
     share = torch.bincount(values[values >= 0], minlength=v).double() / n
     distance = float((share - 1 / v).clamp(min=0).sum() + (1 - share.sum()) + (1 / v - share).clamp(min=0).sum()) / 2

@@ -24,10 +24,18 @@ Row = dict[str, Any]
 
 
 class Seen(NamedTuple):
-    """Of a row: `pictures` [K, 3, h, w], uint8, of the first prompts, and `values` [N] of each image by the key of their number."""
+    """Of a row: `pictures` [K, 3, h, w], uint8, of the first prompts, and `values` [N] of each image by the key of their number.
+
+    `groups` [N]: the number of the prompt, or of the picture whose captions the prompts are, of each; None where each has its own.
+    """
 
     pictures: Tensor
     values: Mapping[str, Tensor]
+    groups: Tensor | None = None
+
+    def whole(self, n: int) -> bool:
+        """Whether its values are of each of `n` images: older files have those of each group, of which no row's gap can be made."""
+        return all(len(value) == n for value in self.values.values())
 
 
 class Comparison:
@@ -53,7 +61,8 @@ class Comparison:
         row = self._row(name)
         if row is None or not covers(row, protocol) or row["generation"].get("digest") != digest:
             return False
-        return self.seen(name) is not None
+        seen = self.seen(name)
+        return seen is not None and seen.whole(row["n"])
 
     def otherwise(self, names: Sequence[str], protocol: Mapping[str, Any]) -> list[Row]:
         """Those of the rows `names` that are there and were measured by another protocol, by their stamps."""
@@ -71,10 +80,12 @@ class Comparison:
         from safetensors.torch import save_file
 
         before, values = self._row(row["name"]), self.seen(row["name"])
+        values = values if values is not None and values.whole(row["n"]) else None
         if before is not None and _of_one(before, row):
             row = _joined(before, row)
             seen = seen._replace(values={**(values.values if values else {}), **seen.values})
         tensors = {"pictures": seen.pictures} | {f"values.{key}": value for key, value in seen.values.items()}
+        tensors |= {} if seen.groups is None else {"groups": seen.groups}
         with replacing(self._file(row["name"])) as temporary:
             save_file({key: value.contiguous().clone() for key, value in tensors.items()}, temporary)
         self.rows = [other for other in self.rows if other["name"] != row["name"]] + [row]
@@ -88,7 +99,8 @@ class Comparison:
 
         try:
             found = load_file(self._file(name))
-            return Seen(found.pop("pictures"), {key.removeprefix("values."): value for key, value in found.items()})
+            pictures, groups = found.pop("pictures"), found.pop("groups", None)
+            return Seen(pictures, {key.removeprefix("values."): value for key, value in found.items()}, groups)
         except (OSError, KeyError, SafetensorError):
             return None
 
@@ -104,9 +116,10 @@ class Comparison:
 
     def against(self) -> list[dict[str, Any]]:
         """The paired differences of every row from the first entry (`evaluation.paired.against`)."""
-        seen = {row["name"]: self.seen(row["name"]) for row in self.rows}
-        values = {name: found.values for name, found in seen.items() if found is not None}
-        return against(self.rows, self.entries[0], values)
+        every = {row["name"]: (self.seen(row["name"]), row["n"]) for row in self.rows}
+        seen = {name: found for name, (found, n) in every.items() if found is not None and found.whole(n)}
+        values, groups = ({name: getattr(found, part) for name, found in seen.items()} for part in ("values", "groups"))
+        return against(self.rows, self.entries[0], values, groups)
 
     def _row(self, name: str) -> Row | None:
         return next((row for row in self.rows if row["name"] == name), None)

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ddil_lightning.evaluation.metrics.frechet import PER_FEATURE
 from ddil_lightning.evaluation.registry import columns
 from ddil_lightning.evaluation.table import Table, cell, headings, present, shown, values_of
 from ddil_lightning.runs.charts import Series, line_chart
@@ -27,7 +28,8 @@ NOTE = (
     "score by its networks; compare trends with it, not values. Which of its switch tables is which was inferred from CLIP. A trend is "
     "judged by the two ends of its sweep, of mixtures by p = 0.2 and 0.8 as the paper has them, image by image, with the 95 % interval of "
     "resampled pairs: it cannot be told where that holds 0. An image's value of the Fréchet distance is how it moves the distance, to "
-    "first order."
+    "first order: its interval is without the bias of the two distances, which falls with the number of images and can "
+    f"outweigh a small difference; nothing is told with fewer than {PER_FEATURE} images a feature."
 )
 MEASURES = {"frechet": "Fréchet", "mmd": "MMD", "auc": "probe AUC", "energy_distance": "energy distance", "energy": "energy"}
 MEANING = {

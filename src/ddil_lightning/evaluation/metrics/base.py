@@ -79,7 +79,7 @@ class Metric(torchmetrics.Metric):
 
     @abstractmethod
     def compute(self) -> dict[str, Any]:
-        """{key: number} for every column, None where a number is not defined, and every one of `details`.
+        """{key: number} for every column, None where a number is not defined, never NaN, and every one of `details`.
 
         A number that is a mean over images or prompts has its 95 % interval under `intervals`, {key: [low, high]} (`evaluation.intervals`).
         """
@@ -87,7 +87,8 @@ class Metric(torchmetrics.Metric):
     def each(self) -> dict[str, Tensor]:
         """{key: values [N]} of those numbers that are means over images, in the images' order; NaN for one that does not count.
 
-        By them two samplers of the same prompts and noise are compared image by image (`evaluation.paired`).
+        By them two samplers of the same prompts and noise are compared image by image (`evaluation.paired`), those of one of the `groups`
+        together.
         """
         return {}
 
@@ -95,7 +96,7 @@ class Metric(torchmetrics.Metric):
         """{key: values [N]} of numbers that are no means over images: their mean is the number, and they move with the images as it does.
 
         By them two rows of paired images are compared to first order; no interval of one number alone is made of them, for its bias is not
-        in them.
+        in them. Nothing where the images are so few that the bias of the two could outweigh their difference.
         """
         return {}
 

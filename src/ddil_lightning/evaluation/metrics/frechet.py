@@ -11,6 +11,9 @@ from ddil_lightning.diffusion.gaussians import gaussian_distance, influences, mo
 from ddil_lightning.evaluation.columns import Column
 from ddil_lightning.evaluation.metrics.base import Compared
 
+PER_FEATURE = 4
+"""Images a feature without which `linear` says nothing: with few the bias, which no resampling shows, can turn the sign of a difference."""
+
 
 class Frechet(Compared):
     """The distance between generated and real features, of which mean and covariance will do.
@@ -37,6 +40,6 @@ class Frechet(Compared):
         return {"frechet": float(gaussian_distance(mean, covariance, *moments(mine)))}
 
     def linear(self) -> dict[str, Tensor]:
-        """By how much every image moves the distance."""
+        """By how much every image moves the distance; nothing for fewer images than PER_FEATURE times the features."""
         (mean, covariance), mine = self.pair
-        return {"frechet": influences(mean, covariance, mine)}
+        return {"frechet": influences(mean, covariance, mine)} if len(mine) >= PER_FEATURE * mine.shape[1] else {}

@@ -15,7 +15,11 @@ class ModeCoverage(Metric):
 
     columns = (
         Column(
-            "mode_coverage", "Mode coverage", "higher", "how evenly the values that a partial prompt leaves open are produced; 1 is uniform"
+            "mode_coverage",
+            "Mode coverage",
+            "higher",
+            "how evenly the values that a partial prompt leaves open are produced; of a uniform sampler a little below 1, by the number of "
+            "images a prompt: compare at equal numbers alone",
         ),
     )
     needs = ("modes",)
