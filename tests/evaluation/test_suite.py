@@ -25,7 +25,7 @@ from ddil_lightning.evaluation.stamps import notes, protocols, stamp
 from ddil_lightning.evaluation.suite import Probes, Suite, make_row
 from ddil_lightning.evaluation.table import table, write_rows
 from ddil_lightning.evaluation.views import Crops
-from ddil_lightning.streams import apart
+from ddil_lightning.streams import apart as seed_apart
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -453,8 +453,8 @@ def drawn(scenes):
 
 def test_no_noise_of_a_suite_is_in_one_of_another_seed():
     """Of neighbouring seeds all but one were the same: seed i was that of image i, and the next suite's began at i + 1."""
-    first = sorted(apart(seed) for seed in range(200))
-    assert apart(0) == 0 and min(b - a for a, b in pairwise(first)) > 10**6 and max(first) < 2**32
+    first = sorted(seed_apart(seed) for seed in range(200))
+    assert seed_apart(0) == 0 and min(b - a for a, b in pairwise(first)) > 10**6 and max(first) < 2**32
     noises = [Suite.builtin("shapes", n=16, seed=seed).part(over) for seed in range(4) for over in ("prompts", "probes", "teacher")]
     seeds = [part.seed + i for part in noises for i in range(len(part.asked))]
     assert len(set(seeds)) == len(seeds)
