@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from commandline import fit as command
@@ -22,7 +23,7 @@ from ddil_lightning.imitation.prior import Constant, GatedBy, Linear, SamplingPr
 from ddil_lightning.methods import PD
 from ddil_lightning.runs.folder import stage_pipelines
 from ddil_lightning.training.plan import Part, Stage
-from suite import MIXED, PLAN, Entry, Run, StopAt, build, captions, equal, fit, state
+from suite import MIXED, PLAN, Entry, LateRestoring, Run, StopAt, build, captions, equal, fit, state
 
 FIRST, SECOND = Part(2, 0.5, 0.1, 0.4), Part(1, 0.4, 0.4, 0.2)
 PARTS = [Stage(kind="guidance", updates=2), Stage(steps=4, parts=[FIRST, SECOND], lr=5e-4), Stage(steps=2, updates=3, warmup=2)]
@@ -258,6 +259,17 @@ def test_resuming_is_exact_in_every_stage_and_at_every_boundary(cut: int, tiny: 
     resumed = fit(build(PD_3, tiny), captions(tiny), ckpt=tmp_path / "cut.ckpt")
     same(straight, resumed)
     assert resumed.rows == straight.rows[cut:]
+
+
+def test_a_stage_has_its_learning_rate_where_the_optimiser_is_made_before_the_checkpoint_is_restored(tiny: Path, tmp_path: Path) -> None:
+    """As fsdp2 does: the optimiser was made at the first stage's rate, and kept it."""
+    own = {"stages": [Stage(steps=8, updates=2, lr=1e-3), Stage(steps=4, updates=4, lr=1e-5)], "updates": 6}
+    whole = fit(build(PD_2, tiny, **own), captions(tiny), StopAt(4, tmp_path / "cut.ckpt"))
+    for kind in (SingleDeviceStrategy, LateRestoring):
+        resumed = fit(build(PD_2, tiny, **own), captions(tiny), ckpt=tmp_path / "cut.ckpt", strategy=kind("cpu"))
+        for run in (whole, resumed):
+            (group,) = run.trainer.optimizers[0].param_groups
+            assert group["base_lr"] == 1e-5 and group["lr"] <= 1e-5
 
 
 @pytest.mark.slow

@@ -199,6 +199,7 @@ class PD(Distillation):
         if mine != theirs:
             raise ValueError(f"the checkpoint has followed the plan {', '.join(theirs)}; this config's is {', '.join(self._plan())}")
         self._begin()
+        self.descent.rebase(self.lr)
 
     def _plan(self, upto: int | None = None) -> list[str]:
         """The plan in words: the grid, the stages before number `upto` with their updates, and that one (all without a number)."""
