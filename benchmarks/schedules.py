@@ -37,7 +37,7 @@ from ddil_lightning.packaged import find_config
 
 CONSTANT = "constant"
 SCHEDULES = (CONSTANT, "linear", "cosine", "exponential", "falling", "gated", "gated_by", "piecewise", "dagger", "mixed")
-UNFIT = {("pd", "gated_by")}
+UNFIT = {("pd", "gated_by"), ("dmd2", "gated")}
 """ShiftProbe samples in one step count, and a student that is halved takes others before its last stage."""
 SWING = 0.8
 """How far a ramp goes to either side of the mean share, of what there is room for."""

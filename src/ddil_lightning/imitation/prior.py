@@ -10,6 +10,8 @@ from typing import Literal
 from ddil_lightning.bounds import above, at_least
 
 Mix = Literal["trajectory", "interval"]
+OWN = ("student", "mixed")
+"""The sources of latents that the student has had a part in."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,11 @@ class Schedule:
         raise TypeError(f"{type(self).__name__} is no schedule: give it a __call__(clock) -> SamplingPrior")
 
     def hear(self, clock: int, values: Mapping[str, float]) -> None:
-        """Mean losses by source (forward, student, teacher, mixed) of update number `clock`, over all processes; or the measures."""
+        """What is heard of update number `clock`, over all processes; or the measures.
+
+        Of an update these are the mean losses by source (forward, student, teacher, mixed), and as `drawn/share_<source>` how much of its
+        latents each source had.
+        """
 
     def begin(self) -> None:
         """A stage begins, whose clock is 0: forget what was heard in the one before."""
@@ -227,12 +233,12 @@ class _Moves(Schedule):
 
 
 class Gated(_Moves):
-    """Performance-gated: one move from `first` to `last` whenever the student does on roll-outs nearly as well as on forward latents.
+    """Performance-gated: one move from `first` to `last` whenever the student does nearly as well on its own latents as on forward ones.
 
-    It hears the losses of every update; `level` is its memory.
+    Its own are those of roll-outs that it has had a part in. It hears the losses of every update; `level` is its memory.
 
     Args:
-        first: the prior at the start, with a share of forward latents and one of roll-outs, which are compared.
+        first: the prior at the start, with a share of forward latents and one of the student's, which are compared.
         last: the prior after all moves.
         ratio: on-policy loss / forward loss below which an update passes.
         steps: in how many equal moves `last` is reached.
@@ -244,20 +250,22 @@ class Gated(_Moves):
     def __init__(self, first: SamplingPrior, last: SamplingPrior, ratio: float = 1.25, steps: int = 10, patience: int = 20) -> None:
         super().__init__(first, last, steps, patience)
         above(0, ratio=ratio)
-        if self.first.rollouts == 0:
-            raise ValueError(
-                "a gated schedule compares losses on roll-outs and on forward latents: give its first prior a student or teacher share"
-            )
+        for name in ("forward", "student"):
+            if getattr(first, name) == 0:
+                raise ValueError(
+                    f"a gated schedule compares losses on latents of the student's making and on forward ones: give its first prior a "
+                    f"{name} share, or take GatedBy, which follows a measure"
+                )
         self.ratio = ratio
 
     def hear(self, clock: int, values: Mapping[str, float]) -> None:
-        """Compare the mean of all roll-outs with forward latents; an update that lacks one of them says nothing."""
-        rolled = [loss for name, loss in values.items() if name != "forward"]
-        if rolled and "forward" in values:
-            self.observe(sum(rolled) / len(rolled), values["forward"])
+        """Compare the mean of the student's own latents with forward latents; an update that lacks one of them says nothing."""
+        own = mean_of_own(values)
+        if own is not None and "forward" in values:
+            self.observe(own, values["forward"])
 
     def observe(self, on_policy: float, forward: float) -> None:
-        """One update's mean losses on roll-out and on forward latents."""
+        """One update's mean losses on the student's own and on forward latents."""
         self.tell(on_policy < self.ratio * forward)
 
 
@@ -297,3 +305,13 @@ class GatedBy(_Moves):
         if self.measure in values:
             self.unheard = ""
             self.tell(values[self.measure] < self.below)
+
+
+def mean_of_own(values: Mapping[str, float], named: str = "") -> float | None:
+    """The mean loss on all roll-outs that the student has had a part in, weighted by their shares of what was drawn; None without any.
+
+    `named`: what stands before the sources in the names of `values`.
+    """
+    parts = [(values.get(f"drawn/share_{name}", 1.0), values[named + name]) for name in OWN if named + name in values]
+    shares = sum(share for share, _ in parts)
+    return sum(share * loss for share, loss in parts) / shares if shares else None
