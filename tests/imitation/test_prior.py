@@ -89,7 +89,13 @@ def test_the_share_of_the_student_in_roll_outs():
     assert (LAST.rollouts, LAST.p_student) == (pytest.approx(0.6), pytest.approx(0.7))
     assert SamplingPrior().p_student == SamplingPrior().rollouts == 0 and FREE.p_student == 1
     assert FIRST.towards(LAST, 0.5).mix == FIRST.mix == "interval"
-    assert SamplingPrior(mix="trajectory").towards(LAST, 0.3).mix == "trajectory"
+    whole = SamplingPrior(mix="trajectory")
+    assert whole.towards(SamplingPrior(0.5, 0.5, mix="trajectory"), 0.3).mix == "trajectory"
+    # The last one's mix had been dropped in silence.
+    for kind in ("linear", "cosine", "exponential", "gated"):
+        with pytest.raises(ValueError, match="a prior of mix interval moves to one of mix trajectory, .* or take Piecewise"):
+            MADE[kind](FIRST, whole)
+    assert MADE["piecewise"](FIRST, whole)(100).mix == "trajectory"
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,12 @@ class SamplingPrior:
         return self.student / self.rollouts if self.rollouts > 0 else 0.0
 
     def towards(self, other: SamplingPrior, r: float) -> SamplingPrior:
-        """The convex combination (1 - r) self + r other; on the simplex by construction."""
+        """The convex combination (1 - r) self + r other; on the simplex by construction. Raises ValueError for priors of two mixes."""
+        if self.mix != other.mix:
+            raise ValueError(
+                f"a prior of mix {self.mix} moves to one of mix {other.mix}, and nothing lies between the two: give both the same mix, or "
+                "take Piecewise"
+            )
         student, teacher = ((1 - r) * a + r * b for a, b in ((self.student, other.student), (self.teacher, other.teacher)))
         # The forward share is the rest, so that rounding cannot leave the simplex.
         return SamplingPrior(max(1 - student - teacher, 0.0), student, teacher, self.mix)
@@ -147,6 +152,7 @@ class _Ramp(Schedule):
     def __init__(self, first: SamplingPrior, last: SamplingPrior, end: int, start: int = 0) -> None:
         if end <= start or start < 0:
             raise ValueError(f"a schedule runs from start {start} to a later end, got {end}")
+        first.towards(last, 0.0)  # two mixes are refused now, and not in training
         self.first, self.last, self.start, self.end = first, last, start, end
 
     def __call__(self, clock: int) -> SamplingPrior:
@@ -184,6 +190,7 @@ class Exponential(Schedule):
     def __init__(self, first: SamplingPrior, last: SamplingPrior, rate: float = 0.5, every: int = 100) -> None:
         if not 0 < rate < 1 or every < 1:
             raise ValueError(f"an exponential schedule needs 0 < rate < 1 and every >= 1, got {rate} and {every}")
+        first.towards(last, 0.0)
         self.first, self.last, self.rate, self.every = first, last, rate, every
 
     def __call__(self, clock: int) -> SamplingPrior:
@@ -196,6 +203,7 @@ class _Moves(Schedule):
 
     def __init__(self, first: SamplingPrior, last: SamplingPrior, steps: int, patience: int) -> None:
         at_least(1, steps=steps, patience=patience)
+        first.towards(last, 0.0)
         self.first, self.last, self.steps, self.patience = first, last, steps, patience
         self.level, self.passed = 0, 0
 
