@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from ddil_lightning.callbacks import Alerts
-from ddil_lightning.callbacks.alerts import SATURATED, mean_of_own
-from ddil_lightning.imitation.prior import SamplingPrior
+from ddil_lightning.callbacks.alerts import SATURATED
+from ddil_lightning.imitation.prior import SamplingPrior, mean_of_own
 from ddil_lightning.training.gan import Gan
 from ddil_lightning.training.measures import Measures
 from suite import METHODS, Entry, train
@@ -96,7 +96,7 @@ def test_every_method_publishes_what_alerts_listen_to(entry: Entry, light: Path)
     assert held and 0.2 < min(held) <= max(held) <= 1  # most of any estimate lies beyond such a box
     said = {name for row in run.rows for name in row}
     assert {"loss/forward", "loss/student"} <= said
-    assert not run.method.loss_is_distance or any(mean_of_own(row) is not None for row in run.rows)
+    assert not run.method.loss_is_distance or any(mean_of_own(row, "loss/") is not None for row in run.rows)
 
 
 def test_methods_say_whether_their_loss_is_a_distance(tiny: Path) -> None:

@@ -82,7 +82,7 @@ def test_a_later_forward_share_needs_images(tiny: Path) -> None:
     """Found before the run, and not by the batch that would need them."""
     data, sources = captions(tiny, ROLLED), Sources()
     data.captions = Encoded(None, pictures(tiny).c)
-    for schedule in (Linear(ROLLED, PLAIN, end=900), Piecewise([ROLLED, PLAIN], [0, 5]), Gated(ROLLED, SamplingPrior(0.5, 0.5))):
+    for schedule in (Linear(ROLLED, PLAIN, end=900), Piecewise([ROLLED, PLAIN], [0, 5]), GatedBy(ROLLED, PLAIN, "x", 1.0)):
         with pytest.raises(ValueError, match="the schedule of AnnealPrior has a forward share but the data set has no images"):
             fit(build(LCM, tiny), data, AnnealPrior(schedule), sources)
     assert sources.seen == []
@@ -111,7 +111,7 @@ def test_a_gated_schedule_hears_the_losses_and_remembers_its_level() -> None:
     assert again.state_dict() == annealed.state_dict() == {"level": 2, "steps": 4, "passed": 1}
     update(again, student=1.0)  # without a forward loss there is nothing to compare
     assert again.schedule.level == 2
-    update(again, forward=1.0, student=1.0, mixed=1.9)  # all roll-outs together
+    update(again, forward=1.0, student=1.0, mixed=1.9, teacher=9.0)  # all of its own together, and none of the teacher's
     assert again.schedule.level == 3 and AnnealPrior(Constant(PLAIN)).state_dict() == {}
 
 
@@ -130,9 +130,22 @@ def test_a_gate_hears_every_update_once(entry: Any, kwargs: dict[str, int], tiny
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
             seen.append((pl_module.student_updates, pl_module.measures.source_losses))
 
-    fit(build(entry, tiny, updates=3, **kwargs), captions(tiny, half, buffer={"capacity": 0}), Losses(), AnnealPrior(Gate(half, half)))
+    method = build(entry, tiny, updates=3, **kwargs)
+    method.loss_is_distance = True  # else a gate is refused; here it only listens
+    fit(method, captions(tiny, half, buffer={"capacity": 0}), Losses(), AnnealPrior(Gate(half, half)))
     ends = [after for (n, _), (m, after) in zip([(0, {}), *seen], seen, strict=False) if n != m]
     assert len(seen) == 9 and heard == [(found["student"], found["forward"]) for found in ends] and len(heard) == 3
+
+
+def test_a_gate_that_could_never_judge_is_refused(tiny: Path) -> None:
+    """It had moved on by a loss that is no distance, or never, because no update had both sources."""
+    half, dmd2 = SamplingPrior(0.5, 0.5), BY_NAME["dmd2"]
+    with pytest.raises(ValueError, match=f"that of {dmd2.method.__name__} on a latent is no distance .* take GatedBy with a measure"):
+        fit(build(dmd2, tiny, updates=1), captions(tiny, half), AnnealPrior(Gated(half, half)))
+    step = {"rollouts": {"granularity": "step"}}
+    with pytest.raises(ValueError, match="which with data.rollouts.granularity=step has one: take sample"):
+        fit(build(LCM, tiny, updates=1), captions(tiny, half, **step), AnnealPrior(Gated(half, half)))
+    fit(build(LCM, tiny, updates=1, optimizer={"accumulate": 2}), captions(tiny, half, **step), AnnealPrior(Gated(half, half)))
 
 
 def test_the_level_of_a_gate_travels_with_the_checkpoint(tiny: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from commandline import fit as command
@@ -22,7 +23,7 @@ from ddil_lightning.imitation.prior import Constant, GatedBy, Linear, SamplingPr
 from ddil_lightning.methods import PD
 from ddil_lightning.runs.folder import stage_pipelines
 from ddil_lightning.training.plan import Part, Stage
-from suite import MIXED, PLAN, Entry, Run, StopAt, build, captions, equal, fit, state
+from suite import MIXED, PLAN, Entry, LateRestoring, Run, StopAt, build, captions, equal, fit, state
 
 FIRST, SECOND = Part(2, 0.5, 0.1, 0.4), Part(1, 0.4, 0.4, 0.2)
 PARTS = [Stage(kind="guidance", updates=2), Stage(steps=4, parts=[FIRST, SECOND], lr=5e-4), Stage(steps=2, updates=3, warmup=2)]
@@ -112,7 +113,7 @@ class Watch(Callback):
         self.stored.append({t for chunk in chunks for t in chunk["states"]["t"].tolist()})
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        if pl_module.stage_updates == pl_module.stage_length:  # Stages comes after this callback
+        if pl_module.stage_is_over:  # Stages comes after this callback
             self.before.append([p.detach().clone() for p in pl_module.deployment.network.parameters()])
 
 
@@ -258,6 +259,28 @@ def test_resuming_is_exact_in_every_stage_and_at_every_boundary(cut: int, tiny: 
     resumed = fit(build(PD_3, tiny), captions(tiny), ckpt=tmp_path / "cut.ckpt")
     same(straight, resumed)
     assert resumed.rows == straight.rows[cut:]
+
+
+@pytest.mark.parametrize(("updates", "stage", "lengths"), [(2, 0, [2]), (5, 1, [3, 2]), (7, 1, [3, 4]), (9, 1, [3, 6])])
+def test_the_stage_in_which_a_run_ends_is_annealed_to_that_end(updates: int, stage: int, lengths: list[int], tiny: Path) -> None:
+    """One that was cut short had kept the rate of its middle, and the replay's importance weights theirs."""
+    method = build(PD_2, tiny, updates=updates, optimizer={"final_lr": 0.1})
+    for method.stage in range(stage + 1):
+        method.stage_start = sum(lengths[: method.stage])
+        assert method.stage_length == lengths[method.stage]
+    method.student_updates, method.descent.warmup = updates, 0
+    assert method.descent.factor(method.stage_updates, method.stage_length) == pytest.approx(0.1) and method.progress == 1
+
+
+def test_a_stage_has_its_learning_rate_where_the_optimiser_is_made_before_the_checkpoint_is_restored(tiny: Path, tmp_path: Path) -> None:
+    """As fsdp2 does: the optimiser was made at the first stage's rate, and kept it."""
+    own = {"stages": [Stage(steps=8, updates=2, lr=1e-3), Stage(steps=4, updates=4, lr=1e-5)], "updates": 6}
+    whole = fit(build(PD_2, tiny, **own), captions(tiny), StopAt(4, tmp_path / "cut.ckpt"))
+    for kind in (SingleDeviceStrategy, LateRestoring):
+        resumed = fit(build(PD_2, tiny, **own), captions(tiny), ckpt=tmp_path / "cut.ckpt", strategy=kind("cpu"))
+        for run in (whole, resumed):
+            (group,) = run.trainer.optimizers[0].param_groups
+            assert group["base_lr"] == 1e-5 and group["lr"] <= 1e-5
 
 
 @pytest.mark.slow

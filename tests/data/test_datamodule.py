@@ -171,6 +171,16 @@ def test_a_small_buffer_gives_the_whole_share(images: bool) -> None:
         assert made.buffer is not None and len(made.buffer) == 4
 
 
+@pytest.mark.parametrize("rollouts", [{"every": 50}, {"reuse": 40.0, "every": Rollouts.every}, {"every": 3}])
+def test_no_state_is_drawn_that_is_older_than_allowed(rollouts: Any) -> None:
+    """It was forgotten at the next roll-out alone, and until then drawn at any age."""
+    made, ages = module(SamplingPrior(0.5, 0.5), rollouts=rollouts, buffer={"max_age": 4}), []
+    for b in islice(batches(made), 20):
+        assert made.buffer is not None and bool((b.source != FORWARD).any())
+        ages.append(max(made.learner.stage_updates - 1 - chunk.clock for chunk in made.buffer._chunks))  # when they were drawn
+    assert max(ages) == 4
+
+
 def test_roll_outs_that_are_all_rejected_show(caplog: pytest.LogCaptureFixture) -> None:
     """A student whose states leave the band of the buffer: the run goes on with forward latents, and says that DDIL is off."""
     made = module(STUDENT_ONLY, toy=Toy(bias=1e4), rollouts={"every": 1})

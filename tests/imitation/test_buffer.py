@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddil_lightning.imitation.buffer import ReplayBuffer
+from ddil_lightning.imitation.buffer import ReplayBuffer, weights
 from ddil_lightning.records import FORWARD, MIXED, STUDENT, TEACHER, Context, Rollout
 
 NODES = (999, 749, 500, 250)
@@ -246,16 +246,36 @@ def test_importance_weights_are_unbiased_at_the_end_and_annealed_before():
     p = buffer.probabilities(20)
     value = torch.arange(36).double().square()
     got = buffer.sample(60000, 20, generator(), progress=1.0)
-    # weight is 1 / (n P) over the largest one drawn: undo that, and the plain mean over the buffer comes back.
-    largest = (1 / (36 * p))[got.slot].max()
-    estimate = got.weight.double() * largest * value[got.slot]
+    estimate = got.weight.double() * value[got.slot]
     error = float(estimate.std()) / 60000**0.5
     assert float(estimate.mean()) == pytest.approx(float(value.mean()), abs=4 * error)
     assert abs(float(value[got.slot].mean()) - float(value.mean())) > 10 * error  # unweighted it is biased
     for progress, b in ((0.0, 0.4), (0.5, 0.7), (1.0, 1.0)):
         got = buffer.sample(30, 20, generator(), progress=progress)
-        want = (1 / (36 * p[got.slot])) ** b
-        assert torch.allclose(got.weight, (want / want.max()).float()) and float(got.weight.max()) == 1
+        raw = (36 * p) ** -b
+        assert torch.allclose(got.weight, (raw / (p * raw).sum())[got.slot].float())
+
+
+@pytest.mark.parametrize("b", [0.0, 0.4, 0.7, 1.0])
+@pytest.mark.parametrize("uniform", [0.1, 0.0])
+def test_weights_are_1_on_average_so_that_roll_outs_keep_their_share(b, uniform):
+    """Rows of the data beside them weigh 1."""
+    buffer = filled(priority=2.0, half_life=20, uniform=uniform, beta0=b)
+    losses(buffer)
+    p = buffer.probabilities(20)
+    got = weights(p, b)
+    assert float((p * got).sum()) == pytest.approx(1, abs=1e-12)
+    drawn = buffer.sample(500, 20, generator())
+    assert torch.allclose(drawn.weight, got[drawn.slot].float())
+    if b == 1:
+        assert torch.allclose(got, 1 / (36 * p))  # exactly those of uniform replay
+
+
+def test_a_state_that_is_never_drawn_leaves_the_weights_finite():
+    p = torch.tensor([0.0, 0.5, 0.5], dtype=torch.float64)
+    for b in (0.4, 1.0):
+        got = weights(p, b)
+        assert got.isfinite().all() and got[1:].tolist() == pytest.approx([1, 1])
 
 
 def test_a_long_pause_does_not_underflow():

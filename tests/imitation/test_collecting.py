@@ -98,4 +98,5 @@ def test_what_is_too_old_goes_and_a_resumed_run_goes_on() -> None:
     assert len(buffer) == 8  # the one at 7 alone: those at 0 and 3 are older than 3 updates
     other = Collecting()
     other.load_state_dict(collecting.state_dict())
+    assert [other.stale(SQUARE, now, 3) for now in (7, 10, 11)] == [False, False, True] and not other.stale(WIDE, 99, 3)
     assert [other.due(SQUARE, now, 5) for now in (7, 11, 12)] == [False, False, True] and other.due(WIDE, 7, 5)

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from ddil_lightning.diffusion.denoiser import Boundary, Consistency
 from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.methods import LCM
 from ddil_lightning.records import Context, LatentBatch
@@ -209,6 +210,20 @@ def test_evaluations_count_every_network_call(light: Path) -> None:
 
 
 # Inference ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("boundary", [Boundary(), Boundary(0.02, 0.5), Boundary(0.1, 2.0), Boundary(10.0, 0.1)], ids=str)
+def test_the_exported_scheduler_has_the_trained_boundary(boundary: Boundary, tiny: Path) -> None:
+    """Its own sigma_data is 0.5, whatever the student was trained with."""
+    method = build(LCM_W, tiny, boundary=boundary)
+    scheduler, t = method.deployment.scheduler(), method.grid.nodes
+    x, x0, sd = torch.randn(len(t), 4, 2, 2), torch.randn(len(t), 4, 2, 2), boundary.sigma_data
+    skip, out = (torch.as_tensor(y).view(-1, 1, 1, 1) for y in scheduler.get_scalings_for_boundary_condition_discrete(t))
+    k = boundary.scaling * t.view(-1, 1, 1, 1)
+    torch.testing.assert_close(skip, sd**2 / (k**2 + sd**2))
+    torch.testing.assert_close(out, k / (k**2 + sd**2).sqrt())
+    found = Consistency(method.student, boundary).bounded(x, t, method.student.schedule.from_x0(x, t, x0)).x0
+    torch.testing.assert_close(found, skip * x + out * x0)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 8])

@@ -17,6 +17,7 @@ from ddil_lightning.backbones import sampling
 from ddil_lightning.backbones.loading import load_pipeline
 from ddil_lightning.backbones.pipeline import Pipeline
 from ddil_lightning.backbones.schedulers import PROCESS, process, student
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.schedule import NoiseSchedule
 from ddil_lightning.diffusion.transitions import TCD, Posterior, ddim, renoise
 from ddil_lightning.methods import DMD2, LCM, PD
@@ -216,3 +217,15 @@ def test_a_teachers_own_steps_are_sampled(name: str, tiny: Path, tmp_path: Path)
     kwargs: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 2.0, "output_type": "latent", "latents": noise}
     fresh = load_pipeline(tmp_path / "p")
     torch.testing.assert_close(fresh(PROMPTS, generator=sampling.renoising(2, 5), **kwargs).images, made, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [61, 103, 121, 206])
+def test_a_step_count_that_diffusers_rounds_to_one_more_is_refused(steps: int) -> None:
+    """Its arange of trailing times has one at -1 besides, at which no student is trained."""
+    teacher = diffusers.DDPMScheduler(beta_schedule="scaled_linear")
+    with pytest.raises(ValueError, match=rf"not stand on the {steps} trailing nodes below 1000 .*it makes {steps + 1}.*: take another"):
+        student(teacher, ddim, "v_prediction", "trailing", steps)
+    for fine in (3, 60, 62):
+        made = student(teacher, ddim, "v_prediction", "trailing", fine)
+        made.set_timesteps(fine)
+        assert made.timesteps.tolist() == Grid.named("trailing", fine).nodes.tolist()

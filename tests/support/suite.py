@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from ddil_lightning.backbones.adapters import Adapter
@@ -138,6 +139,14 @@ class Gradients(Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         self.steps.append({n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None})
+
+
+class LateRestoring(SingleDeviceStrategy):
+    """Restores a checkpoint after the optimisers were made and the fit has begun, as fsdp2 does, on one process."""
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
 
 
 class StopAt(Checkpoint):

@@ -15,7 +15,7 @@ from ddil_lightning.callbacks import Checkpoints
 from ddil_lightning.testing.checks import CUT, TOTAL, check_same
 from ddil_lightning.testing.fitting import Inside
 from ddil_lightning.training.contest import Contest
-from suite import ALL_AND_LORA, BY_NAME, EPOCH, METHODS, Entry, Run, StopAt, build, captions, equal, fit, frozen, one_of
+from suite import ALL_AND_LORA, BY_NAME, EPOCH, METHODS, Entry, LateRestoring, Run, StopAt, build, captions, equal, fit, frozen, one_of
 
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "buffer": ({}, {}),
@@ -232,3 +232,6 @@ def test_the_box_is_that_of_the_config_which_goes_on(tiny: Path, tmp_path: Path)
         for b in (None, box)
     )
     assert len(set(found.lo.tolist())) == 4 and [given.lo.tolist(), given.hi.tolist()] == box
+    method, late = build(lcm, tiny, updates=2, reflect="static", box=box), LateRestoring("cpu")  # as fsdp2
+    given = fit(method, captions(tiny), ckpt=tmp_path / "updates=1.ckpt", strategy=late).method.reflection
+    assert [given.lo.tolist(), given.hi.tolist()] == box

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import torch
 
 from ddil_lightning.backbones import flows
 from ddil_lightning.diffusion.betas import is_flow
+from ddil_lightning.diffusion.grid import Grid
 from ddil_lightning.diffusion.schedule import NoiseSchedule, Predicts
 from ddil_lightning.diffusion.transitions import NEAR, TCD, Posterior, Transition, ddim, renoise
 from ddil_lightning.errors import one_line
@@ -83,7 +85,7 @@ def student(
     vanish). `TCD` on the same nodes: TCDScheduler, whose gamma its pipeline's call says. `Posterior` on trailing nodes: DDPMScheduler.
     `DDIM` on `steps` nodes of the `rule` (trailing, linspace): DDIMScheduler; where it would leave them, DPM-Solver++ of first order, which
     is DDIM between any nodes. `prediction`: the network's, by diffusers' name. `times`: of the forward process, the first so many, for a
-    student that starts below the last. Raises ValueError for another transition, or where there is none.
+    student that starts below the last. Raises ValueError for another transition, and where there is none that stands on these nodes.
     """
     own: dict[str, Any] = {"prediction_type": prediction}
     total = teacher.config.num_train_timesteps
@@ -108,7 +110,15 @@ def student(
     if rule == "trailing" and total % steps == 0:
         return _made("DDIMScheduler", teacher, set_alpha_to_one=True, clip_sample=False, **own)
     rest = {"algorithm_type": "dpmsolver++", "solver_order": 1, "final_sigmas_type": "zero"}
-    return _made("DPMSolverMultistepScheduler", teacher, **rest, **own)
+    made = _made("DPMSolverMultistepScheduler", teacher, **rest, **own)
+    tried = copy.deepcopy(made)
+    tried.set_timesteps(steps)
+    if tried.timesteps.tolist() != Grid.named(rule, steps, total).nodes.tolist():  # the rounding of its arange may add a time
+        raise ValueError(
+            f"DPMSolverMultistepScheduler does not stand on the {steps} {rule} nodes below {total} that the student is trained at (it "
+            f"makes {len(tried.timesteps)}): take another step count, such as one that divides {total}"
+        )
+    return made
 
 
 def _made(kind: str, teacher: Any, **own: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from ddil_lightning.bounds import at_least, within
+from ddil_lightning.imitation.prior import mean_of_own
 from ddil_lightning.runs.boards import alert
 
 COVERAGE = re.compile(r"coverage(_\d+)?$")
@@ -19,8 +20,6 @@ COVERAGE = re.compile(r"coverage(_\d+)?$")
 WINDOW = 3
 """Published values, of a logging interval each, whose mean is compared with a bound: one batch is noise."""
 SATURATED, GAP, RATIO = "reflect/saturated", "the loss on the student's roll-outs over loss/forward", "shift/loss_ratio"
-OWN = ("student", "mixed")
-"""The sources of latents that the student has had a part in."""
 SAYS = {
     SATURATED: "more and more of the estimates are held at the edge of the box",
     GAP: "the student goes wrong on latents of its own making",
@@ -120,7 +119,7 @@ class Alerts(Callback):
                 best = self._best[name] = max(value, self._best.get(name, value))
                 fell = f"{name} has fallen from {best:.3f} to {value:.3f}: the student leaves modes out"
                 yield f"coverage falls ({name})", fell if best - value > self.coverage and clock >= self.after else ""
-        own = mean_of_own(fine)
+        own = mean_of_own(fine, "loss/")
         if self._distance and own is not None and fine.get("loss/forward", 0) > 0:
             fine[GAP] = own / fine["loss/forward"]
         for name, bound in ((SATURATED, self.saturation), (GAP, self.gap), (RATIO, self.gap)):
@@ -138,10 +137,3 @@ class Alerts(Callback):
         if clock < self.after or mean <= bound or (name == SATURATED and mean <= 2 * first):
             return ""
         return f"{name} is {mean:.3g}, above {bound:g}: {SAYS[name]}"
-
-
-def mean_of_own(values: Mapping[str, float]) -> float | None:
-    """The mean loss on all roll-outs that the student has had a part in, weighted by their shares of what was drawn; None without any."""
-    parts = [(values.get(f"drawn/share_{name}", 1.0), values[f"loss/{name}"]) for name in OWN if f"loss/{name}" in values]
-    shares = sum(share for share, _ in parts)
-    return sum(share * loss for share, loss in parts) / shares if shares else None

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ddil_lightning.bounds import at_least
 from ddil_lightning.feed import without_images
-from ddil_lightning.imitation.prior import SamplingPrior, Schedule
+from ddil_lightning.imitation.prior import Gated, SamplingPrior, Schedule
 
 PATIENCE = 1000
 """Student updates after which a run is told that its schedule has heard nothing of what it waits for."""
@@ -49,6 +49,21 @@ def check_images(method: Any, what: str, **remedy: str) -> None:
         raise without_images(what, **remedy)
 
 
+def check_gate(method: Any) -> None:
+    """Raises ValueError for a training whose losses on the student's own latents and on forward ones cannot be compared, as Gated does."""
+    name, rollouts = type(method).__name__, getattr(method.feed, "rollouts", None)
+    if not method.loss_is_distance:
+        raise ValueError(
+            f"the schedule Gated compares losses, and that of {name} on a latent is no distance to what the student should say there: take "
+            "GatedBy with a measure, such as shift/teacher of a ShiftProbe, or a schedule of the clock"
+        )
+    if rollouts is not None and rollouts.granularity == "step" and method.descent.accumulate == 1:
+        raise ValueError(
+            "the schedule Gated compares losses on two sources within an update, which with data.rollouts.granularity=step has one: take "
+            "sample, model.optimizer.accumulate of 2 or more, or GatedBy with a measure"
+        )
+
+
 class AnnealPrior(OnClock):
     """Steers the DataModule's prior by a schedule. Every prior is checked against the method's sources before it is used.
 
@@ -75,6 +90,8 @@ class AnnealPrior(OnClock):
         """Check the whole schedule now: a prior that comes after days of training must not be the one that stops it."""
         if stage != "fit":
             return
+        if isinstance(self.schedule, Gated):
+            check_gate(pl_module)
         priors = self.schedule.ahead(pl_module.updates)
         for prior in priors:
             pl_module.check_prior(prior)

@@ -218,6 +218,7 @@ class DDILDataModule(LightningDataModule, Replay):
             return batch
         learner = self.learner
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            self.expire()
             size, encoded = len(batch.rows), self._encoded(batch)
             shape = tuple(learner.backbone.latent_shape if encoded.latent is None else encoded.latent.shape[1:])
             rolls = self.rolls(shape)
@@ -280,8 +281,6 @@ class DDILDataModule(LightningDataModule, Replay):
             self.flush()  # on all of them: whether they roll out is the same on all, or they would wait for each other
         elif self.buffer is not None:
             self.buffer.load_state_dict(buffers[us.rank], self.learner.wants.ends or self.learner.wants.noise)
-            if "collected" not in state:  # a checkpoint of before, of one shape
-                self.collecting.shapes = self.buffer.shapes()
         now = self._parting(us)
         # Checkpoints of before do not say how large batches were, nor how many rows there were.
         was = Parting(len(buffers), state.get("batch_size", now.batch), tuple(state.get("rows", now.groups)))

@@ -150,6 +150,11 @@ class Boundary:
     def __post_init__(self) -> None:
         above(0, **{"boundary.scaling": self.scaling, "boundary.sigma_data": self.sigma_data})
 
+    @property
+    def timestep_scaling(self) -> float:
+        """That of diffusers' LCMScheduler, whose sigma_data is 0.5 and no option: both conditions depend on k / sd alone."""
+        return self.scaling * 0.5 / self.sigma_data
+
 
 class Consistency(nn.Module):
     """LCM's consistency function f = c_skip x_t + c_out x0 around a denoiser (METHODS 3), itself a denoiser: f(x, 0) = x."""

@@ -157,8 +157,7 @@ class ReplayBuffer:
         else:
             p = self.probabilities(clock, shape)
             index = torch.searchsorted(p.cumsum(0), u, right=True).clamp(max=size - 1)
-            weight = (size * p[index]) ** -(self.beta0 + (1 - self.beta0) * progress)
-            weight = (weight / weight.max()).float() if n else weight.float()
+            weight = weights(p, self.beta0 + (1 - self.beta0) * progress)[index].float()
         return gather(chunks, index, weight, clock)
 
     def probabilities(self, clock: int, shape: Sequence[int] | None = None) -> Tensor:
@@ -310,3 +309,13 @@ class ReplayBuffer:
 def _shape(chunk: Chunk) -> tuple[int, ...]:
     """Of a latent."""
     return tuple(chunk.states.x_t.shape[1:])
+
+
+def weights(p: Tensor, b: float) -> Tensor:
+    """[n] importance weights (n P)^-b of states that are drawn with probabilities `p` [n], divided by their mean under P (1 for b = 1).
+
+    So they are 1 on average over what is drawn, and roll-outs keep their share beside rows of weight 1 (METHODS 1.6).
+    """
+    # A state of probability 0 is never drawn, and adds nothing to the mean.
+    raw = (len(p) * p.clamp(min=torch.finfo(p.dtype).tiny)) ** -b
+    return raw / (p * raw).sum()

@@ -18,19 +18,23 @@ Shape = tuple[int, ...]
 
 
 class Collecting:
-    """When the last roll-out was made, and which shapes of latents have had one since roll-outs were last forgotten.
+    """When the last roll-out was made, and at which clock of the stage that of each shape of latents, since they were last forgotten.
 
     Whether one is due is the same on all processes: the clock and the shapes of batches are, and what the buffer of one has lost, all hear.
     """
 
     def __init__(self) -> None:
         self.at: int | None = None
-        self.shapes = set[Shape]()
+        self.shapes = dict[Shape, int]()
         self._warned = False
 
     def due(self, shape: Shape, now: int, every: int) -> bool:
         """Whether a batch of latents of a `shape` is preceded by a roll-out: `every` so often, and where that shape has none."""
         return self.at is None or shape not in self.shapes or not 0 <= now - self.at < every
+
+    def stale(self, shape: Shape, clock: int, max_age: int) -> bool:
+        """Whether the last roll-out of a `shape` is older than `max_age` at the stage's clock, so that no state of it may be drawn."""
+        return shape in self.shapes and clock - self.shapes[shape] > max_age
 
     def collect(
         self,
@@ -58,7 +62,8 @@ class Collecting:
         schedule = learner.policies.student.schedule
         buffer.add(made, clock, streams.stage, None if moment is None else schedule.mean_square(made.t, moment).float())
         gone = held - buffer.shapes()  # whose next batch is rolled out again, on all processes if on one
-        self.shapes = {shape, *(known for known in sorted(self.shapes - {shape}) if together(known not in gone))}
+        others = {known: at for known, at in sorted(self.shapes.items()) if known != shape and together(known not in gone)}
+        self.shapes = {**others, shape: clock}
         if len(buffer) == 0 and not self._warned:
             self._warned = True
             logging.getLogger(__name__).warning(f"all {len(made.t)} {REJECTED}")
@@ -66,12 +71,12 @@ class Collecting:
 
     def forget(self) -> None:
         """The next batch is preceded by a roll-out, whatever its shape."""
-        self.at, self.shapes = None, set()
+        self.at, self.shapes = None, {}
 
     def state_dict(self) -> dict[str, Any]:
         """As numbers and lists."""
-        return {"collected_at": self.at, "collected": sorted(map(list, self.shapes))}
+        return {"collected_at": self.at, "last_of": [[list(shape), at] for shape, at in sorted(self.shapes.items())]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`."""
-        self.at, self.shapes = state["collected_at"], {tuple(shape) for shape in state.get("collected", [])}
+        """Go on from `state_dict()`; from one of before, which does not say how old the shapes are, by a roll-out of each."""
+        self.at, self.shapes = state["collected_at"], {tuple(shape): at for shape, at in state.get("last_of", [])}

@@ -58,7 +58,7 @@ class Buffer:
 
     Args:
         capacity: states kept per process; 0 keeps none, and rolls out afresh for every batch.
-        max_age: student updates after which a state is forgotten.
+        max_age: student updates after which a state is forgotten; where no younger one is left, a roll-out is due whatever `rollouts` says.
         priority: the exponent by which states of a larger loss are drawn more often; 0 draws uniformly.
         answers: how the frozen teacher's answers to states are kept, so that it is asked once for each: `float32`, `float16` in half the
             memory, or `none`, which asks again whenever a state is drawn.

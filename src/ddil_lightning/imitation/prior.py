@@ -10,6 +10,8 @@ from typing import Literal
 from ddil_lightning.bounds import above, at_least
 
 Mix = Literal["trajectory", "interval"]
+OWN = ("student", "mixed")
+"""The sources of latents that the student has had a part in."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,12 @@ class SamplingPrior:
         return self.student / self.rollouts if self.rollouts > 0 else 0.0
 
     def towards(self, other: SamplingPrior, r: float) -> SamplingPrior:
-        """The convex combination (1 - r) self + r other; on the simplex by construction."""
+        """The convex combination (1 - r) self + r other; on the simplex by construction. Raises ValueError for priors of two mixes."""
+        if self.mix != other.mix:
+            raise ValueError(
+                f"a prior of mix {self.mix} moves to one of mix {other.mix}, and nothing lies between the two: give both the same mix, or "
+                "take Piecewise"
+            )
         student, teacher = ((1 - r) * a + r * b for a, b in ((self.student, other.student), (self.teacher, other.teacher)))
         # The forward share is the rest, so that rounding cannot leave the simplex.
         return SamplingPrior(max(1 - student - teacher, 0.0), student, teacher, self.mix)
@@ -73,7 +80,11 @@ class Schedule:
         raise TypeError(f"{type(self).__name__} is no schedule: give it a __call__(clock) -> SamplingPrior")
 
     def hear(self, clock: int, values: Mapping[str, float]) -> None:
-        """Mean losses by source (forward, student, teacher, mixed) of update number `clock`, over all processes; or the measures."""
+        """What is heard of update number `clock`, over all processes; or the measures.
+
+        Of an update these are the mean losses by source (forward, student, teacher, mixed), and as `drawn/share_<source>` how much of its
+        latents each source had.
+        """
 
     def begin(self) -> None:
         """A stage begins, whose clock is 0: forget what was heard in the one before."""
@@ -141,6 +152,7 @@ class _Ramp(Schedule):
     def __init__(self, first: SamplingPrior, last: SamplingPrior, end: int, start: int = 0) -> None:
         if end <= start or start < 0:
             raise ValueError(f"a schedule runs from start {start} to a later end, got {end}")
+        first.towards(last, 0.0)  # two mixes are refused now, and not in training
         self.first, self.last, self.start, self.end = first, last, start, end
 
     def __call__(self, clock: int) -> SamplingPrior:
@@ -178,6 +190,7 @@ class Exponential(Schedule):
     def __init__(self, first: SamplingPrior, last: SamplingPrior, rate: float = 0.5, every: int = 100) -> None:
         if not 0 < rate < 1 or every < 1:
             raise ValueError(f"an exponential schedule needs 0 < rate < 1 and every >= 1, got {rate} and {every}")
+        first.towards(last, 0.0)
         self.first, self.last, self.rate, self.every = first, last, rate, every
 
     def __call__(self, clock: int) -> SamplingPrior:
@@ -190,6 +203,7 @@ class _Moves(Schedule):
 
     def __init__(self, first: SamplingPrior, last: SamplingPrior, steps: int, patience: int) -> None:
         at_least(1, steps=steps, patience=patience)
+        first.towards(last, 0.0)
         self.first, self.last, self.steps, self.patience = first, last, steps, patience
         self.level, self.passed = 0, 0
 
@@ -227,12 +241,12 @@ class _Moves(Schedule):
 
 
 class Gated(_Moves):
-    """Performance-gated: one move from `first` to `last` whenever the student does on roll-outs nearly as well as on forward latents.
+    """Performance-gated: one move from `first` to `last` whenever the student does nearly as well on its own latents as on forward ones.
 
-    It hears the losses of every update; `level` is its memory.
+    Its own are those of roll-outs that it has had a part in. It hears the losses of every update; `level` is its memory.
 
     Args:
-        first: the prior at the start, with a share of forward latents and one of roll-outs, which are compared.
+        first: the prior at the start, with a share of forward latents and one of the student's, which are compared.
         last: the prior after all moves.
         ratio: on-policy loss / forward loss below which an update passes.
         steps: in how many equal moves `last` is reached.
@@ -244,20 +258,22 @@ class Gated(_Moves):
     def __init__(self, first: SamplingPrior, last: SamplingPrior, ratio: float = 1.25, steps: int = 10, patience: int = 20) -> None:
         super().__init__(first, last, steps, patience)
         above(0, ratio=ratio)
-        if self.first.rollouts == 0:
-            raise ValueError(
-                "a gated schedule compares losses on roll-outs and on forward latents: give its first prior a student or teacher share"
-            )
+        for name in ("forward", "student"):
+            if getattr(first, name) == 0:
+                raise ValueError(
+                    f"a gated schedule compares losses on latents of the student's making and on forward ones: give its first prior a "
+                    f"{name} share, or take GatedBy, which follows a measure"
+                )
         self.ratio = ratio
 
     def hear(self, clock: int, values: Mapping[str, float]) -> None:
-        """Compare the mean of all roll-outs with forward latents; an update that lacks one of them says nothing."""
-        rolled = [loss for name, loss in values.items() if name != "forward"]
-        if rolled and "forward" in values:
-            self.observe(sum(rolled) / len(rolled), values["forward"])
+        """Compare the mean of the student's own latents with forward latents; an update that lacks one of them says nothing."""
+        own = mean_of_own(values)
+        if own is not None and "forward" in values:
+            self.observe(own, values["forward"])
 
     def observe(self, on_policy: float, forward: float) -> None:
-        """One update's mean losses on roll-out and on forward latents."""
+        """One update's mean losses on the student's own and on forward latents."""
         self.tell(on_policy < self.ratio * forward)
 
 
@@ -297,3 +313,13 @@ class GatedBy(_Moves):
         if self.measure in values:
             self.unheard = ""
             self.tell(values[self.measure] < self.below)
+
+
+def mean_of_own(values: Mapping[str, float], named: str = "") -> float | None:
+    """The mean loss on all roll-outs that the student has had a part in, weighted by their shares of what was drawn; None without any.
+
+    `named`: what stands before the sources in the names of `values`.
+    """
+    parts = [(values.get(f"drawn/share_{name}", 1.0), values[named + name]) for name in OWN if named + name in values]
+    shares = sum(share for share, _ in parts)
+    return sum(share * loss for share, loss in parts) / shares if shares else None

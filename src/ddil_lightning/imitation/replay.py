@@ -70,14 +70,22 @@ class Replay(Feed):
     # A batch ---------------------------------------------------------------------------------------------------------------------
 
     def rolls(self, shape: Shape) -> bool:
-        """Whether the next batch needs a roll-out: at the buffer's cadence and for a shape that it lacks, or always without one."""
+        """Whether the next batch needs a roll-out: at the buffer's cadence, for a shape that it lacks or whose states are all too old; or
+        always without one."""
         share, own = self.prior.rollouts, self.rollouts
         if share == 0 or self.buffer is None:
             return bool(share > 0)
+        if self.collecting.stale(shape, self.clock, self.buffer.max_age):
+            return True
         if own.reuse is None:
             return self.collecting.due(shape, self.clock, self.collect_every)
         # In batches, not in updates of the student.
         return self.collecting.due(shape, self.done, own.batches(share, self.batch_size, self.trajectories, self.learner.grid))
+
+    def expire(self) -> None:
+        """Forget what is too old for the next batch, before anything of it is asked for."""
+        if self.buffer is not None:
+            self.buffer.expire(self.clock, self.streams.stage)
 
     def needed(self, size: int, shape: Shape) -> int:
         """How many captions of a batch of `size`, the first ones, are noised or rolled out; all where no state takes the others' place."""

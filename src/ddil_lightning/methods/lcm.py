@@ -109,7 +109,7 @@ class LCM(Distillation):
     def deploy(self, student: Denoiser) -> Deployment:
         """Multistep consistency sampling on the nodes of LCMScheduler, or even ones of a flow."""
         n, total = len(self.grid), self.student.schedule.steps
-        scaling = None if self.boundary is None else self.boundary.scaling
+        scaling = None if self.boundary is None else self.boundary.timestep_scaling
         scheduler = partial(self.backbone.scheduler, renoise, student.predicts, self.rule, n, scaling)
         grid = partial(Grid.named, self.rule, total=total, solver_steps=n)
         steps = {k for k in (4, 2, 1) if self.rule == "lcm" or n % k == 0}

@@ -120,9 +120,9 @@ class PD(Distillation):
 
     @property
     def stage_length(self) -> int:
-        """Student updates of the present stage; the last one lasts to the end of the run."""
-        last = self.stage == len(self.stages) - 1
-        return max(self.now.length, self.updates - self.stage_start) if last else self.now.length
+        """Student updates of the present stage; the run's end cuts it short, and the last one of the plan lasts to it."""
+        rest = max(self.updates - self.stage_start, 1)
+        return rest if self.stage == len(self.stages) - 1 else min(self.now.length, rest)
 
     @property
     def stage_is_over(self) -> bool:
@@ -199,6 +199,7 @@ class PD(Distillation):
         if mine != theirs:
             raise ValueError(f"the checkpoint has followed the plan {', '.join(theirs)}; this config's is {', '.join(self._plan())}")
         self._begin()
+        self.descent.rebase(self.lr)
 
     def _plan(self, upto: int | None = None) -> list[str]:
         """The plan in words: the grid, the stages before number `upto` with their updates, and that one (all without a number)."""

@@ -26,7 +26,7 @@ class Clock(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Nothing is left to do in a run that resumes from its end. A checkpoint's optimisers have been restored by now."""
         check_reached(pl_module, "on_fit_start", *(["on_load_checkpoint"] if trainer.ckpt_path else []))
-        pl_module.descent.restate()
+        pl_module.restate()
         self._began = self._logged = pl_module.student_updates
         self._loggers = list(trainer.loggers)
         self._in_step, self._stood = False, 0  # micro-batches before the first update of the student

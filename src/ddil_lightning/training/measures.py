@@ -18,7 +18,8 @@ class Measures:
     """Running means on the device, which adding never waits for, and the listeners of what is published.
 
     `listen(hear)`: everything that callbacks publish, such as the means of a logging interval. `listen(hear, every_update=True)`: the mean
-    losses by source of every single update, which are computed for such listeners alone, because reading them waits for the device.
+    losses by source of every single update and the sources' shares of its latents, which are computed for such listeners alone, because
+    reading them waits for the device.
     """
 
     def __init__(self) -> None:
@@ -47,9 +48,12 @@ class Measures:
             hear(clock, values)
 
     def updated(self, clock: int) -> None:
-        """The student was updated: those who listen to every update hear `source_losses`. All processes together."""
+        """The student was updated: those who listen to every update hear `source_losses`, and the share of each source as
+        `drawn/share_<source>`. All processes together."""
         if self._close:
-            values = self.source_losses
+            sums = self._of_sources()
+            drawn = sum(n for _, n in sums.values())
+            values = self._means(sums) | {f"drawn/share_{name}": n / drawn for name, (_, n) in sums.items() if drawn}
             for hear in self._close:
                 hear(clock, values)
 
@@ -89,12 +93,20 @@ class Measures:
 
         All processes must ask together.
         """
+        return self._means(self._of_sources())
+
+    def _of_sources(self) -> dict[str, tuple[float, float]]:
+        """(sum of losses, number of latents) by source, over all processes."""
         if not self._by_source:
             return {}
         sums = torch.stack([torch.stack([total.float(), n.float()]) for total, n in self._by_source.values()])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)  # a schedule that hears them must come to the same prior on every process
-        return {name: total / n for name, (total, n) in zip(self._by_source, sums.tolist(), strict=True) if n}
+        return {name: (total, n) for name, (total, n) in zip(self._by_source, sums.tolist(), strict=True)}
+
+    @staticmethod
+    def _means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+        return {name: total / n for name, (total, n) in sums.items() if n}
 
 
 def read(pairs: Iterable[tuple[Tensor | float, Tensor | int]]) -> list[tuple[float, float]]:

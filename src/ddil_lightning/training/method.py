@@ -319,13 +319,25 @@ class Distillation(Clocks, LightningModule):
         Raises ValueError for what is trained and in no optimiser.
         """
         completeness.check_trained(self, self.trainer.optimizers, self.trainer.lr_scheduler_configs)
-        if self.box is not None:
-            self.reflection.move(*self.box)  # of a run that goes on with another one
+        self._move_box()
         if not self.has_box:
             fit_box(self.reflection, self.feed, self.trainer.is_global_zero)
             self.has_box = True
         self.offload.begin(self)
         self.descent.reduction.begin(self.trainer.strategy, self.takes_turns)
+
+    def restate(self) -> None:
+        """Optimisers and box are those of the config again, and not those of the checkpoint that the training goes on from.
+
+        Called by the Clock before the first batch, when every strategy has restored the checkpoint: a sharded one does so after
+        `on_fit_start`.
+        """
+        self.descent.restate()
+        self._move_box()
+
+    def _move_box(self) -> None:
+        if self.box is not None:
+            self.reflection.move(*self.box)  # of a run that goes on with another one
 
     @completeness.ours
     def configure_model(self) -> None:

@@ -144,6 +144,15 @@ class Descent:
         self._told, self._begun, self._loss_of = [], set(), {}
         self.begun = self.student_moved = False
 
+    def rebase(self, lr: float) -> None:
+        """`restate` gives `lr` as the rate that the clock's schedule multiplies to the optimisers that were made before.
+
+        A sharded training makes its optimisers before it restores the checkpoint that says in which stage it is.
+        """
+        for _, groups in self._told:
+            for told in groups:
+                told["base_lr"] = lr
+
     def step(self, method: Any, optimizer: Any, loss: Tensor, name: str) -> bool:
         """One micro-batch of `loss`; True when it completed an update. A loss that is not finite ends the run (`watch`).
 
