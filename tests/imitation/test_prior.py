@@ -89,9 +89,10 @@ def test_the_share_of_the_student_in_roll_outs():
     assert (LAST.rollouts, LAST.p_student) == (pytest.approx(0.6), pytest.approx(0.7))
     assert SamplingPrior().p_student == SamplingPrior().rollouts == 0 and FREE.p_student == 1
     assert FIRST.towards(LAST, 0.5).mix == FIRST.mix == "interval"
-    whole = SamplingPrior(mix="trajectory")
-    assert whole.towards(SamplingPrior(0.5, 0.5, mix="trajectory"), 0.3).mix == "trajectory"
-    # The last one's mix had been dropped in silence.
+    whole = SamplingPrior(0.4, 0.42, 0.18, mix="trajectory")
+    # The last one's mix had been dropped in silence; one of whose roll-outs nobody or one alone takes part has none to lose.
+    for lone in (SamplingPrior(), FREE):
+        assert lone.towards(whole, 0.3).mix == whole.towards(lone, 0.3).mix == "trajectory"
     for kind in ("linear", "cosine", "exponential", "gated"):
         with pytest.raises(ValueError, match="a prior of mix interval moves to one of mix trajectory, .* or take Piecewise"):
             MADE[kind](FIRST, whole)

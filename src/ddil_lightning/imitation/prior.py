@@ -53,15 +53,19 @@ class SamplingPrior:
         return self.student / self.rollouts if self.rollouts > 0 else 0.0
 
     def towards(self, other: SamplingPrior, r: float) -> SamplingPrior:
-        """The convex combination (1 - r) self + r other; on the simplex by construction. Raises ValueError for priors of two mixes."""
-        if self.mix != other.mix:
+        """The convex combination (1 - r) self + r other; on the simplex by construction.
+
+        Its mix is that of the one of whose roll-outs both take a part. Raises ValueError for two of different mixes.
+        """
+        mixes = list(dict.fromkeys(prior.mix for prior in (self, other) if prior.student > 0 and prior.teacher > 0))
+        if len(mixes) > 1:
             raise ValueError(
                 f"a prior of mix {self.mix} moves to one of mix {other.mix}, and nothing lies between the two: give both the same mix, or "
                 "take Piecewise"
             )
         student, teacher = ((1 - r) * a + r * b for a, b in ((self.student, other.student), (self.teacher, other.teacher)))
         # The forward share is the rest, so that rounding cannot leave the simplex.
-        return SamplingPrior(max(1 - student - teacher, 0.0), student, teacher, self.mix)
+        return SamplingPrior(max(1 - student - teacher, 0.0), student, teacher, mixes[0] if mixes else other.mix)
 
 
 class Schedule:
