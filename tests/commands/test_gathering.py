@@ -16,6 +16,7 @@ from commandline import called, one_line
 from ddil_lightning.commands import gathering
 from ddil_lightning.evaluation import networks
 from ddil_lightning.evaluation.networks import Absent, Named
+from ddil_lightning.streams import apart
 from pictured import captioned_set
 
 MINE = """
@@ -89,7 +90,7 @@ def test_a_protocol_of_one_s_own(tiny: Path, capsys: Any, monkeypatch: pytest.Mo
     made = json.loads(Path("probe.json").read_text())
     said = made["protocol"]
     assert (said["name"], said["n"], said["seed"], said["changed"]) == ("mine", 20, 5, {"probes": 0})
-    assert said["networks"]["features"] == "colours" and said["reference"]["images"] == 20 and said["seeds"]["first"] == 5
+    assert said["networks"]["features"] == "colours" and said["reference"]["images"] == 20 and said["seeds"]["first"] == apart(5)
     assert set(made["nodes"][1]["shift"]) == {"teacher", "forward"} and "left_out" not in said
     for row in (*made["mixing"], *made["switch"]):
         assert row["metrics"]["frechet"] > 0 and row["metrics"]["clip"] is not None and "lpips_diversity" not in row["metrics"]

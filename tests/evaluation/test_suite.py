@@ -443,7 +443,7 @@ def test_what_is_held_out_is_in_no_training_data():
     trained = {draw for seed in range(1, 9) for draw in drawn(shapes.draw_scenes(64, seed))}
     held = [drawn(shapes.draw_scenes(64, held_out(seed))) for seed in range(9)]
     assert len({*trained, *(draw for each in held for draw in each)}) == 64 * 17
-    with pytest.raises(ValueError, match="seed is 0: give a number from 1 to 2147483647"):
+    with pytest.raises(ValueError, match="seed is 0: give a number from 1 to"):
         Shapes(seed=0)
 
 

@@ -498,7 +498,9 @@ def test_a_probe_is_of_the_student_that_the_reproduction_has(script: Any, tmp_pa
 def test_a_number_without_a_spread_is_told_anew_of_older_cells(script: Any) -> None:
     cell = json.loads((BENCHMARKS / "probed" / "pd-both-100.json").read_text())
     told = [text for text in script("probes").said(cell) if "Fréchet" in text]
-    assert len(told) == 3 and all(text.endswith("of which no spread is known: it cannot be told") for text in told)
+    assert len(told) == 3 and all(
+        text.endswith("of which no spread is known: it takes 4 images a feature: it cannot be told") for text in told
+    )
     assert "mixing: " in told[0] and "0.4216 at p = 0.2 to 0.4200 at p = 0.8" in told[0]
 
 

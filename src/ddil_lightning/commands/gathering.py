@@ -162,7 +162,7 @@ def material(args: argparse.Namespace, found: Plan | Lines, backbone: Pipeline) 
     Raises ValueError for fewer than 16 prompts, and as what reads them does.
     """
     if isinstance(found, Lines):
-        return Material(found.prompts, apart(found.seed), None, found.why, lambda: _texts_suite(args, found, backbone))
+        return Material(found.prompts, found.seed, None, found.why, lambda: _texts_suite(args, found, backbone))
     args = argparse.Namespace(**vars(args) | {"samples": 1})
     protocol = found.protocol
 
@@ -174,10 +174,10 @@ def material(args: argparse.Namespace, found: Plan | Lines, backbone: Pipeline) 
     if source in BUILTIN:
         n = 512 if protocol.prompts.n is None else protocol.prompts.n  # as `Suite.of` has it
         images, prompts = drawn(str(source), _enough(n, f"{protocol.name} asks for {n} prompts"), seed)
-        return Material(prompts, apart(seed), lambda size: iter(images.split(size)), "", suite)
+        return Material(prompts, seed, lambda size: iter(images.split(size)), "", suite)
     chosen, why = _chosen(protocol)
     _enough(len(chosen.prompts), f"{protocol.name} asks for {len(chosen.prompts)} prompts")
-    height, width, seed = *backbone.size, apart(seed)
+    height, width = backbone.size
     if chosen.pictures is None:
         return Material(chosen.prompts, seed, None, why, suite)
     if height != width:

@@ -90,6 +90,7 @@ def _found(args: argparse.Namespace, findings: Findings, out: Path) -> dict[str,
     from ddil_lightning.commands.gathering import asked, material
     from ddil_lightning.commands.probing import noded, swept
     from ddil_lightning.evaluation.table import write_rows
+    from ddil_lightning.streams import apart
 
     plan = asked(args) if args.protocol is not None else None  # before pipelines are loaded
     contest, said = _contest(args)
@@ -112,7 +113,8 @@ def _found(args: argparse.Namespace, findings: Findings, out: Path) -> dict[str,
     if without and "nodes" in args.only:
         said["left_out"] = f"distances and losses against forward latents: {without}"
         print(f"left out: {said['left_out']}", flush=True)
-    seen, rows = noded(contest, given.prompts, None if without else latents, given.seed, findings) if "nodes" in args.only else ([], [])
+    first = apart(given.seed)  # of the noise, as a suite of this seed has it
+    seen, rows = noded(contest, given.prompts, None if without else latents, first, findings) if "nodes" in args.only else ([], [])
     found: dict[str, Any] = {"protocol": said, "nodes": rows, "mixing": [], "switch": [], "trends": {}}
     if suite is None:
         return found
@@ -120,7 +122,7 @@ def _found(args: argparse.Namespace, findings: Findings, out: Path) -> dict[str,
     if rows and not out.exists():
         write_rows(out, found | {"protocol": found["protocol"] | {"unfinished": sweeps}})  # type: ignore[arg-type]
     # The teacher's walks serve the sweeps too, where these are of the same prompts.
-    again = seen if list(suite.prompts) == given.prompts and suite.seed == given.seed else []
+    again = seen if list(suite.prompts) == given.prompts and suite.seed == first else []
     return found | swept(contest, suite, sweeps, findings, again)
 
 
