@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,9 @@ from ddil_lightning.imitation.prior import SamplingPrior
 from ddil_lightning.methods import CTM
 from ddil_lightning.records import END, FORWARD, STUDENT, Context, LatentBatch
 from ddil_lightning.runs import export, finish
+from ddil_lightning.streams import Streams
 from ddil_lightning.toy import Toy
+from ddil_lightning.training.randomness import numbers_of
 from suite import MIXED, Entry, Gradients, backbone, build, captions, fit, train
 
 SD = NoiseSchedule.scaled_linear()
@@ -166,6 +169,14 @@ def test_s_is_drawn_anew_for_every_batch_of_a_discriminator(tiny: Path) -> None:
     method.below = lambda node: (drawn.append(below(torch.zeros(8, dtype=torch.long)).tolist()), below(node))[1]
     fit(method, captions(tiny, MIXED))
     assert len(drawn) == 6 and len({tuple(s) for s in drawn}) == 6
+
+
+def test_a_critic_of_ones_own_needs_no_adversary() -> None:
+    """A method that takes turns without ours goes by the student's clock, as before."""
+    common = {"descent": SimpleNamespace(accumulate=2, micro={"loss": 1}), "feed": SimpleNamespace(seed=5), "stage": 1, "global_rank": 3}
+    mine = SimpleNamespace(takes_turns=True, student_updates=7, **common)
+    ours = SimpleNamespace(takes_turns=True, student_updates=7, adversary=SimpleNamespace(updates=9), **common)
+    assert numbers_of(mine) == Streams(5, 15, 1, 3) and numbers_of(ours) == Streams(5, 18, 1, 3)
 
 
 @pytest.mark.parametrize(

@@ -49,19 +49,19 @@ def check_images(method: Any, what: str, **remedy: str) -> None:
         raise without_images(what, **remedy)
 
 
-def check_gate(method: Any) -> None:
-    """Raises ValueError for a training whose losses on the student's own latents and on forward ones cannot be compared, as Gated does."""
-    name, rollouts = type(method).__name__, getattr(method.feed, "rollouts", None)
+def blind(method: Any) -> str:
+    """Why the losses on the student's own latents and on forward ones say nothing in this training, as Gated compares them; empty where
+    they do. No refusal, for a run of days that was begun so goes on."""
     if not method.loss_is_distance:
-        raise ValueError(
-            f"the schedule Gated compares losses, and that of {name} on a latent is no distance to what the student should say there: take "
-            "GatedBy with a measure, such as shift/teacher of a ShiftProbe, or a schedule of the clock"
-        )
+        name = type(method).__name__
+        return f"that of {name} on a latent is no distance to what the student should say there: take GatedBy with a measure"
+    rollouts = getattr(method.feed, "rollouts", None)
     if rollouts is not None and rollouts.granularity == "step" and method.descent.accumulate == 1:
-        raise ValueError(
-            "the schedule Gated compares losses on two sources within an update, which with data.rollouts.granularity=step has one: take "
-            "sample, model.optimizer.accumulate of 2 or more, or GatedBy with a measure"
+        return (
+            "with data.rollouts.granularity=step an update has one source, so that it never moves: take sample, "
+            "model.optimizer.accumulate of 2 or more, or GatedBy with a measure"
         )
+    return ""
 
 
 class AnnealPrior(OnClock):
@@ -90,8 +90,6 @@ class AnnealPrior(OnClock):
         """Check the whole schedule now: a prior that comes after days of training must not be the one that stops it."""
         if stage != "fit":
             return
-        if isinstance(self.schedule, Gated):
-            check_gate(pl_module)
         priors = self.schedule.ahead(pl_module.updates)
         for prior in priors:
             pl_module.check_prior(prior)
@@ -102,6 +100,9 @@ class AnnealPrior(OnClock):
         """Let a schedule that follows the training hear what is published of it, and apply the first clock."""
         self._since, self._warned = pl_module.student_updates, False
         self._broadcast, self._anew = trainer.strategy.broadcast, partial(super().on_train_start, trainer, pl_module)
+        why = blind(pl_module) if isinstance(self.schedule, Gated) and trainer.is_global_zero else ""
+        if why:
+            logging.getLogger(__name__).warning(f"the schedule Gated compares losses on the student's own latents and on data, and {why}")
         if self.schedule.hears != "nothing":
             pl_module.measures.listen(self._hear, every_update=self.schedule.hears == "updates")
         super().on_train_start(trainer, pl_module)

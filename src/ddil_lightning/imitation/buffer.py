@@ -127,10 +127,13 @@ class ReplayBuffer:
 
     def expire(self, clock: int, stage: int) -> None:
         """Drops roll-outs older than `max_age` at `clock`, or of another stage (whose running losses go too)."""
+        held = [k for k in self._chunks if clock - k.clock <= self.max_age and k.stage == stage]
+        if len(held) == len(self._chunks):  # asked before every batch, which need not wait for the device
+            return
         self.settle()
         if any(k.stage != stage for k in self._chunks):
             self._means.clear()
-        self._chunks = deque(k for k in self._chunks if clock - k.clock <= self.max_age and k.stage == stage)
+        self._chunks = deque(held)
 
     def flush(self) -> None:
         """Drops all states and the running losses (at a stage change). Slots stay retired and the count of rejected states goes on."""

@@ -15,9 +15,10 @@ from ddil_lightning.streams import Streams
 def numbers_of(method: Any) -> Streams:
     """What is random in the loss of a method's present micro-batch: it follows from seed and clocks, so that a resumed run repeats it.
 
-    The clock is the one that moves with every update: where a critic takes turns the critic's, for the student's stands still meanwhile.
+    The clock is the one that moves with every update: where an `Adversary` takes turns its own, for the student's stands still meanwhile.
     """
-    clock, loss = (method.adversary.updates, "critic_loss") if method.takes_turns else (method.student_updates, "loss")
+    adversary = getattr(method, "adversary", None) if method.takes_turns else None  # a critic of one's own may have another clock
+    clock, loss = (method.student_updates, "loss") if adversary is None else (adversary.updates, "critic_loss")
     step = clock * method.descent.accumulate + method.descent.micro.get(loss, 0)
     return Streams(method.feed.seed, step, method.stage, method.global_rank)
 
